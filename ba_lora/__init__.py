@@ -1,0 +1,26 @@
+"""BA-LoRA: bias-alleviating low-rank adaptation (arXiv 2408.04556).
+
+from ba_lora import BALoRAConfig, BALoRATrainer
+trainer = BALoRATrainer(peft_model, training_arguments, regularizers=BALoRAConfig(), train_dataset=…)
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ba_lora.config import BALoRAConfig
+    from ba_lora.trainer import BALoRATrainer
+
+__all__ = ["BALoRAConfig", "BALoRATrainer"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: the evaluators import ba_lora too and need neither torch nor transformers."""
+    if name == "BALoRATrainer":
+        from ba_lora.trainer import BALoRATrainer
+
+        return BALoRATrainer
+    if name == "BALoRAConfig":
+        from ba_lora.config import BALoRAConfig
+
+        return BALoRAConfig
+    raise AttributeError(f"module 'ba_lora' has no attribute {name!r}")

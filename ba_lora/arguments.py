@@ -1,0 +1,56 @@
+"""transformers' TrainingArguments from a configuration, and the number of optimizer steps they lead to."""
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ba_lora.config import RunConfig
+from ba_lora.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+
+def build_arguments(config: RunConfig, run_path: Path) -> "TrainingArguments":
+    """Return the arguments: `config.trainer` by name, and what the run itself decides.
+
+    Make them before the model: DeepSpeed ZeRO-3 splits the model while it is loaded only if it knows by then.
+    """
+    import torch
+    from transformers import TrainingArguments
+
+    chosen = {"logging_steps": 10, "save_strategy": "steps", "save_total_limit": 2} | config.trainer
+    if chosen.get("fp16") and not torch.cuda.is_available():
+        raise UserError("trainer.fp16=true needs a GPU, and none was found: use bf16=true or float32")
+    if chosen.get("tf32") and not torch.cuda.is_available():
+        raise UserError("trainer.tf32=true needs an NVIDIA GPU, and none was found: leave it out")
+    chosen.setdefault("ddp_find_unused_parameters", False)  # every trainable weight gets a gradient in every step
+    if not torch.cuda.is_available():
+        chosen.setdefault("dataloader_pin_memory", False)
+    if chosen.get("gradient_checkpointing"):
+        chosen.setdefault("gradient_checkpointing_kwargs", {"use_reentrant": False})
+    if chosen.get("deepspeed") and not torch.cuda.is_available():
+        import deepspeed
+
+        deepspeed.init_distributed(dist_backend="gloo")
+    try:
+        return TrainingArguments(
+            output_dir=str(run_path / "checkpoints"),
+            seed=config.seed,
+            data_seed=config.seed,
+            label_names=["labels"],
+            prediction_loss_only=True,
+            **chosen,
+        )
+    except (ValueError, TypeError, ImportError) as error:
+        raise UserError(f"trainer: {str(error).splitlines()[0]}") from error
+
+
+def count_steps(arguments: "TrainingArguments", num_rows: int) -> int:
+    """Return how many optimizer steps `num_rows` rows give, as Trainer counts them."""
+    if arguments.max_steps > 0:
+        return arguments.max_steps
+    batches = num_rows / (arguments.per_device_train_batch_size * arguments.world_size)
+    batches = max(math.floor(batches), 1) if arguments.dataloader_drop_last else math.ceil(batches)
+    per_epoch = math.ceil(batches / arguments.gradient_accumulation_steps)
+    return math.ceil(per_epoch * arguments.num_train_epochs)

@@ -1,0 +1,403 @@
+"""Configuration: base file + method file + `key=value`, three flat layers merged into typed dataclasses.
+
+    configs/nlg/<model>.yaml        the base: model, data, trainer, evaluation
+    configs/methods/<method>.yaml   only what differs, with `nlg:` and `nlu:` blocks where the two differ
+    key=value                       typed by hand, e.g. `regularizers.lambda_svd=0 trainer.max_steps=20`
+
+The resolved configuration is saved with every run and reproduces it alone: `python train_nlg.py --config
+outputs/<run_id>/config.yaml` needs no method file.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ba_lora.errors import UserError
+
+PROJECT_ROOT = Path(__file__).resolve().parent.parent
+METHODS_PATH = PROJECT_ROOT / "configs" / "methods"
+
+DTYPES = ("float32", "bfloat16", "float16")
+ATTENTION = ("sdpa", "eager", "flash_attention_2")
+TUNERS = ("full", "lora", "adalora", "loha")
+CONSISTENCY_SCHEDULES = ("constant", "cosine_to_10_percent", "adaptive")
+SCHEDULES = ("constant", "two_phase")
+DATASETS = ("toy", "metamathqa", "codefeedback", "wizardlm", "gsm8k")
+
+
+@dataclass
+class ModelConfig:
+    """The pre-trained model."""
+
+    name: str = ""  # hub id or folder
+    revision: str | None = None  # hub commit or tag; None: the newest
+    dtype: str = "bfloat16"  # of the base's weights
+    attention: str = "sdpa"
+    quantization: str = "none"  # none | nf4 (bitsandbytes, needs CUDA)
+    trust_remote_code: bool = False  # runs the model repository's own Python code
+
+
+@dataclass
+class AdapterConfig:
+    """What is trained: an adapter by PEFT, or everything (`tuner=full`)."""
+
+    tuner: str = "lora"
+    init: str = "lora"  # lora | pissa | pissa_niter_N
+    rank: int = 128
+    alpha: float | None = None  # None: equal to the rank, as PiSSA needs for a scaling of 1
+    dropout: float = 0.0
+    target_modules: Any = "all-linear"  # PEFT's `all-linear` leaves the head out; or a list of module names
+    dtype: str = "float32"  # float32 | base (the base's dtype)
+    rslora: bool = False
+    dora: bool = False
+    options: dict[str, Any] = field(default_factory=dict)  # further PEFT settings, checked by name
+
+
+@dataclass
+class BALoRAConfig:
+    """The three regularizers. λ = 0 takes a term out of the loss (and out of the step's cost).
+
+    The defaults are `paper2024`'s NLG values; configs/methods/ba_lora_iclr2026.yaml holds the other version.
+    """
+
+    lambda_consistency: float = 1e-4
+    lambda_diversity: float = 3e-4
+    lambda_svd: float = 1e-4
+    temperature: float = 1.0  # T of the consistency term, T² KL(softmax(z_P / T) ‖ softmax(z_F / T))
+    diversity_top_k: int | None = None  # None: entropy over the whole vocabulary
+    svd_top_k: int = 3
+    svd_norm: str = "nuclear"  # nuclear: Σ_j σ_j | frobenius: ‖Z‖_F
+    consistency_schedule: str = "constant"
+    diversity_schedule: str = "constant"
+    svd_schedule: str = "constant"
+
+    def __post_init__(self) -> None:
+        for name in ("lambda_consistency", "lambda_diversity", "lambda_svd"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
+                raise UserError(f"regularizers.{name} is {getattr(self, name)}: it must be a number of at least 0")
+        if self.temperature <= 0:
+            raise UserError(f"regularizers.temperature is {self.temperature}: it must be above 0")
+        for name in ("diversity_top_k", "svd_top_k"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"regularizers.{name} is {value}: it must be at least 1")
+        check_choice("regularizers.svd_norm", self.svd_norm, ("nuclear", "frobenius"))
+        check_choice("regularizers.consistency_schedule", self.consistency_schedule, CONSISTENCY_SCHEDULES)
+        check_choice("regularizers.diversity_schedule", self.diversity_schedule, SCHEDULES)
+        check_choice("regularizers.svd_schedule", self.svd_schedule, SCHEDULES)
+
+
+@dataclass
+class ToyConfig:
+    """Settings of the self-made word problems (data/toy.py), for `data.name=toy`."""
+
+    label_noise: float = 0.0
+    noisy_families: list[str] = field(default_factory=list)
+    imbalance: float = 0.0
+    seed: int = 0
+
+
+@dataclass
+class DataConfig:
+    """The training rows."""
+
+    name: str = "metamathqa"
+    source: str | None = None  # hub id or local json/jsonl/parquet file; None: the set's own place on the hub
+    revision: str | None = None
+    split: str = "train"
+    num_rows: int | None = 100_000  # None: all
+    sample_seed: int | None = None  # None: the first rows; else a seeded sample
+    max_length: int = 512  # tokens of prompt and response together
+    toy: ToyConfig = field(default_factory=ToyConfig)
+
+
+@dataclass
+class ExportConfig:
+    """What is written after training besides the adapter."""
+
+    merged: bool = True
+    tolerance: float | None = None  # largest |Δ logit| allowed between trained and exported; None: by dtype
+
+
+@dataclass
+class EvalConfig:
+    """What `scripts/ba-lora.sh` evaluates after training."""
+
+    tasks: list[str] = field(default_factory=list)
+    data: dict[str, str] = field(default_factory=dict)  # task → local data file; absent: the task's hub set
+    engine: str = "auto"  # vllm | hf | auto
+    limit: int | None = None  # only the first rows of each task
+    untuned: bool = False  # evaluate the pre-trained model too, once for all runs of it
+    options: dict[str, Any] = field(default_factory=dict)  # passed to eval.generate as key=value
+
+
+@dataclass
+class HubConfig:
+    """Pushing the exported adapter and merged model to the Hugging Face hub."""
+
+    push: bool = False
+    repo_id: str | None = None
+    private: bool = True
+
+
+@dataclass
+class RunConfig:
+    """One run, resolved."""
+
+    name: str = ""  # the base's name, the file's stem
+    method: str = ""
+    seed: int = 42
+    model: ModelConfig = field(default_factory=ModelConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    regularizers: BALoRAConfig = field(default_factory=BALoRAConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    trainer: dict[str, Any] = field(default_factory=dict)  # TrainingArguments by name
+    export: ExportConfig = field(default_factory=ExportConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    hub: HubConfig = field(default_factory=HubConfig)
+    output_dir: str | None = None  # None: outputs/<run_id>
+    results_dir: str = "results/runs"
+    overwrite: bool = False
+
+    @property
+    def run_id(self) -> str:
+        """`<base>-<method>-s<seed>-<hash>`; the hash is over everything that changes the trained weights."""
+        return f"{self.name}-{self.method}-s{self.seed}-{training_hash(self)}"
+
+    @property
+    def run_path(self) -> Path:
+        """The run's folder."""
+        return PROJECT_ROOT / (self.output_dir or Path("outputs") / self.run_id)
+
+    @property
+    def result_path(self) -> Path:
+        """The run's result JSON."""
+        return resolve_path(self.results_dir) / f"{self.run_path.name}.json"
+
+
+# What a run's weights do not depend on: these may change without training again.
+_NOT_TRAINING = ("export", "eval", "hub", "output_dir", "results_dir", "overwrite")
+# TrainingArguments under which the loss or a resumed run would silently be another one.
+_UNSAFE_ARGUMENTS = {
+    "average_tokens_across_devices": (True, "the terms are means over the positions of all processes"),
+    "label_smoothing_factor": (0, "the loss has no label smoothing"),
+    "save_only_model": (False, "a killed run could not go on with its optimizer's state"),
+    "ignore_data_skip": (False, "a resumed run would see other rows"),
+    "fsdp": ("", "FSDP is not supported: use DDP or DeepSpeed"),
+}
+# TrainingArguments that the run itself sets, and those that change no weight.
+_RESERVED_ARGUMENTS = {
+    "output_dir": "output_dir",
+    "seed": "seed",
+    "data_seed": "seed",
+    "push_to_hub": "hub.push",
+    "hub_model_id": "hub.repo_id",
+    "resume_from_checkpoint": "(resuming is automatic)",
+    "prediction_loss_only": "(evaluation comes after training)",
+    "label_names": "(the rows are made by the run)",
+    "remove_unused_columns": "(the rows are made by the run)",
+    "eval_on_start": "eval.tasks (evaluation comes after training)",
+    "eval_strategy": "eval.tasks (evaluation comes after training)",
+    "load_best_model_at_end": "eval.tasks (evaluation comes after training)",
+}
+_COSMETIC_ARGUMENTS = (
+    "logging_steps", "logging_first_step", "logging_strategy", "report_to", "run_name", "disable_tqdm", "log_level",
+    "save_steps", "save_strategy", "save_total_limit", "dataloader_num_workers", "dataloader_pin_memory",
+)  # fmt: skip
+
+
+def check_choice(key: str, value: str, choices: tuple[str, ...] | list[str]) -> None:
+    """Raise UserError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise UserError(f"{key}={value} is unknown: choose one of {', '.join(choices)}{nearest(value, choices)}")
+
+
+def nearest(word: str, choices: tuple[str, ...] | list[str]) -> str:
+    """Return ` (nearest: a, b)`, or nothing where nothing is near."""
+    found = difflib.get_close_matches(str(word), list(choices), n=3, cutoff=0.4)
+    return f" (nearest: {', '.join(found)})" if found else ""
+
+
+def resolve_path(path: str | Path) -> Path:
+    """Return `path` as it stands, or below the project's root where only that exists or neither does."""
+    path = Path(path)
+    if path.is_absolute() or path.exists():
+        return path
+    return PROJECT_ROOT / path
+
+
+def valid_keys(node: Any = RunConfig, prefix: str = "") -> list[str]:
+    """Return every dotted key a configuration may have (free-form sections by their own name alone)."""
+    keys = []
+    for entry in dataclasses.fields(node):
+        keys.append(prefix + entry.name)
+        if dataclasses.is_dataclass(entry.type):
+            keys += valid_keys(entry.type, f"{prefix}{entry.name}.")
+    return keys
+
+
+def available_methods() -> list[str]:
+    """Return the names of the method files."""
+    return sorted(path.stem for path in METHODS_PATH.glob("*.yaml"))
+
+
+def load_config(
+    config_path: str | Path,
+    *,
+    method: str | None = None,
+    overrides: list[str] | tuple[str, ...] = (),
+    kind: str = "nlg",
+) -> RunConfig:
+    """Merge base, method and overrides into a checked `RunConfig`.
+
+    `config_path` may be a base (then `method` defaults to ba_lora) or a resolved config saved with a run (which
+    already names its method). `kind` picks the method's `nlg:` or `nlu:` block. Raises UserError for anything wrong.
+    """
+    base = _read_yaml(resolve_path(config_path))
+    typed = [text.removeprefix("method=") for text in overrides if text.startswith("method=")]
+    overrides = [text for text in overrides if not text.startswith("method=")]
+    method = typed[-1] if typed else method
+    if "method" in base:
+        if method not in (None, base["method"]):
+            raise UserError(
+                f"{config_path} is the resolved config of method {base['method']}: "
+                f"leave --method {method} out, or start from a base in configs/{kind}"
+            )
+        layers = [base]
+    else:
+        method = method or "ba_lora"
+        layers = [base, _method_layer(method, kind), {"method": method, "name": Path(config_path).stem}]
+    layers.append(_override_layer(overrides))
+    merged = OmegaConf.structured(RunConfig)
+    for layer in layers:
+        _refuse_unknown(layer, config_path)
+        try:
+            merged = OmegaConf.merge(merged, layer)
+        except OmegaConfBaseException as error:
+            raise UserError(f"{config_path}: {str(error).splitlines()[0]} (key {error.full_key})") from error
+    config = OmegaConf.to_object(merged)
+    _check(config)
+    return config
+
+
+def to_yaml(config: RunConfig) -> str:
+    """Return the resolved configuration as YAML; the folder, `overwrite` and the results' place are left out."""
+    plain = dataclasses.asdict(config)
+    for key in ("output_dir", "overwrite", "results_dir"):
+        plain.pop(key)
+    return OmegaConf.to_yaml(OmegaConf.create(plain))
+
+
+def training_hash(config: RunConfig) -> str:
+    """Return 10 hex digits over everything the trained weights depend on."""
+    plain = dataclasses.asdict(config)
+    for key in _NOT_TRAINING:
+        plain.pop(key)
+    plain["trainer"] = {k: v for k, v in plain["trainer"].items() if k not in _COSMETIC_ARGUMENTS}
+    text = json.dumps(plain, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        known = sorted(str(p.relative_to(PROJECT_ROOT)) for p in (PROJECT_ROOT / "configs").glob("nl?/*.yaml"))
+        raise UserError(f"no such config: {path}{nearest(str(path), known)}")
+    try:
+        plain = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    except Exception as error:  # PyYAML and OmegaConf raise unrelated classes; all of them mean a broken file
+        raise UserError(f"{path} is not a valid YAML config: {str(error).splitlines()[0]}") from error
+    if not isinstance(plain, dict) or not plain:
+        raise UserError(f"{path} is empty or no mapping: a config is `key: value` lines")
+    return plain
+
+
+def _method_layer(method: str, kind: str) -> dict[str, Any]:
+    check_choice("method", method, available_methods())
+    layer = _read_yaml(METHODS_PATH / f"{method}.yaml")
+    blocks = {name: layer.pop(name, None) or {} for name in ("nlg", "nlu")}
+    return OmegaConf.to_container(OmegaConf.merge(layer, blocks[kind]))
+
+
+def _override_layer(overrides: list[str] | tuple[str, ...]) -> dict[str, Any]:
+    for text in overrides:
+        if not re.match(r"^[A-Za-z_][\w.]*=", text):
+            raise UserError(f"cannot read {text!r}: overrides are key=value, such as trainer.max_steps=20")
+    try:
+        return OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))
+    except Exception as error:
+        raise UserError(f"cannot read the overrides {' '.join(overrides)}: {str(error).splitlines()[0]}") from error
+
+
+def _refuse_unknown(layer: dict[str, Any], source: str | Path, node: Any = RunConfig, prefix: str = "") -> None:
+    known = {entry.name: entry.type for entry in dataclasses.fields(node)}
+    for key, value in layer.items():
+        if key not in known:
+            raise UserError(f"unknown key {prefix}{key}{nearest(prefix + str(key), valid_keys())} (read with {source})")
+        if dataclasses.is_dataclass(known[key]):
+            if not isinstance(value, dict):
+                raise UserError(f"{prefix}{key} is a section: give {prefix}{key}.<name>=value")
+            _refuse_unknown(value, source, known[key], f"{prefix}{key}.")
+
+
+def _check(config: RunConfig) -> None:
+    if not config.model.name:
+        raise UserError("model.name is missing: name a hub id or a folder")
+    check_choice("model.dtype", config.model.dtype, DTYPES)
+    check_choice("model.attention", config.model.attention, ATTENTION)
+    check_choice("model.quantization", config.model.quantization, ("none", "nf4"))
+    check_choice("adapter.tuner", config.adapter.tuner, TUNERS)
+    check_choice("adapter.dtype", config.adapter.dtype, ("float32", "base"))
+    if config.adapter.init not in ("lora", "pissa") and not re.fullmatch(r"pissa_niter_[1-9]\d*", config.adapter.init):
+        raise UserError(f"adapter.init={config.adapter.init} is unknown: choose lora, pissa or pissa_niter_N")
+    if config.adapter.rank < 1:
+        raise UserError(f"adapter.rank is {config.adapter.rank}: it must be at least 1")
+    if config.adapter.alpha is not None and config.adapter.alpha <= 0:
+        raise UserError(f"adapter.alpha is {config.adapter.alpha}: it must be above 0")
+    if not 0 <= config.seed < 2**32:
+        raise UserError(f"seed is {config.seed}: it must lie between 0 and 2^32 - 1")
+    if not 0 <= config.adapter.dropout < 1:
+        raise UserError(f"adapter.dropout is {config.adapter.dropout}: it must lie in [0, 1)")
+    if config.adapter.init != "lora" and (config.adapter.tuner != "lora" or config.adapter.dora):
+        raise UserError(f"adapter.init={config.adapter.init} needs adapter.tuner=lora and adapter.dora=false")
+    if config.model.quantization == "nf4" and config.adapter.tuner != "lora":
+        raise UserError("model.quantization=nf4 needs adapter.tuner=lora: quantised weights cannot be trained")
+    check_choice("data.name", config.data.name, DATASETS)
+    if config.data.num_rows is not None and config.data.num_rows < 1:
+        raise UserError(f"data.num_rows is {config.data.num_rows}: it must be at least 1, or null for all")
+    if config.data.num_rows is None and config.data.name == "toy" and config.data.source is None:
+        raise UserError("data.num_rows=null means all rows of a set, and the toy's are made on demand: give a number")
+    if config.data.max_length < 2:
+        raise UserError(f"data.max_length is {config.data.max_length}: it must be at least 2")
+    check_choice("eval.engine", config.eval.engine, ("auto", "vllm", "hf"))
+    if config.hub.push and not config.hub.repo_id:
+        raise UserError("hub.push=true needs hub.repo_id=<user>/<name>")
+    _check_trainer(config.trainer)
+
+
+def _check_trainer(arguments: dict[str, Any]) -> None:
+    from transformers import TrainingArguments
+
+    known = [entry.name for entry in dataclasses.fields(TrainingArguments) if entry.init]
+    for name in arguments:
+        if name in _RESERVED_ARGUMENTS:
+            raise UserError(f"trainer.{name} is set by the run itself: use {_RESERVED_ARGUMENTS[name]}")
+        if name not in known:
+            raise UserError(f"unknown key trainer.{name}{nearest(name, known)} (a transformers.TrainingArguments name)")
+        if name in _UNSAFE_ARGUMENTS and arguments[name] not in (_UNSAFE_ARGUMENTS[name][0], None):
+            raise UserError(f"trainer.{name}={arguments[name]} is refused: {_UNSAFE_ARGUMENTS[name][1]}")
+    for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+        if name in arguments and (not isinstance(arguments[name], int) or arguments[name] < 1):
+            raise UserError(f"trainer.{name}={arguments[name]} must be a whole number of at least 1")
+    if arguments.get("save_total_limit") == 1:
+        raise UserError(
+            "trainer.save_total_limit=1 leaves nothing to fall back to if the last checkpoint is damaged: use 2"
+        )

@@ -1,0 +1,149 @@
+"""Files: read with errors that name the line, write so that a reader sees the old file or the new one, never half."""
+
+import contextlib
+import errno
+import hashlib
+import json
+import math
+import os
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from ba_lora.errors import UserError
+
+
+@contextlib.contextmanager
+def disk_errors(path: str | Path) -> Iterator[None]:
+    """Turn "no space left" and "not permitted" while writing `path` into one line.
+
+    safetensors and torch report a full disk as errors of their own, known by their text alone.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        number = getattr(error, "errno", None)
+        full = any(text in str(error) for text in ("No space left on device", "PytorchStreamWriter failed writing"))
+        if full or number in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(f"no disk space left while writing {path}: free some space, then run again") from error
+        if isinstance(error, PermissionError) or number == errno.EROFS:
+            raise UserError(f"cannot write {path}: permission denied; choose another output folder") from error
+        raise
+
+
+def write_text_atomic(path: str | Path, text: str) -> None:
+    """Write `text` to `path` through a temporary file in the same folder, synced, then renamed over it."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_json_atomic(path: str | Path, value: object) -> None:
+    """Write `value` as indented JSON; NaN is refused, since it is not JSON."""
+    write_text_atomic(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def finite(value: object) -> object:
+    """Return `value` with every number that JSON cannot hold (NaN, ±∞) replaced by None."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_jsonl_atomic(path: str | Path, rows: Iterable[dict]) -> None:
+    """Write one JSON object a line."""
+    write_text_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+@contextlib.contextmanager
+def folder_atomic(path: str | Path) -> Iterator[Path]:
+    """Give a fresh temporary folder beside `path`; on a clean exit it takes the place of `path`.
+
+    A process killed inside leaves only a `.NAME.*.tmp` folder, which the next call for the same path removes.
+    """
+    path = Path(path)
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for stale in path.parent.glob(f".{path.name}.*.tmp"):
+            shutil.rmtree(stale)
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+        temporary.mkdir()
+        try:
+            yield temporary
+            for file in temporary.rglob("*"):
+                if file.is_file():
+                    with open(file, "rb") as handle:
+                        os.fsync(handle.fileno())
+            aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+            if path.exists():
+                os.replace(path, aside)
+            os.replace(temporary, path)
+            shutil.rmtree(aside, ignore_errors=True)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _open_text(path: Path):
+    if path.is_dir():
+        raise UserError(f"{path} is a folder, a file is needed")
+    try:
+        return open(path, encoding="utf-8")
+    except FileNotFoundError as error:
+        raise UserError(f"no such file: {path}; check the path") from error
+    except PermissionError as error:
+        raise UserError(f"cannot read {path}: permission denied") from error
+
+
+def read_json(path: str | Path) -> object:
+    """Return the JSON value in `path`. Raises UserError naming the file, and the line where it breaks."""
+    path = Path(path)
+    with _open_text(path) as file:
+        try:
+            return json.load(file)
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from error
+
+
+def read_jsonl(path: str | Path) -> list[dict]:
+    """Return the objects of a jsonl file, blank lines skipped. Raises UserError for a broken line or an empty file."""
+    path = Path(path)
+    rows = []
+    with _open_text(path) as file:
+        try:
+            for number, line in enumerate(file, start=1):
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise UserError(f"{path}, line {number}: not valid JSON ({error.msg})") from error
+                if not isinstance(row, dict):
+                    raise UserError(f"{path}, line {number}: a JSON object is needed, found {type(row).__name__}")
+                rows.append(row)
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+    if not rows:
+        raise UserError(f"{path} is empty: at least one line is needed")
+    return rows
+
+
+def sha256_file(path: str | Path) -> str:
+    """Return the hex sha256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

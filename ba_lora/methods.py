@@ -1,0 +1,365 @@
+"""From the pre-trained model to the model that is trained: PEFT does the adapters, this file chooses and checks.
+
+PiSSA (arXiv 2404.02948): W = U S Vᵀ; B₀A₀ = U_r S_r V_rᵀ with √S on each factor; the base keeps W − B₀A₀. The first
+factors are saved with the run: a resumed run builds the very same residual from them, the export subtracts them.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ba_lora.config import AdapterConfig, RunConfig, nearest
+from ba_lora.errors import UserError
+from ba_lora.io import folder_atomic
+from ba_lora.model import load_model
+from ba_lora.reference import adapter_layers, factor_parameters, gathered
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+FACTORS_FILE = "initial_factors.safetensors"  # A₀ and B₀, by the adapter file's own names
+
+
+@dataclasses.dataclass
+class StepZero:
+    """How far the untrained model stands from the pre-trained one: the largest |Δ logit| on the probe batch.
+
+    PiSSA's residual is rounded to the base's dtype: 0 for methods that leave the base alone, small but not 0 else.
+    None where it cannot be measured: weights split by ZeRO-3 cannot run outside the engine, and a resumed QPiSSA run
+    no longer loads the unquantised model.
+    """
+
+    difference: float | None
+    pretrained_logits: "torch.Tensor | None" = None
+
+    def __str__(self) -> str:
+        if self.difference is None:
+            return "distance to the pre-trained model at step 0 not measured"
+        return f"largest logit difference to the pre-trained model at step 0: {self.difference:.2g}"
+
+
+def build_model(
+    config: RunConfig, *, run_path: Path, num_steps: int, probe: dict | None = None
+) -> tuple["nn.Module", StepZero]:
+    """Load the pre-trained model and return it ready to train (all weights, or a PEFT model) and its `StepZero`.
+
+    `num_steps` is the number of optimizer steps (AdaLoRA's schedule needs it). Where `run_path` holds PiSSA's first
+    factors, they are used instead of a new SVD. Raises UserError for settings that do not fit the model.
+    """
+    before = {}
+
+    def measure(base: "nn.Module") -> "nn.Module":
+        if probe is not None and not is_deepspeed_zero3_enabled():
+            before["logits"] = probe_logits(base, probe)
+        return base
+
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    model = _build(config, run_path, num_steps, measure)
+    if "logits" not in before:
+        return model, StepZero(None)
+    difference = (probe_logits(model, probe) - before["logits"]).abs().max().item()
+    return model, StepZero(difference, before["logits"])
+
+
+def probe_logits(model: "nn.Module", probe: dict) -> "torch.Tensor":
+    """Return float32 logits on the CPU at the real tokens of the batch `probe`, [tokens, V], in evaluation mode."""
+    import torch
+
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        logits = model(**{name: tensor.to(device) for name, tensor in probe.items()}).logits
+    model.train(training)
+    return logits[probe["attention_mask"].bool().to(logits.device)].float().cpu()
+
+
+def _build(
+    config: RunConfig, run_path: Path, num_steps: int, measure: Callable[["nn.Module"], "nn.Module"]
+) -> "nn.Module":
+    adapter = config.adapter
+    if adapter.tuner == "full":
+        if config.model.dtype == "float16":
+            raise UserError("full fine-tuning cannot train float16 weights: use model.dtype=float32 or bfloat16")
+        return measure(_to_device(load_model(config.model)))
+    if adapter.dtype == "base" and config.model.dtype == "float16":
+        raise UserError("float16 adapters cannot be trained: use adapter.dtype=float32")
+    if adapter.init == "lora":
+        model = measure(_to_device(load_model(config.model)))
+        return _with_adapter(model, config, num_steps, init_weights=True)
+    return _build_pissa(config, run_path, num_steps, measure)
+
+
+def save_initial_factors(model: "nn.Module", path: Path) -> None:
+    """Write A₀ and B₀ of an untrained PiSSA model, under the names they have in PEFT's adapter file.
+
+    Every process calls it (ZeRO-3 gathers), the first writes.
+    """
+    from accelerate import PartialState
+    from safetensors.torch import save_file
+
+    tensors = {}
+    for name, layer in _named_adapter_layers(model):
+        parameters = factor_parameters(layer, "default")
+        with gathered(parameters):
+            for factor, parameter in zip(("lora_A", "lora_B"), parameters, strict=True):
+                tensors[f"{name}.{factor}.weight"] = parameter.detach().cpu().clone()
+    if PartialState().is_main_process:
+        with folder_atomic(path.parent) as folder:
+            save_file(tensors, folder / path.name)
+    PartialState().wait_for_everyone()
+
+
+def factors_path(run_path: Path) -> Path:
+    """Return where a run keeps PiSSA's first factors."""
+    return run_path / "initial" / FACTORS_FILE
+
+
+def adapter_scaling(config: AdapterConfig) -> float:
+    """Return the factor of B A in the forward pass: alpha / rank, or alpha / √rank for rsLoRA."""
+    alpha = config.rank if config.alpha is None else config.alpha
+    return alpha / (config.rank**0.5 if config.rslora else config.rank)
+
+
+def _to_device(model: "nn.Module") -> "nn.Module":
+    """Move the model to this process's GPU before the SVDs, unless ZeRO-3 or quantisation has placed it."""
+    from accelerate import PartialState
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    if is_deepspeed_zero3_enabled() or getattr(model, "is_quantized", False):
+        return model
+    return model.to(PartialState().device)
+
+
+def _build_pissa(
+    config: RunConfig, run_path: Path, num_steps: int, measure: Callable[["nn.Module"], "nn.Module"]
+) -> "nn.Module":
+    from accelerate import PartialState
+
+    saved, residual_path = factors_path(run_path), run_path / "residual"
+    quantized = config.model.quantization != "none"
+    fresh = not saved.is_file() or (quantized and not residual_path.is_dir())
+    PartialState().wait_for_everyone()  # no process may write the factors before every process has looked for them
+    if quantized:  # QPiSSA: the residual is made in full precision, then quantised
+        if fresh:
+            model = measure(_to_device(load_model(config.model, quantize=False)))
+            model = _with_adapter(model, config, num_steps)
+            save_initial_factors(model, saved)
+            _save_residual(model, residual_path)
+            del model
+        model = load_model(config.model, source=str(residual_path))
+        model = _with_adapter(model, config, num_steps, init_weights=True)
+        _load_factors(model, saved, subtract=False)
+    elif not fresh:
+        model = measure(_to_device(load_model(config.model)))
+        model = _with_adapter(model, config, num_steps, init_weights=True)
+        _load_factors(model, saved, subtract=True)
+    else:
+        model = _with_adapter(measure(_to_device(load_model(config.model))), config, num_steps)
+        save_initial_factors(model, saved)
+        if config.model.dtype != "float32":
+            # PEFT rounds the factors to the base's dtype after it has taken them from the base in float32: take the
+            # rounded ones, which are what is trained, saved and exported.
+            del model
+            model = _with_adapter(_to_device(load_model(config.model)), config, num_steps, init_weights=True)
+            _load_factors(model, saved, subtract=True)
+    model.peft_config["default"].init_lora_weights = config.adapter.init
+    return model
+
+
+def _save_residual(model: "nn.Module", path: Path) -> None:
+    from accelerate import PartialState
+
+    base = model.unload()
+    if PartialState().is_main_process:
+        with folder_atomic(path) as folder:
+            base.save_pretrained(folder)
+    PartialState().wait_for_everyone()
+
+
+def _load_factors(model: "nn.Module", path: Path, *, subtract: bool) -> None:
+    """Put the saved A₀, B₀ into the trained adapter and, with `subtract`, take B₀A₀ from the base, as PEFT does."""
+    import torch
+    from peft.utils.other import transpose
+    from safetensors.torch import load_file
+
+    factors = load_file(path)
+    for name, layer in _named_adapter_layers(model):
+        base = layer.get_base_layer()
+        parameters = factor_parameters(layer, "default")
+        with gathered([*parameters, base.weight]), torch.no_grad():
+            for factor, parameter in zip(("lora_A", "lora_B"), parameters, strict=True):
+                value = factors[f"{name}.{factor}.weight"]
+                parameter.data = value.to(parameter.device)
+            if subtract:
+                lora_a, lora_b = (parameter.data.float() for parameter in parameters)
+                weight = transpose(base.weight.data.float(), layer.fan_in_fan_out)
+                weight = weight - layer.scaling["default"] * lora_b @ lora_a
+                base.weight.data = transpose(weight.to(base.weight.dtype), layer.fan_in_fan_out)
+
+
+def _named_adapter_layers(model: "nn.Module") -> list[tuple[str, "nn.Module"]]:
+    names = {module: name for name, module in model.named_modules()}
+    return [(names[layer], layer) for layer in adapter_layers(model)]
+
+
+def _with_adapter(
+    model: "nn.Module", config: RunConfig, num_steps: int, *, init_weights: bool | None = None
+) -> "nn.Module":
+    from peft import get_peft_model
+
+    adapter = config.adapter
+    _check_targets(model, adapter)
+    peft_config = PEFT_CONFIGS[adapter.tuner](adapter, num_steps)
+    if init_weights is not None:
+        if adapter.tuner == "lora":
+            peft_config.init_lora_weights = init_weights
+    peft_config.revision = config.model.revision
+    model = get_peft_model(model, peft_config, autocast_adapter_dtype=adapter.dtype == "float32")
+    if adapter.dtype == "base":
+        dtype = next(p.dtype for p in model.parameters() if not p.requires_grad)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(dtype)
+    if config.trainer.get("gradient_checkpointing"):
+        model.enable_input_require_grads()
+    return model
+
+
+def _check_targets(model: "nn.Module", adapter: AdapterConfig) -> None:
+    """Raise UserError for targets that match nothing, or matrices smaller than the rank."""
+    linear = _linear_modules(model)
+    if adapter.target_modules == "all-linear":
+        targets = linear
+    else:
+        wanted = adapter.target_modules
+        wanted = [wanted] if isinstance(wanted, str) else list(wanted)
+        suffixes = sorted({name.rsplit(".", 1)[-1] for name in linear})
+        for name in wanted:
+            if not any(path == name or path.endswith(f".{name}") for path in linear):
+                raise UserError(
+                    f"adapter.target_modules: {name!r} matches no linear layer of this {model.config.model_type} "
+                    f"model; it has {', '.join(suffixes)}{nearest(name, suffixes)}"
+                )
+        targets = {p: m for p, m in linear.items() if any(p == n or p.endswith(f".{n}") for n in wanted)}
+    if not targets:
+        raise UserError(f"no linear layer to adapt was found in this {model.config.model_type} model")
+    name, size = min(((path, min(shape)) for path, shape in targets.items()), key=lambda pair: pair[1])
+    if adapter.rank > size:
+        raise UserError(f"adapter.rank={adapter.rank} is above the size of {name}, {size}: use a rank up to {size}")
+
+
+def _linear_modules(model: "nn.Module") -> dict[str, tuple[int, int]]:
+    """Return the linear layers but the head: name → (in, out)."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    head = model.get_output_embeddings()
+    found = {}
+    for name, module in model.named_modules():
+        if module is head:
+            continue
+        if isinstance(module, nn.Linear):
+            found[name] = (module.in_features, module.out_features)
+        elif isinstance(module, Conv1D):
+            found[name] = (module.nx, module.nf)
+    return found
+
+
+_OWN_OPTIONS = (
+    "peft_type", "task_type", "target_modules", "init_lora_weights", "inference_mode", "rank_pattern", "alpha_pattern",
+)  # fmt: skip
+_OTHER_WEIGHTS = ("modules_to_save", "bias", "lora_bias", "trainable_token_indices", "target_parameters")
+
+
+def _peft_options(config_class: type, adapter: AdapterConfig, **settings: Any) -> Any:
+    known = [entry.name for entry in dataclasses.fields(config_class) if entry.init]
+    for name in adapter.options:
+        if name in settings or name in _OWN_OPTIONS:
+            raise UserError(f"adapter.options.{name} is set by the run itself: use the keys of adapter")
+        if name in _OTHER_WEIGHTS:
+            raise UserError(f"adapter.options.{name} trains weights unknown to reference and export: leave it out")
+        if name not in known:
+            raise UserError(
+                f"unknown key adapter.options.{name}{nearest(name, known)} (a {config_class.__name__} name)"
+            )
+    targets = adapter.target_modules
+    targets = (
+        targets
+        if isinstance(targets, str) and targets == "all-linear"
+        else list([targets] if isinstance(targets, str) else targets)
+    )
+    try:
+        return config_class(task_type="CAUSAL_LM", target_modules=targets, **settings, **adapter.options)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"adapter.options: {str(error).splitlines()[0]}") from error
+
+
+def _alpha(adapter: AdapterConfig) -> float:
+    alpha = adapter.rank if adapter.alpha is None else adapter.alpha
+    return int(alpha) if float(alpha).is_integer() else alpha
+
+
+def _lora_config(adapter: AdapterConfig, num_steps: int) -> Any:
+    from peft import LoraConfig
+
+    return _peft_options(
+        LoraConfig,
+        adapter,
+        r=adapter.rank,
+        lora_alpha=_alpha(adapter),
+        lora_dropout=adapter.dropout,
+        use_rslora=adapter.rslora,
+        use_dora=adapter.dora,
+        init_lora_weights=True if adapter.init == "lora" else adapter.init,
+    )
+
+
+def _adalora_config(adapter: AdapterConfig, num_steps: int) -> Any:
+    """Ranks start at 1.5 × `rank` and are pruned to it between 10 % and 70 % of the steps, unless options say more."""
+    from peft import AdaLoraConfig
+
+    if num_steps < 10:
+        raise UserError(f"adapter.tuner=adalora prunes over the steps and needs at least 10, this run has {num_steps}")
+    schedule = {"tinit": num_steps // 10, "tfinal": num_steps * 3 // 10, "deltaT": max(1, num_steps // 100)}
+    chosen = {name: adapter.options.get(name, value) for name, value in schedule.items()}
+    options = {name: value for name, value in adapter.options.items() if name not in schedule}
+    return _peft_options(
+        AdaLoraConfig,
+        dataclasses.replace(adapter, options=options),
+        init_r=adapter.rank * 3 // 2,
+        target_r=adapter.rank,
+        lora_alpha=_alpha(adapter),
+        lora_dropout=adapter.dropout,
+        total_step=num_steps,
+        **chosen,
+    )
+
+
+def _loha_config(adapter: AdapterConfig, num_steps: int) -> Any:
+    from peft import LoHaConfig
+
+    return _peft_options(LoHaConfig, adapter, r=adapter.rank, alpha=_alpha(adapter), module_dropout=adapter.dropout)
+
+
+# tuner → PEFT configuration. To add a method: one function here, its name in config.TUNERS, a file in configs/methods.
+PEFT_CONFIGS = {"lora": _lora_config, "adalora": _adalora_config, "loha": _loha_config}
+
+
+def parameter_counts(model: "nn.Module") -> tuple[int, int]:
+    """Return (trainable, all) parameters; PiSSA's frozen reference copy and ZeRO-3's splits are accounted for."""
+    from ba_lora.reference import ADAPTER_NAME
+
+    trainable = everything = 0
+    for name, parameter in model.named_parameters():
+        count = getattr(parameter, "ds_numel", parameter.numel())
+        if f".{ADAPTER_NAME}." in name:
+            continue
+        if type(parameter).__name__ == "Params4bit":  # two weights a byte
+            count *= 2
+        everything += count
+        trainable += count if parameter.requires_grad else 0
+    return trainable, everything

@@ -1,0 +1,126 @@
+"""The pre-trained model and its tokenizer, loaded from a folder or the hub, safetensors only."""
+
+import contextlib
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ba_lora.config import ModelConfig, resolve_path
+from ba_lora.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def model_source(config: ModelConfig) -> str:
+    """Return the folder's path where `config.name` is one (relative ones are below the project's root), else the id."""
+    local = resolve_path(config.name)
+    return str(local) if local.is_dir() else config.name
+
+
+def load_tokenizer(config: ModelConfig) -> "PreTrainedTokenizerBase":
+    """Return the model's tokenizer, right-padded; without a pad token of its own it pads with EOS.
+
+    Padding with EOS is safe here: labels and attention mask are made from lengths, never from token values.
+    """
+    from transformers import AutoTokenizer
+
+    with hub_errors(config.name, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(
+            model_source(config), revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"the tokenizer of {config.name} has no EOS token: generation could never stop; set one")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def load_model(config: ModelConfig, *, source: str | None = None, quantize: bool = True) -> "PreTrainedModel":
+    """Return the causal language model in `config.dtype`, from `source` where given (a residual base, say).
+
+    Raises UserError for an absent or gated model, an unknown architecture, or an option this machine cannot run.
+    """
+    from transformers import AutoModelForCausalLM
+
+    check_hardware(config)
+    options = {"code_revision": config.revision} if config.trust_remote_code else {}
+    if quantize and config.quantization == "nf4":
+        from transformers import BitsAndBytesConfig
+
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch_dtype(config.dtype),
+        )
+    with hub_errors(config.name, "model"):
+        model = AutoModelForCausalLM.from_pretrained(
+            source or model_source(config),
+            revision=None if source else config.revision,
+            dtype=torch_dtype(config.dtype),
+            attn_implementation=config.attention,
+            trust_remote_code=config.trust_remote_code,
+            use_safetensors=True,
+            **options,
+        )
+    model.config.use_cache = False  # a training model keeps no keys and values; generation loads its own
+    return model
+
+
+def torch_dtype(name: str) -> "torch.dtype":
+    """Return the torch dtype called `name`."""
+    import torch
+
+    return getattr(torch, name)
+
+
+def check_hardware(config: ModelConfig) -> None:
+    """Raise UserError where the configuration asks for a GPU, or a package, that is not there."""
+    import torch
+
+    if config.quantization == "nf4":
+        if not torch.cuda.is_available():
+            raise UserError("model.quantization=nf4 needs a CUDA GPU, and none was found: use model.quantization=none")
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise UserError("model.quantization=nf4 needs bitsandbytes: pip install -r requirements-gpu.txt")
+    if config.attention == "flash_attention_2":
+        if not torch.cuda.is_available():
+            raise UserError("model.attention=flash_attention_2 needs a CUDA GPU, and none was found: use sdpa")
+        if importlib.util.find_spec("flash_attn") is None:
+            raise UserError("model.attention=flash_attention_2 needs flash-attn: pip install flash-attn, or use sdpa")
+        if config.dtype == "float32":
+            raise UserError("model.attention=flash_attention_2 needs model.dtype bfloat16 or float16, not float32")
+
+
+@contextlib.contextmanager
+def hub_errors(name: str, what: str) -> Iterator[None]:
+    """Turn the hub's and transformers' long messages about `name` into one line."""
+    from huggingface_hub.errors import GatedRepoError
+
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        text = str(error)
+        cause = error
+        while cause is not None and not isinstance(cause, GatedRepoError):
+            cause = cause.__cause__ or cause.__context__
+        if cause is not None or "gated repo" in text:
+            mend = "accept its licence on its hub page, then run `hf auth login`"
+            raise UserError(f"{name} is a gated repository: {mend}") from error
+        if "trust_remote_code" in text:
+            mend = "read that code, then type model.trust_remote_code=true"
+            raise UserError(f"{name} runs Python code of its own repository: {mend}") from error
+        if "model type" in text or "Unrecognized" in text or "model_type" in text:
+            raise UserError(f"{name} has an unknown model type: {text.splitlines()[0]}") from error
+        if getattr(error, "errno", None) is not None:  # a real file system error, no hub answer
+            raise
+        if Path(name).is_dir() or resolve_path(name).is_dir():
+            raise UserError(f"cannot load the {what} in {name}: {text.splitlines()[0]}") from error
+        mend = "check the name, the network and HF_HUB_OFFLINE"
+        raise UserError(f"cannot load the {what} {name}: no such folder, and not found on the hub: {mend}") from error

@@ -1,0 +1,122 @@
+"""BA-LoRA's NLG regularizers in plain PyTorch: the definition that every faster path is proved against.
+
+Two published versions share these formulas and differ in their settings (configs/methods):
+
+    term          paper2024                        iclr2026
+    consistency   temperature 1                    temperature 2
+    diversity     entropy over the vocabulary      entropy over the top 20 logits
+    svd           Σ_{i≤3} σ_i / Σ_j σ_j            Σ_{i≤10} σ_i / ‖Z‖_F
+
+Shapes: `logits` is [..., V], `mask` is [...] and True at the positions M that predict a response token: the shifted
+mask of the task loss (`response_mask`), never prompt or padding. All reductions are done in float32 (float64 inputs
+stay float64). `reduction` is "mean" over M, or "sum" for callers that divide by the count of a larger batch. An empty
+M gives 0 with a zero gradient.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORE_INDEX = -100
+
+
+def response_mask(labels_BT: Tensor) -> Tensor:
+    """Return the mask M, bool [B, T]: position t is in M if the NEXT token t + 1 is a labelled response token.
+
+    The last position of a row predicts nothing and is never in M.
+    """
+    mask_BT = torch.zeros_like(labels_BT, dtype=torch.bool)
+    mask_BT[:, :-1] = labels_BT[:, 1:] != IGNORE_INDEX
+    return mask_BT
+
+
+def response_targets(labels_BT: Tensor) -> Tensor:
+    """Return the tokens that the positions of M predict, int64 [|M|], in the order of `tensor[mask]`."""
+    return labels_BT[:, 1:][labels_BT[:, 1:] != IGNORE_INDEX]
+
+
+def consistency(
+    logits: Tensor,
+    reference_logits: Tensor,
+    mask: Tensor,
+    *,
+    temperature: float = 1.0,
+    position_weights: Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """T² KL(softmax(Z_P / T) ‖ softmax(Z_F / T)) over M: stay near the pre-trained model.
+
+    `reference_logits` [..., V] are Z_P and receive no gradient. `position_weights` [|M|] (the adaptive λ1) weigh the
+    positions inside the mean. At T = 1 this is paper2024's KL(P_P ‖ P_F).
+    """
+    selected, reference = _select(logits, mask), _select(reference_logits.detach(), mask)
+    log_p_tuned = F.log_softmax(selected / temperature, dim=-1)
+    log_p_reference = F.log_softmax(reference / temperature, dim=-1)
+    divergence_M = (log_p_reference.exp() * (log_p_reference - log_p_tuned)).sum(-1) * temperature**2
+    if position_weights is not None:
+        divergence_M = divergence_M * position_weights
+    return _reduce(divergence_M, reduction)
+
+
+def diversity(logits: Tensor, mask: Tensor, *, top_k: int | None = None, reduction: str = "mean") -> Tensor:
+    """−H(softmax(Z_F)) over M, the negative entropy: minimising it spreads the next-token distribution.
+
+    `top_k` keeps the k largest logits and renormalises (iclr2026); None, or k ≥ V, takes the whole vocabulary.
+    """
+    return -_reduce(entropy(_select(logits, mask), top_k=top_k), reduction)
+
+
+def svd(logits: Tensor, mask: Tensor, *, top_k: int, norm: str = "nuclear") -> Tensor:
+    """−(Σ_{i≤k} σ_i) / N(Z), with σ the singular values of Z = Z_F[M], one matrix [|M|, V] of the whole micro-batch.
+
+    `norm` N: "nuclear", Σ_j σ_j (paper2024), or "frobenius", ‖Z‖_F (iclr2026). As published, the Frobenius form is
+    largest for k EQUAL singular values, and neither form ignores a shift of a row's logits.
+
+    With the nuclear norm the ratio is −1 with a zero gradient while |M| ≤ k. Singular values at rounding level carry
+    arbitrary directions and are left out of the sum, so that the gradient of the norm is U₊ V₊ᵀ.
+    """
+    matrix_MV = _select(logits, mask)
+    if matrix_MV.shape[0] == 0:
+        return matrix_MV.sum()
+    sigma = torch.linalg.svdvals(matrix_MV)  # descending; its backward is stable for repeated values
+    smallest = sigma[0].detach() * max(matrix_MV.shape) * torch.finfo(sigma.dtype).eps
+    sigma = sigma[sigma > smallest]
+    if sigma.numel() == 0:  # all logits 0: no direction to favour
+        return matrix_MV.sum() * 0
+    total = sigma.sum() if norm == "nuclear" else sigma.square().sum().sqrt()
+    return -sigma[:top_k].sum() / total
+
+
+def entropy(logits_NV: Tensor, *, top_k: int | None = None) -> Tensor:
+    """Return the entropy in nats of softmax over the last axis, [N]; over the `top_k` largest logits where given."""
+    if top_k is not None and top_k < logits_NV.shape[-1]:
+        logits_NV = logits_NV.topk(top_k, dim=-1).values
+    log_p = F.log_softmax(_at_least_float32(logits_NV), dim=-1)
+    return -(log_p.exp() * log_p).sum(-1)
+
+
+def adaptive_position_weights(reference_logits: Tensor, mask: Tensor, *, maximum: float) -> Tensor:
+    """Return the adaptive λ1 at each position of M, [|M|]: λmin + (λmax − λmin)(1 − H(P_P) / ln V), λmin = 0.1 λmax.
+
+    Where the pre-trained model is sure of the next token it is trusted most. The paper gives the formula; that it acts
+    per position, inside the mean and at T = 1, is our choice.
+    """
+    reference = _select(reference_logits.detach(), mask)
+    confidence = 1 - entropy(reference) / math.log(reference.shape[-1])
+    return maximum * (0.1 + 0.9 * confidence)
+
+
+def _select(logits: Tensor, mask: Tensor) -> Tensor:
+    return _at_least_float32(logits[mask])
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _reduce(values_M: Tensor, reduction: str) -> Tensor:
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction is {reduction!r}: choose mean or sum")
+    return values_M.sum() / max(values_M.numel(), 1) if reduction == "mean" else values_M.sum()

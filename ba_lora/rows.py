@@ -1,0 +1,124 @@
+"""Rows of a data set, from a local json/jsonl/parquet file or from the hub, and where they came from."""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ba_lora.config import PROJECT_ROOT
+from ba_lora.errors import UserError
+from ba_lora.io import read_json, read_jsonl, sha256_file
+
+LOCAL_SUFFIXES = (".json", ".jsonl", ".parquet")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where rows came from, as stored in every result.
+
+    name: "hub/name[@revision]" or the path (inside the repository: relative to its root); sha256: of the local file,
+    None for hub data; fingerprint and revision: of hub data, None for local files (revision also where the hub
+    library does not tell it).
+    """
+
+    name: str
+    sha256: str | None = None
+    fingerprint: str | None = None
+    revision: str | None = None
+
+    def as_result(self) -> object:
+        """Return what a result stores as `data_sha256`: the hex digest, or the hub's fingerprint and revision."""
+        if self.sha256 is not None:
+            return self.sha256
+        return {"hub": self.name, "fingerprint": self.fingerprint, "revision": self.revision}
+
+
+def load_rows(
+    data: str,
+    *,
+    split: str = "test",
+    configs: Callable[[str], tuple[str | None, ...]] = lambda name: (None,),
+) -> tuple[list[dict], Source]:
+    """Return the rows of a local json/jsonl/parquet file, or of a hub data set `owner/name[@revision]`.
+
+    A name with one of the local suffixes, or that exists on disk, is a file; anything else is asked from the hub.
+    Raises UserError in one line when it is absent, gated, out of reach, empty or damaged.
+    """
+    path = Path(data)
+    if path.suffix in LOCAL_SUFFIXES or path.exists():
+        return _local_rows(path), Source(name=_portable_name(path), sha256=sha256_file(path))
+    return _hub_rows(data, split=split, configs=configs)
+
+
+def _portable_name(path: Path) -> str:
+    """Return the path inside the repository for a file that lies there, so that runs may move between machines."""
+    absolute = path.resolve()
+    return absolute.relative_to(PROJECT_ROOT).as_posix() if absolute.is_relative_to(PROJECT_ROOT) else str(path)
+
+
+def _local_rows(path: Path) -> list[dict]:
+    if path.suffix == ".parquet":
+        import pyarrow.parquet
+
+        if not path.is_file():
+            raise UserError(f"no such file: {path}; check the path")
+        try:
+            rows = pyarrow.parquet.read_table(path).to_pylist()
+        except (pyarrow.ArrowException, OSError) as error:
+            raise UserError(f"{path} is not a readable parquet file: {str(error).splitlines()[0]}") from error
+    elif path.suffix == ".json":
+        rows = _json_rows(path)
+    elif path.suffix == ".jsonl":
+        rows = read_jsonl(path)
+    else:
+        raise UserError(f"{path} is not a data file: give one of {', '.join(LOCAL_SUFFIXES)}, or a hub name")
+    if not rows:
+        raise UserError(f"{path} is empty: at least one row is needed")
+    return rows
+
+
+def _json_rows(path: Path) -> list[dict]:
+    """A .json file holds one array of objects; many published ".json" files hold one object a line instead."""
+    try:
+        rows = read_json(path)
+    except UserError:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            first = next((line for line in file if line.strip()), "")
+        try:
+            one_object_a_line = isinstance(json.loads(first), dict)
+        except json.JSONDecodeError:
+            one_object_a_line = False
+        if not one_object_a_line:
+            raise
+        return read_jsonl(path)
+    if isinstance(rows, dict):
+        rows = [rows]
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise UserError(f"{path}: an array of JSON objects is needed")
+    return rows
+
+
+def _hub_rows(data: str, *, split: str, configs: Callable[[str], tuple[str | None, ...]]) -> tuple[list[dict], Source]:
+    name, _, revision = data.partition("@")
+    mend = "give a local file (--data FILE, data.source=FILE), or make the hub reachable"
+    import datasets
+
+    rows: list[dict] = []
+    fingerprints, revisions = [], set()
+    for config in configs(name):
+        try:
+            part = datasets.load_dataset(name, config, split=split, revision=revision or None)
+        except Exception as error:  # the hub client raises many kinds: absent, gated, offline, wrong config
+            cause = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") == "1" else ""
+            raise UserError(f"cannot load {data} from the hub{offline}: {cause[:300]}; {mend}") from error
+        rows.extend(part)
+        fingerprints.append(part._fingerprint)
+        for url in part.info.download_checksums or {}:
+            if "@" in url:  # hf://datasets/owner/name@<commit>/file
+                revisions.add(url.split("@", 1)[1].split("/", 1)[0])
+    if not rows:
+        raise UserError(f"{data} has no rows in split {split!r}; {mend}")
+    commit = revisions.pop() if len(revisions) == 1 else revision or None
+    return rows, Source(name=data, fingerprint="+".join(fingerprints), revision=commit)

@@ -1,0 +1,114 @@
+"""A run's folder: whose it is, what state it is in, and how a run ends.
+
+outputs/<run_id>/config.yaml   the resolved configuration; written first, it claims the folder
+                 claim.json    what else must stay as it was: number of processes, the local training file
+                 initial/      PiSSA's first factors
+                 checkpoints/  Trainer's, each with the list of its files
+                 adapter/ lora/ merged/
+                 log.jsonl     every logged step
+                 train.json    written last: what training and export did (status, times, terms, environment)
+"""
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ba_lora.config import RunConfig, load_config, resolve_path, to_yaml, training_hash
+from ba_lora.errors import UserError
+from ba_lora.io import disk_errors, read_json, sha256_file, write_json_atomic, write_text_atomic
+from ba_lora.results import now, write_result
+
+CLAIM = "claim.json"
+
+
+def claim_folder(config: RunConfig, *, num_processes: int = 1) -> Path:
+    """Make the run's folder, or take up one of the very same training configuration; return its path.
+
+    Raises UserError when the folder belongs to another configuration, another number of processes or another version
+    of a local training file, or holds something else. `overwrite=true`
+    empties it first. Call it on one process only.
+    """
+    path = config.run_path
+    saved = path / "config.yaml"
+    with disk_errors(path):
+        if path.is_file():
+            raise UserError(f"{path} is a file: choose another output_dir")
+        if config.overwrite and path.is_dir():
+            if any(path.iterdir()) and not saved.is_file():
+                raise UserError(f"{path} is no run's folder: it will not be emptied; choose another output_dir")
+            shutil.rmtree(path)
+            config.result_path.unlink(missing_ok=True)
+        if saved.is_file():
+            if training_hash(load_config(saved)) != training_hash(config):
+                raise UserError(
+                    f"{path} holds a run of another config: choose another output_dir, or overwrite=true to redo it"
+                )
+        elif path.is_dir() and any(file for file in path.iterdir() if not file.name.endswith(".tmp")):
+            raise UserError(f"{path} is not empty and no run's folder: choose another output_dir")
+        write_text_atomic(saved, to_yaml(config))
+        claim = {"num_processes": num_processes, "source_sha256": _source_sha256(config)}
+        earlier = read_json(path / CLAIM) if (path / CLAIM).is_file() else claim
+        if earlier["source_sha256"] != claim["source_sha256"]:
+            raise UserError(f"{config.data.source} has changed since {path.name} was started: overwrite=true redoes it")
+        if earlier["num_processes"] != num_processes and not is_trained(path, config):
+            raise UserError(
+                f"{path.name} was started on {earlier['num_processes']} processes, this is {num_processes}: the "
+                "effective batch would change on the way; use as many, or overwrite=true"
+            )
+        write_json_atomic(path / CLAIM, earlier)
+    return path
+
+
+def _source_sha256(config: RunConfig) -> str | None:
+    source = resolve_path(config.data.source) if config.data.source else None
+    return sha256_file(source) if source is not None and source.is_file() else None
+
+
+def is_trained(run_path: Path, config: RunConfig) -> bool:
+    """Whether training and export are done and what they wrote is still there."""
+    train_file = run_path / "train.json"
+    if not train_file.is_file():
+        return False
+    if read_json(train_file)["status"] != "ok":
+        return False
+    if config.adapter.init != "lora" and not (run_path / "lora").is_dir():
+        return False
+    if config.export.merged or config.adapter.tuner == "full":
+        if not (run_path / "merged" / "config.json").is_file():
+            return False
+    return config.adapter.tuner == "full" or (run_path / "adapter").is_dir()
+
+
+def finish(run_path: Path, config: RunConfig, facts: dict[str, Any]) -> dict[str, Any]:
+    """Write train.json and the result; return the result."""
+    write_json_atomic(run_path / "train.json", {"status": "ok", "error": None, "finished_at": now(), **facts})
+    return write_result(run_path, config)
+
+
+@contextlib.contextmanager
+def recorded(run_path: Path, config: RunConfig, *, main: bool) -> Iterator[None]:
+    """Write how the run ended when it does not end well: failed, oom or cancelled, with the error's first line."""
+    import torch
+
+    try:
+        yield
+    except BaseException as error:
+        if main and not isinstance(error, SystemExit):
+            status = "failed"
+            if isinstance(error, KeyboardInterrupt):
+                status = "cancelled"
+            elif isinstance(error, torch.OutOfMemoryError | MemoryError):
+                status = "oom"
+            text = f"{type(error).__name__}: {error}".splitlines()[0]
+            with contextlib.suppress(OSError, UserError):  # the first error is the one to report, on a full disk too
+                write_json_atomic(run_path / "train.json", {"status": status, "error": text, "finished_at": now()})
+                write_result(run_path, config)
+        if isinstance(error, torch.OutOfMemoryError):
+            raise UserError(
+                "out of GPU memory: lower trainer.per_device_train_batch_size (and raise "
+                "trainer.gradient_accumulation_steps), or set trainer.gradient_checkpointing=true"
+            ) from error
+        with disk_errors(run_path):
+            raise

@@ -1,0 +1,473 @@
+"""BALoRATrainer: transformers' Trainer with BA-LoRA's loss, named terms in the log, checkpoints that can be trusted.
+
+One micro-batch, in order: the reference pass under no_grad (only where the consistency term is in), the tuned pass,
+then the loss on the response positions alone. Both passes go through the wrapped model's own forward, so that DDP and
+DeepSpeed hooks run; the hidden states are caught on their way into the head.
+
+Reductions: the task, consistency and diversity terms are sums divided by the number of response positions of the
+whole effective batch (all micro-batches, all processes); the svd term is one value per micro-batch, averaged over all
+micro-batches of all processes. So 2 processes × b equals 1 process × b × accumulation 2, term by term.
+"""
+
+import contextlib
+import hashlib
+import inspect
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
+from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.utils import logging
+
+from ba_lora.config import BALoRAConfig
+from ba_lora.errors import UserError
+from ba_lora.io import disk_errors, write_json_atomic
+from ba_lora.losses import TermWeights, head_factor, nlg_loss
+from ba_lora.reference import Reference, build_reference
+from ba_lora.regularizers import response_mask, response_targets
+from ba_lora.schedules import scheduled_weight
+
+logger = logging.get_logger(__name__)
+
+TERMS = ("task", "consistency", "diversity", "svd")
+PER_POSITION = ("task", "consistency", "diversity")
+_NOT_YET = object()
+MANIFEST = "files.json"  # written last into a checkpoint: it is whole exactly when this fits
+
+
+class BALoRATrainer(Trainer):
+    """Trainer for causal language models under BA-LoRA's loss.
+
+    L = L_task + λ1 L_consistency + λ2 L_diversity + λ3 L_svd, from the response positions only.
+
+    Args beyond Trainer's: `regularizers`, the terms and their weights (all λ = 0 is plain fine-tuning, for PiSSA, LoRA
+    or full alike); `reference`, the frozen pre-trained model, built here from the untrained `model` when left out.
+    Logs per logging step, averaged over its optimizer steps: `task`, `consistency`, `diversity`, `svd` (unweighted),
+    `weighted_*` (times λ(t)) and `share_*` (|weighted| / Σ |weighted|).
+    """
+
+    loss_is_scaled_for_ga = True  # compute_loss divides by the whole effective batch itself
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        *,
+        regularizers: BALoRAConfig,
+        reference: Reference | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if reference is None and regularizers.lambda_consistency > 0:
+            reference = build_reference(model)
+        if is_deepspeed_zero3_enabled() and reference is not None and reference.frozen_model is not None:
+            raise UserError("full fine-tuning with the consistency term cannot run under ZeRO-3: use ZeRO-2")
+        if args.n_gpu > 1:
+            raise UserError("several GPUs in one process are not supported: use accelerate launch or torchrun")
+        super().__init__(model=model, args=args, **kwargs)
+        self.regularizers = regularizers
+        self.reference = reference
+        if reference is not None and reference.frozen_model is not None:
+            reference.frozen_model.to(self.args.device)
+        self.model_accepts_loss_kwargs = True  # makes Trainer count the response positions of the effective batch
+        self._log_sums: dict[str, Tensor] = {}
+        self._logged_steps = 0.0
+        self._svd_factor: Tensor | None | object = _NOT_YET
+        self._head_checked = self._changes_logits = False
+        self._spares_logits: bool | None = None
+        self._orthogonality_weight = adalora_orthogonality_weight(model)
+        if self._orthogonality_weight is not None:
+            if self.is_deepspeed_enabled:
+                raise UserError("AdaLoRA ranks directions by gradients that DeepSpeed hides: use DDP or one process")
+            self.add_callback(AdaLoraCallback())
+        for callback in (ProgressCallback, PrinterCallback):  # one line of loss terms instead of a dictionary
+            if self.pop_callback(callback) is not None:
+                self.add_callback(TermsCallback(show_bar=callback is ProgressCallback))
+
+    # ---- the loss ----
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        """Return the micro-batch's share of the effective batch's loss.
+
+        `num_items_in_batch` is the number of response positions of the effective batch; without it (evaluation, or
+        direct calls) the micro-batch stands alone.
+        """
+        inputs = dict(inputs)
+        labels_BT = inputs.pop("labels")
+        mask_BT, targets_N = response_mask(labels_BT), response_targets(labels_BT)
+        reference_hidden_ND = None
+        if self.regularizers.lambda_consistency > 0:
+            with (
+                torch.no_grad(),
+                self._without_dropout(model),
+                self.accelerator.autocast(),  # which a frozen copy, unlike the prepared model, does not bring along
+                self.reference.use(model) as module,
+            ):
+                reference_hidden_ND, _ = self._hidden(module, inputs, mask_BT)
+        hidden_ND, head = self._hidden(model, inputs, mask_BT)
+
+        training = model.training and num_items_in_batch is not None
+        positions = num_items_in_batch if training else max(targets_N.numel(), 1)
+        weights, lambdas = self._weights(positions, training=training)
+        with self.accelerator.autocast():
+            total, terms = nlg_loss(
+                hidden_ND,
+                reference_hidden_ND,
+                head,
+                targets_N,
+                weights=weights,
+                config=self.regularizers,
+                head_factor_DD=self._head_factor(head),
+            )
+        if self._orthogonality_weight is not None:
+            micro_batches = self.current_gradient_accumulation_steps if training else 1
+            total = total + self._orthogonality_weight / micro_batches * adalora_orthogonality(model)
+        if training:
+            self._record(terms, lambdas, positions)
+        return (total, {"loss": total}) if return_outputs else total
+
+    def _weights(self, positions: Tensor | int, *, training: bool) -> tuple[TermWeights, dict[str, float]]:
+        """Return the factors of the terms and λ(t). DDP and DeepSpeed average gradients over the processes, hence
+        their number in the per-position factors."""
+        settings = self.regularizers
+        lambdas = {
+            term: scheduled_weight(
+                getattr(settings, f"{term}_schedule"),
+                getattr(settings, f"lambda_{term}"),
+                step=self.state.global_step,
+                num_steps=self.state.max_steps,
+            )
+            for term in TERMS[1:]
+        }
+        shared = training and self.args.average_tokens_across_devices
+        scale = (self.accelerator.num_processes if shared else 1) / positions
+        micro_batches = self.current_gradient_accumulation_steps if training else 1
+        return TermWeights(
+            task=scale,
+            consistency=lambdas["consistency"] * scale,
+            diversity=lambdas["diversity"] * scale,
+            svd=lambdas["svd"] / micro_batches,
+        ), lambdas
+
+    def _hidden(
+        self, module: nn.Module, inputs: dict[str, Tensor], mask_BT: Tensor
+    ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """Return what goes into the head at the positions of the mask, [N, D], and the head itself.
+
+        Architectures that change the logits after the head (soft-capping, scaling; checked once) are taken by their
+        logits, with the identity as head; so is ZeRO-3, which frees the head's weight between forward and backward.
+        """
+        base = self._unwrap(module)
+        if is_deepspeed_zero3_enabled() or self._changes_logits:
+            return module(**inputs, use_cache=False).logits[mask_BT], _identity
+        caught = {}
+
+        def catch(_module: nn.Module, _args: tuple, output: Any) -> None:
+            caught["hidden"] = output[0] if isinstance(output, tuple) else output.last_hidden_state
+
+        handle = base.get_decoder().register_forward_hook(catch)
+        try:
+            outputs = module(**inputs, use_cache=False, **self._last_logits_only(base))
+        finally:
+            handle.remove()
+        if not self._head_checked:
+            self._check_head(base.get_output_embeddings(), caught["hidden"], outputs.logits)
+        if self._changes_logits:
+            return module(**inputs, use_cache=False).logits[mask_BT], _identity
+        return caught["hidden"][mask_BT], base.get_output_embeddings()
+
+    def _last_logits_only(self, base: nn.Module) -> dict[str, int]:
+        """Return the argument that spares the model's own logits, where the architecture knows it."""
+        if self._spares_logits is None:
+            self._spares_logits = "logits_to_keep" in inspect.signature(base.forward).parameters
+        return {"logits_to_keep": 1} if self._spares_logits else {}
+
+    def _check_head(self, head: nn.Module, hidden_BTD: Tensor, logits_BTV: Tensor) -> None:
+        """Compare the head's output with the model's own last logits, once: is nothing done to them in between?"""
+        with torch.no_grad(), self.accelerator.autocast():
+            ours, theirs = head(hidden_BTD[:, -1]).float(), logits_BTV[:, -1].float()
+        tolerance = 0.02 * theirs.abs().max().clamp(min=1.0)
+        self._changes_logits = not bool((ours - theirs).abs().max() <= tolerance)
+        self._head_checked = True
+        if self._changes_logits:
+            logger.warning("this architecture changes its logits after the head: the loss is taken from the logits")
+
+    def _head_factor(self, head: Callable[[Tensor], Tensor]) -> Tensor | None:
+        """Return the head's factor for the svd term, computed at the first call; None where the logits must serve."""
+        if self.regularizers.lambda_svd > 0 and self._svd_factor is _NOT_YET:
+            with torch.autocast(self.args.device.type, enabled=False):
+                self._svd_factor = head_factor(head)
+            if self._svd_factor is None:
+                logger.warning("the svd term is taken from the logits: no whole, frozen, linear head is at hand")
+        return self._svd_factor if self.regularizers.lambda_svd > 0 else None
+
+    def _unwrap(self, module: nn.Module) -> nn.Module:
+        module = self.accelerator.unwrap_model(module, keep_torch_compile=False)
+        return module.get_base_model() if hasattr(module, "get_base_model") else module
+
+    @contextlib.contextmanager
+    def _without_dropout(self, model: nn.Module) -> Iterator[None]:
+        """Run the reference pass in evaluation mode: dropout, of modules or inside attention, would be noise in it."""
+        training = model.training
+        model.eval()
+        try:
+            yield
+        finally:
+            model.train(training)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """Trainer's own, but for grouping by length: there an epoch's order depends on seed and epoch alone."""
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        return SeededLengthGroupedSampler(
+            self.args.train_batch_size * self.args.gradient_accumulation_steps,
+            lengths=[len(ids) for ids in (train_dataset or self.train_dataset)["input_ids"]],
+            seed=self.args.data_seed if self.args.data_seed is not None else self.args.seed,
+        )
+
+    # ---- the log ----
+
+    def _record(self, terms: dict[str, Tensor], lambdas: dict[str, float], positions: Tensor | int) -> None:
+        """Add this micro-batch's share of each term's value to the running sums (on the device, no synchronisation)."""
+        micro_batches = self.current_gradient_accumulation_steps * self.accelerator.num_processes
+        for term in TERMS:
+            if term not in terms:
+                continue
+            share = terms[term] / (positions if term in PER_POSITION else micro_batches)
+            if term == "consistency":  # the adaptive λ1 is no plain factor; undo the process count of `_weights`
+                weighted = terms["weighted_consistency"]
+                if self.args.average_tokens_across_devices:
+                    weighted = weighted / self.accelerator.num_processes
+            else:
+                weighted = share * lambdas.get(term, 1.0)
+            for name, value in ((term, share), (f"weighted_{term}", weighted)):
+                self._log_sums[name] = self._log_sums.get(name, 0.0) + value.detach().double()
+        self._logged_steps += 1 / self.current_gradient_accumulation_steps
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the terms, averaged over the optimizer steps since the last log and summed over all processes."""
+        if self._logged_steps and "loss" in logs:
+            names = sorted(self._log_sums)
+            sums = torch.stack([self._log_sums[name] for name in names])
+            values = self.accelerator.reduce(sums, reduction="sum") / self._logged_steps
+            averages = dict(zip(names, values.tolist(), strict=True))
+            whole = sum(abs(averages[f"weighted_{term}"]) for term in TERMS if term in averages)
+            for term in TERMS:
+                if term in averages:
+                    logs[term] = averages[term]
+            for term in TERMS[1:]:
+                if term in averages:
+                    logs[f"weighted_{term}"] = averages[f"weighted_{term}"]
+                    logs[f"share_{term}"] = abs(averages[f"weighted_{term}"]) / whole if whole else 0.0
+            self._log_sums, self._logged_steps = {}, 0.0
+        super().log(logs, start_time)
+
+    # ---- checkpoints ----
+
+    def plain_model(self) -> nn.Module:
+        """Return the model to compare exports with: without autocast, but with the engine that ZeRO-3 needs."""
+        if is_deepspeed_zero3_enabled():
+            return self.model_wrapped
+        return self.accelerator.unwrap_model(self.model_wrapped, keep_fp32_wrapper=False, keep_torch_compile=False)
+
+    def train_or_resume(self, checkpoints: Path, *, num_steps: int) -> Path | None:
+        """Train to step `num_steps`, from the newest whole checkpoint below `checkpoints` if there is one; return it.
+
+        A checkpoint of the last step is only loaded: Trainer would go on and take one step more when the last step
+        lies inside an epoch. DeepSpeed cannot load without its engine, and repeats the steps since the one before.
+        """
+        before = num_steps if self.is_deepspeed_enabled else None
+        checkpoint = find_checkpoint(checkpoints, before=before)
+        if checkpoint is not None and self._orthogonality_weight is not None:
+            logger.warning("AdaLoRA keeps the importance of its directions in no checkpoint: training starts over")
+            checkpoint = None
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():  # else Trainer's rotation would take a damaged newer one for the newest
+            for path in checkpoints.glob("checkpoint-*"):
+                if checkpoint is None or _step_of(path) > _step_of(checkpoint):
+                    shutil.rmtree(path)
+        self.accelerator.wait_for_everyone()
+        if checkpoint is not None and _step_of(checkpoint) >= num_steps:
+            self._load_from_checkpoint(str(checkpoint))
+            self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        else:
+            self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        return checkpoint
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        with disk_errors(folder):
+            if folder.exists() and self.args.should_save:  # left half-written by a killed run
+                shutil.rmtree(folder)
+            self.accelerator.wait_for_everyone()
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                write_checkpoint_manifest(folder)
+
+
+class SeededLengthGroupedSampler(LengthGroupedSampler):
+    """Rows of like length together, in an order that a resumed run finds again (Trainer's draws from global state)."""
+
+    def __init__(self, batch_size: int, *, lengths: list[int], seed: int) -> None:
+        super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        self.generator.manual_seed(self.seed + self.epoch)
+        return super().__iter__()
+
+
+class TermsCallback(ProgressCallback):
+    """A progress bar, and every log as one line: step, loss, each term with its share of the total, learning rate."""
+
+    def __init__(self, *, show_bar: bool = True) -> None:
+        super().__init__()
+        self.show_bar = show_bar
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.show_bar:
+            super().on_train_begin(args, state, control, **kwargs)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.show_bar:
+            super().on_step_end(args, state, control, **kwargs)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.show_bar:
+            super().on_train_end(args, state, control, **kwargs)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if not state.is_world_process_zero or not logs or "loss" not in logs:
+            return
+        line = terms_line(logs, step=state.global_step, num_steps=state.max_steps)
+        if self.show_bar and self.training_bar is not None:
+            self.training_bar.write(line)
+        else:
+            print(line, flush=True)
+
+
+def terms_line(logs: dict[str, float], *, step: int, num_steps: int) -> str:
+    """Return `step 20/188 | loss 1.234 | task 1.230 | consistency 0.0123 (0.4 %) | … | lr 9.1e-04`."""
+    parts = [f"step {step}/{num_steps}", f"loss {logs['loss']:.4f}"]
+    for term in TERMS:
+        if term in logs:
+            share = f" ({100 * logs[f'share_{term}']:.2g} %)" if f"share_{term}" in logs else ""
+            parts.append(f"{term} {logs[term]:.4g}{share}")
+    if "learning_rate" in logs:
+        parts.append(f"lr {logs['learning_rate']:.1e}")
+    return " | ".join(parts)
+
+
+class AdaLoraCallback(TrainerCallback):
+    """AdaLoRA's pruning after each optimizer step, while the gradients that rank the directions are still there."""
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        getattr(model, "module", model).base_model.update_and_allocate(state.global_step)
+
+
+def adalora_orthogonality_weight(model: nn.Module) -> float | None:
+    """Return the weight of AdaLoRA's orthogonality term, or None for any other model."""
+    config = getattr(model, "peft_config", {}).get("default")
+    return config.orth_reg_weight if getattr(config, "peft_type", None) == "ADALORA" else None
+
+
+def adalora_orthogonality(model: nn.Module) -> Tensor:
+    """Return the mean over all factors P, Q of ‖P Pᵀ − I‖_F (arXiv 2303.10512, eq. 4).
+
+    PEFT adds this term only to a loss that the model computes itself, and once per micro-batch unscaled.
+    """
+    norms = []
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name or "lora_B" in name:
+            gram = parameter @ parameter.T if "lora_A" in name else parameter.T @ parameter
+            norms.append(torch.linalg.norm(gram - torch.eye(gram.shape[0], device=gram.device, dtype=gram.dtype)))
+    return torch.stack(norms).mean()
+
+
+def write_checkpoint_manifest(folder: Path) -> None:
+    """Record size and sha256 of every file of a finished checkpoint (files above 1 GiB: size alone)."""
+    assert folder.is_dir(), f"{folder} was removed while it was written"
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
+    write_json_atomic(folder / MANIFEST, _describe(folder))
+
+
+def find_checkpoint(folder: Path, *, before: int | None = None) -> Path | None:
+    """Return the newest whole checkpoint below `folder` (of a step below `before`), or None.
+
+    A damaged newer one is named in a warning.
+    """
+    found = [path for path in folder.glob("checkpoint-*") if path.is_dir() and path.name.split("-")[-1].isdigit()]
+    for path in sorted(found, key=_step_of, reverse=True):
+        if before is not None and _step_of(path) >= before:
+            continue
+        fault = checkpoint_fault(path)
+        if fault is None:
+            return path
+        logger.warning(f"{path} is damaged ({fault}): going back to the checkpoint before it")
+    return None
+
+
+def checkpoint_fault(folder: Path) -> str | None:
+    """Return what is wrong with a checkpoint, or None when every file is as it was written."""
+    try:
+        recorded = json.loads((folder / MANIFEST).read_text())
+    except FileNotFoundError:
+        return "it was not finished"
+    except (OSError, ValueError) as error:
+        return f"{MANIFEST} cannot be read: {error}"
+    if not recorded:
+        return f"{MANIFEST} lists no files"
+    for name, entry in recorded.items():
+        file = folder / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != entry["bytes"]:
+            return f"{name} has {file.stat().st_size} bytes instead of {entry['bytes']}"
+        if entry["sha256"] is not None and _sha256(file) != entry["sha256"]:
+            return f"{name} has other contents than were written"
+    return None
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.split("-")[-1])
+
+
+def _describe(folder: Path) -> dict[str, dict[str, Any]]:
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != MANIFEST)
+    return {
+        str(file.relative_to(folder)): {
+            "bytes": file.stat().st_size,
+            "sha256": _sha256(file) if file.stat().st_size <= 2**30 else None,
+        }
+        for file in files
+    }
+
+
+def _sha256(file: Path) -> str:
+    with open(file, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _identity(tensor: Tensor) -> Tensor:
+    return tensor

@@ -1,0 +1,205 @@
+"""Training rows for the NLG experiments: load, put into the Alpaca frame, tokenize, label the response alone.
+
+Every set is read from the hub by name or from a local json, jsonl or parquet file of the same columns:
+
+    toy           generated (data/toy.py)
+    metamathqa    query, response                    meta-math/MetaMathQA
+    codefeedback  query, answer                      m-a-p/CodeFeedback-Filtered-Instruction
+    wizardlm      conversations (first exchange)     WizardLMTeam/WizardLM_evol_instruct_V2_196k
+    gsm8k         question, answer (ends "#### N")   openai/gsm8k
+"""
+
+import random
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ba_lora.config import DataConfig, resolve_path
+from ba_lora.errors import UserError
+from ba_lora.prompts import build_prompt
+from ba_lora.rows import LOCAL_SUFFIXES, load_rows
+from data import manifest
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+IGNORE_INDEX = -100
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a set lives, the columns it needs, and how a row becomes (instruction, response)."""
+
+    hub: str | None
+    columns: tuple[str, ...]
+    to_pair: Callable[[dict[str, Any]], tuple[str, str]]
+    subset: str | None = None
+
+
+def _metamathqa_pair(row: dict[str, Any]) -> tuple[str, str]:
+    return row["query"], row["response"]
+
+
+def _codefeedback_pair(row: dict[str, Any]) -> tuple[str, str]:
+    return row["query"], row["answer"]
+
+
+def _wizardlm_pair(row: dict[str, Any]) -> tuple[str, str]:
+    """Return the first human turn and the answer to it; ("", "") where the conversation does not start that way."""
+    turns = row["conversations"]
+    if len(turns) < 2 or turns[0].get("from") != "human" or turns[1].get("from") != "gpt":
+        return "", ""
+    return turns[0]["value"], turns[1]["value"]
+
+
+def _gsm8k_pair(row: dict[str, Any]) -> tuple[str, str]:
+    """Drop the calculator notes (<<48/2=24>>) and end with "The answer is: N" as MetaMathQA does."""
+    solution = re.sub(r"<<[^<>]*>>", "", row["answer"])
+    return row["question"], re.sub(r"####\s*(.+?)\s*$", r"The answer is: \1", solution)
+
+
+SOURCES = {
+    "toy": Source(None, ("query", "response"), _metamathqa_pair),
+    "metamathqa": Source("meta-math/MetaMathQA", ("query", "response"), _metamathqa_pair),
+    "codefeedback": Source("m-a-p/CodeFeedback-Filtered-Instruction", ("query", "answer"), _codefeedback_pair),
+    "wizardlm": Source("WizardLMTeam/WizardLM_evol_instruct_V2_196k", ("conversations",), _wizardlm_pair),
+    "gsm8k": Source("openai/gsm8k", ("question", "answer"), _gsm8k_pair, subset="main"),
+}
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The tokenized rows (input_ids, labels, length) and what became of the raw ones."""
+
+    dataset: "Dataset"
+    report: dict[str, Any]
+
+
+def load_training_data(config: DataConfig, tokenizer: "PreTrainedTokenizerBase") -> TrainingData:
+    """Return the rows `config` names, tokenized.
+
+    Labels are −100 but on the response and its EOS. A row longer than `max_length` is cut (it then has no EOS); a row
+    of which nothing of the response would be left is dropped. Both are counted in the report, as are rows without text.
+    Raises UserError for a missing or empty file, wrong columns, a broken line, an absent set, or when no row is left.
+    """
+    rows, origin = _read_rows(config)
+    source = SOURCES[config.name]
+    checked = manifest.check(config.name, config.split, rows, source.columns)
+    rows = _choose(rows, config)
+    encoded, cut, dropped, empty = [], 0, 0, 0
+    for row in rows:
+        try:
+            instruction, response = source.to_pair(row)
+            instruction, response = instruction.strip(), response.strip()
+        except (AttributeError, TypeError, KeyError) as error:
+            raise UserError(
+                f"{origin['source']}: a row's {', '.join(source.columns)} is not text: {row!r:.120}"
+            ) from error
+        if not instruction or not response:
+            empty += 1
+            continue
+        item = encode(instruction, response, tokenizer, max_length=config.max_length)
+        if item is None:
+            dropped += 1
+            continue
+        cut += item.pop("cut")
+        encoded.append(item)
+    report = {
+        "name": config.name,
+        **origin,
+        "rows_read": len(rows),
+        "rows_used": len(encoded),
+        "rows_cut": cut,
+        "rows_dropped": dropped,
+        "rows_empty": empty,
+        "sha256": checked["sha256"],
+        "manifest": checked["status"],
+    }
+    if not encoded:
+        raise UserError(
+            f"no row of {origin['source']} is left to train on: all {len(rows)} are empty or their prompt alone fills "
+            f"data.max_length={config.max_length}; raise data.max_length or check the file"
+        )
+    from datasets import Dataset
+
+    report["tokens"] = sum(item["length"] for item in encoded)
+    report["response_tokens"] = sum(sum(label != IGNORE_INDEX for label in item["labels"]) for item in encoded)
+    return TrainingData(Dataset.from_list(encoded), report)
+
+
+def encode(
+    instruction: str, response: str, tokenizer: "PreTrainedTokenizerBase", *, max_length: int
+) -> dict[str, Any] | None:
+    """Return input_ids, labels, length and cut for one row, or None where `max_length` leaves nothing of the response.
+
+    One space joins prompt and response (the paper is silent; its evaluation prompts go on with a space too).
+    """
+    prompt = build_prompt(instruction)
+    prompt_ids = tokenizer(prompt)["input_ids"]
+    eos = [tokenizer.eos_token_id]
+    if prompt_ids and prompt_ids[-1] == tokenizer.eos_token_id:  # some tokenizers end every text with EOS
+        prompt_ids, eos = prompt_ids[:-1], []
+    input_ids = tokenizer(f"{prompt} {response}")["input_ids"] + eos
+    if (
+        input_ids[: len(prompt_ids)] != prompt_ids
+    ):  # a token spans the seam: generation will start from the prompt's ids
+        input_ids = prompt_ids + tokenizer(f" {response}", add_special_tokens=False)["input_ids"]
+        input_ids.append(tokenizer.eos_token_id)
+    if len(prompt_ids) >= max_length:
+        return None
+    cut = len(input_ids) > max_length
+    input_ids = input_ids[:max_length]
+    labels = [IGNORE_INDEX] * len(prompt_ids) + input_ids[len(prompt_ids) :]
+    return {"input_ids": input_ids, "labels": labels, "length": len(input_ids), "cut": cut}
+
+
+def _read_rows(config: DataConfig) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    source = SOURCES[config.name]
+    if config.name == "toy" and config.source is None:
+        from data import toy
+
+        settings = config.toy
+        try:
+            rows = toy.generate(
+                num_rows=config.num_rows,
+                seed=settings.seed,
+                split="finetune",
+                label_noise=settings.label_noise,
+                noisy_families=tuple(settings.noisy_families),
+                imbalance=settings.imbalance,
+            )
+        except ValueError as error:
+            raise UserError(f"data.toy: {error}") from error
+        return rows, {"source": "generated by data/toy.py", "revision": None, "file_sha256": None}
+    name, revision = config.source or source.hub, config.revision
+    if config.source is None:
+        revision = revision or manifest.pinned_revision(config.name)
+    if resolve_path(name).exists():
+        name = str(resolve_path(name))
+    elif revision and not name.endswith(LOCAL_SUFFIXES):
+        name = f"{name}@{revision}"
+    rows, where = load_rows(name, split=config.split, configs=lambda hub: (source.subset,))
+    origin = {"source": where.name, "revision": where.revision, "file_sha256": where.sha256}
+    found = sorted(rows[0])
+    missing = [column for column in source.columns if column not in found]
+    if missing:
+        raise UserError(
+            f"{name} has the columns {', '.join(found)}; data.name={config.name} needs {', '.join(source.columns)}: "
+            "choose the matching data.name, or rename the columns"
+        )
+    for number, row in enumerate(rows):
+        if any(column not in row for column in source.columns):
+            raise UserError(f"{name}, row {number} lacks a column: {', '.join(source.columns)} are needed in every row")
+    return rows, origin
+
+
+def _choose(rows: list[dict[str, Any]], config: DataConfig) -> list[dict[str, Any]]:
+    """Return the first `num_rows`, or a sample of that size drawn with `sample_seed` (in the file's order)."""
+    if config.num_rows is None or config.num_rows >= len(rows):
+        return rows
+    if config.sample_seed is None:
+        return rows[: config.num_rows]
+    chosen = sorted(random.Random(config.sample_seed).sample(range(len(rows)), config.num_rows))
+    return [rows[index] for index in chosen]

@@ -1,0 +1,498 @@
+"""Generate completions: models and tasks in, one jsonl file each out. One engine start serves all tasks and all
+adapters of a base.
+
+    python -m eval.generate --model DIR [DIR …] --task gsm8k [TASK …] [--engine auto|vllm|hf] [--data FILE]
+                            [--output DIR] [key=value …]
+
+A model is
+- a run folder (it has a config.yaml). Runs of one base that are asked for together are served hot, as adapters on that
+  base: lora/ where PiSSA made one, else adapter/. A run alone, and one whose adapter vLLM cannot serve (full
+  fine-tuning, DoRA, AdaLoRA, LoHa, a 4-bit base), is served from merged/. `serve=merged` or `serve=hot` overrides;
+- a PEFT adapter folder, served hot on the base that its adapter_config.json names. The adapter/ of a PiSSA run is
+  refused: it belongs to changed base weights;
+- a model folder or a hub id.
+
+The rule does not look at the engine, so that both engines answer with the same weights.
+
+--data is a file for a single task, or TASK=FILE for several. The completions of a run go to
+RUN/completions/<task>.jsonl, those of other models to --output DIR/<task>.jsonl (DIR/<model>/<task>.jsonl for several
+models). A line is {"task_id", "sample", "prompt", "completion", "finish_reason"}; beside it <task>.meta.json tells
+what made the file.
+
+In a task of several turns (mt_bench) the second prompt holds the model's first answer, sample by sample.
+
+Keys: max_new_tokens (default: the task's), temperature (0 = greedy; default: the task's, greedy for most), top_p and
+num_samples (default: the task's), the task's own choices (humaneval: protocol; mbpp: subset), seed, limit (first N
+items), template (default: the task's; a key of ba_lora.prompts.TEMPLATES, or fschat/NAME for the form of a published
+chat model, whose stop strings then take the place of the task's), batch_size, dtype (auto, float32, bfloat16,
+float16), max_model_len, attention (sdpa, eager, flash_attention_2; hf only), tensor_parallel_size,
+gpu_memory_utilization (vllm only), revision, trust_remote_code, serve (auto, hot, merged).
+"""
+
+import argparse
+import collections
+import dataclasses
+import difflib
+import importlib.metadata
+import re
+import sys
+import time
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ba_lora.errors import UserError, run_entry_point
+from ba_lora.io import write_json_atomic, write_jsonl_atomic
+from ba_lora.prompts import build_conversation, build_prompt, prompt_hash, template_stops
+from eval import engines
+from eval.engines import Completion, Engine, EngineOptions, Sampling, open_engine
+from eval.tasks import TASKS, get_task
+from eval.tasks.base import Item, Source, Task
+
+SERVE = ("auto", "hot", "merged")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `key=value` can set; None: the task's or the engine's own."""
+
+    max_new_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    num_samples: int | None = None
+    seed: int = 0
+    limit: int | None = None
+    template: str | None = None
+    batch_size: int | None = None
+    dtype: str = "auto"
+    max_model_len: int | None = None
+    attention: str = "sdpa"
+    tensor_parallel_size: int = 1
+    gpu_memory_utilization: float = 0.9
+    revision: str | None = None
+    trust_remote_code: bool = False
+    serve: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.serve not in SERVE:
+            raise UserError(f"serve={self.serve} is unknown: choose one of {', '.join(SERVE)}")
+        if self.limit is not None and self.limit < 1:
+            raise UserError(f"limit is {self.limit}: it must be at least 1")
+        temperature = self.temperature if self.temperature is not None else float((self.num_samples or 1) > 1)
+        self.sampling(max_new_tokens=1, stop=(), temperature=temperature)  # checks the values
+
+    def sampling(
+        self,
+        *,
+        max_new_tokens: int,
+        stop: tuple[str, ...],
+        temperature: float,
+        top_p: float = 1.0,
+        num_samples: int = 1,
+    ) -> Sampling:
+        """Return the settings for items whose defaults are given. Greedy by request means one sample by default."""
+        if self.temperature == 0:
+            num_samples = 1
+        return Sampling(
+            max_new_tokens=self.max_new_tokens if self.max_new_tokens is not None else max_new_tokens,
+            temperature=self.temperature if self.temperature is not None else temperature,
+            top_p=self.top_p if self.top_p is not None else top_p,
+            num_samples=self.num_samples if self.num_samples is not None else num_samples,
+            stop=stop,
+            seed=self.seed,
+        )
+
+    def engine(self) -> EngineOptions:
+        """Return what the engine is told."""
+        shared = {entry.name for entry in dataclasses.fields(EngineOptions)}
+        return EngineOptions(**{name: value for name, value in vars(self).items() if name in shared})
+
+
+@dataclass(frozen=True)
+class Job:
+    """A model as it is served: `base` alone, or with the PEFT adapter in `adapter`.
+
+    name: what the user typed; served: merged, lora, adapter or model; run: the run folder, None for other models.
+    """
+
+    name: str
+    base: str
+    served: str
+    adapter: Path | None = None
+    run: Path | None = None
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one task asks.
+
+    instructions[i]: of items[i], after those of the turns before it; earlier[i]: the places of those turns in `items`;
+    samplings[i]: how to draw items[i].
+    """
+
+    task: Task
+    source: Source
+    items: list[Item]
+    instructions: list[list[str]]
+    earlier: list[list[int]]
+    samplings: list[Sampling]
+    template: str
+
+    def prompts(self, index: int, answers: Sequence[Sequence[Completion]]) -> list[str]:
+        """Return the prompts of items[index], given the completions so far: one, or one for each sample of the turn
+        before."""
+        turns, template = self.earlier[index], self.template
+        if not turns:
+            return [build_prompt(self.instructions[index][0], template=template)]
+        return [
+            build_conversation(self.instructions[index], [answer.text for answer in history], template=template)
+            for history in zip(*(answers[turn] for turn in turns), strict=True)
+        ]
+
+
+def parse_options(arguments: Sequence[str]) -> Options:
+    """Read `key=value` arguments. Raises UserError for an unknown key (with the nearest) or a bad value."""
+    known = {entry.name: typing.get_args(entry.type) or (entry.type,) for entry in dataclasses.fields(Options)}
+    values: dict[str, typing.Any] = {}
+    for argument in arguments:
+        key, equals, text = argument.partition("=")
+        if not equals or key not in known:
+            near = difflib.get_close_matches(key, known, n=3, cutoff=0.4)
+            hint = f"did you mean {' or '.join(near)}? " if near else ""
+            raise UserError(f"unknown option {argument!r}: {hint}keys: {', '.join(known)}")
+        values[key] = _parse_value(key, text, known[key])
+    return Options(**values)
+
+
+def _parse_value(key: str, text: str, kinds: tuple[type, ...]) -> object:
+    if type(None) in kinds and text.lower() in ("", "none", "null"):
+        return None
+    if bool in kinds:
+        if text.lower() not in ("true", "false"):
+            raise UserError(f"{key}={text}: true or false is needed")
+        return text.lower() == "true"
+    try:
+        return kinds[0](text)
+    except ValueError as error:
+        raise UserError(f"{key}={text}: {'a whole number' if int in kinds else 'a number'} is needed") from error
+
+
+def plan(models: Sequence[str], *, serve: str = "auto", revision: str | None = None) -> list[Job]:
+    """Decide how each model is served; see the head of this file. Raises UserError for a folder that holds none."""
+    repeated = {name for name in models if list(models).count(name) > 1}
+    if repeated:
+        raise UserError(f"--model names {sorted(repeated)[0]} twice")
+    bases = [_hot_base(Path(name)) for name in models]  # base of a run that can be served hot, else None
+    jobs = []
+    for name, base in zip(models, bases, strict=True):
+        path = Path(name)
+        if (path / "config.yaml").is_file():
+            shared = base is not None and bases.count(base) > 1
+            merged = (path / "merged" / "config.json").is_file()
+            if serve == "hot" and base is None:
+                raise UserError(f"{name} cannot be served hot: no plain LoRA adapter in it; leave serve=hot out")
+            if serve == "merged" and not merged:
+                raise UserError(f"{name}/merged is missing: export the run with export.merged=true, or use serve=hot")
+            if base is not None and (serve == "hot" or (serve == "auto" and (shared or not merged))):
+                adapter = _hot_adapter(path)
+                jobs.append(Job(name, base, adapter.name, adapter=adapter, run=path, revision=_run_model(path)[1]))
+            elif merged:
+                jobs.append(Job(name, str(path / "merged"), "merged", run=path))
+            else:
+                raise UserError(f"{name} holds neither merged/ nor an adapter to serve: finish its training and export")
+        elif (path / "adapter_config.json").is_file():
+            jobs.append(Job(name, engines.adapter_base(path), "adapter", adapter=path, revision=revision))
+        else:
+            engines.require_model(name)
+            jobs.append(Job(name, name, "model", revision=None if path.is_dir() else revision))
+    return jobs
+
+
+def _hot_adapter(run: Path) -> Path:
+    return run / "lora" if (run / "lora" / "adapter_config.json").is_file() else run / "adapter"
+
+
+def _run_model(run: Path) -> tuple[bool, str | None]:
+    """Return whether a run's base was quantised, and the base's hub revision."""
+    from ba_lora.config import load_config
+
+    model = load_config(run / "config.yaml").model
+    return model.quantization != "none", model.revision
+
+
+def _hot_base(run: Path) -> str | None:
+    """Return the base of a run folder whose adapter may be served hot, None for every other model."""
+    adapter = _hot_adapter(run)
+    if not (run / "config.yaml").is_file() or not (adapter / "adapter_config.json").is_file() or _run_model(run)[0]:
+        return None
+    return None if engines.hot_obstacle(engines.read_adapter(adapter)) else engines.adapter_base(adapter)
+
+
+def load_work(task: Task, data: str | None, options: Options) -> Work:
+    """Load a task's items and decide on their prompts and sampling."""
+    items, source = task.load(data)
+    items = task.select(items)[: options.limit]
+    template = options.template if options.template is not None else task.template
+    stop = template_stops(template)
+    if stop is None:
+        build_prompt("", template=template)  # an unknown template is told before a model is loaded
+        stop = tuple(task.stop)
+    places = {item.task_id: place for place, item in enumerate(items)}
+    earlier: list[list[int]] = []
+    for item in items:
+        before = [] if item.follows is None else [places[item.follows]]
+        earlier.append([*earlier[before[0]], *before] if before else [])
+    samplings = [
+        options.sampling(
+            max_new_tokens=task.max_new_tokens,
+            stop=stop,
+            temperature=task.temperature(item),
+            top_p=task.top_p,
+            num_samples=task.num_samples,
+        )
+        for item in items
+    ]
+    instructions = [[items[place].instruction for place in [*turns, index]] for index, turns in enumerate(earlier)]
+    return Work(task, source, items, instructions, earlier, samplings, template)
+
+
+def output_paths(jobs: Sequence[Job], output: str | None) -> list[Path]:
+    """Return the folder of each job's completions. Raises UserError where a model that is no run has no --output."""
+    paths = []
+    for job in jobs:
+        if output is None:
+            if job.run is None:
+                raise UserError(f"{job.name} is no run folder: say with --output DIR where its completions go")
+            paths.append(job.run / "completions")
+        else:
+            name = re.sub(r"[^\w.-]+", "-", job.name.strip("/")).strip("-.") or "model"
+            paths.append(Path(output) / name if len(jobs) > 1 else Path(output))
+    if len(set(paths)) < len(paths):
+        raise UserError("two models would write to the same folder: name them differently, or leave --output out")
+    return paths
+
+
+def needed_length(base: str, works: Sequence[Work], options: EngineOptions) -> int | None:
+    """Return the context that these prompts can use at most (less than the model's own saves vLLM memory)."""
+    limit = engines.context_length(engines.load_config(base, options))
+    if options.max_model_len is not None:
+        limit = min(options.max_model_len, limit or options.max_model_len)
+    tokenizer = engines.load_tokenizer(base, options)
+    longest = 0
+    for work in works:
+        unanswered = [
+            build_conversation(instructions, [""] * (len(instructions) - 1), template=work.template)
+            for instructions in work.instructions
+        ]
+        for ids, instructions, sampling in zip(
+            engines.encode_prompts(tokenizer, unanswered), work.instructions, work.samplings, strict=True
+        ):
+            # an answer's text may take a few tokens more in the next prompt than when it was made
+            again = (len(instructions) - 1) * (sampling.max_new_tokens + 32)
+            longest = max(longest, len(ids) + again + sampling.max_new_tokens)
+    return longest if limit is None else min(limit, longest)
+
+
+def complete(
+    engine: Engine, work: Work, *, adapter: str | None, progress: str
+) -> tuple[list[list[str]], list[list[Completion]]]:
+    """Return prompts and completions, items → samples: turn after turn, and within a turn by temperature."""
+    prompts: list[list[str]] = [[] for _ in work.items]
+    completions: list[list[Completion]] = [[] for _ in work.items]
+    batches: dict[tuple[int, Sampling], list[int]] = {}
+    for index, (turns, sampling) in enumerate(zip(work.earlier, work.samplings, strict=True)):
+        batches.setdefault((len(turns), sampling), []).append(index)
+    for (turn, sampling), indices in sorted(batches.items(), key=lambda batch: batch[0][0]):
+        asked = [work.prompts(index, completions) for index in indices]
+        # a first turn is drawn num_samples times; a later one has as many prompts as the turn before has answers
+        settings = sampling if turn == 0 else dataclasses.replace(sampling, num_samples=1)
+        answers = iter(
+            engine.generate(
+                [prompt for one in asked for prompt in one], adapter=adapter, progress=progress, **vars(settings)
+            )
+        )
+        for index, one in zip(indices, asked, strict=True):
+            completions[index] = [sample for _ in one for sample in next(answers)]
+            prompts[index] = one if turn else one * len(completions[index])
+    return prompts, completions
+
+
+def write_completions(
+    folder: Path,
+    work: Work,
+    prompts: Sequence[Sequence[str]],
+    completions: Sequence[Sequence[Completion]],
+    meta: dict,
+) -> None:
+    """Write <task>.jsonl, then <task>.meta.json, each atomically."""
+    rows = [
+        {
+            "task_id": item.task_id,
+            "sample": sample,
+            "prompt": prompt,
+            "completion": completion.text,
+            "finish_reason": completion.finish_reason,
+        }
+        for item, asked, samples in zip(work.items, prompts, completions, strict=True)
+        for sample, (prompt, completion) in enumerate(zip(asked, samples, strict=True))
+    ]
+    meta_path = folder / f"{work.task.name}.meta.json"
+    meta_path.unlink(missing_ok=True)  # a reader may find completions without meta, never with another's
+    write_jsonl_atomic(folder / f"{work.task.name}.jsonl", rows)
+    write_json_atomic(meta_path, meta)
+
+
+def describe(job: Job, work: Work, engine: Engine, completions: Sequence[Sequence[Completion]], seconds: float) -> dict:
+    """Return what made the completions; counts are over prompts, tokens over all samples."""
+    first = [samples[0] for samples in completions]
+    return {
+        "task": work.task.name,
+        "task_version": work.task.version,
+        "data": work.source.name,
+        "data_sha256": work.source.as_result(),
+        "num_items": len(work.items),
+        "model": job.name,
+        "served": job.served,
+        "base": job.base,
+        "revision": job.revision,
+        "engine": engine.kind,
+        "engine_version": engine.version,
+        "torch_version": importlib.metadata.version("torch"),
+        "dtype": engine.dtype,
+        "max_model_len": engine.context,
+        "choices": {key: work.task.choice(key) for key in work.task.choices},
+        "template": work.template,
+        "prompt_hash": prompt_hash(template=work.template),
+        "sampling": describe_sampling(work),
+        "num_prompt_too_long": sum(completion.finish_reason == engines.PROMPT_TOO_LONG for completion in first),
+        "num_clamped": sum(completion.clamped for completion in first),
+        "num_generated_tokens": sum(completion.num_tokens for samples in completions for completion in samples),
+        "seconds": round(seconds, 3),
+        "startup_seconds": round(engine.startup_seconds, 3),
+    }
+
+
+def describe_sampling(work: Work) -> dict:
+    """Return the fields of `Sampling`; a temperature that differs between items is given as temperature → items."""
+    temperatures = collections.Counter(sampling.temperature for sampling in work.samplings)
+    record = dataclasses.asdict(work.samplings[0])
+    if len(temperatures) > 1:
+        record["temperature"] = {str(value): count for value, count in sorted(temperatures.items())}
+    return record
+
+
+def run(
+    models: Sequence[str],
+    tasks: Sequence[str],
+    *,
+    engine: str = "auto",
+    data: dict[str, str] | None = None,
+    output: str | None = None,
+    options: Options = Options(),
+    choices: dict[str, str] | None = None,
+) -> list[dict]:
+    """Generate for every model and task; return the records written beside the completions.
+
+    data: task → file or hub name, where not the task's own; choices: values of the tasks' own keys. Raises UserError
+    for anything wrong, before a model is loaded where it can be known by then.
+    """
+    kind = engines.choose_engine(engine)
+    chosen = [
+        task.configured({key: value for key, value in (choices or {}).items() if key in task.choices})
+        for task in map(get_task, dict.fromkeys(tasks))
+    ]
+    jobs = plan(models, serve=options.serve, revision=options.revision)
+    folders = dict(zip(jobs, output_paths(jobs, output), strict=True))
+    works = [load_work(task, (data or {}).get(task.name), options) for task in chosen]
+    groups: dict[tuple[str, str | None], list[Job]] = {}
+    for job in jobs:
+        groups.setdefault((job.base, job.revision), []).append(job)
+    records = []
+    for (base, revision), members in groups.items():
+        settings = dataclasses.replace(options.engine(), revision=revision)
+        settings = dataclasses.replace(settings, max_model_len=needed_length(base, works, settings))
+        adapters = {f"adapter{index}": job.adapter for index, job in enumerate(members) if job.adapter is not None}
+        print(f"generate: starting {kind} on {base}", file=sys.stderr)
+        with open_engine(kind, base, adapters=adapters, options=settings) as opened:
+            for index, job in enumerate(members):
+                for work in works:
+                    started = time.monotonic()
+                    prompts, completions = complete(
+                        opened,
+                        work,
+                        adapter=None if job.adapter is None else f"adapter{index}",
+                        progress=f"{job.name} {work.task.name}",
+                    )
+                    record = describe(job, work, opened, completions, time.monotonic() - started)
+                    write_completions(folders[job], work, prompts, completions, record)
+                    records.append(record)
+                    print(summary(record, folders[job]), flush=True)
+    return records
+
+
+def summary(record: dict, folder: Path) -> str:
+    """Return the line printed for one model and task."""
+    return (
+        f"{record['model']} {record['task']}: {record['num_items']} items, {record['num_generated_tokens']} tokens in "
+        f"{record['seconds']:.1f} s ({record['engine']}, start {record['startup_seconds']:.1f} s), "
+        f"prompts too long {record['num_prompt_too_long']}, clamped {record['num_clamped']} "
+        f"→ {folder / record['task']}.jsonl"
+    )
+
+
+def read_data(entries: Sequence[str], tasks: Sequence[str]) -> dict[str, str]:
+    """Return task → data from `FILE` (a single task) or `TASK=FILE` entries."""
+    data = {}
+    for entry in entries:
+        name, equals, path = entry.partition("=")
+        if equals and name in TASKS:
+            data[name] = path
+        elif len(tasks) == 1 and not data:
+            data[tasks[0]] = entry
+        else:
+            raise UserError(f"--data {entry}: with several tasks or files write TASK=FILE")
+    return data
+
+
+def split_options(*lists: Sequence[str]) -> tuple[list[list[str]], list[str]]:
+    """Take `key=value` out of lists that argparse filled greedily: `--task gsm8k limit=5` means limit."""
+
+    def is_option(text: str) -> bool:
+        return (
+            re.match(r"[a-z_]+=", text) is not None and text.partition("=")[0] not in TASKS and not Path(text).exists()
+        )
+
+    kept = [[text for text in entries if not is_option(text)] for entries in lists]
+    return kept, [text for entries in lists for text in entries if is_option(text)]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Read the command line and generate."""
+    parser = argparse.ArgumentParser(
+        prog="python -m eval.generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model", nargs="+", required=True, metavar="DIR", help="run, model or adapter folders, hub ids"
+    )
+    parser.add_argument("--task", nargs="+", required=True, metavar="TASK", help=", ".join(TASKS))
+    parser.add_argument("--engine", default="auto", help=", ".join(engines.KINDS))
+    parser.add_argument("--data", nargs="+", default=[], metavar="FILE", help="FILE, or TASK=FILE for several tasks")
+    parser.add_argument("--output", metavar="DIR", help="where the completions go; default: into the run folder")
+    parser.add_argument("options", nargs="*", metavar="key=value")
+    parsed = parser.parse_intermixed_args(arguments)
+    (models, tasks, data), moved = split_options(parsed.model, parsed.task, parsed.data)
+    if not models or not tasks:
+        raise UserError("--model and --task each need at least one name")
+    own = {key for name in tasks for key in get_task(name).choices}
+    settings = [text for text in [*parsed.options, *moved] if text.partition("=")[0] not in own]
+    choices = dict(text.split("=", 1) for text in [*parsed.options, *moved] if text not in settings)
+    options = parse_options(settings)
+    files = read_data(data, tasks)
+    run(models, tasks, engine=parsed.engine, data=files, output=parsed.output, options=options, choices=choices)
+    return 0
+
+
+if __name__ == "__main__":
+    run_entry_point(main)

@@ -1,0 +1,243 @@
+"""What a task is: where its items come from, how a completion is graded, how grades become metrics.
+
+A task is an object with the attributes and methods of `Task`; most tasks subclass it and define `items_from_rows` and
+`grade`. `eval.generate` uses `load_items`, `template`, `max_new_tokens` and `stop`; `eval.score` uses the rest.
+
+Legend: an item is one row of the task's data; a completion is a model's text for one item; a grade is the verdict on
+one completion.
+"""
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from ba_lora.errors import UserError
+from ba_lora.rows import Source, load_rows
+
+# What an Alpaca-tuned model may run on with after its response. Generation stops there and grading cuts there, so
+# that completions made without stop strings get the same grade.
+ALPACA_STOPS = ("### Instruction", "### Response", "Below is an instruction that describes a task")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One problem.
+
+    task_id: "<task>/<row of the data file from 0>", unique in a task.
+    instruction: the text that goes into the prompt template.
+    gold: what the grader compares with (JSON-serialisable, it is copied into the grades file).
+    meta: whatever groups the items (family, subject, level) or helps the grader.
+    follows: task_id of the turn before, in a conversation: that item comes earlier, and its completion goes into this
+    one's prompt.
+    """
+
+    task_id: str
+    instruction: str
+    gold: object
+    meta: dict[str, object] = field(default_factory=dict)
+    follows: str | None = None
+
+
+@dataclass(frozen=True)
+class Grade:
+    """The verdict on one completion.
+
+    metrics: name -> value in [0, 1], the same names for every grade of a task ("strict", "flexible", "pass@1", …).
+    extracted: name -> the text taken as the answer, or None.
+    invalid: no answer could be read at all (such a completion is also wrong).
+    timeout: the grader's time limit was hit; counted, and the completion is wrong by that metric.
+    """
+
+    metrics: dict[str, float]
+    extracted: dict[str, str | None] = field(default_factory=dict)
+    invalid: bool = False
+    timeout: bool = False
+
+
+class Task:
+    """Base of all tasks. Subclasses set the class attributes and define `items_from_rows` and `grade`."""
+
+    name: str  # "gsm8k"; also the prefix of its task ids
+    version: str  # bumped whenever the grade of some completion changes
+    template: str = "alpaca"  # key of ba_lora.prompts.TEMPLATES
+    max_new_tokens: int = 1024
+    stop: tuple[str, ...] = ALPACA_STOPS
+    groups: tuple[str, ...] = ()  # keys of Item.meta by which the scores are also given
+    columns: tuple[str, ...] = ()  # columns that the data must have
+    packages: tuple[str, ...] = ()  # distributions whose version may change a grade; their versions are recorded
+    judged: bool = False  # a judge model grades: `eval.score` calls `judge_answers` (see mt_bench.py), not `grade_all`
+    hub: str | None = None  # default data set on the hub
+    hub_revision: str | None = None  # and its commit (the one data/manifest.yaml pins)
+    hub_split: str = "test"
+    top_p: float = 1.0  # how completions are drawn where the command line does not say; see also `temperature`
+    num_samples: int = 1
+    # What can be chosen by key=value: key -> the allowed values, the default first. `choices` shape prompts or sampling
+    # and are recorded beside the completions; `grading_choices` belong to eval.score alone.
+    choices: Mapping[str, tuple[str, ...]] = {}
+    grading_choices: Mapping[str, tuple[str, ...]] = {}
+    chosen: Mapping[str, str] = {}  # set by `configured`; what is absent has its default
+
+    def configured(self, values: Mapping[str, str]) -> "Task":
+        """Return this task with these choices made. Raises UserError for a key or value that it does not have."""
+        known = {**self.choices, **self.grading_choices}
+        for key, value in values.items():
+            if key not in known:
+                raise UserError(f"{self.name} has no choice {key}: its choices are {', '.join(known) or 'none'}")
+            if value not in known[key]:
+                raise UserError(f"{key}={value}: choose one of {', '.join(known[key])}")
+        task = copy.copy(self)
+        task.chosen = {**self.chosen, **values}
+        return task
+
+    def choice(self, key: str) -> str:
+        """Return the value chosen for `key`, or its default."""
+        return self.chosen.get(key) or {**self.choices, **self.grading_choices}[key][0]
+
+    def select(self, items: list[Item], task_ids: Iterable[str] | None = None) -> list[Item]:
+        """Return the items to generate for (`task_ids` None), or those that completions with these ids must cover."""
+        return items
+
+    def conditions(self, *, timeout_s: float) -> dict:
+        """Return further keys of the result: what else the scores depend on (limits, choices, …)."""
+        return {}
+
+    def hub_configs(self, hub_name: str) -> tuple[str | None, ...]:
+        """Return the hub configurations to concatenate, in this order (None: the only one)."""
+        return (None,)
+
+    def default_data(self) -> str:
+        """Return the data used where no `data` is given: a hub name or a path."""
+        if self.hub is None:
+            raise NotImplementedError(f"{self.name} has no default data")
+        return f"{self.hub}@{self.hub_revision}" if self.hub_revision else self.hub
+
+    def load(self, data: str | None = None) -> tuple[list[Item], Source]:
+        """Return the items of `data` (a hub name, `name@revision`, a local file, None: the default) and the source.
+
+        Raises UserError in one line for an absent file or data set, wrong columns, empty or damaged data.
+        """
+        rows, source = load_rows(
+            str(data) if data is not None else self.default_data(),
+            split=self.hub_split,
+            configs=self.hub_configs,
+        )
+        require_columns(rows, self.columns, source=source.name, task=self.name)
+        return self.items_from_rows(rows, source=source.name), source
+
+    def load_items(self, data: str | None = None) -> list[Item]:
+        """Return the items alone; see `load`."""
+        return self.load(data)[0]
+
+    def items_from_rows(self, rows: Sequence[dict], *, source: str) -> list[Item]:
+        """Turn data rows into items, in order. Raises UserError naming `source` and the row that does not fit."""
+        raise NotImplementedError
+
+    def temperature(self, item: Item) -> float:
+        """Return the temperature to generate with where none is asked for; 0 is greedy."""
+        return 0.0
+
+    def grade(self, item: Item, completion: str) -> Grade:
+        """Grade one completion; never raises for any text."""
+        raise NotImplementedError
+
+    def grade_all(
+        self,
+        pairs: Sequence[tuple[Item, str]],
+        *,
+        workers: int | None = None,
+        timeout_s: float = 5.0,
+        progress: Callable[[int], object] | None = None,
+    ) -> list[Grade]:
+        """Grade many completions, in order. A task whose grader may hang overrides this with a pool of processes.
+
+        workers: processes to use at most (None: as many as cores); timeout_s: limit for one completion;
+        progress: called with the number of completions newly done.
+        """
+        grades = []
+        for item, completion in pairs:
+            grades.append(self.grade(item, completion))
+            if progress:
+                progress(1)
+        return grades
+
+    def aggregate(self, items: Sequence[Item], grades: Sequence[Sequence[Grade]]) -> dict:
+        """Turn the grades into the result's "metrics" and "groups".
+
+        grades[i] are the grades of the samples of items[i], as many for each item. A metric is the mean over items
+        of the mean over samples, never the best sample. A task may override this, e.g. for an unbiased pass@k, and
+        may add further keys, which are copied into the result. "interval_95": metric -> [low, high], the bootstrap
+        interval over items.
+        """
+        per_item = self.per_item(grades)
+        result = {"metrics": column_means(per_item), "interval_95": bootstrap_intervals(per_item)}
+        for key in self.groups:
+            members: dict[str, list[int]] = {}
+            for index, item in enumerate(items):
+                if item.meta.get(key) is not None:
+                    members.setdefault(str(item.meta[key]), []).append(index)
+            if members:
+                result.setdefault("groups", {})[key] = {
+                    value: {"n": len(indices), "metrics": column_means([per_item[i] for i in indices])}
+                    for value, indices in sorted(members.items())
+                }
+        return result
+
+    def per_item(self, grades: Sequence[Sequence[Grade]]) -> list[dict[str, float]]:
+        """Return for each item name -> its metric: the mean over its samples. Every grade must carry the same names."""
+        names = list(grades[0][0].metrics)
+        return [
+            {name: sum(grade.metrics[name] for grade in samples) / len(samples) for name in names} for samples in grades
+        ]
+
+
+def column_means(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Return name -> mean over the rows, which all have the same names."""
+    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+
+
+NUM_RESAMPLES = 5000
+
+
+def bootstrap_intervals(rows: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
+    """Return name -> [low, high]: the percentile bootstrap 95 % interval of the mean over rows (items).
+
+    Items are drawn with replacement, the same draws for all names, from a fixed seed: the same grades give the same
+    interval. It tells how far the score would move with another sample of items; the noise of training, and of
+    sampling completions, comes on top.
+    """
+    import numpy as np
+
+    names = list(rows[0])
+    values = np.array([[row[name] for name in names] for row in rows], dtype=np.float64)  # (items, names)
+    random = np.random.default_rng(0)
+    means, at_once = [], max(1, 2_000_000 // len(rows))
+    for start in range(0, NUM_RESAMPLES, at_once):
+        drawn = random.integers(0, len(rows), (min(at_once, NUM_RESAMPLES - start), len(rows)), dtype=np.int32)
+        means.append(np.stack([column[drawn].mean(axis=1) for column in values.T], axis=1))
+    low, high = np.percentile(np.concatenate(means), [2.5, 97.5], axis=0)
+    return {name: [round(float(low[i]), 6), round(float(high[i]), 6)] for i, name in enumerate(names)}
+
+
+def cut_at_stops(completion: str, stops: Iterable[str]) -> str:
+    """Return the text before the first of `stops`."""
+    ends = [position for stop in stops if (position := completion.find(stop)) >= 0]
+    return completion[: min(ends)] if ends else completion
+
+
+def require_columns(rows: Sequence[dict], columns: Sequence[str], *, source: str, task: str) -> None:
+    """Raise UserError, saying which columns were found, unless every row has all `columns`."""
+    for index, row in enumerate(rows):
+        missing = [column for column in columns if column not in row]
+        if missing:
+            raise UserError(
+                f"{source}, row {index}: {task} needs the columns {', '.join(columns)}, "
+                f"but {', '.join(missing)} is missing; found: {', '.join(map(str, row)) or 'none'}"
+            )
+
+
+def require_text(row: dict, column: str, *, source: str, index: int) -> str:
+    """Return row[column] as a non-empty string, or raise UserError naming the row."""
+    value = row[column]
+    if not isinstance(value, str) or not value.strip():
+        raise UserError(f"{source}, row {index}: column {column} must be non-empty text, found {value!r:.60}")
+    return value

@@ -1,0 +1,74 @@
+"""Fixtures shared by all tests. Everything runs offline: a hub name that is not a local file must fail at once."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The repository's root."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real data sets and tiny pretrained models, or a skip with the reason."""
+    folder = Path(os.environ.get("BA_LORA_REAL_DATA", ROOT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no real data at {folder}: set BA_LORA_REAL_DATA")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> Path:
+    """A random Llama of 2 layers with a byte-level tokenizer."""
+    from tests.tiny import save_tiny_model
+
+    return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def train(tiny_model, tmp_path, monkeypatch):
+    """Run train_nlg.py in this process on the tiny model: `train("rank=…", method=…)` → the run's folder."""
+    import yaml
+
+    base = {
+        "model": {"name": str(tiny_model), "dtype": "float32"},
+        "adapter": {"rank": 4},
+        "data": {"name": "toy", "num_rows": 24, "max_length": 400},
+        "trainer": {
+            "per_device_train_batch_size": 4,
+            "learning_rate": 0.01,
+            "max_steps": 3,
+            "logging_steps": 1,
+            "save_steps": 2,
+            "disable_tqdm": True,
+            "use_cpu": True,
+        },
+        "results_dir": str(tmp_path / "results"),
+    }
+    config = tmp_path / "base.yaml"
+    config.write_text(yaml.safe_dump(base))
+
+    def run(*overrides: str, method: str = "ba_lora", name: str = "run", config_path: Path = config) -> Path:
+        import sys
+
+        import train_nlg
+
+        words = ["train_nlg.py", "--config", str(config_path), f"output_dir={tmp_path / name}", *overrides]
+        if config_path == config:
+            words += ["--method", method]
+        else:
+            words += [f"results_dir={tmp_path / 'results'}"]
+        monkeypatch.setattr(sys, "argv", words)
+        train_nlg.main()
+        return tmp_path / name
+
+    return run

@@ -1,0 +1,290 @@
+"""Reading answers out of text: numbers as exact rationals, the strict and flexible forms, boxes, LaTeX strings."""
+
+import time
+from fractions import Fraction
+
+import pytest
+
+from eval.answers import boxed_contents, flexible_number, last_boxed, strict_number
+from eval.latex import flexible_expression, normalize, same_string, strict_expression
+from eval.rationals import first_number, last_number, leading_number, parse_number
+
+MATRIX = "\\begin{pmatrix} 1 \\\\\n 2 \\end{pmatrix}"
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("18", 18),
+        ("18.00", 18),
+        (".5", "1/2"),
+        ("18.", 18),
+        ("0018", 18),
+        ("1,234,567", 1234567),
+        ("1,450,000.50", "2900001/2"),
+        ("12,34,567", 1234567),  # Indian grouping
+        ("10{,}080", 10080),
+        ("11,\\! 111,\\! 100", 11111100),
+        ("5\\,000", 5000),
+        ("1 000", 1000),
+        ("1 000 000", 1000000),
+        ("1\u202f000", 1000),
+        ("-5", -5),
+        ("- 5", -5),
+        ("\u22125", -5),
+        ("+5", 5),
+        ("$18", 18),
+        ("\\$18.90", "189/10"),
+        ("-$5", -5),
+        ("$-5", -5),
+        ("€7", 7),
+        ("Rs. 700", 700),
+        ("USD 40", 40),
+        ("50%", 50),
+        ("50 \\%", 50),
+        ("3/4", "3/4"),
+        ("3 / 4", "3/4"),
+        ("-3/4", "-3/4"),
+        ("\\frac{3}{4}", "3/4"),
+        ("\\frac34", "3/4"),
+        ("\\frac3{4}", "3/4"),
+        ("\\dfrac{3}{4}", "3/4"),
+        ("-\\frac{35}{9}", "-35/9"),
+        ("\\frac{-3}{4}", "-3/4"),
+        ("½", "1/2"),
+        ("2½", "5/2"),
+        ("2 1/2", "5/2"),
+        ("-2 1/2", "-5/2"),
+        ("1\\frac{4}{5}", "9/5"),
+        ("137 \\frac{1}{2}", "275/2"),
+        ("1.5e6", 1500000),
+        ("2E-3", "1/500"),
+        ("1.5 \\times 10^6", 1500000),
+        ("3×10⁴", 30000),
+        ("6.72 \\cdot 10^{-5}", "21/312500"),
+        ("10^6", 1000000),
+    ],
+)
+def test_parse_number_reads(text: str, value: int | str) -> None:
+    assert parse_number(text) == Fraction(value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "x",
+        "eighteen",
+        "3/0",
+        "\\frac{1}{0}",
+        "1,5",
+        "1,2,3",
+        "10 - 4",
+        "5 apples",
+        "1e999",
+        "9" * 2000,
+        "\\sqrt{2}",
+    ],
+)
+def test_parse_number_refuses(text: str) -> None:
+    assert parse_number(text) is None
+
+
+def test_numbers_are_exact() -> None:
+    assert parse_number("0.1") + parse_number("0.2") == parse_number("0.3")
+    assert parse_number("0.333333") != parse_number("1/3")
+    assert parse_number("12345678901234567891") != parse_number("12345678901234567890")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        (" 18 dollars a day", 18),
+        (" $18.", 18),
+        (" **18**", 18),
+        (" $\\boxed{18}$.", 18),
+        (" \\(18\\)", 18),
+        (" 5 + 3 = 8", 8),
+        (" x = 8", 8),
+        (" 18, since x = 3", 18),
+        (" Total = 5 + 6 = 11 eggs", 11),
+        (" 18 or 20", 18),
+        (" about 3-5", 3),
+        (" - 5 degrees", -5),
+        (" 18km", 18),
+        (" H2O, 5 litres", 5),
+        (" 10 - 4", 10),
+        (" \\text{Janet has } 7 \\text{ eggs}", 7),
+        (" 1,234,567.", 1234567),
+        (" 3/0 or 4", 4),
+    ],
+)
+def test_first_number(text: str, value: int) -> None:
+    assert first_number(text).value == value
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("She sells 9 eggs for 2 dollars each = 18.", 18),
+        ("10 - 4", 4),
+        ("10-4", 4),
+        ("it drops to -4", -4),
+        ("The 7th of 1,234,567", 1234567),
+        ("5 apples\nand that is all", 5),
+        ("so it is 2/3 of 3/4", "3/4"),
+    ],
+)
+def test_last_number(text: str, value: int | str) -> None:
+    assert last_number(text).value == Fraction(value)
+
+
+def test_no_number() -> None:
+    assert first_number("none at all") is last_number("none\nat all") is leading_number("Step 1") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "strict", "flexible"),
+    [
+        ("So 9 * 2 = 18.\nThe answer is: 18", 18, 18),
+        ("The answer is: $18.00.", 18, 18),
+        ("The answer is: 1,234,567 people", 1234567, 1234567),
+        ("The answer is:\n\n18", 18, 18),
+        ("The answer is:\n\\[\n18\n\\]", 18, 18),
+        ("The answer is: 5. Wait. The answer is: 7", 7, 7),  # the last one counts
+        ("The answer is: 5\nThe answer is:", None, 5),  # nothing after the last one
+        ("The answer is 18", None, 18),  # no colon
+        ("the answer is: 18", None, 18),  # another case
+        ("The final answer is $18$.", None, 18),
+        ("16 - 3 - 4 = 9\n#### 18", None, 18),
+        ("#### Step 1: take 5\nThat leaves 7 eggs", None, 7),  # a Markdown heading is not a gold mark
+        ("#### $1,234", None, 1234),
+        ("so we get \\boxed{\\frac{3}{4}} of 12", None, "3/4"),
+        ("\\boxed{18", None, 18),  # truncated
+        ("**Final Answer:** 18 eggs (of 20)", None, 18),
+        ("**Answer:** 5 (of 20)", None, 5),
+        ("Answer: 6 in 2 days", None, 6),
+        ("The answer is 4.\n#### 5 \\boxed{6}", None, 4),  # the order of forms
+        ("#### 5\n\\boxed{6}", None, 5),
+        ("She has 3 and then 12 left over", None, 12),
+        ("The answer is: unknown, but there are 5", 5, 5),
+        ("The answer is: unknown\nof 5", None, 5),
+        ("no idea", None, None),
+        ("", None, None),
+    ],
+)
+def test_forms(text: str, strict: object, flexible: object) -> None:
+    found = strict_number(text), flexible_number(text)
+    assert [number and number.value for number in found] == [
+        None if value is None else Fraction(value) for value in (strict, flexible)
+    ]
+
+
+def test_boxes() -> None:
+    text = r"a \boxed{1} \boxed{x \boxed{2}} \fbox{\{3\}} \boxed 7 \boxed{\frac{1}{2}} \boxedx{9} \boxed{4"
+    assert boxed_contents(text) == ["1", r"x \boxed{2}", r"\{3\}", "7", r"\frac{1}{2}"]
+    assert last_boxed(r"\boxed{\text{a}} and \boxed{\left\{1\right\}}") == r"\left\{1\right\}"
+    assert last_boxed("no box }") is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "-" * 100_000 + "\\boxed{" * 5_000 + "=1" * 20_000,
+        "1,234" * 20_000 + "answer = answer is: {" * 1_000,
+        "The answer is: " * 5_000 + "1" * 100_000,
+        "\\frac{" * 20_000,
+        "$" * 20_000 + "The answer is: " + "$ " * 20_000,
+        "answer " * 20_000,
+        "The answer is: " + " " * 100_000 + "x",
+    ],
+)
+def test_runaway_texts_are_read_in_no_time(text: str) -> None:
+    start = time.process_time()
+    strict_number(text), flexible_number(text), strict_expression(text), flexible_expression(text)
+    assert time.process_time() - start < 2.0
+
+
+@pytest.mark.parametrize(
+    ("text", "strict", "flexible"),
+    [
+        ("The answer is: \\frac{1}{2}.", "\\frac{1}{2}", "\\frac{1}{2}"),
+        ("The answer is: $x^2$.\nDone.", "$x^2$", "x^2"),
+        ("The answer is: x = 3 units, as 0 < x.", "x = 3 units, as 0 < x", "x = 3"),
+        ("The answer is: Evelyn.", "Evelyn", "Evelyn"),
+        ("The answer is: $1$ and $2$, as we saw $3$.", "$1$ and $2$, as we saw $3$", "1, 2"),
+        (f"The answer is: {MATRIX}.\n\nOk", MATRIX, MATRIX),
+        ("the answer is $\\boxed{5}$, not 6", None, "5"),
+        ("\\boxed{7}. So our answer is correct.", None, "7"),
+        ("so \\boxed{x^2} and \\boxed{\\{1,2\\}}", None, "\\{1,2\\}"),
+        ("Final answer: $-\\frac{1}{3}$", None, "-\\frac{1}{3}"),
+        ("and so we get 12 ways", None, "12"),
+        ("I cannot say", None, None),
+    ],
+)
+def test_expressions(text: str, strict: str | None, flexible: str | None) -> None:
+    assert (strict_expression(text), flexible_expression(text)) == (strict, flexible)
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer"),
+    [
+        ("\\left( 3, \\frac{\\pi}{2} \\right)", "(3,\\frac{\\pi}{2})"),
+        ("\\frac{3}{4}", "\\dfrac{3}{4}"),
+        ("\\frac43", "\\frac{4}{3}"),
+        ("\\frac 59", "\\frac{5}{9}"),
+        ("\\frac{270}7\\text{ degrees}", "\\frac{270}{7}"),
+        ("\\frac{1}{2}", "1/2"),
+        ("\\frac{1}{2}", "0.5"),
+        ("11\\sqrt2", "11\\sqrt{2}"),
+        ("90^\\circ", "90"),
+        ("90^{\\circ}", "90°"),
+        ("\\$32,\\!348", "32348"),
+        ("10,\\!080", "10,080"),
+        ("58,500", "58500"),
+        ("50\\%", "50"),
+        (".35625", "0.35625"),
+        ("x=5", "5"),
+        ("5", "x = 5."),
+        ("y = 2x + 3", "2x+3"),
+        ("5.4 \\text{ cents}", "5.4"),
+        ("15\\mbox{ cm}^2", "15"),
+        ("864 \\mbox{ inches}^2", "864"),
+        ("\\text{(C)}", "(C)"),
+        ("\\text{(C)}", "C"),
+        ("\\text{Evelyn}", "Evelyn"),
+        ("4210_{5}", "4210_5"),
+        ("x^2", "$x^{2}$"),
+        ("5", "\\boxed{5}"),
+        ("5", "\\(5\\)."),
+        ("(3,4]", "( 3 , 4 ]"),
+        ("6 - 5i", "6-5i"),
+        ("\\pi", "π"),
+    ],
+)
+def test_string_rule_equal(gold: str, answer: str) -> None:
+    assert same_string(gold, answer)
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer"),
+    [
+        ("5", "-5"),
+        ("50", "0.5"),
+        ("50\\%", "0.5"),
+        ("(3,4]", "(3,4)"),
+        ("x+1", "1+x"),  # no algebra here
+        ("\\frac{1}{3}", "0.333"),
+        ("x=5", "y=5+x"),
+        ("\\sqrt{2}", "\\sqrt[3]{2}"),
+        ("12", "1,2"),
+        ("\\text{east}", "west"),
+    ],
+)
+def test_string_rule_different(gold: str, answer: str) -> None:
+    assert not same_string(gold, answer)
+
+
+def test_normalize_keeps_its_own_result() -> None:
+    for answer in ("\\dfrac 12", "x = \\sqrt 3", "\\left[ 0, 1 \\right)", "1{,}000\\text{ cm}^2"):
+        assert normalize(normalize(answer)) == normalize(answer)

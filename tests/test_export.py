@@ -1,0 +1,231 @@
+"""The whole training command on a tiny model, and what it leaves: every export equals the trained model."""
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ba_lora.config import available_methods, load_config
+from ba_lora.errors import UserError
+from ba_lora.export import serving_adapter
+
+TEXT = "Tom has 3 apples and buys 4 more."
+
+
+def logits(model, folder):
+    ids = AutoTokenizer.from_pretrained(folder)(TEXT, return_tensors="pt").input_ids
+    with torch.no_grad():
+        return model.eval()(ids).logits
+
+
+def base(tiny_model):
+    return AutoModelForCausalLM.from_pretrained(tiny_model)
+
+
+@pytest.mark.parametrize("method", available_methods())
+def test_every_method_trains_and_exports(train, tiny_model, method):
+    """merged = adapter on the untouched base, by plain PEFT; and training did change the model."""
+    steps = ["trainer.max_steps=12"] if method == "adalora" else []
+    run = train(*steps, method=method)
+    merged = logits(AutoModelForCausalLM.from_pretrained(run / "merged"), run / "merged")
+    assert (merged - logits(base(tiny_model), tiny_model)).abs().max() > 1e-3
+    if method != "full_ft":
+        served = logits(PeftModel.from_pretrained(base(tiny_model), serving_adapter(run)), tiny_model)
+        torch.testing.assert_close(served, merged, atol=1e-4, rtol=0)
+    facts = json.loads((run / "train.json").read_text())
+    assert facts["status"] == "ok"
+    differences = facts["export"]["max_logit_difference"]
+    assert differences and max(differences.values()) < 1e-3
+    assert not [path for path in run.rglob("*") if path.suffix in (".bin", ".pt") and "checkpoints" not in path.parts]
+
+
+def test_pissa_becomes_a_plain_lora_of_twice_the_rank(train, tiny_model):
+    run = train(method="pissa")
+    settings = json.loads((run / "lora" / "adapter_config.json").read_text())
+    assert (settings["r"], settings["lora_alpha"], settings["init_lora_weights"]) == (8, 8, True)
+    converted = logits(PeftModel.from_pretrained(base(tiny_model), run / "lora"), tiny_model)
+    as_trained = logits(PeftModel.from_pretrained(base(tiny_model), run / "adapter"), tiny_model)
+    torch.testing.assert_close(converted, as_trained, atol=1e-4, rtol=0)  # exact PiSSA: PEFT rebuilds the residual
+
+
+def test_rslora_scaling_survives_the_conversion(train, tiny_model):
+    run = train("adapter.rslora=true", "adapter.alpha=8", method="pissa")
+    settings = json.loads((run / "lora" / "adapter_config.json").read_text())
+    assert settings["use_rslora"] is False and settings["lora_alpha"] / settings["r"] == 8 / 4**0.5
+    merged = logits(AutoModelForCausalLM.from_pretrained(run / "merged"), tiny_model)
+    converted = logits(PeftModel.from_pretrained(base(tiny_model), run / "lora"), tiny_model)
+    torch.testing.assert_close(converted, merged, atol=1e-4, rtol=0)
+
+
+def test_a_randomised_pissa_adapter_cannot_be_loaded_wrongly(train, tiny_model):
+    """PEFT would rebuild another residual without an error: adapter/ has no file that PEFT takes."""
+    run = train("adapter.init=pissa_niter_4", method="pissa")
+    assert not (run / "adapter" / "adapter_config.json").exists()
+    with pytest.raises(ValueError):
+        PeftModel.from_pretrained(base(tiny_model), run / "adapter")
+    merged = logits(AutoModelForCausalLM.from_pretrained(run / "merged"), tiny_model)
+    converted = logits(PeftModel.from_pretrained(base(tiny_model), run / "lora"), tiny_model)
+    torch.testing.assert_close(converted, merged, atol=1e-4, rtol=0)
+
+
+def test_loading_a_pissa_adapter_twice_is_the_trap_that_lora_avoids(train, tiny_model):
+    """On the saved residual base PEFT applies PiSSA once more: far off. The plain LoRA does nothing of the kind."""
+    run = train(method="pissa")
+    merged = logits(AutoModelForCausalLM.from_pretrained(run / "merged"), tiny_model)
+    residual = base(tiny_model)
+    factors = load_file(run / "initial" / "initial_factors.safetensors")
+    for name, module in residual.named_modules():
+        key = f"base_model.model.{name}.lora_A.weight"
+        if key in factors:
+            module.weight.data -= factors[key.replace("lora_A", "lora_B")] @ factors[key]
+    twice = logits(PeftModel.from_pretrained(residual, run / "adapter"), tiny_model)
+    assert (twice - merged).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_bases_export_within_their_tolerance(train, dtype):
+    run = train(f"model.dtype={dtype}", "trainer.max_steps=2")
+    merged = load_file(run / "merged" / "model.safetensors")
+    assert {tensor.dtype for tensor in merged.values()} == {getattr(torch, dtype)}
+    adapter = load_file(run / "adapter" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in adapter.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_parity_check_notices_an_export_without_the_training(train, monkeypatch, dtype):
+    """lora/ emptied to zeros is the pre-trained model itself."""
+    from ba_lora import export
+
+    convert = export.convert_pissa
+
+    def emptied(*arguments, **settings):
+        convert(*arguments, **settings)
+        file = arguments[2] / "adapter_model.safetensors"
+        from safetensors.torch import save_file
+
+        save_file({name: torch.zeros_like(tensor) for name, tensor in load_file(file).items()}, file)
+
+    monkeypatch.setattr(export, "convert_pissa", emptied)
+    with pytest.raises(UserError, match="differs from the trained model"):
+        train(f"model.dtype={dtype}", "trainer.max_steps=6", "trainer.learning_rate=0.02")
+
+
+def test_mixed_precision_training_of_a_float32_base_exports(train):
+    for method in ("ba_lora", "full_ft"):
+        run = train("trainer.bf16=true", method=method, name=method)
+        assert max(json.loads((run / "train.json").read_text())["export"]["max_logit_difference"].values()) < 1e-3
+
+
+def test_the_parity_check_fails_above_its_tolerance_and_leaves_nothing(train, tmp_path):
+    with pytest.raises(UserError, match="differs from the trained model"):
+        train("export.tolerance=1e-12")
+    assert not (tmp_path / "run" / "lora").exists() and not (tmp_path / "run" / "merged").exists()
+    assert (tmp_path / "run" / "lora.rejected").is_dir()
+    facts = json.loads((tmp_path / "run" / "train.json").read_text())
+    assert facts["status"] == "failed" and "differs" in facts["error"]
+    assert json.loads((tmp_path / "results" / "run.json").read_text())["status"] == "failed"
+    assert not list((tmp_path / "run").glob(".*"))
+
+
+def test_a_finished_run_is_not_trained_again(train, capsys):
+    run = train()
+    before = (run / "train.json").read_text()
+    train()
+    assert "is trained already" in capsys.readouterr().out
+    assert (run / "train.json").read_text() == before
+
+
+def test_a_changed_training_file_is_not_passed_over(train, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"query": "2 + 2?", "response": "The answer is: 4"}\n' * 8)
+    train("data.name=metamathqa", f"data.source={rows}")
+    rows.write_text('{"query": "2 + 3?", "response": "The answer is: 5"}\n' * 8)
+    with pytest.raises(UserError, match="rows.jsonl has changed since"):
+        train("data.name=metamathqa", f"data.source={rows}")
+
+
+def test_the_saved_config_reproduces_the_run_alone(train):
+    first = train("trainer.learning_rate=0.02", "adapter.rank=3")
+    second = train(config_path=first / "config.yaml", name="again")
+    one, two = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (first, second))
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+    assert load_config(second / "config.yaml").adapter.rank == 3
+
+
+def test_a_folder_of_another_config_is_refused_until_overwritten(train):
+    run = train()
+    with pytest.raises(UserError, match="holds a run of another config"):
+        train("adapter.rank=2")
+    train("adapter.rank=2", "overwrite=true")
+    assert load_config(run / "config.yaml").adapter.rank == 2
+
+
+def test_a_folder_that_is_no_run_is_never_emptied(train, tmp_path):
+    precious = tmp_path / "run" / "thesis.tex"
+    precious.parent.mkdir()
+    precious.write_text("words")
+    for overwrite in ("overwrite=false", "overwrite=true"):
+        with pytest.raises(UserError, match="no run's folder"):
+            train(overwrite)
+    assert precious.read_text() == "words"
+
+
+def test_export_without_merging(train):
+    run = train("export.merged=false")
+    assert (run / "lora").is_dir() and not (run / "merged").exists()
+
+
+def test_the_model_card_says_what_it_is(train):
+    run = train()
+    for name in ("adapter", "lora", "merged"):
+        card = (run / name / "README.md").read_text()
+        assert "ba_lora" in card and "lambda_consistency: 0.0001" in card and "24 rows of toy" in card
+    assert "PeftModel.from_pretrained" in (run / "lora" / "README.md").read_text()
+    assert "residual" in (run / "adapter" / "README.md").read_text()
+
+
+def test_gradient_checkpointing_trains_the_same_adapter(train):
+    plain, checkpointed = train(), train("trainer.gradient_checkpointing=true", name="checkpointed")
+    one, two = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (plain, checkpointed))
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-5, atol=1e-6)
+
+
+def test_pushing_uploads_what_serves_on_the_untouched_base(train, monkeypatch):
+    import huggingface_hub
+
+    uploads = []
+
+    class Hub:
+        def create_repo(self, repo_id, private, exist_ok):
+            assert private and exist_ok
+            return f"https://hub/{repo_id}"
+
+        def upload_folder(self, *, repo_id, folder_path, path_in_repo="."):
+            assert (folder_path / "README.md").is_file()
+            uploads.append((repo_id, folder_path.name, path_in_repo))
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    train("hub.push=true", "hub.repo_id=me/toy")
+    assert uploads == [("me/toy", "lora", "."), ("me/toy", "merged", "merged")]
+
+
+def test_a_failed_push_is_one_line_and_trains_nothing_twice(train, monkeypatch, tmp_path):
+    import huggingface_hub
+
+    class Hub:
+        def create_repo(self, *_args, **_kwargs):
+            raise huggingface_hub.errors.LocalTokenNotFoundError("Token is required\nbut not found")
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    with pytest.raises(UserError, match="cannot push to me/toy: Token is required; run `hf auth login`"):
+        train("hub.push=true", "hub.repo_id=me/toy")
+    assert json.loads((tmp_path / "results" / "run.json").read_text())["status"] == "ok"
+    before = (tmp_path / "run" / "train.json").read_text()
+    Hub.create_repo = lambda *_args, **_kwargs: "https://hub/me/toy"
+    Hub.upload_folder = lambda *_args, **_kwargs: None
+    train("hub.push=true", "hub.repo_id=me/toy")
+    assert (tmp_path / "run" / "train.json").read_text() == before

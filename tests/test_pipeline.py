@@ -1,0 +1,146 @@
+"""The pipeline's launch line, its stages, and the embedded default as a user runs it."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from ba_lora import pipeline
+from ba_lora.config import load_config
+from ba_lora.errors import UserError
+from ba_lora.results import results_table
+
+NODES = {"NUM_MACHINES": "2", "MACHINE_RANK": "1", "MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
+
+
+def after(command, option):
+    return command[command.index(option) + 1]
+
+
+@pytest.mark.parametrize("num_gpus", [0, 1])
+def test_one_gpu_or_none_runs_plain_python(num_gpus):
+    assert pipeline.launch_command({}, num_gpus=num_gpus) == [sys.executable]
+
+
+def test_several_gpus_run_under_accelerate():
+    command = pipeline.launch_command({}, num_gpus=8)
+    assert after(command, "--config_file").endswith("configs/accelerate/multi_gpu.yaml")
+    assert after(command, "--num_processes") == "8" and "--machine_rank" not in command
+
+
+def test_the_config_of_accelerate_can_be_chosen():
+    command = pipeline.launch_command({"ACCELERATE_CONFIG": "configs/accelerate/zero3.yaml"}, num_gpus=4)
+    assert after(command, "--config_file").endswith("zero3.yaml")
+    command = pipeline.launch_command(
+        {"ACCELERATE_CONFIG": "configs/accelerate/cpu.yaml", "NUM_PROCESSES": "2"}, num_gpus=0
+    )
+    assert after(command, "--num_processes") == "2"
+
+
+def test_several_machines():
+    command = pipeline.launch_command(NODES, num_gpus=8)
+    assert after(command, "--config_file").endswith("configs/accelerate/multi_node.yaml")
+    assert after(command, "--num_processes") == "16" and after(command, "--num_machines") == "2"
+    assert after(command, "--machine_rank") == "1"
+    assert (after(command, "--main_process_ip"), after(command, "--main_process_port")) == ("node0", "29500")
+
+
+@pytest.mark.parametrize(
+    ("environ", "message"),
+    [
+        ({"NUM_MACHINES": "2"}, "also needs MACHINE_RANK, MASTER_ADDR, MASTER_PORT"),
+        (NODES | {"MACHINE_RANK": "first"}, "MACHINE_RANK=first must be a whole number"),
+        ({"ACCELERATE_CONFIG": "no/such.yaml"}, "no such file: .*no/such.yaml"),
+    ],
+)
+def test_bad_launch_settings(environ, message):
+    with pytest.raises(UserError, match=message):
+        pipeline.launch_command(environ, num_gpus=2)
+
+
+def test_words_are_a_config_and_overrides():
+    assert pipeline.split_words([]) == (pipeline.DEFAULT_CONFIG, [])
+    assert pipeline.split_words(["a=1", "x.yaml", "b=2"]) == ("x.yaml", ["a=1", "b=2"])
+    with pytest.raises(UserError, match="one config at a time"):
+        pipeline.split_words(["x.yaml", "y.yaml"])
+
+
+def test_all_tasks_share_one_engine_start(tmp_path):
+    overrides = ["eval.tasks=[toy,gsm8k]", "eval.limit=5", "eval.options.temperature=0.5"]
+    config = load_config("configs/nlg/toy.yaml", overrides=overrides)
+    generate, *scores = pipeline.evaluation_commands(config, model="RUN", run_path=tmp_path)
+    assert generate[generate.index("--task") + 1 : generate.index("--engine")] == ["toy", "gsm8k"]
+    assert "limit=5" in generate and "temperature=0.5" in generate and generate[-1].startswith("toy=")
+    assert [after(score, "--task") for score in scores] == ["toy", "gsm8k"]
+    assert all("allow_partial=true" in score for score in scores)
+
+
+def test_a_missing_data_file_is_told_before_anything_is_loaded(tmp_path):
+    config = load_config("configs/nlg/toy.yaml", overrides=["eval.data.toy=/no/such.jsonl"])
+    with pytest.raises(UserError, match="eval.data.toy: no such file"):
+        pipeline.evaluation_commands(config, model="RUN", run_path=tmp_path)
+
+
+def test_the_table_of_results():
+    score = {"n": 4, "invalid": 1, "metrics": {"strict": 0.5, "flexible": 0.75}, "generation": {"seconds": 3.2}}
+    results = [
+        {"method": "untuned", "training": None, "evaluation": {"toy": score | {"generation": None}}},
+        {"method": "ba_lora", "training": {"seconds": 61.7, "peak_memory_mb": 700.2}, "evaluation": {"toy": score}},
+    ]
+    lines = results_table(results).splitlines()
+    assert lines[0].split() == "method task strict flexible n invalid train s eval s peak MB".split()
+    assert lines[3].split() == "ba_lora toy 50.00 75.00 4 1 62 3 700".split()
+    assert results_table([]) == "no evaluated run"
+
+
+def shell(root, *words, timeout_s=900):
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    return subprocess.run(
+        ["sh", *words],
+        cwd=root,
+        env=environment | {"HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+    )
+
+
+def test_the_default_lifts_accuracy_and_is_not_redone(root, tmp_path):
+    """`sh scripts/ba-lora.sh`: at least 40 % strict, at least 20 points above the untuned base; then printed again."""
+    words = ["scripts/ba-lora.sh", f"output_dir={tmp_path / 'run'}", f"results_dir={tmp_path / 'results'}"]
+    done = shell(root, *words)
+    assert done.returncode == 0, done.stderr[-3000:]
+    table = [line.split() for line in done.stdout.splitlines() if line.startswith(("untuned", "ba_lora"))]
+    (untuned, ours) = (float(row[2]) for row in table)
+    assert ours >= 40 and ours - untuned >= 20
+    assert " | task " in done.stdout and " | svd " in done.stdout and " | consistency " in done.stdout
+
+    result = json.loads((tmp_path / "results" / "run.json").read_text())
+    assert result["status"] == "ok" and result["method"] == "ba_lora"
+    assert 100 * result["evaluation"]["toy"]["metrics"]["strict"] == pytest.approx(ours, abs=0.01)
+    assert result["evaluation"]["toy"]["n"] == 400
+    for key in ("config", "model", "data", "prompt_hash", "training", "export", "environment", "finished_at"):
+        assert result[key], key
+    assert result["environment"]["packages"]["torch"] and "dirty" in result["environment"]["git"]
+    assert f"{ours:.2f}" in (tmp_path / "run" / "merged" / "README.md").read_text()
+    assert (tmp_path / "run" / "grades" / "toy.jsonl").is_file()
+
+    again = shell(root, *words, timeout_s=120)
+    assert again.returncode == 0 and "is trained already" in again.stdout and "step " not in again.stdout
+    assert [line.split() for line in again.stdout.splitlines() if line.startswith(("untuned", "ba_lora"))] == table
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2])
+def test_the_default_holds_for_other_seeds(root, tmp_path, seed):
+    """With the default's own seed these are three."""
+    done = shell(
+        root, "scripts/ba-lora.sh", f"seed={seed}", f"output_dir={tmp_path / 'run'}", f"results_dir={tmp_path}"
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    untuned, ours = (
+        float(line.split()[2]) for line in done.stdout.splitlines() if line.startswith(("untuned", "ba_lora"))
+    )
+    assert ours >= 40 and ours - untuned >= 20

@@ -1,0 +1,105 @@
+"""The README's commands run as they stand, and its tables hold no number that is not in a file."""
+
+import csv
+import json
+import os
+import re
+import shlex
+import subprocess
+from statistics import mean, stdev
+
+import pytest
+
+from tests.conftest import ROOT
+
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = [
+    line for block in re.findall(r"```sh\n(.*?)```", TEXT, flags=re.S) for line in block.splitlines() if line.strip()
+]
+LAUNCHES = [line for line in COMMANDS if re.search(r"scripts/(ba-lora|lora|pissa|full-ft)\.sh", line)]
+BY_HAND = [line for line in COMMANDS if line.startswith(".venv/bin/python")]
+TOY = [line for line in LAUNCHES if "configs/nlg/toy.yaml" in line or line.endswith("ba-lora.sh")]
+
+
+def shell(line, timeout_s=900):
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+    environment["HF_HUB_OFFLINE"] = "1"
+    return subprocess.run(
+        ["sh", "-c", line], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout_s
+    )
+
+
+def test_every_command_is_of_a_kind_that_is_tested_here():
+    assert len(LAUNCHES) >= 9 and len(BY_HAND) == 3 and len(TOY) == 4
+    assert sorted(set(COMMANDS) - set(LAUNCHES) - set(BY_HAND)) == ["sh scripts/test.sh"]
+
+
+@pytest.mark.parametrize("line", LAUNCHES)
+def test_every_launch_resolves_to_its_commands(line):
+    """Config, method, overrides, launcher and tasks are checked; a 7B model is not trained."""
+    done = shell(f"{line} --dry-run")
+    assert done.returncode == 0, done.stderr
+    training, *evaluation = [shlex.split(printed) for printed in done.stdout.splitlines()]
+    assert "train_nlg.py" in training and len(evaluation) >= 2
+    assert ("accelerate.commands.launch" in training) == ("NUM_MACHINES" in line)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("line", TOY)
+def test_toy_commands_run_as_they_stand(line):
+    done = shell(line)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "strict" in done.stdout and "result: results/runs/toy-" in done.stdout
+
+
+@pytest.mark.slow
+def test_the_stages_by_hand_run_as_they_stand():
+    for line in BY_HAND:
+        done = shell(line)
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout.splitlines()[-1])["metrics"]["strict"] > 0.2
+
+
+def test_files_and_folders_it_names_exist():
+    named = re.findall(r"`((?:configs|scripts|ba_lora|data|eval|results|tests)/[\w./-]+)`", TEXT)
+    assert len(named) > 10
+    for path in named:
+        assert (ROOT / path).exists(), path
+
+
+def test_the_papers_numbers_are_those_of_the_csv():
+    rows = list(csv.DictReader(open(ROOT / "results" / "paper_reported" / "nlg_main.csv", encoding="utf-8")))
+    known = {(row["model"], row["method"], row["task"]): f"{row['mean']} ± {row['std']}" for row in rows}
+    printed = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in TEXT.splitlines()
+        if re.match(r"\| (llama|mistral|gemma)", line)
+    ]
+    assert len(printed) == 12
+    for model, method, *cells in printed:
+        wanted = [known[model, method, task] for task in ("gsm8k", "math", "humaneval", "mbpp", "mt_bench")]
+        assert cells[0::2] == wanted and set(cells[1::2]) == {""}
+
+
+def test_the_toys_numbers_are_those_of_the_results():
+    """Mean ± standard deviation (n − 1) over the committed runs of each method."""
+    printed = {
+        cells[0]: cells[1:]
+        for line in TEXT.splitlines()
+        if (cells := [cell.strip() for cell in line.strip("|").split("|")])[0] in ("untuned", "ba_lora")
+    }
+    assert set(printed) == {"untuned", "ba_lora"}
+    results = [json.loads(path.read_text()) for path in (ROOT / "results" / "runs").glob("toy-*.json")]
+    for method, cells in printed.items():
+        scores = [100 * r["evaluation"]["toy"]["metrics"]["strict"] for r in results if _of_the_table(r, method)]
+        spread = f" ± {stdev(scores):.1f}" if len(scores) > 1 else ""
+        assert cells[:2] == [f"{mean(scores):.1f}{spread}", str(len(scores))]
+
+
+def _of_the_table(result, method):
+    from ba_lora.config import load_config, training_hash
+
+    if method == "untuned":
+        return result["method"] == "untuned" and result["config"]["model"]["name"] == "data/toy/clean"
+    config = load_config(ROOT / "configs" / "nlg" / "toy.yaml", method=method, overrides=[f"seed={result['seed']}"])
+    return result["method"] == method and result["run_id"].endswith(training_hash(config))

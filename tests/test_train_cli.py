@@ -1,0 +1,181 @@
+"""What a user sees when something is wrong: one line that names cause and mend, status 2, nothing half-written."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from ba_lora.errors import UserError
+from tests.tiny import save_tiny_model, tiny_llama
+
+
+def one_line(error):
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.name=/no/such/model"], "/no/such/model"),
+        (["model.name=nobody/nothing"], "nobody/nothing: no such folder, and not found on the hub"),
+        (["adapter.target_modules=[q_proj,kay_proj]"], "'kay_proj' matches no linear layer .*nearest: k_proj"),
+        (["adapter.rank=65"], "adapter.rank=65 is above the size of .*, 64"),
+        (["model.quantization=nf4"], "nf4 needs a CUDA GPU"),
+        (["model.attention=flash_attention_2"], "flash_attention_2 needs a CUDA GPU"),
+        (["trainer.fp16=true"], "fp16=true needs a GPU"),
+        (["trainer.tf32=true"], "tf32=true needs an NVIDIA GPU"),
+        (["adapter.options.loraplus=1"], "unknown key adapter.options.loraplus"),
+        (["adapter.options.r=3"], "set by the run itself"),
+        (["adapter.init=lora", "adapter.tuner=full", "model.dtype=float16"], "cannot train float16"),
+        (["data.name=metamathqa", "data.source=/no/such/file.jsonl"], "no such file: /no/such/file.jsonl"),
+        (["data.max_length=20"], "no row of .* is left"),
+        (["trainer.output_dir=x"], "set by the run itself: use output_dir"),
+        (["trainer.save_total_limit=1"], "use 2"),
+        (["trainer.eval_strategy=steps"], "evaluation comes after training"),
+        (["trainer.lr_scheduler_type=cosin"], "trainer: "),
+        (["adapter.init=pissa", "adapter.dora=true"], "needs adapter.tuner=lora and adapter.dora=false"),
+        (["hub.push=true"], "needs hub.repo_id"),
+        (["trainer.average_tokens_across_devices=false"], "means over the positions of all processes"),
+        (["trainer.label_smoothing_factor=0.1"], "no label smoothing"),
+        (["trainer.save_only_model=true"], "optimizer's state"),
+        (["trainer.fsdp=full_shard"], "FSDP is not supported"),
+        (["trainer.gradient_accumulation_steps=0"], "at least 1"),
+        (["regularizers.lambda_svd=nan"], "must be a number of at least 0"),
+        (["adapter.alpha=-1"], "must be above 0"),
+        (["adapter.options.modules_to_save=[lm_head]"], "unknown to reference and export"),
+        (["adapter.options.target_modules=[q_proj]"], "set by the run itself"),
+        (["data.toy.label_noise=2"], "data.toy: "),
+        (["data.toy.noisy_families=[nope]"], "data.toy: "),
+        (["seed=-1"], "seed is -1"),
+    ],
+)
+def test_one_line_errors(train, tmp_path, overrides, message):
+    with pytest.raises(UserError, match=message) as caught:
+        train(*overrides, method="ba_lora")
+    one_line(caught)
+    for name in ("adapter", "lora", "merged"):
+        assert not (tmp_path / "run" / name).exists()
+    result = tmp_path / "results" / "run.json"
+    if result.exists():
+        assert json.loads(result.read_text())["status"] == "failed"
+
+
+def test_an_unknown_model_type(train, tmp_path, tiny_model):
+    folder = save_tiny_model(tmp_path / "odd", model=None)
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {"model_type": "unheard_of"}))
+    with pytest.raises(UserError, match="unknown model type") as caught:
+        train(f"model.name={folder}")
+    one_line(caught)
+
+
+def test_a_model_of_another_kind(train, tmp_path):
+    """An encoder folder given as a causal model: named, not a stack of frames."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    model = T5ForConditionalGeneration(
+        T5Config(vocab_size=259, d_model=32, d_kv=16, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    )
+    folder = save_tiny_model(tmp_path / "t5", model=model)
+    with pytest.raises(UserError, match="t5|T5") as caught:
+        train(f"model.name={folder}")
+    one_line(caught)
+
+
+def test_weights_that_are_no_safetensors_are_refused(train, tmp_path):
+    import torch
+
+    folder = save_tiny_model(tmp_path / "pickled")
+    (folder / "model.safetensors").unlink()
+    torch.save(tiny_llama().state_dict(), folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match="cannot load the model") as caught:
+        train(f"model.name={folder}")
+    one_line(caught)
+
+
+def run(root, *words, environment=None):
+    return subprocess.run(
+        [sys.executable, "train_nlg.py", *words],
+        cwd=root,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **(environment or {})},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_the_command_prints_the_line_and_leaves_with_2(root, tmp_path):
+    done = run(root, "--config", "configs/nlg/toy.yaml", "adapter.rnk=4", f"output_dir={tmp_path / 'run'}")
+    assert done.returncode == 2 and done.stdout == ""
+    (line,) = [line for line in done.stderr.splitlines() if line.strip()]
+    assert line.startswith("error: unknown key adapter.rnk (nearest: adapter.rank")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(root, tmp_path, tiny_model):
+    mount = tmp_path / "small"
+    mount.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=700k", "none", str(mount)], capture_output=True)
+    if mounted.returncode != 0:
+        pytest.skip("a small tmpfs cannot be mounted here (not root)")
+    try:
+        done = run(
+            root,
+            *("--config", "configs/nlg/toy.yaml", f"model.name={tiny_model}", "adapter.rank=16", "data.num_rows=16"),
+            *("data.max_length=400", "trainer.max_steps=2", f"output_dir={mount / 'run'}"),
+            f"results_dir={tmp_path / 'results'}",
+        )
+        assert done.returncode == 2, done.stderr[-2000:]
+        assert "no disk space left" in done.stderr.splitlines()[-1]
+        for name in ("adapter", "lora", "merged"):
+            assert (
+                not (mount / "run" / name).exists() or (mount / "run" / name / "README.md").exists() or name != "merged"
+            )
+        assert not list((mount / "run").glob(".*.tmp"))
+    finally:
+        subprocess.run(["umount", str(mount)], check=True)
+
+
+def test_interrupt_is_recorded_as_cancelled(train, tmp_path, monkeypatch):
+    from ba_lora.trainer import BALoRATrainer
+
+    def interrupted(*_args, **_kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(BALoRATrainer, "train", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train()
+    assert json.loads((tmp_path / "results" / "run.json").read_text())["status"] == "cancelled"
+
+
+def test_out_of_memory_is_recorded_as_such(train, tmp_path, monkeypatch):
+    import torch
+
+    from ba_lora.trainer import BALoRATrainer
+
+    def exhausted(*_args, **_kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(BALoRATrainer, "train", exhausted)
+    with pytest.raises(UserError, match="lower trainer.per_device_train_batch_size"):
+        train()
+    assert json.loads((tmp_path / "results" / "run.json").read_text())["status"] == "oom"
+
+
+def test_a_gated_model_says_what_to_do(train, monkeypatch):
+    import httpx
+    import transformers
+    from huggingface_hub.errors import GatedRepoError
+
+    def gated(*_args, **_kwargs):
+        request = httpx.Request("GET", "https://hub/model")
+        cause = GatedRepoError("Access to model is restricted", response=httpx.Response(403, request=request))
+        raise OSError("You are trying to access a gated repo.\nMake sure to have access to it") from cause
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", gated)
+    with pytest.raises(UserError, match="owner/model is a gated repository: accept its licence") as caught:
+        train("model.name=owner/model")
+    one_line(caught)

@@ -1,0 +1,39 @@
+"""Train the tiny model for 6 steps under python or torchrun and save log and weights: REGULARIZERS ACCUMULATION OUT."""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from ba_lora import BALoRAConfig, BALoRATrainer
+from tests.tiny import adapter_weights, arguments, collate, tiny_peft, tiny_rows
+
+regularizers, accumulation, output = BALoRAConfig(**json.loads(sys.argv[1])), int(sys.argv[2]), Path(sys.argv[3])
+torch.set_num_threads(1)
+model = tiny_peft("pissa")
+trainer = BALoRATrainer(
+    model,
+    arguments(
+        Path(tempfile.mkdtemp()),
+        max_steps=6,
+        learning_rate=1e-2,
+        gradient_accumulation_steps=accumulation,
+        warmup_steps=0,
+    ),
+    regularizers=regularizers,
+    train_dataset=tiny_rows(16),  # whole effective batches: accelerate would fill a short one with rows of its own
+    data_collator=collate,
+)
+trainer.train()
+if trainer.is_world_process_zero():
+    history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    torch.save(
+        {
+            "processes": trainer.accelerator.num_processes,
+            "logs": {name: [entry[name] for entry in history] for name in history[0]},
+            "weights": adapter_weights(model),
+        },
+        output,
+    )

@@ -1,0 +1,130 @@
+"""Train one NLG run, from a config to an exported model.
+
+    python train_nlg.py --config configs/nlg/toy.yaml --method ba_lora trainer.learning_rate=5e-4
+    accelerate launch --config_file configs/accelerate/multi_gpu.yaml train_nlg.py --config configs/nlg/llama-2-7b.yaml
+
+config → data → model → trainer → export. The same command again goes on where a killed run stopped, and does nothing
+when it is done. `sh scripts/ba-lora.sh` adds generation, scoring and the table.
+"""
+
+import argparse
+import gc
+import signal
+import time
+from pathlib import Path
+
+from accelerate import PartialState
+from transformers import DataCollatorForSeq2Seq, set_seed
+
+from ba_lora.arguments import build_arguments, count_steps
+from ba_lora.config import RunConfig, load_config
+from ba_lora.errors import run_entry_point
+from ba_lora.export import export_run, probe_batch, push_to_hub, save_trained, write_model_card
+from ba_lora.io import finite, write_jsonl_atomic
+from ba_lora.methods import build_model, parameter_counts, probe_logits
+from ba_lora.model import load_tokenizer
+from ba_lora.results import environment, peak_memory_mb
+from ba_lora.run import claim_folder, finish, is_trained, recorded
+from ba_lora.trainer import BALoRATrainer
+from data.nlg import load_training_data
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="a base in configs/nlg, or a run's own config.yaml")
+    parser.add_argument("--method", help="a file in configs/methods (default ba_lora)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as trainer.max_steps=20")
+    options = parser.parse_intermixed_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cancelled job is recorded as cancelled
+    config = load_config(options.config, method=options.method, overrides=options.overrides, kind="nlg")
+
+    process = PartialState()
+    run_path = config.run_path
+    with process.main_process_first():
+        if process.is_main_process:
+            claim_folder(config, num_processes=process.num_processes)
+    if is_trained(run_path, config):
+        process.print(f"{run_path.name} is trained already (overwrite=true redoes it)")
+    else:
+        with recorded(run_path, config, main=process.is_main_process):
+            train(config, run_path, process)
+    if config.hub.push and process.is_main_process:
+        print(f"pushed to {push_to_hub(run_path, config)}")
+
+
+def train(config: RunConfig, run_path: Path, process: PartialState) -> None:
+    """Train and export one run; every process of a distributed run calls it."""
+    # Data: rows → prompt + response, labels on the response alone.
+    set_seed(config.seed)
+    arguments = build_arguments(config, run_path)
+    tokenizer = load_tokenizer(config.model)
+    data = load_training_data(config.data, tokenizer)
+    process.print(
+        "data: {rows_used} of {rows_read} rows, {rows_cut} cut to {max_length} tokens, {rows_dropped} dropped "
+        "(nothing of the response left), {rows_empty} empty".format(**data.report, max_length=config.data.max_length)
+    )
+
+    # Model: the pre-trained one, with the method's adapter.
+    probe = probe_batch(data.dataset.select(range(min(2, len(data.dataset)))).to_list(), tokenizer.pad_token_id)
+    num_steps = count_steps(arguments, len(data.dataset))
+    model, step0 = build_model(config, run_path=run_path, num_steps=num_steps, probe=probe)
+    trainable, everything = parameter_counts(model)
+    process.print(f"model: {config.model.name}, {trainable:,} of {everything:,} parameters trained; {step0}")
+
+    # Trainer: L = L_task + λ1 L_consistency + λ2 L_diversity + λ3 L_svd.
+    trainer = BALoRATrainer(
+        model,
+        arguments,
+        regularizers=config.regularizers,
+        train_dataset=data.dataset,
+        data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100),
+        processing_class=tokenizer,
+    )
+    effective = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    process.print(f"training: {num_steps} steps of {effective} rows, {arguments.world_size} process(es)")
+    started = time.perf_counter()
+    checkpoint = trainer.train_or_resume(run_path / "checkpoints", num_steps=num_steps)
+    seconds = time.perf_counter() - started
+    if process.is_main_process:
+        write_jsonl_atomic(run_path / "log.jsonl", finite(trainer.state.log_history))
+    training = {
+        "seconds": None if checkpoint else round(seconds, 2),  # of an uninterrupted run alone
+        "resumed_from": checkpoint.name if checkpoint else None,
+        "steps": trainer.state.global_step,
+        "micro_batch": arguments.per_device_train_batch_size,
+        "gradient_accumulation_steps": arguments.gradient_accumulation_steps,
+        "num_processes": arguments.world_size,
+        "trainable_parameters": trainable,
+        "total_parameters": everything,
+        "peak_memory_mb": round(peak_memory_mb(), 1),
+        "step0_max_logit_difference": step0.difference,
+        "last_log": next((entry for entry in reversed(trainer.state.log_history) if "loss" in entry), None),
+    }
+
+    # Export: adapter, plain LoRA, merged model, each compared with the trained one.
+    trained_logits = probe_logits(trainer.plain_model(), probe)
+    save_trained(trainer, config, run_path)
+    model_revision = getattr(model.config, "_commit_hash", None)
+    trainer.model = trainer.model_wrapped = model = None
+    del trainer
+    gc.collect()
+    if process.is_main_process:
+        differences = export_run(config, run_path, probe, trained_logits, pretrained_logits=step0.pretrained_logits)
+        result = finish(
+            run_path,
+            config,
+            {
+                "model": {"name": config.model.name, "revision": model_revision or config.model.revision},
+                "data": data.report,
+                "training": finite(training),
+                "export": {"max_logit_difference": differences},
+                "environment": environment(num_processes=process.num_processes),
+            },
+        )
+        write_model_card(run_path, config, result)
+        compared = ", ".join(f"{name} {value:.2g}" for name, value in differences.items())
+        print(f"exported to {run_path}: largest logit difference to the trained model: {compared}")
+
+
+if __name__ == "__main__":
+    run_entry_point(main)
