@@ -1,6 +1,8 @@
 """The one exception for what a user can mend: its message is a single line that names the cause and the mend."""
 
+import os
 import sys
+import time
 from collections.abc import Callable
 
 
@@ -9,12 +11,38 @@ class UserError(ValueError):
 
 
 def run_entry_point(main: Callable[[], int | None]) -> None:
-    """Call `main()` and leave the process: its status, or 2 with one line on stderr after a `UserError`."""
+    """Call `main()` and leave the process: its status, or 2 with one line on stderr after a `UserError`.
+
+    Of several processes that fail together, the first alone speaks: the others wait to be ended by the launcher, and
+    speak, with their rank, when nobody ends them.
+    """
+    rank = os.environ.get("RANK", "0")
     try:
-        sys.exit(main() or 0)
+        status = main() or 0
+        leave_process_group()
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        _report(f"error: {' '.join(str(error).split())}", rank)
+        status = 2
     except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
-        sys.exit(130)
+        if rank == "0":
+            print("error: interrupted", file=sys.stderr)
+        status = 130
+    sys.exit(status)
+
+
+def leave_process_group() -> None:
+    """Close torch's process group, if there is one: its threads, alive at the interpreter's end, can abort a process
+    that has done all its work."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+def _report(line: str, rank: str) -> None:
+    if rank != "0":
+        try:
+            time.sleep(5)
+        except KeyboardInterrupt:
+            return
+        line = f"[rank {rank}] {line}"
+    print(line, file=sys.stderr)

@@ -10,10 +10,7 @@ micro-batches of all processes. So 2 processes × b equals 1 process × b × acc
 """
 
 import contextlib
-import hashlib
 import inspect
-import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,26 +18,27 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.utils import logging
 
+from ba_lora.adalora import AdaLoraCallback, adalora_orthogonality, adalora_orthogonality_weight
+from ba_lora.checkpoints import find_checkpoint, step_of, write_checkpoint_manifest
 from ba_lora.config import BALoRAConfig
 from ba_lora.errors import UserError
-from ba_lora.io import disk_errors, write_json_atomic
+from ba_lora.io import disk_errors
 from ba_lora.losses import TermWeights, head_factor, nlg_loss
+from ba_lora.progress import TERMS, TermsCallback
 from ba_lora.reference import Reference, build_reference
 from ba_lora.regularizers import response_mask, response_targets
 from ba_lora.schedules import scheduled_weight
 
 logger = logging.get_logger(__name__)
 
-TERMS = ("task", "consistency", "diversity", "svd")
 PER_POSITION = ("task", "consistency", "diversity")
 _NOT_YET = object()
-MANIFEST = "files.json"  # written last into a checkpoint: it is whole exactly when this fits
 
 
 class BALoRATrainer(Trainer):
@@ -297,10 +295,10 @@ class BALoRATrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():  # else Trainer's rotation would take a damaged newer one for the newest
             for path in checkpoints.glob("checkpoint-*"):
-                if checkpoint is None or _step_of(path) > _step_of(checkpoint):
+                if checkpoint is None or step_of(path) > step_of(checkpoint):
                     shutil.rmtree(path)
         self.accelerator.wait_for_everyone()
-        if checkpoint is not None and _step_of(checkpoint) >= num_steps:
+        if checkpoint is not None and step_of(checkpoint) >= num_steps:
             self._load_from_checkpoint(str(checkpoint))
             self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         else:
@@ -333,140 +331,6 @@ class SeededLengthGroupedSampler(LengthGroupedSampler):
     def __iter__(self) -> Iterator[int]:
         self.generator.manual_seed(self.seed + self.epoch)
         return super().__iter__()
-
-
-class TermsCallback(ProgressCallback):
-    """A progress bar, and every log as one line: step, loss, each term with its share of the total, learning rate."""
-
-    def __init__(self, *, show_bar: bool = True) -> None:
-        super().__init__()
-        self.show_bar = show_bar
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.show_bar:
-            super().on_train_begin(args, state, control, **kwargs)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.show_bar:
-            super().on_step_end(args, state, control, **kwargs)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.show_bar:
-            super().on_train_end(args, state, control, **kwargs)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if not state.is_world_process_zero or not logs or "loss" not in logs:
-            return
-        line = terms_line(logs, step=state.global_step, num_steps=state.max_steps)
-        if self.show_bar and self.training_bar is not None:
-            self.training_bar.write(line)
-        else:
-            print(line, flush=True)
-
-
-def terms_line(logs: dict[str, float], *, step: int, num_steps: int) -> str:
-    """Return `step 20/188 | loss 1.234 | task 1.230 | consistency 0.0123 (0.4 %) | … | lr 9.1e-04`."""
-    parts = [f"step {step}/{num_steps}", f"loss {logs['loss']:.4f}"]
-    for term in TERMS:
-        if term in logs:
-            share = f" ({100 * logs[f'share_{term}']:.2g} %)" if f"share_{term}" in logs else ""
-            parts.append(f"{term} {logs[term]:.4g}{share}")
-    if "learning_rate" in logs:
-        parts.append(f"lr {logs['learning_rate']:.1e}")
-    return " | ".join(parts)
-
-
-class AdaLoraCallback(TrainerCallback):
-    """AdaLoRA's pruning after each optimizer step, while the gradients that rank the directions are still there."""
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        getattr(model, "module", model).base_model.update_and_allocate(state.global_step)
-
-
-def adalora_orthogonality_weight(model: nn.Module) -> float | None:
-    """Return the weight of AdaLoRA's orthogonality term, or None for any other model."""
-    config = getattr(model, "peft_config", {}).get("default")
-    return config.orth_reg_weight if getattr(config, "peft_type", None) == "ADALORA" else None
-
-
-def adalora_orthogonality(model: nn.Module) -> Tensor:
-    """Return the mean over all factors P, Q of ‖P Pᵀ − I‖_F (arXiv 2303.10512, eq. 4).
-
-    PEFT adds this term only to a loss that the model computes itself, and once per micro-batch unscaled.
-    """
-    norms = []
-    for name, parameter in model.named_parameters():
-        if "lora_A" in name or "lora_B" in name:
-            gram = parameter @ parameter.T if "lora_A" in name else parameter.T @ parameter
-            norms.append(torch.linalg.norm(gram - torch.eye(gram.shape[0], device=gram.device, dtype=gram.dtype)))
-    return torch.stack(norms).mean()
-
-
-def write_checkpoint_manifest(folder: Path) -> None:
-    """Record size and sha256 of every file of a finished checkpoint (files above 1 GiB: size alone)."""
-    assert folder.is_dir(), f"{folder} was removed while it was written"
-    for file in folder.rglob("*"):
-        if file.is_file():
-            with open(file, "rb") as handle:
-                os.fsync(handle.fileno())
-    write_json_atomic(folder / MANIFEST, _describe(folder))
-
-
-def find_checkpoint(folder: Path, *, before: int | None = None) -> Path | None:
-    """Return the newest whole checkpoint below `folder` (of a step below `before`), or None.
-
-    A damaged newer one is named in a warning.
-    """
-    found = [path for path in folder.glob("checkpoint-*") if path.is_dir() and path.name.split("-")[-1].isdigit()]
-    for path in sorted(found, key=_step_of, reverse=True):
-        if before is not None and _step_of(path) >= before:
-            continue
-        fault = checkpoint_fault(path)
-        if fault is None:
-            return path
-        logger.warning(f"{path} is damaged ({fault}): going back to the checkpoint before it")
-    return None
-
-
-def checkpoint_fault(folder: Path) -> str | None:
-    """Return what is wrong with a checkpoint, or None when every file is as it was written."""
-    try:
-        recorded = json.loads((folder / MANIFEST).read_text())
-    except FileNotFoundError:
-        return "it was not finished"
-    except (OSError, ValueError) as error:
-        return f"{MANIFEST} cannot be read: {error}"
-    if not recorded:
-        return f"{MANIFEST} lists no files"
-    for name, entry in recorded.items():
-        file = folder / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != entry["bytes"]:
-            return f"{name} has {file.stat().st_size} bytes instead of {entry['bytes']}"
-        if entry["sha256"] is not None and _sha256(file) != entry["sha256"]:
-            return f"{name} has other contents than were written"
-    return None
-
-
-def _step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.split("-")[-1])
-
-
-def _describe(folder: Path) -> dict[str, dict[str, Any]]:
-    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != MANIFEST)
-    return {
-        str(file.relative_to(folder)): {
-            "bytes": file.stat().st_size,
-            "sha256": _sha256(file) if file.stat().st_size <= 2**30 else None,
-        }
-        for file in files
-    }
-
-
-def _sha256(file: Path) -> str:
-    with open(file, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def _identity(tensor: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import sys
 import pytest
 import yaml
 
-from ba_lora.trainer import MANIFEST, checkpoint_fault, find_checkpoint
+from ba_lora.checkpoints import MANIFEST, checkpoint_fault, find_checkpoint
 
 # Inside a checkpoint's adapter, its optimizer and random state, the list of its files; inside adapter/, lora/, merged/;
 # inside the log, train.json and the result. (save_file serialises through serialize_file; every atomic write renames.)

@@ -13,8 +13,9 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, Trainer
 
 from ba_lora import BALoRAConfig, BALoRATrainer
 from ba_lora import regularizers as reg
+from ba_lora.adalora import adalora_orthogonality
+from ba_lora.progress import terms_line
 from ba_lora.reference import build_reference
-from ba_lora.trainer import adalora_orthogonality, terms_line
 from tests.tiny import adapter_weights, arguments, collate, tiny_llama, tiny_peft, tiny_rows
 
 STRONG = {"lambda_consistency": 0.5, "lambda_diversity": 0.3, "lambda_svd": 0.2}

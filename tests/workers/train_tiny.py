@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from ba_lora import BALoRAConfig, BALoRATrainer
+from ba_lora.errors import leave_process_group
 from tests.tiny import adapter_weights, arguments, collate, tiny_peft, tiny_rows
 
 regularizers, accumulation, output = BALoRAConfig(**json.loads(sys.argv[1])), int(sys.argv[2]), Path(sys.argv[3])
@@ -37,3 +38,4 @@ if trainer.is_world_process_zero():
         },
         output,
     )
+leave_process_group()

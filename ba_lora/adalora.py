@@ -1,0 +1,36 @@
+"""What AdaLoRA needs from a training loop (arXiv 2303.10512): pruning after each step, and its orthogonality term.
+
+PEFT has the layers and the allocation; it leaves the calls to the loop.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+
+class AdaLoraCallback(TrainerCallback):
+    """AdaLoRA's pruning after each optimizer step, while the gradients that rank the directions are still there."""
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        getattr(model, "module", model).base_model.update_and_allocate(state.global_step)
+
+
+def adalora_orthogonality_weight(model: nn.Module) -> float | None:
+    """Return the weight of AdaLoRA's orthogonality term, or None for any other model."""
+    config = getattr(model, "peft_config", {}).get("default")
+    return config.orth_reg_weight if getattr(config, "peft_type", None) == "ADALORA" else None
+
+
+def adalora_orthogonality(model: nn.Module) -> Tensor:
+    """Return the mean over all factors P, Q of ‖P Pᵀ − I‖_F (arXiv 2303.10512, eq. 4).
+
+    PEFT adds this term only to a loss that the model computes itself, and once per micro-batch unscaled.
+    """
+    norms = []
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name or "lora_B" in name:
+            gram = parameter @ parameter.T if "lora_A" in name else parameter.T @ parameter
+            norms.append(torch.linalg.norm(gram - torch.eye(gram.shape[0], device=gram.device, dtype=gram.dtype)))
+    return torch.stack(norms).mean()
