@@ -11,10 +11,11 @@ import argparse
 import gc
 import signal
 import time
+from datetime import timedelta
 from pathlib import Path
 
 from accelerate import PartialState
-from transformers import DataCollatorForSeq2Seq, set_seed
+from transformers import DataCollatorForSeq2Seq, TrainingArguments, set_seed
 
 from ba_lora.arguments import build_arguments, count_steps
 from ba_lora.config import RunConfig, load_config
@@ -23,7 +24,8 @@ from ba_lora.export import export_run, probe_batch, push_to_hub, save_trained, w
 from ba_lora.io import finite, write_jsonl_atomic
 from ba_lora.methods import build_model, parameter_counts, probe_logits
 from ba_lora.model import load_tokenizer
-from ba_lora.results import environment, peak_memory_mb
+from ba_lora.regularizers import IGNORE_INDEX
+from ba_lora.results import environment, peak_memory_mb, reset_peak_memory
 from ba_lora.run import claim_folder, finish, is_trained, recorded
 from ba_lora.trainer import BALoRATrainer
 from data.nlg import load_training_data
@@ -38,7 +40,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cancelled job is recorded as cancelled
     config = load_config(options.config, method=options.method, overrides=options.overrides, kind="nlg")
 
-    process = PartialState()
+    seconds = config.trainer.get("ddp_timeout", TrainingArguments.ddp_timeout)
+    process = PartialState(timeout=timedelta(seconds=seconds))
     run_path = config.run_path
     with process.main_process_first():
         if process.is_main_process:
@@ -60,7 +63,7 @@ def train(config: RunConfig, run_path: Path, process: PartialState) -> None:
     tokenizer = load_tokenizer(config.model)
     data = load_training_data(config.data, tokenizer)
     process.print(
-        "data: {rows_used} of {rows_read} rows, {rows_cut} cut to {max_length} tokens, {rows_dropped} dropped "
+        "data: {rows_used} of {rows_chosen} chosen rows, {rows_cut} cut to {max_length} tokens, {rows_dropped} dropped "
         "(nothing of the response left), {rows_empty} empty".format(**data.report, max_length=config.data.max_length)
     )
 
@@ -77,11 +80,12 @@ def train(config: RunConfig, run_path: Path, process: PartialState) -> None:
         arguments,
         regularizers=config.regularizers,
         train_dataset=data.dataset,
-        data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100),
+        data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORE_INDEX),
         processing_class=tokenizer,
     )
     effective = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     process.print(f"training: {num_steps} steps of {effective} rows, {arguments.world_size} process(es)")
+    reset_peak_memory()  # the SVDs of the initialisation are no part of training
     started = time.perf_counter()
     checkpoint = trainer.train_or_resume(run_path / "checkpoints", num_steps=num_steps)
     seconds = time.perf_counter() - started

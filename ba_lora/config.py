@@ -31,6 +31,7 @@ ATTENTION = ("sdpa", "eager", "flash_attention_2")
 TUNERS = ("full", "lora", "adalora", "loha")
 CONSISTENCY_SCHEDULES = ("constant", "cosine_to_10_percent", "adaptive")
 SCHEDULES = ("constant", "two_phase")
+NLG_TASKS = ("toy", "gsm8k", "math", "humaneval", "mbpp", "mt_bench")  # eval/tasks has a class for each
 DATASETS = ("toy", "metamathqa", "codefeedback", "wizardlm", "gsm8k")
 
 
@@ -377,6 +378,8 @@ def _check(config: RunConfig) -> None:
         raise UserError("data.num_rows=null means all rows of a set, and the toy's are made on demand: give a number")
     if config.data.max_length < 2:
         raise UserError(f"data.max_length is {config.data.max_length}: it must be at least 2")
+    for task in (*config.eval.tasks, *config.eval.data):
+        check_choice("eval.tasks", task, NLG_TASKS)
     check_choice("eval.engine", config.eval.engine, ("auto", "vllm", "hf"))
     if config.hub.push and not config.hub.repo_id:
         raise UserError("hub.push=true needs hub.repo_id=<user>/<name>")
@@ -392,6 +395,8 @@ def _check_trainer(arguments: dict[str, Any]) -> None:
             raise UserError(f"trainer.{name} is set by the run itself: use {_RESERVED_ARGUMENTS[name]}")
         if name not in known:
             raise UserError(f"unknown key trainer.{name}{nearest(name, known)} (a transformers.TrainingArguments name)")
+        if name == "accelerator_config" and dict(arguments[name] or {}).get("split_batches"):
+            raise UserError("trainer.accelerator_config.split_batches=true is refused: the batch sizes are per process")
         if name in _UNSAFE_ARGUMENTS and arguments[name] not in (_UNSAFE_ARGUMENTS[name][0], None):
             raise UserError(f"trainer.{name}={arguments[name]} is refused: {_UNSAFE_ARGUMENTS[name][1]}")
     for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):

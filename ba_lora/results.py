@@ -101,8 +101,16 @@ def git_state() -> dict[str, Any]:
     return {"commit": commit, "dirty": bool(changes)}
 
 
+def reset_peak_memory() -> None:
+    """Begin a new measurement of the GPU's peak memory; a CPU process's peak counts from its start."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
 def peak_memory_mb() -> float:
-    """Return this process's largest memory so far in MiB: the GPU's where there is one, else resident memory."""
+    """Return this process's largest memory in MiB: what a GPU held since `reset_peak_memory`, else resident."""
     import resource
 
     import torch

@@ -14,8 +14,6 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from ba_lora.errors import UserError
-
 MANIFEST_PATH = Path(__file__).with_name("manifest.yaml")
 
 
@@ -41,27 +39,39 @@ def canonical_sha256(rows: Iterable[dict[str, Any]], columns: Sequence[str]) -> 
 
 
 def check(
-    name: str, split: str, rows: Sequence[dict[str, Any]], columns: Sequence[str], *, strict: bool = False
+    name: str,
+    split: str,
+    rows: Sequence[dict[str, Any]],
+    columns: Sequence[str],
+    *,
+    file_sha256: str | None = None,
 ) -> dict[str, Any]:
-    """Compare rows with the manifest: return {"sha256", "num_rows", "status": "matches" | "differs" | "unknown"}.
+    """Compare rows with the manifest: return {"sha256", "status": "matches" | "differs" | "unknown"}.
 
-    "unknown": no hash is recorded for this set, split and columns, or these are fewer rows than the whole split (a part
-    cannot be told from another set). "differs" prints one warning line with both hashes, since a user's own version of
-    a set is legitimate; with `strict` it raises UserError instead.
+    `file_sha256` is that of the local file the rows came from; None says that they are a whole split of the hub's. In
+    turn: a published file's hash, the hash of the rows' contents, the number of rows. "unknown": nothing of these is
+    recorded for this set, split and columns, or a local file has fewer rows (a part cannot be told from another set).
+    "differs" prints one warning line, since a user's own version of a set is legitimate.
     """
     sha256 = canonical_sha256(rows, columns)
-    known = load().get(name, {}).get("splits", {}).get(split, {})
-    comparable = known.get("sha256") and sorted(known["columns"]) == sorted(columns) and len(rows) >= known["rows"]
-    if not comparable:
-        return {"sha256": sha256, "num_rows": len(rows), "status": "unknown"}
-    if sha256 == known["sha256"]:
-        return {"sha256": sha256, "num_rows": len(rows), "status": "matches"}
-    line = (
-        f"the {len(rows)} rows of {name} ({split}) are not those of data/manifest.yaml: "
-        f"sha256 {sha256}, recorded for {known['rows']} rows: {known['sha256']}"
-    )
-    if strict:
-        raise UserError(f"{line}; use the original data, or record your own set there")
+    entry = load().get(name, {})
+    known = entry.get("splits", {}).get(split, {})
+    if file_sha256 is not None and file_sha256 in (entry.get("files") or {}).values():
+        return {"sha256": sha256, "status": "matches"}
+    if known.get("rows") is None or (file_sha256 is not None and len(rows) < known["rows"]):
+        return {"sha256": sha256, "status": "unknown"}
+    if known["sha256"] is not None and sorted(known["columns"]) == sorted(columns):
+        same, expected = sha256 == known["sha256"], f"{known['rows']} rows of sha256 {known['sha256']}"
+    elif len(rows) != known["rows"]:
+        same, expected = False, f"{known['rows']} rows"
+    else:
+        return {"sha256": sha256, "status": "unknown"}
+    if same:
+        return {"sha256": sha256, "status": "matches"}
     if os.environ.get("RANK", "0") == "0":
-        print(f"warning: {line}", file=sys.stderr)
-    return {"sha256": sha256, "num_rows": len(rows), "status": "differs"}
+        print(
+            f"warning: the {len(rows)} rows of {name} ({split}), sha256 {sha256}, are not those of data/manifest.yaml: "
+            f"{expected}",
+            file=sys.stderr,
+        )
+    return {"sha256": sha256, "status": "differs"}

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ba_lora.config import DataConfig, resolve_path
 from ba_lora.errors import UserError
 from ba_lora.prompts import build_prompt
+from ba_lora.regularizers import IGNORE_INDEX
 from ba_lora.rows import LOCAL_SUFFIXES, load_rows
 from data import manifest
 
@@ -25,11 +26,9 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-IGNORE_INDEX = -100
-
 
 @dataclass(frozen=True)
-class Source:
+class TrainingSet:
     """Where a set lives, the columns it needs, and how a row becomes (instruction, response)."""
 
     hub: str | None
@@ -61,11 +60,11 @@ def _gsm8k_pair(row: dict[str, Any]) -> tuple[str, str]:
 
 
 SOURCES = {
-    "toy": Source(None, ("query", "response"), _metamathqa_pair),
-    "metamathqa": Source("meta-math/MetaMathQA", ("query", "response"), _metamathqa_pair),
-    "codefeedback": Source("m-a-p/CodeFeedback-Filtered-Instruction", ("query", "answer"), _codefeedback_pair),
-    "wizardlm": Source("WizardLMTeam/WizardLM_evol_instruct_V2_196k", ("conversations",), _wizardlm_pair),
-    "gsm8k": Source("openai/gsm8k", ("question", "answer"), _gsm8k_pair, subset="main"),
+    "toy": TrainingSet(None, ("query", "response"), _metamathqa_pair),
+    "metamathqa": TrainingSet("meta-math/MetaMathQA", ("query", "response"), _metamathqa_pair),
+    "codefeedback": TrainingSet("m-a-p/CodeFeedback-Filtered-Instruction", ("query", "answer"), _codefeedback_pair),
+    "wizardlm": TrainingSet("WizardLMTeam/WizardLM_evol_instruct_V2_196k", ("conversations",), _wizardlm_pair),
+    "gsm8k": TrainingSet("openai/gsm8k", ("question", "answer"), _gsm8k_pair, subset="main"),
 }
 
 
@@ -86,7 +85,8 @@ def load_training_data(config: DataConfig, tokenizer: "PreTrainedTokenizerBase")
     """
     rows, origin = _read_rows(config)
     source = SOURCES[config.name]
-    checked = manifest.check(config.name, config.split, rows, source.columns)
+    checked = manifest.check(config.name, config.split, rows, source.columns, file_sha256=origin["file_sha256"])
+    num_read = len(rows)
     rows = _choose(rows, config)
     encoded, cut, dropped, empty = [], 0, 0, 0
     for row in rows:
@@ -109,7 +109,8 @@ def load_training_data(config: DataConfig, tokenizer: "PreTrainedTokenizerBase")
     report = {
         "name": config.name,
         **origin,
-        "rows_read": len(rows),
+        "rows_read": num_read,
+        "rows_chosen": len(rows),
         "rows_used": len(encoded),
         "rows_cut": cut,
         "rows_dropped": dropped,

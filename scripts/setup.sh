@@ -39,6 +39,8 @@ done_already() {
     esac
 }
 if done_already; then exit 0; fi
+# making an environment anew empties its folder: never that of another project behind a link
+[ ! -L "$VENV" ] || die ".venv is a link to $(readlink "$VENV"): remove the link, then run again"
 
 # ---- one set-up at a time. flock's lock dies with its holder; without flock, a folder that names its holder
 mkdir -p .cache || die "cannot write in $ROOT: choose a folder of your own"

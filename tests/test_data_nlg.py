@@ -80,8 +80,8 @@ def test_truncation_is_reported(tokenizer, tmp_path):
     ]
     config = DataConfig(name="metamathqa", source=write(tmp_path / "rows.jsonl", rows), max_length=prompt + 3)
     data = load_training_data(config, tokenizer)
-    counts = {key: data.report[key] for key in ("rows_read", "rows_used", "rows_cut", "rows_dropped", "rows_empty")}
-    assert counts == {"rows_read": 4, "rows_used": 2, "rows_cut": 1, "rows_dropped": 1, "rows_empty": 1}
+    counts = {key: data.report[key] for key in ("rows_chosen", "rows_used", "rows_cut", "rows_dropped", "rows_empty")}
+    assert counts == {"rows_chosen": 4, "rows_used": 2, "rows_cut": 1, "rows_dropped": 1, "rows_empty": 1}
     whole, cut = data.dataset.to_list()
     assert labelled_text(whole, tokenizer) == " a</s>" and labelled_text(cut, tokenizer) == " ab"
     assert data.report["tokens"] == 2 * (prompt + 3) and data.report["response_tokens"] == 6

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from ba_lora.config import DATASETS
-from ba_lora.errors import UserError
 from ba_lora.io import read_jsonl
 from data import manifest
 
@@ -64,7 +63,7 @@ def known(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_matches(known: None, capsys: pytest.CaptureFixture) -> None:
     result = manifest.check("known", "train", ROWS, COLUMNS)
-    assert result == {"sha256": manifest.canonical_sha256(ROWS, COLUMNS), "num_rows": 2, "status": "matches"}
+    assert result == {"sha256": manifest.canonical_sha256(ROWS, COLUMNS), "status": "matches"}
     assert capsys.readouterr().err == ""
 
 
@@ -82,26 +81,35 @@ def test_differs_warns_in_one_line_with_both_hashes(
     assert capsys.readouterr().err == ""
 
 
-def test_strict_refuses_in_one_line(known: None) -> None:
-    with pytest.raises(UserError, match="known.*sha256") as error:
-        manifest.check("known", "train", ROWS + ROWS, COLUMNS, strict=True)
-    assert "\n" not in str(error.value)
-
-
 @pytest.mark.parametrize(
-    ("name", "split", "rows", "columns"),
+    ("name", "split", "rows", "columns", "file_sha256"),
     [
-        ("known", "train", ROWS[:1], COLUMNS),
-        ("known", "test", ROWS, COLUMNS),
-        ("known", "train", ROWS, ("query",)),
-        ("another", "train", ROWS, COLUMNS),
+        ("known", "train", ROWS[:1], COLUMNS, "aa"),
+        ("known", "test", ROWS, COLUMNS, None),
+        ("known", "train", ROWS, ("query",), None),
+        ("another", "train", ROWS, COLUMNS, None),
     ],
     ids=["a part", "another split", "other columns", "another set"],
 )
-def test_unknown(known: None, capsys: pytest.CaptureFixture, name: str, split: str, rows: list, columns: tuple) -> None:
-    result = manifest.check(name, split, rows, columns, strict=True)
-    assert result["status"] == "unknown" and result["num_rows"] == len(rows) and len(result["sha256"]) == 64
+def test_unknown(
+    known: None, capsys: pytest.CaptureFixture, name: str, split: str, rows: list, columns: tuple, file_sha256: str
+) -> None:
+    result = manifest.check(name, split, rows, columns, file_sha256=file_sha256)
+    assert result["status"] == "unknown" and len(result["sha256"]) == 64
     assert capsys.readouterr().err == ""
+
+
+def test_a_published_file_is_known_by_its_hash(known: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = {"files": {"a.json": "ab"}, "splits": {"train": {"rows": 9, "columns": list(COLUMNS), "sha256": None}}}
+    monkeypatch.setattr(manifest, "load", lambda: {"known": entry})
+    assert manifest.check("known", "train", ROWS, COLUMNS, file_sha256="ab")["status"] == "matches"
+    assert manifest.check("known", "train", ROWS, COLUMNS, file_sha256="cd")["status"] == "unknown"
+
+
+def test_a_hub_split_of_another_length_differs(known: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = {"splits": {"train": {"rows": 9, "columns": list(COLUMNS), "sha256": None}}}
+    monkeypatch.setattr(manifest, "load", lambda: {"known": entry})
+    assert manifest.check("known", "train", ROWS, COLUMNS)["status"] == "differs"
 
 
 def test_the_committed_toy_file_is_the_recorded_one(root: Path) -> None:

@@ -8,9 +8,10 @@ import sys
 import pytest
 
 from ba_lora import pipeline
-from ba_lora.config import load_config
+from ba_lora.config import NLG_TASKS, load_config, to_yaml
 from ba_lora.errors import UserError
 from ba_lora.results import results_table
+from eval.tasks import TASKS
 
 NODES = {"NUM_MACHINES": "2", "MACHINE_RANK": "1", "MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
 
@@ -144,3 +145,19 @@ def test_the_default_holds_for_other_seeds(root, tmp_path, seed):
         float(line.split()[2]) for line in done.stdout.splitlines() if line.startswith(("untuned", "ba_lora"))
     )
     assert ours >= 40 and ours - untuned >= 20
+
+
+def test_a_saved_config_keeps_its_method(root, tmp_path, capsys, monkeypatch):
+    saved = tmp_path / "config.yaml"
+    saved.write_text(to_yaml(load_config("configs/nlg/toy.yaml", method="pissa")))
+    for words, method in (([str(saved)], "pissa"), (["seed=2"], "ba_lora")):
+        monkeypatch.setattr("sys.argv", ["pipeline", "--dry-run", *words])
+        pipeline.main()
+        assert f"outputs/toy-{method}-s" in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", ["pipeline", "--dry-run", "--method", "lora", str(saved)])
+    with pytest.raises(UserError, match="is the resolved config of method pissa"):
+        pipeline.main()
+
+
+def test_the_config_knows_every_task():
+    assert sorted(NLG_TASKS) == sorted(TASKS)

@@ -50,6 +50,8 @@ def one_line(error):
         (["data.toy.label_noise=2"], "data.toy: "),
         (["data.toy.noisy_families=[nope]"], "data.toy: "),
         (["seed=-1"], "seed is -1"),
+        (["eval.tasks=[gsmk8]"], "eval.tasks=gsmk8 is unknown: .*nearest: gsm8k"),
+        (["trainer.accelerator_config={split_batches: true}"], "the batch sizes are per process"),
     ],
 )
 def test_one_line_errors(train, tmp_path, overrides, message):
@@ -179,3 +181,24 @@ def test_a_gated_model_says_what_to_do(train, monkeypatch):
     with pytest.raises(UserError, match="owner/model is a gated repository: accept its licence") as caught:
         train("model.name=owner/model")
     one_line(caught)
+
+
+@pytest.mark.parametrize("failing", ["both", "the second"])
+def test_of_several_processes_one_tells_the_error(root, tmp_path, failing):
+    worker = tmp_path / "worker.py"
+    worker.write_text(
+        "import os, signal\n"
+        "from ba_lora.errors import UserError, run_entry_point\n"
+        "def main():\n"
+        "    signal.signal(signal.SIGTERM, signal.default_int_handler)\n"
+        f"    if {failing == 'both'} or os.environ['RANK'] == '1':\n"
+        "        raise UserError('no such file: x; check the path')\n"
+        "    signal.pause()\n"
+        "run_entry_point(main)\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(worker)]
+    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    told = [line for line in done.stderr.splitlines() if "error: no such file: x" in line]
+    assert done.returncode != 0
+    assert told == [("" if failing == "both" else "[rank 1] ") + "error: no such file: x; check the path"]

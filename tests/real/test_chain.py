@@ -62,7 +62,7 @@ def run_chain(root, real_data, folder, *, num_rows, limit, method, environment, 
 def check(result, *, num_rows, limit, processes):
     assert result["status"] == "ok"
     data, training = result["data"], result["training"]
-    assert data["rows_read"] == num_rows and data["rows_used"] + data["rows_dropped"] == num_rows
+    assert data["rows_chosen"] == num_rows and data["rows_used"] + data["rows_dropped"] == num_rows
     assert data["rows_cut"] + data["rows_dropped"] > 0.1 * num_rows  # 512 words for everything: many rows do not fit
     assert training["num_processes"] == processes and training["steps"] == -(-data["rows_used"] // (4 * processes))
     assert set(training["last_log"]) >= {"task", "consistency", "diversity", "svd", "share_svd"}
