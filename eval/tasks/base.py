@@ -10,9 +10,13 @@ one completion.
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from ba_lora.errors import UserError
 from ba_lora.rows import Source, load_rows
+
+if TYPE_CHECKING:
+    import numpy as np
 
 # What an Alpaca-tuned model may run on with after its response. Generation stops there and grading cuts there, so
 # that completions made without stop strings get the same grade.
@@ -199,23 +203,42 @@ NUM_RESAMPLES = 5000
 
 
 def bootstrap_intervals(rows: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
-    """Return name -> [low, high]: the percentile bootstrap 95 % interval of the mean over rows (items).
-
-    Items are drawn with replacement, the same draws for all names, from a fixed seed: the same grades give the same
-    interval. It tells how far the score would move with another sample of items; the noise of training, and of
-    sampling completions, comes on top.
-    """
+    """Return name -> [low, high]: the percentile bootstrap 95 % interval of the mean over rows (items)."""
     import numpy as np
 
     names = list(rows[0])
     values = np.array([[row[name] for name in names] for row in rows], dtype=np.float64)  # (items, names)
+    return dict(
+        zip(
+            names,
+            bootstrap(len(rows), lambda drawn: np.stack([column[drawn].mean(axis=1) for column in values.T], axis=1)),
+            strict=True,
+        )
+    )
+
+
+def bootstrap(num_items: int, statistic: Callable[["np.ndarray"], "np.ndarray"]) -> list[list[float] | None]:
+    """Return [low, high] of each metric: its percentile bootstrap 95 % interval over items.
+
+    statistic: indices of the drawn items [R, N] -> the metrics of each resample [R, M]. NaN says that a resample leaves
+    a metric undefined, and is left out; None: all of them do. Items are drawn with replacement, the same draws for all
+    metrics, from a fixed seed: the same grades give the same interval. It tells how far the score would move with
+    another sample of items; the noise of training, and of sampling completions, comes on top.
+    """
+    import numpy as np
+
     random = np.random.default_rng(0)
-    means, at_once = [], max(1, 2_000_000 // len(rows))
-    for start in range(0, NUM_RESAMPLES, at_once):
-        drawn = random.integers(0, len(rows), (min(at_once, NUM_RESAMPLES - start), len(rows)), dtype=np.int32)
-        means.append(np.stack([column[drawn].mean(axis=1) for column in values.T], axis=1))
-    low, high = np.percentile(np.concatenate(means), [2.5, 97.5], axis=0)
-    return {name: [round(float(low[i]), 6), round(float(high[i]), 6)] for i, name in enumerate(names)}
+    found, at_once = [], max(1, 2_000_000 // num_items)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        for start in range(0, NUM_RESAMPLES, at_once):
+            size = (min(at_once, NUM_RESAMPLES - start), num_items)
+            found.append(statistic(random.integers(0, num_items, size, dtype=np.int32)))
+    intervals: list[list[float] | None] = []
+    for values in np.concatenate(found).T:
+        defined = values[~np.isnan(values)]
+        low, high = np.percentile(defined, [2.5, 97.5]) if defined.size else (None, None)
+        intervals.append(None if low is None else [round(float(low), 6), round(float(high), 6)])
+    return intervals
 
 
 def cut_at_stops(completion: str, stops: Iterable[str]) -> str:

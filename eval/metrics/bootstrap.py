@@ -1,0 +1,115 @@
+"""Bootstrap intervals of the metrics: scores.py's definitions, for thousands of resamples at once.
+
+A resample is told by how often each item was drawn, counts_RN (R resamples of N items): class metrics follow from the
+weighted confusion matrix, correlations from weighted moments, Spearman's ranks from weighted cumulative counts. Each
+function gives scores.py's value of the resampled items (tests/test_metrics_nlu.py). A resample that leaves a metric
+undefined is left out of its interval.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from eval.tasks.base import bootstrap
+
+Array = np.ndarray
+Metric = Callable[[Array, Array, Array], Array]  # counts_RN, labels_N, predictions_N → [R]
+
+
+def intervals(
+    names: Sequence[str], labels: Sequence[float], predictions: Sequence[float], *, minority: int | None = None
+) -> dict[str, list[float] | None]:
+    """Return metric → [low, high], the percentile bootstrap 95 % interval over items; None where undefined.
+
+    names: those of scores.METRICS, macro_f1, and minority_recall, which takes the class id `minority`.
+    """
+    labels, predictions = np.asarray(labels), np.asarray(predictions)
+    metrics: dict[str, Metric] = {**WEIGHTED, "minority_recall": lambda *data: _recall(*data, of=minority)}
+
+    def statistic(drawn_RN: Array) -> Array:
+        counts_RN = _draw_counts(drawn_RN)
+        return np.stack([metrics[name](counts_RN, labels, predictions) for name in names], axis=1)
+
+    return dict(zip(names, bootstrap(labels.size, statistic), strict=True))
+
+
+def _draw_counts(drawn_RN: Array) -> Array:
+    """Return how often each item was drawn, from the indices of the drawn items."""
+    num_resamples, num_items = drawn_RN.shape
+    offsets = num_items * np.arange(num_resamples)[:, None]
+    counts = np.bincount((drawn_RN + offsets).ravel(), minlength=num_resamples * num_items)
+    return counts.reshape(num_resamples, num_items).astype(np.float64)
+
+
+def _confusion(counts_RN: Array, labels_N: Array, predictions_N: Array) -> Array:
+    """Return the weighted confusion matrix [R, K, K], label first."""
+    size = int(max(labels_N.max(), predictions_N.max(), 1)) + 1
+    cells = np.zeros((labels_N.size, size * size))
+    cells[np.arange(labels_N.size), labels_N * size + predictions_N] = 1
+    return (counts_RN @ cells).reshape(-1, size, size)
+
+
+def _accuracy(counts_RN: Array, labels_N: Array, predictions_N: Array) -> Array:
+    return counts_RN @ (labels_N == predictions_N) / labels_N.size
+
+
+def _f1_by_class(confusion_RKK: Array) -> Array:
+    """Return F1 = 2 TP / (2 TP + FP + FN) of each class [R, K]; NaN for a class that does not occur."""
+    hits = np.einsum("rkk->rk", confusion_RKK)
+    return 2 * hits / (confusion_RKK.sum(axis=1) + confusion_RKK.sum(axis=2))
+
+
+def _f1(counts_RN: Array, labels_N: Array, predictions_N: Array) -> Array:
+    return _f1_by_class(_confusion(counts_RN, labels_N, predictions_N))[:, 1]
+
+
+def _macro_f1(counts_RN: Array, labels_N: Array, predictions_N: Array) -> Array:
+    return np.nanmean(_f1_by_class(_confusion(counts_RN, labels_N, predictions_N)), axis=1)
+
+
+def _recall(counts_RN: Array, labels_N: Array, predictions_N: Array, *, of: int) -> Array:
+    is_class = labels_N == of
+    return counts_RN @ (is_class & (predictions_N == of)) / (counts_RN @ is_class)
+
+
+def _matthews(counts_RN: Array, labels_N: Array, predictions_N: Array) -> Array:
+    """R_K of Gorodkin 2004: Matthews' coefficient for any number of classes."""
+    confusion = _confusion(counts_RN, labels_N, predictions_N)
+    total, hits = labels_N.size, np.einsum("rkk->r", confusion)
+    of_label, of_prediction = confusion.sum(axis=2), confusion.sum(axis=1)
+    spread_label = total**2 - (of_label**2).sum(axis=1)
+    spread_prediction = total**2 - (of_prediction**2).sum(axis=1)
+    covariance = hits * total - (of_label * of_prediction).sum(axis=1)
+    value = covariance / np.sqrt(spread_label * spread_prediction)
+    return np.where((spread_prediction == 0) & (spread_label > 0), 0.0, value)  # the convention of scores.py
+
+
+def _pearson(counts_RN: Array, labels: Array, predictions: Array) -> Array:
+    """Labels and predictions: [N], or [R, N] where they differ between resamples."""
+    total = counts_RN.sum(axis=1, keepdims=True)
+    x, y = (values - (counts_RN * values).sum(axis=1, keepdims=True) / total for values in (labels, predictions))
+    covariance, variance_x, variance_y = ((counts_RN * product).sum(axis=1) for product in (x * y, x * x, y * y))
+    return covariance / np.sqrt(variance_x * variance_y)
+
+
+def _ranks(counts_RN: Array, values_N: Array) -> Array:
+    """Return mid-ranks [R, N] in each resample: equal values share the mean of the places they take."""
+    _, group_N = np.unique(values_N, return_inverse=True)
+    order = np.argsort(group_N, kind="stable")
+    starts = np.flatnonzero(np.diff(group_N[order], prepend=-1))
+    sizes_RG = np.add.reduceat(counts_RN[:, order], starts, axis=1)
+    return (np.cumsum(sizes_RG, axis=1) - (sizes_RG - 1) / 2)[:, group_N]
+
+
+def _spearman(counts_RN: Array, labels_N: Array, predictions_N: Array) -> Array:
+    return _pearson(counts_RN, _ranks(counts_RN, labels_N), _ranks(counts_RN, predictions_N))
+
+
+WEIGHTED: Mapping[str, Metric] = {
+    "accuracy": _accuracy,
+    "f1": _f1,
+    "macro_f1": _macro_f1,
+    "matthews": _matthews,
+    "pearson": _pearson,
+    "spearman": _spearman,
+}

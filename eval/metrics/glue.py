@@ -1,0 +1,42 @@
+"""GLUE's metrics as an `evaluate` module that needs no network:
+
+    evaluate.load("eval/metrics/glue.py", "mrpc").compute(references=labels, predictions=predictions)
+
+gives {"accuracy": …, "f1": …, "notes": {…}}; see scores.py for what the notes say and what is None.
+"""
+
+import datasets
+import evaluate
+
+from .scores import glue_scores
+
+TASK_METRICS = {
+    "cola": ("matthews",),
+    "sst2": ("accuracy",),
+    "mrpc": ("accuracy", "f1"),
+    "stsb": ("pearson", "spearman"),
+    "qqp": ("accuracy", "f1"),
+    "mnli": ("accuracy",),
+    "mnli_mm": ("accuracy",),
+    "qnli": ("accuracy",),
+    "rte": ("accuracy",),
+    "wnli": ("accuracy",),
+}
+
+
+class Glue(evaluate.Metric):
+    """The metrics of the task named as the configuration."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        if self.config_name not in TASK_METRICS:
+            raise ValueError(f"unknown task {self.config_name!r}: choose one of {', '.join(TASK_METRICS)}")
+        value = datasets.Value("float64" if self.config_name == "stsb" else "int64")
+        return evaluate.MetricInfo(
+            description="The metrics of the GLUE benchmark.",
+            citation="Wang et al. 2019, GLUE: A Multi-Task Benchmark and Analysis Platform (ICLR)",
+            features=datasets.Features({"predictions": value, "references": value}),
+        )
+
+    def _compute(self, predictions: list, references: list) -> dict:
+        scores = glue_scores(TASK_METRICS[self.config_name], references, predictions)
+        return {**scores.metrics, "notes": scores.notes}
