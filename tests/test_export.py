@@ -6,11 +6,12 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from ba_lora.config import available_methods, load_config
 from ba_lora.errors import UserError
 from ba_lora.export import serving_adapter
+from tests.tiny import save_tiny_model
 
 TEXT = "Tom has 3 apples and buys 4 more."
 
@@ -229,3 +230,19 @@ def test_a_failed_push_is_one_line_and_trains_nothing_twice(train, monkeypatch, 
     Hub.upload_folder = lambda *_args, **_kwargs: None
     train("hub.push=true", "hub.repo_id=me/toy")
     assert (tmp_path / "run" / "train.json").read_text() == before
+
+
+@pytest.mark.parametrize("method", ["ba_lora", "full_ft"])
+def test_transposed_layers_are_exported_right(train, tmp_path, method):
+    """GPT-2 keeps its weights as [in, out] (Conv1D) and ties its head to the embeddings."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 259, "n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 1024}
+    untrained = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=1, eos_token_id=2, pad_token_id=0))
+    folder = save_tiny_model(tmp_path / "gpt2", model=untrained)
+    run = train(f"model.name={folder}", method=method)
+    merged = logits(AutoModelForCausalLM.from_pretrained(run / "merged"), folder)
+    assert (merged - logits(AutoModelForCausalLM.from_pretrained(folder), folder)).abs().max() > 1e-3
+    assert max(json.loads((run / "train.json").read_text())["export"]["max_logit_difference"].values()) < 1e-3
+    if method == "ba_lora":
+        served = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), run / "lora")
+        torch.testing.assert_close(logits(served, folder), merged, atol=1e-4, rtol=0)

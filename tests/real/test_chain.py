@@ -82,6 +82,28 @@ def test_deepspeed_zero2_then_vllm(root, real_data, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("method", ["ba_lora", "lora"])
+def test_deepspeed_zero3(root, real_data, tmp_path, method):
+    """Weights split over two processes: PiSSA's factors, reference, svd term and export need them whole."""
+    zero3 = {"ACCELERATE_CONFIG": "configs/accelerate/zero3.yaml", "NUM_PROCESSES": "2"}
+    result, _ = run_chain(
+        root,
+        real_data,
+        tmp_path,
+        num_rows=40,
+        limit=4,
+        method=method,
+        environment=zero3,
+        overrides=["eval.engine=hf", "eval.options.max_new_tokens=16"],
+    )
+    assert result["status"] == "ok" and result["training"]["num_processes"] == 2
+    assert max(result["export"]["max_logit_difference"].values()) < 1e-3
+    assert (tmp_path / "run" / "merged" / "model.safetensors").is_file()
+    if method == "ba_lora":
+        assert set(result["training"]["last_log"]) >= {"consistency", "diversity", "svd"}
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["ba_lora", "ba_lora_iclr2026"])
 def test_the_full_sized_chain(root, real_data, tmp_path, method):
     """2000 training rows, 100 test rows; DeepSpeed ZeRO-2 for one version, one process for the other."""
