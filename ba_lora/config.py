@@ -32,6 +32,7 @@ TUNERS = ("full", "lora", "adalora", "loha")
 CONSISTENCY_SCHEDULES = ("constant", "cosine_to_10_percent", "adaptive")
 SCHEDULES = ("constant", "two_phase")
 NLG_TASKS = ("toy", "gsm8k", "math", "humaneval", "mbpp", "mt_bench")  # eval/tasks has a class for each
+LOSS_IMPLEMENTATIONS = ("fused", "plain")
 DATASETS = ("toy", "metamathqa", "codefeedback", "wizardlm", "gsm8k")
 
 
@@ -98,6 +99,19 @@ class BALoRAConfig:
 
 
 @dataclass
+class LossConfig:
+    """How the loss is computed: the same values, but for rounding, at different costs."""
+
+    implementation: str = "fused"  # fused: in chunks of positions, no logits kept | plain: by way of all logits
+    chunk_memory_mb: float | None = None  # of the fused loss's buffers; None: 256 on a CPU, 1024 on a GPU
+
+    def __post_init__(self) -> None:
+        check_choice("loss.implementation", self.implementation, LOSS_IMPLEMENTATIONS)
+        if self.chunk_memory_mb is not None and not self.chunk_memory_mb > 0:
+            raise UserError(f"loss.chunk_memory_mb is {self.chunk_memory_mb}: it must be above 0, or null")
+
+
+@dataclass
 class ToyConfig:
     """Settings of the self-made word problems (data/toy.py), for `data.name=toy`."""
 
@@ -160,6 +174,7 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     regularizers: BALoRAConfig = field(default_factory=BALoRAConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
     data: DataConfig = field(default_factory=DataConfig)
     trainer: dict[str, Any] = field(default_factory=dict)  # TrainingArguments by name
     export: ExportConfig = field(default_factory=ExportConfig)
@@ -185,8 +200,8 @@ class RunConfig:
         return resolve_path(self.results_dir) / f"{self.run_path.name}.json"
 
 
-# What a run's weights do not depend on: these may change without training again.
-_NOT_TRAINING = ("export", "eval", "hub", "output_dir", "results_dir", "overwrite")
+# What a run's weights do not depend on (on `loss` by rounding alone): these may change without training again.
+_NOT_TRAINING = ("loss", "export", "eval", "hub", "output_dir", "results_dir", "overwrite")
 # TrainingArguments under which the loss or a resumed run would silently be another one.
 _UNSAFE_ARGUMENTS = {
     "average_tokens_across_devices": (True, "the terms are means over the positions of all processes"),

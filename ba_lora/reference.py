@@ -93,13 +93,16 @@ def factor_parameters(layer: nn.Module, adapter: str) -> list[nn.Parameter]:
 
 
 @contextlib.contextmanager
-def gathered(parameters: list[nn.Parameter]) -> Iterator[None]:
-    """Give the whole tensors of parameters that DeepSpeed ZeRO-3 has split, changes on rank 0 kept; else nothing."""
+def gathered(parameters: list[nn.Parameter], *, modify: bool = True) -> Iterator[None]:
+    """Give the whole tensors of parameters that DeepSpeed ZeRO-3 has split; else do nothing.
+
+    With `modify` what rank 0 writes into them is kept, on every rank; without, they are only read, which is cheaper.
+    """
     split = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
     if not split:
         yield
         return
     import deepspeed
 
-    with deepspeed.zero.GatheredParameters(split, modifier_rank=0):
+    with deepspeed.zero.GatheredParameters(split, modifier_rank=0 if modify else None):
         yield

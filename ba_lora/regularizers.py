@@ -104,8 +104,12 @@ def adaptive_position_weights(reference_logits: Tensor, mask: Tensor, *, maximum
     per position, inside the mean and at T = 1, is our choice.
     """
     reference = _select(reference_logits.detach(), mask)
-    confidence = 1 - entropy(reference) / math.log(reference.shape[-1])
-    return maximum * (0.1 + 0.9 * confidence)
+    return position_weights_of_entropy(entropy(reference), vocabulary=reference.shape[-1], maximum=maximum)
+
+
+def position_weights_of_entropy(entropy_M: Tensor, *, vocabulary: int, maximum: float) -> Tensor:
+    """Return the adaptive λ1 [|M|] of positions whose H(P_P), in nats, is known already."""
+    return maximum * (0.1 + 0.9 * (1 - entropy_M / math.log(vocabulary)))
 
 
 def _select(logits: Tensor, mask: Tensor) -> Tensor:

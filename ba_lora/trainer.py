@@ -26,12 +26,19 @@ from transformers.utils import logging
 
 from ba_lora.adalora import AdaLoraCallback, adalora_orthogonality, adalora_orthogonality_weight
 from ba_lora.checkpoints import find_checkpoint, step_of, write_checkpoint_manifest
-from ba_lora.config import BALoRAConfig
+from ba_lora.config import BALoRAConfig, LossConfig
 from ba_lora.errors import UserError
 from ba_lora.io import disk_errors
-from ba_lora.losses import TermWeights, head_factor, nlg_loss
+from ba_lora.losses import (
+    TermWeights,
+    default_chunk_memory_mb,
+    fused_nlg_loss,
+    head_factor,
+    nlg_loss,
+    why_not_frozen_linear,
+)
 from ba_lora.progress import TERMS, TermsCallback
-from ba_lora.reference import Reference, build_reference
+from ba_lora.reference import Reference, build_reference, gathered
 from ba_lora.regularizers import response_mask, response_targets
 from ba_lora.schedules import scheduled_weight
 
@@ -47,7 +54,8 @@ class BALoRATrainer(Trainer):
     L = L_task + λ1 L_consistency + λ2 L_diversity + λ3 L_svd, from the response positions only.
 
     Args beyond Trainer's: `regularizers`, the terms and their weights (all λ = 0 is plain fine-tuning, for PiSSA, LoRA
-    or full alike); `reference`, the frozen pre-trained model, built here from the untrained `model` when left out.
+    or full alike); `loss`, how it is computed (default: fused); `reference`, the frozen pre-trained model, built here
+    from the untrained `model` when left out.
     Logs per logging step, averaged over its optimizer steps: `task`, `consistency`, `diversity`, `svd` (unweighted),
     `weighted_*` (times λ(t)) and `share_*` (|weighted| / Σ |weighted|).
     """
@@ -60,6 +68,7 @@ class BALoRATrainer(Trainer):
         args: TrainingArguments,
         *,
         regularizers: BALoRAConfig,
+        loss: LossConfig | None = None,
         reference: Reference | None = None,
         **kwargs: Any,
     ) -> None:
@@ -77,8 +86,10 @@ class BALoRATrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # makes Trainer count the response positions of the effective batch
         self._log_sums: dict[str, Tensor] = {}
         self._logged_steps = 0.0
+        self.loss_config = loss or LossConfig()
         self._svd_factor: Tensor | None | object = _NOT_YET
         self._head_checked = self._changes_logits = False
+        self._why_plain: str | None | object = _NOT_YET
         self._spares_logits: bool | None = None
         self._orthogonality_weight = adalora_orthogonality_weight(model)
         if self._orthogonality_weight is not None:
@@ -103,6 +114,8 @@ class BALoRATrainer(Trainer):
         `num_items_in_batch` is the number of response positions of the effective batch; without it (evaluation, or
         direct calls) the micro-batch stands alone.
         """
+        if self._why_plain is _NOT_YET:
+            self._choose_loss(self._unwrap(model).get_output_embeddings())
         inputs = dict(inputs)
         labels_BT = inputs.pop("labels")
         mask_BT, targets_N = response_mask(labels_BT), response_targets(labels_BT)
@@ -120,16 +133,14 @@ class BALoRATrainer(Trainer):
         training = model.training and num_items_in_batch is not None
         positions = num_items_in_batch if training else max(targets_N.numel(), 1)
         weights, lambdas = self._weights(positions, training=training)
-        with self.accelerator.autocast():
-            total, terms = nlg_loss(
-                hidden_ND,
-                reference_hidden_ND,
-                head,
-                targets_N,
-                weights=weights,
-                config=self.regularizers,
-                head_factor_DD=self._head_factor(head),
-            )
+        with self.accelerator.autocast(), self._whole(head):
+            inputs_of_loss = (hidden_ND, reference_hidden_ND, head, targets_N)
+            settings = {"weights": weights, "config": self.regularizers, "head_factor_DD": self._head_factor(head)}
+            if self._why_plain is None:
+                settings["chunk_memory_mb"] = self.loss_config.chunk_memory_mb
+                total, terms = fused_nlg_loss(*inputs_of_loss, **settings)
+            else:
+                total, terms = nlg_loss(*inputs_of_loss, **settings)
         if self._orthogonality_weight is not None:
             micro_batches = self.current_gradient_accumulation_steps if training else 1
             total = total + self._orthogonality_weight / micro_batches * adalora_orthogonality(model)
@@ -166,10 +177,12 @@ class BALoRATrainer(Trainer):
         """Return what goes into the head at the positions of the mask, [N, D], and the head itself.
 
         Architectures that change the logits after the head (soft-capping, scaling; checked once) are taken by their
-        logits, with the identity as head; so is ZeRO-3, which frees the head's weight between forward and backward.
+        logits, with the identity as head. So is the plain loss under ZeRO-3, which frees the head's weight between
+        forward and backward.
         """
         base = self._unwrap(module)
-        if is_deepspeed_zero3_enabled() or self._changes_logits:
+        head = base.get_output_embeddings()
+        if self._changes_logits or (is_deepspeed_zero3_enabled() and self._why_plain is not None):
             return module(**inputs, use_cache=False).logits[mask_BT], _identity
         caught = {}
 
@@ -182,10 +195,31 @@ class BALoRATrainer(Trainer):
         finally:
             handle.remove()
         if not self._head_checked:
-            self._check_head(base.get_output_embeddings(), caught["hidden"], outputs.logits)
+            self._check_head(head, caught["hidden"], outputs.logits)
         if self._changes_logits:
             return module(**inputs, use_cache=False).logits[mask_BT], _identity
-        return caught["hidden"][mask_BT], base.get_output_embeddings()
+        return caught["hidden"][mask_BT], head
+
+    def _choose_loss(self, head: nn.Module) -> None:
+        """Set why the loss is the plain one: None where it is the fused one."""
+        if self.loss_config.implementation == "plain":
+            self._why_plain = "loss.implementation=plain"
+        else:
+            self._why_plain = why_not_frozen_linear(head)
+            if self._why_plain is not None:
+                logger.warning(f"the loss is taken from all logits, at their price: {self._why_plain}")
+
+    def loss_report(self) -> dict[str, Any]:
+        """Return how the loss was computed, for the run's result: what was asked for, where it could be done."""
+        fused = self._why_plain is None
+        device_type = self.args.device.type
+        return {
+            "implementation": "fused" if fused else "plain",
+            "why_plain": None if fused or self._why_plain is _NOT_YET else self._why_plain,
+            "chunk_memory_mb": (self.loss_config.chunk_memory_mb or default_chunk_memory_mb(device_type))
+            if fused
+            else None,
+        }
 
     def _last_logits_only(self, base: nn.Module) -> dict[str, int]:
         """Return the argument that spares the model's own logits, where the architecture knows it."""
@@ -195,13 +229,18 @@ class BALoRATrainer(Trainer):
 
     def _check_head(self, head: nn.Module, hidden_BTD: Tensor, logits_BTV: Tensor) -> None:
         """Compare the head's output with the model's own last logits, once: is nothing done to them in between?"""
-        with torch.no_grad(), self.accelerator.autocast():
+        with torch.no_grad(), self.accelerator.autocast(), self._whole(head):
             ours, theirs = head(hidden_BTD[:, -1]).float(), logits_BTV[:, -1].float()
         tolerance = 0.02 * theirs.abs().max().clamp(min=1.0)
         self._changes_logits = not bool((ours - theirs).abs().max() <= tolerance)
         self._head_checked = True
         if self._changes_logits:
-            logger.warning("this architecture changes its logits after the head: the loss is taken from the logits")
+            self._why_plain = "this architecture changes its logits after the head"
+            logger.warning(f"the loss is taken from all logits, at their price: {self._why_plain}")
+
+    def _whole(self, head: nn.Module) -> contextlib.AbstractContextManager[None]:
+        """Hold the head's weight together while the fused loss reads it, where ZeRO-3 has split it."""
+        return gathered(list(head.parameters()) if isinstance(head, nn.Module) else [], modify=False)
 
     def _head_factor(self, head: Callable[[Tensor], Tensor]) -> Tensor | None:
         """Return the head's factor for the svd term, computed at the first call; None where the logits must serve."""

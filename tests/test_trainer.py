@@ -14,6 +14,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, Trainer
 from ba_lora import BALoRAConfig, BALoRATrainer
 from ba_lora import regularizers as reg
 from ba_lora.adalora import adalora_orthogonality
+from ba_lora.config import LossConfig
 from ba_lora.progress import terms_line
 from ba_lora.reference import build_reference
 from tests.tiny import adapter_weights, arguments, collate, tiny_llama, tiny_peft, tiny_rows
@@ -34,11 +35,12 @@ OFF = BALoRAConfig(lambda_consistency=0, lambda_diversity=0, lambda_svd=0)
 VERSIONS = pytest.mark.parametrize("regularizers", [PAPER2024, ICLR2026], ids=["paper2024", "iclr2026"])
 
 
-def trainer(model, folder, regularizers=PAPER2024, rows=None, **settings):
+def trainer(model, folder, regularizers=PAPER2024, rows=None, loss=None, **settings):
     return BALoRATrainer(
         model,
         arguments(folder, **settings),
         regularizers=regularizers,
+        loss=loss,
         train_dataset=rows if rows is not None else tiny_rows(16),
         data_collator=collate,
     )
@@ -132,10 +134,12 @@ def test_soft_capped_logits_are_taken_as_the_model_gives_them(tmp_path):
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
-def test_without_weights_it_is_stock_pissa(tmp_path, accumulation):
+@pytest.mark.parametrize("implementation", ["fused", "plain"])
+def test_without_weights_it_is_stock_pissa(tmp_path, accumulation, implementation):
     """Against Trainer + PEFT as anyone would write them: 20 steps, loss and weights to 1e-6 relative in float32.
 
-    Once with λ = 0, once with λ = 1e-30, which runs the whole path and adds nothing a float32 could show.
+    Once with λ = 0, once with λ = 1e-30, which runs the whole path and adds nothing a float32 could show. Each weight
+    alone is that close under the plain loss; the fused one rounds otherwise, and Adam makes much of a tiny gradient.
     """
     settings = {"max_steps": 20, "gradient_accumulation_steps": accumulation}
     rows = tiny_rows(24)
@@ -145,13 +149,17 @@ def test_without_weights_it_is_stock_pissa(tmp_path, accumulation):
     tiny = BALoRAConfig(lambda_consistency=1e-30, lambda_diversity=1e-30, lambda_svd=1e-30)
     for regularizers in (OFF, tiny):
         model = tiny_peft("pissa")
-        ours = trainer(model, tmp_path / "ours", regularizers, rows, **settings)
+        loss = LossConfig(implementation=implementation)
+        ours = trainer(model, tmp_path / "ours", regularizers, rows, loss=loss, **settings)
         ours.train()
+        assert ours.loss_report()["implementation"] == implementation
         assert logs(ours, "loss") == pytest.approx(logs(stock, "loss"), rel=1e-6)
         assert len(logs(ours, "loss")) == 20
         want = adapter_weights(stock_model)
         for name, weight in adapter_weights(model).items():
-            torch.testing.assert_close(weight, want[name], rtol=1e-6, atol=1e-6 * want[name].abs().max().item())
+            assert (weight - want[name]).norm() <= 1e-6 * want[name].norm(), name
+            if implementation == "plain":
+                torch.testing.assert_close(weight, want[name], rtol=1e-6, atol=1e-6 * want[name].abs().max().item())
 
 
 # ---- reductions

@@ -8,14 +8,25 @@ import torch
 from torch import Tensor, nn
 
 
+def why_not_frozen_linear(head: object) -> str | None:
+    """Return what keeps logits = H Wᵀ with a constant W from holding for this head, or None where it holds."""
+    if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
+        return f"the head is no plain linear layer ({type(head).__name__})"
+    if head.bias is not None:
+        return "the head has a bias"
+    if head.weight.requires_grad:
+        return "the head is trained"
+    if not head.weight.is_floating_point():
+        return "the head is quantised"
+    return None
+
+
 def head_factor(head: object) -> Tensor | None:
     """Return R [D, D] of the head's weight in float32, or None where X would not have the logits' singular values.
 
-    None for a head with bias, with trainable weights, split by ZeRO-3, or that is no linear layer.
+    Under ZeRO-3 call it while the head's weight is gathered.
     """
-    if not isinstance(head, nn.Linear) or head.bias is not None or hasattr(head.weight, "ds_id"):
-        return None
-    if head.weight.requires_grad or not head.weight.is_floating_point():
+    if why_not_frozen_linear(head) is not None:
         return None
     return torch.linalg.qr(head.weight.detach().float(), mode="r").R
 
