@@ -15,7 +15,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from accelerate import PartialState
-from transformers import DataCollatorForSeq2Seq, TrainingArguments, set_seed
+from transformers import TrainingArguments, set_seed
 
 from ba_lora.arguments import build_arguments, count_steps
 from ba_lora.config import RunConfig, load_config
@@ -24,7 +24,7 @@ from ba_lora.export import export_run, probe_batch, push_to_hub, save_trained, w
 from ba_lora.io import finite, write_jsonl_atomic
 from ba_lora.methods import build_model, parameter_counts, probe_logits
 from ba_lora.model import load_tokenizer
-from ba_lora.regularizers import IGNORE_INDEX
+from ba_lora.packing import build_collator, prepare_packing
 from ba_lora.results import environment, peak_memory_mb, reset_peak_memory
 from ba_lora.run import claim_folder, finish, is_trained, recorded
 from ba_lora.trainer import BALoRATrainer
@@ -72,6 +72,8 @@ def train(config: RunConfig, run_path: Path, process: PartialState) -> None:
     num_steps = count_steps(arguments, len(data.dataset))
     model, step0 = build_model(config, run_path=run_path, num_steps=num_steps, probe=probe)
     trainable, everything = parameter_counts(model)
+    if config.data.packing:
+        prepare_packing(model, data.dataset["input_ids"][:2])
     process.print(f"model: {config.model.name}, {trainable:,} of {everything:,} parameters trained; {step0}")
 
     # Trainer: L = L_task + λ1 L_consistency + λ2 L_diversity + λ3 L_svd.
@@ -81,7 +83,7 @@ def train(config: RunConfig, run_path: Path, process: PartialState) -> None:
         regularizers=config.regularizers,
         loss=config.loss,
         train_dataset=data.dataset,
-        data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORE_INDEX),
+        data_collator=build_collator(tokenizer, packing=config.data.packing),
         processing_class=tokenizer,
     )
     effective = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
@@ -95,6 +97,7 @@ def train(config: RunConfig, run_path: Path, process: PartialState) -> None:
     training = {
         "seconds": None if checkpoint else round(seconds, 2),  # of an uninterrupted run alone
         "resumed_from": checkpoint.name if checkpoint else None,
+        **{"tokens_per_second": None, "padding_share": None, **trainer.throughput()},
         "steps": trainer.state.global_step,
         "micro_batch": arguments.per_device_train_batch_size,
         "gradient_accumulation_steps": arguments.gradient_accumulation_steps,

@@ -132,6 +132,7 @@ class DataConfig:
     num_rows: int | None = 100_000  # None: all
     sample_seed: int | None = None  # None: the first rows; else a seeded sample
     max_length: int = 512  # tokens of prompt and response together
+    packing: bool = False  # a micro-batch's rows in one sequence without padding (ba_lora/packing.py)
     toy: ToyConfig = field(default_factory=ToyConfig)
 
 
@@ -319,6 +320,8 @@ def training_hash(config: RunConfig) -> str:
     for key in _NOT_TRAINING:
         plain.pop(key)
     plain["trainer"] = {k: v for k, v in plain["trainer"].items() if k not in _COSMETIC_ARGUMENTS}
+    if not config.data.packing:  # packed, dropout draws other numbers
+        plain["data"].pop("packing")
     text = json.dumps(plain, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:10]
 

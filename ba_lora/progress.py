@@ -1,7 +1,11 @@
-"""Training's log: a progress bar, and the loss terms of each logging step on one line."""
+"""Training's log: a progress bar, the loss terms of each logging step on one line, real tokens per second."""
 
+import time
+from collections.abc import Callable
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers.trainer_callback import ProgressCallback
 
 TERMS = ("task", "consistency", "diversity", "svd")
@@ -43,6 +47,52 @@ def terms_line(logs: dict[str, float], *, step: int, num_steps: int) -> str:
         if term in logs:
             share = f" ({100 * logs[f'share_{term}']:.2g} %)" if f"share_{term}" in logs else ""
             parts.append(f"{term} {logs[term]:.4g}{share}")
+    if "tokens_per_second" in logs:
+        padding = f", {100 * logs['padding_share']:.2g} % padding" if logs["padding_share"] else ""
+        parts.append(f"{logs['tokens_per_second']:.0f} tokens/s{padding}")
     if "learning_rate" in logs:
         parts.append(f"lr {logs['learning_rate']:.1e}")
     return " | ".join(parts)
+
+
+class TokenMeter:
+    """Real tokens (prompt and response, no padding) per second of training, over all processes.
+
+    The clock runs from the first micro-batch; loading, logging and saving count. Counts stay on the device until read.
+    """
+
+    def __init__(self) -> None:
+        self._counts: Tensor | int = 0  # [real, padding] since the last reading
+        self._since: float | None = None
+        self._totals = [0.0, 0.0]
+        self._seconds = 0.0
+
+    def add(self, inputs: dict[str, Any]) -> None:
+        """Count a micro-batch; call it before its forward pass. Without an attention mask every token is real."""
+        if self._since is None:
+            self._since = time.perf_counter()
+        tokens, mask = inputs["input_ids"], inputs.get("attention_mask")
+        real = mask.sum() if mask is not None else torch.tensor(tokens.numel(), device=tokens.device)
+        self._counts = self._counts + torch.stack([real, tokens.numel() - real]).double()
+
+    def read(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """Return the rates since the last reading and begin anew; `reduce` sums over the processes, which all call."""
+        if not isinstance(self._counts, Tensor):
+            return {}
+        counts = reduce(self._counts).tolist()  # waits for the device: the time is that of finished work
+        now = time.perf_counter()
+        seconds = now - self._since
+        self._counts, self._since = 0, now
+        self._totals = [total + count for total, count in zip(self._totals, counts, strict=True)]
+        self._seconds += seconds
+        return _rates(counts, seconds)
+
+    def overall(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """Return the rates since the first micro-batch; {} without any. Every process calls it."""
+        self.read(reduce)
+        return _rates(self._totals, self._seconds) if self._seconds else {}
+
+
+def _rates(counts: list[float], seconds: float) -> dict[str, float]:
+    real, padding = counts
+    return {"tokens_per_second": real / seconds, "padding_share": padding / (real + padding)}

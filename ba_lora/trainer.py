@@ -37,7 +37,7 @@ from ba_lora.losses import (
     nlg_loss,
     why_not_frozen_linear,
 )
-from ba_lora.progress import TERMS, TermsCallback
+from ba_lora.progress import TERMS, TermsCallback, TokenMeter
 from ba_lora.reference import Reference, build_reference, gathered
 from ba_lora.regularizers import response_mask, response_targets
 from ba_lora.schedules import scheduled_weight
@@ -57,7 +57,7 @@ class BALoRATrainer(Trainer):
     or full alike); `loss`, how it is computed (default: fused); `reference`, the frozen pre-trained model, built here
     from the untrained `model` when left out.
     Logs per logging step, averaged over its optimizer steps: `task`, `consistency`, `diversity`, `svd` (unweighted),
-    `weighted_*` (times λ(t)) and `share_*` (|weighted| / Σ |weighted|).
+    `weighted_*` (times λ(t)) and `share_*` (|weighted| / Σ |weighted|); and `tokens_per_second`, `padding_share`.
     """
 
     loss_is_scaled_for_ga = True  # compute_loss divides by the whole effective batch itself
@@ -87,6 +87,7 @@ class BALoRATrainer(Trainer):
         self._log_sums: dict[str, Tensor] = {}
         self._logged_steps = 0.0
         self.loss_config = loss or LossConfig()
+        self._meter = TokenMeter()
         self._svd_factor: Tensor | None | object = _NOT_YET
         self._head_checked = self._changes_logits = False
         self._why_plain: str | None | object = _NOT_YET
@@ -277,6 +278,20 @@ class BALoRATrainer(Trainer):
 
     # ---- the log ----
 
+    def training_step(self, model: nn.Module, inputs: dict[str, Tensor], *arguments: Any, **settings: Any) -> Tensor:
+        self._meter.add(inputs)
+        return super().training_step(model, inputs, *arguments, **settings)
+
+    def throughput(self) -> dict[str, float]:
+        """Return `tokens_per_second` and `padding_share` of the whole training; {} where no step was taken here.
+
+        Real tokens, over all processes, which all call it.
+        """
+        return self._meter.overall(self._summed)
+
+    def _summed(self, tensor: Tensor) -> Tensor:
+        return self.accelerator.reduce(tensor, reduction="sum")
+
     def _record(self, terms: dict[str, Tensor], lambdas: dict[str, float], positions: Tensor | int) -> None:
         """Add this micro-batch's share of each term's value to the running sums (on the device, no synchronisation)."""
         micro_batches = self.current_gradient_accumulation_steps * self.accelerator.num_processes
@@ -299,7 +314,7 @@ class BALoRATrainer(Trainer):
         if self._logged_steps and "loss" in logs:
             names = sorted(self._log_sums)
             sums = torch.stack([self._log_sums[name] for name in names])
-            values = self.accelerator.reduce(sums, reduction="sum") / self._logged_steps
+            values = self._summed(sums) / self._logged_steps
             averages = dict(zip(names, values.tolist(), strict=True))
             whole = sum(abs(averages[f"weighted_{term}"]) for term in TERMS if term in averages)
             for term in TERMS:
@@ -309,6 +324,7 @@ class BALoRATrainer(Trainer):
                 if term in averages:
                     logs[f"weighted_{term}"] = averages[f"weighted_{term}"]
                     logs[f"share_{term}"] = abs(averages[f"weighted_{term}"]) / whole if whole else 0.0
+            logs |= self._meter.read(self._summed)
             self._log_sums, self._logged_steps = {}, 0.0
         super().log(logs, start_time)
 

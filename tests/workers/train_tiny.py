@@ -1,4 +1,7 @@
-"""Train the tiny model for 6 steps under python or torchrun and save log and weights: REGULARIZERS ACCUMULATION OUT."""
+"""Train the tiny model for 6 steps under python or torchrun and save log and weights.
+
+train_tiny.py REGULARIZERS ACCUMULATION OUT [packed]
+"""
 
 import json
 import sys
@@ -9,11 +12,15 @@ import torch
 
 from ba_lora import BALoRAConfig, BALoRATrainer
 from ba_lora.errors import leave_process_group
+from ba_lora.packing import PackingCollator, prepare_packing
 from tests.tiny import adapter_weights, arguments, collate, tiny_peft, tiny_rows
 
 regularizers, accumulation, output = BALoRAConfig(**json.loads(sys.argv[1])), int(sys.argv[2]), Path(sys.argv[3])
+packed = sys.argv[4:] == ["packed"]
 torch.set_num_threads(1)
 model = tiny_peft("pissa")
+if packed:
+    prepare_packing(model, tiny_rows(2)["input_ids"])
 trainer = BALoRATrainer(
     model,
     arguments(
@@ -25,9 +32,10 @@ trainer = BALoRATrainer(
     ),
     regularizers=regularizers,
     train_dataset=tiny_rows(16),  # whole effective batches: accelerate would fill a short one with rows of its own
-    data_collator=collate,
+    data_collator=PackingCollator() if packed else collate,
 )
 trainer.train()
+throughput = trainer.throughput()
 if trainer.is_world_process_zero():
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     torch.save(
@@ -35,6 +43,7 @@ if trainer.is_world_process_zero():
             "processes": trainer.accelerator.num_processes,
             "logs": {name: [entry[name] for entry in history] for name in history[0]},
             "weights": adapter_weights(model),
+            "throughput": throughput,
         },
         output,
     )
