@@ -1,5 +1,6 @@
-"""Rows of a data set, from a local json/jsonl/parquet file or from the hub, and where they came from."""
+"""Rows of a data set, from a local json/jsonl/parquet/csv/tsv file or from the hub, and where they came from."""
 
+import csv
 import json
 import os
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from ba_lora.config import PROJECT_ROOT
 from ba_lora.errors import UserError
 from ba_lora.io import read_json, read_jsonl, sha256_file
 
-LOCAL_SUFFIXES = (".json", ".jsonl", ".parquet")
+LOCAL_SUFFIXES = (".json", ".jsonl", ".parquet", ".csv", ".tsv")
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ def load_rows(
     split: str = "test",
     configs: Callable[[str], tuple[str | None, ...]] = lambda name: (None,),
 ) -> tuple[list[dict], Source]:
-    """Return the rows of a local json/jsonl/parquet file, or of a hub data set `owner/name[@revision]`.
+    """Return the rows of a local file (one of LOCAL_SUFFIXES), or of a hub data set `owner/name[@revision]`.
 
     A name with one of the local suffixes, or that exists on disk, is a file; anything else is asked from the hub.
     Raises UserError in one line when it is absent, gated, out of reach, empty or damaged.
@@ -71,10 +72,36 @@ def _local_rows(path: Path) -> list[dict]:
         rows = _json_rows(path)
     elif path.suffix == ".jsonl":
         rows = read_jsonl(path)
+    elif path.suffix in (".csv", ".tsv"):
+        rows = _table_rows(path)
     else:
         raise UserError(f"{path} is not a data file: give one of {', '.join(LOCAL_SUFFIXES)}, or a hub name")
     if not rows:
         raise UserError(f"{path} is empty: at least one row is needed")
+    return rows
+
+
+def _table_rows(path: Path) -> list[dict]:
+    """Return the lines under the header, every value as text. In .tsv files a quotation mark is an ordinary letter."""
+    if not path.is_file():
+        raise UserError(f"no such file: {path}; check the path")
+    form = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {"strict": True}
+    rows = []
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file, **form)
+        try:
+            header = next(reader, [])
+            for values in reader:
+                if len(values) != len(header) and values:
+                    raise UserError(
+                        f"{path}, line {reader.line_num}: {len(values)} values under a header of {len(header)} columns"
+                    )
+                if values:
+                    rows.append(dict(zip(header, values, strict=True)))
+        except csv.Error as error:
+            raise UserError(f"{path}, line {reader.line_num}: not a valid table ({error})") from error
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
     return rows
 
 

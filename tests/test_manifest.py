@@ -41,7 +41,7 @@ def test_every_set_is_described() -> None:
         assert set(entry) <= {"hub", "config", "revision", "license", "files", "splits"}, name
         assert entry["license"] and entry["splits"], name
         assert entry["hub"] is None or re.fullmatch(r"[\w.-]+/[\w.-]+", entry["hub"]), name
-        assert entry["hub"] is None or re.fullmatch(r"[0-9a-f]{40}", entry["revision"] or ""), name
+        assert entry["hub"] is None or re.fullmatch(r"[0-9a-f]{40}|refs/convert/parquet", entry["revision"] or ""), name
         for digest in entry.get("files", {}).values():
             assert re.fullmatch(r"[0-9a-f]{64}", digest), name
         for split in entry["splits"].values():

@@ -91,6 +91,14 @@ def test_evaluate_loads_the_per_class_module(root, tmp_path) -> None:
     assert found == {**scores.metrics, "recall": recall, "notes": {}}
 
 
+def test_every_task_has_metrics_that_exist() -> None:
+    from ba_lora.glue import TASKS
+    from eval.metrics.glue import TASK_METRICS
+
+    assert {"mnli", "mnli_mm", "stsb"} < set(TASK_METRICS)
+    assert all(set(task.metrics) <= set(METRICS) for task in TASKS.values())
+
+
 @pytest.mark.parametrize(
     ("name", "labels", "predictions", "value", "note"),
     [

@@ -8,20 +8,11 @@ gives {"accuracy": …, "f1": …, "notes": {…}}; see scores.py for what the n
 import datasets
 import evaluate
 
+from ba_lora.glue import TASKS
+
 from .scores import glue_scores
 
-TASK_METRICS = {
-    "cola": ("matthews",),
-    "sst2": ("accuracy",),
-    "mrpc": ("accuracy", "f1"),
-    "stsb": ("pearson", "spearman"),
-    "qqp": ("accuracy", "f1"),
-    "mnli": ("accuracy",),
-    "mnli_mm": ("accuracy",),
-    "qnli": ("accuracy",),
-    "rte": ("accuracy",),
-    "wnli": ("accuracy",),
-}
+TASK_METRICS = {name: task.metrics for task in TASKS.values() for name in task.dev_sets}
 
 
 class Glue(evaluate.Metric):
