@@ -16,7 +16,9 @@ import pytest
 
 from ba_lora.errors import UserError
 from eval import sandbox as module
-from eval.sandbox import EXITED, FAILED, KNOWN_LIMITS, MEMORY, OUTPUT, PASSED, TIMEOUT, Job, Limits, Sandbox
+from eval import sandbox_box
+from eval.sandbox import KNOWN_LIMITS, Sandbox
+from eval.sandbox_box import EXITED, FAILED, MEMORY, OUTPUT, PASSED, TIMEOUT, Job, Limits
 
 QUICK = Limits(cpu_s=1, wall_s=4, memory_bytes=256 * 2**20, processes=16)
 TESTS = "assert f(1) == 2"
@@ -67,10 +69,28 @@ def test_right_and_wrong(box) -> None:
     assert box("import dataclasses, typing, collections, heapq\ndef f(x): return x + 1").passed
     assert box("import asyncio\nasync def g(): return 2\ndef f(x): return asyncio.run(g())").passed
     assert box(
-        "import threading, time\nthreading.Thread(target=time.sleep, args=(60,)).start()\ndef f(x): return 2"
+        "import threading, time\nthreading.Thread(target=time.sleep, args=(0.2,)).start()\ndef f(x): return 2"
     ).passed
+    assert box(
+        "import subprocess\ndef f(x): return 2 + subprocess.run(['/usr/bin/true'], check=True).returncode"
+    ).passed
+    assert box("import signal\nsignal.signal(signal.SIGALRM, print)\nsignal.alarm(9)\ndef f(x): return 2").passed
     assert box("import tempfile\nwith tempfile.NamedTemporaryFile('w') as t: t.write('a')\ndef f(x): return 2").passed
 
+
+# Reads the frame with tests and nonce off any socket of this process, and answers as the checker would.
+STEAL = """
+import marshal, os, stat, threading, time
+def steal():
+    for d in range(3, 64):
+        try:
+            if not stat.S_ISSOCK(os.fstat(d).st_mode): continue
+            size = int.from_bytes(os.read(d, 8), 'big')
+            os.write(d, b'P ' + marshal.loads(os.read(d, size))['nonce'] + b'\\n')
+            time.sleep(9)
+        except OSError: pass
+"""
+FIVE = "\ndef f(x): return 5"
 
 # name → (program, the statuses it may end with). All are given the tests `assert f(1) == 2`.
 ATTACKS = {
@@ -155,6 +175,106 @@ ATTACKS = {
     "copies the checker's process": ("import os\nos.fork()\ndef f(x): return 5", {FAILED, EXITED}),
     "reads stdin": ("x = input()", {FAILED}),
     "reads stdin to the end": ("import sys\nx = sys.stdin.read()\nassert x", {FAILED}),
+    "thread that never ends, f is right": (
+        "import threading, time\nthreading.Thread(target=time.sleep, args=(60,)).start()\ndef f(x): return 2",
+        {FAILED},
+    ),
+    "thread left by f": (
+        "import threading, time\ndef f(x):\n    threading.Thread(target=time.sleep, args=(60,), daemon=True).start()\n    return 2",
+        {FAILED},
+    ),
+    "thread takes the nonce off the socket": (
+        STEAL + "threading.Thread(target=steal, daemon=True).start()\ntime.sleep(0.2)" + FIVE,
+        {FAILED},
+    ),
+    "child takes the nonce off the socket": (
+        STEAL + "if os.fork() == 0: steal()\ntime.sleep(0.2)" + FIVE,
+        {FAILED, TIMEOUT},
+    ),
+    "grandchild in a session of its own takes the nonce off the socket": (
+        STEAL
+        + "if os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0: steal()\n    os._exit(0)\ntime.sleep(0.2)"
+        + FIVE,
+        {FAILED, TIMEOUT},
+    ),
+    "timer forks a child that takes the nonce off the socket": (
+        STEAL + "import signal\nsignal.signal(signal.SIGALRM, lambda *a: os.fork() or steal())\n"
+        "signal.setitimer(signal.ITIMER_REAL, 0.0005, 0.0005)" + FIVE,
+        {FAILED, TIMEOUT, EXITED},
+    ),
+    "garbage collector forks a child that takes the nonce off the socket": (
+        STEAL + "import gc\ngc.callbacks.append(lambda *a: os.fork() or steal())\ngc.set_threshold(1)" + FIVE,
+        {FAILED, TIMEOUT, EXITED},
+    ),
+    "audit hook reads the checker's frames": (
+        "import os, sys\ndef hook(event, arguments):\n    frame = sys._getframe()\n    while frame:\n"
+        "        found = frame.f_locals.get('proof')\n        if found: os.write(frame.f_locals['control'], b'P ' + found['nonce'] + b'\\n')\n"
+        "        frame = frame.f_back\nsys.addaudithook(hook)" + FIVE,
+        {FAILED},
+    ),
+    "looks for the nonce among the collector's objects": (
+        "import gc, os\ndef f(x):\n    for o in gc.get_objects():\n        for r in [o, *gc.get_referents(o)]:\n"
+        "            if type(r) is dict and 'nonce' in r:\n                for d in range(3, 64):\n"
+        "                    try: os.write(d, b'P ' + r['nonce'] + b'\\n')\n                    except OSError: pass\n    return 5",
+        {FAILED},
+    ),
+    "changes the checker's module": (
+        "import __main__\n__main__._main = print\nfor n in list(vars(__main__)): setattr(__main__, n, ())" + FIVE,
+        {FAILED},
+    ),
+    "changes every builtin": (
+        "import builtins\nfor n in list(vars(builtins)):\n    if n != 'setattr': setattr(builtins, n, lambda *a, **k: True)"
+        + FIVE,
+        {FAILED},
+    ),
+    "stops itself": ("import os, signal\nos.kill(os.getpid(), signal.SIGSTOP)" + FIVE, {TIMEOUT}),
+    "stops the box": (
+        "import os, signal\nos.kill(os.getppid(), signal.SIGSTOP)\nos.killpg(0, signal.SIGSTOP)" + FIVE,
+        {TIMEOUT, FAILED},
+    ),
+    "closes its output": (
+        "import os, sys\nsys.stdout.close()\nsys.stderr.close()\nos.close(1)\nos.close(2)" + FIVE,
+        {FAILED},
+    ),
+    "zombies": ("import os\nwhile True:\n    try: os.fork() or os._exit(0)\n    except OSError: pass", {TIMEOUT}),
+    "one line without end": ("import os\nwhile True: os.write(1, b'x' * 65536)", {OUTPUT}),
+    "lines without end for the checker": (
+        "import os\nwhile True:\n    for d in range(3, 64):\n        try: os.write(d, b'\\n' * 65536)\n        except OSError: pass",
+        {FAILED, EXITED},
+    ),
+    "folders without end": ("import os\nwhile True: os.mkdir('d'); os.chdir('d')", {OUTPUT, FAILED}),
+    "names of four bytes a letter": (
+        "import os\nfor i in range(10**9): open('/tmp/' + chr(0x1F600 + i % 50) * 50 + str(i), 'w').close()",
+        {OUTPUT, TIMEOUT},
+    ),
+    "a list of huge integers": ("def f(x): return [10 ** (10 ** 7)] * 10 ** 6", {TIMEOUT, MEMORY}),
+    "becomes another Python": (
+        "import os, sys\nfor d in range(3, 64):\n    try: os.set_inheritable(d, True)\n    except OSError: pass\n"
+        f"os.execv(sys.executable, [sys.executable, '-c', {STEAL + 'steal()'!r}])",
+        {EXITED, TIMEOUT, FAILED},
+    ),
+    "recursion in finalizers": (
+        "class D:\n    def __del__(self): D().x = D()\nd = D()\nraise SystemExit(0)",
+        {FAILED, EXITED},
+    ),
+    "atexit without end": (
+        "import atexit\n@atexit.register\ndef g():\n    while True: pass\nraise SystemExit(0)",
+        {FAILED},
+    ),
+    "modules of its own": (
+        "import sys\nopen('/tmp/math.py', 'w').write('raise SystemExit(0)')\nsys.path.insert(0, '/tmp')\nsys.modules.pop('math', None)"
+        + FIVE,
+        {FAILED},
+    ),
+    "memory shared between processes": (
+        "import mmap, os, time\nfor i in range(4):\n    if os.fork() == 0: break\nm = mmap.mmap(-1, 150 * 2**20)\nm.write(b'x' * len(m))\ntime.sleep(99)",
+        {MEMORY, TIMEOUT, FAILED},
+    ),
+    "pipes and sockets full of bytes": (
+        "import os, socket\nkept = []\nwhile True:\n    a, b = socket.socketpair()\n    kept += [a, b]\n    a.setblocking(False)\n"
+        "    try:\n        while True: a.send(b'x' * 65536)\n    except BlockingIOError: pass",
+        {FAILED},
+    ),
     "compiles without end": (
         "x = " + "(" * 150 + "0" + ")" * 150 + "\n" + "-" * 200_000 + "1",
         {FAILED, EXITED, TIMEOUT, MEMORY},
@@ -226,6 +346,15 @@ DENIED = {
         "    k = getattr(resource, 'RLIMIT_' + n); soft, hard = resource.getrlimit(k); assert hard < 2**31, n\n"
         "    denied(lambda: resource.setrlimit(k, (hard + 1, hard + 1)))"
     ),
+    "keys": "import ctypes\nlibc = ctypes.CDLL(None)\nassert libc.syscall(250, 0, -3, 1) == -1 and libc.syscall(248, b'user', b'x', b'y', 1, -3) == -1",
+    "descriptors of others": "import ctypes, os\nlibc = ctypes.CDLL(None)\nassert libc.syscall(438, libc.syscall(434, os.getppid(), 0), 0, 0) == -1",
+    "io_uring": "import ctypes\nassert ctypes.CDLL(None).syscall(425, 8, 0) == -1",
+    "limits of others": "import os, resource\ndenied(lambda: resource.prlimit(PARENT, resource.RLIMIT_CPU, (1, 1)))",
+    "the checker's secrets": (
+        "import os\nfor name in ('environ', 'cmdline', 'auxv', 'fdinfo', 'map_files'):\n    path = '/proc/self/' + name\n"
+        "    try: text = b''.join(open(path + '/' + n, 'rb').read() for n in os.listdir(path)) if os.path.isdir(path) else open(path, 'rb').read()\n"
+        "    except OSError: continue\n    import re\n    assert not re.search(rb'(?<![0-9a-f])[0-9a-f]{32}(?![0-9a-f])', text), name"
+    ),
     "memory of no process": "import os\ndenied(lambda: os.memfd_create('x'))\nimport ctypes\nassert ctypes.CDLL(None).shmget(0, 4096, 0o1666) == -1",
     "tmp is its own": "import os\nassert os.listdir('/tmp') == []\nopen('/tmp/left', 'w').close()",
 }
@@ -259,13 +388,19 @@ def test_nothing_outside_can_be_reached(box, root: Path, tmp_path: Path, monkeyp
 
 
 @needs_bubblewrap
-def test_daemons_end_with_the_box(box) -> None:
+def test_daemons_end_with_the_box_and_are_no_pass(box) -> None:
     daemon = (
         "import os, time, signal\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n"
         "        for s in range(1, 65):\n            try: signal.signal(s, signal.SIG_IGN)\n            except (OSError, ValueError): pass\n"
         f"        os.execv('/usr/bin/sleep', ['{MARK}', '600'])\n    os._exit(0)\nos.wait()\ntime.sleep(0.2)\ndef f(x): return x + 1"
     )
-    assert box(daemon).passed
+    assert box(daemon).detail == "left processes running when it had been loaded"
+    late = box(
+        "def f(x):\n    exec(DAEMON)\n    return 2".replace(
+            "DAEMON", repr(daemon.replace("def f(x): return x + 1", ""))
+        )
+    )
+    assert late.detail == "left processes running after the tests"
     assert box(daemon + "\nos._exit(0)").status == EXITED
     assert processes_of_boxes() == []
 
@@ -285,7 +420,7 @@ def test_one_endless_loop_delays_nothing_else(box) -> None:
 def test_the_death_of_the_grader_ends_the_boxes(root: Path) -> None:
     program = f"import os\nos.execv('/usr/bin/sleep', ['{MARK}', '600'])"
     code = (
-        "from eval.sandbox import *\nwith Sandbox(limits=Limits(wall_s=600)) as s:\n"
+        "from eval.sandbox import *\nfrom eval.sandbox_box import *\nwith Sandbox(limits=Limits(wall_s=600)) as s:\n"
         f"    print('go', flush=True)\n    s.run([Job({program!r}, '')] * 2, workers=2)"
     )
     grader = subprocess.Popen([sys.executable, "-c", code], cwd=root, stdout=subprocess.PIPE)
@@ -329,6 +464,51 @@ def test_tests_see_what_they_should(box) -> None:
     assert not box("", "import no_such_module", modules=("no_such_module",)).passed
 
 
+# What a program may do to the modules that the tests use, before they use them: name → program, tests, modules.
+PATCHES = {
+    "method of a class": (
+        "from collections import Counter\nCounter.__eq__ = lambda *a: True\nCounter.__ne__ = lambda *a: False\ndef f(x): return 'a'",
+        "from collections import Counter\nassert Counter(f(1)) == Counter('b')",
+        ("collections",),
+    ),
+    "method added to a class": (
+        "import random\nrandom.Random.__getattribute__ = lambda *a: lambda *b: 5\ndef f(x): return 5",
+        "import random\nassert f(1) == random.Random(0).randint(1, 3)",
+        ("random",),
+    ),
+    "code of a function": (
+        "import copy\ncopy.deepcopy.__code__ = (lambda x, memo=None, _nil=[]: 5).__code__\ndef f(x): return 5",
+        "import copy\nassert f(1) == copy.deepcopy(2)",
+        ("copy",),
+    ),
+    "defaults of a function": (
+        "import statistics\nstatistics.quantiles.__kwdefaults__['n'] = 2\nstatistics.quantiles.__kwdefaults__ = {'n': 2, 'method': 'exclusive'}\n"
+        "def f(x): return 1",
+        "import statistics\nassert f(1) == len(statistics.quantiles([1, 2, 3, 4]))",
+        ("statistics",),
+    ),
+    "module of its own in the place of one that is missing": (
+        "import sys, types\nsys.modules['no_such_module'] = types.SimpleNamespace(same=lambda *a: True)\ndef f(x): return 5",
+        "import no_such_module\nassert no_such_module.same(f(1), 2)",
+        ("no_such_module",),
+    ),
+    "finder of modules": (
+        "import importlib.machinery, sys, types\nclass Finder:\n    def find_spec(*a): return importlib.machinery.ModuleSpec(a[1], Finder)\n"
+        "    def create_module(spec): return types.ModuleType('m')\n    def exec_module(m): m.same = lambda *a: True\n"
+        "sys.meta_path.insert(0, Finder())\nsys.modules.pop('no_such_module', None)\ndef f(x): return 5",
+        "import no_such_module\nassert no_such_module.same(f(1), 2)",
+        ("no_such_module",),
+    ),
+}
+
+
+@needs_bubblewrap
+@pytest.mark.parametrize("name", PATCHES)
+def test_the_tests_modules_are_as_they_were(box, name: str) -> None:
+    program, tests, modules = PATCHES[name]
+    assert box(program, tests, modules=modules).status == FAILED
+
+
 # ---- what a checker in the program's own process cannot stop: shown, so that nobody believes otherwise
 
 YES_OBJECT = "class Yes:\n    def __eq__(self, other): return True\n    def __ne__(self, other): return False\ndef f(x): return Yes()"
@@ -358,14 +538,42 @@ os._exit(0)
 """
 
 
+SCAN = """
+import os, re
+def scan():
+    memory, found = open('/proc/self/mem', 'rb', 0), set()
+    for line in open('/proc/self/maps').read().splitlines():
+        place, rights = line.split()[:2]
+        start, end = (int(number, 16) for number in place.split('-'))
+        if 'w' in rights and end - start < 2**25:
+            memory.seek(start)
+            found |= set(re.findall(rb'(?<![0-9a-f])[0-9a-f]{32}(?![0-9a-f])', memory.read(end - start)))
+    return found
+before = scan()
+def f(x):
+    for nonce in scan() - before:
+        os.write(3, b'P ' + nonce + b'\\n')
+    return 5
+"""
+
+
 @needs_bubblewrap
-def test_known_limits(box) -> None:
+def test_known_limit_objects_equal_to_everything_pass(box) -> None:
     assert len(KNOWN_LIMITS) == 2
     assert box(YES_OBJECT).passed
+
+
+@needs_bubblewrap
+def test_known_limit_reading_the_checkers_frames_passes(box) -> None:
     assert box(FRAMES).passed
     assert box(PROTOCOL).passed
     # Without the protocol there is nothing to find before the tests run.
     assert not box(FRAMES + "\nf(1)\nos._exit(0)").passed
+
+
+@needs_bubblewrap
+def test_known_limit_scanning_ones_own_memory_passes(box) -> None:
+    assert box(SCAN).passed
 
 
 # ---- failing closed
@@ -397,7 +605,7 @@ def test_a_bubblewrap_that_cannot_work_is_one_line(
     for folder in (tmp_path.parent, tmp_path.parent.parent):
         folder.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.setattr(module, "START_LIMIT_S", 1.0)
+    monkeypatch.setattr(sandbox_box, "START_LIMIT_S", 1.0)
     with pytest.raises(UserError) as caught, Sandbox():
         pass
     assert message in str(caught.value) and "\n" not in str(caught.value)
@@ -432,7 +640,7 @@ def test_as_an_ordinary_user(box, root: Path, tmp_path: Path) -> None:
     ):
         pytest.skip("no Python 3.11 that an ordinary user may run")
     code = (
-        "from eval.sandbox import *\nwith Sandbox(limits=Limits(cpu_s=1, wall_s=4)) as s:\n"
+        "from eval.sandbox import *\nfrom eval.sandbox_box import *\nwith Sandbox(limits=Limits(cpu_s=1, wall_s=4)) as s:\n"
         "    jobs = [Job('def f(x): return x + 1', 'assert f(1) == 2'), Job('import os\\nos._exit(0)', ''), Job('while 1: pass', '')]\n"
         "    jobs += [Job('import os\\nwhile True:\\n    try: os.fork()\\n    except OSError: pass', '')]\n"
         "    print([v.status for v in s.run(jobs)])"

@@ -10,7 +10,8 @@ Programs see Python's standard library alone, no third-party package.
 import ast
 from collections.abc import Callable, Sequence
 
-from eval.sandbox import TIMEOUT, Job, Limits, Sandbox, Verdict
+from eval.sandbox import Sandbox
+from eval.sandbox_box import TIMEOUT, Job, Limits, Verdict
 from eval.tasks.base import Grade, Item, Task, cut_at_stops
 from eval.tasks.code_extraction import POST_PROCESSING, parse
 

@@ -39,7 +39,7 @@ PROTOCOLS = {"paper2024": (0.8, 0.95, 5), "iclr2026": (0.0, 1.0, 1)}
 
 class HumanEval(CodeTask):
     name = "humaneval"
-    version = "1"
+    version = "2"  # 2: threads or processes that the program leaves running are no pass
     template = "alpaca_code_block"
     max_new_tokens = 1024
     columns = ("task_id", "prompt", "canonical_solution", "test", "entry_point")

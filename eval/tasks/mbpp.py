@@ -26,7 +26,7 @@ REQUEST = "{text}\nYour code should satisfy these tests:\n{tests}"
 
 class MBPP(CodeTask):
     name = "mbpp"
-    version = "1"
+    version = "2"  # 2: threads or processes that the program leaves running are no pass
     template = "alpaca"
     max_new_tokens = 1024
     columns = ("task_id", "code", "test_list")
