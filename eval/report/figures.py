@@ -1,0 +1,395 @@
+"""Figures of a table, as PNG and PDF: bars, lines over a setting, scatter with its Pareto front, training curves.
+
+They read in grey: each row has a marker, a hatch and a line style beside its colour, the same in every figure. Error
+bars and bands are the standard deviation (n − 1) over seeds, hollow marks the paper's values. Every caption tells n.
+"""
+
+import io
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure as Canvas
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+from eval.report.render import ARROWS, Drawn
+from eval.report.sources import Sources
+from eval.report.spec import Column, Figure, RowKey, TableSpec, setting_value
+from eval.report.table import Cell, ReportTable
+
+RC = {
+    "font.size": 8,
+    "axes.titlesize": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "0.9",
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "hatch.linewidth": 0.6,
+    "lines.linewidth": 1.4,
+    "lines.markersize": 5,
+    "pdf.fonttype": 42,  # letters stay letters: searchable, editable
+    "ps.fonttype": 42,
+}
+PANEL_WIDTH, PANEL_HEIGHT, DPI = 3.2, 2.5, 200  # inches, dots an inch
+PAPER_LABEL = "paper"
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a row is drawn."""
+
+    colour: str
+    marker: str
+    hatch: str
+    line: Any
+
+
+# Colours of Okabe and Ito, which colour-blind readers tell apart; lists of unequal lengths, so that no two rows of a
+# table share all four.
+_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#999999", "#444444")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "h", "p", "*", "d", "8")
+_HATCHES = ("", "///", "...", "xxx", "\\\\\\", "|||", "---", "+++", "ooo", "**")
+_LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1)), (0, (3, 1, 1, 1, 1, 1)), (0, (8, 2)))
+
+
+class NothingToDraw(Exception):
+    """Why a figure has nothing to show."""
+
+
+def draw(table: ReportTable, sources: Sources) -> Iterator[tuple[Drawn, dict[str, bytes]]]:
+    """Yield each figure of the table and its files, {"png": …, "pdf": …}, or none where there is nothing to draw."""
+    for figure in table.spec.figures:
+        title = figure.title or table.spec.title
+        try:
+            with matplotlib.rc_context(RC):
+                canvas, caption = _KINDS[figure.kind](table, figure, sources)
+                caption = " ".join(part for part in (figure.caption, caption) if part)
+                files = _files(canvas, title, caption)
+        except NothingToDraw as reason:
+            yield Drawn(figure.name, title, "", missing=str(reason)), {}
+            continue
+        yield Drawn(figure.name, title, caption), files
+
+
+def _files(canvas: Canvas, title: str, caption: str) -> dict[str, bytes]:
+    """Put title and caption on the canvas; save it without dates, so that the same results give the same bytes."""
+    width, _ = canvas.get_size_inches()
+    canvas.suptitle("\n".join(textwrap.wrap(title, int(width * 14))), fontsize=10)
+    wrapped = "\n".join(textwrap.wrap(caption, int(width * 17)))
+    canvas.supxlabel(wrapped, x=0.01, ha="left", fontsize=7, color="0.25")
+    saved = {}
+    for kind, metadata in (("png", {"Software": None}), ("pdf", {"CreationDate": None})):
+        buffer = io.BytesIO()
+        canvas.savefig(buffer, format=kind, dpi=DPI, metadata=metadata, bbox_inches="tight")
+        saved[kind] = buffer.getvalue()
+    return saved
+
+
+def _bars(table: ReportTable, figure: Figure, sources: Sources) -> tuple[Canvas, str]:
+    """One panel a column; groups of bars by block and a bar for each method, or, with x=method, the other way round."""
+    spec = table.spec
+    rows = _rows(table, figure)
+    places = {row: (_block(spec, row), _series(spec, row)) for row in rows}
+    if figure.x == "method":
+        places = {row: (series, block) for row, (block, series) in places.items()}
+    groups = list(dict.fromkeys(group for group, _ in places.values()))
+    series = list(dict.fromkeys(one for _, one in places.values()))
+    columns = [spec.column(name) for name in figure.columns]
+    width = max(PANEL_WIDTH, 0.17 * len(groups) * (len(series) + 1.2))
+    across = max(1, min(len(columns), int(2.2 * PANEL_WIDTH / width)))
+    down = -(-len(columns) // across)
+    canvas = Canvas(figsize=(width * across, PANEL_HEIGHT * down + 0.7), layout="constrained")
+    step = 0.8 / len(series)
+    for axis, column in zip(_panels(canvas.subplots(down, across, squeeze=False), len(columns)), columns, strict=True):
+        for row, (group, one) in places.items():
+            cell, style = table.cell(row, column), _style(series.index(one))
+            x = groups.index(group) + (series.index(one) - (len(series) - 1) / 2) * step
+            if cell.mean is not None:
+                axis.bar(x, cell.mean, step * 0.92, color=style.colour, hatch=style.hatch, edgecolor="black", lw=0.6)
+                axis.errorbar(x, cell.mean, cell.std, color="black", capsize=2, lw=0.9)
+            if cell.paper is not None and not cell.paper.is_bound:
+                axis.plot(x, cell.paper.mean, "D", mfc="none", mec="black", ms=4, mew=0.9, zorder=4)
+        axis.set_xticks(range(len(groups)), [_written(spec, group) for group in groups])
+        if max(len(_written(spec, group)) for group in groups) * len(groups) > 18 * width:
+            axis.tick_params(axis="x", rotation=30)
+            for text in axis.get_xticklabels():
+                text.set(ha="right", rotation_mode="anchor")
+        axis.grid(axis="x", visible=False)
+        axis.set_ylim(bottom=min(0.0, axis.get_ylim()[0]))
+        _y_axis(axis, column)
+    handles = [_patch(_style(position), _written(spec, one)) for position, one in enumerate(series)]
+    _legend(canvas, [*handles, *_paper_handle(table, figure, marker="D")])
+    return canvas, _caption(table, figure)
+
+
+def _lines(table: ReportTable, figure: Figure, sources: Sources) -> tuple[Canvas, str]:
+    """One panel a base and column, one line a method over the number that the settings give to `x`."""
+    spec = table.spec
+    rows = _rows(table, figure)
+    bases = list(dict.fromkeys(row.base for row in rows))
+    methods = list(dict.fromkeys(row.method for row in rows))
+    panels = [(base, spec.column(name)) for name in figure.columns for base in bases]
+    canvas, axes = _grid(len(panels), across=len(bases))
+    for axis, (base, column) in zip(axes, panels, strict=True):
+        ticks: set[float] = set()
+        for position, method in enumerate(methods):
+            style = _style(position)
+            mine = {
+                row: setting_value(row.setting, figure.x) for row in rows if (row.base, row.method) == (base, method)
+            }
+            points = [(x, table.cell(row, column)) for row, x in mine.items() if x is not None]
+            points.sort(key=lambda point: point[0])
+            ticks.update(x for x, cell in points if cell.values or cell.paper)
+            ours = [(x, cell.mean, cell.std or 0.0) for x, cell in points if cell.mean is not None]
+            if ours:
+                axis.errorbar(
+                    *zip(*ours, strict=True), color=style.colour, marker=style.marker, ls=style.line, capsize=2
+                )
+            reported = [(x, cell.paper.mean) for x, cell in points if cell.paper is not None]
+            if reported:
+                axis.plot(
+                    *zip(*reported, strict=True),
+                    color=style.colour,
+                    marker=style.marker,
+                    mfc="none",
+                    ls=style.line,
+                    lw=0.6,
+                )
+            for row, x in mine.items():
+                if x is None:
+                    _level(axis, table.cell(row, column), style)
+        if figure.log_x and ticks:
+            _log_x(axis, sorted(ticks))
+        axis.set_title(spec.label(base))
+        axis.set_xlabel(spec.label(figure.x))
+        _y_axis(axis, column)
+    handles = [_line(_style(position), spec.label(method)) for position, method in enumerate(methods)]
+    _legend(canvas, [*handles, *_paper_handle(table, figure)])
+    return canvas, _caption(table, figure)
+
+
+def _scatter(table: ReportTable, figure: Figure, sources: Sources) -> tuple[Canvas, str]:
+    """One panel a block and column: the column against the column `x`, with the front of rows that none beats."""
+    spec = table.spec
+    rows = _rows(table, figure)
+    blocks = list(dict.fromkeys(_block(spec, row) for row in rows))
+    series = list(dict.fromkeys(_series(spec, row) for row in rows))
+    cost = spec.column(figure.x)
+    panels = [(block, spec.column(name)) for name in figure.columns for block in blocks]
+    canvas, axes = _grid(len(panels), across=len(blocks))
+    for axis, (block, column) in zip(axes, panels, strict=True):
+        points = []
+        for row in rows:
+            if _block(spec, row) != block:
+                continue
+            x, y, style = table.cell(row, cost), table.cell(row, column), _style(series.index(_series(spec, row)))
+            look = {"color": style.colour, "marker": style.marker, "ls": ""}
+            if x.mean is not None and y.mean is not None:
+                axis.errorbar(x.mean, y.mean, y.std, x.std, mec="black", mew=0.5, capsize=2, lw=0.8, **look)
+                points.append((x.mean, y.mean))
+            if x.paper and y.paper and not (x.paper.is_bound or y.paper.is_bound):
+                axis.plot(x.paper.mean, y.paper.mean, mfc="none", **look)
+        front = pareto_front(points, better=(cost.better, column.better))
+        if front:
+            axis.plot(*zip(*front, strict=True), color="0.4", lw=0.9, ls="--", zorder=1)
+        axis.margins(0.12)
+        axis.set_title(_written(spec, block))
+        axis.set_xlabel(_axis_label(cost))
+        _y_axis(axis, column)
+    handles = [_line(_style(position), _written(spec, one), line="") for position, one in enumerate(series)]
+    front_handle = Line2D([], [], color="0.4", lw=0.9, ls="--", label="Pareto front")
+    _legend(canvas, [*handles, front_handle, *_paper_handle(table, figure)])
+    return canvas, _caption(table, figure)
+
+
+def _training(table: ReportTable, figure: Figure, sources: Sources) -> tuple[Canvas, str]:
+    """One panel a block and term: what training logged, as the mean over seeds and a band of one deviation."""
+    spec = table.spec
+    logs = {row: [log for run in spec.row_runs(row) if (log := sources.log(run))] for row in _rows(table, figure)}
+    rows = [row for row, found in logs.items() if found]
+    if not rows:
+        raise NothingToDraw("no run's log.jsonl is at hand")
+    blocks = list(dict.fromkeys(_block(spec, row) for row in rows))
+    series = list(dict.fromkeys(_series(spec, row) for row in rows))
+    panels = [(block, term) for term in figure.terms for block in blocks]
+    canvas, axes = _grid(len(panels), across=len(blocks))
+    counts = []
+    for axis, (block, term) in zip(axes, panels, strict=True):
+        for row in rows:
+            curves = [{entry["step"]: entry[term] for entry in log if entry.get(term) is not None} for log in logs[row]]
+            curves = [curve for curve in curves if curve]
+            if _block(spec, row) != block or not curves:
+                continue
+            style = _style(series.index(_series(spec, row)))
+            counts.append(len(curves))
+            steps = sorted(set.intersection(*(set(curve) for curve in curves)))
+            values = np.array([[curve[step] for step in steps] for curve in curves])  # (seeds, steps)
+            mean = values.mean(axis=0)
+            axis.plot(steps, mean, color=style.colour, ls=style.line, marker=style.marker, markevery=0.15, ms=4)
+            if len(curves) > 1:
+                std = values.std(axis=0, ddof=1)
+                axis.fill_between(steps, mean - std, mean + std, color=style.colour, alpha=0.2, lw=0)
+        axis.set_title(_written(spec, block))
+        axis.set_xlabel("step")
+        axis.set_ylabel(term.replace("_", " "))
+    _legend(canvas, [_line(_style(position), _written(spec, one)) for position, one in enumerate(series)])
+    return canvas, f"{_count(counts)} Lines: mean over seeds of what training logged; bands: standard deviation."
+
+
+_KINDS: dict[str, Callable[[ReportTable, Figure, Sources], tuple[Canvas, str]]] = {
+    "bars": _bars,
+    "lines": _lines,
+    "scatter": _scatter,
+    "training": _training,
+}
+
+
+def pareto_front(
+    points: Sequence[tuple[float, float]], *, better: tuple[str, str] = ("lower", "higher")
+) -> list[tuple[float, float]]:
+    """Return the points that no other point is at least as good as in both values and better in one, sorted by x.
+
+    better: the good direction of x and y, "lower" or "higher" ("none" counts as lower for x, higher for y).
+    """
+    signs = (1 if better[0] == "higher" else -1, -1 if better[1] == "lower" else 1)
+    good = [(signs[0] * x, signs[1] * y) for x, y in points]
+    return sorted(
+        point
+        for point, mine in zip(points, good, strict=True)
+        if not any(other != mine and other[0] >= mine[0] and other[1] >= mine[1] for other in good)
+    )
+
+
+def _rows(table: ReportTable, figure: Figure) -> list[RowKey]:
+    """Return the rows that have something to show. Raises NothingToDraw where none has."""
+
+    def has(row: RowKey) -> bool:
+        cells = [table.cells[row, name] for name in figure.columns]
+        if figure.kind == "scatter":
+            x = table.cells[row, figure.x]
+            return any((x.values and cell.values) or (x.paper and cell.paper) for cell in cells)
+        return any(cell.values or cell.paper for cell in cells)
+
+    rows = [row for row in table.spec.rows if not figure.methods or row.method in figure.methods]
+    rows = [row for row in rows if not figure.columns or has(row)]
+    if not rows:
+        raise NothingToDraw("no row has a value yet")
+    return rows
+
+
+def _block(spec: TableSpec, row: RowKey) -> tuple[str, ...]:
+    """What the row has in common with those that it is compared with."""
+    return tuple(word for key in spec.compare_within if (word := getattr(row, key)))
+
+
+def _series(spec: TableSpec, row: RowKey) -> tuple[str, ...]:
+    """What tells the row from the others of its block."""
+    setting = () if "setting" in spec.compare_within or not row.setting else (row.setting,)
+    return (row.method, *setting)
+
+
+def _style(position: int) -> Style:
+    """Return the style of the n-th row of a figure."""
+    lists = (_COLOURS, _MARKERS, _HATCHES, _LINES)
+    return Style(*(choices[position % len(choices)] for choices in lists))
+
+
+def _grid(count: int, *, across: int) -> tuple[Canvas, list[Axes]]:
+    across = min(across, 4)
+    down = -(-count // across)
+    canvas = Canvas(figsize=(max(PANEL_WIDTH * across, 4.2), PANEL_HEIGHT * down + 0.7), layout="constrained")
+    return canvas, _panels(canvas.subplots(down, across, squeeze=False), count)
+
+
+def _panels(axes: Any, count: int) -> list[Axes]:
+    """Return the first `count` axes; the rest are taken off."""
+    flat = list(axes.flat)
+    for axis in flat[count:]:
+        axis.remove()
+    return flat[:count]
+
+
+def _level(axis: Axes, cell: Cell, style: Style) -> None:
+    """A row that has no place on the x axis, such as full fine-tuning over ranks: a level line."""
+    if cell.mean is not None:
+        axis.axhline(cell.mean, color=style.colour, ls=style.line)
+    if cell.paper is not None:
+        axis.axhline(cell.paper.mean, color=style.colour, ls=style.line, lw=0.6)
+
+
+def _log_x(axis: Axes, ticks: list[float]) -> None:
+    """A logarithmic axis with a tick at each value; 0, where there is one, stands a step before the smallest."""
+    positive = [tick for tick in ticks if tick > 0]
+    if len(positive) < len(ticks):
+        axis.set_xscale("symlog", linthresh=positive[0], linscale=0.5)
+    else:
+        axis.set_xscale("log")
+    axis.xaxis.set_major_locator(FixedLocator(ticks))
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def _written(spec: TableSpec, words: Sequence[str]) -> str:
+    return ", ".join(spec.label(word) for word in words)
+
+
+def _axis_label(column: Column) -> str:
+    return f"{column.label}{f' ({column.unit})' if column.unit else ''}"
+
+
+def _y_axis(axis: Axes, column: Column) -> None:
+    axis.set_ylabel(f"{_axis_label(column)}{ARROWS[column.better]}")
+
+
+def _patch(style: Style, label: str) -> Patch:
+    return Patch(facecolor=style.colour, hatch=style.hatch, edgecolor="black", lw=0.6, label=label)
+
+
+def _line(style: Style, label: str, *, line: Any = None) -> Line2D:
+    return Line2D([], [], color=style.colour, marker=style.marker, ls=style.line if line is None else line, label=label)
+
+
+def _paper_handle(table: ReportTable, figure: Figure, *, marker: str = "o") -> list[Line2D]:
+    """Return the legend's entry of the paper's marks, where there are any."""
+    if not _paper_sources(table, figure):
+        return []
+    return [Line2D([], [], color="black", marker=marker, mfc="none", ls="", ms=5, label="paper (hollow)")]
+
+
+def _paper_sources(table: ReportTable, figure: Figure) -> list[str]:
+    cells = [table.cells[row, name] for row in _rows(table, figure) for name in figure.columns]
+    return sorted({cell.paper.source for cell in cells if cell.paper is not None})
+
+
+def _legend(canvas: Canvas, handles: Sequence[Any]) -> None:
+    width, _ = canvas.get_size_inches()
+    longest = max(len(handle.get_label()) for handle in handles)
+    across = max(1, min(len(handles), int(width * 13 / (longest + 7))))
+    canvas.legend(handles=list(handles), loc="outside upper center", ncols=across)
+
+
+def _caption(table: ReportTable, figure: Figure) -> str:
+    cells = [table.cells[row, name] for row in _rows(table, figure) for name in figure.columns]
+    counts = [len(cell.values) for cell in cells if cell.values]
+    parts = [_count(counts)]
+    if max(counts, default=0) > 1:
+        parts.append("Error bars: standard deviation over seeds.")
+    if sources := _paper_sources(table, figure):
+        parts.append(f"Hollow: the paper ({'; '.join(sources)}).")
+    return " ".join(parts)
+
+
+def _count(counts: Sequence[int]) -> str:
+    if not counts:
+        return "No runs of ours yet."
+    low, high = min(counts), max(counts)
+    return f"n = {low if low == high else f'{low} to {high}'} seed{'' if high == 1 else 's'}."

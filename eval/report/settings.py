@@ -1,0 +1,144 @@
+"""Which settings must agree before results may stand side by side in a column.
+
+A difference is refused; `allow` (in the table's config, or allow=NAME on the command line) admits it, and the cells
+that differ from the rest are footnoted. What a footnote says is "<setting>: <value>".
+"""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ba_lora.config import nearest
+from ba_lora.errors import UserError
+from eval.report.spec import Column, PlannedRun, RowKey, TableSpec
+from eval.score import stale_reason
+
+Entry = Mapping[str, Any]  # one task's part of a result's "evaluation"
+
+
+@dataclass(frozen=True)
+class Used:
+    """A run whose value stands in a column, with its result."""
+
+    row: RowKey
+    run: PlannedRun
+    column: Column
+    result: Mapping[str, Any]
+
+    @property
+    def entry(self) -> Entry:
+        """The evaluation that the value comes from; empty for what training measured."""
+        return (self.result.get("evaluation") or {}).get(self.column.task) or {}
+
+    def generation(self, key: str) -> Any:
+        return (self.entry.get("generation") or {}).get(key)
+
+    def config(self, *keys: str) -> Any:
+        node = self.result.get("config") or {}
+        for key in keys:
+            node = (node or {}).get(key)
+        return node
+
+
+# Of what was evaluated; the same down a whole column.
+EVALUATION: dict[str, Callable[[Used], Any]] = {
+    "task_version": lambda used: used.entry.get("version"),
+    "test_data": lambda used: used.entry.get("data_sha256"),
+    "prompt": lambda used: used.entry.get("prompt_hash"),
+    "template": lambda used: used.generation("template"),
+    "engine": lambda used: used.generation("engine"),
+    "engine_version": lambda used: used.generation("engine_version"),
+    "dtype": lambda used: used.generation("dtype"),
+    "sampling": lambda used: [used.generation("sampling"), used.generation("choices")],
+    "grader": lambda used: used.entry.get("packages"),
+    "judge": lambda used: (used.entry.get("judge") or {}).get("id"),
+}
+# Of how the runs were trained; the same among the rows that are compared with each other.
+TRAINING: dict[str, Callable[[Used], Any]] = {
+    "training_data": lambda used: (used.result.get("data") or {}).get("sha256"),
+    "model_revision": lambda used: (used.result.get("model") or {}).get("revision"),
+    "model_dtype": lambda used: used.config("model", "dtype"),
+    "quantization": lambda used: used.config("model", "quantization"),
+}
+# Of what times and memory were measured on.
+HARDWARE: dict[str, Callable[[Used], Any]] = {
+    "hardware": lambda used: [
+        (used.result.get("environment") or {}).get(key) for key in ("hardware", "num_processes", "num_threads")
+    ],
+}
+# What no score in a table should have; the value says what is the matter.
+FAULTS: dict[str, Callable[[Used], str | None]] = {
+    "stale": lambda used: used.entry.get("stale") or stale_reason(used.entry),
+    "partial": lambda used: f"{used.entry.get('num_missing')} items missing" if used.entry.get("partial") else None,
+}
+SETTINGS = (*EVALUATION, *TRAINING, *HARDWARE, *FAULTS)
+
+
+def check_allowed(names: Iterable[str]) -> None:
+    """Raise UserError for a name that is no setting."""
+    for name in names:
+        if name not in SETTINGS:
+            raise UserError(f"allow={name} is no setting: {', '.join(SETTINGS)}{nearest(name, SETTINGS)}")
+
+
+def differences(spec: TableSpec, used: Sequence[Used], *, allow: Iterable[str]) -> dict[tuple[str, str], list[str]]:
+    """Compare the settings of all that stands in a table; return (run_id, column name) → footnotes.
+
+    Raises UserError, naming the first setting that differs without being allowed, its values and a run of each.
+    """
+    allow = tuple(allow)
+    check_allowed(allow)
+    notes: dict[tuple[str, str], list[str]] = {}
+    refused: list[str] = []
+    for name, group in _groups(spec, used):
+        values = {id(one): _text((EVALUATION | TRAINING | HARDWARE)[name](one)) for one in group}
+        counts = Counter(values.values())
+        if len(counts) < 2:
+            continue
+        if name not in allow:
+            shown = "; ".join(
+                f"{value} ({next(one.run.run_id for one in group if values[id(one)] == value)})" for value in counts
+            )
+            refused.append(f"{name} differs in column {group[0].column.name}: {shown}")
+            continue
+        usual = counts.most_common(1)[0][0]
+        for one in group:
+            if values[id(one)] != usual:
+                notes.setdefault((one.run.run_id, one.column.name), []).append(f"{name}: {values[id(one)]}")
+    for name, read in FAULTS.items():
+        for one in used:
+            fault = read(one)
+            if fault is None:
+                continue
+            if name not in allow:
+                refused.append(f"{one.run.run_id} {one.column.task} is {name}: {fault}")
+            notes.setdefault((one.run.run_id, one.column.name), []).append(f"{name}: {fault}")
+    if refused:
+        more = f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""
+        raise UserError(
+            f"table {spec.name}: {refused[0]}{more}: make these runs alike, or admit it with "
+            "allow=NAME[,NAME] and it is footnoted"
+        )
+    return notes
+
+
+def _groups(spec: TableSpec, used: Sequence[Used]) -> Iterable[tuple[str, list[Used]]]:
+    """Yield (setting, the runs among which it must agree)."""
+    for column in spec.columns:
+        members = [one for one in used if one.column == column]
+        for name in EVALUATION if column.task else ():
+            yield name, members
+        for name in HARDWARE if column.is_cost else ():
+            yield name, members
+        blocks: dict[tuple[str, ...], list[Used]] = {}
+        for one in members:
+            blocks.setdefault((one.row.base, one.row.setting), []).append(one)
+        for block in blocks.values():
+            for name in TRAINING:
+                yield name, block
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, sort_keys=True, ensure_ascii=False)

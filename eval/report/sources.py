@@ -1,0 +1,135 @@
+"""What a report is made from: result JSONs, grades and logs of the runs, and the paper's numbers. Nothing else."""
+
+import csv
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ba_lora.config import PROJECT_ROOT, nearest
+from ba_lora.errors import UserError
+from ba_lora.io import read_json, read_jsonl
+from eval.report.spec import Column, PlannedRun, RowKey
+
+STATUSES = ("ok", "failed", "cancelled", "oom")
+PAPER_PATH = PROJECT_ROOT / "results" / "paper_reported"
+PAPER_COLUMNS = ("table", "model", "method", "setting", "task", "metric", "mean", "std", "source")
+MORE_THAN = ", more than"  # ends the metric of a value that the paper only bounds from below
+
+
+@dataclass(frozen=True)
+class PaperValue:
+    """A number as published. is_bound: the paper says "more than" it."""
+
+    mean: float
+    std: float | None
+    source: str
+    is_bound: bool = False
+
+
+@dataclass(frozen=True)
+class PaperRow:
+    """A line of a file of results/paper_reported, its names already ours."""
+
+    table: str
+    row: RowKey
+    task: str
+    metric: str
+    value: PaperValue
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The files of a report, read.
+
+    results: run_id → result, of the runs that have one; sha256: run_id → hash of that file. Grades and logs are read
+    from the runs' own folders when they are asked for.
+    """
+
+    results: Mapping[str, dict[str, Any]]
+    paper: tuple[PaperRow, ...] = ()
+    sha256: Mapping[str, str] = field(default_factory=dict)
+
+    def result(self, run: PlannedRun) -> dict[str, Any] | None:
+        """Return a run's result, None where there is none yet."""
+        return self.results.get(run.run_id)
+
+    def grades(self, run: PlannedRun, *, task: str, metric: str) -> dict[str, float] | None:
+        """Return task_id → the mean of its samples' grades; None where the grades are not at hand or lack `metric`."""
+        path = run.run_path / "grades" / f"{task}.jsonl"
+        if not path.is_file():
+            return None
+        samples: dict[str, list[float]] = {}
+        for row in read_jsonl(path):
+            value = (row.get("metrics") or {}).get(metric)
+            if not isinstance(value, int | float):
+                return None
+            samples.setdefault(str(row.get("task_id")), []).append(float(value))
+        return {task_id: sum(values) / len(values) for task_id, values in samples.items()}
+
+    def log(self, run: PlannedRun) -> list[dict[str, Any]] | None:
+        """Return the logged steps of a run's training, None where the log is not at hand."""
+        path = run.run_path / "log.jsonl"
+        return [entry for entry in read_jsonl(path) if "loss" in entry] if path.is_file() else None
+
+    def paper_value(self, row: RowKey, column: Column) -> PaperValue | None:
+        """Return what the paper reports for a cell, None where it reports nothing.
+
+        Raises UserError where it reports two values for it.
+        """
+        found = [line.value for line in self.paper if line.row == row and (line.task, line.metric) == column.paper]
+        if len(found) > 1:
+            raise UserError(f"results/paper_reported has {len(found)} values for {row} {column.name}: keep one")
+        return found[0] if found else None
+
+
+def read_results(runs: Iterable[PlannedRun]) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """Return (run_id → result, run_id → sha256 of its file) of the planned runs that have a result.
+
+    Raises UserError, naming the file, for one that is broken, or that is another run than its name says.
+    """
+    results, hashes = {}, {}
+    for run in runs:
+        path = run.result_path
+        if not path.is_file():
+            continue
+        result = read_json(path)
+        if not isinstance(result, dict) or result.get("status") not in STATUSES:
+            raise UserError(f"{path} is no result: it has no status of {', '.join(STATUSES)}; make it again")
+        for key, wanted in (("run_id", run.run_id), ("method", run.method), ("seed", run.seed)):
+            if result.get(key) != wanted:
+                raise UserError(f"{path} is another run than its name says: {key} is {result.get(key)}, not {wanted}")
+        results[run.run_id] = result
+        hashes[run.run_id] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return results, hashes
+
+
+def read_paper(
+    names: Iterable[str], *, renamed: Mapping[str, str] | None = None, folder: Path = PAPER_PATH
+) -> tuple[PaperRow, ...]:
+    """Return the lines of results/paper_reported/<name>.csv; `renamed`: the file's model, method or setting → ours.
+
+    Raises UserError for a file that is missing or broken.
+    """
+    renamed = renamed or {}
+    lines = []
+    for name in names:
+        path = folder / f"{name}.csv"
+        if not path.is_file():
+            known = sorted(file.stem for file in folder.glob("*.csv"))
+            raise UserError(f"no such file: {path}: the table's report.paper names it{nearest(name, known)}")
+        with open(path, encoding="utf-8", newline="") as file:
+            reader = csv.DictReader(file)
+            if tuple(reader.fieldnames or ()) != PAPER_COLUMNS:
+                raise UserError(f"{path}: its columns must be {', '.join(PAPER_COLUMNS)}")
+            for row in reader:
+                ours = [renamed.get(row[key], row[key]) for key in ("model", "method", "setting")]
+                metric = row["metric"].removesuffix(MORE_THAN)
+                try:
+                    mean, std = float(row["mean"]), float(row["std"]) if row["std"] else None
+                except ValueError as error:
+                    raise UserError(f"{path}, line {reader.line_num}: {error}") from error
+                value = PaperValue(mean, std, row["source"], is_bound=metric != row["metric"])
+                lines.append(PaperRow(row["table"], RowKey(*ours), row["task"], metric, value))
+    return tuple(lines)

@@ -1,0 +1,319 @@
+"""What a table shows: rows, columns and runs from its config, and how to show them from the config's `report:` block.
+
+    report:
+      allow: [engine]                  # settings that may differ, footnoted where they do (settings.py)
+      against: [lora, pissa]           # the rows that the table's `ours` are tested against; default: all other methods
+      compare_within: [base]           # what ranked and compared rows have in common; [base, setting] for rank tables
+      names: {not stated: roberta-large}                 # the paper file's name of a model, method or setting → ours
+      columns: {parameters: {scale: 1.0e-6, decimals: 1}}     # how a column's numbers are shown
+      figures:
+        ablation: {kind: bars, columns: [gsm8k, math]}
+        ranks: {kind: lines, columns: [gsm8k], x: rank, log_x: true}      # x: a key of the settings' names
+        pareto: {kind: scatter, columns: [gsm8k], x: seconds}
+        terms: {kind: training, terms: [loss, consistency], methods: [pissa, ba_lora]}
+
+`title`, `caption` (a sentence more) and `methods` (the rows drawn; default: all) go with every figure.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ba_lora.config import nearest
+from ba_lora.errors import UserError
+
+BLOCK_KEYS = ("base", "setting")
+FIGURE_KINDS = ("bars", "lines", "scatter", "training")
+_NEEDED = {"bars": ("columns",), "lines": ("columns", "x"), "scatter": ("columns", "x"), "training": ("terms",)}
+_PERCENT = 100.0
+
+
+@dataclass(frozen=True)
+class RowKey:
+    """What a row of the table is: the base's name, the method's, and that of the overrides ("" for none)."""
+
+    base: str
+    method: str
+    setting: str = ""
+
+    def __str__(self) -> str:
+        return " ".join(part for part in (self.base, self.method, self.setting) if part)
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """A run that the table asks for: the file of its result, and its own folder, which holds grades and log."""
+
+    method: str
+    seed: int
+    result_path: Path
+    run_path: Path
+
+    @property
+    def run_id(self) -> str:
+        return self.result_path.stem
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column: where its value stands in a result, and how it is shown.
+
+    task: the evaluation that holds it (None: the result itself); metric: a name among the task's metrics, or a dotted
+    path (see `metric_value`); mean_of: the columns whose mean it is, instead; scale: the value shown is the stored one
+    times this; better: the direction that is ranked, "none" for no ranking and no test; paper: (task, metric) in the
+    paper's file.
+    """
+
+    name: str
+    label: str
+    task: str | None = None
+    metric: str | None = None
+    mean_of: tuple[str, ...] = ()
+    unit: str = "%"
+    scale: float = _PERCENT
+    decimals: int = 2
+    better: str = "higher"
+    paper: tuple[str, str] | None = None
+
+    @property
+    def is_cost(self) -> bool:
+        """Whether the value depends on the hardware: a time or a memory."""
+        return re.search(r"(seconds|_mb|_per_second)$", self.metric or "") is not None
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure: its kind and what is drawn, see the head of this module."""
+
+    name: str
+    kind: str
+    columns: tuple[str, ...] = ()
+    x: str = ""
+    log_x: bool = False
+    terms: tuple[str, ...] = ()
+    methods: tuple[str, ...] = ()
+    title: str = ""
+    caption: str = ""
+
+
+@dataclass(frozen=True)
+class TableSpec:
+    """A table as the report needs it.
+
+    runs: (row, column's name) → the runs whose mean fills the cell, one a seed; none for columns that are a mean of
+    others. ours: the methods that are tested against `against` (all others where empty). labels: name → how written.
+    """
+
+    name: str
+    title: str
+    rows: tuple[RowKey, ...]
+    columns: tuple[Column, ...]
+    runs: Mapping[tuple[RowKey, str], tuple[PlannedRun, ...]]
+    source: str | None = None
+    note: str | None = None
+    paper: tuple[str, ...] = ()
+    ours: tuple[str, ...] = ()
+    against: tuple[str, ...] = ()
+    compare_within: tuple[str, ...] = ("base",)
+    allow: tuple[str, ...] = ()
+    names: Mapping[str, str] = field(default_factory=dict)
+    labels: Mapping[str, str] = field(default_factory=dict)
+    figures: tuple[Figure, ...] = ()
+
+    def column(self, name: str) -> Column:
+        """Return the column called `name`."""
+        return next(column for column in self.columns if column.name == name)
+
+    def planned(self, row: RowKey, column: Column) -> tuple[PlannedRun, ...]:
+        """Return the runs whose mean fills a cell, one a seed."""
+        return self.runs.get((row, column.name), ())
+
+    def all_runs(self) -> list[PlannedRun]:
+        """Return every run of the table once, in the order of the rows."""
+        return list(dict.fromkeys(run for runs in self.runs.values() for run in runs))
+
+    def row_runs(self, row: RowKey) -> list[PlannedRun]:
+        """Return every run of a row once."""
+        return list(dict.fromkeys(run for (one, _), runs in self.runs.items() if one == row for run in runs))
+
+    def blocks(self) -> list[list[RowKey]]:
+        """Return the rows in groups that are ranked and compared, each in the table's order."""
+        groups: dict[tuple[str, ...], list[RowKey]] = {}
+        for row in self.rows:
+            groups.setdefault(tuple(getattr(row, key) for key in self.compare_within), []).append(row)
+        return list(groups.values())
+
+    def label(self, name: str) -> str:
+        """Return how a base, method or setting is written."""
+        return self.labels.get(name, name)
+
+
+def table_spec(table: Any) -> TableSpec:
+    """Return a table of ba_lora.tables as the report needs it. Raises UserError for a wrong `report:` block."""
+    columns = [
+        Column(
+            name=column.name,
+            label=table.labels.get(column.name, column.name),
+            task=column.task,
+            metric=column.metric,
+            mean_of=column.mean_of,
+            unit="%" if column.unit == "percent" else column.unit,
+            scale=_PERCENT if column.unit == "percent" and not column.mean_of else 1.0,
+            better=column.better,
+            paper=(column.paper_task or column.task or column.name, column.paper or str(column.metric)),
+        )
+        for column in table.columns
+    ]
+    runs: dict[tuple[RowKey, str], tuple[PlannedRun, ...]] = {}
+    for cell in table.cells:
+        key = (_row_key(cell.row), cell.column.name)
+        config = cell.config
+        run = PlannedRun(config.method, config.seed, config.result_path, config.run_path)
+        runs[key] = (*runs.get(key, ()), run)
+    return TableSpec(
+        name=table.id,
+        title=table.title,
+        rows=tuple(_row_key(row) for row in table.rows),
+        runs=runs,
+        source=table.source,
+        note=table.note,
+        paper=table.paper,
+        ours=table.ours,
+        labels=table.labels,
+        **parse_report(table.report, columns=columns, source=f"table {table.id}"),
+    )
+
+
+def _row_key(row: Any) -> RowKey:
+    return RowKey(row.base, row.method, row.setting)
+
+
+def parse_report(block: Any, *, columns: Sequence[Column], source: str) -> dict[str, Any]:
+    """Check a `report:` block and return `TableSpec`'s fields that it sets; `columns`: as they are without it.
+
+    Raises UserError, naming `source` and the key, for what is wrong.
+    """
+    known = ("allow", "against", "compare_within", "names", "columns", "figures")
+    block = _mapping(block, known, where=f"{source}: report")
+    values: dict[str, Any] = {
+        key: _words(block[key], where=f"{source}: report.{key}")
+        for key in ("allow", "against", "compare_within")
+        if key in block
+    }
+    for key in values.get("compare_within", ()):
+        _choice(key, BLOCK_KEYS, where=f"{source}: report.compare_within")
+    values["names"] = {
+        key: str(name) for key, name in _mapping(block.get("names") or {}, where=f"{source}: report.names").items()
+    }
+    names = [column.name for column in columns]
+    shown = _mapping(block.get("columns") or {}, names, where=f"{source}: report.columns")
+    values["columns"] = tuple(
+        _show(column, shown.get(column.name) or {}, where=f"{source}: report.columns.{column.name}")
+        for column in columns
+    )
+    figures = _mapping(block.get("figures") or {}, where=f"{source}: report.figures")
+    values["figures"] = tuple(
+        _figure(name, entry, columns=names, where=f"{source}: figure {name}") for name, entry in figures.items()
+    )
+    return values
+
+
+def metric_value(result: Mapping[str, Any], column: Column) -> float | None:
+    """Return the number that a result holds for a column, unscaled; None where nothing (or null) stands there.
+
+    A path is read from the task's entry, or from the result where the column has no task. `{a,b}` in it takes the mean
+    over the alternatives, each weighted by its `n` where all have one (so that the mean over groups of items is the
+    mean over their items); one that is missing makes the whole None.
+    """
+    node: Any = result
+    if column.task is not None:
+        node = (result.get("evaluation") or {}).get(column.task) or {}
+        metrics = node.get("metrics") or {}
+        node = metrics if column.metric in metrics else node
+    return _resolve(node, re.findall(r"\{[^}]*\}|[^.{}]+", column.metric or ""))[0]
+
+
+def _resolve(node: Any, keys: Sequence[str]) -> tuple[float | None, int | None]:
+    """Return (value, the nearest n above it)."""
+    count = None
+    for position, key in enumerate(keys):
+        if not isinstance(node, Mapping):
+            return None, count
+        count = node.get("n", count)
+        if key.startswith("{"):
+            names = [name.strip() for name in key[1:-1].split(",")]
+            found = [_resolve(node.get(name), keys[position + 1 :]) for name in names]
+            if any(value is None for value, _ in found):
+                return None, count
+            weights = [weight if all(n for _, n in found) else 1 for _, weight in found]
+            return sum(w * value for w, (value, _) in zip(weights, found, strict=True)) / sum(weights), sum(weights)
+        node = node.get(key)
+    is_number = isinstance(node, int | float) and not isinstance(node, bool)
+    return (float(node) if is_number else None), count
+
+
+def setting_value(setting: str, key: str) -> float | None:
+    """Return the number that a setting such as `rank=8` or `regularizers.lambda_svd=1e-4, x=2` gives to `key`.
+
+    `key` may be the last word of a dotted one. None where the setting does not name it, or gives it no number.
+    """
+    for pair in re.split(r"[,\s]+", setting):
+        name, equals, text = pair.partition("=")
+        if equals and key in (name, name.rpartition(".")[2]):
+            try:
+                return float(text)
+            except ValueError:
+                return None
+    return None
+
+
+def _show(column: Column, entry: Any, *, where: str) -> Column:
+    entry = _mapping(entry, ("scale", "decimals"), where=where)
+    scale, decimals = entry.get("scale", column.scale), entry.get("decimals", column.decimals)
+    try:
+        scale = float(scale)  # YAML 1.1 reads 1e-6 as text
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{where}: scale must be a number, found {scale!r}") from error
+    if not isinstance(decimals, int) or not 0 <= decimals <= 10:
+        raise UserError(f"{where}: decimals must be a whole number from 0 to 10, found {decimals!r}")
+    return dataclasses.replace(column, scale=scale, decimals=decimals)
+
+
+def _figure(name: str, entry: Any, *, columns: Sequence[str], where: str) -> Figure:
+    known = [entry.name for entry in dataclasses.fields(Figure) if entry.name != "name"]
+    values = _mapping(entry, known, where=where)
+    kind = _choice(values.get("kind", ""), FIGURE_KINDS, where=f"{where}: kind")
+    for key in ("columns", "terms", "methods"):
+        values[key] = _words(values.get(key, []), where=f"{where}: {key}")
+    missing = [key for key in _NEEDED[kind] if not values.get(key)]
+    if missing:
+        raise UserError(f"{where}: a figure of kind {kind} needs {' and '.join(missing)}")
+    for column in (*values["columns"], *([values["x"]] if kind == "scatter" else [])):
+        _choice(column, columns, where=where)
+    return Figure(name=name, **values)
+
+
+def _mapping(value: Any, known: Sequence[str] | None = None, *, where: str) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise UserError(f"{where} must be a mapping, found {type(value).__name__}")
+    for key in value if known is not None else ():
+        if key not in known:
+            raise UserError(f"{where}: unknown key {key}{nearest(str(key), list(known))}")
+    return {str(key): entry for key, entry in value.items()}
+
+
+def _words(value: Any, *, where: str) -> tuple[str, ...]:
+    if not isinstance(value, list | tuple) or not all(isinstance(word, str) for word in value):
+        raise UserError(f"{where} must be a list of words, found {value!r}")
+    return tuple(value)
+
+
+def _choice(value: Any, choices: Sequence[str], *, where: str) -> Any:
+    if value not in choices:
+        raise UserError(
+            f"{where}: {value} is unknown: choose one of {', '.join(choices)}{nearest(value, list(choices))}"
+        )
+    return value

@@ -1,0 +1,317 @@
+"""From results to a table's cells, marks, comparisons and footnotes."""
+
+import dataclasses
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from eval.report.settings import Used, differences
+from eval.report.sources import PaperRow, PaperValue, Sources
+from eval.report.spec import Column, PlannedRun, RowKey, TableSpec, metric_value
+from eval.report.stats import Interval, first_and_second, holm, mean_std, paired_bootstrap
+
+CellKey = tuple[RowKey, str]  # the row and the column's name
+ROUNDING = 1e-6  # between a score and the mean of its grades
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A run that ended without a result: status is failed, cancelled or oom."""
+
+    run_id: str
+    status: str
+    error: str | None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cell. values: one a seed, on the column's scale, in the order of `seeds`; mark: "best", "second" or "".
+
+    difference: mean − the paper's, None where either is missing or the paper's is only a bound. notes: indices of the
+    table's footnotes.
+    """
+
+    values: tuple[float, ...] = ()
+    seeds: tuple[int, ...] = ()
+    run_ids: tuple[str, ...] = ()
+    num_planned: int = 0
+    failures: tuple[Failure, ...] = ()
+    paper: PaperValue | None = None
+    mark: str = ""
+    notes: tuple[int, ...] = ()
+
+    @property
+    def mean(self) -> float | None:
+        return mean_std(self.values)[0] if self.values else None
+
+    @property
+    def std(self) -> float | None:
+        return mean_std(self.values)[1] if self.values else None
+
+    @property
+    def difference(self) -> float | None:
+        if self.mean is None or self.paper is None or self.paper.is_bound:
+            return None
+        return self.mean - self.paper.mean
+
+    @property
+    def status(self) -> str:
+        """ "ok", "missing", or how the runs ended where none has a value."""
+        if self.values:
+            return "ok"
+        statuses = {failure.status for failure in self.failures}
+        return "missing" if not statuses else statuses.pop() if len(statuses) == 1 else "failed"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A focus row against another one of its block, in one column; test is None where `untested` says why.
+
+    difference: focus − other, of the means over seeds; low, high: its 95 % interval over items; all on the column's
+    scale. p_holm: p corrected over all tests of the table.
+    """
+
+    column: str
+    focus: RowKey
+    other: RowKey
+    difference: float
+    num_seeds: int
+    num_items: int | None = None
+    low: float | None = None
+    high: float | None = None
+    p: float | None = None
+    p_holm: float | None = None
+    untested: str | None = None
+
+
+@dataclass(frozen=True)
+class ReportTable:
+    """A table, ready to be written down."""
+
+    spec: TableSpec
+    cells: Mapping[CellKey, Cell]
+    comparisons: tuple[Comparison, ...]
+    footnotes: tuple[str, ...]
+    unmatched_paper: tuple[PaperRow, ...]  # what the paper reports in this table for which it has no cell
+    provenance: tuple[dict[str, Any], ...]
+
+    def cell(self, row: RowKey, column: Column) -> Cell:
+        return self.cells[row, column.name]
+
+    def has_paper(self, column: Column) -> bool:
+        """Whether the paper reports anything in this column."""
+        return any(self.cell(row, column).paper is not None for row in self.spec.rows)
+
+
+def build_table(spec: TableSpec, sources: Sources, *, allow: Iterable[str] = ()) -> ReportTable:
+    """Return the table. Raises UserError where settings differ that are allowed neither here nor in its config."""
+    used = [
+        Used(row, run, column, result)
+        for column in spec.columns
+        if column.metric is not None
+        for row in spec.rows
+        for run in spec.planned(row, column)
+        if (result := sources.result(run)) is not None and _value(result, column) is not None
+    ]
+    notes = _Footnotes(differences(spec, used, allow=(*spec.allow, *allow)))
+    cells: dict[CellKey, Cell] = {}
+    for column in sorted(spec.columns, key=lambda column: bool(column.mean_of)):
+        for row in spec.rows:
+            cells[row, column.name] = (
+                _mean_cell(spec, sources, row, column, cells)
+                if column.mean_of
+                else _measured_cell(spec, sources, row, column, notes)
+            )
+    _mark(spec, cells)
+    return ReportTable(
+        spec=spec,
+        cells=cells,
+        comparisons=_corrected(_compare(spec, sources, cells)),
+        footnotes=tuple(notes.texts),
+        unmatched_paper=_unmatched(spec, sources),
+        provenance=tuple(_provenance(spec, sources)),
+    )
+
+
+class _Footnotes:
+    """Footnotes in the order in which they are first needed; the same text is the same footnote."""
+
+    def __init__(self, by_run: Mapping[tuple[str, str], list[str]]) -> None:
+        self.by_run = by_run
+        self.texts: list[str] = []
+
+    def number(self, text: str) -> int:
+        if text not in self.texts:
+            self.texts.append(text)
+        return self.texts.index(text)
+
+
+def _value(result: Mapping[str, Any], column: Column) -> float | None:
+    """Return a run's value on the column's scale, None where the run did not succeed or has none."""
+    if result["status"] != "ok":
+        return None
+    value = metric_value(result, column)
+    return None if value is None else value * column.scale
+
+
+def _measured_cell(spec: TableSpec, sources: Sources, row: RowKey, column: Column, notes: _Footnotes) -> Cell:
+    found: list[tuple[PlannedRun, float]] = []
+    failures, texts = [], {}
+    planned = spec.planned(row, column)
+    for run in planned:
+        result = sources.result(run)
+        if result is None:
+            continue
+        value = _value(result, column)
+        if value is not None:
+            found.append((run, value))
+            texts.update(dict.fromkeys(notes.by_run.get((run.run_id, column.name), ())))
+        elif result["status"] != "ok":
+            failures.append(Failure(run.run_id, result["status"], result.get("error")))
+    for (status, error), count in Counter((failure.status, failure.error) for failure in failures).items():
+        texts[f"{count} of {len(planned)} runs {status}: {error or 'no error was written'}"] = None
+    return Cell(
+        values=tuple(value for _, value in found),
+        seeds=tuple(run.seed for run, _ in found),
+        run_ids=tuple(run.run_id for run, _ in found),
+        num_planned=len(planned),
+        failures=tuple(failures),
+        paper=sources.paper_value(row, column),
+        notes=tuple(notes.number(text) for text in texts),
+    )
+
+
+def _mean_cell(spec: TableSpec, sources: Sources, row: RowKey, column: Column, cells: Mapping[CellKey, Cell]) -> Cell:
+    """The mean of other columns, seed by seed; only of seeds that all of them have."""
+    parts = [cells[row, name] for name in column.mean_of]
+    by_seed = [dict(zip(part.seeds, part.values, strict=True)) for part in parts]
+    seeds = [seed for seed in by_seed[0] if all(seed in values for values in by_seed)]
+    return Cell(
+        values=tuple(column.scale * sum(values[seed] for values in by_seed) / len(by_seed) for seed in seeds),
+        seeds=tuple(seeds),
+        run_ids=tuple(dict.fromkeys(run_id for part in parts for run_id in part.run_ids)) if seeds else (),
+        num_planned=min(part.num_planned for part in parts),
+        failures=tuple(dict.fromkeys(failure for part in parts for failure in part.failures)),
+        paper=sources.paper_value(row, column),
+        notes=tuple(sorted({note for part in parts for note in part.notes})),
+    )
+
+
+def _mark(spec: TableSpec, cells: dict[CellKey, Cell]) -> None:
+    """Mark best and second of each block and column, among the rows that have the largest n there."""
+    for column in spec.columns:
+        if column.better == "none":
+            continue
+        for block in spec.blocks():
+            filled = [row for row in block if cells[row, column.name].values]
+            most = max((len(cells[row, column.name].values) for row in filled), default=0)
+            rows = [row for row in filled if len(cells[row, column.name].values) == most]
+            means = [cells[row, column.name].mean or 0.0 for row in rows]
+            best, second = first_and_second(means, better=column.better, decimals=column.decimals)
+            for mark, indices in (("best", best), ("second", second)):
+                for index in indices:
+                    key = (rows[index], column.name)
+                    cells[key] = dataclasses.replace(cells[key], mark=mark)
+
+
+def _compare(spec: TableSpec, sources: Sources, cells: Mapping[CellKey, Cell]) -> list[Comparison]:
+    pairs = [
+        (focus, other)
+        for block in spec.blocks()
+        for focus in block
+        if focus.method in spec.ours
+        for other in block
+        if other.method not in spec.ours and (not spec.against or other.method in spec.against)
+    ]
+    comparisons = []
+    for column in spec.columns:
+        if column.better == "none" or not (column.task or column.mean_of):
+            continue
+        for focus, other in pairs:
+            ours, theirs = cells[focus, column.name], cells[other, column.name]
+            if ours.mean is None or theirs.mean is None:
+                continue
+            outcome = _test(spec, sources, column, (focus, ours), (other, theirs))
+            comparison = Comparison(
+                column.name, focus, other, ours.mean - theirs.mean, min(len(ours.seeds), len(theirs.seeds))
+            )
+            if isinstance(outcome, str):
+                comparisons.append(dataclasses.replace(comparison, untested=outcome))
+                continue
+            num_items, test = outcome
+            low, high = sorted((test.low * column.scale, test.high * column.scale))
+            comparisons.append(dataclasses.replace(comparison, num_items=num_items, low=low, high=high, p=test.p))
+    return comparisons
+
+
+def _test(
+    spec: TableSpec, sources: Sources, column: Column, ours: tuple[RowKey, Cell], theirs: tuple[RowKey, Cell]
+) -> tuple[int, Interval] | str:
+    """Return (number of items, the paired bootstrap over them), or why there is none."""
+    if column.task is None or column.metric is None or re.search(r"[.{]", column.metric):
+        return "no mean over items"
+    if sorted(ours[1].seeds) != sorted(theirs[1].seeds):
+        return "other seeds"
+    means = []
+    for row, cell in (ours, theirs):
+        grades = _item_means(spec, sources, column, row, cell)
+        if isinstance(grades, str):
+            return grades
+        means.append(grades)
+    first, second = means
+    if first.keys() != second.keys():
+        return "other items"
+    if len(first) < 2:
+        return "a single item"
+    return len(first), paired_bootstrap([first[item] - second[item] for item in first])
+
+
+def _item_means(spec: TableSpec, sources: Sources, column: Column, row: RowKey, cell: Cell) -> dict[str, float] | str:
+    """Return item → its grade's mean over the seeds of a cell, or why there is none."""
+    runs = [run for run in spec.planned(row, column) if run.run_id in cell.run_ids]
+    totals: dict[str, float] = {}
+    for run, value in zip(runs, cell.values, strict=True):
+        grades = sources.grades(run, task=column.task or "", metric=column.metric or "")
+        if grades is None:
+            return "no grades at hand"
+        if totals and grades.keys() != totals.keys():
+            return "other items"
+        if abs(sum(grades.values()) / len(grades) * column.scale - value) > ROUNDING * abs(column.scale):
+            return "grades are not those of the score"
+        for item, grade in grades.items():
+            totals[item] = totals.get(item, 0.0) + grade / len(runs)
+    return totals
+
+
+def _corrected(comparisons: list[Comparison]) -> tuple[Comparison, ...]:
+    """Add Holm's correction over all tests of the table."""
+    adjusted = iter(holm([comparison.p for comparison in comparisons if comparison.p is not None]))
+    return tuple(
+        comparison if comparison.p is None else dataclasses.replace(comparison, p_holm=next(adjusted))
+        for comparison in comparisons
+    )
+
+
+def _unmatched(spec: TableSpec, sources: Sources) -> tuple[PaperRow, ...]:
+    shown = {(row, column.paper) for row in spec.rows for column in spec.columns if column.paper}
+    return tuple(
+        line for line in sources.paper if line.table == spec.name and (line.row, (line.task, line.metric)) not in shown
+    )
+
+
+def _provenance(spec: TableSpec, sources: Sources) -> Iterable[dict[str, Any]]:
+    for run in spec.all_runs():
+        result = sources.result(run)
+        if result is None:
+            continue
+        git = (result.get("environment") or {}).get("git") or {}
+        yield {
+            "run_id": run.run_id,
+            "status": result["status"],
+            "result_sha256": sources.sha256.get(run.run_id),
+            "commit": git.get("commit"),
+            "dirty": git.get("dirty"),
+            "finished_at": result.get("finished_at"),
+        }

@@ -1,0 +1,93 @@
+"""The report's statistics against scipy and statsmodels, and on cases that are known by hand."""
+
+import numpy as np
+import pytest
+import scipy.stats
+from statsmodels.stats.multitest import multipletests
+
+from eval.report.stats import NUM_RESAMPLES, first_and_second, holm, mean_std, paired_bootstrap
+
+
+def test_mean_and_deviation_by_hand():
+    assert mean_std([30.0, 30.0, 40.0]) == pytest.approx((33.3333333, 5.7735027))  # √((2 · 3.33² + 6.67²) / 2)
+    assert mean_std([7.0]) == (7.0, None)
+
+
+def test_deviation_is_scipys_with_n_minus_1():
+    values = np.random.default_rng(3).normal(size=7)
+    assert mean_std(values) == pytest.approx((values.mean(), scipy.stats.tstd(values)))
+
+
+@pytest.mark.parametrize("num_tests", [1, 2, 9, 40])
+def test_holm_is_statsmodels(num_tests):
+    p = np.random.default_rng(num_tests).beta(0.3, 2, size=num_tests)
+    p[-1] = p[0]  # ties
+    assert holm(p) == pytest.approx(multipletests(p, method="holm")[1])
+
+
+def test_holm_by_hand():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])  # 3 · 0.01; 2 · 0.03; max(0.06, 1 · 0.04)
+    assert holm([0.6, 0.5]) == pytest.approx([1.0, 1.0])
+    assert holm([]) == []
+
+
+def test_bootstrap_of_a_constant_difference():
+    test = paired_bootstrap([1 / 3] * 10)
+    assert (test.difference, test.low, test.high) == pytest.approx((1 / 3, 1 / 3, 1 / 3))
+    assert test.p == pytest.approx(2 / (NUM_RESAMPLES + 1))
+    assert paired_bootstrap([0.0] * 10).p == 1.0
+
+
+def test_bootstrap_of_two_items_is_the_binomial():
+    """Of {−1, 1}, two drawn: the mean is −1, 0, 1 with ¼, ½, ¼; so P(d* ≤ 0) = ¾ either way, and p = 1."""
+    test = paired_bootstrap([-1.0, 1.0])
+    assert (test.low, test.high, test.p) == (-1.0, 1.0, 1.0)
+
+
+def test_p_is_twice_the_binomial_tail():
+    """Of n = 12 items, 3 with −1 and 9 with +1: d* ≤ 0 where at most 6 of 12 draws are +1, Binomial(12, ¾)."""
+    test = paired_bootstrap([-1.0] * 3 + [1.0] * 9)
+    wanted = 2 * scipy.stats.binom.cdf(6, 12, 0.75)
+    assert test.p == pytest.approx(wanted, abs=4 * np.sqrt(wanted / 2 / NUM_RESAMPLES) * 2)
+
+
+def test_interval_is_near_the_normal_one_and_its_p_near_the_t_test():
+    differences = np.random.default_rng(0).normal(0.05, 0.5, size=1319)
+    test = paired_bootstrap(differences)
+    half = 1.96 * differences.std() / np.sqrt(1319)
+    assert (test.low, test.high) == pytest.approx((differences.mean() - half, differences.mean() + half), abs=2e-3)
+    assert test.p == pytest.approx(scipy.stats.ttest_1samp(differences, 0).pvalue, abs=0.01)
+
+
+def test_interval_covers_the_truth_as_often_as_it_says():
+    """95 % of 200 samples, give or take four standard errors of that share."""
+    random = np.random.default_rng(1)
+    inside = 0
+    for _ in range(200):
+        test = paired_bootstrap(random.binomial(1, 0.6, 100) - random.binomial(1, 0.5, 100))
+        inside += test.low <= 0.1 <= test.high
+    assert abs(inside / 200 - 0.95) < 4 * np.sqrt(0.95 * 0.05 / 200)
+
+
+def test_same_grades_same_numbers_and_too_few_items():
+    differences = np.random.default_rng(2).normal(size=50)
+    assert paired_bootstrap(differences) == paired_bootstrap(differences.copy())
+    with pytest.raises(ValueError, match="two items"):
+        paired_bootstrap([1.0])
+
+
+@pytest.mark.parametrize(
+    ("values", "better", "wanted"),
+    [
+        ([1.0, 3.0, 2.0], "higher", ([1], [2])),
+        ([1.0, 3.0, 2.0], "lower", ([0], [2])),
+        ([3.0, 3.0, 2.0], "higher", ([0, 1], [])),  # shared best: no second
+        ([3.001, 3.002, 2.0], "higher", ([0, 1], [])),  # alike as they are shown
+        ([3.0, 2.0, 2.0], "higher", ([0], [1, 2])),
+        ([3.0, 3.0], "higher", ([], [])),  # all alike: nothing is best
+        ([3.0], "higher", ([], [])),
+        ([], "higher", ([], [])),
+    ],
+)
+def test_best_and_second(values, better, wanted):
+    assert first_and_second(values, better=better, decimals=2) == wanted

@@ -1,0 +1,361 @@
+"""A table from made-up results with known answers, compared whole; what may not stand side by side; broken input."""
+
+import csv
+import io
+import json
+import shutil
+import subprocess
+
+import pytest
+
+from ba_lora.errors import UserError
+from ba_lora.io import write_jsonl_atomic
+from eval.report.render import escape_latex, letter, number, signed, to_csv, to_json, to_latex, to_markdown
+from eval.report.settings import SETTINGS
+from eval.report.sources import read_paper
+from eval.report.spec import Column, RowKey, metric_value, parse_report, setting_value
+from eval.report.table import build_table
+from tests.report_world import SEEDS, World
+
+WHOLE = """\
+# A known table
+
+| model | method | GSM8K (%) ↑: ours (n) | paper | Δ | Average ↑: ours (n) | time (h) ↓: ours (n) | paper | Δ |
+| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
+| tiny | Full FT | 70.00 ± 0.00 (2)<sup>a</sup> |  |  | 36.5 ± 0.0 (2)<sup>a</sup> | 3.0 ± 0.0 (2)<sup>a</sup> \
+| > 24.0 |  |
+| tiny | lora | 33.33 ± 5.77 (3) | 34.33 ± 0.50 | −1.00 | 17.7 ± 2.9 (3) | **2.0 ± 0.0 (3)** |  |  |
+| tiny | dora | failed<sup>b</sup> |  |  | failed<sup>b</sup> | failed<sup>b</sup> |  |  |
+| tiny | loha |  |  |  |  |  |  |  |
+| tiny | PiSSA | **66.67 ± 5.77 (3)** |  |  | **34.8 ± 2.9 (3)** | *3.0 ± 0.0 (3)* |  |  |
+| tiny | BA-LoRA | **66.67 ± 5.77 (3)** | 66.17 | +0.50 | **34.8 ± 2.9 (3)** | *3.0 ± 0.0 (3)* |  |  |
+
+Ours: mean ± standard deviation (n − 1) over n seeds; blank: no result. **Bold**: best, *italic*: second best of one \
+model, among the rows with most seeds.
+
+Paper: paper, table 1; paper, text. Δ: ours − paper.
+
+<sup>a</sup> 1 of 3 runs oom: OutOfMemoryError: CUDA out of memory\x20\x20
+<sup>b</sup> 3 of 3 runs failed: ValueError: no such layer
+
+## Comparisons
+
+| column | rows | against | difference | 95 % interval | p | p (Holm) | items | seeds |
+| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |
+| GSM8K | tiny, BA-LoRA | tiny, Full FT | −3.33 | other seeds |  |  |  | 2 |
+| GSM8K | tiny, BA-LoRA | tiny, lora | +33.33 | +33.33 … +33.33 | 0.0002 | **0.0004** | 10 | 3 |
+| GSM8K | tiny, BA-LoRA | tiny, PiSSA | 0.00 | 0.00 … 0.00 | 1.000 | 1.000 | 10 | 3 |
+| Average | tiny, BA-LoRA | tiny, Full FT | −1.7 | no mean over items |  |  |  | 2 |
+| Average | tiny, BA-LoRA | tiny, lora | +17.2 | no mean over items |  |  |  | 3 |
+| Average | tiny, BA-LoRA | tiny, PiSSA | 0.0 | no mean over items |  |  |  | 3 |
+
+Difference of the means over seeds, rows − against. Interval and p: paired bootstrap over test items (10,000 \
+resamples) of each item's mean over seeds; it tells how far the difference would move on other items, not with other \
+seeds. Holm: corrected over the 2 tests of this table, bold below 0.05. A test that could not be made says why.
+
+## Also reported by the paper
+
+- tiny ba_lora mbpp, pass@1: 12.5 ± 0.25 (paper, table 1)
+
+## Where it comes from
+
+- 15 of 18 runs have a result; `table.json` lists them with the hash of each file.
+- commit c0ffeec0ffee: 15 runs
+"""
+
+
+@pytest.fixture
+def world(tmp_path) -> World:
+    return World(tmp_path)
+
+
+@pytest.fixture
+def known(world):
+    world.fill()
+    return world
+
+
+def build(world, *, allow=(), config_allows=(), **changes):
+    spec = world.spec(allow=config_allows, **changes)
+    return build_table(spec, world.sources(spec), allow=allow)
+
+
+def test_the_known_table_whole(known):
+    assert to_markdown(build(known)) == WHOLE
+
+
+def test_csv_and_json_say_the_same(known):
+    table = build(known)
+    lines = {(row["method"], row["column"]): row for row in csv.DictReader(io.StringIO(to_csv(table)))}
+    lora = lines["lora", "gsm8k"]
+    assert [lora[key] for key in ("status", "n", "planned", "seeds", "values")] == ["ok", "3", "3", "1 2 3", "30 30 40"]
+    assert (float(lora["mean"]), float(lora["difference"])) == pytest.approx((100 / 3, 100 / 3 - 34.33))
+    assert lines["dora", "gsm8k"]["status"] == "failed" and lines["loha", "gsm8k"]["status"] == "missing"
+    assert lines["full_ft", "hours"]["paper_is_bound"] == "True" and lines["full_ft", "hours"]["difference"] == ""
+
+    plain = json.loads(json.dumps(to_json(table), allow_nan=False))
+    assert len(plain["cells"]) == len(lines) == 18
+    holm = {one["other"]["method"]: one["p_holm"] for one in plain["comparisons"] if one["column"] == "gsm8k"}
+    assert holm == {"full_ft": None, "lora": pytest.approx(4 / 10001), "pissa": 1.0}
+    assert len(plain["runs"]) == 15 and all(len(run["result_sha256"]) == 64 for run in plain["runs"])
+    assert plain["also_reported"][0]["value"]["mean"] == 12.5
+
+
+def test_latex_is_balanced_and_says_the_same(known):
+    text = to_latex(build(known, labels={"lora": "LoRA & 100% _x_"}))
+    for name in ("table", "tabular", "minipage", "longtable"):
+        assert text.count(f"\\begin{{{name}}}") == text.count(f"\\end{{{name}}}") == 1
+    assert text.count("{") == text.count("}")
+    body = text.split("\\midrule\n")[1].split("\\bottomrule")[0].strip().splitlines()
+    assert (
+        len(body) == 6 and {line.count(" & ") for line in body} == {8} and all(line.endswith("\\\\") for line in body)
+    )
+    assert "LoRA \\& 100\\% \\_x\\_ & 33.33 $\\pm$ 5.77 (3) & 34.33 $\\pm$ 0.50 & $-$1.00" in text
+    assert "\\textbf{66.67 $\\pm$ 5.77 (3)}" in text and "\\underline{3.0 $\\pm$ 0.0 (3)}" in text
+    assert "failed\\textsuperscript{b}" in text and "−" not in text and "±" not in text
+
+
+@pytest.mark.skipif(not shutil.which("pdflatex"), reason="no pdflatex: apt install texlive-latex-base")
+def test_latex_compiles(known, tmp_path):
+    note = "λ ≥ 0 … ~ ^ \\ {} <sup> 5 % of #1 & more"
+    (tmp_path / "table.tex").write_text(to_latex(build(known, note=note)), encoding="utf-8")
+    (tmp_path / "main.tex").write_text(
+        "\\documentclass{article}\\usepackage{booktabs,graphicx,longtable}\n"
+        "\\begin{document}\\input{table.tex}\\end{document}\n"
+    )
+    done = subprocess.run(
+        ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "main.tex"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert (tmp_path / "main.pdf").stat().st_size > 10_000
+
+
+def test_rows_with_fewer_seeds_are_not_ranked(world):
+    for seed in SEEDS:
+        world.add("lora", seed)
+    world.add("ba_lora", 1)  # 70 % with one seed against 33 % with three
+    table = build(world)
+    assert {row.method: table.cells[row, "gsm8k"].mark for row in table.spec.rows} == dict.fromkeys(
+        [row.method for row in table.spec.rows], ""
+    )
+
+
+def test_settings_are_blocks_of_their_own(world):
+    rows = [RowKey("tiny", method, setting) for setting in ("rank=1", "rank=2") for method in ("lora", "ba_lora")]
+    columns = (Column("gsm8k", "GSM8K", task="gsm8k", metric="strict"),)
+    for row in rows:
+        for seed in SEEDS:
+            world.add(row.method, seed, setting=row.setting)
+    runs = {(row, "gsm8k"): tuple(world.run(row.method, seed, setting=row.setting) for seed in SEEDS) for row in rows}
+    table = build(world, rows=tuple(rows), columns=columns, runs=runs, compare_within=("base", "setting"))
+    assert [table.cells[row, "gsm8k"].mark for row in rows] == ["second", "best", "second", "best"]
+    assert [(one.focus.setting, one.other.setting) for one in table.comparisons] == [
+        ("rank=1", "rank=1"), ("rank=2", "rank=2"),
+    ]  # fmt: skip
+    together = build(world, rows=tuple(rows), columns=columns, runs=runs)
+    assert [together.cells[row, "gsm8k"].mark for row in rows] == ["", "best", "", "best"]  # two share the first place
+    assert len(together.comparisons) == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "value"),
+    [
+        ("task_version", "evaluation/gsm8k/version", "0"),
+        ("test_data", "evaluation/gsm8k/data_sha256", {"hub": "other"}),
+        ("prompt", "evaluation/gsm8k/prompt_hash", "p2"),
+        ("template", "evaluation/gsm8k/generation/template", "chat"),
+        ("engine", "evaluation/gsm8k/generation/engine", "vllm"),
+        ("engine_version", "evaluation/gsm8k/generation/engine_version", "2"),
+        ("dtype", "evaluation/gsm8k/generation/dtype", "bfloat16"),
+        ("sampling", "evaluation/gsm8k/generation/sampling", {"temperature": 0.8}),
+        ("grader", "evaluation/gsm8k/packages", {"math-verify": "0.1"}),
+        ("judge", "evaluation/gsm8k/judge", {"id": "gpt-9"}),
+        ("training_data", "data/sha256", "d2"),
+        ("model_revision", "model/revision", "r2"),
+        ("model_dtype", "config/model/dtype", "bfloat16"),
+        ("quantization", "config/model/quantization", "nf4"),
+        ("hardware", "environment/hardware", {"cpu": "y"}),
+        ("partial", "evaluation/gsm8k/partial", True),
+        ("stale", "evaluation/gsm8k/stale", "the completions have changed since"),
+    ],
+)
+def test_a_setting_that_differs_is_refused_or_footnoted(known, name, path, value):
+    odd = known.run("lora", 2)
+    known.edit(odd, **{path: value})
+    with pytest.raises(UserError, match=name) as refused:
+        build(known)
+    assert odd.run_id in str(refused.value) and "allow=" in str(refused.value) and "\n" not in str(refused.value)
+    # An old grader's version also makes a score stale.
+    table = build(known, allow=[name, "stale"] if name == "task_version" else [name])
+    cell = table.cells[RowKey("tiny", "lora"), "hours" if name == "hardware" else "gsm8k"]
+    assert any(table.footnotes[note].startswith(f"{name}: ") for note in cell.notes)
+    others = [table.cells[RowKey("tiny", method), "gsm8k"] for method in ("pissa", "ba_lora")]
+    assert not any(cell.notes for cell in others)
+
+
+def test_every_setting_is_tried_above():
+    mark = next(mark for mark in test_a_setting_that_differs_is_refused_or_footnoted.pytestmark)
+    assert {case[0] for case in mark.args[1]} == set(SETTINGS)
+
+
+def test_an_unknown_setting_is_told_with_the_nearest(known):
+    with pytest.raises(UserError, match="allow=engin is no setting.*nearest: engine"):
+        build(known, allow=["engin"])
+
+
+def test_what_the_config_allows_is_allowed(known):
+    known.edit(known.run("lora", 2), **{"evaluation/gsm8k/generation/engine": "vllm"})
+    assert "engine: vllm" in build(known, config_allows=("engine",)).footnotes
+
+
+@pytest.mark.parametrize("change", ["absent", "other items", "other grades", "no metric"])
+def test_a_test_without_fit_grades_is_blank_and_says_why(known, change):
+    grades = known.run("lora", 2).run_path / "grades" / "gsm8k.jsonl"
+    rows = [json.loads(line) for line in grades.read_text().splitlines()]
+    wanted = {
+        "absent": "no grades at hand",
+        "other items": "other items",
+        "other grades": "grades are not those of the score",
+        "no metric": "no grades at hand",
+    }[change]
+    if change == "absent":
+        grades.unlink()
+    else:
+        rows[0] |= {"task_id": "gsm8k/99"} if change == "other items" else {}
+        rows[0]["metrics"] = {} if change == "no metric" else rows[0]["metrics"]
+        if change == "other grades":
+            rows[0]["metrics"]["strict"] = 1.0 - rows[0]["metrics"]["strict"]
+        write_jsonl_atomic(grades, rows)
+    tests = {one.other.method: one for one in build(known).comparisons if one.column == "gsm8k"}
+    assert (tests["lora"].untested, tests["lora"].p, tests["lora"].p_holm) == (wanted, None, None)
+    assert tests["pissa"].p_holm == 1.0  # and Holm counts the tests that were made
+
+
+def test_several_samples_of_an_item_are_averaged(known):
+    run = known.run("lora", 1)
+    rows = [json.loads(line) for line in (run.run_path / "grades" / "gsm8k.jsonl").read_text().splitlines()]
+    twice = [{**row, "sample": sample, "metrics": {"strict": float(sample)}} for row in rows for sample in (0, 1)]
+    write_jsonl_atomic(run.run_path / "grades" / "gsm8k.jsonl", twice)
+    spec = known.spec()
+    grades = known.sources(spec).grades(run, task="gsm8k", metric="strict")
+    assert grades == {f"gsm8k/{item}": 0.5 for item in range(10)}
+
+
+def test_a_failed_run_never_counts_although_it_has_scores(known):
+    known.edit(known.run("lora", 2), status="cancelled", error=None)
+    table = build(known)
+    cell = table.cells[RowKey("tiny", "lora"), "gsm8k"]
+    assert cell.seeds == (1, 3) and table.footnotes[cell.notes[0]] == "1 of 3 runs cancelled: no error was written"
+
+
+def test_broken_results_are_named(known):
+    path = known.run("lora", 1).result_path
+    good = json.loads(path.read_text())
+    path.write_text('{"status": ')
+    with pytest.raises(UserError, match="tiny-lora-s1.json, line 1: not valid JSON"):
+        build(known)
+    for broken in ([1], {**good, "status": "done"}):
+        path.write_text(json.dumps(broken))
+        with pytest.raises(UserError, match="tiny-lora-s1.json is no result"):
+            build(known)
+    path.write_text(json.dumps({**good, "seed": 7}))
+    with pytest.raises(UserError, match="tiny-lora-s1.json is another run than its name says: seed is 7, not 1"):
+        build(known)
+
+
+def test_paper_files_that_are_missing_broken_or_doubled(known):
+    folder = known.folder / "paper"
+    with pytest.raises(UserError, match="knwon.csv.*nearest: known"):
+        read_paper(["knwon"], folder=folder)
+    text = (folder / "known.csv").read_text()
+    (folder / "known.csv").write_text(text.replace("34.33", "about 34"))
+    with pytest.raises(UserError, match="known.csv, line 2: could not convert"):
+        read_paper(["known"], folder=folder)
+    (folder / "known.csv").write_text(text.replace("mean,std", "mean"))
+    with pytest.raises(UserError, match="its columns must be"):
+        read_paper(["known"], folder=folder)
+    (folder / "known.csv").write_text(text + text.splitlines()[1])
+    with pytest.raises(UserError, match="2 values for tiny lora gsm8k"):
+        build(known)
+
+
+def test_the_papers_names_are_turned_into_ours(known):
+    lines = read_paper(["known"], renamed={"tiny": "llama", "lora": "lora_gaussian"}, folder=known.folder / "paper")
+    assert [line.row for line in lines[:2]] == [RowKey("llama", "lora_gaussian"), RowKey("llama", "ba_lora")]
+
+
+def test_every_paper_file_is_read(root):
+    names = sorted(path.stem for path in (root / "results" / "paper_reported").glob("*.csv"))
+    assert len(names) >= 14
+    lines = read_paper(names)
+    assert len(lines) > 500 and sum(line.value.is_bound for line in lines) == 2
+    assert all(line.table == name for name in names for line in read_paper([name]))
+
+
+ENTRY = {
+    "metrics": {"strict": 0.5, "f1": 0.7, "acc": 0.9},
+    "groups": {"family": {"a": {"n": 30, "metrics": {"strict": 0.2}}, "b": {"n": 10, "metrics": {"strict": 1.0}}}},
+    "ratings": {"overall": 6.5},
+}
+
+
+@pytest.mark.parametrize(
+    ("task", "metric", "wanted"),
+    [
+        ("toy", "strict", 0.5),
+        ("toy", "ratings.overall", 6.5),
+        ("toy", "metrics.{f1,acc}", 0.8),
+        ("toy", "groups.family.{a, b}.metrics.strict", 0.4),  # (30 · 0.2 + 10 · 1) / 40
+        ("toy", "groups.family.{a,c}.metrics.strict", None),
+        ("toy", "groups", None),
+        ("gone", "strict", None),
+        (None, "training.seconds", 12.0),
+        (None, "training.resumed", None),
+    ],
+)
+def test_metric_paths(task, metric, wanted):
+    made = {"evaluation": {"toy": ENTRY}, "training": {"seconds": 12, "resumed": True}}
+    value = metric_value(made, Column("x", "x", task=task, metric=metric))
+    assert value == (wanted if wanted is None else pytest.approx(wanted))
+
+
+def test_setting_values():
+    assert setting_value("rank=8", "rank") == setting_value("adapter.rank=8 vllm", "rank") == 8
+    assert setting_value("a=1, regularizers.lambda_svd=1e-4", "lambda_svd") == 1e-4
+    assert setting_value("", "rank") is None and setting_value("rank=all", "rank") is None
+    assert setting_value("low_rank=3", "rank") is None
+
+
+def test_report_blocks_are_checked():
+    columns = [Column("gsm8k", "GSM8K")]
+    good = {
+        "columns": {"gsm8k": {"scale": "1e-6", "decimals": 0}},
+        "figures": {"a": {"kind": "bars", "columns": ["gsm8k"]}},
+    }
+    values = parse_report(good, columns=columns, source="t")
+    assert (values["columns"][0].scale, values["columns"][0].decimals) == (1e-6, 0)
+    assert values["figures"][0].kind == "bars"
+    wrong = {
+        "unknown key colums": {"colums": {}},
+        "nearest: gsm8k": {"columns": {"gsm8": {}}},
+        "decimals must be": {"columns": {"gsm8k": {"decimals": -1}}},
+        "scale must be": {"columns": {"gsm8k": {"scale": "big"}}},
+        "method is unknown: choose one of base, setting": {"compare_within": ["method"]},
+        "must be a list of words": {"allow": "dtype"},
+        "pie is unknown": {"figures": {"a": {"kind": "pie"}}},
+        "needs columns and x": {"figures": {"a": {"kind": "lines"}}},
+        "figure a: unknown key colour": {"figures": {"a": {"kind": "bars", "columns": ["gsm8k"], "colour": "red"}}},
+        "gsm9k is unknown": {"figures": {"a": {"kind": "bars", "columns": ["gsm9k"]}}},
+        "must be a mapping": {"figures": ["bars"]},
+    }
+    for message, block in wrong.items():
+        with pytest.raises(UserError, match=message):
+            parse_report(block, columns=columns, source="t")
+
+
+def test_numbers_as_they_are_written():
+    assert [number(-0.001, 2), number(-1.5, 1), number(None, 1), number(3.0, 0)] == ["0.00", "−1.5", "", "3"]
+    assert [signed(0.5, 1), signed(-0.5, 1), signed(0.001, 1), signed(None, 2)] == ["+0.5", "−0.5", "0.0", ""]
+    assert [letter(0), letter(25), letter(26), letter(53)] == ["a", "z", "aa", "bb"]
+    assert escape_latex("a_b\\c 5%") == "a\\_b\\textbackslash{}c 5\\%"
