@@ -10,6 +10,7 @@ outputs/<run_id>/config.yaml   the resolved configuration; written first, it cla
 """
 
 import contextlib
+import functools
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 from ba_lora.config import RunConfig, load_config, resolve_path, to_yaml, training_hash
 from ba_lora.errors import UserError
 from ba_lora.io import disk_errors, read_json, sha256_file, write_json_atomic, write_text_atomic
+from ba_lora.locks import locked, training_lock_path
 from ba_lora.results import now, write_result
 
 CLAIM = "claim.json"
@@ -26,11 +28,12 @@ CLAIM = "claim.json"
 def claim_folder(config: RunConfig, *, num_processes: int = 1) -> Path:
     """Make the run's folder, or take up one of the very same training configuration; return its path.
 
-    Raises UserError when the folder belongs to another configuration, another number of processes or another version
-    of a local training file, or holds something else. `overwrite=true`
-    empties it first. Call it on one process only.
+    From here to its end this process holds the run's training lock (see locks.py). Raises UserError when another
+    process does, when the folder belongs to another configuration, another number of processes or another version of
+    a local training file, or holds something else. `overwrite=true` empties it first. Call it on one process only.
     """
     path = config.run_path
+    _hold_training_lock(path)
     saved = path / "config.yaml"
     with disk_errors(path):
         if path.is_file():
@@ -59,6 +62,13 @@ def claim_folder(config: RunConfig, *, num_processes: int = 1) -> Path:
             )
         write_json_atomic(path / CLAIM, earlier)
     return path
+
+
+@functools.cache  # once a process: there is no going back from a claimed folder
+def _hold_training_lock(run_path: Path) -> contextlib.ExitStack:
+    stack = contextlib.ExitStack()
+    stack.enter_context(locked(training_lock_path(run_path), doing=f"trains {run_path.name}"))
+    return stack
 
 
 def _source_sha256(config: RunConfig) -> str | None:

@@ -1,0 +1,79 @@
+"""Locks on a run's folder: one process at a time trains it, one at a time takes it from config to table line.
+
+A lock is `flock` on a file beside the folder (`.RUN.lock`, `.RUN.work.lock`; inside, `overwrite=true` would delete it).
+The kernel frees it when its last holder dies, kill -9 included, so none is ever left behind and the files stay. What it
+says of its holder is for the reader alone. On shared file systems: NFS carries these locks between machines (since
+Linux 2.6.12, with the server's lock service running), a machine that goes down keeps its locks until the server's lease
+ends, about 90 s; Lustre and GPFS do where they are mounted with flock. Where a file system has none, a warning says so.
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from ba_lora.errors import UserError
+from ba_lora.io import disk_errors
+
+_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
+
+
+def training_lock_path(run_path: Path) -> Path:
+    """Return the lock of whoever trains the run."""
+    return run_path.with_name(f".{run_path.name}.lock")
+
+
+def work_lock_path(run_path: Path) -> Path:
+    """Return the lock of whoever takes the run through its stages: scripts/ba-lora.sh or a grid."""
+    return run_path.with_name(f".{run_path.name}.work.lock")
+
+
+def try_lock(path: Path) -> IO[str] | None:
+    """Take the lock and return its open file (closing it frees the lock), or None while another process holds it.
+
+    A child that inherits the file's descriptor holds the lock too, until it ends.
+    """
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a+", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            file.close()
+            raise
+        print(f"warning: {path.parent} has no file locks: do not start a run there twice", file=sys.stderr)
+        return file
+    with disk_errors(path):
+        file.truncate(0)
+        file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}) + "\n")
+        file.flush()
+    return file
+
+
+def holder(path: Path) -> str:
+    """Return `pid 123 on HOST`, as the lock's holder wrote it."""
+    try:
+        named = json.loads(path.read_text(encoding="utf-8"))
+        return f"pid {named['pid']} on {named['host']}"
+    except (OSError, ValueError, KeyError, TypeError):  # it has just taken the lock and not written yet
+        return "unknown pid"
+
+
+@contextlib.contextmanager
+def locked(path: Path, *, doing: str) -> Iterator[None]:
+    """Hold the lock. Raises UserError, "another process (pid …) {doing}", while somebody else does."""
+    file = try_lock(path)
+    if file is None:
+        raise UserError(f"another process ({holder(path)}) {doing}: wait for it, or end it first")
+    with file:
+        yield
