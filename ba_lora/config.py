@@ -33,6 +33,7 @@ CONSISTENCY_SCHEDULES = ("constant", "cosine_to_10_percent", "adaptive")
 SCHEDULES = ("constant", "two_phase")
 NLG_TASKS = ("toy", "gsm8k", "math", "humaneval", "mbpp", "mt_bench")  # eval/tasks has a class for each
 LOSS_IMPLEMENTATIONS = ("fused", "plain")
+RUN_MEASURES = ("inheritance",)  # measured on the run itself, not on completions: eval/<name>.py
 DATASETS = ("toy", "metamathqa", "codefeedback", "wizardlm", "gsm8k")
 
 
@@ -279,7 +280,7 @@ def load_config(
     `config_path` may be a base (then `method` defaults to ba_lora) or a resolved config saved with a run (which
     already names its method). `kind` picks the method's `nlg:` or `nlu:` block. Raises UserError for anything wrong.
     """
-    base = _read_yaml(resolve_path(config_path))
+    base = read_yaml(resolve_path(config_path))
     typed = [text.removeprefix("method=") for text in overrides if text.startswith("method=")]
     overrides = [text for text in overrides if not text.startswith("method=")]
     method = typed[-1] if typed else method
@@ -326,7 +327,8 @@ def training_hash(config: RunConfig) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:10]
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Return the mapping in a YAML config. Raises UserError for a missing, broken or empty file."""
     if not path.is_file():
         known = sorted(str(p.relative_to(PROJECT_ROOT)) for p in (PROJECT_ROOT / "configs").glob("nl?/*.yaml"))
         raise UserError(f"no such config: {path}{nearest(str(path), known)}")
@@ -341,7 +343,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 def _method_layer(method: str, kind: str) -> dict[str, Any]:
     check_choice("method", method, available_methods())
-    layer = _read_yaml(METHODS_PATH / f"{method}.yaml")
+    layer = read_yaml(METHODS_PATH / f"{method}.yaml")
     blocks = {name: layer.pop(name, None) or {} for name in ("nlg", "nlu")}
     return OmegaConf.to_container(OmegaConf.merge(layer, blocks[kind]))
 
@@ -397,7 +399,7 @@ def _check(config: RunConfig) -> None:
     if config.data.max_length < 2:
         raise UserError(f"data.max_length is {config.data.max_length}: it must be at least 2")
     for task in (*config.eval.tasks, *config.eval.data):
-        check_choice("eval.tasks", task, NLG_TASKS)
+        check_choice("eval.tasks", task, (*NLG_TASKS, *RUN_MEASURES))
     check_choice("eval.engine", config.eval.engine, ("auto", "vllm", "hf"))
     if config.hub.push and not config.hub.repo_id:
         raise UserError("hub.push=true needs hub.repo_id=<user>/<name>")

@@ -19,19 +19,49 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ba_lora.config import PROJECT_ROOT, RunConfig, load_config, resolve_path
+from ba_lora.config import PROJECT_ROOT, RUN_MEASURES, RunConfig, load_config, resolve_path, to_yaml
 from ba_lora.errors import UserError, run_entry_point
 from ba_lora.export import push_to_hub, write_model_card
-from ba_lora.io import read_json, sha256_file, write_json_atomic
+from ba_lora.io import read_json, sha256_file, write_json_atomic, write_text_atomic
+from ba_lora.locks import locked, work_lock_path
 from ba_lora.model import model_source
 from ba_lora.results import results_table, write_result
 
 DEFAULT_CONFIG = "configs/nlg/toy.yaml"
+UNTUNED = "untuned"  # the method name of the pre-trained model itself
 STATE_FILE = "evaluation.json"  # what the scores in a run's folder belong to
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A run as it is asked for: what one would type after the training script, and what that resolves to."""
+
+    config: RunConfig
+    config_path: str
+    method: str | None
+    overrides: tuple[str, ...] = ()
+    kind: str = "nlg"
+    trained: bool = True  # False: the pre-trained model itself, evaluated alone
+
+    @classmethod
+    def resolve(cls, config_path: str, method: str | None, overrides: Sequence[str], *, kind: str = "nlg") -> "Spec":
+        """Return the run of a base, a method and overrides. Raises UserError for anything wrong in them."""
+        config = load_config(config_path, method=method, overrides=tuple(overrides), kind=kind)
+        return cls(config, config_path, method, tuple(overrides), kind)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One command, and the folders of the runs that it serves."""
+
+    name: str
+    command: list[str]
+    run_paths: tuple[Path, ...]
 
 
 def main() -> int:
@@ -41,23 +71,26 @@ def main() -> int:
     parser.add_argument("words", nargs="*", metavar="CONFIG key=value", help=f"default config {DEFAULT_CONFIG}")
     options = parser.parse_intermixed_args()
     config_path, overrides = split_words(options.words)
-    config = load_config(config_path, method=options.method, overrides=overrides, kind="nlg")
+    spec = Spec.resolve(config_path, options.method, overrides)
+    config = spec.config
 
-    arguments = ["--config", str(resolve_path(config_path))]
-    arguments += ["--method", options.method] if options.method else []
-    training = [*launch_command(os.environ), "train_nlg.py", *arguments, *overrides]
-    training += ["hub.push=false"] if config.hub.push else []  # pushed below, with the scores in its card
-    evaluation = evaluation_commands(config, model=str(config.run_path), run_path=config.run_path)  # checks files, too
+    training = training_stage(spec, launch_command(os.environ))
+    evaluation = evaluation_stages([config])  # checks files, too
     if options.dry_run:
-        for command in [training, *evaluation]:
-            print(shlex.join(command))
+        for stage in [training, *evaluation]:
+            print(shlex.join(stage.command))
         return 0
-    run_stage(training)
     if int(os.environ.get("MACHINE_RANK", "0")) != 0:
+        run_stage(training)
         return 0  # machine 0 evaluates
-
-    results = [evaluate_untuned(config)] if config.eval.untuned and config.eval.tasks else []
-    results.append(evaluate_run(config))
+    with locked(work_lock_path(config.run_path), doing=f"works on {config.run_path.name}"):
+        run_stage(training)
+        results = []
+        if config.eval.untuned and config.eval.tasks:
+            untuned = untuned_config(config)
+            with locked(work_lock_path(untuned.run_path), doing=f"works on {untuned.run_path.name}"):
+                results.append(evaluate_run(untuned))
+        results.append(evaluate_run(config))
     if config.hub.push:
         print(f"pushed to {push_to_hub(config.run_path, config)}")
     print()
@@ -104,100 +137,143 @@ def launch_command(environ: Mapping[str, str], *, num_gpus: int | None = None) -
     return command
 
 
-def run_stage(command: list[str]) -> None:
+def training_stage(spec: Spec, launch: Sequence[str], *, overwrite: bool = False) -> Stage:
+    """Return the training and export of a run; `launch` is what stands before the script."""
+    command = [*launch, f"train_{spec.kind}.py", "--config", str(resolve_path(spec.config_path))]
+    command += ["--method", spec.method] if spec.method else []
+    command += spec.overrides
+    command += ["hub.push=false"] if spec.config.hub.push else []  # pushed later, with the scores in its card
+    command += ["overwrite=true"] if overwrite else []
+    return Stage("train", command, (spec.config.run_path,))
+
+
+def run_stage(stage: Stage) -> None:
     """Run one stage from the project's root; leave with its status if it fails (it has said why).
 
     A scorer's own output is left out: the table repeats it.
     """
-    output = subprocess.DEVNULL if "eval.score" in command else None
-    status = subprocess.run(command, cwd=PROJECT_ROOT, stdout=output).returncode
+    output = subprocess.DEVNULL if stage.name.startswith("score") else None
+    status = subprocess.run(stage.command, cwd=PROJECT_ROOT, stdout=output).returncode
     if status != 0:
         sys.exit(status if status > 0 else 128 - status)
 
 
 def evaluate_run(config: RunConfig) -> dict[str, Any]:
-    """Generate and score what `eval` asks for, unless the run's scores already belong to it; return the result."""
-    run_path = config.run_path
-    state = evaluation_state(run_path, config)
-    if config.eval.tasks and not is_evaluated(run_path, state):
-        generate_and_score(config, model=str(run_path), run_path=run_path)
-        write_json_atomic(run_path / STATE_FILE, state)
-    result = write_result(run_path, config)
-    write_model_card(run_path, config, result)
+    """Run the evaluation's stages, unless the run's scores already belong to what is asked for; return the result."""
+    prepare_evaluation(config)
+    state = evaluation_state(config)
+    if config.eval.tasks and evaluation_fault(config, state) is not None:
+        for stage in evaluation_stages([config]):
+            run_stage(stage)
+        return record_evaluation(config, state)
+    return record_result(config)
+
+
+def prepare_evaluation(config: RunConfig) -> None:
+    """Give the pre-trained model a folder like a run's."""
+    if config.method == UNTUNED:
+        write_text_atomic(config.run_path / "config.yaml", to_yaml(config))
+        write_json_atomic(config.run_path / "train.json", {"status": "ok", "model": {"name": config.model.name}})
+
+
+def record_evaluation(config: RunConfig, state: dict[str, Any]) -> dict[str, Any]:
+    """Note what the scores in the run's folder belong to, and write the result; return it."""
+    write_json_atomic(config.run_path / STATE_FILE, state)
+    return record_result(config)
+
+
+def record_result(config: RunConfig) -> dict[str, Any]:
+    """Write the run's result and the cards of its exports from what its folder holds; return the result."""
+    result = write_result(config.run_path, config)
+    write_model_card(config.run_path, config, result)
     return result
 
 
-def evaluate_untuned(config: RunConfig) -> dict[str, Any]:
-    """The same for the pre-trained model itself, under the method name `untuned`."""
+def untuned_config(config: RunConfig) -> RunConfig:
+    """Return the "run" of the pre-trained model itself, under the method name `untuned`: one for all runs on it."""
     key = json.dumps([dataclasses.asdict(config.model), dataclasses.asdict(config.eval)], sort_keys=True)
-    name = f"{config.name}-untuned-{hashlib.sha256(key.encode()).hexdigest()[:10]}"
-    untuned = dataclasses.replace(
+    name = f"{config.name}-{UNTUNED}-{hashlib.sha256(key.encode()).hexdigest()[:10]}"
+    return dataclasses.replace(
         config,
-        method="untuned",
+        method=UNTUNED,
         output_dir=str(PROJECT_ROOT / "outputs" / name),
         trainer={},
         hub=dataclasses.replace(config.hub, push=False),
     )
-    run_path = untuned.run_path
-    write_json_atomic(run_path / "train.json", {"status": "ok", "model": {"name": config.model.name}})
-    state = evaluation_state(run_path, untuned)
-    if not is_evaluated(run_path, state):
-        generate_and_score(untuned, model=model_source(config.model), run_path=run_path, revision=config.model.revision)
-        write_json_atomic(run_path / STATE_FILE, state)
-    return write_result(run_path, untuned)
 
 
-def evaluation_state(run_path: Path, config: RunConfig) -> dict[str, Any]:
+def evaluation_state(config: RunConfig) -> dict[str, Any]:
     """Return what the scores depend on: this very training, the settings, the local data files."""
     files = {task: sha256_file(_data_file(config, task)) for task in sorted(config.eval.data)}
     return {
-        "training": sha256_file(run_path / "train.json"),
+        "training": sha256_file(config.run_path / "train.json"),
         "eval": dataclasses.asdict(config.eval),
         "data_sha256": files,
     }
 
 
-def is_evaluated(run_path: Path, state: dict[str, Any]) -> bool:
-    """Whether the run's folder holds scores of every task for exactly this state, none of them by an older grader."""
-    path = run_path / STATE_FILE
-    if not path.is_file() or read_json(path) != state:
-        return False
-    scores = [run_path / "scores" / f"{task}.json" for task in state["eval"]["tasks"]]
-    return all(score.is_file() and not read_json(score).get("stale") for score in scores)
+def evaluation_fault(config: RunConfig, state: dict[str, Any]) -> str | None:
+    """Return why the run's folder does not hold scores of every task for exactly this state, None where it does.
 
-
-def generate_and_score(config: RunConfig, *, model: str, run_path: Path, revision: str | None = None) -> None:
-    """Run the evaluation's commands."""
-    for command in evaluation_commands(config, model=model, run_path=run_path, revision=revision):
-        run_stage(command)
-
-
-def evaluation_commands(
-    config: RunConfig, *, model: str, run_path: Path, revision: str | None = None
-) -> list[list[str]]:
-    """Return eval.generate for all tasks (one engine start), then eval.score for each task."""
-    if not config.eval.tasks:
-        return []
-    settings = [f"{key}={value}" for key, value in config.eval.options.items()]
-    if config.eval.limit is not None:
-        settings.append(f"limit={config.eval.limit}")
-    if revision is not None:
-        settings.append(f"revision={revision}")
-    if config.model.trust_remote_code:
-        settings.append("trust_remote_code=true")
-    files = {task: str(_data_file(config, task)) for task in config.eval.tasks if task in config.eval.data}
-    completions = run_path / "completions"
-    generate = [sys.executable, "-m", "eval.generate", "--model", model, "--task", *config.eval.tasks]
-    generate += ["--engine", config.eval.engine, "--output", str(completions), *settings]
-    generate += ["--data", *(f"{task}={path}" for task, path in files.items())] if files else []
-    commands = [generate]
+    A score by an older grader counts as none, once `python -m eval.score --stale` has marked it.
+    """
+    path = config.run_path / STATE_FILE
+    if not path.is_file():
+        return "not evaluated"
+    found = read_json(path)
+    if found != state:
+        changed = [name for name in state if found.get(name) != state[name]]
+        if changed == ["eval"]:
+            changed = [f"eval.{name}" for name, value in state["eval"].items() if found["eval"].get(name) != value]
+        return f"evaluated with another {', '.join(changed) or 'state'}"
     for task in config.eval.tasks:
-        score = [sys.executable, "-m", "eval.score", "--task", task]
-        score += ["--completions", str(completions / f"{task}.jsonl")]
-        score += ["--data", files[task]] if task in files else []
-        score += ["allow_partial=true"] if config.eval.limit is not None else []
-        commands.append(score)
-    return commands
+        score = config.run_path / "scores" / f"{task}.json"
+        if not score.is_file():
+            return f"no score of {task}"
+        if reason := read_json(score).get("stale"):
+            return f"{task}: {reason}"
+    return None
+
+
+def evaluation_stages(configs: Sequence[RunConfig]) -> list[Stage]:
+    """Return what evaluates runs that share model and `eval`: eval.generate for all runs and tasks (one engine start),
+    eval.score for each run and task, then the measures of the runs themselves."""
+    first = configs[0]
+    tasks = [task for task in first.eval.tasks if task not in RUN_MEASURES]
+    run_paths = tuple(config.run_path for config in configs)
+    files = {task: str(_data_file(first, task)) for task in first.eval.tasks if task in first.eval.data}
+    stages = []
+    if tasks:
+        settings = [f"{key}={value}" for key, value in first.eval.options.items()]
+        settings += [f"limit={first.eval.limit}"] if first.eval.limit is not None else []
+        settings += ["trust_remote_code=true"] if first.model.trust_remote_code else []
+        generate = [sys.executable, "-m", "eval.generate", "--model"]
+        if first.method == UNTUNED:
+            assert len(configs) == 1, "the pre-trained model has one folder"
+            generate += [model_source(first.model), "--output", str(first.run_path / "completions")]
+            settings += [f"revision={first.model.revision}"] if first.model.revision is not None else []
+        else:
+            generate += map(str, run_paths)
+        generate += ["--task", *tasks, "--engine", first.eval.engine, *settings]
+        data = [f"{task}={files[task]}" for task in tasks if task in files]
+        generate += ["--data", *data] if data else []
+        stages.append(Stage("generate", generate, run_paths))
+    for config in configs:
+        for task in tasks:
+            score = [sys.executable, "-m", "eval.score", "--task", task]
+            score += ["--completions", str(config.run_path / "completions" / f"{task}.jsonl")]
+            score += ["--data", files[task]] if task in files else []
+            score += ["allow_partial=true"] if first.eval.limit is not None else []
+            stages.append(Stage(f"score {task}", score, (config.run_path,)))
+    for measure in first.eval.tasks:
+        if measure in RUN_MEASURES:
+            if measure not in files or not tasks:
+                raise UserError(f"eval.tasks: {measure} needs a task before it and its texts, eval.data.{measure}=FILE")
+            command = [sys.executable, "-m", f"eval.{measure}", "--run", *map(str, run_paths)]
+            command += ["--texts", files[measure], "--task", tasks[0]]
+            command += ["--data", files[tasks[0]]] if tasks[0] in files else []
+            stages.append(Stage(measure, command, run_paths))
+    return stages
 
 
 def _data_file(config: RunConfig, task: str) -> Path:

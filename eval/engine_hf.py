@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ba_lora.errors import UserError
 from ba_lora.model import hub_errors
-from eval.engines import Engine, EngineOptions, Sampling
+from eval.engines import Engine, EngineOptions, Sampling, encode_prompts
 
 if TYPE_CHECKING:
     import torch
@@ -123,6 +123,33 @@ class HFEngine(Engine):
                 queue += unfinished
                 bar.update(len(batch) - len(unfinished))
         return [[row.ids for row in samples] for samples in rows]
+
+    def nll(self, texts: Sequence[str], *, adapter: str | None = None) -> tuple[float, int]:
+        """Return the sum over all texts of the negative log-likelihood in nats, and the number of tokens it is over.
+
+        Each text is encoded as a prompt is and ends with EOS; its first token is given, not predicted.
+        """
+        import torch
+
+        eos = [self.tokenizer.eos_token_id]
+        encoded = sorted(([*ids, *eos] for ids in encode_prompts(self.tokenizer, texts)), key=len)
+        encoded = [ids[: self.context] for ids in encoded]
+        total, count = 0.0, 0
+        with self._active(adapter), torch.inference_mode():
+            for start in range(0, len(encoded), self._batch_size):
+                batch = encoded[start : start + self._batch_size]
+                width = len(batch[-1])
+                ids_BT = torch.tensor([row + [eos[0]] * (width - len(row)) for row in batch])
+                mask_BT = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in batch])
+                logits_BTV = self._model(
+                    input_ids=ids_BT.to(self._model.device), attention_mask=mask_BT.to(self._model.device)
+                ).logits
+                targets_BT = ids_BT[:, 1:].masked_fill(mask_BT[:, 1:] == 0, -100).to(logits_BTV.device)
+                total += torch.nn.functional.cross_entropy(
+                    logits_BTV[:, :-1].flatten(0, 1).float(), targets_BT.flatten(), reduction="sum"
+                ).item()
+                count += int(mask_BT[:, 1:].sum())
+        return total, count
 
     @contextlib.contextmanager
     def _active(self, adapter: str | None) -> Iterator[None]:

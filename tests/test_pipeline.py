@@ -68,20 +68,63 @@ def test_words_are_a_config_and_overrides():
         pipeline.split_words(["x.yaml", "y.yaml"])
 
 
-def test_all_tasks_share_one_engine_start(tmp_path):
-    overrides = ["eval.tasks=[toy,gsm8k]", "eval.limit=5", "eval.options.temperature=0.5"]
-    config = load_config("configs/nlg/toy.yaml", overrides=overrides)
-    generate, *scores = pipeline.evaluation_commands(config, model="RUN", run_path=tmp_path)
-    assert generate[generate.index("--task") + 1 : generate.index("--engine")] == ["toy", "gsm8k"]
-    assert "limit=5" in generate and "temperature=0.5" in generate and generate[-1].startswith("toy=")
-    assert [after(score, "--task") for score in scores] == ["toy", "gsm8k"]
-    assert all("allow_partial=true" in score for score in scores)
+def test_runs_and_tasks_share_one_engine_start():
+    overrides = [
+        "eval.tasks=[toy,gsm8k,inheritance]",
+        "eval.data.inheritance=data/toy/test.jsonl",
+        "eval.limit=5",
+        "eval.options.temperature=0.5",
+    ]
+    configs = [load_config("configs/nlg/toy.yaml", overrides=[*overrides, f"seed={seed}"]) for seed in (1, 2)]
+    generate, *scores, measure = pipeline.evaluation_stages(configs)
+    command = generate.command
+    assert command[command.index("--task") + 1 : command.index("--engine")] == ["toy", "gsm8k"]
+    runs = [str(config.run_path) for config in configs]
+    assert command[command.index("--model") + 1 : command.index("--task")] == runs
+    assert "limit=5" in command and "temperature=0.5" in command and command[-1].startswith("toy=")
+    assert [after(score.command, "--task") for score in scores] == ["toy", "gsm8k"] * 2
+    assert [score.run_paths for score in scores] == [(config.run_path,) for config in configs for _ in range(2)]
+    assert all("allow_partial=true" in score.command for score in scores)
+    data = ["data/toy/test.jsonl"] * 2
+    assert measure.command[1:7] == ["-m", "eval.inheritance", "--run", *runs, "--texts"]
+    assert [after(measure.command, word) for word in ("--texts", "--data")] == data
 
 
-def test_a_missing_data_file_is_told_before_anything_is_loaded(tmp_path):
+def test_the_pretrained_model_is_evaluated_by_its_own_name():
+    config = pipeline.untuned_config(load_config("configs/nlg/toy.yaml"))
+    generate = pipeline.evaluation_stages([config])[0].command
+    assert after(generate, "--model").endswith("data/toy/clean")
+    assert after(generate, "--output") == str(config.run_path / "completions")
+
+
+def test_a_missing_data_file_is_told_before_anything_is_loaded():
     config = load_config("configs/nlg/toy.yaml", overrides=["eval.data.toy=/no/such.jsonl"])
     with pytest.raises(UserError, match="eval.data.toy: no such file"):
-        pipeline.evaluation_commands(config, model="RUN", run_path=tmp_path)
+        pipeline.evaluation_stages([config])
+
+
+def test_why_scores_no_longer_hold(tmp_path):
+    config = load_config("configs/nlg/toy.yaml", overrides=[f"output_dir={tmp_path}", "eval.limit=5"])
+    (tmp_path / "train.json").write_text('{"status": "ok"}')
+    score = tmp_path / "scores" / "toy.json"
+
+    def fault():
+        return pipeline.evaluation_fault(config, pipeline.evaluation_state(config))
+
+    assert fault() == "not evaluated"
+    state = pipeline.evaluation_state(config)
+    (tmp_path / pipeline.STATE_FILE).write_text(json.dumps(state))
+    assert fault() == "no score of toy"
+    score.parent.mkdir()
+    score.write_text("{}")
+    assert fault() is None
+    score.write_text('{"stale": "graded by version 0"}')
+    assert fault() == "toy: graded by version 0"
+    state["eval"]["limit"] = 6
+    (tmp_path / pipeline.STATE_FILE).write_text(json.dumps(state))
+    assert fault() == "evaluated with another eval.limit"
+    (tmp_path / "train.json").write_text('{"status": "ok", "again": 1}')
+    assert fault() == "evaluated with another training, eval"
 
 
 def test_the_table_of_results():

@@ -1,6 +1,7 @@
 """Pre-train one of the two tiny bases of the embedded default, on one CPU thread in a few minutes.
 
     python data/toy/pretrain.py --variant clean      (or noisy; each writes data/toy/<variant>/)
+    python data/toy/pretrain.py --variant clean --sample      (data/toy/clean/sample.jsonl alone)
 
 The variants differ in their corpus alone: `clean` is right everywhere and uniform over the families; `noisy` has half
 of the answers wrong in two families and three families rare. Architecture, tokenizer, initialisation and number of
@@ -25,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # the script runs from anywhere, without an installed package
 
 from ba_lora.errors import UserError, run_entry_point  # noqa: E402
-from ba_lora.io import folder_atomic, write_json_atomic  # noqa: E402
+from ba_lora.io import folder_atomic, write_json_atomic, write_jsonl_atomic  # noqa: E402
 from ba_lora.prompts import build_prompt  # noqa: E402
 from data.toy import FAMILIES, generate, pretraining_prompt  # noqa: E402
 
@@ -34,6 +35,7 @@ VARIANTS = {
     "noisy": {"label_noise": 0.5, "noisy_families": ("multiply", "sharing"), "imbalance": 0.3},
 }
 VOCAB_SIZE = 576
+SAMPLE_SEED = 20_000  # training reads seeds from 0, held-out accuracy 10,000
 ARCHITECTURE = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 128,
@@ -263,14 +265,24 @@ def pretrain(variant: str, *, output: Path, num_steps: int, num_held_out: int) -
     print(f"wrote {output}", flush=True)
 
 
+def write_sample(variant: str, output: Path, *, num_rows: int = 200) -> None:
+    """Write fresh texts of the variant's own distribution, wrong answers included: {"text"} a line."""
+    rows = generate(num_rows=num_rows, seed=SAMPLE_SEED, split="pretrain", **VARIANTS[variant])
+    write_jsonl_atomic(output, ({"text": text(row)} for row in rows))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Pre-train a tiny base of the embedded default.")
     parser.add_argument("--variant", required=True, help=", ".join(VARIANTS))
     parser.add_argument("--output", type=Path, default=None, help="default: data/toy/<variant>")
+    parser.add_argument("--sample", action="store_true", help="only write sample.jsonl, for measures of drift")
     parser.add_argument("--num-steps", type=int, default=1400)
     parser.add_argument("--num-held-out", type=int, default=400)
     args = parser.parse_args()
     output = args.output or Path(__file__).parent / args.variant
+    if args.sample:
+        write_sample(args.variant, output / "sample.jsonl")
+        return
     pretrain(args.variant, output=output, num_steps=args.num_steps, num_held_out=args.num_held_out)
 
 

@@ -1,0 +1,209 @@
+"""What a run has kept of its pre-trained model, and what it has lost: drift and diversity.
+
+    python -m eval.inheritance --run RUN [RUN …] --texts FILE.jsonl --task toy [--data FILE] [key=value …]
+
+drift      perplexity on texts of the pre-training distribution (FILE.jsonl: {"text"} a line), of the pre-trained model
+           (`before`) and of the tuned one (`after`): exp of the mean negative log-likelihood a token, BOS left out
+diversity  `num_samples` completions of each of the task's first `num_prompts` items, drawn at `temperature`:
+           distinct-n, the share of different n-grams of words among all n-grams of an item's samples (Li et al. 2016),
+           and the entropy in nats of an item's extracted answers, in whatever form they come (those that cannot be read
+           count as one answer); each is a mean over items
+
+Runs of one base share one start of the model (transformers, whatever engine scored the run: vLLM gives no
+likelihoods). Each run gets RUN/scores/inheritance.json. Keys: num_prompts (48), num_samples (6), temperature (1.0),
+seed.
+"""
+
+import argparse
+import math
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ba_lora.config import RunConfig, load_config
+from ba_lora.errors import UserError, run_entry_point
+from ba_lora.io import read_jsonl, sha256_file, write_json_atomic
+from ba_lora.model import model_source
+from ba_lora.pipeline import UNTUNED
+from ba_lora.prompts import build_prompt, prompt_hash
+from eval import generate
+from eval.engines import EngineOptions, open_engine
+from eval.tasks import get_task
+from eval.tasks.base import Item, Task
+
+NAME = "inheritance"
+VERSION = "1"  # bumped whenever a value changes
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `key=value` can set."""
+
+    num_prompts: int = 48
+    num_samples: int = 6
+    temperature: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.num_prompts < 1 or self.num_samples < 2 or self.temperature <= 0:
+            raise UserError("num_prompts must be at least 1, num_samples at least 2, temperature above 0")
+
+
+@dataclass(frozen=True)
+class Material:
+    """What runs are measured with: texts of the pre-training distribution, and a task's items."""
+
+    texts: list[str]
+    task: Task
+    items: list[Item]
+    data_sha256: list[object]
+
+
+def distinct_n(samples: Sequence[str], n: int) -> float:
+    """Return the share of different n-grams of words among all n-grams of the samples; 0 where there is none."""
+    grams: Counter[tuple[str, ...]] = Counter()
+    for sample in samples:
+        words = sample.split()
+        grams.update(tuple(words[start : start + n]) for start in range(len(words) - n + 1))
+    return len(grams) / grams.total() if grams else 0.0
+
+
+def entropy(answers: Sequence[str | None]) -> float:
+    """Return the entropy of the answers' empirical distribution in nats."""
+    shares = [count / len(answers) for count in Counter(answers).values()]
+    return -sum(share * math.log(share) for share in shares)
+
+
+def load_material(texts_path: Path, task_name: str, data: str | None, options: Options) -> Material:
+    """Read texts and items. Raises UserError for a file that is missing, or has no texts."""
+    rows = read_jsonl(texts_path)
+    if not all(isinstance(row.get("text"), str) and row["text"] for row in rows):
+        raise UserError(f'{texts_path}: every line must be {{"text": "…"}}')
+    task = get_task(task_name)
+    items, source = task.load(data)
+    return Material(
+        texts=[row["text"] for row in rows],
+        task=task,
+        items=task.select(items)[: options.num_prompts],
+        data_sha256=[sha256_file(texts_path), source.as_result()],
+    )
+
+
+def measure_runs(run_paths: Sequence[Path], material: Material, options: Options) -> dict[Path, dict]:
+    """Return run folder → measures. Every pre-trained model is loaded once, with all adapters that go onto it."""
+    configs = {path: load_config(path / "config.yaml") for path in run_paths}
+    tuned = [path for path in run_paths if configs[path].method != UNTUNED]
+    # what belongs to a run alone (full fine-tuning, DoRA, …) is served from merged/
+    jobs = {job.run: job for path in tuned for job in generate.plan([str(path)], serve=_serve(path))}
+    groups: dict[tuple[str, str | None], list[Path]] = {}
+    for path, config in configs.items():
+        groups.setdefault((model_source(config.model), config.model.revision), []).append(path)
+    measured = {}
+    for (base, _), members in groups.items():
+        settings = _engine_options(configs[members[0]], options)
+        hot = {f"adapter{i}": path for i, path in enumerate(members) if path in jobs and jobs[path].adapter}
+        adapters = {name: jobs[path].adapter for name, path in hot.items()}
+        with open_engine("hf", base, adapters=adapters, options=settings) as engine:
+            before = _perplexity(engine.nll(material.texts))
+            for name, path in hot.items():
+                measured[path] = _measure(engine, name, before, material, options)
+            for path in members:
+                if path not in jobs:
+                    measured[path] = _measure(engine, None, before, material, options)
+        for path in members:
+            if path not in measured:
+                with open_engine("hf", jobs[path].base, options=_engine_options(configs[path], options)) as engine:
+                    measured[path] = _measure(engine, None, before, material, options)
+    return measured
+
+
+def _serve(run_path: Path) -> str:
+    return "merged" if (run_path / "merged" / "config.json").is_file() else "hot"
+
+
+def _engine_options(config: RunConfig, options: Options) -> EngineOptions:
+    return EngineOptions(
+        seed=options.seed, trust_remote_code=config.model.trust_remote_code, revision=config.model.revision
+    )
+
+
+def _perplexity(nll: tuple[float, int]) -> float:
+    return math.exp(nll[0] / nll[1])
+
+
+def _measure(engine, adapter: str | None, before: float, material: Material, options: Options) -> dict:
+    task = material.task
+    nll = engine.nll(material.texts, adapter=adapter)
+    completions = engine.generate(
+        [build_prompt(item.instruction, template=task.template) for item in material.items],
+        adapter=adapter,
+        max_new_tokens=task.max_new_tokens,
+        stop=tuple(task.stop),
+        temperature=options.temperature,
+        num_samples=options.num_samples,
+        seed=options.seed,
+    )
+    samples = [[completion.text for completion in one] for one in completions]
+    grades = [[task.grade(item, text) for text in texts] for item, texts in zip(material.items, samples, strict=True)]
+    answers = [[grade.extracted.get("flexible", grade.extracted.get("strict")) for grade in one] for one in grades]
+    num_items = len(samples)
+    return {
+        "task": NAME,
+        "version": VERSION,
+        "n": num_items,
+        "invalid": sum(answer is None for one in answers for answer in one),
+        "metrics": {f"distinct_{n}": sum(distinct_n(texts, n) for texts in samples) / num_items for n in (1, 2, 3)},
+        "answer_entropy": sum(entropy(one) for one in answers) / num_items,
+        "perplexity": {"before": before, "after": _perplexity(nll), "num_tokens": nll[1]},
+        "sampling": {**vars(options), "max_new_tokens": task.max_new_tokens, "items_of": task.name},
+        "engine": {"kind": engine.kind, "version": engine.version, "dtype": engine.dtype},
+        "data_sha256": material.data_sha256,
+        "prompt_hash": prompt_hash(template=task.template),
+    }
+
+
+def parse_options(arguments: Sequence[str]) -> Options:
+    """Read `key=value` arguments. Raises UserError for an unknown key or a bad value."""
+    values = {}
+    for argument in arguments:
+        key, _, text = argument.partition("=")
+        kind = Options.__annotations__.get(key)
+        if kind is None:
+            raise UserError(f"unknown option {argument!r}: keys: {', '.join(Options.__annotations__)}")
+        try:
+            values[key] = kind(text)
+        except ValueError as error:
+            raise UserError(f"{key}={text}: a number is needed") from error
+    return Options(**values)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", nargs="+", required=True, type=Path, help="run folders")
+    parser.add_argument("--texts", required=True, type=Path, help='jsonl of {"text"}: the pre-training distribution')
+    parser.add_argument("--task", required=True, help="whose items are sampled")
+    parser.add_argument("--data", help="the task's data; default: its own")
+    parser.add_argument("options", nargs="*", metavar="key=value")
+    parsed = parser.parse_intermixed_args()
+    moved = [text for text in map(str, parsed.run) if "=" in text and not Path(text).exists()]
+    options = parse_options([*parsed.options, *moved])
+    run_paths = [path for path in parsed.run if str(path) not in moved]
+    material = load_material(parsed.texts, parsed.task, parsed.data, options)
+    for path, measures in measure_runs(run_paths, material, options).items():
+        write_json_atomic(path / "scores" / f"{NAME}.json", measures)
+        print(
+            "{}: perplexity {:.3f} → {:.3f}, distinct-2 {:.3f}, answer entropy {:.3f}".format(
+                path.name,
+                measures["perplexity"]["before"],
+                measures["perplexity"]["after"],
+                measures["metrics"]["distinct_2"],
+                measures["answer_entropy"],
+            ),
+            file=sys.stderr,
+        )
+
+
+if __name__ == "__main__":
+    run_entry_point(main)

@@ -1,0 +1,133 @@
+"""Table files: every one loads and resolves; a broken one is told in one line."""
+
+import csv
+
+import pytest
+import yaml
+
+from ba_lora import tables
+from ba_lora.config import PROJECT_ROOT
+from ba_lora.errors import UserError
+from ba_lora.tables import Row, load_table
+
+FILES = sorted((PROJECT_ROOT / "configs" / "tables").glob("*.yaml"))
+
+SMALL = {
+    "title": "A table",
+    "kind": "nlg",
+    "seeds": [1, 2],
+    "overrides": ["data.num_rows=32"],
+    "rows": [
+        {"bases": ["toy"], "methods": ["lora", "ba_lora"], "settings": {"": [], "rank=4": ["adapter.rank=4"]}},
+        {"bases": ["toy"], "methods": ["full_ft"], "overrides": ["trainer.learning_rate=1.0e-4"]},
+        {"bases": ["toy"], "methods": ["untuned"]},
+        {"bases": ["toy"], "methods": ["lora"], "overrides": ["eval.engine=vllm"], "suffix": "vllm"},
+    ],
+    "columns": {
+        "strict": {"task": "toy", "metric": "strict"},
+        "flexible": {"task": "toy", "metric": "flexible"},
+        "noise": {"task": "toy", "metric": "strict", "overrides": ["data.toy.label_noise=0.5"]},
+        "seconds": {"metric": "training.seconds", "unit": "s", "better": "lower"},
+        "mean": {"mean_of": ["strict", "noise"]},
+    },
+}
+
+
+def write(folder, **changes):
+    path = folder / "small.yaml"
+    path.write_text(yaml.safe_dump({key: value for key, value in (SMALL | changes).items() if value is not None}))
+    return path
+
+
+def test_there_are_tables():
+    assert FILES and [path.stem for path in FILES] == tables.available_tables()
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_every_table_resolves(path):
+    """Every cell has a run; what the paper's file names in this table is a row and a column of it."""
+    table = load_table(path)
+    assert table.rows and table.columns and table.cells
+    for cell in table.cells:
+        assert cell.config.seed in table.seeds and cell.config.method == cell.row.method
+        if cell.column.task is not None:
+            assert cell.column.task in cell.config.eval.tasks
+    with_cells = {cell.row for cell in table.cells}
+    assert with_cells == set(table.rows)
+    assert len(table.specs()) == len({spec.config.result_path for spec in table.specs()})
+
+
+def test_rows_columns_and_shared_runs(tmp_path):
+    table = load_table(write(tmp_path))
+    assert table.rows[:2] == (Row("toy", "lora"), Row("toy", "lora", "rank=4"))
+    assert table.rows[-1] == Row("toy", "lora", "vllm") and table.ours == ("ba_lora",)
+    runs = {}
+    for cell in table.cells:
+        runs.setdefault((cell.row, cell.seed), {})[cell.column.name] = cell.config
+    one = runs[Row("toy", "lora"), 1]
+    assert one["strict"] is one["flexible"] is one["seconds"]  # one run, evaluated once
+    assert one["noise"].run_id != one["strict"].run_id and one["noise"].data.toy.label_noise == 0.5
+    assert "mean" not in one
+    assert one["strict"].eval.tasks == ["toy"] and one["strict"].data.num_rows == 32
+    assert runs[Row("toy", "lora", "rank=4"), 2]["strict"].adapter.rank == 4
+    again = runs[Row("toy", "lora", "vllm"), 1]["strict"]
+    assert again.run_id == one["strict"].run_id and again.run_path.name == f"{again.run_id}-vllm"
+    assert again.result_path != one["strict"].result_path
+    # served as adapters on one base, whoever is evaluated with whom; full fine-tuning is a model of its own
+    assert one["strict"].eval.options == {"serve": "hot"} and not one["strict"].export.merged
+    full = runs[Row("toy", "full_ft"), 1]["strict"]
+    assert full.eval.options == {"serve": "merged"} and full.export.merged
+    assert [cell.seed for cell in table.cells if cell.row.method == "untuned"] == [1] * 4
+    # 4 adapter rows, full, again: each 2 seeds × 2 trainings; untuned: one model, whatever it might be trained on
+    assert len(table.specs()) == 6 * 2 * 2 + 1
+
+
+def test_the_command_line_changes_every_run(tmp_path):
+    table = load_table(write(tmp_path), overrides=["data.num_rows=8", "trainer.max_steps=2"], seeds=[7])
+    trained = [spec.config for spec in table.specs() if spec.trained]
+    assert all(config.data.num_rows == 8 and config.trainer["max_steps"] == 2 for config in trained)
+    assert {config.seed for config in trained} == {7}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"title": None}, "title is missing"),
+        ({"kind": "vision"}, "kind: vision is unknown: choose one of nlg, nlu"),
+        ({"seed": [1]}, r"unknown key seed \(nearest: seeds"),
+        ({"seeds": ["one"]}, "seeds must be whole numbers, found one"),
+        ({"seeds": 3}, r"seeds is a list: \[3\]"),
+        ({"rows": [{"bases": ["toy"], "methods": ["lorra"]}]}, r"entry 1: method=lorra is unknown.*nearest: lora"),
+        ({"rows": [{"bases": ["toi"], "methods": ["lora"]}]}, "entry 1: no such config"),
+        ({"rows": [{"base": ["toy"]}]}, r"entry 1: unknown key base \(nearest: bases"),
+        ({"rows": SMALL["rows"][:1] * 2}, "entry 2: toy, lora, '' stands in the table twice"),
+        ({"overrides": ["data.rows=3"]}, "unknown key data.rows"),
+        ({"columns": {"x": {"task": "toy"}}}, "columns.x: either metric or mean_of is needed"),
+        ({"columns": {"x": {"task": "toi", "metric": "strict"}}}, "eval.tasks=toi is unknown"),
+        ({"columns": {"x": {"metric": "a", "better": "more"}}}, "better: more is unknown"),
+        ({"columns": SMALL["columns"] | {"m": {"mean_of": ["stict"]}}}, r"no column stict \(nearest: strict"),
+        ({"ours": ["pissa"]}, "ours: no row has the method pissa"),
+        ({"paper": ["no_such"]}, "paper: no such file"),
+    ],
+)
+def test_a_broken_table_is_told_in_one_line(tmp_path, changes, message):
+    with pytest.raises(UserError, match=message) as caught:
+        load_table(write(tmp_path, **changes))
+    assert "\n" not in str(caught.value) and "small.yaml" in str(caught.value)
+
+
+def test_a_file_that_is_no_yaml(tmp_path):
+    path = tmp_path / "broken.yaml"
+    path.write_text("rows: [")
+    with pytest.raises(UserError, match="broken.yaml is not a valid YAML config"):
+        load_table(path)
+    with pytest.raises(UserError, match="no such table: nlg_mian"):
+        tables.find_table("nlg_mian")
+
+
+def test_paper_files_name_the_columns_they_have():
+    """The table loader reads nothing from them, but a file without these columns is none of ours."""
+    for path in sorted(tables.PAPER_PATH.glob("*.csv")):
+        with open(path, newline="") as file:
+            header = next(csv.reader(file))
+        assert header == ["table", "model", "method", "setting", "task", "metric", "mean", "std", "source"], path
