@@ -240,6 +240,50 @@ main()
     assert extract_program("x = 1; print(x); f = lambda: x; print(f())", wanted=("f",)) == "x = 1\nf = lambda: x\n"
 
 
+FILLED = [
+    "T = []\nfor i in range(3):\n    T.append(i)",
+    "T = []\ni = 0\nwhile i < 3:\n    T.append(i)\n    i += 1",
+    "import contextlib\nT = []\nwith contextlib.suppress(ValueError):\n    T.extend([0, 1])",
+    "T = []\ntry:\n    T += [0]\n    T.append(1)\nexcept ValueError:\n    pass",
+    "T = []\ndef fill():\n    for i in range(3):\n        T.append(i)\nfill()",
+    "T = None\ndef fill():\n    global T\n    T = [0, 1]\nfill()",
+]
+
+
+@pytest.mark.parametrize("head", FILLED)
+def test_what_fills_a_needed_table_is_kept(head: str) -> None:
+    function = "def f(x):\n    return x + T[1]"
+    for order in (f"{head}\n{function}", f"{function}\n{head}"):
+        space: dict = {}
+        exec(extract_program(order, wanted=("f",)), space)
+        assert space["f"](1) == 2
+
+
+@pytest.mark.parametrize(
+    "example",
+    [
+        "for x in (1, 2):\n    print(f(x), T.count(x))",
+        "for x in (1, 2):\n    assert f(x) == T.index(x)",
+        "def demo():\n    T.append(f(1))\ndemo()",
+        "def main():\n    input()\nmain()",
+        "result = T.count(f(1))",
+        "f(1)",
+    ],
+)
+def test_examples_with_a_needed_table_are_not_kept(example: str) -> None:
+    program = extract_program(f"T = [0, 1]\ndef f(x):\n    return x + T[1]\n{example}", wanted=("f",))
+    assert program.rstrip().endswith("return x + T[1]")
+
+
+@pytest.mark.parametrize("mark", ["<|endoftext|>", "</s>", "<|im_end|>", "<|eot_id|>", "<eos>", "<end_of_turn>"])
+def test_end_of_text_marks(mark: str) -> None:
+    function = "def f(x):\n    return x"
+    for text in (f"{function}{mark}", f"{function}\n{mark} \nmore"):
+        assert extract_program(text, wanted=("f",)).rstrip() == function
+    inside = f"{function} + '{mark}'"
+    assert extract_program(inside, wanted=("f",)).rstrip() == inside
+
+
 def test_forgotten_imports() -> None:
     program = extract_program("def f(x: List[int]) -> Dict:\n    return math.pi + len(x) + np.pi", wanted=("f",))
     assert program.splitlines()[:3] == ["import math", "from typing import Dict", "from typing import List"]
@@ -298,7 +342,7 @@ def test_eval_score(items: list, tmp_path: Path, capsys: pytest.CaptureFixture) 
     score = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert score["metrics"] == pytest.approx({"strict": 0.8, "pass@1": 0.8, "pass@5": 1.0})
     assert score["interval_95"]["pass@1"] == [0.8, 0.8]
-    assert score["choices"] == {"protocol": "paper2024"} and score["post_processing"] == "1"
+    assert score["choices"] == {"protocol": "paper2024"} and score["post_processing"] == "2"
     assert score["sandbox"]["kind"] == "bubblewrap" and score["sandbox"]["version"]
     limits = score["sandbox"]["limits"]
     assert (limits["cpu_s"], limits["wall_s"]) == (4, 16)

@@ -14,9 +14,9 @@ import re
 import symtable
 import textwrap
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-POST_PROCESSING = "1"
+POST_PROCESSING = "2"  # 2: end-of-text marks are cut off; what fills a needed table is kept
 MAX_CHARS = 40_000  # of a completion, ten times a long one; the rest is cut off
 MAX_PARSED_CHARS = 600_000  # of all attempts at one completion: seconds at worst
 INDENT = "    "
@@ -36,6 +36,8 @@ _NAMES = {
     **dict.fromkeys("lru_cache reduce".split(), "functools"),
 }
 _CODE_START = re.compile(r"(from|import|def|async def|class|@|[A-Za-z_]\w*\s*(:[^=\n]+)?=(?!=))\s*\S")
+# Texts of the tokens at which chat models end, where a decoder left them in, at the end of a line.
+_END = re.compile(r"(?:<\|(?:endoftext|end_of_text|im_end|eot_id|end)\|>|</s>|<eos>|<end_of_turn>)[ \t]*(?=\n|$)")
 _FENCE = re.compile(r"(?:```+|~~~+)(?:[ \t]*[\w+#.-]*[ \t]*(?=\n|$))?")
 
 
@@ -49,6 +51,7 @@ def extract_program(
     """
     text = completion[:MAX_CHARS].replace("\r\n", "\n").replace("\r", "\n").replace("\0", "").replace("\ufeff", "")
     text = text.replace("\u00a0", " ").encode("utf-8", "ignore").decode("utf-8")
+    text = _END.split(text, maxsplit=1)[0]
     try:
         return _extract(text, set(wanted), {*wanted, *helpers}, wanted[0], prompt)
     except (RecursionError, MemoryError):  # nesting without end
@@ -192,13 +195,16 @@ def _finish(source: str, roots: set[str]) -> str:
 
 
 def _needed_statements(body: Sequence[ast.stmt], roots: set[str]) -> list[ast.stmt]:
+    # functions that a call at the top level may prepare something with, and what; those that use the roots are examples
+    functions = [node for node in body if isinstance(node, ast.FunctionDef) and node.name not in roots]
+    changes = {node.name: _changed(node) & names for node in functions if not (names := _outside_names(node)) & roots}
     needed = set(roots)
     kept: set[int] = set()
     grown = True
     while grown:
         grown = False
         for index, node in enumerate(body):
-            if index not in kept and _is_needed(node, needed):
+            if index not in kept and _is_needed(node, needed, changes):
                 kept.add(index)
                 needed |= _outside_names(node)
                 grown = True
@@ -220,15 +226,20 @@ def _outside_names(node: ast.stmt) -> set[str]:
     return found
 
 
-def _is_needed(node: ast.stmt, needed: set[str]) -> bool:
+def _is_needed(node: ast.stmt, needed: set[str], changes: Mapping[str, set[str]]) -> bool:
+    """Whether a statement at the top level is needed. changes: function → the module's names that a call changes."""
     if isinstance(node, ast.ImportFrom) and (node.module == "__future__" or node.names[0].name == "*"):
         return True
     if isinstance(node, ast.If) and any(isinstance(n, ast.Name) and n.id == "__name__" for n in ast.walk(node.test)):
         return False
-    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) and isinstance(node.value.func, ast.Attribute):
-        call = ast.unparse(node.value.func) if not isinstance(node.value.func.value, ast.Call) else ""
-        owner = call.partition(".")[0]
-        return call == "sys.setrecursionlimit" or (owner in needed and owner not in _MODULES)  # table.append(…)
+    if isinstance(node, ast.Expr):
+        called = node.value.func if isinstance(node.value, ast.Call) else None
+        if isinstance(called, ast.Name):  # fill_table()
+            return not node.value.args and bool(changes.get(called.id, set()) & needed)
+        return isinstance(called, ast.Attribute) and (
+            ast.unparse(called) == "sys.setrecursionlimit"
+            or _owner(called) in needed - set(_MODULES)  # table.append(…)
+        )
     return bool(_bound(node) & needed)
 
 
@@ -238,20 +249,27 @@ def _bound(node: ast.AST) -> set[str]:
         return {node.name}
     if isinstance(node, ast.Import | ast.ImportFrom):
         return {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
-    if isinstance(node, ast.Expr | ast.Assert):
-        return set()
-    found: set[str] = set()
+    return _changed(node) if not isinstance(node, ast.Expr | ast.Assert) else set()
+
+
+def _changed(node: ast.AST) -> set[str]:
+    """Return the names that are bound, or whose object may be changed, anywhere inside."""
+    found: set[str | None] = set()
     for inner in ast.walk(node):
-        if isinstance(inner, ast.Name) and isinstance(inner.ctx, ast.Store | ast.Del):
-            found.add(inner.id)
-        elif isinstance(inner, ast.Subscript | ast.Attribute) and isinstance(inner.ctx, ast.Store | ast.Del):
-            base = inner.value
-            while isinstance(base, ast.Subscript | ast.Attribute):
-                base = base.value
-            found |= {base.id} if isinstance(base, ast.Name) else set()
-        elif inner is not node and isinstance(inner, ast.stmt):
-            found |= _bound(inner) if not hasattr(inner, "body") or hasattr(inner, "name") else set()
-    return found
+        if isinstance(inner, ast.Name | ast.Subscript | ast.Attribute) and isinstance(inner.ctx, ast.Store | ast.Del):
+            found.add(_owner(inner))
+        elif isinstance(inner, ast.Expr) and isinstance(inner.value, ast.Call):
+            found |= {_owner(inner.value.func)} - set(_MODULES)  # table.append(…), whose value nobody takes
+        elif inner is not node and isinstance(inner, ast.FunctionDef | ast.ClassDef | ast.Import | ast.ImportFrom):
+            found |= _bound(inner)
+    return {name for name in found if name is not None}
+
+
+def _owner(node: ast.expr) -> str | None:
+    """Return the name at the root of `name.attribute[index]…`, None for other expressions."""
+    while isinstance(node, ast.Subscript | ast.Attribute):
+        node = node.value
+    return node.id if isinstance(node, ast.Name) else None
 
 
 def _cut_lines(source: str, body: Sequence[ast.stmt], kept: Sequence[ast.stmt]) -> str:
