@@ -25,6 +25,7 @@ from ba_lora.io import finite, write_jsonl_atomic
 from ba_lora.methods import build_model, parameter_counts, probe_logits
 from ba_lora.model import load_tokenizer
 from ba_lora.packing import build_collator, prepare_packing
+from ba_lora.reference_build import cached_reference
 from ba_lora.results import environment, peak_memory_mb, reset_peak_memory
 from ba_lora.run import claim_folder, finish, is_trained, recorded
 from ba_lora.trainer import BALoRATrainer
@@ -67,6 +68,11 @@ def train(config: RunConfig, run_path: Path, process: PartialState) -> None:
         "(nothing of the response left), {rows_empty} empty".format(**data.report, max_length=config.data.max_length)
     )
 
+    # Reference: the pre-trained model's own distributions, from a pass in every step or from a cache on disk.
+    cache = None
+    if config.uses_reference_cache:
+        cache = cached_reference(config, data.dataset, data.report, tokenizer)
+
     # Model: the pre-trained one, with the method's adapter.
     probe = probe_batch(data.dataset.select(range(min(2, len(data.dataset)))).to_list(), tokenizer.pad_token_id)
     num_steps = count_steps(arguments, len(data.dataset))
@@ -82,6 +88,7 @@ def train(config: RunConfig, run_path: Path, process: PartialState) -> None:
         arguments,
         regularizers=config.regularizers,
         loss=config.loss,
+        reference=cache,
         train_dataset=data.dataset,
         data_collator=build_collator(tokenizer, packing=config.data.packing),
         processing_class=tokenizer,
@@ -112,6 +119,9 @@ def train(config: RunConfig, run_path: Path, process: PartialState) -> None:
 
     # Export: adapter, plain LoRA, merged model, each compared with the trained one.
     trained_logits = probe_logits(trainer.plain_model(), probe)
+    if cache is not None:
+        cache.measure(trainer.plain_model(), name="trained")
+        training["reference_cache"] = cache.report
     save_trained(trainer, config, run_path)
     model_revision = getattr(model.config, "_commit_hash", None)
     trainer.model = trainer.model_wrapped = model = None

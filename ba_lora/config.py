@@ -113,6 +113,18 @@ class LossConfig:
 
 
 @dataclass
+class ReferenceConfig:
+    """Where the pre-trained model's distributions come from: a pass in every step, or a cache on disk.
+
+    The cache belongs to one base, one set of rows and one temperature; methods, seeds and ranks share it.
+    """
+
+    cache: str | None = None  # folder, filled where it is not full yet; None: a reference pass in every step
+    top_k: int = 64  # tokens kept a position; the size of the vocabulary: exact
+    dtype: str = "float16"  # float16 | float32, of the log-probabilities on disk
+
+
+@dataclass
 class ToyConfig:
     """Settings of the self-made word problems (data/toy.py), for `data.name=toy`."""
 
@@ -177,6 +189,7 @@ class RunConfig:
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     regularizers: BALoRAConfig = field(default_factory=BALoRAConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     data: DataConfig = field(default_factory=DataConfig)
     trainer: dict[str, Any] = field(default_factory=dict)  # TrainingArguments by name
     export: ExportConfig = field(default_factory=ExportConfig)
@@ -185,6 +198,11 @@ class RunConfig:
     output_dir: str | None = None  # None: outputs/<run_id>
     results_dir: str = "results/runs"
     overwrite: bool = False
+
+    @property
+    def uses_reference_cache(self) -> bool:
+        """Whether the consistency term is in and takes its reference from disk."""
+        return self.reference.cache is not None and self.regularizers.lambda_consistency > 0
 
     @property
     def run_id(self) -> str:
@@ -320,6 +338,9 @@ def training_hash(config: RunConfig) -> str:
     plain = dataclasses.asdict(config)
     for key in _NOT_TRAINING:
         plain.pop(key)
+    reference = plain.pop("reference")
+    if config.uses_reference_cache:  # where it lies changes no weight, what it keeps does
+        plain["reference"] = {name: value for name, value in reference.items() if name != "cache"}
     plain["trainer"] = {k: v for k, v in plain["trainer"].items() if k not in _COSMETIC_ARGUMENTS}
     if not config.data.packing:  # packed, dropout draws other numbers
         plain["data"].pop("packing")
@@ -391,6 +412,9 @@ def _check(config: RunConfig) -> None:
         raise UserError(f"adapter.init={config.adapter.init} needs adapter.tuner=lora and adapter.dora=false")
     if config.model.quantization == "nf4" and config.adapter.tuner != "lora":
         raise UserError("model.quantization=nf4 needs adapter.tuner=lora: quantised weights cannot be trained")
+    if config.reference.top_k < 1:
+        raise UserError(f"reference.top_k is {config.reference.top_k}: it must be at least 1")
+    check_choice("reference.dtype", config.reference.dtype, ("float16", "float32"))
     check_choice("data.name", config.data.name, DATASETS)
     if config.data.num_rows is not None and config.data.num_rows < 1:
         raise UserError(f"data.num_rows is {config.data.num_rows}: it must be at least 1, or null for all")

@@ -34,24 +34,30 @@ def disk_errors(path: str | Path) -> Iterator[None]:
         raise
 
 
-def write_bytes_atomic(path: str | Path, content: bytes) -> None:
-    """Write `content` to `path` through a temporary file in the same folder, synced, then renamed over it."""
+@contextlib.contextmanager
+def file_atomic(path: str | Path) -> Iterator[Path]:
+    """Give a temporary path beside `path` to write to; on a clean exit it is synced and renamed over `path`."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with open(temporary, "wb") as file:
-                file.write(content)
-                file.flush()
+            yield temporary
+            with open(temporary, "rb") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
 
 
+def write_bytes_atomic(path: str | Path, content: bytes) -> None:
+    """Write `content` to `path`, whole or not at all; see `file_atomic`."""
+    with file_atomic(path) as temporary:
+        temporary.write_bytes(content)
+
+
 def write_text_atomic(path: str | Path, text: str) -> None:
-    """Write `text` to `path` in UTF-8; see `write_bytes_atomic`."""
+    """Write `text` to `path` in UTF-8; see `file_atomic`."""
     write_bytes_atomic(path, text.encode("utf-8"))
 
 

@@ -14,6 +14,7 @@ M gives 0 with a zero gradient.
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -58,6 +59,73 @@ def consistency(
     if position_weights is not None:
         divergence_M = divergence_M * position_weights
     return _reduce(divergence_M, reduction)
+
+
+@dataclass(frozen=True)
+class TopLogProbs:
+    """What is kept of the reference's distribution r = softmax(Z_P / T) at N positions, without the rest of V.
+
+    tokens: int64 [N, K], its K likeliest tokens, likeliest first; log_probs: [N, K], log r of each;
+    log_tail: [N], log of the mass of all other tokens (−∞ where K = V: there are none);
+    entropy: [N], H(softmax Z_P) in nats, over all of V and at T = 1, for the adaptive λ1.
+    """
+
+    tokens: Tensor
+    log_probs: Tensor
+    log_tail: Tensor
+    entropy: Tensor
+
+    def __getitem__(self, positions: slice) -> "TopLogProbs":
+        """Return some of the positions."""
+        return TopLogProbs(
+            self.tokens[positions], self.log_probs[positions], self.log_tail[positions], self.entropy[positions]
+        )
+
+
+def top_log_probs(logits_NV: Tensor, *, top_k: int, temperature: float = 1.0) -> TopLogProbs:
+    """Return the `top_k` likeliest tokens of softmax(logits / T), the tail's mass and the entropy."""
+    logits_NV = _at_least_float32(logits_NV)
+    log_r_NV = F.log_softmax(logits_NV / temperature, dim=-1)
+    log_probs_NK, tokens_NK = log_r_NV.topk(top_k, dim=-1)
+    return TopLogProbs(tokens_NK, log_probs_NK, _log_tail(log_r_NV, tokens_NK), entropy(logits_NV))
+
+
+def cached_consistency(
+    logits: Tensor,
+    reference: TopLogProbs,
+    mask: Tensor,
+    *,
+    temperature: float = 1.0,
+    position_weights: Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """T² KL over K + 1 outcomes, the reference's K likeliest tokens and one for all others, over M:
+
+        T² [ Σ_{k∈K} r_k log(r_k / q_k) + r_tail log(r_tail / q_tail) ],   r = softmax(Z_P / T), q = softmax(Z_F / T),
+
+    with r_tail and q_tail the masses that r and q give to the tokens outside K. Merging outcomes can only lower a KL
+    (the data-processing inequality), so this is a lower bound of `consistency`; what is missing is exactly
+    T² r_tail KL(r ‖ q, both within the tail). With K = V nothing is. Its gradient with respect to Z_F is
+
+        T (q_v − r_v) for v in K,   T (q_v − r_tail q_v / q_tail) elsewhere.
+
+    `reference`, at the same temperature, is in the order of `logits[mask]`. Arguments else as in `consistency`.
+    """
+    log_q_MV = F.log_softmax(_select(logits, mask) / temperature, dim=-1)
+    log_r_MK, log_q_MK = reference.log_probs, log_q_MV.gather(-1, reference.tokens)
+    divergence_M = (log_r_MK.exp() * (log_r_MK - log_q_MK)).sum(-1)
+    if log_r_MK.shape[-1] < log_q_MV.shape[-1]:
+        log_q_tail_M = _log_tail(log_q_MV, reference.tokens)
+        divergence_M = divergence_M + reference.log_tail.exp() * (reference.log_tail - log_q_tail_M)
+    divergence_M = divergence_M * temperature**2
+    if position_weights is not None:
+        divergence_M = divergence_M * position_weights
+    return _reduce(divergence_M, reduction)
+
+
+def _log_tail(log_p_NV: Tensor, tokens_NK: Tensor) -> Tensor:
+    """Return the log of the mass outside `tokens`, [N]: a sum of what is there, since 1 − Σ_K p would cancel."""
+    return log_p_NV.scatter(-1, tokens_NK, -math.inf).logsumexp(-1)
 
 
 def diversity(logits: Tensor, mask: Tensor, *, top_k: int | None = None, reduction: str = "mean") -> Tensor:

@@ -39,7 +39,8 @@ from ba_lora.losses import (
 )
 from ba_lora.progress import TERMS, TermsCallback, TokenMeter
 from ba_lora.reference import Reference, build_reference, gathered
-from ba_lora.regularizers import response_mask, response_targets
+from ba_lora.reference_cache import CachedReference
+from ba_lora.regularizers import TopLogProbs, response_mask, response_targets
 from ba_lora.schedules import scheduled_weight
 
 logger = logging.get_logger(__name__)
@@ -55,7 +56,7 @@ class BALoRATrainer(Trainer):
 
     Args beyond Trainer's: `regularizers`, the terms and their weights (all λ = 0 is plain fine-tuning, for PiSSA, LoRA
     or full alike); `loss`, how it is computed (default: fused); `reference`, the frozen pre-trained model, built here
-    from the untrained `model` when left out.
+    from the untrained `model` when left out, or its cache, which needs the data set's column `row`.
     Logs per logging step, averaged over its optimizer steps: `task`, `consistency`, `diversity`, `svd` (unweighted),
     `weighted_*` (times λ(t)) and `share_*` (|weighted| / Σ |weighted|); and `tokens_per_second`, `padding_share`.
     """
@@ -69,20 +70,23 @@ class BALoRATrainer(Trainer):
         *,
         regularizers: BALoRAConfig,
         loss: LossConfig | None = None,
-        reference: Reference | None = None,
+        reference: Reference | CachedReference | None = None,
         **kwargs: Any,
     ) -> None:
         if reference is None and regularizers.lambda_consistency > 0:
             reference = build_reference(model)
-        if is_deepspeed_zero3_enabled() and reference is not None and reference.frozen_model is not None:
+        frozen_model = reference.frozen_model if isinstance(reference, Reference) else None
+        if is_deepspeed_zero3_enabled() and frozen_model is not None:
             raise UserError("full fine-tuning with the consistency term cannot run under ZeRO-3: use ZeRO-2")
         if args.n_gpu > 1:
             raise UserError("several GPUs in one process are not supported: use accelerate launch or torchrun")
         super().__init__(model=model, args=args, **kwargs)
         self.regularizers = regularizers
         self.reference = reference
-        if reference is not None and reference.frozen_model is not None:
-            reference.frozen_model.to(self.args.device)
+        if frozen_model is not None:
+            frozen_model.to(self.args.device)
+        if isinstance(reference, CachedReference):
+            reference.check(regularizers)
         self.model_accepts_loss_kwargs = True  # makes Trainer count the response positions of the effective batch
         self._log_sums: dict[str, Tensor] = {}
         self._logged_steps = 0.0
@@ -120,22 +124,15 @@ class BALoRATrainer(Trainer):
         inputs = dict(inputs)
         labels_BT = inputs.pop("labels")
         mask_BT, targets_N = response_mask(labels_BT), response_targets(labels_BT)
-        reference_hidden_ND = None
-        if self.regularizers.lambda_consistency > 0:
-            with (
-                torch.no_grad(),
-                self._without_dropout(model),
-                self.accelerator.autocast(),  # which a frozen copy, unlike the prepared model, does not bring along
-                self.reference.use(model) as module,
-            ):
-                reference_hidden_ND, _ = self._hidden(module, inputs, mask_BT)
+        rows = inputs.pop("row", None)
+        reference = self._reference_at(model, inputs, mask_BT, rows, num_positions=targets_N.numel())
         hidden_ND, head = self._hidden(model, inputs, mask_BT)
 
         training = model.training and num_items_in_batch is not None
         positions = num_items_in_batch if training else max(targets_N.numel(), 1)
         weights, lambdas = self._weights(positions, training=training)
         with self.accelerator.autocast(), self._whole(head):
-            inputs_of_loss = (hidden_ND, reference_hidden_ND, head, targets_N)
+            inputs_of_loss = (hidden_ND, reference, head, targets_N)
             settings = {"weights": weights, "config": self.regularizers, "head_factor_DD": self._head_factor(head)}
             if self._why_plain is None:
                 settings["chunk_memory_mb"] = self.loss_config.chunk_memory_mb
@@ -148,6 +145,34 @@ class BALoRATrainer(Trainer):
         if training:
             self._record(terms, lambdas, positions)
         return (total, {"loss": total}) if return_outputs else total
+
+    def _reference_at(
+        self, model: nn.Module, inputs: dict[str, Tensor], mask_BT: Tensor, rows: Tensor | None, *, num_positions: int
+    ) -> Tensor | TopLogProbs | None:
+        """Return the reference at the positions of the mask: its hidden states [N, D], or what the cache keeps of its
+        distributions in the batch's `rows`; None while the consistency term is out."""
+        if self.regularizers.lambda_consistency == 0:
+            return None
+        if isinstance(self.reference, CachedReference):
+            top = None if rows is None else self.reference.lookup(rows.tolist(), device=mask_BT.device)
+            if top is None or len(top.tokens) != num_positions:
+                raise UserError(
+                    "the training rows are not those of the reference cache: give it that data set as it is"
+                )
+            return top
+        with (
+            torch.no_grad(),
+            self._without_dropout(model),
+            self.accelerator.autocast(),  # which a frozen copy, unlike the prepared model, does not bring along
+            self.reference.use(model) as module,
+        ):
+            return self._hidden(module, inputs, mask_BT)[0]
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """Keep the column that says where a row's reference lies; Trainer drops what the model does not take."""
+        super()._set_signature_columns_if_needed()
+        if isinstance(self.reference, CachedReference) and "row" not in self._signature_columns:
+            self._signature_columns.append("row")
 
     def _weights(self, positions: Tensor | int, *, training: bool) -> tuple[TermWeights, dict[str, float]]:
         """Return the factors of the terms and λ(t). DDP and DeepSpeed average gradients over the processes, hence

@@ -70,7 +70,7 @@ SOURCES = {
 
 @dataclass(frozen=True)
 class TrainingData:
-    """The tokenized rows (input_ids, labels, length) and what became of the raw ones."""
+    """The tokenized rows (input_ids, labels, length, and `row`, their number here) and what became of the raw ones."""
 
     dataset: "Dataset"
     report: dict[str, Any]
@@ -105,7 +105,7 @@ def load_training_data(config: DataConfig, tokenizer: "PreTrainedTokenizerBase")
             dropped += 1
             continue
         cut += item.pop("cut")
-        encoded.append(item)
+        encoded.append(item | {"row": len(encoded)})
     report = {
         "name": config.name,
         **origin,

@@ -8,6 +8,9 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
+from ba_lora.reference_build import claim, fill
+from ba_lora.reference_cache import CachedReference, Rows, open_cache
+
 VOCABULARY = 64
 
 
@@ -48,25 +51,27 @@ def tiny_peft(init: bool | str, *, rank: int = 4, dropout: float = 0.0, **settin
 
 
 def tiny_rows(num_rows: int, *, seed: int = 0) -> Dataset:
-    """Return rows of unequal lengths with unequal shares of response tokens, as data/nlg.py makes them."""
+    """Return numbered rows of unequal lengths with unequal shares of response tokens, as data/nlg.py makes them."""
     generator = torch.Generator().manual_seed(seed)
     rows = []
-    for _ in range(num_rows):
+    for number in range(num_rows):
         length = int(torch.randint(8, 24, (1,), generator=generator))
         prompt = int(torch.randint(2, length - 3, (1,), generator=generator))
         ids = torch.randint(3, VOCABULARY, (length,), generator=generator).tolist()
-        rows.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:], "attention_mask": [1] * length})
+        labels = [-100] * prompt + ids[prompt:]
+        rows.append({"input_ids": ids, "labels": labels, "attention_mask": [1] * length, "row": number})
     return Dataset.from_list(rows)
 
 
 def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
-    """Pad on the right: ids with 0, labels with −100, the mask with 0."""
+    """Pad on the right: ids with 0, labels with −100, the mask with 0; keep the rows' numbers, where there are any."""
     longest = max(len(row["input_ids"]) for row in rows)
     fill = {"input_ids": 0, "labels": -100, "attention_mask": 0}
-    return {
+    batch = {
         key: torch.tensor([row[key] + [value] * (longest - len(row[key])) for row in rows])
         for key, value in fill.items()
     }
+    return batch | ({"row": torch.tensor([row["row"] for row in rows])} if "row" in rows[0] else {})
 
 
 def arguments(folder: Path, **settings: Any) -> TrainingArguments:
@@ -86,6 +91,23 @@ def arguments(folder: Path, **settings: Any) -> TrainingArguments:
         "seed": 3,
     } | settings
     return TrainingArguments(output_dir=str(folder), **chosen)
+
+
+def tiny_cache(
+    path: Path, rows: Dataset, *, top_k: int = VOCABULARY, dtype: str = "float32", temperature: float = 1.0
+) -> CachedReference:
+    """Return the reference cache of the tiny Llama on these rows, whole where no other process computes it too."""
+    key = {
+        "vocabulary": VOCABULARY,
+        "model.dtype": "float32",
+        "reference.top_k": top_k,
+        "reference.dtype": dtype,
+        "regularizers.temperature": temperature,
+    }
+    claim(open_cache(path, key, Rows.of(rows)))
+    cache = open_cache(path, key, Rows.of(rows))
+    fill(cache, tiny_llama)
+    return cache
 
 
 def adapter_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:

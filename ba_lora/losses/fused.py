@@ -7,6 +7,7 @@ p = softmax z, p_T = softmax(z / T), q_T the reference's, a the adaptive λ1's w
 
     task          −log p_y                       dz = p − onehot(y)
     consistency   a T² KL(q_T ‖ p_T)             dz = a T (p_T − q_T)
+      cached      the same over K + 1 outcomes   dz = a T (p_T − q_T) in K, a T (p_T − q_tail p_T / p_tail) else
     diversity     n = Σ p log p                  dz = p (log p − n)
       top-k       n = Σ s log s, s of the top k  dz = s (log s − n) at those k
 
@@ -35,6 +36,7 @@ from ba_lora import regularizers
 from ba_lora.config import BALoRAConfig
 from ba_lora.losses.plain import TermWeights
 from ba_lora.losses.svd import same_singular_values
+from ba_lora.regularizers import TopLogProbs
 
 BLOCK_BYTES = 2 * 2**20  # of one buffer: the handful of them stay in a CPU's cache
 
@@ -47,7 +49,7 @@ def default_chunk_memory_mb(device_type: str) -> int:
 
 def fused_nlg_loss(
     hidden_ND: Tensor,
-    reference_hidden_ND: Tensor | None,
+    reference: Tensor | TopLogProbs | None,
     head: nn.Linear,
     targets_N: Tensor,
     *,
@@ -63,7 +65,7 @@ def fused_nlg_loss(
     """
     total, task, consistency, weighted_consistency, diversity = _FusedHead.apply(
         hidden_ND,
-        reference_hidden_ND if config.lambda_consistency > 0 else None,
+        reference if config.lambda_consistency > 0 else None,
         head.weight.detach(),
         targets_N,
         weights,
@@ -91,7 +93,7 @@ class _FusedHead(torch.autograd.Function):
     def forward(
         ctx: Any,
         hidden_ND: Tensor,
-        reference_hidden_ND: Tensor | None,
+        reference: Tensor | TopLogProbs | None,
         weight_VD: Tensor,
         targets_N: Tensor,
         weights: TermWeights,
@@ -105,7 +107,7 @@ class _FusedHead(torch.autograd.Function):
         with torch.autocast(hidden_ND.device.type, enabled=False):
             values, gradient_ND = _walk(
                 hidden_ND,
-                reference_hidden_ND,
+                reference,
                 weight_VD.to(product_dtype),
                 targets_N,
                 factors=tuple(factor / scale for factor in factors),
@@ -140,7 +142,7 @@ def _product_dtype(weight_VD: Tensor) -> torch.dtype:
 
 def _walk(
     hidden_ND: Tensor,
-    reference_hidden_ND: Tensor | None,
+    reference: Tensor | TopLogProbs | None,
     weight_VD: Tensor,
     targets_N: Tensor,
     *,
@@ -153,8 +155,10 @@ def _walk(
     out), and dL/dH [N, D] for L = Σ factor · term, or None without gradient."""
     num_positions, vocabulary = hidden_ND.shape[0], weight_VD.shape[0]
     precision = torch.promote_types(weight_VD.dtype, torch.float32)
-    sides = 1 if reference_hidden_ND is None else 2
-    softmaxes = 1 if sides == 1 else 2 if config.temperature == 1 else 4
+    top = reference if isinstance(reference, TopLogProbs) else None
+    sides_ND = [hidden_ND] if reference is top else [hidden_ND, reference]  # whose logits are computed
+    sides = len(sides_ND)
+    softmaxes = sides + (0 if reference is None or config.temperature == 1 else 2)
 
     on_cpu = weight_VD.device.type == "cpu"
     narrow = weight_VD.dtype != precision
@@ -172,12 +176,13 @@ def _walk(
         positions = slice(start, min(start + chunk, num_positions))
         logits = [
             _logits(side_ND[positions], weight_VD, buffer_CV, product_CV)
-            for side_ND, buffer_CV in zip((hidden_ND, reference_hidden_ND), buffers, strict=False)
+            for side_ND, buffer_CV in zip(sides_ND, buffers, strict=True)
         ]
         for first in range(0, len(logits[0]), block):
             rows = slice(start + first, min(start + first + block, positions.stop))
             values[:, rows] = _terms_and_gradient(
                 *(side_CV[first : first + block] for side_CV in logits),
+                top=None if top is None else top[rows],
                 targets_B=targets_N[rows],
                 scratch=[buffer_BV[: rows.stop - rows.start] for buffer_BV in scratch],
                 factors=factors,
@@ -202,6 +207,7 @@ def _terms_and_gradient(
     z_BV: Tensor,
     reference_BV: Tensor | None = None,
     *,
+    top: TopLogProbs | None,
     targets_B: Tensor,
     scratch: list[Tensor],
     factors: tuple[float, float, float],
@@ -210,6 +216,7 @@ def _terms_and_gradient(
 ) -> Tensor:
     """Return the terms at each position, [4, B]; turn the logits z into dL/dz in place; use up the reference's.
 
+    The reference is given by its logits, by what a cache keeps (`top`), or not at all.
     The passes over [B, V] are few and in place: they are what the walk costs besides its products.
     """
     task_factor, consistency_factor, diversity_factor = factors
@@ -220,18 +227,25 @@ def _terms_and_gradient(
     values[0] = (peak_B - z_BV.gather(1, targets_B[:, None]).squeeze(1)) + rest_B
     p_factor: float | Tensor = task_factor  # dz gathers as p · p_factor + the rest
 
+    trust_B = None
     if reference_BV is not None:
         q_BV, *spare = spare
-        trust_B = None
-        if config.consistency_schedule == "adaptive":
-            peak_q_B, rest_q_B = _softmax(reference_BV, out=q_BV)
-            entropy_B = peak_q_B + rest_q_B - q_BV.mul_(reference_BV).sum(-1)
-            trust_B = regularizers.position_weights_of_entropy(entropy_B, vocabulary=vocabulary, maximum=1.0)
+    if reference_BV is not None or top is not None:
         if temperature == 1:
             cooled_BV, p_T_BV, peak_T_B, rest_T_B = z_BV, p_BV, peak_B, rest_B
         else:
             cooled_BV, p_T_BV = torch.div(z_BV, temperature, out=spare[0]), spare[1]
             peak_T_B, rest_T_B = _softmax(cooled_BV, out=p_T_BV)
+    if top is not None:
+        kept_log_p_BK = (cooled_BV.gather(1, top.tokens) - peak_T_B[:, None]) - rest_T_B[:, None]
+        if config.consistency_schedule == "adaptive":
+            trust_B = regularizers.position_weights_of_entropy(top.entropy, vocabulary=vocabulary, maximum=1.0)
+    if reference_BV is not None:
+        if config.consistency_schedule == "adaptive":
+            peak_q_B, rest_q_B = _softmax(reference_BV, out=q_BV)
+            entropy_B = peak_q_B + rest_q_B - q_BV.mul_(reference_BV).sum(-1)
+            trust_B = regularizers.position_weights_of_entropy(entropy_B, vocabulary=vocabulary, maximum=1.0)
+        if temperature != 1:
             reference_BV.div_(temperature)
         peak_q_B, rest_q_B = _softmax(reference_BV, out=q_BV)
         # Σ q (log q − log p); the differences are taken first, so that a small divergence is not lost in rounding.
@@ -258,6 +272,16 @@ def _terms_and_gradient(
         s_BK = log_s_BK.exp()
         values[3] = (s_BK * log_s_BK).sum(-1)
 
+    if top is not None:
+        divergence_B, kept_p_BK, excess_B = _split_at_top(p_T_BV, kept_log_p_BK, top)
+        values[1] = divergence_B * temperature**2
+        values[2] = values[1] if trust_B is None else values[1] * trust_B
+        factor_B1 = consistency_factor * temperature * (1.0 if trust_B is None else trust_B[:, None])
+        kept_dz_BK = factor_B1 * (kept_p_BK - top.log_probs.exp())
+        if temperature == 1:  # p, too, is 0 at the kept tokens now
+            kept_dz_BK += kept_p_BK * p_factor
+            p_factor = p_factor + factor_B1 * excess_B[:, None]
+
     if not with_gradient:
         return values
     if whole and diversity_factor:
@@ -268,10 +292,30 @@ def _terms_and_gradient(
         z_BV.sub_(q_BV, alpha=consistency_factor * temperature)
         if temperature != 1:
             z_BV.add_(p_T_BV, alpha=consistency_factor * temperature)
+    if top is not None:
+        if temperature != 1:
+            z_BV.add_(p_T_BV.mul_(factor_B1 * excess_B[:, None]))
+        z_BV.scatter_add_(1, top.tokens, kept_dz_BK)
     if config.lambda_diversity > 0 and not whole:
         z_BV.scatter_add_(1, indices_BK, diversity_factor * s_BK * (log_s_BK - values[3][:, None]))
     z_BV.scatter_add_(1, targets_B[:, None], z_BV.new_full((len(z_BV), 1), -task_factor))
     return values
+
+
+def _split_at_top(p_BV: Tensor, kept_log_p_BK: Tensor, top: TopLogProbs) -> tuple[Tensor, Tensor, Tensor]:
+    """Return KL(q ‖ p) over K + 1 outcomes [B], p at the kept tokens [B, K], and 1 − q_tail / p_tail [B], by which p
+    counts in the tail's gradient. p is set to 0 at the kept tokens: its sum is then the tail's mass without the
+    cancellation of 1 − Σ p, good down to the smallest float.
+    """
+    kept_p_BK = p_BV.gather(1, top.tokens)
+    divergence_B = (top.log_probs.exp() * (top.log_probs - kept_log_p_BK)).sum(-1)
+    p_BV.scatter_(1, top.tokens, 0.0)
+    if top.tokens.shape[1] == p_BV.shape[1]:  # no tail
+        return divergence_B, kept_p_BK, torch.zeros_like(divergence_B)
+    log_p_tail_B = p_BV.sum(-1).clamp_(min=torch.finfo(p_BV.dtype).tiny).log_()
+    ratio_B = (top.log_tail - log_p_tail_B).exp()
+    divergence_B += top.log_tail.exp() * (top.log_tail - log_p_tail_B)
+    return divergence_B, kept_p_BK, 1 - ratio_B
 
 
 def _softmax(logits_BV: Tensor, *, out: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from ba_lora import regularizers
 from ba_lora.config import BALoRAConfig
 from ba_lora.losses.svd import same_singular_values
+from ba_lora.regularizers import TopLogProbs
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class TermWeights:
 
 def nlg_loss(
     hidden_ND: Tensor,
-    reference_hidden_ND: Tensor | None,
+    reference: Tensor | TopLogProbs | None,
     head: Callable[[Tensor], Tensor],
     targets_N: Tensor,
     *,
@@ -41,7 +42,8 @@ def nlg_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return (total, terms): the weighted sum with its gradient, and each term unweighted and detached.
 
-    `head` maps hidden states to logits [N, V]; `reference_hidden_ND` may be None while the consistency term is out.
+    `head` maps hidden states to logits [N, V]. `reference` is the reference's hidden states [N, D], or what a cache
+    keeps of its distributions at the N positions, or None while the consistency term is out.
     `head_factor_DD` (`losses.svd.head_factor`) takes the vocabulary out of the svd term; without it the logits serve.
     Terms: task, consistency and diversity as sums over the N positions, svd as the micro-batch's value, and
     `weighted_consistency`, which the adaptive λ1 makes more than a product. A term whose λ is 0 in `config` is absent.
@@ -49,27 +51,13 @@ def nlg_loss(
     """
     logits_NV = head(hidden_ND)
     every_N = torch.ones(logits_NV.shape[0], dtype=torch.bool, device=logits_NV.device)
-    task = F.cross_entropy(logits_NV.float(), targets_N, reduction="sum")
+    precise_NV = logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
+    task = F.cross_entropy(precise_NV, targets_N, reduction="sum")
     total = task * weights.task
     terms = {"task": task.detach()}
     if config.lambda_consistency > 0:
-        with torch.no_grad():
-            reference_logits_NV = head(reference_hidden_ND)
-        divergence = regularizers.consistency(
-            logits_NV, reference_logits_NV, every_N, temperature=config.temperature, reduction="sum"
-        )
-        if config.consistency_schedule == "adaptive":
-            position_weights_N = regularizers.adaptive_position_weights(reference_logits_NV, every_N, maximum=1.0)
-            weighted = weights.consistency * regularizers.consistency(
-                logits_NV,
-                reference_logits_NV,
-                every_N,
-                temperature=config.temperature,
-                position_weights=position_weights_N,
-                reduction="sum",
-            )
-        else:
-            weighted = weights.consistency * divergence
+        divergence, weighted = _consistency(logits_NV, reference, head, every_N, config)
+        weighted = weights.consistency * weighted
         total = total + weighted
         terms["consistency"] = divergence.detach()
         terms["weighted_consistency"] = weighted.detach()
@@ -83,3 +71,30 @@ def nlg_loss(
         total = total + weights.svd * ratio
         terms["svd"] = ratio.detach()
     return total, terms
+
+
+def _consistency(
+    logits_NV: Tensor,
+    reference: Tensor | TopLogProbs,
+    head: Callable[[Tensor], Tensor],
+    every_N: Tensor,
+    config: BALoRAConfig,
+) -> tuple[Tensor, Tensor]:
+    """Return the consistency term's sum over the positions, and the same under the adaptive λ1 (1 without it)."""
+    if isinstance(reference, TopLogProbs):
+        term, entropy_N = regularizers.cached_consistency, reference.entropy
+    else:
+        with torch.no_grad():
+            reference = head(reference)
+        term, entropy_N = regularizers.consistency, None
+    settings = {"temperature": config.temperature, "reduction": "sum"}
+    divergence = term(logits_NV, reference, every_N, **settings)
+    if config.consistency_schedule != "adaptive":
+        return divergence, divergence
+    if entropy_N is None:
+        position_weights_N = regularizers.adaptive_position_weights(reference, every_N, maximum=1.0)
+    else:
+        position_weights_N = regularizers.position_weights_of_entropy(
+            entropy_N, vocabulary=logits_NV.shape[-1], maximum=1.0
+        )
+    return divergence, term(logits_NV, reference, every_N, position_weights=position_weights_N, **settings)

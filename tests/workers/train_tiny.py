@@ -1,6 +1,6 @@
 """Train the tiny model for 6 steps under python or torchrun and save log and weights.
 
-train_tiny.py REGULARIZERS ACCUMULATION OUT [packed]
+train_tiny.py REGULARIZERS ACCUMULATION OUT [packed] [CACHE]       CACHE: a folder, for the reference on disk
 """
 
 import json
@@ -13,11 +13,14 @@ import torch
 from ba_lora import BALoRAConfig, BALoRATrainer
 from ba_lora.errors import leave_process_group
 from ba_lora.packing import PackingCollator, prepare_packing
-from tests.tiny import adapter_weights, arguments, collate, tiny_peft, tiny_rows
+from tests.tiny import adapter_weights, arguments, collate, tiny_cache, tiny_peft, tiny_rows
 
 regularizers, accumulation, output = BALoRAConfig(**json.loads(sys.argv[1])), int(sys.argv[2]), Path(sys.argv[3])
-packed = sys.argv[4:] == ["packed"]
+packed = "packed" in sys.argv[4:]
+folders = [Path(word) for word in sys.argv[4:] if word != "packed"]
 torch.set_num_threads(1)
+rows = tiny_rows(16)  # whole effective batches: accelerate would fill a short one with rows of its own
+cache = tiny_cache(folders[0], rows, temperature=regularizers.temperature) if folders else None
 model = tiny_peft("pissa")
 if packed:
     prepare_packing(model, tiny_rows(2)["input_ids"])
@@ -31,7 +34,8 @@ trainer = BALoRATrainer(
         warmup_steps=0,
     ),
     regularizers=regularizers,
-    train_dataset=tiny_rows(16),  # whole effective batches: accelerate would fill a short one with rows of its own
+    reference=cache,
+    train_dataset=rows,
     data_collator=PackingCollator() if packed else collate,
 )
 trainer.train()
