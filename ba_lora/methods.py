@@ -248,8 +248,10 @@ def _check_targets(model: "nn.Module", adapter: AdapterConfig) -> None:
     if not targets:
         raise UserError(f"no linear layer to adapt was found in this {model.config.model_type} model")
     name, size = min(((path, min(shape)) for path, shape in targets.items()), key=lambda pair: pair[1])
-    if adapter.rank > size:
-        raise UserError(f"adapter.rank={adapter.rank} is above the size of {name}, {size}: use a rank up to {size}")
+    rank = adalora_first_rank(adapter.rank) if adapter.tuner == "adalora" else adapter.rank
+    if rank > size:
+        first = f" (adalora starts at {rank})" if adapter.tuner == "adalora" else ""
+        raise UserError(f"adapter.rank={adapter.rank}{first} is above the size of {name}, {size}: use a smaller rank")
 
 
 def _linear_modules(model: "nn.Module") -> dict[str, tuple[int, int]]:
@@ -318,6 +320,11 @@ def _lora_config(adapter: AdapterConfig, num_steps: int) -> Any:
     )
 
 
+def adalora_first_rank(rank: int) -> int:
+    """Return the rank that AdaLoRA begins with and prunes to `rank`."""
+    return rank * 3 // 2
+
+
 def _adalora_config(adapter: AdapterConfig, num_steps: int) -> Any:
     """Ranks start at 1.5 × `rank` and are pruned to it between 10 % and 70 % of the steps, unless options say more."""
     from peft import AdaLoraConfig
@@ -330,7 +337,7 @@ def _adalora_config(adapter: AdapterConfig, num_steps: int) -> Any:
     return _peft_options(
         AdaLoraConfig,
         dataclasses.replace(adapter, options=options),
-        init_r=adapter.rank * 3 // 2,
+        init_r=adalora_first_rank(adapter.rank),
         target_r=adapter.rank,
         lora_alpha=_alpha(adapter),
         lora_dropout=adapter.dropout,

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers.trainer_callback import ProgressCallback
 
 TERMS = ("task", "consistency", "diversity", "svd")
+LOGGED_TERMS = (*TERMS, "orthogonality")  # the last of AdaLoRA alone
 
 
 class TermsCallback(ProgressCallback):
@@ -43,7 +44,7 @@ class TermsCallback(ProgressCallback):
 def terms_line(logs: dict[str, float], *, step: int, num_steps: int) -> str:
     """Return `step 20/188 | loss 1.234 | task 1.230 | consistency 0.0123 (0.4 %) | … | lr 9.1e-04`."""
     parts = [f"step {step}/{num_steps}", f"loss {logs['loss']:.4f}"]
-    for term in TERMS:
+    for term in LOGGED_TERMS:
         if term in logs:
             share = f" ({100 * logs[f'share_{term}']:.2g} %)" if f"share_{term}" in logs else ""
             parts.append(f"{term} {logs[term]:.4g}{share}")

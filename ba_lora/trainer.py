@@ -37,7 +37,7 @@ from ba_lora.losses import (
     nlg_loss,
     why_not_frozen_linear,
 )
-from ba_lora.progress import TERMS, TermsCallback, TokenMeter
+from ba_lora.progress import LOGGED_TERMS, TERMS, TermsCallback, TokenMeter
 from ba_lora.reference import Reference, build_reference, gathered
 from ba_lora.reference_cache import CachedReference
 from ba_lora.regularizers import TopLogProbs, response_mask, response_targets
@@ -141,7 +141,9 @@ class BALoRATrainer(Trainer):
                 total, terms = nlg_loss(*inputs_of_loss, **settings)
         if self._orthogonality_weight is not None:
             micro_batches = self.current_gradient_accumulation_steps if training else 1
-            total = total + self._orthogonality_weight / micro_batches * adalora_orthogonality(model)
+            orthogonality = adalora_orthogonality(model)
+            total = total + self._orthogonality_weight / micro_batches * orthogonality
+            terms["orthogonality"], lambdas["orthogonality"] = orthogonality.detach(), self._orthogonality_weight
         if training:
             self._record(terms, lambdas, positions)
         return (total, {"loss": total}) if return_outputs else total
@@ -320,7 +322,7 @@ class BALoRATrainer(Trainer):
     def _record(self, terms: dict[str, Tensor], lambdas: dict[str, float], positions: Tensor | int) -> None:
         """Add this micro-batch's share of each term's value to the running sums (on the device, no synchronisation)."""
         micro_batches = self.current_gradient_accumulation_steps * self.accelerator.num_processes
-        for term in TERMS:
+        for term in LOGGED_TERMS:
             if term not in terms:
                 continue
             share = terms[term] / (positions if term in PER_POSITION else micro_batches)
@@ -341,11 +343,11 @@ class BALoRATrainer(Trainer):
             sums = torch.stack([self._log_sums[name] for name in names])
             values = self._summed(sums) / self._logged_steps
             averages = dict(zip(names, values.tolist(), strict=True))
-            whole = sum(abs(averages[f"weighted_{term}"]) for term in TERMS if term in averages)
-            for term in TERMS:
+            whole = sum(abs(averages[f"weighted_{term}"]) for term in LOGGED_TERMS if term in averages)
+            for term in LOGGED_TERMS:
                 if term in averages:
                     logs[term] = averages[term]
-            for term in TERMS[1:]:
+            for term in LOGGED_TERMS[1:]:
                 if term in averages:
                     logs[f"weighted_{term}"] = averages[f"weighted_{term}"]
                     logs[f"share_{term}"] = abs(averages[f"weighted_{term}"]) / whole if whole else 0.0

@@ -274,6 +274,11 @@ def test_adalora_orthogonality_is_pefts_own(tmp_path):
     torch.testing.assert_close(with_term - plain, expected, rtol=1e-3, atol=1e-6)
     built = trainer(model, tmp_path, OFF)
     torch.testing.assert_close(built.compute_loss(model, dict(batch)), with_term)
+    trained = trainer(model, tmp_path, OFF, gradient_accumulation_steps=2, max_steps=1)
+    trained.train()
+    entry = trained.state.log_history[0]
+    torch.testing.assert_close(entry["task"] + entry["weighted_orthogonality"], entry["loss"], rtol=1e-3, atol=1e-4)
+    assert 0 < entry["share_orthogonality"] < 1 and "orthogonality" in terms_line(entry, step=1, num_steps=1)
 
 
 # ---- the reference leaves the model as it was
