@@ -8,8 +8,9 @@ import json
 from pathlib import Path
 
 from ba_lora.io import write_json_atomic, write_jsonl_atomic
+from ba_lora.tables import Row
 from eval.report.sources import Sources, read_paper, read_results
-from eval.report.spec import Column, PlannedRun, RowKey, TableSpec
+from eval.report.spec import Column, PlannedRun, TableSpec
 from eval.tasks import get_task
 
 SEEDS = (1, 2, 3)
@@ -107,7 +108,7 @@ class World:
 
     def spec(self, **changes) -> TableSpec:
         """Return the known table's spec: GSM8K, its mean with itself, hours."""
-        rows = [RowKey("tiny", method) for method in ("full_ft", "lora", "dora", "loha", "pissa", "ba_lora")]
+        rows = [Row("tiny", method) for method in ("full_ft", "lora", "dora", "loha", "pissa", "ba_lora")]
         columns = (
             Column("gsm8k", "GSM8K", task="gsm8k", metric="strict", paper=("gsm8k", "accuracy")),
             Column("average", "Average", mean_of=("gsm8k", "hours"), unit="", scale=1.0, decimals=1),

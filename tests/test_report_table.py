@@ -10,10 +10,11 @@ import pytest
 
 from ba_lora.errors import UserError
 from ba_lora.io import write_jsonl_atomic
+from ba_lora.tables import Row
 from eval.report.render import escape_latex, letter, number, signed, to_csv, to_json, to_latex, to_markdown
 from eval.report.settings import SETTINGS
 from eval.report.sources import read_paper
-from eval.report.spec import Column, RowKey, metric_value, parse_report, setting_value
+from eval.report.spec import Column, metric_value, parse_report, setting_value
 from eval.report.table import build_table
 from tests.report_world import SEEDS, World
 
@@ -142,7 +143,7 @@ def test_rows_with_fewer_seeds_are_not_ranked(world):
 
 
 def test_settings_are_blocks_of_their_own(world):
-    rows = [RowKey("tiny", method, setting) for setting in ("rank=1", "rank=2") for method in ("lora", "ba_lora")]
+    rows = [Row("tiny", method, setting) for setting in ("rank=1", "rank=2") for method in ("lora", "ba_lora")]
     columns = (Column("gsm8k", "GSM8K", task="gsm8k", metric="strict"),)
     for row in rows:
         for seed in SEEDS:
@@ -188,9 +189,9 @@ def test_a_setting_that_differs_is_refused_or_footnoted(known, name, path, value
     assert odd.run_id in str(refused.value) and "allow=" in str(refused.value) and "\n" not in str(refused.value)
     # An old grader's version also makes a score stale.
     table = build(known, allow=[name, "stale"] if name == "task_version" else [name])
-    cell = table.cells[RowKey("tiny", "lora"), "hours" if name == "hardware" else "gsm8k"]
+    cell = table.cells[Row("tiny", "lora"), "hours" if name == "hardware" else "gsm8k"]
     assert any(table.footnotes[note].startswith(f"{name}: ") for note in cell.notes)
-    others = [table.cells[RowKey("tiny", method), "gsm8k"] for method in ("pissa", "ba_lora")]
+    others = [table.cells[Row("tiny", method), "gsm8k"] for method in ("pissa", "ba_lora")]
     assert not any(cell.notes for cell in others)
 
 
@@ -245,7 +246,7 @@ def test_several_samples_of_an_item_are_averaged(known):
 def test_a_failed_run_never_counts_although_it_has_scores(known):
     known.edit(known.run("lora", 2), status="cancelled", error=None)
     table = build(known)
-    cell = table.cells[RowKey("tiny", "lora"), "gsm8k"]
+    cell = table.cells[Row("tiny", "lora"), "gsm8k"]
     assert cell.seeds == (1, 3) and table.footnotes[cell.notes[0]] == "1 of 3 runs cancelled: no error was written"
 
 
@@ -282,7 +283,7 @@ def test_paper_files_that_are_missing_broken_or_doubled(known):
 
 def test_the_papers_names_are_turned_into_ours(known):
     lines = read_paper(["known"], renamed={"tiny": "llama", "lora": "lora_gaussian"}, folder=known.folder / "paper")
-    assert [line.row for line in lines[:2]] == [RowKey("llama", "lora_gaussian"), RowKey("llama", "ba_lora")]
+    assert [line.row for line in lines[:2]] == [Row("llama", "lora_gaussian"), Row("llama", "ba_lora")]
 
 
 def test_every_paper_file_is_read(root):

@@ -16,11 +16,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+from ba_lora.tables import Row
 from eval.report.render import ARROWS, Drawn
 from eval.report.sources import Sources
-from eval.report.spec import Column, Figure, RowKey, TableSpec, setting_value
+from eval.report.spec import Column, Figure, TableSpec, setting_value
 from eval.report.table import Cell, ReportTable
 
 RC = {
@@ -61,6 +63,10 @@ _HATCHES = ("", "///", "...", "xxx", "\\\\\\", "|||", "---", "+++", "ooo", "**")
 _LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1)), (0, (3, 1, 1, 1, 1, 1)), (0, (8, 2)))
 
 
+_HOLLOW = {"mfc": "none", "mec": "black", "ms": 3.2, "mew": 0.8, "zorder": 4}
+_HALO = [withStroke(linewidth=2, foreground="white")]  # keeps a hollow mark visible on a dark bar
+
+
 class NothingToDraw(Exception):
     """Why a figure has nothing to show."""
 
@@ -81,10 +87,10 @@ def draw(table: ReportTable, sources: Sources) -> Iterator[tuple[Drawn, dict[str
 
 
 def _files(canvas: Canvas, title: str, caption: str) -> dict[str, bytes]:
-    """Put title and caption on the canvas; save it without dates, so that the same results give the same bytes."""
+    """Put the title over the legend and the caption below; save without dates: the same results, the same bytes."""
     width, _ = canvas.get_size_inches()
-    canvas.suptitle("\n".join(textwrap.wrap(title, int(width * 14))), fontsize=10)
-    wrapped = "\n".join(textwrap.wrap(caption, int(width * 17)))
+    canvas.legends[0].set_title("\n".join(textwrap.wrap(title, int(width * 13))), prop={"size": 10})
+    wrapped = "\n".join(textwrap.wrap(caption, int(width * 19)))
     canvas.supxlabel(wrapped, x=0.01, ha="left", fontsize=7, color="0.25")
     saved = {}
     for kind, metadata in (("png", {"Software": None}), ("pdf", {"CreationDate": None})):
@@ -115,9 +121,10 @@ def _bars(table: ReportTable, figure: Figure, sources: Sources) -> tuple[Canvas,
             x = groups.index(group) + (series.index(one) - (len(series) - 1) / 2) * step
             if cell.mean is not None:
                 axis.bar(x, cell.mean, step * 0.92, color=style.colour, hatch=style.hatch, edgecolor="black", lw=0.6)
-                axis.errorbar(x, cell.mean, cell.std, color="black", capsize=2, lw=0.9)
+                aside = 0.2 * step if cell.paper is not None else 0.0  # so that the two do not hide each other
+                axis.errorbar(x + aside, cell.mean, cell.std, color="black", capsize=2, lw=0.9)
             if cell.paper is not None and not cell.paper.is_bound:
-                axis.plot(x, cell.paper.mean, "D", mfc="none", mec="black", ms=4, mew=0.9, zorder=4)
+                axis.plot(x - 0.2 * step, cell.paper.mean, "D", path_effects=_HALO, **_HOLLOW)
         axis.set_xticks(range(len(groups)), [_written(spec, group) for group in groups])
         if max(len(_written(spec, group)) for group in groups) * len(groups) > 18 * width:
             axis.tick_params(axis="x", rotation=30)
@@ -138,7 +145,7 @@ def _lines(table: ReportTable, figure: Figure, sources: Sources) -> tuple[Canvas
     bases = list(dict.fromkeys(row.base for row in rows))
     methods = list(dict.fromkeys(row.method for row in rows))
     panels = [(base, spec.column(name)) for name in figure.columns for base in bases]
-    canvas, axes = _grid(len(panels), across=len(bases))
+    canvas, axes = _grid(len(panels), across=len(bases) if len(bases) > 1 else len(figure.columns))
     for axis, (base, column) in zip(axes, panels, strict=True):
         ticks: set[float] = set()
         for position, method in enumerate(methods):
@@ -185,7 +192,7 @@ def _scatter(table: ReportTable, figure: Figure, sources: Sources) -> tuple[Canv
     series = list(dict.fromkeys(_series(spec, row) for row in rows))
     cost = spec.column(figure.x)
     panels = [(block, spec.column(name)) for name in figure.columns for block in blocks]
-    canvas, axes = _grid(len(panels), across=len(blocks))
+    canvas, axes = _grid(len(panels), across=len(blocks) if len(blocks) > 1 else len(figure.columns))
     for axis, (block, column) in zip(axes, panels, strict=True):
         points = []
         for row in rows:
@@ -221,7 +228,7 @@ def _training(table: ReportTable, figure: Figure, sources: Sources) -> tuple[Can
     blocks = list(dict.fromkeys(_block(spec, row) for row in rows))
     series = list(dict.fromkeys(_series(spec, row) for row in rows))
     panels = [(block, term) for term in figure.terms for block in blocks]
-    canvas, axes = _grid(len(panels), across=len(blocks))
+    canvas, axes = _grid(len(panels), across=len(blocks) if len(blocks) > 1 else len(figure.terms))
     counts = []
     for axis, (block, term) in zip(axes, panels, strict=True):
         for row in rows:
@@ -269,10 +276,10 @@ def pareto_front(
     )
 
 
-def _rows(table: ReportTable, figure: Figure) -> list[RowKey]:
+def _rows(table: ReportTable, figure: Figure) -> list[Row]:
     """Return the rows that have something to show. Raises NothingToDraw where none has."""
 
-    def has(row: RowKey) -> bool:
+    def has(row: Row) -> bool:
         cells = [table.cells[row, name] for name in figure.columns]
         if figure.kind == "scatter":
             x = table.cells[row, figure.x]
@@ -286,12 +293,12 @@ def _rows(table: ReportTable, figure: Figure) -> list[RowKey]:
     return rows
 
 
-def _block(spec: TableSpec, row: RowKey) -> tuple[str, ...]:
+def _block(spec: TableSpec, row: Row) -> tuple[str, ...]:
     """What the row has in common with those that it is compared with."""
     return tuple(word for key in spec.compare_within if (word := getattr(row, key)))
 
 
-def _series(spec: TableSpec, row: RowKey) -> tuple[str, ...]:
+def _series(spec: TableSpec, row: Row) -> tuple[str, ...]:
     """What tells the row from the others of its block."""
     setting = () if "setting" in spec.compare_within or not row.setting else (row.setting,)
     return (row.method, *setting)

@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from eval.report.spec import Column, RowKey
+from ba_lora.tables import Row
+from eval.report.spec import Column, row_name
 from eval.report.stats import NUM_RESAMPLES, SIGNIFICANT
 from eval.report.table import Cell, Comparison, ReportTable
 
@@ -145,7 +146,7 @@ def to_json(table: ReportTable, figures: Sequence[Drawn] = ()) -> dict[str, Any]
     }
 
 
-def cell_facts(table: ReportTable, row: RowKey, column: Column) -> dict[str, Any]:
+def cell_facts(table: ReportTable, row: Row, column: Column) -> dict[str, Any]:
     """Return a cell as plain values."""
     cell = table.cell(row, column)
     paper = cell.paper
@@ -254,11 +255,13 @@ def comparison_legend(table: ReportTable) -> list[str]:
 
 def unmatched_lines(table: ReportTable) -> list[str]:
     """Return what the paper reports in this table without a cell of ours."""
-    return [
-        f"{line.row} {line.task}, {line.metric}: {'more than ' if line.value.is_bound else ''}{line.value.mean:g}"
-        f"{'' if line.value.std is None else f' ± {line.value.std:g}'} ({line.value.source})"
-        for line in table.unmatched_paper
-    ]
+    lines = []
+    for line in table.unmatched_paper:
+        value = line.value
+        spread = "" if value.std is None else f" ± {value.std:g}"
+        bound = "more than " if value.is_bound else ""
+        lines.append(f"{row_name(line.row)} {line.task}, {line.metric}: {bound}{value.mean:g}{spread} ({value.source})")
+    return lines
 
 
 def provenance_lines(table: ReportTable) -> list[str]:
@@ -348,7 +351,7 @@ def _interval(one: Comparison, column: Column) -> str:
     return f"{signed(one.low, column.decimals)} … {signed(one.high, column.decimals)}"
 
 
-def _row_label(table: ReportTable, row: RowKey) -> str:
+def _row_label(table: ReportTable, row: Row) -> str:
     return ", ".join(table.spec.label(word) for word in (row.base, row.method, row.setting) if word)
 
 

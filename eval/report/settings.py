@@ -12,7 +12,8 @@ from typing import Any
 
 from ba_lora.config import nearest
 from ba_lora.errors import UserError
-from eval.report.spec import Column, PlannedRun, RowKey, TableSpec
+from ba_lora.tables import Row
+from eval.report.spec import Column, PlannedRun, TableSpec
 from eval.score import stale_reason
 
 Entry = Mapping[str, Any]  # one task's part of a result's "evaluation"
@@ -22,7 +23,7 @@ Entry = Mapping[str, Any]  # one task's part of a result's "evaluation"
 class Used:
     """A run whose value stands in a column, with its result."""
 
-    row: RowKey
+    row: Row
     run: PlannedRun
     column: Column
     result: Mapping[str, Any]

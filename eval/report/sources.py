@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ba_lora.config import PROJECT_ROOT, nearest
+from ba_lora.config import nearest
 from ba_lora.errors import UserError
 from ba_lora.io import read_json, read_jsonl
-from eval.report.spec import Column, PlannedRun, RowKey
+from ba_lora.tables import PAPER_PATH, Row
+from eval.report.spec import Column, PlannedRun, row_name
 
 STATUSES = ("ok", "failed", "cancelled", "oom")
-PAPER_PATH = PROJECT_ROOT / "results" / "paper_reported"
 PAPER_COLUMNS = ("table", "model", "method", "setting", "task", "metric", "mean", "std", "source")
 MORE_THAN = ", more than"  # ends the metric of a value that the paper only bounds from below
 
@@ -33,7 +33,7 @@ class PaperRow:
     """A line of a file of results/paper_reported, its names already ours."""
 
     table: str
-    row: RowKey
+    row: Row
     task: str
     metric: str
     value: PaperValue
@@ -73,14 +73,16 @@ class Sources:
         path = run.run_path / "log.jsonl"
         return [entry for entry in read_jsonl(path) if "loss" in entry] if path.is_file() else None
 
-    def paper_value(self, row: RowKey, column: Column) -> PaperValue | None:
+    def paper_value(self, row: Row, column: Column) -> PaperValue | None:
         """Return what the paper reports for a cell, None where it reports nothing.
 
         Raises UserError where it reports two values for it.
         """
         found = [line.value for line in self.paper if line.row == row and (line.task, line.metric) == column.paper]
         if len(found) > 1:
-            raise UserError(f"results/paper_reported has {len(found)} values for {row} {column.name}: keep one")
+            raise UserError(
+                f"results/paper_reported has {len(found)} values for {row_name(row)} {column.name}: keep one"
+            )
         return found[0] if found else None
 
 
@@ -131,5 +133,5 @@ def read_paper(
                 except ValueError as error:
                     raise UserError(f"{path}, line {reader.line_num}: {error}") from error
                 value = PaperValue(mean, std, row["source"], is_bound=metric != row["metric"])
-                lines.append(PaperRow(row["table"], RowKey(*ours), row["task"], metric, value))
+                lines.append(PaperRow(row["table"], Row(*ours), row["task"], metric, value))
     return tuple(lines)

@@ -24,23 +24,12 @@ from typing import Any
 
 from ba_lora.config import nearest
 from ba_lora.errors import UserError
+from ba_lora.tables import Row, Table
 
 BLOCK_KEYS = ("base", "setting")
 FIGURE_KINDS = ("bars", "lines", "scatter", "training")
 _NEEDED = {"bars": ("columns",), "lines": ("columns", "x"), "scatter": ("columns", "x"), "training": ("terms",)}
 _PERCENT = 100.0
-
-
-@dataclass(frozen=True)
-class RowKey:
-    """What a row of the table is: the base's name, the method's, and that of the overrides ("" for none)."""
-
-    base: str
-    method: str
-    setting: str = ""
-
-    def __str__(self) -> str:
-        return " ".join(part for part in (self.base, self.method, self.setting) if part)
 
 
 @dataclass(frozen=True)
@@ -109,9 +98,9 @@ class TableSpec:
 
     name: str
     title: str
-    rows: tuple[RowKey, ...]
+    rows: tuple[Row, ...]
     columns: tuple[Column, ...]
-    runs: Mapping[tuple[RowKey, str], tuple[PlannedRun, ...]]
+    runs: Mapping[tuple[Row, str], tuple[PlannedRun, ...]]
     source: str | None = None
     note: str | None = None
     paper: tuple[str, ...] = ()
@@ -127,7 +116,7 @@ class TableSpec:
         """Return the column called `name`."""
         return next(column for column in self.columns if column.name == name)
 
-    def planned(self, row: RowKey, column: Column) -> tuple[PlannedRun, ...]:
+    def planned(self, row: Row, column: Column) -> tuple[PlannedRun, ...]:
         """Return the runs whose mean fills a cell, one a seed."""
         return self.runs.get((row, column.name), ())
 
@@ -135,23 +124,28 @@ class TableSpec:
         """Return every run of the table once, in the order of the rows."""
         return list(dict.fromkeys(run for runs in self.runs.values() for run in runs))
 
-    def row_runs(self, row: RowKey) -> list[PlannedRun]:
+    def row_runs(self, row: Row) -> list[PlannedRun]:
         """Return every run of a row once."""
         return list(dict.fromkeys(run for (one, _), runs in self.runs.items() if one == row for run in runs))
 
-    def blocks(self) -> list[list[RowKey]]:
+    def blocks(self) -> list[list[Row]]:
         """Return the rows in groups that are ranked and compared, each in the table's order."""
-        groups: dict[tuple[str, ...], list[RowKey]] = {}
+        groups: dict[tuple[str, ...], list[Row]] = {}
         for row in self.rows:
             groups.setdefault(tuple(getattr(row, key) for key in self.compare_within), []).append(row)
         return list(groups.values())
 
     def label(self, name: str) -> str:
-        """Return how a base, method or setting is written."""
+        """Return how a base, method, setting or column is written."""
         return self.labels.get(name, name)
 
 
-def table_spec(table: Any) -> TableSpec:
+def row_name(row: Row) -> str:
+    """Return `base method setting`."""
+    return " ".join(word for word in (row.base, row.method, row.setting) if word)
+
+
+def table_spec(table: Table) -> TableSpec:
     """Return a table of ba_lora.tables as the report needs it. Raises UserError for a wrong `report:` block."""
     columns = [
         Column(
@@ -167,16 +161,16 @@ def table_spec(table: Any) -> TableSpec:
         )
         for column in table.columns
     ]
-    runs: dict[tuple[RowKey, str], tuple[PlannedRun, ...]] = {}
+    runs: dict[tuple[Row, str], tuple[PlannedRun, ...]] = {}
     for cell in table.cells:
-        key = (_row_key(cell.row), cell.column.name)
+        key = (cell.row, cell.column.name)
         config = cell.config
         run = PlannedRun(config.method, config.seed, config.result_path, config.run_path)
         runs[key] = (*runs.get(key, ()), run)
     return TableSpec(
         name=table.id,
         title=table.title,
-        rows=tuple(_row_key(row) for row in table.rows),
+        rows=table.rows,
         runs=runs,
         source=table.source,
         note=table.note,
@@ -185,10 +179,6 @@ def table_spec(table: Any) -> TableSpec:
         labels=table.labels,
         **parse_report(table.report, columns=columns, source=f"table {table.id}"),
     )
-
-
-def _row_key(row: Any) -> RowKey:
-    return RowKey(row.base, row.method, row.setting)
 
 
 def parse_report(block: Any, *, columns: Sequence[Column], source: str) -> dict[str, Any]:

@@ -7,12 +7,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ba_lora.tables import Row
 from eval.report.settings import Used, differences
 from eval.report.sources import PaperRow, PaperValue, Sources
-from eval.report.spec import Column, PlannedRun, RowKey, TableSpec, metric_value
+from eval.report.spec import Column, PlannedRun, TableSpec, metric_value
 from eval.report.stats import Interval, first_and_second, holm, mean_std, paired_bootstrap
 
-CellKey = tuple[RowKey, str]  # the row and the column's name
+CellKey = tuple[Row, str]  # the row and the column's name
 ROUNDING = 1e-6  # between a score and the mean of its grades
 
 
@@ -74,8 +75,8 @@ class Comparison:
     """
 
     column: str
-    focus: RowKey
-    other: RowKey
+    focus: Row
+    other: Row
     difference: float
     num_seeds: int
     num_items: int | None = None
@@ -97,7 +98,7 @@ class ReportTable:
     unmatched_paper: tuple[PaperRow, ...]  # what the paper reports in this table for which it has no cell
     provenance: tuple[dict[str, Any], ...]
 
-    def cell(self, row: RowKey, column: Column) -> Cell:
+    def cell(self, row: Row, column: Column) -> Cell:
         return self.cells[row, column.name]
 
     def has_paper(self, column: Column) -> bool:
@@ -156,7 +157,7 @@ def _value(result: Mapping[str, Any], column: Column) -> float | None:
     return None if value is None else value * column.scale
 
 
-def _measured_cell(spec: TableSpec, sources: Sources, row: RowKey, column: Column, notes: _Footnotes) -> Cell:
+def _measured_cell(spec: TableSpec, sources: Sources, row: Row, column: Column, notes: _Footnotes) -> Cell:
     found: list[tuple[PlannedRun, float]] = []
     failures, texts = [], {}
     planned = spec.planned(row, column)
@@ -183,7 +184,7 @@ def _measured_cell(spec: TableSpec, sources: Sources, row: RowKey, column: Colum
     )
 
 
-def _mean_cell(spec: TableSpec, sources: Sources, row: RowKey, column: Column, cells: Mapping[CellKey, Cell]) -> Cell:
+def _mean_cell(spec: TableSpec, sources: Sources, row: Row, column: Column, cells: Mapping[CellKey, Cell]) -> Cell:
     """The mean of other columns, seed by seed; only of seeds that all of them have."""
     parts = [cells[row, name] for name in column.mean_of]
     by_seed = [dict(zip(part.seeds, part.values, strict=True)) for part in parts]
@@ -247,7 +248,7 @@ def _compare(spec: TableSpec, sources: Sources, cells: Mapping[CellKey, Cell]) -
 
 
 def _test(
-    spec: TableSpec, sources: Sources, column: Column, ours: tuple[RowKey, Cell], theirs: tuple[RowKey, Cell]
+    spec: TableSpec, sources: Sources, column: Column, ours: tuple[Row, Cell], theirs: tuple[Row, Cell]
 ) -> tuple[int, Interval] | str:
     """Return (number of items, the paired bootstrap over them), or why there is none."""
     if column.task is None or column.metric is None or re.search(r"[.{]", column.metric):
@@ -268,7 +269,7 @@ def _test(
     return len(first), paired_bootstrap([first[item] - second[item] for item in first])
 
 
-def _item_means(spec: TableSpec, sources: Sources, column: Column, row: RowKey, cell: Cell) -> dict[str, float] | str:
+def _item_means(spec: TableSpec, sources: Sources, column: Column, row: Row, cell: Cell) -> dict[str, float] | str:
     """Return item → its grade's mean over the seeds of a cell, or why there is none."""
     runs = [run for run in spec.planned(row, column) if run.run_id in cell.run_ids]
     totals: dict[str, float] = {}

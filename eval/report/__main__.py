@@ -1,0 +1,93 @@
+"""Results to tables and figures.
+
+    python -m eval.report TABLE [allow=NAME,…] [output=DIR] [key=value …]
+
+TABLE is a file of configs/tables, by its name or path. `key=value` are those that its runs were made with (sh
+scripts/reproduce.sh TABLE key=value …), since they are part of what a run is called. Written to results/TABLE
+(or `output`): table.md, table.tex, table.csv, table.json and figures/<name>.png and .pdf. Read are the runs' results,
+grades and logs, the table's config and results/paper_reported; no model, no GPU.
+
+allow=engine,dtype admits results whose settings differ, footnoted; see eval/report/settings.py for the names.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from ba_lora.config import PROJECT_ROOT
+from ba_lora.errors import UserError, run_entry_point
+from ba_lora.io import write_bytes_atomic, write_json_atomic, write_text_atomic
+from ba_lora.tables import find_table, load_table
+from eval.report.figures import draw
+from eval.report.render import Drawn, to_csv, to_json, to_latex, to_markdown
+from eval.report.settings import check_allowed
+from eval.report.sources import Sources, read_paper, read_results
+from eval.report.spec import TableSpec, table_spec
+from eval.report.table import ReportTable, build_table
+
+RESULTS_PATH = PROJECT_ROOT / "results"
+FIGURE_SUFFIXES = ("png", "pdf")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m eval.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("table", metavar="TABLE", help="a file of configs/tables")
+    parser.add_argument("words", nargs="*", metavar="key=value")
+    options = parser.parse_intermixed_args()
+    own, overrides = {}, []
+    for word in options.words:
+        key, equals, value = word.partition("=")
+        if not equals:
+            raise UserError(f"cannot read {word!r}: give key=value, such as allow=engine")
+        if key in ("allow", "output"):
+            own[key] = value
+        else:
+            overrides.append(word)
+    allow = tuple(own["allow"].split(",")) if own.get("allow") else ()
+    check_allowed(allow)
+    spec = table_spec(load_table(find_table(options.table), overrides=overrides))
+    sources = read_sources(spec, command=" ".join(["sh scripts/reproduce.sh", options.table, *overrides]))
+    table = build_table(spec, sources, allow=allow)
+    folder = Path(own["output"]) if own.get("output") else RESULTS_PATH / spec.name
+    figures = write_report(table, sources, folder)
+    for figure in figures:
+        if figure.missing:
+            print(f"note: figure {figure.name} is not drawn: {figure.missing}", file=sys.stderr)
+    print((folder / "table.md").read_text(encoding="utf-8"))
+    print(f"report: {folder}")
+    return 0
+
+
+def read_sources(spec: TableSpec, *, command: str) -> Sources:
+    """Read the results and the paper's numbers. Raises UserError, naming `command`, where no run has a result."""
+    results, hashes = read_results(spec.all_runs())
+    if not results:
+        raise UserError(f"table {spec.name} has no result yet: make them with: {command}")
+    return Sources(results, read_paper(spec.paper, renamed=spec.names), hashes)
+
+
+def write_report(table: ReportTable, sources: Sources, folder: Path) -> list[Drawn]:
+    """Write the table's files and figures, each atomically; return the figures.
+
+    A figure that is no longer drawn is removed, so that none stays that its results have left.
+    """
+    figures = []
+    for figure, files in draw(table, sources):
+        for suffix in FIGURE_SUFFIXES:
+            path = folder / "figures" / f"{figure.name}.{suffix}"
+            if suffix in files:
+                write_bytes_atomic(path, files[suffix])
+            else:
+                path.unlink(missing_ok=True)
+        figures.append(figure)
+    write_text_atomic(folder / "table.tex", to_latex(table))
+    write_text_atomic(folder / "table.csv", to_csv(table))
+    write_json_atomic(folder / "table.json", to_json(table, figures))
+    write_text_atomic(folder / "table.md", to_markdown(table, figures))
+    return figures
+
+
+if __name__ == "__main__":
+    run_entry_point(main)

@@ -1,0 +1,138 @@
+"""`python -m eval.report` on a table file: the files that it writes, and its errors in one line."""
+
+import json
+import sys
+
+import pytest
+import yaml
+
+from ba_lora.errors import UserError
+from ba_lora.io import write_json_atomic
+from ba_lora.tables import load_table
+from eval.report.__main__ import main
+from eval.tasks import get_task
+from tests.report_world import result
+
+
+@pytest.fixture
+def table_path(tmp_path):
+    """A table of two methods and two seeds on the toy, its results in a folder of its own."""
+    table = {
+        "title": "Two methods",
+        "kind": "nlg",
+        "seeds": [1, 2],
+        "overrides": [f"results_dir={tmp_path / 'runs'}"],
+        "rows": [{"bases": ["toy"], "methods": ["lora", "ba_lora"]}],
+        "columns": {
+            "strict": {"task": "toy", "metric": "strict"},
+            "seconds": {"metric": "training.seconds", "unit": "s", "better": "lower"},
+        },
+        "labels": {"lora": "LoRA", "ba_lora": "BA-LoRA", "strict": "Toy"},
+        "report": {
+            "columns": {"seconds": {"decimals": 0}},
+            "figures": {
+                "accuracy": {"kind": "bars", "columns": ["strict"]},
+                "loss": {"kind": "training", "terms": ["loss"]},
+            },
+        },
+    }
+    path = tmp_path / "two.yaml"
+    path.write_text(yaml.safe_dump(table, sort_keys=False))
+    return path
+
+
+@pytest.fixture
+def report(monkeypatch, tmp_path):
+    def run(*words: object) -> int:
+        monkeypatch.setattr(sys, "argv", ["eval.report", *map(str, words), f"output={tmp_path / 'report'}"])
+        return main()
+
+    return run
+
+
+def fill(table_path) -> None:
+    for cell in load_table(table_path).cells:
+        config = cell.config
+        made = result(config.method, config.seed, run_id=config.result_path.stem, grades=None)
+        made["evaluation"]["toy"] = {
+            "task": "toy",
+            "version": get_task("toy").version,
+            "metrics": {"strict": 0.5 + config.seed / 100},
+            "n": 400,
+        }
+        made["training"]["seconds"] = 100.0 + config.seed
+        write_json_atomic(config.result_path, made)
+
+
+def test_every_file_is_written_and_the_same_results_give_the_same_bytes(table_path, report, tmp_path, capsys):
+    fill(table_path)
+    (tmp_path / "report" / "figures").mkdir(parents=True)
+    (tmp_path / "report" / "figures" / "loss.png").write_bytes(b"of an earlier report")
+    (tmp_path / "report" / "notes.md").write_text("somebody's")
+    assert report(table_path) == 0
+    folder = tmp_path / "report"
+    files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert sorted(files) == [
+        "figures/accuracy.pdf", "figures/accuracy.png", "notes.md",
+        "table.csv", "table.json", "table.md", "table.tex",
+    ]  # fmt: skip
+    printed = capsys.readouterr()
+    assert "| toy | BA-LoRA | 51.50 ± 0.71 (2) | 102 ± 1 (2) |" in printed.out
+    assert "no grades at hand" in printed.out and f"report: {folder}" in printed.out
+    assert "note: figure loss is not drawn: no run's log.jsonl is at hand" in printed.err
+    assert "not drawn, no run's log.jsonl is at hand." in printed.out
+    assert len(json.loads(files["table.json"])["runs"]) == 4
+    report(table_path)
+    assert all((folder / name).read_bytes() == content for name, content in files.items())
+
+
+def test_a_table_without_results_names_the_command(table_path, report, tmp_path):
+    with pytest.raises(UserError, match=f"no result yet: make them with: sh scripts/reproduce.sh {table_path} seed=3"):
+        report(table_path, "seed=3")
+    assert not (tmp_path / "report").exists()
+
+
+def test_refused_settings_leave_nothing_half_written(table_path, report, tmp_path):
+    fill(table_path)
+    [first, *_] = load_table(table_path).cells
+    made = json.loads(first.config.result_path.read_text())
+    made["evaluation"]["toy"]["generation"] = {"engine": "vllm"}
+    write_json_atomic(first.config.result_path, made)
+    with pytest.raises(UserError, match="engine differs in column strict"):
+        report(table_path)
+    assert not (tmp_path / "report").exists()
+    assert report(table_path, "allow=engine") == 0
+    assert "engine: vllm" in (tmp_path / "report" / "table.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["tyo"], "no such table: tyo .nearest: toy"),
+        (["toy", "allow=engin"], "allow=engin is no setting.*nearest: engine"),
+        (["toy", "fast"], "cannot read 'fast': give key=value"),
+    ],
+)
+def test_words_that_are_wrong(report, words, message):
+    with pytest.raises(UserError, match=message):
+        report(*words)
+
+
+def test_a_wrong_report_block_is_told_before_anything_is_read(table_path, report):
+    table = yaml.safe_load(table_path.read_text())
+    table["report"]["figures"]["accuracy"]["kind"] = "bar"
+    table_path.write_text(yaml.safe_dump(table, sort_keys=False))
+    with pytest.raises(UserError, match="table two: figure accuracy: kind: bar is unknown.*nearest: bars"):
+        report(table_path)
+
+
+def test_every_table_file_has_a_report_that_is_read(root):
+    from eval.report.sources import read_paper
+    from eval.report.spec import table_spec
+
+    paths = sorted((root / "configs" / "tables").glob("*.yaml"))
+    assert paths
+    for path in paths:
+        spec = table_spec(load_table(path))
+        assert spec.rows and spec.columns and spec.all_runs()
+        read_paper(spec.paper, renamed=spec.names)

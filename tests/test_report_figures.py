@@ -1,0 +1,198 @@
+"""The report's figures: what is drawn is what the table says, in marks that differ without colour, nothing on top."""
+
+import itertools
+
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from PIL import Image
+
+from ba_lora.io import write_jsonl_atomic
+from ba_lora.tables import Row
+from eval.report import figures
+from eval.report.figures import draw, pareto_front
+from eval.report.spec import Column, Figure
+from eval.report.table import build_table
+from tests.report_world import SEEDS, World
+
+LONG = {"lora": "LoRA, a rather long name", "pissa": "PiSSA, a rather long name", "dora": "DoRA, another long one"}
+
+
+@pytest.fixture
+def known(tmp_path) -> World:
+    world = World(tmp_path)
+    world.fill()
+    return world
+
+
+@pytest.fixture
+def canvases(monkeypatch) -> list:
+    """Every canvas that is drawn, kept for looking at its axes."""
+    kept = []
+    save = figures._files
+
+    def keep(canvas, title, caption):
+        kept.append(canvas)
+        return save(canvas, title, caption)
+
+    monkeypatch.setattr(figures, "_files", keep)
+    return kept
+
+
+def drawn(world, figure, **changes):
+    spec = world.spec(figures=(figure,), **changes)
+    sources = world.sources(spec)
+    [(one, files)] = draw(build_table(spec, sources), sources)
+    return one, files
+
+
+def overlapping(canvas) -> list[tuple[str, str]]:
+    """Return the pairs of texts of a figure (legend, axis labels, tick labels, titles) that lie on each other."""
+    renderer = FigureCanvasAgg(canvas).get_renderer()
+    canvas.draw(renderer)
+    texts = [*canvas.legends[0].get_texts(), canvas.legends[0].get_title(), canvas._supxlabel]
+    for axis in canvas.axes:
+        texts += [axis.title, axis.xaxis.label, axis.yaxis.label]
+        for ticks in (axis.xaxis, axis.yaxis):
+            low, high = sorted(ticks.get_view_interval())
+            texts += [tick.label1 for tick in ticks.get_major_ticks() if low <= tick.get_loc() <= high]
+    boxes = [(text, text.get_window_extent(renderer).padded(-1)) for text in texts if text.get_text()]
+    assert all(box.x0 > -1 and box.x1 < canvas.bbox.width + 1 for _, box in boxes)  # nothing is cut off
+    return [
+        (one.get_text(), other.get_text())
+        for (one, first), (other, second) in itertools.combinations(boxes, 2)
+        if first.overlaps(second) and not (one.get_rotation() == other.get_rotation() == 30)  # slanted ones lie apart
+    ]
+
+
+def test_bars_are_means_deviations_and_the_papers_marks(known, canvases):
+    one, files = drawn(known, Figure("a", "bars", ("gsm8k",), caption="Ten items."))
+    assert one.missing is None
+    assert one.caption == (
+        "Ten items. n = 2 to 3 seeds. Error bars: standard deviation over seeds. Hollow: the paper (paper, table 1)."
+    )
+    [axis] = canvases[0].axes
+    assert [bar.get_height() for bar in axis.patches] == pytest.approx([70, 100 / 3, 200 / 3, 200 / 3])
+    assert len({bar.get_hatch() for bar in axis.patches}) == 4
+    segments = [bars.get_segments()[0] for bars in axis.collections]
+    assert [high - low for (_, low), (_, high) in segments] == pytest.approx(
+        [0, 2 * 5.7735027, 2 * 5.7735027, 2 * 5.7735027]
+    )
+    marks = [line for line in axis.lines if line.get_marker() == "D"]
+    assert [mark.get_ydata()[0] for mark in marks] == [34.33, 66.17]
+    assert {mark.get_markerfacecolor() for mark in marks} == {"none"}
+    assert axis.get_ylim()[0] == 0  # a bar's length is its value
+
+
+def test_png_and_pdf_are_whole_and_repeatable(known, tmp_path):
+    _, files = drawn(known, Figure("a", "bars", ("gsm8k", "hours")))
+    (tmp_path / "a.png").write_bytes(files["png"])
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.width > 800 and len(set(image.convert("L").getdata())) > 10
+    assert files["pdf"].startswith(b"%PDF") and b"/Type3" not in files["pdf"] and b"/FontFile2" in files["pdf"]
+    assert drawn(known, Figure("a", "bars", ("gsm8k", "hours")))[1] == files
+
+
+def test_lines_over_the_setting_with_a_level_for_what_has_none(known, canvases):
+    rows = [Row("tiny", method, f"rank={rank}") for method in ("lora", "ba_lora") for rank in (1, 2, 16)]
+    rows.append(Row("tiny", "full_ft"))
+    for row in rows[:-1]:
+        for seed in SEEDS:
+            known.add(row.method, seed, setting=row.setting)
+    column = Column("gsm8k", "GSM8K", task="gsm8k", metric="strict", paper=("gsm8k", "accuracy"))
+    runs = {(row, "gsm8k"): tuple(known.run(row.method, seed, setting=row.setting) for seed in SEEDS) for row in rows}
+    one, _ = drawn(
+        known, Figure("a", "lines", ("gsm8k",), x="rank", log_x=True), rows=tuple(rows), columns=(column,), runs=runs
+    )
+    assert one.missing is None
+    [axis] = canvases[0].axes
+    assert axis.get_xscale() == "log" and list(axis.get_xticks()) == [1, 2, 16]
+    curves = [line for line in axis.lines if len(line.get_xdata()) == 3 and line.get_linestyle() != "None"]  # no caps
+    assert [list(line.get_xdata()) for line in curves] == [[1, 2, 16]] * 2
+    assert [line.get_ydata()[0] for line in curves] == pytest.approx([100 / 3, 200 / 3])
+    assert len({line.get_marker() for line in curves}) == len({line.get_linestyle() for line in curves}) == 2
+    assert any(list(line.get_ydata()) == [70, 70] for line in axis.lines)  # full fine-tuning
+    assert not overlapping(canvases[0])
+
+
+def test_a_logarithmic_axis_has_room_for_zero(known, canvases):
+    rows = [Row("tiny", "ba_lora", f"lambda_svd={value}") for value in ("0", "1e-4", "1e-2")]
+    for row in rows:
+        known.add(row.method, 1, setting=row.setting)
+    columns = (Column("gsm8k", "GSM8K", task="gsm8k", metric="strict"),)
+    runs = {(row, "gsm8k"): (known.run(row.method, 1, setting=row.setting),) for row in rows}
+    figure = Figure("a", "lines", ("gsm8k",), x="lambda_svd", log_x=True)
+    one, _ = drawn(known, figure, rows=tuple(rows), columns=columns, runs=runs)
+    assert one.caption == "n = 1 seed."  # and no word of error bars
+    [axis] = canvases[0].axes
+    assert list(axis.get_xticks()) == [0, 1e-4, 1e-2]
+    shown = axis.transData.transform([(tick, 0) for tick in axis.get_xticks()])[:, 0]
+    assert (shown[1:] - shown[:-1] > 20).all()
+
+
+def test_scatter_joins_the_pareto_front(known, canvases):
+    one, _ = drawn(known, Figure("a", "scatter", ("gsm8k",), x="hours", methods=("lora", "pissa", "full_ft")))
+    assert one.missing is None
+    [axis] = canvases[0].axes
+    [front] = [line for line in axis.lines if line.get_linestyle() == "--"]
+    assert list(front.get_xdata()) == [2.0, 3.0]  # full FT and PiSSA cost the same; full FT is better
+    assert list(front.get_ydata()) == pytest.approx([100 / 3, 70])
+
+
+@pytest.mark.parametrize(
+    ("points", "better", "front"),
+    [
+        ([(1, 1), (2, 2), (3, 1), (2, 1)], ("lower", "higher"), [(1, 1), (2, 2)]),
+        ([(1, 1), (2, 2), (3, 1), (3, 2)], ("higher", "higher"), [(3, 2)]),
+        ([(1, 1), (2, 0.5), (3, 2)], ("lower", "lower"), [(1, 1), (2, 0.5)]),
+        ([(1, 1), (1, 1)], ("lower", "higher"), [(1, 1), (1, 1)]),
+        ([], ("lower", "higher"), []),
+    ],
+)
+def test_pareto_front(points, better, front):
+    assert pareto_front(points, better=better) == front
+
+
+def test_training_curves_are_means_over_seeds_at_common_steps(known, canvases):
+    for seed, offset in zip(SEEDS, (0.0, 1.0, 2.0), strict=True):
+        steps = [{"step": step, "loss": step + offset, "svd": -1.0} for step in (10, 20, 30)]
+        last = [{"step": 40, "loss": 0.0}] if seed == 1 else []  # a step that the others did not log
+        write_jsonl_atomic(known.run("lora", seed).run_path / "log.jsonl", [*steps, *last, {"step": 40, "runtime": 1}])
+    one, _ = drawn(known, Figure("a", "training", terms=("loss", "svd"), methods=("lora", "pissa")))
+    assert one.caption.startswith("n = 3 seeds. Lines: mean over seeds")
+    loss, svd = canvases[0].axes
+    assert list(loss.lines[0].get_xdata()) == [10, 20, 30] and list(loss.lines[0].get_ydata()) == [11, 21, 31]
+    band = loss.collections[0].get_paths()[0].get_extents()
+    assert (band.y0, band.y1) == (10, 32)  # one deviation of 0, 1, 2 on either side
+    assert len(svd.lines) == 1 and svd.get_ylabel() == "svd"
+
+
+def test_what_cannot_be_drawn_says_why(tmp_path, known):
+    one, files = drawn(known, Figure("a", "training", terms=("loss",)))
+    assert (one.missing, files) == ("no run's log.jsonl is at hand", {})
+    one, files = drawn(known, Figure("a", "bars", ("gsm8k",), methods=("loha",)))
+    assert (one.missing, files) == ("no row has a value yet", {})
+
+
+@pytest.mark.parametrize(
+    "figure",
+    [
+        Figure("a", "bars", ("gsm8k", "average", "hours")),
+        Figure("a", "bars", ("gsm8k", "hours"), x="method"),
+        Figure("a", "scatter", ("gsm8k", "average"), x="hours", title="A title that is long enough to be broken " * 3),
+    ],
+)
+def test_no_text_lies_on_another(known, canvases, figure):
+    for base in ("llama-2-7b", "mistral-7b"):
+        for method in LONG:
+            for seed in SEEDS:
+                known.add(method, seed, base=base)
+    rows = [Row(base, method) for base in ("llama-2-7b", "mistral-7b") for method in LONG]
+    columns = known.spec().columns
+    runs = {
+        (row, column.name): tuple(known.run(row.method, seed, base=row.base) for seed in SEEDS)
+        for row in rows
+        for column in columns
+        if column.metric
+    }
+    one, _ = drawn(known, figure, rows=tuple(rows), runs=runs, labels=LONG)
+    assert one.missing is None and overlapping(canvases[0]) == []
