@@ -8,7 +8,8 @@
 A completions line needs task_id and completion; `sample` tells several completions of a task apart (default 0) and
 `finish_reason` is counted. Beside the completions a `<name>.meta.json` may say what made them; its `data` is the data
 file where --data is not given. The last line on stdout is the result (see `score_file`); the grades of each completion
-are written beside it, one JSON object a line: task_id, sample, metrics, extracted, gold, invalid.
+are written beside it, one JSON object a line: task_id, sample, metrics, extracted, gold, invalid, and the item's groups
+(its family, its subject) where the task has some.
 
 Keys: allow_partial=true scores what is there although tasks or samples are missing; workers=N and timeout_s=SECONDS
 set the processes and the limit per completion of graders that compute. Tasks have choices of their own: humaneval and
@@ -362,6 +363,7 @@ def score_file(
             "gold": item.gold,
             "invalid": grade.invalid,
             **({"timeout": True} if grade.timeout else {}),
+            **_groups(task, item),
         }
         for (item, samples), item_grades in zip(matched, per_item, strict=True)
         for completion, grade in zip(samples, item_grades, strict=True)
@@ -370,6 +372,12 @@ def score_file(
     write_jsonl_atomic(grades_path, rows)
     write_json_atomic(score_path, score)
     return score
+
+
+def _groups(task: Task, item: Item) -> dict[str, dict[str, str]]:
+    """Return {"groups": key → the item's value} as `Task.aggregate` groups it; {} for an item of no group."""
+    groups = {key: str(item.meta[key]) for key in task.groups if item.meta.get(key) is not None}
+    return {"groups": groups} if groups else {}
 
 
 def choose(task: Task, meta: Mapping, options: Options) -> Task:

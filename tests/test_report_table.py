@@ -14,7 +14,7 @@ from ba_lora.tables import Row
 from eval.report.render import escape_latex, letter, number, signed, to_csv, to_json, to_latex, to_markdown
 from eval.report.settings import SETTINGS
 from eval.report.sources import read_paper
-from eval.report.spec import Column, metric_value, parse_report, setting_value
+from eval.report.spec import Column, Items, metric_value, parse_report, setting_value
 from eval.report.table import build_table
 from tests.report_world import SEEDS, World
 
@@ -239,8 +239,52 @@ def test_several_samples_of_an_item_are_averaged(known):
     twice = [{**row, "sample": sample, "metrics": {"strict": float(sample)}} for row in rows for sample in (0, 1)]
     write_jsonl_atomic(run.run_path / "grades" / "gsm8k.jsonl", twice)
     spec = known.spec()
-    grades = known.sources(spec).grades(run, task="gsm8k", metric="strict")
+    grades = known.sources(spec).grades(run, Items("gsm8k", "strict"))
     assert grades == {f"gsm8k/{item}": 0.5 for item in range(10)}
+
+
+def test_a_group_of_items_is_tested_by_its_own_grades(known):
+    """Items 0 to 3 are "rare": there lora has 1, 1, 2 right in its three seeds and ba_lora the other ones."""
+    for method in ("lora", "ba_lora"):
+        for seed in SEEDS:
+            run = known.run(method, seed)
+            path = run.run_path / "grades" / "gsm8k.jsonl"
+            rows = [json.loads(line) for line in path.read_text().splitlines()]
+            for number_, row in enumerate(rows):
+                row["groups"] = {"family": "age" if number_ < 2 else "rate" if number_ < 4 else "add"}
+            write_jsonl_atomic(path, rows)
+            grades = [row["metrics"]["strict"] for row in rows]
+            families = {
+                name: {"n": 2, "metrics": {"strict": sum(grades[start : start + 2]) / 2}}
+                for name, start in (("age", 0), ("rate", 2))
+            }
+            known.edit(run, **{"evaluation/gsm8k/groups": {"family": families}})
+    rows = (Row("tiny", "lora"), Row("tiny", "ba_lora"))
+    column = Column("rare", "rare", task="gsm8k", metric="groups.family.{age,rate}.metrics.strict")
+    runs = {(row, "rare"): tuple(known.run(row.method, seed) for seed in SEEDS) for row in rows}
+    table = build(known, rows=rows, columns=(column,), runs=runs)
+    assert table.cells[rows[0], "rare"].mean == pytest.approx(100 * (1 + 1 + 2) / 12)
+    [test] = table.comparisons
+    assert (test.untested, test.num_items, test.num_seeds) == (None, 4, 3)
+    assert (test.difference, test.low, test.high) == pytest.approx((100 / 3, 100 / 3, 100 / 3))
+    known.add("lora", 2, **{"evaluation/gsm8k/groups": {"family": families}})  # grades without groups
+    assert build(known, rows=rows, columns=(column,), runs=runs).comparisons[0].untested == "no grades at hand"
+
+
+@pytest.mark.parametrize(
+    ("task", "metric", "items"),
+    [
+        ("toy", "strict", Items("toy", "strict")),
+        ("toy", "groups.family.age.metrics.strict", Items("toy", "strict", "family", ("age",))),
+        ("toy", "groups.family.{age, rate}.metrics.pass@1", Items("toy", "pass@1", "family", ("age", "rate"))),
+        ("toy", "ratings.overall", None),
+        ("toy", "metrics.{f1,acc}", None),
+        (None, "training.seconds", None),
+        (None, "seconds", None),
+    ],
+)
+def test_which_items_a_column_is_the_mean_of(task, metric, items):
+    assert Column("x", "x", task=task, metric=metric).items == items
 
 
 def test_a_failed_run_never_counts_although_it_has_scores(known):

@@ -274,6 +274,8 @@ def test_data_of_the_repository_is_named_from_its_root(root: Path, tmp_path: Pat
     (tmp_path / "toy.meta.json").write_text(json.dumps({"data": source.name}), encoding="utf-8")
     score = score_file(get_task("toy"), completions)
     assert score["metrics"] == {"strict": 1.0, "flexible": 1.0} and score["groups"]["family"]
+    grades = [json.loads(line) for line in (tmp_path / "toy.grades.jsonl").read_text().splitlines()]
+    assert [grade["groups"] for grade in grades] == [{"family": item.meta["family"]} for item in items]
 
 
 def test_intervals_are_bootstrapped_over_items() -> None:

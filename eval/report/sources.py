@@ -11,7 +11,7 @@ from ba_lora.config import nearest
 from ba_lora.errors import UserError
 from ba_lora.io import read_json, read_jsonl
 from ba_lora.tables import PAPER_PATH, Row
-from eval.report.spec import Column, PlannedRun, row_name
+from eval.report.spec import Column, Items, PlannedRun, row_name
 
 STATUSES = ("ok", "failed", "cancelled", "oom")
 PAPER_COLUMNS = ("table", "model", "method", "setting", "task", "metric", "mean", "std", "source")
@@ -55,18 +55,27 @@ class Sources:
         """Return a run's result, None where there is none yet."""
         return self.results.get(run.run_id)
 
-    def grades(self, run: PlannedRun, *, task: str, metric: str) -> dict[str, float] | None:
-        """Return task_id → the mean of its samples' grades; None where the grades are not at hand or lack `metric`."""
-        path = run.run_path / "grades" / f"{task}.jsonl"
+    def grades(self, run: PlannedRun, items: Items) -> dict[str, float] | None:
+        """Return task_id → the mean of its samples' grades, of the items that are asked for.
+
+        None where the grades are not at hand, lack the metric, or do not tell the group of an item.
+        """
+        path = run.run_path / "grades" / f"{items.task}.jsonl"
         if not path.is_file():
             return None
         samples: dict[str, list[float]] = {}
         for row in read_jsonl(path):
-            value = (row.get("metrics") or {}).get(metric)
+            value = (row.get("metrics") or {}).get(items.metric)
+            if items.group is not None:
+                group = (row.get("groups") or {}).get(items.group)
+                if group is None:
+                    return None
+                if group not in items.members:
+                    continue
             if not isinstance(value, int | float):
                 return None
             samples.setdefault(str(row.get("task_id")), []).append(float(value))
-        return {task_id: sum(values) / len(values) for task_id, values in samples.items()}
+        return {task_id: sum(values) / len(values) for task_id, values in samples.items()} or None
 
     def log(self, run: PlannedRun) -> list[dict[str, Any]] | None:
         """Return the logged steps of a run's training, None where the log is not at hand."""

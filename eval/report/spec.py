@@ -47,6 +47,16 @@ class PlannedRun:
 
 
 @dataclass(frozen=True)
+class Items:
+    """The graded items whose mean a column shows: all of a task, or those whose `group` is one of `members`."""
+
+    task: str
+    metric: str
+    group: str | None = None
+    members: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Column:
     """A column: where its value stands in a result, and how it is shown.
 
@@ -66,6 +76,19 @@ class Column:
     decimals: int = 2
     better: str = "higher"
     paper: tuple[str, str] | None = None
+
+    @property
+    def items(self) -> Items | None:
+        """The items whose grades have the column's value as their mean; None where it is no mean over items."""
+        if self.task is None or self.metric is None:
+            return None
+        if re.fullmatch(r"[^.{}]+", self.metric):
+            return Items(self.task, self.metric)
+        found = re.fullmatch(r"groups\.([^.{}]+)\.(?:\{([^}]*)\}|([^.{}]+))\.metrics\.([^.{}]+)", self.metric)
+        if found is None:
+            return None
+        members = tuple(name.strip() for name in (found[2] or found[3]).split(","))
+        return Items(self.task, found[4], group=found[1], members=members)
 
     @property
     def is_cost(self) -> bool:

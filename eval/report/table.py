@@ -1,7 +1,6 @@
 """From results to a table's cells, marks, comparisons and footnotes."""
 
 import dataclasses
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from typing import Any
 from ba_lora.tables import Row
 from eval.report.settings import Used, differences
 from eval.report.sources import PaperRow, PaperValue, Sources
-from eval.report.spec import Column, PlannedRun, TableSpec, metric_value
+from eval.report.spec import Column, Items, PlannedRun, TableSpec, metric_value
 from eval.report.stats import Interval, first_and_second, holm, mean_std, paired_bootstrap
 
 CellKey = tuple[Row, str]  # the row and the column's name
@@ -251,13 +250,15 @@ def _test(
     spec: TableSpec, sources: Sources, column: Column, ours: tuple[Row, Cell], theirs: tuple[Row, Cell]
 ) -> tuple[int, Interval] | str:
     """Return (number of items, the paired bootstrap over them), or why there is none."""
-    if column.task is None or column.metric is None or re.search(r"[.{]", column.metric):
+    if column.items is None:
         return "no mean over items"
     if sorted(ours[1].seeds) != sorted(theirs[1].seeds):
         return "other seeds"
     means = []
     for row, cell in (ours, theirs):
-        grades = _item_means(spec, sources, column, row, cell)
+        values = dict(zip(cell.run_ids, cell.values, strict=True))
+        runs = {run: values[run.run_id] / column.scale for run in spec.planned(row, column) if run.run_id in values}
+        grades = _item_means(sources, column.items, runs)
         if isinstance(grades, str):
             return grades
         means.append(grades)
@@ -269,17 +270,16 @@ def _test(
     return len(first), paired_bootstrap([first[item] - second[item] for item in first])
 
 
-def _item_means(spec: TableSpec, sources: Sources, column: Column, row: Row, cell: Cell) -> dict[str, float] | str:
-    """Return item → its grade's mean over the seeds of a cell, or why there is none."""
-    runs = [run for run in spec.planned(row, column) if run.run_id in cell.run_ids]
+def _item_means(sources: Sources, items: Items, runs: Mapping[PlannedRun, float]) -> dict[str, float] | str:
+    """Return item → the mean over runs of its grade, or why there is none; runs: run → the score that it has."""
     totals: dict[str, float] = {}
-    for run, value in zip(runs, cell.values, strict=True):
-        grades = sources.grades(run, task=column.task or "", metric=column.metric or "")
+    for run, score in runs.items():
+        grades = sources.grades(run, items)
         if grades is None:
             return "no grades at hand"
         if totals and grades.keys() != totals.keys():
             return "other items"
-        if abs(sum(grades.values()) / len(grades) * column.scale - value) > ROUNDING * abs(column.scale):
+        if abs(sum(grades.values()) / len(grades) - score) > ROUNDING:
             return "grades are not those of the score"
         for item, grade in grades.items():
             totals[item] = totals.get(item, 0.0) + grade / len(runs)
