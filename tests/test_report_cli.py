@@ -82,13 +82,17 @@ def test_every_file_is_written_and_the_same_results_give_the_same_bytes(table_pa
     assert "note: figure loss is not drawn: no run's log.jsonl is at hand" in printed.err
     assert "not drawn, no run's log.jsonl is at hand." in printed.out
     assert len(json.loads(files["table.json"])["runs"]) == 4
+    assert report(table_path, "seeds=[2]") == 0
+    assert "52.00 (1)" in capsys.readouterr().out
     report(table_path)
     assert all((folder / name).read_bytes() == content for name, content in files.items())
 
 
 def test_a_table_without_results_names_the_command(table_path, report, tmp_path):
-    with pytest.raises(UserError, match=f"no result yet: make them with: sh scripts/reproduce.sh {table_path} seed=3"):
-        report(table_path, "seed=3")
+    with pytest.raises(
+        UserError, match=f"no result yet: make them with: sh scripts/reproduce.sh {table_path} data.num_rows=3 seeds=7"
+    ):
+        report(table_path, "data.num_rows=3", "seeds=7")
     assert not (tmp_path / "report").exists()
 
 
@@ -111,6 +115,7 @@ def test_refused_settings_leave_nothing_half_written(table_path, report, tmp_pat
         (["tyo"], "no such table: tyo .nearest: toy"),
         (["toy", "allow=engin"], "allow=engin is no setting.*nearest: engine"),
         (["toy", "fast"], "cannot read 'fast': give key=value"),
+        (["toy", "seeds=[1,b]"], "seeds=.1,b.: whole numbers are needed"),
     ],
 )
 def test_words_that_are_wrong(report, words, message):

@@ -3,9 +3,12 @@
 import itertools
 
 import pytest
+import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
+from safetensors.torch import save_file
 
+from ba_lora.errors import UserError
 from ba_lora.io import write_jsonl_atomic
 from ba_lora.tables import Row
 from eval.report import figures
@@ -28,13 +31,13 @@ def known(tmp_path) -> World:
 def canvases(monkeypatch) -> list:
     """Every canvas that is drawn, kept for looking at its axes."""
     kept = []
-    save = figures._files
+    save = figures.save
 
     def keep(canvas, title, caption):
         kept.append(canvas)
         return save(canvas, title, caption)
 
-    monkeypatch.setattr(figures, "_files", keep)
+    monkeypatch.setattr(figures, "save", keep)
     return kept
 
 
@@ -166,9 +169,28 @@ def test_training_curves_are_means_over_seeds_at_common_steps(known, canvases):
     assert len(svd.lines) == 1 and svd.get_ylabel() == "svd"
 
 
+def test_features_are_rows_of_the_first_seed_that_has_some(known, canvases):
+    labels = torch.arange(12) % 2
+    for method, seed in (("lora", 2), ("lora", 3), ("ba_lora", 1)):
+        folder = known.run(method, seed).run_path / "features"
+        folder.mkdir(parents=True)
+        for step in (0, 10):
+            points = torch.randn(12, 4, generator=torch.Generator().manual_seed(step)) + 5.0 * labels[:, None]
+            save_file({"features": points, "labels": labels}, folder / f"step-{step}.safetensors")
+    one, files = drawn(known, Figure("a", "features", title="Features"))
+    assert one.caption.startswith("One run each, seed 2, 1. t-SNE") and files["png"] and files["pdf"]
+    assert [axis.get_ylabel() for axis in canvases[0].axes] == ["tiny, lora", "", "tiny, BA-LoRA", ""]
+    assert [axis.get_title() for axis in canvases[0].axes] == ["step 0", "step 10", "", ""]
+    assert not overlapping(canvases[0])
+    (known.run("lora", 2).run_path / "features" / "step-0.safetensors").write_bytes(b"half")
+    with pytest.raises(UserError, match="step-0.safetensors is no readable safetensors file"):
+        drawn(known, Figure("a", "features"))
+
+
 def test_what_cannot_be_drawn_says_why(tmp_path, known):
     one, files = drawn(known, Figure("a", "training", terms=("loss",)))
     assert (one.missing, files) == ("no run's log.jsonl is at hand", {})
+    assert drawn(known, Figure("a", "features"))[0].missing == "no run's features are at hand"
     one, files = drawn(known, Figure("a", "bars", ("gsm8k",), methods=("loha",)))
     assert (one.missing, files) == ("no row has a value yet", {})
 

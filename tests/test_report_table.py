@@ -11,8 +11,9 @@ import pytest
 from ba_lora.errors import UserError
 from ba_lora.io import write_jsonl_atomic
 from ba_lora.tables import Row
-from eval.report.render import escape_latex, letter, number, signed, to_csv, to_json, to_latex, to_markdown
+from eval.report.render import escape_latex, to_csv, to_json, to_latex, to_markdown
 from eval.report.settings import SETTINGS
+from eval.report.sheets import letter, number, signed
 from eval.report.sources import read_paper
 from eval.report.spec import Column, Items, metric_value, parse_report, setting_value
 from eval.report.table import build_table

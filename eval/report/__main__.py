@@ -1,9 +1,9 @@
 """Results to tables and figures.
 
-    python -m eval.report TABLE [allow=NAME,…] [output=DIR] [key=value …]
+    python -m eval.report TABLE [allow=NAME,…] [output=DIR] [seeds=[1,2]] [key=value …]
 
-TABLE is a file of configs/tables, by its name or path. `key=value` are those that its runs were made with (sh
-scripts/reproduce.sh TABLE key=value …), since they are part of what a run is called. Written to results/TABLE
+TABLE is a file of configs/tables, by its name or path. `seeds` and `key=value` are those that its runs were made with
+(sh scripts/reproduce.sh TABLE key=value …), since they are part of what a run is called. Written to results/TABLE
 (or `output`): table.md, table.tex, table.csv, table.json and figures/<name>.png and .pdf. Read are the runs' results,
 grades and logs, the table's config and results/paper_reported; no model, no GPU.
 
@@ -19,8 +19,9 @@ from ba_lora.errors import UserError, run_entry_point
 from ba_lora.io import write_bytes_atomic, write_json_atomic, write_text_atomic
 from ba_lora.tables import find_table, load_table
 from eval.report.figures import draw
-from eval.report.render import Drawn, to_csv, to_json, to_latex, to_markdown
+from eval.report.render import to_csv, to_json, to_latex, to_markdown
 from eval.report.settings import check_allowed
+from eval.report.sheets import Drawn
 from eval.report.sources import Sources, read_paper, read_results
 from eval.report.spec import TableSpec, table_spec
 from eval.report.table import ReportTable, build_table
@@ -41,14 +42,16 @@ def main() -> int:
         key, equals, value = word.partition("=")
         if not equals:
             raise UserError(f"cannot read {word!r}: give key=value, such as allow=engine")
-        if key in ("allow", "output"):
+        if key in ("allow", "output", "seeds"):
             own[key] = value
         else:
             overrides.append(word)
     allow = tuple(own["allow"].split(",")) if own.get("allow") else ()
     check_allowed(allow)
-    spec = table_spec(load_table(find_table(options.table), overrides=overrides))
-    sources = read_sources(spec, command=" ".join(["sh scripts/reproduce.sh", options.table, *overrides]))
+    seeds = _seeds(own["seeds"]) if "seeds" in own else None
+    spec = table_spec(load_table(find_table(options.table), overrides=overrides, seeds=seeds))
+    made_with = [*overrides, *([f"seeds={own['seeds']}"] if seeds else [])]
+    sources = read_sources(spec, command=" ".join(["sh scripts/reproduce.sh", options.table, *made_with]))
     table = build_table(spec, sources, allow=allow)
     folder = Path(own["output"]) if own.get("output") else RESULTS_PATH / spec.name
     figures = write_report(table, sources, folder)
@@ -58,6 +61,13 @@ def main() -> int:
     print((folder / "table.md").read_text(encoding="utf-8"))
     print(f"report: {folder}")
     return 0
+
+
+def _seeds(text: str) -> tuple[int, ...]:
+    words = text.strip("[]").split(",")
+    if not all(word.strip().isdecimal() for word in words):
+        raise UserError(f"seeds={text}: whole numbers are needed, such as seeds=[1,2]")
+    return tuple(int(word) for word in words)
 
 
 def read_sources(spec: TableSpec, *, command: str) -> Sources:

@@ -4,67 +4,37 @@ They read in grey: each row has a marker, a hatch and a line style beside its co
 bars and bands are the standard deviation (n − 1) over seeds, hollow marks the paper's values. Every caption tells n.
 """
 
-import io
-import textwrap
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
-from matplotlib.patheffects import withStroke
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from ba_lora.tables import Row
-from eval.report.render import ARROWS, Drawn
+from eval.report import features
+from eval.report.sheets import Drawn
 from eval.report.sources import Sources
-from eval.report.spec import Column, Figure, TableSpec, setting_value
+from eval.report.spec import Figure, TableSpec, setting_value
+from eval.report.style import (
+    HALO,
+    HOLLOW,
+    PANEL_WIDTH,
+    RC,
+    Style,
+    add_legend,
+    axis_label,
+    line_handle,
+    log_x,
+    panel_grid,
+    patch_handle,
+    save,
+    style_of,
+    y_axis,
+)
 from eval.report.table import Cell, ReportTable
-
-RC = {
-    "font.size": 8,
-    "axes.titlesize": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "0.9",
-    "grid.linewidth": 0.6,
-    "legend.frameon": False,
-    "hatch.linewidth": 0.6,
-    "lines.linewidth": 1.4,
-    "lines.markersize": 5,
-    "pdf.fonttype": 42,  # letters stay letters: searchable, editable
-    "ps.fonttype": 42,
-}
-PANEL_WIDTH, PANEL_HEIGHT, DPI = 3.2, 2.5, 200  # inches, dots an inch
-PAPER_LABEL = "paper"
-
-
-@dataclass(frozen=True)
-class Style:
-    """How a row is drawn."""
-
-    colour: str
-    marker: str
-    hatch: str
-    line: Any
-
-
-# Colours of Okabe and Ito, which colour-blind readers tell apart; lists of unequal lengths, so that no two rows of a
-# table share all four.
-_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#999999", "#444444")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "h", "p", "*", "d", "8")
-_HATCHES = ("", "///", "...", "xxx", "\\\\\\", "|||", "---", "+++", "ooo", "**")
-_LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1)), (0, (3, 1, 1, 1, 1, 1)), (0, (8, 2)))
-
-
-_HOLLOW = {"mfc": "none", "mec": "black", "ms": 3.2, "mew": 0.8, "zorder": 4}
-_HALO = [withStroke(linewidth=2, foreground="white")]  # keeps a hollow mark visible on a dark bar
 
 
 class NothingToDraw(Exception):
@@ -79,25 +49,11 @@ def draw(table: ReportTable, sources: Sources) -> Iterator[tuple[Drawn, dict[str
             with matplotlib.rc_context(RC):
                 canvas, caption = _KINDS[figure.kind](table, figure, sources)
                 caption = " ".join(part for part in (figure.caption, caption) if part)
-                files = _files(canvas, title, caption)
+                files = save(canvas, title, caption)
         except NothingToDraw as reason:
             yield Drawn(figure.name, title, "", missing=str(reason)), {}
             continue
         yield Drawn(figure.name, title, caption), files
-
-
-def _files(canvas: Canvas, title: str, caption: str) -> dict[str, bytes]:
-    """Put the title over the legend and the caption below; save without dates: the same results, the same bytes."""
-    width, _ = canvas.get_size_inches()
-    canvas.legends[0].set_title("\n".join(textwrap.wrap(title, int(width * 13))), prop={"size": 10})
-    wrapped = "\n".join(textwrap.wrap(caption, int(width * 19)))
-    canvas.supxlabel(wrapped, x=0.01, ha="left", fontsize=7, color="0.25")
-    saved = {}
-    for kind, metadata in (("png", {"Software": None}), ("pdf", {"CreationDate": None})):
-        buffer = io.BytesIO()
-        canvas.savefig(buffer, format=kind, dpi=DPI, metadata=metadata, bbox_inches="tight")
-        saved[kind] = buffer.getvalue()
-    return saved
 
 
 def _bars(table: ReportTable, figure: Figure, sources: Sources) -> tuple[Canvas, str]:
@@ -112,19 +68,18 @@ def _bars(table: ReportTable, figure: Figure, sources: Sources) -> tuple[Canvas,
     columns = [spec.column(name) for name in figure.columns]
     width = max(PANEL_WIDTH, 0.17 * len(groups) * (len(series) + 1.2))
     across = max(1, min(len(columns), int(2.2 * PANEL_WIDTH / width)))
-    down = -(-len(columns) // across)
-    canvas = Canvas(figsize=(width * across, PANEL_HEIGHT * down + 0.7), layout="constrained")
+    canvas, axes = panel_grid(len(columns), across=across, panel_width=width)
     step = 0.8 / len(series)
-    for axis, column in zip(_panels(canvas.subplots(down, across, squeeze=False), len(columns)), columns, strict=True):
+    for axis, column in zip(axes, columns, strict=True):
         for row, (group, one) in places.items():
-            cell, style = table.cell(row, column), _style(series.index(one))
+            cell, style = table.cell(row, column), style_of(series.index(one))
             x = groups.index(group) + (series.index(one) - (len(series) - 1) / 2) * step
             if cell.mean is not None:
                 axis.bar(x, cell.mean, step * 0.92, color=style.colour, hatch=style.hatch, edgecolor="black", lw=0.6)
                 aside = 0.2 * step if cell.paper is not None else 0.0  # so that the two do not hide each other
                 axis.errorbar(x + aside, cell.mean, cell.std, color="black", capsize=2, lw=0.9)
             if cell.paper is not None and not cell.paper.is_bound:
-                axis.plot(x - 0.2 * step, cell.paper.mean, "D", path_effects=_HALO, **_HOLLOW)
+                axis.plot(x - 0.2 * step, cell.paper.mean, "D", path_effects=HALO, **HOLLOW)
         axis.set_xticks(range(len(groups)), [_written(spec, group) for group in groups])
         if max(len(_written(spec, group)) for group in groups) * len(groups) > 18 * width:
             axis.tick_params(axis="x", rotation=30)
@@ -132,9 +87,9 @@ def _bars(table: ReportTable, figure: Figure, sources: Sources) -> tuple[Canvas,
                 text.set(ha="right", rotation_mode="anchor")
         axis.grid(axis="x", visible=False)
         axis.set_ylim(bottom=min(0.0, axis.get_ylim()[0]))
-        _y_axis(axis, column)
-    handles = [_patch(_style(position), _written(spec, one)) for position, one in enumerate(series)]
-    _legend(canvas, [*handles, *_paper_handle(table, figure, marker="D")])
+        y_axis(axis, column)
+    handles = [patch_handle(style_of(position), _written(spec, one)) for position, one in enumerate(series)]
+    add_legend(canvas, [*handles, *_paper_handle(table, figure, marker="D")])
     return canvas, _caption(table, figure)
 
 
@@ -145,11 +100,11 @@ def _lines(table: ReportTable, figure: Figure, sources: Sources) -> tuple[Canvas
     bases = list(dict.fromkeys(row.base for row in rows))
     methods = list(dict.fromkeys(row.method for row in rows))
     panels = [(base, spec.column(name)) for name in figure.columns for base in bases]
-    canvas, axes = _grid(len(panels), across=len(bases) if len(bases) > 1 else len(figure.columns))
+    canvas, axes = panel_grid(len(panels), across=len(bases) if len(bases) > 1 else len(figure.columns))
     for axis, (base, column) in zip(axes, panels, strict=True):
         ticks: set[float] = set()
         for position, method in enumerate(methods):
-            style = _style(position)
+            style = style_of(position)
             mine = {
                 row: setting_value(row.setting, figure.x) for row in rows if (row.base, row.method) == (base, method)
             }
@@ -175,12 +130,12 @@ def _lines(table: ReportTable, figure: Figure, sources: Sources) -> tuple[Canvas
                 if x is None:
                     _level(axis, table.cell(row, column), style)
         if figure.log_x and ticks:
-            _log_x(axis, sorted(ticks))
+            log_x(axis, sorted(ticks))
         axis.set_title(spec.label(base))
         axis.set_xlabel(spec.label(figure.x))
-        _y_axis(axis, column)
-    handles = [_line(_style(position), spec.label(method)) for position, method in enumerate(methods)]
-    _legend(canvas, [*handles, *_paper_handle(table, figure)])
+        y_axis(axis, column)
+    handles = [line_handle(style_of(position), spec.label(method)) for position, method in enumerate(methods)]
+    add_legend(canvas, [*handles, *_paper_handle(table, figure)])
     return canvas, _caption(table, figure)
 
 
@@ -192,13 +147,13 @@ def _scatter(table: ReportTable, figure: Figure, sources: Sources) -> tuple[Canv
     series = list(dict.fromkeys(_series(spec, row) for row in rows))
     cost = spec.column(figure.x)
     panels = [(block, spec.column(name)) for name in figure.columns for block in blocks]
-    canvas, axes = _grid(len(panels), across=len(blocks) if len(blocks) > 1 else len(figure.columns))
+    canvas, axes = panel_grid(len(panels), across=len(blocks) if len(blocks) > 1 else len(figure.columns))
     for axis, (block, column) in zip(axes, panels, strict=True):
         points = []
         for row in rows:
             if _block(spec, row) != block:
                 continue
-            x, y, style = table.cell(row, cost), table.cell(row, column), _style(series.index(_series(spec, row)))
+            x, y, style = table.cell(row, cost), table.cell(row, column), style_of(series.index(_series(spec, row)))
             look = {"color": style.colour, "marker": style.marker, "ls": ""}
             if x.mean is not None and y.mean is not None:
                 axis.errorbar(x.mean, y.mean, y.std, x.std, mec="black", mew=0.5, capsize=2, lw=0.8, **look)
@@ -210,11 +165,11 @@ def _scatter(table: ReportTable, figure: Figure, sources: Sources) -> tuple[Canv
             axis.plot(*zip(*front, strict=True), color="0.4", lw=0.9, ls="--", zorder=1)
         axis.margins(0.12)
         axis.set_title(_written(spec, block))
-        axis.set_xlabel(_axis_label(cost))
-        _y_axis(axis, column)
-    handles = [_line(_style(position), _written(spec, one), line="") for position, one in enumerate(series)]
+        axis.set_xlabel(axis_label(cost))
+        y_axis(axis, column)
+    handles = [line_handle(style_of(position), _written(spec, one), line="") for position, one in enumerate(series)]
     front_handle = Line2D([], [], color="0.4", lw=0.9, ls="--", label="Pareto front")
-    _legend(canvas, [*handles, front_handle, *_paper_handle(table, figure)])
+    add_legend(canvas, [*handles, front_handle, *_paper_handle(table, figure)])
     return canvas, _caption(table, figure)
 
 
@@ -228,7 +183,7 @@ def _training(table: ReportTable, figure: Figure, sources: Sources) -> tuple[Can
     blocks = list(dict.fromkeys(_block(spec, row) for row in rows))
     series = list(dict.fromkeys(_series(spec, row) for row in rows))
     panels = [(block, term) for term in figure.terms for block in blocks]
-    canvas, axes = _grid(len(panels), across=len(blocks) if len(blocks) > 1 else len(figure.terms))
+    canvas, axes = panel_grid(len(panels), across=len(blocks) if len(blocks) > 1 else len(figure.terms))
     counts = []
     for axis, (block, term) in zip(axes, panels, strict=True):
         for row in rows:
@@ -236,7 +191,7 @@ def _training(table: ReportTable, figure: Figure, sources: Sources) -> tuple[Can
             curves = [curve for curve in curves if curve]
             if _block(spec, row) != block or not curves:
                 continue
-            style = _style(series.index(_series(spec, row)))
+            style = style_of(series.index(_series(spec, row)))
             counts.append(len(curves))
             steps = sorted(set.intersection(*(set(curve) for curve in curves)))
             values = np.array([[curve[step] for step in steps] for curve in curves])  # (seeds, steps)
@@ -248,8 +203,30 @@ def _training(table: ReportTable, figure: Figure, sources: Sources) -> tuple[Can
         axis.set_title(_written(spec, block))
         axis.set_xlabel("step")
         axis.set_ylabel(term.replace("_", " "))
-    _legend(canvas, [_line(_style(position), _written(spec, one)) for position, one in enumerate(series)])
+    add_legend(canvas, [line_handle(style_of(position), _written(spec, one)) for position, one in enumerate(series)])
     return canvas, f"{_count(counts)} Lines: mean over seeds of what training logged; bands: standard deviation."
+
+
+def _features(table: ReportTable, figure: Figure, sources: Sources) -> tuple[Canvas, str]:
+    """A row of t-SNE panels over steps for each row of the table, of its first seed that has features at hand."""
+    spec = table.spec
+    runs, seeds = [], []
+    for row in _rows(table, figure):
+        found = [run for run in spec.row_runs(row) if (run.run_path / "features").is_dir()]
+        if found:
+            seeds.append(found[0].seed)
+            [run] = features.read_runs([found[0].run_path])
+            runs.append(
+                dataclasses.replace(run, name=_written(spec, [word for word in dataclasses.astuple(row) if word]))
+            )
+    if not runs:
+        raise NothingToDraw("no run's features are at hand")
+    canvas = features.draw(runs, features.measure(runs))
+    named = ", ".join(str(seed) for seed in dict.fromkeys(seeds))
+    return canvas, (
+        f"One run each, seed {named}. t-SNE of pooled features, each panel by itself: axes and distances between "
+        "panels mean nothing. Silhouette and effective rank are of the features."
+    )
 
 
 _KINDS: dict[str, Callable[[ReportTable, Figure, Sources], tuple[Canvas, str]]] = {
@@ -257,6 +234,7 @@ _KINDS: dict[str, Callable[[ReportTable, Figure, Sources], tuple[Canvas, str]]] 
     "lines": _lines,
     "scatter": _scatter,
     "training": _training,
+    "features": _features,
 }
 
 
@@ -304,27 +282,6 @@ def _series(spec: TableSpec, row: Row) -> tuple[str, ...]:
     return (row.method, *setting)
 
 
-def _style(position: int) -> Style:
-    """Return the style of the n-th row of a figure."""
-    lists = (_COLOURS, _MARKERS, _HATCHES, _LINES)
-    return Style(*(choices[position % len(choices)] for choices in lists))
-
-
-def _grid(count: int, *, across: int) -> tuple[Canvas, list[Axes]]:
-    across = min(across, 4)
-    down = -(-count // across)
-    canvas = Canvas(figsize=(max(PANEL_WIDTH * across, 4.2), PANEL_HEIGHT * down + 0.7), layout="constrained")
-    return canvas, _panels(canvas.subplots(down, across, squeeze=False), count)
-
-
-def _panels(axes: Any, count: int) -> list[Axes]:
-    """Return the first `count` axes; the rest are taken off."""
-    flat = list(axes.flat)
-    for axis in flat[count:]:
-        axis.remove()
-    return flat[:count]
-
-
 def _level(axis: Axes, cell: Cell, style: Style) -> None:
     """A row that has no place on the x axis, such as full fine-tuning over ranks: a level line."""
     if cell.mean is not None:
@@ -333,36 +290,8 @@ def _level(axis: Axes, cell: Cell, style: Style) -> None:
         axis.axhline(cell.paper.mean, color=style.colour, ls=style.line, lw=0.6)
 
 
-def _log_x(axis: Axes, ticks: list[float]) -> None:
-    """A logarithmic axis with a tick at each value; 0, where there is one, stands a step before the smallest."""
-    positive = [tick for tick in ticks if tick > 0]
-    if len(positive) < len(ticks):
-        axis.set_xscale("symlog", linthresh=positive[0], linscale=0.5)
-    else:
-        axis.set_xscale("log")
-    axis.xaxis.set_major_locator(FixedLocator(ticks))
-    axis.xaxis.set_minor_locator(NullLocator())
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-
-
 def _written(spec: TableSpec, words: Sequence[str]) -> str:
-    return ", ".join(spec.label(word) for word in words)
-
-
-def _axis_label(column: Column) -> str:
-    return f"{column.label}{f' ({column.unit})' if column.unit else ''}"
-
-
-def _y_axis(axis: Axes, column: Column) -> None:
-    axis.set_ylabel(f"{_axis_label(column)}{ARROWS[column.better]}")
-
-
-def _patch(style: Style, label: str) -> Patch:
-    return Patch(facecolor=style.colour, hatch=style.hatch, edgecolor="black", lw=0.6, label=label)
-
-
-def _line(style: Style, label: str, *, line: Any = None) -> Line2D:
-    return Line2D([], [], color=style.colour, marker=style.marker, ls=style.line if line is None else line, label=label)
+    return ", ".join(spec.label(word) for word in words if word)
 
 
 def _paper_handle(table: ReportTable, figure: Figure, *, marker: str = "o") -> list[Line2D]:
@@ -375,13 +304,6 @@ def _paper_handle(table: ReportTable, figure: Figure, *, marker: str = "o") -> l
 def _paper_sources(table: ReportTable, figure: Figure) -> list[str]:
     cells = [table.cells[row, name] for row in _rows(table, figure) for name in figure.columns]
     return sorted({cell.paper.source for cell in cells if cell.paper is not None})
-
-
-def _legend(canvas: Canvas, handles: Sequence[Any]) -> None:
-    width, _ = canvas.get_size_inches()
-    longest = max(len(handle.get_label()) for handle in handles)
-    across = max(1, min(len(handles), int(width * 13 / (longest + 7))))
-    canvas.legend(handles=list(handles), loc="outside upper center", ncols=across)
 
 
 def _caption(table: ReportTable, figure: Figure) -> str:

@@ -11,6 +11,7 @@
         ranks: {kind: lines, columns: [gsm8k], x: rank, log_x: true}      # x: a key of the settings' names
         pareto: {kind: scatter, columns: [gsm8k], x: seconds}
         terms: {kind: training, terms: [loss, consistency], methods: [pissa, ba_lora]}
+        tsne: {kind: features}         # over steps (features.py)
 
 `title`, `caption` (a sentence more) and `methods` (the rows drawn; default: all) go with every figure.
 """
@@ -27,8 +28,13 @@ from ba_lora.errors import UserError
 from ba_lora.tables import Row, Table
 
 BLOCK_KEYS = ("base", "setting")
-FIGURE_KINDS = ("bars", "lines", "scatter", "training")
-_NEEDED = {"bars": ("columns",), "lines": ("columns", "x"), "scatter": ("columns", "x"), "training": ("terms",)}
+FIGURE_KINDS = {  # kind → what it needs
+    "bars": ("columns",),
+    "lines": ("columns", "x"),
+    "scatter": ("columns", "x"),
+    "training": ("terms",),
+    "features": (),
+}
 _PERCENT = 100.0
 
 
@@ -298,10 +304,10 @@ def _show(column: Column, entry: Any, *, where: str) -> Column:
 def _figure(name: str, entry: Any, *, columns: Sequence[str], where: str) -> Figure:
     known = [entry.name for entry in dataclasses.fields(Figure) if entry.name != "name"]
     values = _mapping(entry, known, where=where)
-    kind = _choice(values.get("kind", ""), FIGURE_KINDS, where=f"{where}: kind")
+    kind = _choice(values.get("kind", ""), list(FIGURE_KINDS), where=f"{where}: kind")
     for key in ("columns", "terms", "methods"):
         values[key] = _words(values.get(key, []), where=f"{where}: {key}")
-    missing = [key for key in _NEEDED[kind] if not values.get(key)]
+    missing = [key for key in FIGURE_KINDS[kind] if not values.get(key)]
     if missing:
         raise UserError(f"{where}: a figure of kind {kind} needs {' and '.join(missing)}")
     for column in (*values["columns"], *([values["x"]] if kind == "scatter" else [])):

@@ -1,0 +1,196 @@
+"""A table as texts under headings, before any mark-up: what Markdown and LaTeX have in common."""
+
+import string
+from dataclasses import dataclass
+
+from ba_lora.tables import Row
+from eval.report.spec import Column, row_name
+from eval.report.stats import NUM_RESAMPLES, SIGNIFICANT
+from eval.report.table import Cell, Comparison, ReportTable
+
+ARROWS = {"higher": " ↑", "lower": " ↓", "none": ""}
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A figure that was drawn: figures/<name>.png and .pdf, with its caption; `missing` says why one was not."""
+
+    name: str
+    title: str
+    caption: str
+    missing: str | None = None
+
+
+@dataclass(frozen=True)
+class Text:
+    """What stands in one place: plain text, its mark ("best", "second", "") and its footnotes' letters."""
+
+    text: str
+    mark: str = ""
+    notes: str = ""
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """Rows of texts under headings. groups: (heading, number of columns), one over each run of columns."""
+
+    groups: tuple[tuple[str, int], ...]
+    header: tuple[str, ...]
+    rows: tuple[tuple[Text, ...], ...]
+    breaks: tuple[int, ...] = ()  # rows before which a block begins
+    num_names: int = 2  # leading columns that hold names, set to the left
+
+
+def main_sheet(table: ReportTable) -> Sheet:
+    """Return the table itself: ours, and where the paper reports anything in a column, its value and the difference."""
+    spec = table.spec
+    with_setting = any(row.setting for row in spec.rows)
+    names = ["model", "method", *(["setting"] if with_setting else [])]
+    groups: list[tuple[str, int]] = [("", len(names))]
+    header = list(names)
+    for column in spec.columns:
+        beside = table.has_paper(column)
+        unit = f" ({column.unit})" if column.unit else ""
+        groups.append((f"{column.label}{unit}{ARROWS[column.better]}", 3 if beside else 1))
+        header += ["ours (n)", *(["paper", "Δ"] if beside else [])]
+    rows, breaks = [], []
+    for number, row in enumerate(spec.rows):
+        if number and row.base != spec.rows[number - 1].base:
+            breaks.append(number)
+        words = [spec.label(row.base), spec.label(row.method), *([spec.label(row.setting)] if with_setting else [])]
+        texts = [Text(word) for word in words]
+        for column in spec.columns:
+            cell = table.cell(row, column)
+            texts.append(_ours(cell, column))
+            if table.has_paper(column):
+                texts += [Text(_paper(cell, column)), Text(signed(cell.difference, column.decimals))]
+        rows.append(tuple(texts))
+    return Sheet(tuple(groups), tuple(header), tuple(rows), tuple(breaks), len(names))
+
+
+def comparison_sheet(table: ReportTable) -> Sheet:
+    """Return the tests, one a line."""
+    spec = table.spec
+    header = ("column", "rows", "against", "difference", "95 % interval", "p", "p (Holm)", "items", "seeds")
+    rows = []
+    for one in table.comparisons:
+        column = spec.column(one.column)
+        significant = one.p_holm is not None and one.p_holm < SIGNIFICANT
+        rows.append(
+            (
+                Text(column.label),
+                Text(_row_label(table, one.focus)),
+                Text(_row_label(table, one.other)),
+                Text(signed(one.difference, column.decimals)),
+                Text(one.untested or _interval(one, column)),
+                Text(probability(one.p)),
+                Text(probability(one.p_holm), "best" if significant else ""),
+                Text("" if one.num_items is None else str(one.num_items)),
+                Text(str(one.num_seeds)),
+            )
+        )
+    return Sheet((("", len(header)),), header, tuple(rows), (), 3)
+
+
+def legend(table: ReportTable, *, best: str = "**Bold**", second: str = "*italic*") -> list[str]:
+    """Return the sentences below the table."""
+    spec = table.spec
+    within = " and ".join({"base": "model", "setting": "setting"}[key] for key in spec.compare_within)
+    lines = [
+        "Ours: mean ± standard deviation (n − 1) over n seeds; blank: no result. "
+        f"{best}: best, {second}: second best of one {within}, among the rows with most seeds."
+    ]
+    sources = sorted({cell.paper.source for cell in table.cells.values() if cell.paper is not None})
+    if sources:
+        lines.append(f"Paper: {'; '.join(sources)}. Δ: ours − paper.")
+    if spec.source:
+        lines.append(f"In the paper: {spec.source}.")
+    if spec.note:
+        lines.append(spec.note)
+    return lines
+
+
+def comparison_legend(table: ReportTable) -> list[str]:
+    """Return the sentences below the comparisons."""
+    num_tests = sum(comparison.p is not None for comparison in table.comparisons)
+    return [
+        "Difference of the means over seeds, rows − against. Interval and p: paired bootstrap over test items "
+        f"({NUM_RESAMPLES:,} resamples) of each item's mean over seeds; it tells how far the difference would move on "
+        "other items, not with other seeds. Holm: corrected over the "
+        f"{num_tests} tests of this table, bold below {SIGNIFICANT}. A test that could not be made says why."
+    ]
+
+
+def unmatched_lines(table: ReportTable) -> list[str]:
+    """Return what the paper reports in this table without a cell of ours."""
+    lines = []
+    for line in table.unmatched_paper:
+        value = line.value
+        spread = "" if value.std is None else f" ± {value.std:g}"
+        bound = "more than " if value.is_bound else ""
+        lines.append(f"{row_name(line.row)} {line.task}, {line.metric}: {bound}{value.mean:g}{spread} ({value.source})")
+    return lines
+
+
+def provenance_lines(table: ReportTable) -> list[str]:
+    """Return how many runs there are, and by which code they were made."""
+    commits: dict[str, int] = {}
+    for run in table.provenance:
+        name = f"{(run['commit'] or 'unknown')[:12]}{' with uncommitted changes' if run['dirty'] else ''}"
+        commits[name] = commits.get(name, 0) + 1
+    planned = len(table.spec.all_runs())
+    return [
+        f"{len(table.provenance)} of {planned} runs have a result; `table.json` lists them with the hash of each file.",
+        *(f"commit {name}: {count} run{'s' if count > 1 else ''}" for name, count in commits.items()),
+    ]
+
+
+def letter(number: int) -> str:
+    """Return a, b, … z, aa, ab, … for 0, 1, …"""
+    prefix, rest = divmod(number, 26)
+    return (letter(prefix - 1) if prefix else "") + string.ascii_lowercase[rest]
+
+
+def number(value: float | None, decimals: int) -> str:
+    """Return a value with its decimals; "" for None, and never a negative zero."""
+    if value is None:
+        return ""
+    text = f"{value:.{decimals}f}"
+    return (text.lstrip("-") if not text.strip("-0.") else text).replace("-", "−")
+
+
+def signed(value: float | None, decimals: int) -> str:
+    """Return a difference with its sign; "" for None."""
+    text = number(value, decimals)
+    return text if not text or text.startswith("−") or not text.strip("0.") else f"+{text}"
+
+
+def probability(value: float | None) -> str:
+    """Return a p-value with three or four decimals."""
+    if value is None:
+        return ""
+    return f"{value:.4f}" if value < 0.01 else f"{value:.3f}"
+
+
+def _ours(cell: Cell, column: Column) -> Text:
+    notes = ",".join(letter(note) for note in cell.notes)
+    if not cell.values:
+        return Text("" if cell.status == "missing" else cell.status, notes=notes)
+    spread = "" if cell.std is None else f" ± {number(cell.std, column.decimals)}"
+    return Text(f"{number(cell.mean, column.decimals)}{spread} ({len(cell.values)})", cell.mark, notes)
+
+
+def _paper(cell: Cell, column: Column) -> str:
+    if cell.paper is None:
+        return ""
+    bound = "> " if cell.paper.is_bound else ""
+    spread = "" if cell.paper.std is None else f" ± {number(cell.paper.std, column.decimals)}"
+    return f"{bound}{number(cell.paper.mean, column.decimals)}{spread}"
+
+
+def _interval(one: Comparison, column: Column) -> str:
+    return f"{signed(one.low, column.decimals)} … {signed(one.high, column.decimals)}"
+
+
+def _row_label(table: ReportTable, row: Row) -> str:
+    return ", ".join(table.spec.label(word) for word in (row.base, row.method, row.setting) if word)

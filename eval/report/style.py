@@ -1,0 +1,136 @@
+"""How the report's figures look: colours, markers, hatches and lines, panels, legend, and how they are saved."""
+
+import io
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure as Canvas
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+from eval.report.sheets import ARROWS
+from eval.report.spec import Column
+
+RC = {
+    "font.size": 8,
+    "axes.titlesize": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "0.9",
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "hatch.linewidth": 0.6,
+    "lines.linewidth": 1.4,
+    "lines.markersize": 5,
+    "pdf.fonttype": 42,  # letters stay letters: searchable, editable
+    "ps.fonttype": 42,
+}
+PANEL_WIDTH, PANEL_HEIGHT, DPI = 3.2, 2.5, 200  # inches, dots an inch
+PAPER_LABEL = "paper"
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a row is drawn."""
+
+    colour: str
+    marker: str
+    hatch: str
+    line: Any
+
+
+# Colours of Okabe and Ito, which colour-blind readers tell apart; lists of unequal lengths, so that no two rows of a
+# table share all four.
+_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#999999", "#444444")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "h", "p", "*", "d", "8")
+_HATCHES = ("", "///", "...", "xxx", "\\\\\\", "|||", "---", "+++", "ooo", "**")
+_LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1)), (0, (3, 1, 1, 1, 1, 1)), (0, (8, 2)))
+
+
+HOLLOW = {"mfc": "none", "mec": "black", "ms": 3.2, "mew": 0.8, "zorder": 4}
+HALO = [withStroke(linewidth=2, foreground="white")]  # keeps a hollow mark visible on a dark bar
+
+
+def style_of(position: int) -> Style:
+    """Return the style of the n-th row of a figure."""
+    lists = (_COLOURS, _MARKERS, _HATCHES, _LINES)
+    return Style(*(choices[position % len(choices)] for choices in lists))
+
+
+def panel_grid(count: int, *, across: int, panel_width: float = PANEL_WIDTH) -> tuple[Canvas, list[Axes]]:
+    """Return a canvas and its first `count` panels, row by row, at most four abreast."""
+    across = min(across, 4)
+    down = -(-count // across)
+    canvas = Canvas(figsize=(max(panel_width * across, 4.2), PANEL_HEIGHT * down + 0.7), layout="constrained")
+    axes = list(canvas.subplots(down, across, squeeze=False).flat)
+    for axis in axes[count:]:
+        axis.remove()
+    return canvas, axes[:count]
+
+
+def log_x(axis: Axes, ticks: list[float]) -> None:
+    """A logarithmic axis with a tick at each value; 0, where there is one, stands a step before the smallest."""
+    positive = [tick for tick in ticks if tick > 0]
+    if len(positive) < len(ticks):
+        axis.set_xscale("symlog", linthresh=positive[0], linscale=0.5)
+    else:
+        axis.set_xscale("log")
+    axis.xaxis.set_major_locator(FixedLocator(ticks))
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def axis_label(column: Column) -> str:
+    """Return what stands on an axis that shows a column."""
+    return f"{column.label}{f' ({column.unit})' if column.unit else ''}"
+
+
+def y_axis(axis: Axes, column: Column) -> None:
+    """Name the y axis after a column, with the direction that is better."""
+    axis.set_ylabel(f"{axis_label(column)}{ARROWS[column.better]}")
+
+
+def patch_handle(style: Style, label: str) -> Patch:
+    """Return a bar's entry in the legend."""
+    return Patch(facecolor=style.colour, hatch=style.hatch, edgecolor="black", lw=0.6, label=label)
+
+
+def line_handle(style: Style, label: str, *, line: Any = None) -> Line2D:
+    """Return a line's entry in the legend; line: another line style, "" for none."""
+    return Line2D([], [], color=style.colour, marker=style.marker, ls=style.line if line is None else line, label=label)
+
+
+def add_legend(canvas: Canvas, handles: Sequence[Any]) -> None:
+    """Put the legend above the panels, in as many columns as there is room for."""
+    width, _ = canvas.get_size_inches()
+    longest = max(len(handle.get_label()) for handle in handles)
+    across = max(1, min(len(handles), int(width * 13 / (longest + 7))))
+    canvas.legend(handles=list(handles), loc="outside upper center", ncols=across)
+
+
+def save(canvas: Canvas, title: str, caption: str) -> dict[str, bytes]:
+    """Put title and caption around the panels; return {"png": …, "pdf": …}.
+
+    Without dates, so that the same results give the same bytes. The title stands over the legend where there is one.
+    """
+    width, _ = canvas.get_size_inches()
+    wrapped = "\n".join(textwrap.wrap(title, int(width * 13)))
+    if canvas.legends:
+        canvas.legends[0].set_title(wrapped, prop={"size": 10})
+    else:
+        canvas.suptitle(wrapped, fontsize=10)
+    wrapped = "\n".join(textwrap.wrap(caption, int(width * 19)))
+    canvas.supxlabel(wrapped, x=0.01, ha="left", fontsize=7, color="0.25")
+    saved = {}
+    for kind, metadata in (("png", {"Software": None}), ("pdf", {"CreationDate": None})):
+        buffer = io.BytesIO()
+        canvas.savefig(buffer, format=kind, dpi=DPI, metadata=metadata, bbox_inches="tight")
+        saved[kind] = buffer.getvalue()
+    return saved
