@@ -11,11 +11,10 @@ import argparse
 import gc
 import signal
 import time
-from datetime import timedelta
 from pathlib import Path
 
 from accelerate import PartialState
-from transformers import TrainingArguments, set_seed
+from transformers import set_seed
 
 from ba_lora.arguments import build_arguments, count_steps
 from ba_lora.config import RunConfig, load_config
@@ -26,6 +25,7 @@ from ba_lora.methods import build_model, parameter_counts, probe_logits
 from ba_lora.model import load_tokenizer
 from ba_lora.packing import build_collator, prepare_packing
 from ba_lora.reference_build import cached_reference
+from ba_lora.processes import on_main_process, start_processes
 from ba_lora.results import environment, peak_memory_mb, reset_peak_memory
 from ba_lora.run import claim_folder, finish, is_trained, recorded
 from ba_lora.trainer import BALoRATrainer
@@ -41,12 +41,9 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cancelled job is recorded as cancelled
     config = load_config(options.config, method=options.method, overrides=options.overrides, kind="nlg")
 
-    seconds = config.trainer.get("ddp_timeout", TrainingArguments.ddp_timeout)
-    process = PartialState(timeout=timedelta(seconds=seconds))
+    process = start_processes(config)
     run_path = config.run_path
-    with process.main_process_first():
-        if process.is_main_process:
-            claim_folder(config, num_processes=process.num_processes)
+    on_main_process(process, claim_folder, config, num_processes=process.num_processes)
     if is_trained(run_path, config):
         process.print(f"{run_path.name} is trained already (overwrite=true redoes it)")
     else:

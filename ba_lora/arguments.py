@@ -27,6 +27,8 @@ def build_arguments(config: RunConfig, run_path: Path) -> "TrainingArguments":
     chosen.setdefault("ddp_find_unused_parameters", False)  # every trainable weight gets a gradient in every step
     if not torch.cuda.is_available():
         chosen.setdefault("dataloader_pin_memory", False)
+    if not torch.accelerator.is_available():
+        chosen.setdefault("use_cpu", True)  # else, under DeepSpeed, each process would take itself for the only one
     if chosen.get("gradient_checkpointing"):
         chosen.setdefault("gradient_checkpointing_kwargs", {"use_reentrant": False})
     if chosen.get("deepspeed") and not torch.cuda.is_available():

@@ -8,7 +8,7 @@ none the training runs under plain python; on several, or several machines, unde
     ACCELERATE_CONFIG                     a file of configs/accelerate; chosen by the number of GPUs where unset
     NUM_PROCESSES                         of all machines together; the number of GPUs where unset
     NUM_MACHINES MACHINE_RANK             how many machines, and which one this is (the same command on each)
-    MASTER_ADDR MASTER_PORT               machine 0, and a free port on it
+    MASTER_ADDR MASTER_PORT               machine 0, and a free port on it; for several machines
 """
 
 import argparse
@@ -132,8 +132,8 @@ def launch_command(environ: Mapping[str, str], *, num_gpus: int | None = None) -
         command += ["--num_machines", str(num_machines)]
         command += ["--machine_rank", str(_whole_number(environ, "MACHINE_RANK", 0))]
         command += ["--main_process_ip", environ["MASTER_ADDR"]]
-    if environ.get("MASTER_PORT"):
-        command += ["--main_process_port", str(_whole_number(environ, "MASTER_PORT", 0))]
+    # on one machine 0 takes any free port, so that two runs there do not meet
+    command += ["--main_process_port", str(_whole_number(environ, "MASTER_PORT", 0))]
     return command
 
 

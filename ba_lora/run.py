@@ -25,8 +25,8 @@ from ba_lora.results import now, write_result
 CLAIM = "claim.json"
 
 
-def claim_folder(config: RunConfig, *, num_processes: int = 1) -> Path:
-    """Make the run's folder, or take up one of the very same training configuration; return its path.
+def claim_folder(config: RunConfig, *, num_processes: int = 1) -> None:
+    """Make the run's folder, or take up one of the very same training configuration.
 
     From here to its end this process holds the run's training lock (see locks.py). Raises UserError when another
     process does, when the folder belongs to another configuration, another number of processes or another version of
@@ -61,7 +61,6 @@ def claim_folder(config: RunConfig, *, num_processes: int = 1) -> Path:
                 "effective batch would change on the way; use as many, or overwrite=true"
             )
         write_json_atomic(path / CLAIM, earlier)
-    return path
 
 
 @functools.cache  # once a process: there is no going back from a claimed folder

@@ -1,0 +1,38 @@
+"""The processes of a distributed run: how they come together, and how one error becomes everybody's."""
+
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+
+from ba_lora.config import RunConfig
+from ba_lora.errors import UserError
+
+
+def start_processes(config: RunConfig) -> PartialState:
+    """Join the processes that the launcher has started; return what each knows of its place among them.
+
+    Without an accelerator they talk by gloo. accelerate must be told so: under DeepSpeed it finds no backend by itself,
+    and takes every process for the only one.
+    """
+    import torch
+    from transformers import TrainingArguments
+
+    seconds = config.trainer.get("ddp_timeout", TrainingArguments.ddp_timeout)
+    on_cpu = config.trainer.get("use_cpu", False) or not torch.accelerator.is_available()
+    return PartialState(cpu=on_cpu, timeout=timedelta(seconds=seconds))
+
+
+def on_main_process(process: PartialState, function: Callable[..., None], *arguments: Any, **keywords: Any) -> None:
+    """Call `function` on the main process while the others wait; its UserError is raised on all of them."""
+    error: list[str | None] = [None]
+    if process.is_main_process:
+        try:
+            function(*arguments, **keywords)
+        except UserError as raised:
+            error = [str(raised)]
+    broadcast_object_list(error)
+    if error[0] is not None:
+        raise UserError(error[0])
