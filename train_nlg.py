@@ -24,8 +24,8 @@ from ba_lora.io import finite, write_jsonl_atomic
 from ba_lora.methods import build_model, parameter_counts, probe_logits
 from ba_lora.model import load_tokenizer
 from ba_lora.packing import build_collator, prepare_packing
-from ba_lora.reference_build import cached_reference
 from ba_lora.processes import on_main_process, start_processes
+from ba_lora.reference_build import cached_reference
 from ba_lora.results import environment, peak_memory_mb, reset_peak_memory
 from ba_lora.run import claim_folder, finish, is_trained, recorded
 from ba_lora.trainer import BALoRATrainer
