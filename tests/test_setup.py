@@ -96,7 +96,7 @@ def test_first_call_installs_and_the_second_does_nothing(tree: Path) -> None:
         assert any("--no-deps -r requirements-cpu.txt" in call for call in done)
     started = time.monotonic()
     assert set_up(tree) == (0, "")
-    assert time.monotonic() - started < 0.5
+    assert time.monotonic() - started < 2
     assert calls(tree) == done
 
     with open(tree / "requirements.txt", "a") as file:  # a changed pin sets up again, in the same environment
