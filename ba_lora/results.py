@@ -34,11 +34,6 @@ def assemble(run_path: Path, config: RunConfig) -> dict[str, Any]:
     plain = dataclasses.asdict(config)
     for key in ("output_dir", "results_dir", "overwrite"):
         plain.pop(key)
-    evaluation = {}
-    for path in sorted((run_path / "scores").glob("*.json")):
-        score = read_json(path)
-        meta_path = run_path / "completions" / f"{path.stem}.meta.json"
-        evaluation[path.stem] = score | {"generation": read_json(meta_path) if meta_path.is_file() else None}
     return {
         "run_id": run_path.name,
         "status": trained["status"],
@@ -52,10 +47,19 @@ def assemble(run_path: Path, config: RunConfig) -> dict[str, Any]:
         "prompt_hash": prompt_hash(),
         "training": trained.get("training"),
         "export": trained.get("export"),
-        "evaluation": evaluation,
+        "evaluation": evaluation(run_path),
         "environment": trained.get("environment"),
         "finished_at": trained.get("finished_at"),
     }
+
+
+def evaluation(run_path: Path) -> dict[str, Any]:
+    """Return task → its score and how the completions were made, from a run's folder."""
+    found = {}
+    for path in sorted((run_path / "scores").glob("*.json")):
+        meta_path = run_path / "completions" / f"{path.stem}.meta.json"
+        found[path.stem] = read_json(path) | {"generation": read_json(meta_path) if meta_path.is_file() else None}
+    return found
 
 
 def write_result(run_path: Path, config: RunConfig) -> dict[str, Any]:
@@ -63,6 +67,31 @@ def write_result(run_path: Path, config: RunConfig) -> dict[str, Any]:
     result = assemble(run_path, config)
     write_json_atomic(config.result_path, result)
     return result
+
+
+def refresh_result(run_path: Path, result_path: Path) -> dict[str, Any] | None:
+    """Take the scores in a run's folder, where they have changed, over into its result; nothing else changes there.
+
+    Returns the result where it was written; None where no score has changed but for the seconds it took, where there
+    is no result, and where the file is the result of another training under the same name.
+    """
+    if not result_path.is_file():
+        return None
+    result = read_json(result_path)
+    train_file = run_path / "train.json"
+    trained = read_json(train_file) if train_file.is_file() else {}
+    if not isinstance(result, dict) or result.get("finished_at") != trained.get("finished_at"):
+        return None
+    scores = evaluation(run_path)
+    if _without_seconds(scores) == _without_seconds(result.get("evaluation") or {}):
+        return None
+    result["evaluation"] = scores
+    write_json_atomic(result_path, result)
+    return result
+
+
+def _without_seconds(scores: dict[str, Any]) -> dict[str, Any]:
+    return {task: {key: value for key, value in s.items() if key != "grader_seconds"} for task, s in scores.items()}
 
 
 def environment(*, num_processes: int = 1) -> dict[str, Any]:

@@ -27,13 +27,13 @@ from ba_lora.config import resolve_path
 from ba_lora.errors import UserError
 from ba_lora.io import read_json
 from ba_lora.model import hub_errors
+from eval.completions import PROMPT_TOO_LONG
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 KINDS = ("auto", "vllm", "hf")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-PROMPT_TOO_LONG = "prompt_too_long"
 
 VLLM_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the values vLLM takes for max_lora_rank
 # Initialisations that take the adapter's first product out of the base: such an adapter is wrong on the base itself.

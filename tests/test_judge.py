@@ -11,25 +11,17 @@ import pytest
 
 from ba_lora.errors import UserError
 from ba_lora.io import read_jsonl
-from eval import judge as judging
-from eval.judge import (
-    NO_RATING,
-    Endpoint,
-    JudgeOptions,
-    Request,
-    endpoint_from_environment,
-    estimate,
-    judge,
-    one_judge,
-    read_rating,
-)
+from eval import judge_client, judge_store
+from eval.judge import estimate, judge, one_judge
+from eval.judge_client import NO_RATING, Endpoint, JudgeOptions, endpoint_from_environment, read_rating
+from eval.judge_store import Request
 from tests.judge_server import JudgeServer, completion, failure
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(judging, "FIRST_WAIT_S", 0.01)
-    monkeypatch.setattr(judging, "LONGEST_WAIT_S", 0.05)
+    monkeypatch.setattr(judge_client, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(judge_client, "LONGEST_WAIT_S", 0.05)
     for name in ("JUDGE_MODEL", "JUDGE_BASE_URL", "JUDGE_API_KEY", "OPENAI_API_KEY", "OPENAI_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
@@ -75,7 +67,7 @@ def test_reading_agrees_with_the_published_patterns() -> None:
 
     source = Path(importlib.util.find_spec("fastchat").origin).parent / "llm_judge" / "common.py"
     published = dict(re.findall(r'^(one_score_pattern\w*) = re\.compile\("(.*)"\)$', source.read_text(), re.MULTILINE))
-    assert [pattern.pattern for pattern in judging._RATINGS] == [
+    assert [pattern.pattern for pattern in judge_client._RATINGS] == [
         published["one_score_pattern"],
         published["one_score_pattern_backup"],
     ]
@@ -185,8 +177,8 @@ def test_retry_after_is_obeyed(tmp_path: Path) -> None:
         judge(requests(1), store=tmp_path / "j", options=ONE, environ=server.environ)
     assert 0.4 <= times[1] - times[0] < 2
     soon = email.utils.format_datetime(email.utils.localtime())
-    assert judging._retry_after({"retry-after": soon}) == 0.0
-    assert judging._retry_after({"retry-after": "nan"}) is judging._retry_after({}) is None
+    assert judge_client._retry_after({"retry-after": soon}) == 0.0
+    assert judge_client._retry_after({"retry-after": "nan"}) is judge_client._retry_after({}) is None
 
 
 @pytest.mark.parametrize(
@@ -275,7 +267,7 @@ def test_a_judge_that_changes_its_version_is_refused(tmp_path: Path) -> None:
     rows = read_jsonl(store)
     other = rows[0] | {"question_id": 83, "judge_version": "b"}
     key = requests(3)[2].key("judge-1", 0, ONE)
-    other |= dict(zip(judging.KEY, key, strict=True))
+    other |= dict(zip(judge_store.KEY, key, strict=True))
     rows = [row for row in rows if row["question_id"] in (81, 82)]
     store.write_text("".join(json.dumps(row) + "\n" for row in [*rows, other]))
     with pytest.raises(UserError, match="mixes judges: judge-1 answered as a and b"):
@@ -301,7 +293,7 @@ def test_scores_side_by_side_have_one_judge() -> None:
 
 
 def _hold(path: Path, ready: object, release: object) -> None:
-    with judging._Store(path):
+    with judge_store.Store(path):
         ready.set()
         release.wait(20)
 
@@ -321,8 +313,8 @@ def test_two_processes_do_not_pay_for_the_same_judgements(tmp_path: Path) -> Non
 
 
 def test_an_interrupt_ends_the_waiting_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(judging, "FIRST_WAIT_S", 60.0)
-    monkeypatch.setattr(judging, "LONGEST_WAIT_S", 60.0)
+    monkeypatch.setattr(judge_client, "FIRST_WAIT_S", 60.0)
+    monkeypatch.setattr(judge_client, "LONGEST_WAIT_S", 60.0)
     waiting = threading.Event()
 
     def answer(number: int, body: dict) -> tuple:

@@ -5,6 +5,9 @@ The questions here are the test's own, in FastChat's form; tests/real has the pu
 
 import ast
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,16 +16,18 @@ from ba_lora.errors import UserError
 from ba_lora.io import read_json, read_jsonl
 from ba_lora.prompts import ALPACA, build_conversation, build_prompt, prompt_hash, template_stops
 from eval import generate, score
-from eval.judge import JudgeOptions, digest
+from eval.judge_client import JudgeOptions
+from eval.judge_store import digest
+from eval.score_options import parse_options
 from eval.tasks import get_task
 from eval.tasks.mt_bench import (
     REPOSITORY,
     REVISION,
     TEMPERATURES,
     WITH_REFERENCE,
+    describe_ratings,
     fetch,
     locate,
-    summarise,
 )
 from tests.judge_server import JudgeServer, completion
 from tests.test_engines import save_model
@@ -299,7 +304,7 @@ def test_the_whole_way_to_a_score(folder: Path, tmp_path: Path, judged_by, capsy
     assert result["judge"]["version"] == "judge-1-0101" and result["judge"]["prompt_hash"] in result["judge"]["id"]
     assert result["groups"]["category"]["math"] == {"n": 2, "metrics": {}}
     assert result["groups"]["category"]["stem"]["metrics"]["rating"] == pytest.approx(0.6)
-    assert result["groups"]["turn"]["1"]["metrics"]["rating"] == pytest.approx(0.8)
+    assert result["groups"]["turn"]["1"]["metrics"] == pytest.approx({"rating": 0.8, "rating_turn1": 0.8})
     assert set(result["interval_95"]) == {"rating", "rating_turn1", "rating_turn2"}
 
     users = {messages[1]["content"] for messages in asked}
@@ -369,6 +374,40 @@ def test_nothing_but_nonsense_is_no_crash_and_no_score(
     assert result["ratings"]["overall"] is None and result["ratings"]["judgements"] == [None] * 3
     assert result["judge"]["num_invalid_judgements"] == 24
     assert (tmp_path / "answers.judgements.jsonl").is_file()
+
+
+def test_a_killed_scorer_pays_twice_for_nothing_but_the_calls_under_way(
+    root: Path, folder: Path, tmp_path: Path, judged_by
+) -> None:
+    """SIGKILL while judging, then the same command; and the key stands in no file, output or process list."""
+    path = write_answers(tmp_path / "run" / "completions" / "mt_bench.jsonl")
+    command = [sys.executable, "-m", "eval.score", "--task", "mt_bench", "--completions", str(path)]
+    command += ["--data", str(folder), "judgements=3", "judge_parallel=2"]
+    store = tmp_path / "run" / "judgements" / "mt_bench.jsonl"
+    key = "key-7f3a9c"
+    with (
+        JudgeServer(lambda number, body: completion("[[7]]", delay_s=0.05)) as server,
+        open(tmp_path / "log", "w") as log,
+    ):
+        judged_by(server, JUDGE_API_KEY=key)
+        scorer = subprocess.Popen(command, cwd=root, stdout=log, stderr=log)
+        deadline = time.monotonic() + 60
+        while len(server.requests) < 9 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert key not in Path(f"/proc/{scorer.pid}/cmdline").read_text()
+        scorer.kill()
+        scorer.wait()
+        time.sleep(0.2)  # the server ends the calls under way
+        asked, kept = len(server.requests), len(store.read_text().splitlines())
+        assert 9 <= asked < 24 and asked - 2 <= kept <= asked
+        assert not (tmp_path / "run" / "scores").exists(), "nothing half-judged"
+        done = subprocess.run(command, cwd=root, stdout=subprocess.PIPE, stderr=log, text=True)
+        assert done.returncode == 0 and len(server.requests) == asked + 24 - kept
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["judge"]["num_judgements"] == 24 and result["ratings"]["overall"] == 7
+    assert f"{24 - kept} calls ({kept} of 24 judgements are on file)" in (tmp_path / "log").read_text()
+    assert all(key not in file.read_text() for file in tmp_path.rglob("*") if file.is_file())
+    assert key not in done.stdout
 
 
 def test_several_samples_and_missing_answers(folder: Path, tmp_path: Path, judged_by, capsys) -> None:
@@ -441,20 +480,18 @@ def test_without_a_judge_the_estimate_is_told_and_nothing_is_written(
 
 
 def test_keys_of_the_judge() -> None:
-    options = score.parse_options(
-        ["judgements=5", "judge_temperature=none", "judge_max_tokens=none", "judge_parallel=9"]
-    )
+    options = parse_options(["judgements=5", "judge_temperature=none", "judge_max_tokens=none", "judge_parallel=9"])
     assert options.judge() == JudgeOptions(judgements=5, temperature=None, max_tokens=None, parallel=9)
-    assert score.parse_options([]).judge() == JudgeOptions()
+    assert parse_options([]).judge() == JudgeOptions()
     for wrong in ("judgements=0", "judge_temperature=hot", "judge_max_tokens=-1", "judge_parallel=many"):
         with pytest.raises(UserError, match=wrong.split("=")[0]):
-            score.parse_options([wrong])
+            parse_options([wrong])
 
 
 def test_spread_by_hand(folder: Path) -> None:
     items, _ = get_task("mt_bench").load(str(folder))
     ratings = [[[6.0, 8.0, -1.0]], [[2.0, 2.0, 5.0]]]  # two items, one sample, three judgements
-    result = summarise(items[:2], ratings)
+    result = describe_ratings(items[:2], ratings)
     assert (result["turn1"], result["turn2"], result["overall"]) == (7, 3, 5)
     assert result["judgements"] == [4, 5, 5] and result["std"] == pytest.approx((1 / 3) ** 0.5)
     assert result["answer_std"] == pytest.approx((2**0.5 + 3**0.5) / 2)

@@ -9,7 +9,9 @@ import pytest
 
 from ba_lora.errors import UserError
 from ba_lora.io import sha256_file
-from eval.score import Options, main, output_paths, parse_options, score_file
+from eval.completions import output_paths
+from eval.score import main, score_file
+from eval.score_options import Options, parse_options
 from eval.tasks import get_task
 from eval.tasks.base import bootstrap_intervals
 
@@ -223,7 +225,7 @@ def test_runs(root: Path, tmp_path: Path, data: Path) -> None:
     assert done.stdout.splitlines() == [
         "deep/other gsm8k: strict=1.0000 flexible=1.0000 n=4 invalid=0",
         "good gsm8k: strict=0.2500 flexible=0.5000 n=4 invalid=1",
-        json.dumps({"scored": 2, "failed": ["damaged/gsm8k", "good/unheard_of"]}),
+        json.dumps({"scored": 2, "failed": ["damaged/gsm8k", "good/unheard_of"], "refreshed": []}),
     ]
     errors = done.stderr.splitlines()
     assert len(errors) == 2
@@ -239,7 +241,7 @@ def test_runs(root: Path, tmp_path: Path, data: Path) -> None:
 def test_runs_all_good(tmp_path: Path, data: Path, capsys: pytest.CaptureFixture) -> None:
     make_run(tmp_path / "run", data, TEXTS)
     assert main(["--runs", str(tmp_path)]) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == '{"scored": 1, "failed": []}'
+    assert capsys.readouterr().out.splitlines()[-1] == '{"scored": 1, "failed": [], "refreshed": []}'
 
 
 def test_damaged_meta_is_named(tmp_path: Path, data: Path) -> None:
@@ -288,6 +290,20 @@ def test_intervals_are_bootstrapped_over_items() -> None:
     assert bootstrap_intervals([{"a": 0.5}]) == {"a": [0.5, 0.5]}
 
 
+def test_intervals_draw_clusters_whole() -> None:
+    """Rows that come in equal pairs carry half the information; a metric that rows lack is averaged over the others."""
+    single = [{"a": float(index < 60)} for index in range(200)]
+    pairs = [row for row in single for _ in range(2)]
+    assert bootstrap_intervals(pairs, [index // 2 for index in range(400)]) == bootstrap_intervals(single)
+    narrow, wide = bootstrap_intervals(pairs)["a"], bootstrap_intervals(single)["a"]
+    assert (wide[1] - wide[0]) / (narrow[1] - narrow[0]) == pytest.approx(2**0.5, rel=0.1)
+    lacking = [{"a": 1.0}, {"a": 0.0, "b": 0.25}, {}]
+    assert bootstrap_intervals(lacking)["b"] == [0.25, 0.25] and bootstrap_intervals([{}, {}]) == {}
+    # a cluster counts by its rows: the mean over rows of {1, 1, 1} and {0} is 0.75, not 0.5
+    low, high = bootstrap_intervals([{"a": 1.0}] * 3 + [{"a": 0.0}], [1, 1, 1, 2])["a"]
+    assert (low, high) == (0.0, 1.0)
+
+
 def test_stale_scores_are_marked(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:  # noqa: ANN001
     runs = tmp_path / "outputs"
     make_run(runs / "one", data, TEXTS)
@@ -323,6 +339,48 @@ def test_stale_scores_are_marked(tmp_path: Path, data: Path, monkeypatch: pytest
     for arguments in (["--stale", str(tmp_path / "absent")], ["--stale", str(runs), "workers=2"]):
         with pytest.raises(UserError):
             main(arguments)
+
+
+def test_results_are_refreshed(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:  # noqa: ANN001
+    """A mended grader reaches the runs' results, and nothing else in them changes."""
+    runs, results = tmp_path / "outputs", tmp_path / "results"
+    results.mkdir()
+    for name in ("mine", "another-training", "without-result"):
+        make_run(runs / name, data, TEXTS)
+        (runs / name / "train.json").write_text(json.dumps({"finished_at": f"the day of {name}"}))
+    for name, day in (("mine", "mine"), ("another-training", "before")):
+        facts = {"run_id": name, "finished_at": f"the day of {day}", "training": {"seconds": 7}, "evaluation": {}}
+        (results / f"{name}.json").write_text(json.dumps(facts))
+
+    def score() -> list:
+        capsys.readouterr()
+        assert main(["--runs", str(runs), "--results", str(results)]) == 0
+        return json.loads(capsys.readouterr().out.splitlines()[-1])["refreshed"]
+
+    def result(name: str) -> dict:
+        return json.loads((results / f"{name}.json").read_text())
+
+    assert score() == ["mine"] and sorted(path.stem for path in results.iterdir()) == ["another-training", "mine"]
+    found = result("mine")
+    assert found["evaluation"]["gsm8k"]["metrics"] == {"strict": 0.25, "flexible": 0.5}
+    assert found["evaluation"]["gsm8k"]["generation"]["prompt_hash"] == "0123456789ab"
+    assert {key: value for key, value in found.items() if key != "evaluation"} == {
+        "run_id": "mine",
+        "finished_at": "the day of mine",
+        "training": {"seconds": 7},
+    }
+    assert result("another-training")["evaluation"] == {}
+
+    before = (results / "mine.json").stat().st_mtime_ns
+    assert score() == [] and (results / "mine.json").stat().st_mtime_ns == before, "nothing changed but the seconds"
+    monkeypatch.setattr(type(get_task("gsm8k")), "version", "99")
+    assert score() == ["mine"] and result("mine")["evaluation"]["gsm8k"]["version"] == "99"
+
+    write(runs / "mine" / "completions" / "gsm8k.jsonl", lines(TEXTS[:1]))  # cannot be scored again
+    assert main(["--runs", str(runs), "--results", str(results)]) == 2
+    assert result("mine")["evaluation"]["gsm8k"]["stale"] == "the completions have changed since"
+    with pytest.raises(UserError, match="--results belongs to --runs"):
+        main(["--stale", str(runs), "--results", str(results)])
 
 
 def test_a_line_of_100_mb_is_one_line_of_error(root: Path, tmp_path: Path, data: Path) -> None:

@@ -8,7 +8,7 @@ one completion.
 """
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -172,19 +172,7 @@ class Task:
         may add further keys, which are copied into the result. "interval_95": metric -> [low, high], the bootstrap
         interval over items.
         """
-        per_item = self.per_item(grades)
-        result = {"metrics": column_means(per_item), "interval_95": bootstrap_intervals(per_item)}
-        for key in self.groups:
-            members: dict[str, list[int]] = {}
-            for index, item in enumerate(items):
-                if item.meta.get(key) is not None:
-                    members.setdefault(str(item.meta[key]), []).append(index)
-            if members:
-                result.setdefault("groups", {})[key] = {
-                    value: {"n": len(indices), "metrics": column_means([per_item[i] for i in indices])}
-                    for value, indices in sorted(members.items())
-                }
-        return result
+        return summarise(items, self.per_item(grades), groups=self.groups)
 
     def per_item(self, grades: Sequence[Sequence[Grade]]) -> list[dict[str, float]]:
         """Return for each item name -> its metric: the mean over its samples. Every grade must carry the same names."""
@@ -194,27 +182,73 @@ class Task:
         ]
 
 
+def summarise(
+    items: Sequence[Item],
+    rows: Sequence[Mapping[str, float]],
+    *,
+    groups: Sequence[str],
+    clusters: Sequence[Hashable] | None = None,
+) -> dict:
+    """Return "metrics", "interval_95" and, where an item has one of the keys `groups`, "groups".
+
+    rows[i]: the metrics of items[i]; one that an item lacks is averaged over the others, and absent without any.
+    clusters: see `bootstrap_intervals`.
+    """
+    result = {"metrics": column_means(rows), "interval_95": bootstrap_intervals(rows, clusters)}
+    for key in groups:
+        members: dict[str, list[int]] = {}
+        for index, item in enumerate(items):
+            if item.meta.get(key) is not None:
+                members.setdefault(str(item.meta[key]), []).append(index)
+        if members:
+            result.setdefault("groups", {})[key] = {
+                value: {"n": len(indices), "metrics": column_means([rows[i] for i in indices])}
+                for value, indices in sorted(members.items())
+            }
+    return result
+
+
+def metric_names(rows: Sequence[Mapping[str, float]]) -> list[str]:
+    """Return the metrics that some row has, in order of appearance."""
+    return list(dict.fromkeys(name for row in rows for name in row))
+
+
 def column_means(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Return name -> mean over the rows, which all have the same names."""
-    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+    """Return name -> mean over the rows that have it."""
+    columns = {name: [row[name] for row in rows if name in row] for name in metric_names(rows)}
+    return {name: sum(column) / len(column) for name, column in columns.items()}
 
 
 NUM_RESAMPLES = 5000
 
 
-def bootstrap_intervals(rows: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
-    """Return name -> [low, high]: the percentile bootstrap 95 % interval of the mean over rows (items)."""
+def bootstrap_intervals(
+    rows: Sequence[Mapping[str, float]], clusters: Sequence[Hashable] | None = None
+) -> dict[str, list[float]]:
+    """Return name -> [low, high]: the percentile bootstrap 95 % interval of the mean over the rows that have it.
+
+    rows: items. clusters[i] says what rows[i] belongs to, where rows are not independent: clusters are drawn then, each
+    with all of its rows.
+    """
     import numpy as np
 
-    names = list(rows[0])
-    values = np.array([[row[name] for name in names] for row in rows], dtype=np.float64)  # (items, names)
-    return dict(
-        zip(
-            names,
-            bootstrap(len(rows), lambda drawn: np.stack([column[drawn].mean(axis=1) for column in values.T], axis=1)),
-            strict=True,
-        )
-    )
+    names = metric_names(rows)
+    if not names:
+        return {}
+    places = {cluster: place for place, cluster in enumerate(dict.fromkeys(clusters or range(len(rows))))}
+    sums, counts = np.zeros((2, len(names), len(places)))
+    for row, cluster in zip(rows, clusters or range(len(rows)), strict=True):
+        for name, value in row.items():
+            sums[names.index(name), places[cluster]] += value
+            counts[names.index(name), places[cluster]] += 1
+
+    def means(drawn: np.ndarray) -> np.ndarray:  # [R, clusters] -> [R, names]
+        columns = [
+            total[drawn].sum(axis=1) / count[drawn].sum(axis=1) for total, count in zip(sums, counts, strict=True)
+        ]
+        return np.stack(columns, axis=1)
+
+    return dict(zip(names, bootstrap(len(places), means), strict=True))
 
 
 def bootstrap(num_items: int, statistic: Callable[["np.ndarray"], "np.ndarray"]) -> list[list[float] | None]:

@@ -27,8 +27,10 @@ from ba_lora.config import PROJECT_ROOT
 from ba_lora.errors import UserError
 from ba_lora.io import read_jsonl, sha256_file, write_text_atomic
 from ba_lora.rows import Source, load_rows
-from eval.judge import NO_RATING, SCALE, Judged, JudgeOptions, Request, digest, judge
-from eval.tasks.base import Grade, Item, Task, bootstrap_intervals, require_columns
+from eval.judge import Judged, judge
+from eval.judge_client import NO_RATING, SCALE, JudgeOptions
+from eval.judge_store import Request, digest
+from eval.tasks.base import Grade, Item, Task, require_columns, summarise
 
 REPOSITORY, REVISION = "lm-sys/FastChat", "587d5cfa1609a43d192cedb8441cac3c17db105d"
 # role -> (path in FastChat's repository below fastchat/llm_judge/data, sha256 at REVISION, other names on disk)
@@ -150,42 +152,19 @@ class MTBench(Task):
         per_item = [[next(ratings) for _ in samples] for _, samples in answers]
         items = [item for item, _ in answers]
         grades = [[to_grade(item, sample) for sample in samples] for item, samples in zip(items, per_item, strict=True)]
-        return grades, {"ratings": summarise(items, per_item), "judge": describe(judged, prompts, references)}
+        return grades, {"ratings": describe_ratings(items, per_item), "judge": describe(judged, prompts, references)}
 
     def aggregate(self, items: Sequence[Item], grades: Sequence[Sequence[Grade]]) -> dict:
         """Return metrics, their intervals and groups over the rated answers; see the head of this file.
 
-        interval_95: questions are drawn, each with both turns, since a question's turns are not independent.
+        A question's turns are not independent: intervals draw questions, each with both turns.
         """
-        rated = [(item, rating) for item, samples in zip(items, grades, strict=True) if (rating := rating_of(samples))]
-        sets = {"rating": rated} | {
-            f"rating_turn{turn}": [(item, rating) for item, rating in rated if item.meta["turn"] == turn]
-            for turn in (1, 2)
-        }
-        metrics, intervals = {}, {}
-        for name, members in sets.items():
-            if members:
-                by_question: dict[object, list[float]] = {}
-                for item, rating in members:
-                    by_question.setdefault(item.meta["question_id"], []).append(rating)
-                metrics[name] = statistics.fmean(rating for _, rating in members)
-                rows = [{name: statistics.fmean(ratings)} for ratings in by_question.values()]
-                intervals |= bootstrap_intervals(rows)
-        groups = {}
-        for key in self.groups:
-            for value in sorted({item.meta[key] for item in items}):
-                ratings = [rating for item, rating in rated if item.meta[key] == value]
-                groups.setdefault(key, {})[str(value)] = {
-                    "n": sum(item.meta[key] == value for item in items),
-                    "metrics": {"rating": statistics.fmean(ratings)} if ratings else {},
-                }
-        return {"metrics": metrics, "interval_95": intervals, "groups": groups}
-
-
-def rating_of(samples: Sequence[Grade]) -> float | None:
-    """Return the mean rating, as a fraction, of an item's rated samples; None where none is rated."""
-    rated = [grade.metrics["rating"] for grade in samples if "rating" in grade.metrics]
-    return statistics.fmean(rated) if rated else None
+        rows = []
+        for item, samples in zip(items, grades, strict=True):
+            rated = [grade.metrics["rating"] for grade in samples if "rating" in grade.metrics]
+            names = ("rating", f"rating_turn{item.meta['turn']}") if rated else ()
+            rows.append(dict.fromkeys(names, statistics.fmean(rated) if rated else None))
+        return summarise(items, rows, groups=self.groups, clusters=[item.meta["question_id"] for item in items])
 
 
 def to_grade(item: Item, ratings: Sequence[float]) -> Grade:
@@ -195,7 +174,7 @@ def to_grade(item: Item, ratings: Sequence[float]) -> Grade:
     return Grade(metrics, {"ratings": " ".join(f"{rating:g}" for rating in ratings)}, invalid=not valid)
 
 
-def summarise(items: Sequence[Item], ratings: Sequence[Sequence[Sequence[float]]]) -> dict:
+def describe_ratings(items: Sequence[Item], ratings: Sequence[Sequence[Sequence[float]]]) -> dict:
     """Return the result's "ratings", on the scale of 1 to 10.
 
     ratings: items → samples → judgements. turn1, turn2, overall: means over rated answers. judgements: the overall
