@@ -88,6 +88,16 @@ def test_every_file_is_written_and_the_same_results_give_the_same_bytes(table_pa
     assert all((folder / name).read_bytes() == content for name, content in files.items())
 
 
+def test_the_untuned_model_is_the_same_for_any_seeds(table_path, report, capsys):
+    """It has one result, made with whichever seed came first."""
+    table = yaml.safe_load(table_path.read_text())
+    table["rows"][0]["methods"].insert(0, "untuned")
+    table_path.write_text(yaml.safe_dump(table, sort_keys=False))
+    fill(table_path)
+    report(table_path, "seeds=[2]")
+    assert "| toy | untuned | 51.00 (1) |" in capsys.readouterr().out
+
+
 def test_a_table_without_results_names_the_command(table_path, report, tmp_path):
     with pytest.raises(
         UserError, match=f"no result yet: make them with: sh scripts/reproduce.sh {table_path} data.num_rows=3 seeds=7"

@@ -10,6 +10,7 @@ from typing import Any
 from ba_lora.config import nearest
 from ba_lora.errors import UserError
 from ba_lora.io import read_json, read_jsonl
+from ba_lora.pipeline import UNTUNED
 from ba_lora.tables import PAPER_PATH, Row
 from eval.report.spec import Column, Items, PlannedRun, row_name
 
@@ -108,7 +109,10 @@ def read_results(runs: Iterable[PlannedRun]) -> tuple[dict[str, dict[str, Any]],
         result = read_json(path)
         if not isinstance(result, dict) or result.get("status") not in STATUSES:
             raise UserError(f"{path} is no result: it has no status of {', '.join(STATUSES)}; make it again")
-        for key, wanted in (("run_id", run.run_id), ("method", run.method), ("seed", run.seed)):
+        wanted_facts = {"run_id": run.run_id, "method": run.method, "seed": run.seed}
+        if run.method == UNTUNED:  # one result for all seeds
+            del wanted_facts["seed"]
+        for key, wanted in wanted_facts.items():
             if result.get(key) != wanted:
                 raise UserError(f"{path} is another run than its name says: {key} is {result.get(key)}, not {wanted}")
         results[run.run_id] = result
