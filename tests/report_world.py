@@ -4,10 +4,10 @@ Of ten GSM8K items each is solved by `lora` in one seed of three, by `pissa` and
 30, 30, 40 and 70, 70, 60 %, and every item's mean differs by exactly a third.
 """
 
-import json
+import functools
 from pathlib import Path
 
-from ba_lora.io import write_json_atomic, write_jsonl_atomic
+from ba_lora.io import read_json, write_json_atomic, write_jsonl_atomic
 from ba_lora.tables import Row
 from eval.report.sources import Sources, read_paper, read_results
 from eval.report.spec import Column, PlannedRun, TableSpec
@@ -31,7 +31,7 @@ def solved(method: str, seed: int) -> list[float]:
 
 
 def result(method: str, seed: int, *, run_id: str, grades: list[float] | None, base: str = "tiny", **changes) -> dict:
-    """Return a result as a run leaves it; changes: dotted path → value, "/" for "."."""
+    """Return a result as a run leaves it; for changes see `changed`."""
     made = {
         "run_id": run_id,
         "status": "ok",
@@ -41,7 +41,7 @@ def result(method: str, seed: int, *, run_id: str, grades: list[float] | None, b
         "seed": seed,
         "config": {"model": {"dtype": "float32", "quantization": "none"}},
         "model": {"name": base, "revision": "r1"},
-        "data": {"sha256": "d1"},
+        "data": {"sha256": "d1", "rows_used": 100},
         "training": {"seconds": 3600.0 * (2 if method == "lora" else 3), "trainable_parameters": 75776},
         "evaluation": {},
         "environment": {"git": {"commit": "c0ffee" * 6, "dirty": False}, "hardware": {"cpu": "x"}, "num_processes": 1},
@@ -57,14 +57,17 @@ def result(method: str, seed: int, *, run_id: str, grades: list[float] | None, b
             "data_sha256": "t1",
             "prompt_hash": "p1",
             "packages": {},
+            "choices": {"setup": "true"},
             "generation": {"engine": "hf", "engine_version": "1", "dtype": "float32", "sampling": {"temperature": 0.0}},
         }
+    return changed(made, changes)
+
+
+def changed(made: dict, changes: dict) -> dict:
+    """Return `made` with values set in it; changes: path, its keys joined by "/", → value."""
     for path, value in changes.items():
-        node = made
         *keys, last = path.split("/")
-        for key in keys:
-            node = node[key]
-        node[last] = value
+        functools.reduce(dict.__getitem__, keys, made)[last] = value
     return made
 
 
@@ -145,12 +148,5 @@ class World:
         return Sources(results, read_paper(spec.paper, renamed=spec.names, folder=self.folder / "paper"), hashes)
 
     def edit(self, run: PlannedRun, **changes) -> None:
-        """Change a result: dotted path with "/" → value."""
-        made = json.loads(run.result_path.read_text())
-        for path, value in changes.items():
-            node = made
-            *keys, last = path.split("/")
-            for key in keys:
-                node = node[key]
-            node[last] = value
-        write_json_atomic(run.result_path, made)
+        """Change a run's result; see `changed`."""
+        write_json_atomic(run.result_path, changed(read_json(run.result_path), changes))

@@ -8,6 +8,7 @@ import yaml
 
 from ba_lora.errors import UserError
 from ba_lora.io import write_json_atomic
+from ba_lora.pipeline import UNTUNED
 from ba_lora.tables import load_table
 from eval.report.__main__ import main
 from eval.tasks import get_task
@@ -61,6 +62,8 @@ def fill(table_path) -> None:
             "n": 400,
         }
         made["training"]["seconds"] = 100.0 + config.seed
+        if config.method == UNTUNED:  # nothing was trained
+            made |= {"model": {"name": "tiny"}, "data": None, "training": None, "environment": None}
         write_json_atomic(config.result_path, made)
 
 

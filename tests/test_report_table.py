@@ -172,8 +172,11 @@ def test_settings_are_blocks_of_their_own(world):
         ("dtype", "evaluation/gsm8k/generation/dtype", "bfloat16"),
         ("sampling", "evaluation/gsm8k/generation/sampling", {"temperature": 0.8}),
         ("grader", "evaluation/gsm8k/packages", {"math-verify": "0.1"}),
+        ("grader", "evaluation/gsm8k/choices", {"setup": "false"}),
+        ("grader", "evaluation/gsm8k/sandbox", {"limits": {"cpu_s": 9.0}}),
         ("judge", "evaluation/gsm8k/judge", {"id": "gpt-9"}),
         ("training_data", "data/sha256", "d2"),
+        ("training_data", "data/rows_used", 99),
         ("model_revision", "model/revision", "r2"),
         ("model_dtype", "config/model/dtype", "bfloat16"),
         ("quantization", "config/model/quantization", "nf4"),
@@ -199,6 +202,19 @@ def test_a_setting_that_differs_is_refused_or_footnoted(known, name, path, value
 def test_every_setting_is_tried_above():
     mark = next(mark for mark in test_a_setting_that_differs_is_refused_or_footnoted.pytestmark)
     assert {case[0] for case in mark.args[1]} == set(SETTINGS)
+
+
+def test_rows_that_are_compared_must_be_trained_alike(world):
+    """Also where their settings differ; rows of another block may be trained on other data."""
+    rows = (Row("tiny", "lora"), Row("tiny", "ba_lora", "top_k=5"))
+    runs = {(row, "gsm8k"): (world.run(row.method, 1, setting=row.setting),) for row in rows}
+    columns = (Column("gsm8k", "GSM8K", task="gsm8k", metric="strict"),)
+    world.add("lora", 1)
+    world.add("ba_lora", 1, setting="top_k=5", **{"data/sha256": "d2"})
+    with pytest.raises(UserError, match="training_data differs"):
+        build(world, rows=rows, columns=columns, runs=runs)
+    table = build(world, rows=rows, columns=columns, runs=runs, compare_within=("base", "setting"))
+    assert table.comparisons == ()
 
 
 def test_an_unknown_setting_is_told_with_the_nearest(known):

@@ -60,7 +60,7 @@ def _bars(table: ReportTable, figure: Figure, sources: Sources) -> tuple[Canvas,
     """One panel a column; groups of bars by block and a bar for each method, or, with x=method, the other way round."""
     spec = table.spec
     rows = _rows(table, figure)
-    places = {row: (_block(spec, row), _series(spec, row)) for row in rows}
+    places = {row: (spec.block(row), _series(spec, row)) for row in rows}
     if figure.x == "method":
         places = {row: (series, block) for row, (block, series) in places.items()}
     groups = list(dict.fromkeys(group for group, _ in places.values()))
@@ -143,7 +143,7 @@ def _scatter(table: ReportTable, figure: Figure, sources: Sources) -> tuple[Canv
     """One panel a block and column: the column against the column `x`, with the front of rows that none beats."""
     spec = table.spec
     rows = _rows(table, figure)
-    blocks = list(dict.fromkeys(_block(spec, row) for row in rows))
+    blocks = list(dict.fromkeys(spec.block(row) for row in rows))
     series = list(dict.fromkeys(_series(spec, row) for row in rows))
     cost = spec.column(figure.x)
     panels = [(block, spec.column(name)) for name in figure.columns for block in blocks]
@@ -151,7 +151,7 @@ def _scatter(table: ReportTable, figure: Figure, sources: Sources) -> tuple[Canv
     for axis, (block, column) in zip(axes, panels, strict=True):
         points = []
         for row in rows:
-            if _block(spec, row) != block:
+            if spec.block(row) != block:
                 continue
             x, y, style = table.cell(row, cost), table.cell(row, column), style_of(series.index(_series(spec, row)))
             look = {"color": style.colour, "marker": style.marker, "ls": ""}
@@ -180,7 +180,7 @@ def _training(table: ReportTable, figure: Figure, sources: Sources) -> tuple[Can
     rows = [row for row, found in logs.items() if found]
     if not rows:
         raise NothingToDraw("no run's log.jsonl is at hand")
-    blocks = list(dict.fromkeys(_block(spec, row) for row in rows))
+    blocks = list(dict.fromkeys(spec.block(row) for row in rows))
     series = list(dict.fromkeys(_series(spec, row) for row in rows))
     panels = [(block, term) for term in figure.terms for block in blocks]
     canvas, axes = panel_grid(len(panels), across=len(blocks) if len(blocks) > 1 else len(figure.terms))
@@ -189,7 +189,7 @@ def _training(table: ReportTable, figure: Figure, sources: Sources) -> tuple[Can
         for row in rows:
             curves = [{entry["step"]: entry[term] for entry in log if entry.get(term) is not None} for log in logs[row]]
             curves = [curve for curve in curves if curve]
-            if _block(spec, row) != block or not curves:
+            if spec.block(row) != block or not curves:
                 continue
             style = style_of(series.index(_series(spec, row)))
             counts.append(len(curves))
@@ -269,11 +269,6 @@ def _rows(table: ReportTable, figure: Figure) -> list[Row]:
     if not rows:
         raise NothingToDraw("no row has a value yet")
     return rows
-
-
-def _block(spec: TableSpec, row: Row) -> tuple[str, ...]:
-    """What the row has in common with those that it is compared with."""
-    return tuple(word for key in spec.compare_within if (word := getattr(row, key)))
 
 
 def _series(spec: TableSpec, row: Row) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from ba_lora.config import nearest
 from ba_lora.errors import UserError
+from ba_lora.pipeline import UNTUNED
 from ba_lora.tables import Row
 from eval.report.spec import Column, PlannedRun, TableSpec
 from eval.score import stale_reason
@@ -36,6 +37,10 @@ class Used:
     def generation(self, key: str) -> Any:
         return (self.entry.get("generation") or {}).get(key)
 
+    def grader(self) -> dict[str, Any]:
+        """What a grade depends on beside the task's version: package versions, choices, the sandbox and its limits."""
+        return {key: self.entry.get(key) for key in ("packages", "post_processing", "choices", "sandbox")}
+
     def config(self, *keys: str) -> Any:
         node = self.result.get("config") or {}
         for key in keys:
@@ -53,12 +58,12 @@ EVALUATION: dict[str, Callable[[Used], Any]] = {
     "engine_version": lambda used: used.generation("engine_version"),
     "dtype": lambda used: used.generation("dtype"),
     "sampling": lambda used: [used.generation("sampling"), used.generation("choices")],
-    "grader": lambda used: used.entry.get("packages"),
+    "grader": Used.grader,
     "judge": lambda used: (used.entry.get("judge") or {}).get("id"),
 }
-# Of how the runs were trained; the same among the rows that are compared with each other.
+# Of how the runs were trained; the same among the rows that are compared with each other, the untuned model aside.
 TRAINING: dict[str, Callable[[Used], Any]] = {
-    "training_data": lambda used: (used.result.get("data") or {}).get("sha256"),
+    "training_data": lambda used: [(used.result.get("data") or {}).get(key) for key in ("sha256", "rows_used")],
     "model_revision": lambda used: (used.result.get("model") or {}).get("revision"),
     "model_dtype": lambda used: used.config("model", "dtype"),
     "quantization": lambda used: used.config("model", "quantization"),
@@ -133,9 +138,11 @@ def _groups(spec: TableSpec, used: Sequence[Used]) -> Iterable[tuple[str, list[U
             yield name, members
         for name in HARDWARE if column.is_cost else ():
             yield name, members
-        blocks: dict[tuple[str, ...], list[Used]] = {}
+        blocks: dict[tuple[str, tuple[str, ...]], list[Used]] = {}  # two bases never share a revision
         for one in members:
-            blocks.setdefault((one.row.base, one.row.setting), []).append(one)
+            if one.run.method == UNTUNED:
+                continue
+            blocks.setdefault((one.row.base, spec.block(one.row)), []).append(one)
         for block in blocks.values():
             for name in TRAINING:
                 yield name, block

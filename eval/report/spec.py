@@ -161,8 +161,12 @@ class TableSpec:
         """Return the rows in groups that are ranked and compared, each in the table's order."""
         groups: dict[tuple[str, ...], list[Row]] = {}
         for row in self.rows:
-            groups.setdefault(tuple(getattr(row, key) for key in self.compare_within), []).append(row)
+            groups.setdefault(self.block(row), []).append(row)
         return list(groups.values())
+
+    def block(self, row: Row) -> tuple[str, ...]:
+        """Return what a row has in common with those that it is ranked and compared with."""
+        return tuple(getattr(row, key) for key in self.compare_within)
 
     def label(self, name: str) -> str:
         """Return how a base, method, setting or column is written."""
