@@ -132,6 +132,37 @@ def test_a_logarithmic_axis_has_room_for_zero(known, canvases):
     assert (shown[1:] - shown[:-1] > 20).all()
 
 
+def test_lines_show_one_of_several_settings(known, canvases):
+    """Of a sweep over two weights each has a figure of its own; the other's rows are neither points nor levels."""
+    rows = [Row("tiny", "ba_lora", name) for name in ("lambda_svd=1", "lambda_svd=2", "lambda_consistency=3")]
+    for row in rows:
+        known.add(row.method, 1, setting=row.setting)
+    columns = (Column("gsm8k", "GSM8K", task="gsm8k", metric="strict"),)
+    runs = {(row, "gsm8k"): (known.run(row.method, 1, setting=row.setting),) for row in rows}
+    sweep = {"rows": tuple(rows), "columns": columns, "runs": runs}
+    drawn(known, Figure("a", "lines", ("gsm8k",), x="lambda_svd"), **sweep)
+    [axis] = canvases[0].axes
+    assert {tuple(line.get_xdata()) for line in axis.lines} == {(1, 2)}
+    one, _ = drawn(known, Figure("a", "lines", ("gsm8k",), x="lambda_diversity"), **sweep)
+    assert one.missing == "no setting gives lambda_diversity a number"
+
+
+def test_a_papers_bound_is_no_point(known, canvases):
+    (known.folder / "paper" / "known.csv").write_text(
+        "table,model,method,setting,task,metric,mean,std,source\n"
+        'known,tiny,ba_lora,rank=1,gsm8k,"accuracy, more than",99,,text\n'
+        'known,tiny,full_ft,,gsm8k,"accuracy, more than",98,,text\n'
+    )
+    rows = [Row("tiny", "ba_lora", "rank=1"), Row("tiny", "full_ft")]
+    columns = (Column("gsm8k", "GSM8K", task="gsm8k", metric="strict", paper=("gsm8k", "accuracy")),)
+    runs = {(row, "gsm8k"): (known.add(row.method, 1, setting=row.setting),) for row in rows}
+    one, _ = drawn(known, Figure("a", "lines", ("gsm8k",), x="rank"), rows=tuple(rows), columns=columns, runs=runs)
+    assert one.caption == "n = 1 seed."
+    [axis] = canvases[0].axes
+    assert not any(y > 90 for line in axis.lines for y in line.get_ydata())
+    assert "paper (hollow)" not in [text.get_text() for text in canvases[0].legends[0].get_texts()]
+
+
 def test_scatter_joins_the_pareto_front(known, canvases):
     one, _ = drawn(known, Figure("a", "scatter", ("gsm8k",), x="hours", methods=("lora", "pissa", "full_ft")))
     assert one.missing is None
@@ -167,6 +198,25 @@ def test_training_curves_are_means_over_seeds_at_common_steps(known, canvases):
     band = loss.collections[0].get_paths()[0].get_extents()
     assert (band.y0, band.y1) == (10, 32)  # one deviation of 0, 1, 2 on either side
     assert len(svd.lines) == 1 and svd.get_ylabel() == "svd"
+
+
+def test_curves_of_several_trainings_are_not_averaged(known, canvases):
+    """Columns trained on different sets are different runs of a row: the figure names those of one set."""
+    rows = (Row("tiny", "lora"),)
+    columns = tuple(Column(name, name, task=name, metric="strict") for name in ("gsm8k", "mbpp"))
+    runs = {
+        (rows[0], name): tuple(known.run("lora", seed, setting=name) for seed in (1, 2)) for name in ("gsm8k", "mbpp")
+    }
+    for name, loss in (("gsm8k", 1.0), ("mbpp", 5.0)):
+        for seed in (1, 2):
+            log = known.run("lora", seed, setting=name).run_path / "log.jsonl"
+            write_jsonl_atomic(log, [{"step": 10, "loss": loss + seed}])
+    tables = {"rows": rows, "columns": columns, "runs": runs}
+    with pytest.raises(UserError, match="figure a: tiny lora has several trainings: name columns"):
+        drawn(known, Figure("a", "training", terms=("loss",)), **tables)
+    one, _ = drawn(known, Figure("a", "training", columns=("gsm8k",), terms=("loss",)), **tables)
+    assert one.caption.startswith("n = 2 seeds.")
+    assert list(canvases[0].axes[0].lines[0].get_ydata()) == [2.5]
 
 
 def test_features_are_rows_of_the_first_seed_that_has_some(known, canvases):

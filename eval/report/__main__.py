@@ -79,23 +79,24 @@ def read_sources(spec: TableSpec, *, command: str) -> Sources:
 
 
 def write_report(table: ReportTable, sources: Sources, folder: Path) -> list[Drawn]:
-    """Write the table's files and figures, each atomically; return the figures.
+    """Write the table's files and figures, each atomically and none before all are made; return the figures.
 
     A figure that is no longer drawn is removed, so that none stays that its results have left.
     """
-    figures = []
-    for figure, files in draw(table, sources):
+    drawn = list(draw(table, sources))
+    figures = [figure for figure, _ in drawn]
+    facts = to_json(table, figures)
+    texts = {"tex": to_latex(table), "csv": to_csv(table), "md": to_markdown(table, figures)}
+    for figure, files in drawn:
         for suffix in FIGURE_SUFFIXES:
             path = folder / "figures" / f"{figure.name}.{suffix}"
             if suffix in files:
                 write_bytes_atomic(path, files[suffix])
             else:
                 path.unlink(missing_ok=True)
-        figures.append(figure)
-    write_text_atomic(folder / "table.tex", to_latex(table))
-    write_text_atomic(folder / "table.csv", to_csv(table))
-    write_json_atomic(folder / "table.json", to_json(table, figures))
-    write_text_atomic(folder / "table.md", to_markdown(table, figures))
+    write_json_atomic(folder / "table.json", facts)
+    for suffix, text in texts.items():
+        write_text_atomic(folder / f"table.{suffix}", text)
     return figures
 
 

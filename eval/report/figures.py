@@ -13,11 +13,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
 
+from ba_lora.errors import UserError
 from ba_lora.tables import Row
 from eval.report import features
 from eval.report.sheets import Drawn
 from eval.report.sources import Sources
-from eval.report.spec import Figure, TableSpec, setting_value
+from eval.report.spec import Figure, PlannedRun, TableSpec, row_name, setting_value
 from eval.report.style import (
     HALO,
     HOLLOW,
@@ -78,7 +79,7 @@ def _bars(table: ReportTable, figure: Figure, sources: Sources) -> tuple[Canvas,
                 axis.bar(x, cell.mean, step * 0.92, color=style.colour, hatch=style.hatch, edgecolor="black", lw=0.6)
                 aside = 0.2 * step if cell.paper is not None else 0.0  # so that the two do not hide each other
                 axis.errorbar(x + aside, cell.mean, cell.std, color="black", capsize=2, lw=0.9)
-            if cell.paper is not None and not cell.paper.is_bound:
+            if _has_paper_mark(cell):
                 axis.plot(x - 0.2 * step, cell.paper.mean, "D", path_effects=HALO, **HOLLOW)
         axis.set_xticks(range(len(groups)), [_written(spec, group) for group in groups])
         if max(len(_written(spec, group)) for group in groups) * len(groups) > 18 * width:
@@ -110,13 +111,13 @@ def _lines(table: ReportTable, figure: Figure, sources: Sources) -> tuple[Canvas
             }
             points = [(x, table.cell(row, column)) for row, x in mine.items() if x is not None]
             points.sort(key=lambda point: point[0])
-            ticks.update(x for x, cell in points if cell.values or cell.paper)
-            ours = [(x, cell.mean, cell.std or 0.0) for x, cell in points if cell.mean is not None]
+            ticks.update(x for x, cell in points if cell.values or _has_paper_mark(cell))
+            ours = [(x, cell.mean, np.nan if cell.std is None else cell.std) for x, cell in points if cell.values]
             if ours:
                 axis.errorbar(
                     *zip(*ours, strict=True), color=style.colour, marker=style.marker, ls=style.line, capsize=2
                 )
-            reported = [(x, cell.paper.mean) for x, cell in points if cell.paper is not None]
+            reported = [(x, cell.paper.mean) for x, cell in points if _has_paper_mark(cell)]
             if reported:
                 axis.plot(
                     *zip(*reported, strict=True),
@@ -158,7 +159,7 @@ def _scatter(table: ReportTable, figure: Figure, sources: Sources) -> tuple[Canv
             if x.mean is not None and y.mean is not None:
                 axis.errorbar(x.mean, y.mean, y.std, x.std, mec="black", mew=0.5, capsize=2, lw=0.8, **look)
                 points.append((x.mean, y.mean))
-            if x.paper and y.paper and not (x.paper.is_bound or y.paper.is_bound):
+            if _has_paper_mark(x) and _has_paper_mark(y):
                 axis.plot(x.paper.mean, y.paper.mean, mfc="none", **look)
         front = pareto_front(points, better=(cost.better, column.better))
         if front:
@@ -176,7 +177,7 @@ def _scatter(table: ReportTable, figure: Figure, sources: Sources) -> tuple[Canv
 def _training(table: ReportTable, figure: Figure, sources: Sources) -> tuple[Canvas, str]:
     """One panel a block and term: what training logged, as the mean over seeds and a band of one deviation."""
     spec = table.spec
-    logs = {row: [log for run in spec.row_runs(row) if (log := sources.log(run))] for row in _rows(table, figure)}
+    logs = {row: [log for run in _runs(spec, figure, row) if (log := sources.log(run))] for row in _rows(table, figure)}
     rows = [row for row, found in logs.items() if found]
     if not rows:
         raise NothingToDraw("no run's log.jsonl is at hand")
@@ -212,7 +213,7 @@ def _features(table: ReportTable, figure: Figure, sources: Sources) -> tuple[Can
     spec = table.spec
     runs, seeds = [], []
     for row in _rows(table, figure):
-        found = [run for run in spec.row_runs(row) if (run.run_path / "features").is_dir()]
+        found = [run for run in _runs(spec, figure, row) if (run.run_path / "features").is_dir()]
         if found:
             seeds.append(found[0].seed)
             [run] = features.read_runs([found[0].run_path])
@@ -265,10 +266,26 @@ def _rows(table: ReportTable, figure: Figure) -> list[Row]:
         return any(cell.values or cell.paper for cell in cells)
 
     rows = [row for row in table.spec.rows if not figure.methods or row.method in figure.methods]
-    rows = [row for row in rows if not figure.columns or has(row)]
+    if figure.kind == "lines":  # over one of several settings: the others' rows have no place in it
+        rows = [row for row in rows if not row.setting or setting_value(row.setting, figure.x) is not None]
+        if not any(row.setting for row in rows):
+            raise NothingToDraw(f"no setting gives {figure.x} a number")
+    rows = [row for row in rows if figure.kind in ("training", "features") or has(row)]
     if not rows:
         raise NothingToDraw("no row has a value yet")
     return rows
+
+
+def _runs(spec: TableSpec, figure: Figure, row: Row) -> list[PlannedRun]:
+    """Return a row's runs, one a seed: those of the figure's columns, or of all.
+
+    Raises UserError where they are several trainings, such as on several data sets: no mean over seeds has a meaning.
+    """
+    names = figure.columns or [column.name for column in spec.columns]
+    runs = list(dict.fromkeys(run for name in names for run in spec.planned(row, spec.column(name))))
+    if len({run.seed for run in runs}) < len(runs):
+        raise UserError(f"figure {figure.name}: {row_name(row)} has several trainings: name columns of one of them")
+    return runs
 
 
 def _series(spec: TableSpec, row: Row) -> tuple[str, ...]:
@@ -278,11 +295,16 @@ def _series(spec: TableSpec, row: Row) -> tuple[str, ...]:
 
 
 def _level(axis: Axes, cell: Cell, style: Style) -> None:
-    """A row that has no place on the x axis, such as full fine-tuning over ranks: a level line."""
+    """A row without any setting, such as full fine-tuning over ranks: a level line."""
     if cell.mean is not None:
         axis.axhline(cell.mean, color=style.colour, ls=style.line)
-    if cell.paper is not None:
+    if _has_paper_mark(cell):
         axis.axhline(cell.paper.mean, color=style.colour, ls=style.line, lw=0.6)
+
+
+def _has_paper_mark(cell: Cell) -> bool:
+    """Whether the paper's value is drawn: it has one, and not just a bound."""
+    return cell.paper is not None and not cell.paper.is_bound
 
 
 def _written(spec: TableSpec, words: Sequence[str]) -> str:
@@ -298,7 +320,7 @@ def _paper_handle(table: ReportTable, figure: Figure, *, marker: str = "o") -> l
 
 def _paper_sources(table: ReportTable, figure: Figure) -> list[str]:
     cells = [table.cells[row, name] for row in _rows(table, figure) for name in figure.columns]
-    return sorted({cell.paper.source for cell in cells if cell.paper is not None})
+    return sorted({cell.paper.source for cell in cells if _has_paper_mark(cell)})
 
 
 def _caption(table: ReportTable, figure: Figure) -> str:

@@ -13,6 +13,7 @@
         terms: {kind: training, terms: [loss, consistency], methods: [pissa, ba_lora]}
         tsne: {kind: features}         # over steps (features.py)
 
+A training or features figure shows the runs behind `columns`, needed where a row's columns are trained on several sets.
 `title`, `caption` (a sentence more) and `methods` (the rows drawn; default: all) go with every figure.
 """
 
@@ -152,10 +153,6 @@ class TableSpec:
     def all_runs(self) -> list[PlannedRun]:
         """Return every run of the table once, in the order of the rows."""
         return list(dict.fromkeys(run for runs in self.runs.values() for run in runs))
-
-    def row_runs(self, row: Row) -> list[PlannedRun]:
-        """Return every run of a row once."""
-        return list(dict.fromkeys(run for (one, _), runs in self.runs.items() if one == row for run in runs))
 
     def blocks(self) -> list[list[Row]]:
         """Return the rows in groups that are ranked and compared, each in the table's order."""

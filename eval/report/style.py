@@ -33,7 +33,6 @@ RC = {
     "ps.fonttype": 42,
 }
 PANEL_WIDTH, PANEL_HEIGHT, DPI = 3.2, 2.5, 200  # inches, dots an inch
-PAPER_LABEL = "paper"
 
 
 @dataclass(frozen=True)
