@@ -177,9 +177,10 @@ def prepare_evaluation(config: RunConfig) -> None:
 
 
 def record_evaluation(config: RunConfig, state: dict[str, Any]) -> dict[str, Any]:
-    """Note what the scores in the run's folder belong to, and write the result; return it."""
+    """Write the result and, last, note what the scores in the run's folder belong to; return the result."""
+    result = record_result(config)
     write_json_atomic(config.run_path / STATE_FILE, state)
-    return record_result(config)
+    return result
 
 
 def record_result(config: RunConfig) -> dict[str, Any]:
@@ -212,52 +213,72 @@ def evaluation_state(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def evaluation_fault(config: RunConfig, state: dict[str, Any]) -> str | None:
+@dataclass(frozen=True)
+class Fault:
+    """Why scores do not hold. `stale`: there were some; `regrade`: their completions hold, only the grades do not."""
+
+    reason: str
+    stale: bool = True
+    regrade: bool = False
+
+
+def evaluation_fault(
+    config: RunConfig, state: dict[str, Any], *, graders: Mapping[str, Mapping[str, str | None]] | None = None
+) -> Fault | None:
     """Return why the run's folder does not hold scores of every task for exactly this state, None where it does.
 
-    A score by an older grader counts as none, once `python -m eval.score --stale` has marked it.
+    graders: what `python -m eval.score --versions` prints; a score by another version of its grader, or from another
+    commit of its hub data, does not hold. Without it those count that `eval.score --stale` has marked.
     """
     path = config.run_path / STATE_FILE
     if not path.is_file():
-        return "not evaluated"
+        return Fault("not evaluated", stale=False)
     found = read_json(path)
     if found != state:
         changed = [name for name in state if found.get(name) != state[name]]
         if changed == ["eval"]:
             changed = [f"eval.{name}" for name, value in state["eval"].items() if found["eval"].get(name) != value]
-        return f"evaluated with another {', '.join(changed) or 'state'}"
+        return Fault(f"evaluated with another {', '.join(changed) or 'state'}")
     for task in config.eval.tasks:
-        score = config.run_path / "scores" / f"{task}.json"
-        if not score.is_file():
-            return f"no score of {task}"
-        if reason := read_json(score).get("stale"):
-            return f"{task}: {reason}"
+        path = config.run_path / "scores" / f"{task}.json"
+        if not path.is_file():
+            return Fault(f"no score of {task}", stale=False)
+        score = read_json(path)
+        now = (graders or {}).get(task, {})
+        hub = (score.get("data_sha256") or {}).get("hub") if isinstance(score.get("data_sha256"), dict) else None
+        if hub and now.get("hub") and hub != now["hub"] and hub.split("@")[0] == now["hub"].split("@")[0]:
+            return Fault(f"{task}: made from {hub}, pinned is {now['hub']}")
+        if now.get("version") not in (None, score.get("version")):
+            reason = f"{task}: graded by version {score.get('version')}, the grader is at version {now['version']} now"
+            return Fault(reason, regrade=True)
+        if score.get("stale"):
+            return Fault(f"{task}: {score['stale']}", regrade=True)
     return None
 
 
-def evaluation_stages(configs: Sequence[RunConfig]) -> list[Stage]:
-    """Return what evaluates runs that share model and `eval`: eval.generate for all runs and tasks (one engine start),
-    eval.score for each run and task, then the measures of the runs themselves."""
+def evaluation_stages(configs: Sequence[RunConfig], *, generate: bool = True) -> list[Stage]:
+    """Return what evaluates runs that share model and `eval`: eval.generate for all runs and tasks (one engine start;
+    not with `generate=False`), eval.score for each run and task, then the measures of the runs themselves."""
     first = configs[0]
     tasks = [task for task in first.eval.tasks if task not in RUN_MEASURES]
     run_paths = tuple(config.run_path for config in configs)
     files = {task: str(_data_file(first, task)) for task in first.eval.tasks if task in first.eval.data}
     stages = []
-    if tasks:
+    if tasks and generate:
         settings = [f"{key}={value}" for key, value in first.eval.options.items()]
         settings += [f"limit={first.eval.limit}"] if first.eval.limit is not None else []
         settings += ["trust_remote_code=true"] if first.model.trust_remote_code else []
-        generate = [sys.executable, "-m", "eval.generate", "--model"]
+        command = [sys.executable, "-m", "eval.generate", "--model"]
         if first.method == UNTUNED:
             assert len(configs) == 1, "the pre-trained model has one folder"
-            generate += [model_source(first.model), "--output", str(first.run_path / "completions")]
+            command += [model_source(first.model), "--output", str(first.run_path / "completions")]
             settings += [f"revision={first.model.revision}"] if first.model.revision is not None else []
         else:
-            generate += map(str, run_paths)
-        generate += ["--task", *tasks, "--engine", first.eval.engine, *settings]
+            command += map(str, run_paths)
+        command += ["--task", *tasks, "--engine", first.eval.engine, *settings]
         data = [f"{task}={files[task]}" for task in tasks if task in files]
-        generate += ["--data", *data] if data else []
-        stages.append(Stage("generate", generate, run_paths))
+        command += ["--data", *data] if data else []
+        stages.append(Stage("generate", command, run_paths))
     for config in configs:
         for task in tasks:
             score = [sys.executable, "-m", "eval.score", "--task", task]

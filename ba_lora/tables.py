@@ -221,30 +221,45 @@ def _row_cells(
     untuned = row.method == UNTUNED
     for overrides, members in groups.items():
         tasks = list(dict.fromkeys(column.task for column in members if column.task is not None))
+        chosen = [*words, *overrides, f"eval.tasks=[{','.join(tasks)}]", *typed]
+        try:
+            spec = _resolve(row, kind, chosen)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
         for seed in seeds[:1] if untuned else seeds:
-            chosen = [*words, *overrides, f"eval.tasks=[{','.join(tasks)}]", *typed, f"seed={seed}"]
-            try:
-                spec = _resolve(row, kind, chosen, suffix)
-            except UserError as error:
-                raise UserError(f"{where}: {error}") from error
-            cells += [Cell(row, column, seed, spec) for column in members]
+            cells += [
+                Cell(row, column, seed, seeded) for seeded in [_with_seed(spec, seed, suffix)] for column in members
+            ]
     return cells
 
 
-def _resolve(row: Row, kind: str, words: Sequence[str], suffix: str) -> Spec:
+def _resolve(row: Row, kind: str, words: Sequence[str]) -> Spec:
+    """Return the run of a row, of any seed."""
     config_path = f"configs/{kind}/{row.base}.yaml"
+    spec = Spec.resolve(config_path, None if row.method == UNTUNED else row.method, words, kind=kind)
     if row.method == UNTUNED:
-        spec = Spec.resolve(config_path, None, words, kind=kind)
-        return dataclasses.replace(spec, config=untuned_config(spec.config), trained=False)
-    spec = Spec.resolve(config_path, row.method, words, kind=kind)
-    more = [f"output_dir=outputs/{spec.config.run_id}-{suffix}"] if suffix else []
-    if kind == "nlg" and "serve" not in spec.config.eval.options:
-        # All runs of a table that can be are served as adapters on their base: one engine start serves them all, and
-        # none needs a merged model on disk. The choice must not depend on how many happen to be evaluated together.
-        adapter = spec.config.adapter
-        hot = adapter.tuner == "lora" and not adapter.dora and spec.config.model.quantization == "none"
-        more += ["eval.options.serve=hot", "export.merged=false"] if hot else ["eval.options.serve=merged"]
-    return Spec.resolve(config_path, row.method, [*more, *words], kind=kind) if more else spec
+        return dataclasses.replace(spec, trained=False)
+    if kind == "nlu" or "serve" in spec.config.eval.options:
+        return spec
+    # All runs of a table that can be are served as adapters on their base: one engine start serves them all, and none
+    # needs a merged model on disk. The choice must not depend on how many happen to be evaluated together.
+    adapter = spec.config.adapter
+    hot = adapter.tuner == "lora" and not adapter.dora and spec.config.model.quantization == "none"
+    more = ["eval.options.serve=hot", "export.merged=false"] if hot else ["eval.options.serve=merged"]
+    return Spec.resolve(config_path, row.method, [*more, *words], kind=kind)
+
+
+def _with_seed(spec: Spec, seed: int, suffix: str) -> Spec:
+    """Return the same run with another seed, and with a folder of its own where there is a suffix."""
+    config = dataclasses.replace(spec.config, seed=seed)
+    words = [*spec.overrides, f"seed={seed}"]
+    if not spec.trained:
+        return dataclasses.replace(spec, config=untuned_config(config), overrides=tuple(words))
+    if suffix:
+        folder = f"outputs/{config.run_id}-{suffix}"
+        config = dataclasses.replace(config, output_dir=folder)
+        words.append(f"output_dir={folder}")
+    return dataclasses.replace(spec, config=config, overrides=tuple(words))
 
 
 def _columns(raw: Any, path: Path) -> list[Column]:

@@ -4,6 +4,7 @@
     python -m eval.score --runs DIR [--results DIR] [key=value …]
                                                          re-score every run below DIR, and bring the runs' results
                                                          (default: results/runs) up to date
+    python -m eval.score --versions                      the graders as they are now: task → version and pinned hub data
     python -m eval.score --stale DIR                     grade nothing; mark the scores below DIR that an older grader
                                                          or other completions gave: "stale" in the file says why
 
@@ -166,6 +167,17 @@ def stale_reason(score: Mapping, *, completions: Path | None = None) -> str | No
     return None
 
 
+def grader_versions() -> dict[str, dict[str, str | None]]:
+    """Return task → {"version", "hub"}: the grader's version, and the hub set with its pinned commit."""
+    from eval import inheritance
+
+    versions = {}
+    for name, task in TASKS.items():
+        hub = f"{task.hub}@{task.hub_revision}" if task.hub and task.hub_revision else None
+        versions[name] = {"version": task.version, "hub": hub}
+    return versions | {inheritance.NAME: {"version": inheritance.VERSION, "hub": None}}
+
+
 def _grade(task: Task, pairs: Sequence[tuple[Item, str]], options: Options) -> list[Grade]:
     from tqdm import tqdm
 
@@ -206,10 +218,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--runs", type=Path)
     parser.add_argument("--results", type=Path, help="with --runs: where the runs' results are; default results/runs")
     parser.add_argument("--stale", type=Path)
+    parser.add_argument("--versions", action="store_true")
     parser.add_argument("options", nargs="*", metavar="key=value")
     parsed = parser.parse_intermixed_args(arguments)
     if parsed.results is not None and parsed.runs is None:
         raise UserError("--results belongs to --runs DIR")
+    if parsed.versions:
+        print(json.dumps(grader_versions()))
+        return 0
     if parsed.stale is not None:
         if parsed.options or parsed.runs or parsed.task or parsed.completions or parsed.data or parsed.output:
             raise UserError("--stale DIR takes no other argument")

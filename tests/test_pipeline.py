@@ -108,16 +108,19 @@ def test_why_scores_no_longer_hold(tmp_path):
     (tmp_path / "train.json").write_text('{"status": "ok"}')
     score = tmp_path / "scores" / "toy.json"
 
-    def fault():
-        return pipeline.evaluation_fault(config, pipeline.evaluation_state(config))
+    def fault(**graders):
+        found = pipeline.evaluation_fault(config, pipeline.evaluation_state(config), graders=graders)
+        return found and found.reason
 
     assert fault() == "not evaluated"
     state = pipeline.evaluation_state(config)
     (tmp_path / pipeline.STATE_FILE).write_text(json.dumps(state))
     assert fault() == "no score of toy"
     score.parent.mkdir()
-    score.write_text("{}")
-    assert fault() is None
+    score.write_text('{"version": "1", "data_sha256": {"hub": "a/b@1"}}')
+    assert fault() is None and fault(toy={"version": "1", "hub": "a/b@1"}) is None
+    assert fault(toy={"version": "2"}) == "toy: graded by version 1, the grader is at version 2 now"
+    assert fault(toy={"version": "1", "hub": "a/b@2"}) == "toy: made from a/b@1, pinned is a/b@2"
     score.write_text('{"stale": "graded by version 0"}')
     assert fault() == "toy: graded by version 0"
     state["eval"]["limit"] = 6

@@ -8,6 +8,7 @@ import yaml
 from ba_lora import tables
 from ba_lora.config import PROJECT_ROOT
 from ba_lora.errors import UserError
+from ba_lora.pipeline import Spec
 from ba_lora.tables import Row, load_table
 
 FILES = sorted((PROJECT_ROOT / "configs" / "tables").glob("*.yaml"))
@@ -78,6 +79,9 @@ def test_rows_columns_and_shared_runs(tmp_path):
     full = runs[Row("toy", "full_ft"), 1]["strict"]
     assert full.eval.options == {"serve": "merged"} and full.export.merged
     assert [cell.seed for cell in table.cells if cell.row.method == "untuned"] == [1] * 4
+    for spec in table.specs():  # what is typed gives what is held
+        if spec.trained:
+            assert Spec.resolve(spec.config_path, spec.method, spec.overrides).config == spec.config
     # 4 adapter rows, full, again: each 2 seeds × 2 trainings; untuned: one model, whatever it might be trained on
     assert len(table.specs()) == 6 * 2 * 2 + 1
 

@@ -1,0 +1,136 @@
+"""What is left to do costs: hours where a like run has been measured, disk where a like run lies on it, else blank.
+
+Time of a run, from the results below results/: the median seconds of runs of the same recipe (other seeds count),
+else tokens over the median tokens a second of the same model and method; only of the hardware that most results of that
+model were measured on, which is named. Generation is added where its tasks have been measured for the model.
+"""
+
+import dataclasses
+import os
+import shutil
+import statistics
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ba_lora.config import PROJECT_ROOT
+from ba_lora.io import read_json
+from ba_lora.pipeline import Spec
+
+RESULTS_PATH = PROJECT_ROOT / "results"
+_RECIPE = ("max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps")
+
+
+def estimate_lines(specs: Sequence[Spec], *, results_path: Path = RESULTS_PATH) -> list[str]:
+    """Return the lines of --dry-run on time and disk for runs that are yet to be done."""
+    measured = Measured([read_json(path) for path in sorted(results_path.rglob("runs/*.json"))])
+    hours: dict[str, float] = defaultdict(float)
+    known = 0
+    for spec in specs:
+        found = measured.seconds(dataclasses.asdict(spec.config), trained=spec.trained)
+        if found is not None:
+            hours[found[1]] += found[0] / 3600
+            known += 1
+    lines = []
+    for hardware, number in sorted(hours.items()):
+        lines.append(f"time: about {number:.2g} hours of {hardware}, for one run at a time")
+    if known < len(specs):
+        lines.append(f"time: not known for {len(specs) - known} of {len(specs)} runs: none like them has been measured")
+    return lines + _disk_lines(specs)
+
+
+class Measured:
+    """What result files tell of time."""
+
+    def __init__(self, results: Sequence[dict[str, Any]]) -> None:
+        trained = [result for result in results if (result.get("training") or {}).get("seconds")]
+        self._hardware = {
+            model: Counter(_hardware(result) for result in trained if _model(result["config"]) == model).most_common(1)[
+                0
+            ][0]
+            for model in {_model(result["config"]) for result in trained}
+        }
+        self._recipes: dict[str, list[float]] = defaultdict(list)
+        self._speeds: dict[tuple[str, str], list[float]] = defaultdict(list)  # tokens a second
+        self._row_tokens: dict[tuple[str, int], list[float]] = defaultdict(list)
+        self._generation: dict[tuple[str, str], list[float]] = defaultdict(list)
+        for result in results:
+            config, data = result["config"], result.get("data") or {}
+            for task, entry in (result.get("evaluation") or {}).items():
+                if seconds := (entry.get("generation") or {}).get("seconds"):
+                    self._generation[_model(config), task].append(seconds)
+            if data.get("tokens") and data.get("rows_used"):
+                self._row_tokens[config["data"]["name"], config["data"]["max_length"]].append(
+                    data["tokens"] / data["rows_used"]
+                )
+        for result in trained:
+            config, seconds = result["config"], result["training"]["seconds"]
+            if _hardware(result) != self._hardware[_model(config)]:
+                continue
+            self._recipes[_recipe(config)].append(seconds)
+            tokens = (result.get("data") or {}).get("tokens")
+            if tokens and "max_steps" not in config["trainer"]:
+                epochs = config["trainer"].get("num_train_epochs", 3)
+                self._speeds[_model(config), config["method"]].append(tokens * epochs / seconds)
+
+    def seconds(self, config: dict[str, Any], *, trained: bool = True) -> tuple[float, str] | None:
+        """Return (seconds, hardware) of training and generation, None where neither recipe nor speed is known."""
+        hardware = self._hardware.get(_model(config))
+        training = self._training_seconds(config) if trained else 0.0
+        if hardware is None or training is None:
+            return None
+        generation = (self._generation.get((_model(config), task)) for task in config["eval"]["tasks"])
+        return training + sum(statistics.median(seconds) for seconds in generation if seconds), hardware
+
+    def _training_seconds(self, config: dict[str, Any]) -> float | None:
+        if same := self._recipes.get(_recipe(config)):
+            return statistics.median(same)
+        speeds = self._speeds.get((_model(config), config["method"]))
+        row_tokens = self._row_tokens.get((config["data"]["name"], config["data"]["max_length"]))
+        num_rows = config["data"]["num_rows"]
+        if not speeds or not row_tokens or num_rows is None or "max_steps" in config["trainer"]:
+            return None
+        epochs = config["trainer"].get("num_train_epochs", 3)
+        return num_rows * epochs * statistics.median(row_tokens) / statistics.median(speeds)
+
+
+def _model(config: dict[str, Any]) -> str:
+    return f"{config['model']['name']} {config['model']['quantization']}"
+
+
+def _recipe(config: dict[str, Any]) -> str:
+    data, trainer = config["data"], config["trainer"]
+    parts = [_model(config), config["method"], config["adapter"]["rank"], data["name"], data["num_rows"]]
+    return str([*parts, data["max_length"], *(trainer.get(key) for key in _RECIPE)])
+
+
+def _hardware(result: dict[str, Any]) -> str:
+    environment = result.get("environment") or {}
+    machine = environment.get("hardware") or {}
+    if machine.get("gpu"):
+        return f"{environment.get('num_processes', 1)} × {machine['gpu']}"
+    return f"{environment.get('num_threads', '?')} CPU thread(s)"
+
+
+def _disk_lines(specs: Sequence[Spec]) -> list[str]:
+    """Return what the runs that are left will need: the median size of finished runs of the same kind."""
+    sizes: dict[str, list[int]] = defaultdict(list)
+    outputs = PROJECT_ROOT / "outputs"
+    for train_file in outputs.glob("*/train.json"):
+        saved = train_file.parent.name.split("-s")[0]  # base and method
+        sizes[saved].append(_folder_bytes(train_file.parent))
+    needed, unknown = 0.0, 0
+    for spec in specs:
+        like = sizes.get(f"{spec.config.name}-{spec.config.method}")
+        needed += statistics.median(like) if like else 0
+        unknown += not like
+    free = shutil.disk_usage(PROJECT_ROOT).free
+    line = f"disk: about {needed / 1e9:.2g} GB more, {free / 1e9:.0f} GB are free"
+    if unknown:
+        line += f"; not known for {unknown} runs (the heads of configs/nlg tell what a run of each base takes)"
+    return [line]
+
+
+def _folder_bytes(folder: Path) -> int:
+    return sum(os.lstat(os.path.join(parent, name)).st_size for parent, _, names in os.walk(folder) for name in names)

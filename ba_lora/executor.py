@@ -1,0 +1,223 @@
+"""Where a grid's commands run: `LocalExecutor`, one worker for each GPU (or group of GPUs), or on the CPU.
+
+A grid asks `free_slot()` for room, gives `submit()` a `Work`, and collects what has ended from `wait()`; `cancel()`
+ends what still runs. Another executor, for a cluster, needs these four.
+
+A stage inherits the locks of its work. So if the grid is killed with -9, a stage that lives on keeps its run (and its
+GPU) to itself until it ends, and the next grid waits for it.
+"""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+from ba_lora.config import PROJECT_ROOT
+from ba_lora.errors import UserError
+from ba_lora.io import disk_errors
+from ba_lora.locks import holder, try_lock
+from ba_lora.pipeline import Stage
+
+POLL_S = 0.05
+GRACE_S = 30.0  # between SIGTERM and SIGKILL; a training records that it was cancelled
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A worker's place: what its commands get into their environment, and the lock that makes a GPU its own."""
+
+    name: str
+    environment: dict[str, str]
+    num_gpus: int = 0
+    lock_path: Path | None = None
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A stage that ended with another status than 0."""
+
+    stage: str
+    status: int
+    log_path: Path
+
+
+@dataclass
+class Work:
+    """Stages to run one after another, their output into `log_folder`; `locks` are held until `release`.
+
+    A stage is left out once all runs that it serves have failed in an earlier one. `failures`: run folder → where;
+    `seconds`: of all stages.
+    """
+
+    stages: list[Stage]
+    log_folder: Path
+    locks: list[IO[str]] = field(default_factory=list)
+    failures: dict[Path, Failure] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def release(self) -> None:
+        for lock in self.locks:
+            lock.close()
+        self.locks = []
+
+
+@dataclass
+class _Job:
+    work: Work
+    slot: Slot
+    slot_lock: IO[str] | None
+    waiting: list[Stage]
+    started: float
+    stage: Stage | None = None
+    log_path: Path | None = None
+    process: subprocess.Popen | None = None
+
+
+class LocalExecutor:
+    """Runs work in child processes of this one, one work a slot."""
+
+    def __init__(self, slots: Sequence[Slot]) -> None:
+        self.slots = list(slots)
+        self._jobs: list[_Job] = []
+        self._slot_lock: IO[str] | None = None
+
+    @property
+    def num_running(self) -> int:
+        return len(self._jobs)
+
+    def free_slot(self) -> Slot | None:
+        """Return a slot that nobody uses, neither this grid nor, for a GPU, another one on this machine."""
+        used = {job.slot.name for job in self._jobs}
+        for slot in self.slots:
+            if slot.name in used:
+                continue
+            if slot.lock_path is None:
+                return slot
+            self._release_slot()
+            self._slot_lock = try_lock(slot.lock_path)
+            if self._slot_lock is not None:
+                return slot
+        return None
+
+    def busy_elsewhere(self) -> list[str]:
+        """Return who holds the GPUs that this grid cannot have."""
+        used = {job.slot.name for job in self._jobs}
+        return [
+            f"{slot.name}: {holder(slot.lock_path)}"
+            for slot in self.slots
+            if slot.lock_path is not None and slot.name not in used
+        ]
+
+    def submit(self, work: Work, slot: Slot) -> None:
+        """Start the work on the slot that `free_slot` has just given."""
+        job = _Job(work, slot, self._slot_lock, list(work.stages), time.monotonic())
+        self._slot_lock = None
+        self._jobs.append(job)
+        self._advance(job)
+
+    def wait(self, timeout_s: float) -> list[Work]:
+        """Return the work that has ended, after `timeout_s` at the latest."""
+        self._release_slot()
+        deadline = time.monotonic() + timeout_s
+        while True:
+            ended = [job for job in self._jobs if self._advance(job)]
+            if ended or time.monotonic() >= deadline:
+                break
+            time.sleep(POLL_S)
+        for job in ended:
+            self._close(job)
+        return [job.work for job in ended]
+
+    def cancel(self) -> None:
+        """End what still runs: SIGTERM, then, for what does not listen, SIGKILL."""
+        for number, patience_s in ((signal.SIGTERM, GRACE_S), (signal.SIGKILL, GRACE_S)):
+            deadline = time.monotonic() + patience_s
+            alive = [job.process for job in self._jobs if job.process is not None and job.process.poll() is None]
+            for process in alive:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, number)
+            for process in alive:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(timeout=max(0.0, deadline - time.monotonic()))
+        for job in list(self._jobs):
+            self._close(job)
+
+    def _advance(self, job: _Job) -> bool:
+        """Start the job's next stage if the one before has ended; return whether there is none left."""
+        if job.process is not None:
+            status = job.process.poll()
+            if status is None:
+                return False
+            if status != 0:
+                for run_path in job.stage.run_paths:
+                    job.work.failures.setdefault(run_path, Failure(job.stage.name, status, job.log_path))
+            job.process = None
+        while job.waiting:
+            job.stage = job.waiting.pop(0)
+            if all(run_path in job.work.failures for run_path in job.stage.run_paths):
+                continue
+            job.log_path = job.work.log_folder / f"{job.stage.run_paths[0].name}.{job.stage.name.replace(' ', '-')}.log"
+            locks = [*job.work.locks, *([job.slot_lock] if job.slot_lock else [])]
+            with disk_errors(job.log_path), open(job.log_path, "wb") as log:
+                job.process = subprocess.Popen(
+                    job.stage.command,
+                    cwd=PROJECT_ROOT,
+                    env={**os.environ, **job.slot.environment},
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    pass_fds=[lock.fileno() for lock in locks],
+                    start_new_session=True,  # Ctrl-C reaches the grid alone, which then ends its stages in order
+                )
+            return False
+        job.work.seconds = time.monotonic() - job.started
+        return True
+
+    def _close(self, job: _Job) -> None:
+        self._jobs.remove(job)
+        if job.slot_lock is not None:
+            job.slot_lock.close()
+
+    def _release_slot(self) -> None:
+        if self._slot_lock is not None:
+            self._slot_lock.close()
+            self._slot_lock = None
+
+
+def local_slots(
+    lock_folder: Path, *, gpus_per_run: int = 1, workers: int | None = None, environ: Mapping[str, str] = os.environ
+) -> list[Slot]:
+    """Return one slot for each group of `gpus_per_run` GPUs that this process may see, else `workers` on the CPU.
+
+    Without a GPU there are two workers where there are two cores, and the cores are shared out among them.
+    """
+    visible = _visible_gpus(environ)
+    if visible:
+        if gpus_per_run > len(visible):
+            raise UserError(f"gpus={gpus_per_run}: only {len(visible)} GPU(s) can be seen here")
+        slots = []
+        for start in range(0, len(visible) - gpus_per_run + 1, gpus_per_run):
+            members = ",".join(visible[start : start + gpus_per_run])
+            lock_path = lock_folder / f"gpu-{socket.gethostname()}-{members.replace(',', '-')}.lock"
+            environment = {"CUDA_VISIBLE_DEVICES": members, "MASTER_PORT": str(29500 + start)}
+            slots.append(Slot(f"GPU {members}", environment, gpus_per_run, lock_path))
+        return slots[:workers]
+    cores = os.cpu_count() or 1
+    number = min(2, cores) if workers is None else workers
+    threads = environ.get("OMP_NUM_THREADS") or str(max(1, cores // number))
+    return [Slot(f"CPU worker {index}", {"OMP_NUM_THREADS": threads}) for index in range(number)]
+
+
+def _visible_gpus(environ: Mapping[str, str]) -> list[str]:
+    named = environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return [name.strip() for name in named.split(",") if name.strip() not in ("", "-1")]
+    import torch
+
+    return [str(index) for index in range(torch.cuda.device_count())]

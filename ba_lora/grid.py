@@ -1,0 +1,433 @@
+"""Fill a table: from its config to missing runs to train → export → generate → score, then its report.
+
+    sh scripts/reproduce.sh TABLE [--dry-run] [key=value …]          python -m ba_lora.grid TABLE …
+
+Each stage is a command of ba_lora/pipeline.py in a process of its own. What is done and still holds is skipped; what is
+stale (its config, its data or its grader changed) is named and redone; what failed is shown with its error and redone
+with retry=true. Runs that share base and evaluation are generated for together, with one start of the engine.
+
+The same command may be given twice, at once or after Ctrl-C or kill -9: a run is worked on under its lock, and its
+state is read from its files after the lock is taken (locks.py, grid_state.py).
+
+key=value changes every run (`data.num_rows=1000`), but for
+    retry=true         redo what failed                 workers=N     at most N runs at a time
+    seeds=[1,2]        instead of the table's seeds     gpus=N        GPUs for each run (default 1; more: accelerate)
+    only=WORD[,WORD]   rows whose base, method or setting is one of the words
+"""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import IO
+
+from ba_lora.config import PROJECT_ROOT, RunConfig, nearest
+from ba_lora.errors import UserError, run_entry_point
+from ba_lora.estimates import estimate_lines
+from ba_lora.executor import LocalExecutor, Slot, Work, local_slots
+from ba_lora.grid_state import (
+    DONE,
+    FAILED,
+    GRID_PATH,
+    MISSING,
+    RUNNING,
+    STALE,
+    RunState,
+    changed_config,
+    failure_path,
+    inspect,
+    record_failure,
+    remember_run,
+)
+from ba_lora.io import disk_errors
+from ba_lora.locks import holder, try_lock, work_lock_path
+from ba_lora.pipeline import (
+    UNTUNED,
+    Spec,
+    Stage,
+    evaluation_stages,
+    evaluation_state,
+    launch_command,
+    prepare_evaluation,
+    record_evaluation,
+    record_result,
+    training_stage,
+)
+from ba_lora.tables import Table, find_table, load_table
+
+__all__ = ["Grid", "Table", "load_table", "main"]
+
+MAX_TOGETHER = 16  # runs served by one start of the engine
+POLL_S = 1.0  # while another grid works on what is left
+OPTIONS = ("retry", "workers", "gpus", "seeds", "only")
+
+
+@dataclass(frozen=True)
+class GridOptions:
+    """What the command line says of the grid itself."""
+
+    retry: bool = False
+    workers: int | None = None
+    gpus: int = 1
+    seeds: tuple[int, ...] | None = None
+    only: tuple[str, ...] = ()
+
+
+@dataclass
+class _Running:
+    """Work that has been given to the executor: what it is doing for which runs."""
+
+    work: Work
+    doing: str  # train | evaluate
+    specs: list[Spec]
+    states: list[dict]  # of the evaluation, as it was before
+
+
+class Grid:
+    """Takes the runs of a table through their stages."""
+
+    def __init__(
+        self,
+        table: Table,
+        executor: LocalExecutor,
+        *,
+        graders: Mapping[str, Mapping[str, str | None]],
+        retry: bool = False,
+        say: Callable[[str], None] = print,
+    ) -> None:
+        self.table = table
+        self.executor = executor
+        self.graders = graders
+        self.retry = retry
+        self.say = say
+        self.specs = {spec.config.run_path: spec for spec in table.specs()}
+        self.done: set[Path] = set()
+        self.failed: dict[Path, str] = {}
+        self._elsewhere: dict[Path, str] = {}  # runs that another process holds, and who
+        self._running: list[_Running] = []
+        self._alone: set[Path] = set()  # runs that failed in company
+        self._tried: set[Path] = set()
+        self._named: set[Path] = set()
+        self._train_seconds: list[float] = []
+        self._last_waiting = ""
+
+    def run(self) -> None:
+        """Work until nothing is left that this grid could do."""
+        try:
+            while True:
+                while (slot := self.executor.free_slot()) is not None and self._start(slot):
+                    pass
+                if not self._running and not self._elsewhere and self._complete():
+                    return
+                if not self._running:
+                    self._tell_waiting()
+                for work in self.executor.wait(POLL_S):
+                    self._ended(work)
+        finally:
+            self.executor.cancel()
+            for running in self._running:
+                running.work.release()
+
+    def _complete(self) -> bool:
+        return len(self.done) + len(self.failed) == len(self.specs)
+
+    # ---- what to do next
+
+    def _start(self, slot: Slot) -> bool:
+        """Start the next piece of work on the slot; return whether there was one."""
+        self._elsewhere = {}
+        waiting: list[Path] = []
+        busy = {spec.config.run_path for running in self._running for spec in running.specs}
+        for path, spec in self.specs.items():
+            if path in self.done or path in self.failed or path in busy:
+                continue
+            lock = self._lock(path)
+            if lock is None:
+                continue
+            state = self._look(spec)
+            if state is None:
+                lock.close()
+            elif state.train:
+                launch = launch_command(_launch_environment(slot), num_gpus=slot.num_gpus)
+                stage = training_stage(spec, launch, overwrite=state.overwrite)
+                self._submit(slot, "train", [spec], [], [stage], [lock])
+                return True
+            else:
+                waiting.append(path)
+                lock.close()
+        return bool(waiting) and self._evaluate(slot, waiting)
+
+    def _evaluate(self, slot: Slot, waiting: Sequence[Path]) -> bool:
+        """Evaluate as many of the trained runs together as belong together."""
+        first = self.specs[waiting[0]].config
+        share = -(-len(waiting) // len(self.executor.slots)) if len(waiting) > 1 else 1
+        together = [path for path in waiting if _evaluated_alike(first, self.specs[path].config)]
+        if waiting[0] in self._alone or first.method == UNTUNED:
+            together = together[:1]
+        locks: list[IO[str]] = []
+        specs: list[Spec] = []
+        regrade = None
+        for path in together[: min(max(share, 1), MAX_TOGETHER)]:
+            lock = self._lock(path)
+            if lock is None:
+                continue
+            state = self._look(self.specs[path])
+            if state is None or state.train or (regrade is not None and state.regrade != regrade):
+                lock.close()
+                continue
+            regrade = state.regrade
+            locks.append(lock)
+            specs.append(self.specs[path])
+        if not specs:
+            return bool(together)  # all of them have been taken or finished meanwhile: look again
+        for spec in specs:
+            prepare_evaluation(spec.config)
+        configs = [spec.config for spec in specs]
+        stages = evaluation_stages(configs, generate=not regrade)
+        states = [evaluation_state(config) for config in configs]
+        self._submit(slot, "evaluate", specs, states, stages, locks)
+        return True
+
+    def _lock(self, path: Path) -> IO[str] | None:
+        lock = try_lock(work_lock_path(path))
+        if lock is None:
+            self._elsewhere[path] = holder(work_lock_path(path))
+        return lock
+
+    def _look(self, spec: Spec) -> RunState | None:
+        """Return the state of a run whose lock is held; None where nothing is to be done for it (any more)."""
+        state = inspect(spec, self.graders)
+        path = spec.config.run_path
+        if state.record:
+            record_result(spec.config)
+            state = inspect(spec, self.graders)
+        if state.status == DONE:
+            self._finish(spec)
+            return None
+        if state.status == FAILED and (not self.retry or path in self._tried):
+            self.failed[path] = state.reason
+            self.say(f"failed: {path.name}: {state.reason}; retry=true tries again")
+            return None
+        if state.status == STALE and path not in self._named:
+            self._named.add(path)
+            self.say(f"stale: {path.name}: {state.reason}")
+        return state
+
+    def _submit(
+        self, slot: Slot, doing: str, specs: list[Spec], states: list[dict], stages: list[Stage], locks: list[IO[str]]
+    ) -> None:
+        work = Work(stages, GRID_PATH / "logs", locks)
+        self._running.append(_Running(work, doing, specs, states))  # first: whatever fails now, its locks are released
+        with disk_errors(work.log_folder):
+            work.log_folder.mkdir(parents=True, exist_ok=True)
+        self.executor.submit(work, slot)
+
+    # ---- what has ended
+
+    def _ended(self, work: Work) -> None:
+        """Write down what came of it; only then may others have the runs."""
+        running = next(running for running in self._running if running.work is work)
+        try:
+            self._record(running)
+        finally:
+            self._running.remove(running)
+            work.release()
+
+    def _record(self, running: _Running) -> None:
+        work = running.work
+        for index, spec in enumerate(running.specs):
+            path = spec.config.run_path
+            failure = work.failures.get(path)
+            if failure is not None and len(running.specs) > 1:
+                self._alone.add(path)  # whose fault it was shows when each is tried alone
+                continue
+            if failure is not None:
+                error = record_failure(spec.config, failure)
+                self._tried.add(path)
+                self.failed[path] = f"{failure.stage}: {error}"
+                self._tell(f"failed: {path.name}: {failure.stage}: {error} (log: {failure.log_path})")
+                continue
+            failure_path(spec.config).unlink(missing_ok=True)
+            if running.doing == "train":
+                self._train_seconds.append(work.seconds)
+                self._tell(f"trained: {path.name} in {work.seconds:.0f} s")
+                continue
+            record_evaluation(spec.config, running.states[index])
+            self._finish(spec)
+            self._tell(f"done: {path.name}, evaluated in {work.seconds / len(running.specs):.0f} s")
+
+    def _finish(self, spec: Spec) -> None:
+        path = spec.config.run_path
+        if path in self.done:
+            return
+        self.done.add(path)
+        failure_path(spec.config).unlink(missing_ok=True)
+        for cell in self.table.cells:
+            if cell.config.run_path == path:
+                remember_run(self.table, cell)
+
+    # ---- what is told
+
+    def _tell(self, line: str) -> None:
+        self.say(f"{line}   [{self.progress()}]")
+
+    def progress(self) -> str:
+        """Return how far the whole is, with the time left where trainings have been timed."""
+        parts = [f"{len(self.done)} of {len(self.specs)} done"]
+        parts += [f"{len(self.failed)} failed"] if self.failed else []
+        left = len(self.specs) - len(self.done) - len(self.failed)
+        if self._train_seconds and left:
+            mean = sum(self._train_seconds) / len(self._train_seconds)
+            untrained = sum(
+                spec.trained and not (path / "train.json").is_file()
+                for path, spec in self.specs.items()
+                if path not in self.done and path not in self.failed
+            )
+            parts.append(f"about {mean * untrained / len(self.executor.slots) / 60:.0f} min of training left")
+        return ", ".join(parts)
+
+    def _tell_waiting(self) -> None:
+        holders = sorted(set(self._elsewhere.values()) or set(self.executor.busy_elsewhere()))
+        line = f"waiting: another process works on what is left ({'; '.join(holders)})"
+        if holders and line != self._last_waiting:
+            self._last_waiting = line
+            self.say(line)
+
+
+def _launch_environment(slot: Slot) -> dict[str, str]:
+    chosen = os.environ.get("ACCELERATE_CONFIG")
+    return slot.environment | ({"ACCELERATE_CONFIG": chosen} if chosen else {})
+
+
+def _evaluated_alike(first: RunConfig, second: RunConfig) -> bool:
+    """Whether one call of eval.generate may serve both: one base, one way to serve it, one evaluation."""
+    hot = first.eval.options.get("serve") == "hot"
+    return first is second or (hot and first.model == second.model and first.eval == second.eval)
+
+
+# ---- the command line
+
+
+def split_options(words: Sequence[str]) -> tuple[GridOptions, list[str]]:
+    """Return the grid's own options and the overrides from `key=value` words. Raises UserError for a bad value."""
+    options, overrides = GridOptions(), []
+    for word in words:
+        key, equals, text = word.partition("=")
+        if not equals:
+            raise UserError(f"cannot read {word!r}: one table, then key=value")
+        if key in ("output_dir", "overwrite", "seed"):
+            raise UserError(f"{key}= has no meaning for a whole table{nearest(key, OPTIONS)}")
+        if key in OPTIONS:
+            options = replace(options, **{key: _option(key, text)})
+        else:
+            overrides.append(word)
+    return options, overrides
+
+
+def _option(key: str, text: str) -> object:
+    try:
+        if key == "retry":
+            return {"true": True, "false": False}[text.lower()]
+        if key == "only":
+            return tuple(word for word in text.split(",") if word)
+        if key == "seeds":
+            return tuple(int(word) for word in text.strip("[]").split(","))
+        if int(text) < 1:
+            raise ValueError
+        return int(text)
+    except (KeyError, ValueError) as error:
+        wanted = {"retry": "true or false", "seeds": "whole numbers, [1,2]"}.get(key, "a whole number of at least 1")
+        raise UserError(f"{key}={text}: {wanted} is needed") from error
+
+
+def select_rows(table: Table, words: Sequence[str]) -> Table:
+    """Return the table with only the rows in which one of the words is base, method or setting."""
+    if not words:
+        return table
+    rows = [row for row in table.rows if {row.base, row.method, row.setting} & set(words)]
+    if not rows:
+        known = sorted({name for row in table.rows for name in (row.base, row.method, row.setting) if name})
+        raise UserError(
+            f"only={','.join(words)} matches no row{nearest(words[0], known)}; there are {', '.join(known)}"
+        )
+    cells = tuple(cell for cell in table.cells if cell.row in rows)
+    ours = tuple(name for name in table.ours if any(row.method == name for row in rows))
+    return replace(table, rows=tuple(rows), cells=cells, ours=ours)
+
+
+def grader_versions() -> dict[str, dict[str, str | None]]:
+    """Ask eval.score, in its own process, which version each grader is at."""
+    command = [sys.executable, "-m", "eval.score", "--versions"]
+    done = subprocess.run(command, cwd=PROJECT_ROOT, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise UserError(f"eval.score --versions failed: {(done.stderr.strip().splitlines() or ['no output'])[-1]}")
+    return json.loads(done.stdout)
+
+
+def dry_run(table: Table, graders: Mapping[str, Mapping[str, str | None]]) -> list[str]:
+    """Return what would be done: one line a run, then the whole, its time and disk."""
+    lines, counts, left = [], {}, []
+    for spec in table.specs():
+        cells = [cell for cell in table.cells if cell.config.run_path == spec.config.run_path]
+        state = inspect(spec, graders)
+        reason = state.reason
+        lock_path = work_lock_path(spec.config.run_path)
+        if lock_path.is_file():  # a dry run leaves no file behind
+            if (lock := try_lock(lock_path)) is None:
+                state, reason = replace(state, status=RUNNING), holder(lock_path)
+            else:
+                lock.close()
+        if state.status == MISSING and (changed := changed_config(table, cells[0])):
+            state, reason = replace(state, status=STALE), changed
+        counts[state.status] = counts.get(state.status, 0) + 1
+        left += [spec] if state.status != DONE else []
+        row = " ".join(word for word in (cells[0].row.base, cells[0].row.method, cells[0].row.setting) if word)
+        columns = ",".join(cell.column.name for cell in cells)
+        lines.append(f"{state.status:10} {row} seed {spec.config.seed} → {columns}: {spec.config.run_path.name}")
+        lines += [f"           {reason}"] if reason else []
+    total = ", ".join(f"{number} {status}" for status, number in counts.items())
+    lines.append(f"{table.id}: {len(table.cells)} cells from {len(table.specs())} runs: {total}")
+    return lines + estimate_lines(left)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", help="a file in configs/tables, by its name or path")
+    parser.add_argument("--dry-run", action="store_true", help="print runs, their state, time and disk; run nothing")
+    parser.add_argument("words", nargs="*", metavar="key=value")
+    parsed = parser.parse_intermixed_args()
+    options, overrides = split_options(parsed.words)
+    table = load_table(find_table(parsed.table), overrides=overrides, seeds=options.seeds)
+    table = select_rows(table, options.only)
+    graders = grader_versions()
+    if parsed.dry_run:
+        print("\n".join(dry_run(table, graders)))
+        return 0
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    executor = LocalExecutor(local_slots(GRID_PATH, gpus_per_run=options.gpus, workers=options.workers))
+    for cell in table.cells:
+        if inspect(cell.spec, graders).status == MISSING and (changed := changed_config(table, cell)):
+            print(f"stale: {changed}; {cell.config.run_path.name} takes its place")
+    grid = Grid(table, executor, graders=graders, retry=options.retry, say=_say)
+    _say(f"{table.id}: {len(table.specs())} runs on {', '.join(slot.name for slot in executor.slots)}")
+    grid.run()
+    _say(grid.progress())
+    for path, error in grid.failed.items():
+        _say(f"failed: {path.name}: {error}")
+    seeds = [f"seeds={','.join(map(str, options.seeds))}"] if options.seeds else []
+    report = [sys.executable, "-m", "eval.report", parsed.table, *seeds, *overrides]
+    status = subprocess.run(report, cwd=PROJECT_ROOT).returncode
+    return 1 if grid.failed else status
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+if __name__ == "__main__":
+    run_entry_point(main)

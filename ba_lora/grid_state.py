@@ -1,0 +1,168 @@
+"""What state a run of a grid is in: done, stale, failed, unfinished or missing; read from its files alone.
+
+outputs/.grid/<run>.failed.json       the stage that failed last, its error, its log; gone once the run is done
+              <table>/<cell>.txt      the run that last filled the cell, so that a changed config can be named
+              logs/                   the output of every stage
+"""
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ba_lora.config import PROJECT_ROOT, RunConfig, load_config, read_yaml, resolve_path, training_hash
+from ba_lora.errors import UserError
+from ba_lora.executor import Failure
+from ba_lora.io import read_json, sha256_file, write_json_atomic, write_text_atomic
+from ba_lora.pipeline import Spec, evaluation_fault, evaluation_state
+from ba_lora.run import CLAIM, is_trained
+from ba_lora.tables import Cell, Table
+
+GRID_PATH = PROJECT_ROOT / "outputs" / ".grid"
+MANIFEST_PATH = PROJECT_ROOT / "data" / "manifest.yaml"
+
+DONE, STALE, FAILED, UNFINISHED, MISSING = "done", "stale", "failed", "unfinished", "missing"
+RUNNING = "running"  # another process works on it
+_ERROR_LINE = re.compile(r"^(?:\[rank \d+\] )?(error: .*|[\w.]*(?:Error|Exception|Interrupt)\b.*)$")
+
+
+@dataclass(frozen=True)
+class RunState:
+    """status, why, and what is to do where it is not done: train (with `overwrite`: anew), else evaluate (`regrade`:
+    the completions hold), or nothing but write the result (`record`)."""
+
+    status: str
+    reason: str = ""
+    train: bool = False
+    overwrite: bool = False
+    regrade: bool = False
+    record: bool = False
+
+
+def inspect(spec: Spec, graders: Mapping[str, Mapping[str, str | None]]) -> RunState:
+    """Return the state of a run, its failure included."""
+    state = _inspect_files(spec, graders)
+    failure = failure_path(spec.config)
+    if state.status != DONE and failure.is_file():
+        record = read_json(failure)
+        reason = f"{record['stage']}: {record['error']} (log: {record['log']})"
+        return dataclasses.replace(state, status=FAILED, reason=reason)
+    return state
+
+
+def _inspect_files(spec: Spec, graders: Mapping[str, Mapping[str, str | None]]) -> RunState:
+    config = spec.config
+    if spec.trained:
+        if not is_trained(config.run_path, config):
+            started = (config.run_path / "config.yaml").is_file()
+            return RunState(UNFINISHED if started else MISSING, train=True)
+        if reason := _training_fault(config):
+            return RunState(STALE, reason, train=True, overwrite=True)
+    elif not (config.run_path / "train.json").is_file():
+        return RunState(MISSING)
+    if not config.eval.tasks:
+        fault = None
+    else:
+        fault = evaluation_fault(config, evaluation_state(config), graders=graders)
+    if fault is not None:
+        return RunState(STALE if fault.stale else UNFINISHED, fault.reason, regrade=fault.regrade)
+    if not config.result_path.is_file():
+        return RunState(UNFINISHED, "no result file", record=True)
+    return RunState(DONE)
+
+
+def _training_fault(config: RunConfig) -> str | None:
+    """Return why a trained run is no longer the run that its config asks for: its data have changed since."""
+    claim = config.run_path / CLAIM
+    source = resolve_path(config.data.source) if config.data.source else None
+    if source is not None and source.is_file() and claim.is_file():
+        if read_json(claim).get("source_sha256") != sha256_file(source):
+            return f"data.source: {config.data.source} has changed since it was trained on"
+    used = (read_json(config.run_path / "train.json").get("data") or {}).get("revision")
+    pinned = config.data.revision or _pinned_revisions().get(config.data.name)
+    if config.data.source is None and used and pinned and used != pinned:
+        return f"trained on revision {used[:10]} of {config.data.name}, pinned is {pinned[:10]}"
+    return None
+
+
+def _pinned_revisions() -> dict[str, str]:
+    entries = read_yaml(MANIFEST_PATH)
+    return {name: entry["revision"] for name, entry in entries.items() if entry.get("revision")}
+
+
+def failure_path(config: RunConfig) -> Path:
+    """Return the record of a run's last failure."""
+    return GRID_PATH / f"{config.run_path.name}.failed.json"
+
+
+def record_failure(config: RunConfig, failure: Failure) -> str:
+    """Write down a stage's failure and return its error, one line."""
+    error = _error(config, failure)
+    log = str(failure.log_path)
+    record = {"stage": failure.stage, "status": failure.status, "error": error, "log": log}
+    write_json_atomic(failure_path(config), record)
+    return error
+
+
+def _error(config: RunConfig, failure: Failure) -> str:
+    """Return the last line of the stage's log that reads like an error, else its last line, else the exit status."""
+    try:
+        text = failure.log_path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        text = ""
+    lines = [line.strip() for line in re.split(r"[\r\n]+", text) if line.strip()]
+    found = [match[1] for line in lines if (match := _ERROR_LINE.match(line))]
+    signal = f"ended by signal {-failure.status}" if failure.status < 0 else f"exit status {failure.status}"
+    return (found[-1] if found else f"{signal}; {lines[-1] if lines else 'no output'}").removeprefix("error: ")[:500]
+
+
+def cell_path(table: Table, cell: Cell) -> Path:
+    """Return the file that names the run which last filled a cell; cells that share a run share it, too."""
+    key = json.dumps([dataclasses.astuple(cell.row), list(cell.column.overrides), cell.seed])
+    words = "-".join(word for word in (cell.row.base, cell.row.method, cell.row.setting) if word)
+    name = re.sub(r"[^\w.=-]+", "_", words)
+    return GRID_PATH / table.id / f"{name}-s{cell.seed}-{hashlib.sha256(key.encode()).hexdigest()[:8]}.txt"
+
+
+def remember_run(table: Table, cell: Cell) -> None:
+    """Write down which run fills the cell."""
+    path = cell_path(table, cell)
+    if not path.is_file() or path.read_text(encoding="utf-8") != cell.config.run_path.name:
+        write_text_atomic(path, cell.config.run_path.name)
+
+
+def changed_config(table: Table, cell: Cell) -> str | None:
+    """Return what differs between a cell's run and the one that filled it before, None where there was none."""
+    path = cell_path(table, cell)
+    if not path.is_file():
+        return None
+    before = path.read_text(encoding="utf-8")
+    if before == cell.config.run_path.name:
+        return None
+    saved = cell.config.run_path.with_name(before) / "config.yaml"
+    try:
+        old = load_config(saved)
+    except UserError:  # its folder is gone, or its keys are no longer known
+        return f"config changed since {before}"
+    if training_hash(old) == training_hash(cell.config):
+        return None
+    changes = _differences(dataclasses.asdict(old), dataclasses.asdict(cell.config))
+    shown = ", ".join(changes[:3]) + (f" and {len(changes) - 3} more" if len(changes) > 3 else "")
+    return f"config changed since {before}: {shown}"
+
+
+def _differences(old: Any, new: Any, prefix: str = "") -> list[str]:
+    if prefix.split(".")[0] in ("eval", "export", "hub", "output_dir", "results_dir", "overwrite"):
+        return []
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = list(dict.fromkeys([*old, *new]))
+        return [
+            change
+            for key in keys
+            for change in _differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else key)
+        ]
+    return [] if old == new else [f"{prefix} {old} → {new}"]

@@ -1,0 +1,322 @@
+"""The grid's logic on fast fake stages: nothing is lost, nothing is done twice, everything is told."""
+
+import collections
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+
+import pytest
+
+from ba_lora.config import PROJECT_ROOT
+from ba_lora.errors import UserError
+from ba_lora.executor import LocalExecutor, local_slots
+from ba_lora.grid import Grid, dry_run, select_rows, split_options
+from ba_lora.grid_state import inspect
+from ba_lora.locks import try_lock, work_lock_path
+from ba_lora.tables import load_table
+from tests.workers import fake_grid
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch, root):
+    monkeypatch.chdir(root)
+    for module, names in (
+        ("config", ["PROJECT_ROOT"]),
+        ("pipeline", ["PROJECT_ROOT"]),
+        ("grid", ["GRID_PATH", "training_stage", "evaluation_stages", "evaluation_state"]),
+        ("grid_state", ["GRID_PATH", "evaluation_state"]),
+    ):
+        for name in names:  # so that monkeypatch puts back what `use` changes
+            path = f"ba_lora.{module}.{name}"
+            monkeypatch.setattr(path, getattr(__import__(f"ba_lora.{module}", fromlist=[name]), name))
+    monkeypatch.setenv("FAKE", str(tmp_path))
+    fake_grid.use(tmp_path)
+    return tmp_path
+
+
+def counted(folder):
+    return collections.Counter(fake_grid.ledger(folder))
+
+
+def paths_of(table):
+    return [spec.config.run_path for spec in table.specs()]
+
+
+def check_complete(table):
+    for spec in table.specs():
+        result = json.loads(spec.config.result_path.read_text())
+        number = sum(map(ord, spec.config.run_path.name)) % 100 / 100
+        assert result["status"] == "ok" and result["evaluation"]["toy"]["metrics"]["strict"] == number
+        assert result["training"]["seconds"] == number and result["seed"] == spec.config.seed
+
+
+def test_every_run_once_and_generation_together(folder):
+    table = fake_grid.table(folder)
+    lines = []
+    grid = fake_grid.run(table, say=lines.append)
+    assert len(grid.done) == 6 and not grid.failed
+    check_complete(table)
+    assert set(counted(folder).values()) == {1} and len(counted(folder)) == 6 * 3
+    assert any(line.startswith("trained: ") and "of 6 done" in line for line in lines)
+    logs = list((folder / "outputs" / ".grid" / "logs").glob("*.generate.log"))
+    assert len(logs) < 6  # starts of the engine
+
+
+def test_what_is_done_is_skipped(folder):
+    table = fake_grid.table(folder)
+    fake_grid.run(table)
+    before = counted(folder)
+    fake_grid.run(fake_grid.table(folder))
+    assert counted(folder) == before
+    more = fake_grid.table(folder, seeds=[1, 2, 3, 4])
+    fake_grid.run(more)
+    assert sum(counted(folder).values()) == sum(before.values()) + 2 * 3  # the two runs of the new seed
+
+
+def test_a_lost_result_is_written_again_without_a_stage(folder):
+    table = fake_grid.table(folder)
+    fake_grid.run(table)
+    before = counted(folder)
+    table.specs()[0].config.result_path.unlink()
+    fake_grid.run(table)
+    check_complete(table)
+    assert counted(folder) == before
+
+
+def test_another_grader_means_scoring_alone(folder):
+    table = fake_grid.table(folder)
+    fake_grid.run(table)
+    lines = []
+    one = table.specs()[0].config
+    score = one.run_path / "scores" / "toy.json"
+    score.write_text(json.dumps(json.loads(score.read_text()) | {"version": "0"}))  # by an older grader than GRADERS'
+    state = inspect(table.specs()[0], fake_grid.GRADERS)
+    assert state.status == "stale" and "the grader is at version 1 now" in state.reason and not state.train
+    before = counted(folder)
+    fake_grid.run(table, say=lines.append)
+    redone = counted(folder) - before
+    assert redone[f"score {one.run_path.name}"] == 1 and not any(line.startswith(("gen", "tr")) for line in redone)
+    assert any(line.startswith(f"stale: {one.run_path.name}: toy: graded by version 0") for line in lines)
+
+
+def test_another_evaluation_generates_again_but_trains_nothing(folder):
+    fake_grid.run(fake_grid.table(folder))
+    before = counted(folder)
+    lines = []
+    changed = fake_grid.table(folder, overrides=["eval.limit=5"])
+    fake_grid.run(changed, say=lines.append)
+    redone = counted(folder) - before
+    assert len([line for line in redone if line.startswith("generate")]) == 6
+    assert not [line for line in redone if line.startswith("train")]
+    assert any("evaluated with another eval.limit" in line for line in lines)
+
+
+def test_another_config_is_named(folder):
+    fake_grid.run(fake_grid.table(folder))
+    changed = fake_grid.table(folder, overrides=["data.num_rows=7"])
+    text = "\n".join(dry_run(changed, fake_grid.GRADERS))
+    assert text.count("stale ") == 6 and "config changed since toy-lora-s1-" in text
+    assert "6 stale" in text and "18 cells" not in text and "12 cells from 6 runs" in text
+
+
+def test_a_failure_is_shown_and_retried_on_request(folder):
+    table = fake_grid.table(folder)
+    bad = table.specs()[0].config.run_path
+    (folder / "fail").write_text(f"train {bad.name}\n")
+    grid = fake_grid.run(table)
+    assert len(grid.done) == 5 and grid.failed == {bad: f"train: {bad.name} is broken: mend it"}
+    (folder / "fail").unlink()
+    lines = []
+    again = fake_grid.run(table, say=lines.append)
+    assert set(again.failed) == {bad} and f"train {bad.name}" not in counted(folder)
+    assert any("is broken: mend it" in line and "retry=true" in line for line in lines)
+    assert "failed " in "\n".join(dry_run(table, fake_grid.GRADERS))
+    assert not fake_grid.run(table, retry=True).failed
+    check_complete(table)
+
+
+def test_one_bad_run_does_not_spoil_the_others_it_was_served_with(folder):
+    table = fake_grid.table(folder)
+    bad = table.specs()[1].config.run_path
+    (folder / "fail").write_text(f"generate {bad.name}\n")
+    grid = fake_grid.run(table, workers=1)
+    assert set(grid.failed) == {bad} and len(grid.done) == 5
+    assert grid.failed[bad].startswith("generate: ")
+
+
+def test_a_run_that_is_held_is_waited_for(folder):
+    """Another process has one run; the grid does the others, waits, and finds it done."""
+    table = fake_grid.table(folder)
+    path = paths_of(table)[0]
+    holding = os.fork()
+    if holding == 0:
+        lock = try_lock(work_lock_path(path))
+        (folder / "held").touch()
+        signal.pause()
+        os._exit(lock is None)
+    while not (folder / "held").exists():
+        time.sleep(0.02)
+    pid = fake_grid.fork(table)
+    while len(done := [line for line in fake_grid.ledger(folder) if line.startswith("score")]) < 5:
+        time.sleep(0.05)
+    time.sleep(0.3)
+    assert os.waitpid(pid, os.WNOHANG) == (0, 0)  # it waits
+    assert f"train {path.name}" not in fake_grid.ledger(folder) and len(done) == 5
+    os.kill(holding, signal.SIGKILL)
+    os.waitpid(holding, 0)
+    assert os.waitpid(pid, 0)[1] == 0
+    check_complete(table)
+
+
+def test_two_grids_at_once_share_the_work(folder):
+    table = fake_grid.table(folder, seeds=list(range(1, 9)))
+    pids = [fake_grid.fork(table) for _ in range(2)]
+    assert [os.waitpid(pid, 0)[1] for pid in pids] == [0, 0]
+    check_complete(table)
+    assert set(counted(folder).values()) == {1}
+
+
+def test_ctrl_c_ends_the_stages_and_keeps_what_is_done(folder, monkeypatch):
+    monkeypatch.setenv("FAKE_SECONDS", "0.3")
+    table = fake_grid.table(folder)
+    pid = fake_grid.fork(table)
+    while not (fake_grid.ledger(folder) and any((folder / "pids").iterdir())):
+        time.sleep(0.02)
+    os.kill(pid, signal.SIGINT)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 130
+    running = [int(file.name) for file in (folder / "pids").iterdir()]
+    assert running and not any(alive(number) for number in running)
+    trained = [line for line in fake_grid.ledger(folder) if line.startswith("train")]
+    fake_grid.run(table)
+    check_complete(table)
+    assert all(counted(folder)[line] == 1 for line in trained)
+
+
+def alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("number", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_kill_at_random_instants(folder, number):
+    """kill -9 of the grid alone (its stages live on) or of everything: the same command keeps all that was finished."""
+    table = fake_grid.table(folder)
+    started = time.monotonic()
+    assert os.waitpid(fake_grid.fork(table), 0)[1] == 0
+    whole_s = time.monotonic() - started
+    generator = random.Random(number)
+    interrupted = 0
+    for attempt in range(number):
+        place = folder / f"attempt{attempt}"
+        fake_grid.use(place)
+        table = fake_grid.table(place)
+        pid = fake_grid.fork(table)
+        time.sleep(generator.uniform(0.02, whole_s))
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        if attempt % 2:
+            for file in (place / "pids").glob("*") if (place / "pids").exists() else []:
+                os.kill(int(file.name), signal.SIGKILL) if alive(int(file.name)) else None
+        files = [
+            file
+            for path in paths_of(table)
+            for file in (path / "train.json", path / "evaluation.json")
+            if file.is_file()
+        ]
+        before = {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in files}
+        interrupted += len(before) < 12
+        grid = fake_grid.run(table)
+        assert len(grid.done) == 6 and not grid.failed
+        check_complete(table)
+        for file, (written, content) in before.items():
+            assert file.stat().st_mtime_ns == written and file.read_bytes() == content, file
+        trained = {f"train {file.parent.name}" for file in before if file.name == "train.json"}
+        evaluated = {f"generate {file.parent.name}" for file in before if file.name == "evaluation.json"}
+        ended = counted(place)
+        # a stage that was killed between its last file and its line in the ledger has none
+        assert all(ended[line] <= 1 for line in trained | evaluated)
+        assert len(list((place / "results").glob("*.json"))) == 6
+        leftovers = [file for file in (place / "results").iterdir() if file.name.endswith(".tmp")]
+        assert not leftovers
+    assert interrupted >= number // 2
+
+
+def test_the_words_of_the_command_line():
+    options, overrides = split_options(["retry=true", "seeds=[1,2]", "workers=3", "only=lora,pissa", "data.num_rows=5"])
+    assert options.retry and options.seeds == (1, 2) and options.workers == 3 and options.only == ("lora", "pissa")
+    assert overrides == ["data.num_rows=5"]
+    for word, message in {
+        "workers=0": "workers=0: a whole number of at least 1 is needed",
+        "retry=yes": "retry=yes: true or false is needed",
+        "seeds=[a]": "whole numbers",
+        "seed=1": "seed= has no meaning for a whole table .nearest: seeds",
+        "toy": "cannot read 'toy'",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            split_options([word])
+
+
+def test_rows_can_be_chosen(folder):
+    table = fake_grid.table(folder)
+    chosen = select_rows(table, ["rank=4"])
+    assert len(chosen.specs()) == 3 and {row.setting for row in chosen.rows} == {"rank=4"}
+    with pytest.raises(UserError, match="only=rank=5 matches no row .nearest: rank=4"):
+        select_rows(table, ["rank=5"])
+
+
+def test_a_missing_base_is_told_in_one_line(folder):
+    with pytest.raises(UserError, match="entry 1: no such config: .*llama-9.yaml"):
+        fake_grid.table(folder, rows=[{"bases": ["llama-9"], "methods": ["lora"]}])
+
+
+def test_a_full_disk_is_told_in_one_line(folder, tmp_path):
+    place = tmp_path / "full"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(place)], capture_output=True).returncode:
+        pytest.skip("a small tmpfs cannot be mounted here (not root)")
+    try:
+        fake_grid.use(place)
+        table = fake_grid.table(place)
+        (place / "filler").write_bytes(b"")
+        with open(place / "filler", "wb") as file, contextlib.suppress(OSError):
+            file.write(b"x" * 2**21)
+        with pytest.raises(UserError, match="no disk space left while writing"):
+            fake_grid.run(table)
+        (place / "filler").unlink()
+        assert len(fake_grid.run(table, retry=True).done) == 6
+    finally:
+        subprocess.run(["umount", "--lazy", str(place)], check=True)
+
+
+def test_slots():
+    folder = PROJECT_ROOT / "outputs" / ".grid"
+    slots = local_slots(folder, environ={"CUDA_VISIBLE_DEVICES": "0,1,2,3"})
+    assert [slot.environment["CUDA_VISIBLE_DEVICES"] for slot in slots] == ["0", "1", "2", "3"]
+    slots = local_slots(folder, gpus_per_run=2, environ={"CUDA_VISIBLE_DEVICES": "4,5,6"})
+    assert [slot.environment["CUDA_VISIBLE_DEVICES"] for slot in slots] == ["4,5"] and slots[0].num_gpus == 2
+    with pytest.raises(UserError, match="gpus=4: only 2"):
+        local_slots(folder, gpus_per_run=4, environ={"CUDA_VISIBLE_DEVICES": "0,1"})
+    assert len(local_slots(folder, workers=3, environ={"CUDA_VISIBLE_DEVICES": ""})) == 3
+
+
+def test_two_grids_do_not_share_a_gpu(tmp_path):
+    slots = local_slots(tmp_path, environ={"CUDA_VISIBLE_DEVICES": "0,1"})
+    first, second = LocalExecutor(slots), LocalExecutor(slots)
+    held = first.free_slot()
+    assert held.name == "GPU 0" and second.free_slot().name == "GPU 1"
+    second.wait(0)
+    assert first.free_slot().name == "GPU 0"
+
+
+def test_the_real_table_has_real_commands(root, monkeypatch):
+    monkeypatch.chdir(root)
+    table = load_table(root / "configs" / "tables" / "toy.yaml", seeds=[42])
+    grid = Grid(table, LocalExecutor([]), graders={})
+    assert len(grid.specs) == len(table.specs()) and grid.progress() == f"0 of {len(grid.specs)} done"

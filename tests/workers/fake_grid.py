@@ -1,0 +1,84 @@
+"""A grid whose stages are tests/workers/fake_stage.py: the real scheduling, locks and files, in milliseconds."""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import yaml
+
+from ba_lora import config, grid, grid_state, pipeline
+from ba_lora.executor import LocalExecutor, Slot
+from ba_lora.tables import load_table
+
+STAGE = [sys.executable, "-I", "-S", str(Path(__file__).with_name("fake_stage.py"))]
+TABLE = {
+    "title": "Fake",
+    "kind": "nlg",
+    "seeds": [1, 2, 3],
+    "rows": [{"bases": ["toy"], "methods": ["lora"], "settings": {"rank=2": ["adapter.rank=2"], "rank=4": []}}],
+    "columns": {"strict": {"task": "toy", "metric": "strict"}, "seconds": {"metric": "training.seconds"}},
+}
+GRADERS = {"toy": {"version": "1", "hub": None}}
+
+
+def use(folder):
+    """Put all files of runs and grids below `folder`, and the fake stages in the place of the real ones."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ["FAKE"] = str(folder)
+    config.PROJECT_ROOT = pipeline.PROJECT_ROOT = folder
+    grid.GRID_PATH = grid_state.GRID_PATH = folder / "outputs" / ".grid"
+    grid.training_stage = _training_stage
+    grid.evaluation_stages = _evaluation_stages
+    grid.evaluation_state = grid_state.evaluation_state = lambda config: {
+        "training": pipeline.sha256_file(config.run_path / "train.json"),
+        "eval": {"tasks": config.eval.tasks, "limit": config.eval.limit},
+    }
+
+
+def _training_stage(spec, launch, *, overwrite=False):
+    return pipeline.Stage("train", [*STAGE, "train", str(spec.config.run_path)], (spec.config.run_path,))
+
+
+def _evaluation_stages(configs, *, generate=True):
+    paths = [config.run_path for config in configs]
+    stages = [pipeline.Stage("generate", [*STAGE, "generate", *map(str, paths)], tuple(paths))] if generate else []
+    return stages + [pipeline.Stage("score toy", [*STAGE, "score", str(path)], (path,)) for path in paths]
+
+
+def table(folder, *, overrides=(), **changes):
+    """Return the fake table, its results below `folder`."""
+    path = Path(folder) / "fake.yaml"
+    path.write_text(yaml.safe_dump(TABLE | {"overrides": [f"results_dir={folder}/results"]} | changes))
+    return load_table(path, overrides=list(overrides))
+
+
+def run(loaded, *, workers=2, graders=GRADERS, retry=False, say=lambda line: None):
+    """Fill the table; return the grid."""
+    slots = [Slot(f"worker {number}", {}) for number in range(workers)]
+    filled = grid.Grid(loaded, LocalExecutor(slots), graders=graders, retry=retry, say=say)
+    filled.run()
+    return filled
+
+
+def fork(loaded, **settings):
+    """Start a grid in a process of its own (which has paid for the imports); return its pid. It exits 0 when done."""
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            run(loaded, **settings)
+            status = 0
+        except KeyboardInterrupt:
+            status = 130
+        finally:
+            os._exit(status)
+    return pid
+
+
+def ledger(folder):
+    """Return "KIND RUN" of every stage that came to its end."""
+    path = Path(folder) / "ledger"
+    return path.read_text().splitlines() if path.exists() else []

@@ -1,0 +1,46 @@
+"""A stage that does nothing but leave the files of a real one: KIND RUN … ; no imports beyond the standard library.
+
+Every file is written beside its place and renamed. A line in $FAKE/ledger tells that the stage came to its end; its pid
+is in $FAKE/pids while it runs. $FAKE/fail holds lines "KIND WORD": such a stage of a run with WORD in its name fails.
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+fake, (kind, *runs) = Path(os.environ["FAKE"]), sys.argv[1:]
+
+
+def write(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+(fake / "pids").mkdir(exist_ok=True)
+pid_file = fake / "pids" / str(os.getpid())
+pid_file.write_text("")
+for line in (fake / "fail").read_text().splitlines() if (fake / "fail").exists() else []:
+    failing, word = line.split()
+    if failing == kind and any(word in run for run in runs):
+        print(f"Traceback …\nerror: {word} is broken: mend it")
+        sys.exit(2)
+for run in map(Path, runs):
+    if kind == "train":
+        write(run / "config.yaml", "started")
+    time.sleep(float(os.environ.get("FAKE_SECONDS", "0.03")))
+    number = sum(map(ord, run.name)) % 100 / 100
+    if kind == "train":
+        (run / "adapter").mkdir(exist_ok=True)
+        write(run / "train.json", json.dumps({"status": "ok", "training": {"seconds": number}}))
+    elif kind == "generate":
+        write(run / "completions" / "toy.jsonl", "{}\n")
+    else:
+        score = {"version": "1", "n": 1, "invalid": 0, "metrics": {"strict": number}}
+        write(run / "scores" / "toy.json", json.dumps(score))
+with open(fake / "ledger", "a") as ledger:
+    ledger.write("".join(f"{kind} {Path(run).name}\n" for run in runs))
+pid_file.unlink()
