@@ -16,7 +16,7 @@ from ba_lora.errors import UserError
 
 @contextlib.contextmanager
 def disk_errors(path: str | Path) -> Iterator[None]:
-    """Turn "no space left" and "not permitted" while writing `path` into one line.
+    """Turn "no space left", "not permitted" and files in the place of folders while writing `path` into one line.
 
     safetensors and torch report a full disk as errors of their own, known by their text alone.
     """
@@ -31,6 +31,10 @@ def disk_errors(path: str | Path) -> Iterator[None]:
             raise UserError(f"no disk space left while writing {path}: free some space, then run again") from error
         if isinstance(error, PermissionError) or number == errno.EROFS:
             raise UserError(f"cannot write {path}: permission denied; choose another output folder") from error
+        if isinstance(error, FileExistsError | NotADirectoryError | IsADirectoryError):
+            kind = "a folder" if isinstance(error, IsADirectoryError) else "no folder"
+            found = f"{error.filename2 or error.filename} is {kind}"
+            raise UserError(f"cannot write {path}: {found}; choose another output") from error
         raise
 
 

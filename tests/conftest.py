@@ -41,6 +41,17 @@ def tiny_model(tmp_path_factory) -> Path:
     return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
+@pytest.fixture(scope="session")
+def box():
+    """Run one program in a box with quick limits: `box(program, tests)` → its verdict."""
+    from eval.sandbox import Sandbox
+    from eval.sandbox_box import Job
+    from tests.boxes import QUICK, TESTS
+
+    with Sandbox(limits=QUICK) as sandbox:
+        yield lambda program, tests=TESTS, **more: sandbox.run([Job(program, tests, **more)], workers=1)[0]
+
+
 @pytest.fixture
 def train(tiny_model, tmp_path, monkeypatch):
     """Run train_nlg.py in this process on the tiny model: `train("rank=…", method=…)` → the run's folder."""
