@@ -16,7 +16,7 @@ import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -28,7 +28,7 @@ METHODS_PATH = PROJECT_ROOT / "configs" / "methods"
 
 DTYPES = ("float32", "bfloat16", "float16")
 ATTENTION = ("sdpa", "eager", "flash_attention_2")
-TUNERS = ("full", "lora", "adalora", "loha")
+TUNERS = ("full", "bitfit", "lora", "adalora", "loha")
 CONSISTENCY_SCHEDULES = ("constant", "cosine_to_10_percent", "adaptive")
 SCHEDULES = ("constant", "two_phase")
 NLG_TASKS = ("toy", "gsm8k", "math", "humaneval", "mbpp", "mt_bench")  # eval/tasks has a class for each
@@ -51,7 +51,7 @@ class ModelConfig:
 
 @dataclass
 class AdapterConfig:
-    """What is trained: an adapter by PEFT, or everything (`tuner=full`)."""
+    """What is trained: an adapter by PEFT, the biases alone (`tuner=bitfit`), or everything (`tuner=full`)."""
 
     tuner: str = "lora"
     init: str = "lora"  # lora | pissa | pissa_niter_N
@@ -63,6 +63,11 @@ class AdapterConfig:
     rslora: bool = False
     dora: bool = False
     options: dict[str, Any] = field(default_factory=dict)  # further PEFT settings, checked by name
+
+    @property
+    def trains_own_weights(self) -> bool:
+        """Whether the model's own weights are trained and saved, and no adapter."""
+        return self.tuner in ("full", "bitfit")
 
 
 @dataclass
@@ -180,7 +185,9 @@ class HubConfig:
 
 @dataclass
 class RunConfig:
-    """One run, resolved."""
+    """One run, resolved. NLU runs have settings of their own: config_nlu.NLURunConfig."""
+
+    kind: ClassVar[str] = "nlg"
 
     name: str = ""  # the base's name, the file's stem
     method: str = ""
@@ -218,6 +225,11 @@ class RunConfig:
     def result_path(self) -> Path:
         """The run's result JSON."""
         return resolve_path(self.results_dir) / f"{self.run_path.name}.json"
+
+    @property
+    def data_files(self) -> list[str]:
+        """What the run reads its rows from, where the configuration names it."""
+        return [self.data.source] if self.data.source else []
 
 
 # What a run's weights do not depend on (on `loss` by rounding alone): these may change without training again.
@@ -281,41 +293,52 @@ def valid_keys(node: Any = RunConfig, prefix: str = "") -> list[str]:
     return keys
 
 
-def available_methods() -> list[str]:
-    """Return the names of the method files."""
-    return sorted(path.stem for path in METHODS_PATH.glob("*.yaml"))
+def available_methods(kind: str = "nlg") -> list[str]:
+    """Return the names of the method files; those marked `only: nlu` (or nlg) are left out elsewhere."""
+    files = {path.stem: OmegaConf.load(path) for path in METHODS_PATH.glob("*.yaml")}
+    return sorted(name for name, settings in files.items() if settings.get("only", kind) == kind)
 
 
 def load_config(
     config_path: str | Path,
     *,
     method: str | None = None,
+    task: str | None = None,
     overrides: list[str] | tuple[str, ...] = (),
-    kind: str = "nlg",
+    kind: str | None = None,
 ) -> RunConfig:
-    """Merge base, method and overrides into a checked `RunConfig`.
+    """Merge base, task (NLU), method and overrides into a checked `RunConfig`, or `NLURunConfig`.
 
     `config_path` may be a base (then `method` defaults to ba_lora) or a resolved config saved with a run (which
-    already names its method). `kind` picks the method's `nlg:` or `nlu:` block. Raises UserError for anything wrong.
+    already names its method). `kind`, nlg or nlu, picks the method's block of that name; None: as the file says.
+    Raises UserError for anything wrong.
     """
     base = read_yaml(resolve_path(config_path))
-    typed = [text.removeprefix("method=") for text in overrides if text.startswith("method=")]
-    overrides = [text for text in overrides if not text.startswith("method=")]
-    method = typed[-1] if typed else method
+    kind = _kind_of(base, kind, config_path)
+    typed, overrides = _take_typed(overrides, ("method", "task", "nlu.task"))
+    method = typed.get("method", method)
+    task = typed.get("nlu.task", typed.get("task", task))
     if "method" in base:
-        if method not in (None, base["method"]):
-            raise UserError(
-                f"{config_path} is the resolved config of method {base['method']}: "
-                f"leave --method {method} out, or start from a base in configs/{kind}"
-            )
+        saved = {"method": base["method"], "task": (base.get("nlu") or {}).get("task")}
+        for name, wanted in (("method", method), ("task", task)):
+            if wanted not in (None, saved[name]):
+                raise UserError(
+                    f"{config_path} is the resolved config of {name} {saved[name]}: "
+                    f"leave {name} {wanted} out, or start from a base in configs/{kind}"
+                )
         layers = [base]
     else:
         method = method or "ba_lora"
         layers = [base, _method_layer(method, kind), {"method": method, "name": Path(config_path).stem}]
+        if kind == "nlu":
+            from ba_lora.config_nlu import task_layer
+
+            layers.insert(1, task_layer(base, task))
     layers.append(_override_layer(overrides))
-    merged = OmegaConf.structured(RunConfig)
+    schema = _schema(kind)
+    merged = OmegaConf.structured(schema)
     for layer in layers:
-        _refuse_unknown(layer, config_path)
+        _refuse_unknown(layer, config_path, schema, schema)
         try:
             merged = OmegaConf.merge(merged, layer)
         except OmegaConfBaseException as error:
@@ -323,6 +346,37 @@ def load_config(
     config = OmegaConf.to_object(merged)
     _check(config)
     return config
+
+
+def _schema(kind: str) -> type[RunConfig]:
+    if kind == "nlg":
+        return RunConfig
+    from ba_lora.config_nlu import NLURunConfig
+
+    return NLURunConfig
+
+
+def _kind_of(base: dict[str, Any], kind: str | None, config_path: str | Path) -> str:
+    """Return nlu for a file with the section `nlu` or `tasks`, else what is asked for, or nlg."""
+    if "nlu" in base or "tasks" in base:
+        if kind == "nlg":
+            raise UserError(f"{config_path} is an NLU config: use train_nlu.py or scripts/nlu.sh")
+        return "nlu"
+    if kind == "nlu" and "method" in base:
+        raise UserError(f"{config_path} is the config of an NLG run: use train_nlg.py")
+    return kind or "nlg"
+
+
+def _take_typed(overrides: list[str] | tuple[str, ...], names: tuple[str, ...]) -> tuple[dict[str, str], list[str]]:
+    """Split `name=value` for the given names from the other overrides; the last one counts."""
+    typed, rest = {}, []
+    for text in overrides:
+        name, _, value = text.partition("=")
+        if name in names:
+            typed[name] = value
+        else:
+            rest.append(text)
+    return typed, rest
 
 
 def to_yaml(config: RunConfig) -> str:
@@ -342,8 +396,8 @@ def training_hash(config: RunConfig) -> str:
     if config.uses_reference_cache:  # where it lies changes no weight, what it keeps does
         plain["reference"] = {name: value for name, value in reference.items() if name != "cache"}
     plain["trainer"] = {k: v for k, v in plain["trainer"].items() if k not in _COSMETIC_ARGUMENTS}
-    if not config.data.packing:  # packed, dropout draws other numbers
-        plain["data"].pop("packing")
+    if not plain["data"].get("packing"):  # packed, dropout draws other numbers
+        plain["data"].pop("packing", None)
     text = json.dumps(plain, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:10]
 
@@ -363,8 +417,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _method_layer(method: str, kind: str) -> dict[str, Any]:
-    check_choice("method", method, available_methods())
+    if kind == "nlu":
+        from ba_lora.config_nlu import LEFT_OUT
+
+        if method in LEFT_OUT:
+            raise UserError(LEFT_OUT[method])
+    check_choice("method", method, available_methods(kind))
     layer = read_yaml(METHODS_PATH / f"{method}.yaml")
+    layer.pop("only", None)
     blocks = {name: layer.pop(name, None) or {} for name in ("nlg", "nlu")}
     return OmegaConf.to_container(OmegaConf.merge(layer, blocks[kind]))
 
@@ -379,15 +439,17 @@ def _override_layer(overrides: list[str] | tuple[str, ...]) -> dict[str, Any]:
         raise UserError(f"cannot read the overrides {' '.join(overrides)}: {str(error).splitlines()[0]}") from error
 
 
-def _refuse_unknown(layer: dict[str, Any], source: str | Path, node: Any = RunConfig, prefix: str = "") -> None:
+def _refuse_unknown(layer: dict[str, Any], source: str | Path, schema: Any, node: Any, prefix: str = "") -> None:
     known = {entry.name: entry.type for entry in dataclasses.fields(node)}
     for key, value in layer.items():
         if key not in known:
-            raise UserError(f"unknown key {prefix}{key}{nearest(prefix + str(key), valid_keys())} (read with {source})")
+            raise UserError(
+                f"unknown key {prefix}{key}{nearest(prefix + str(key), valid_keys(schema))} (read with {source})"
+            )
         if dataclasses.is_dataclass(known[key]):
             if not isinstance(value, dict):
                 raise UserError(f"{prefix}{key} is a section: give {prefix}{key}.<name>=value")
-            _refuse_unknown(value, source, known[key], f"{prefix}{key}.")
+            _refuse_unknown(value, source, schema, known[key], f"{prefix}{key}.")
 
 
 def _check(config: RunConfig) -> None:
@@ -415,15 +477,20 @@ def _check(config: RunConfig) -> None:
     if config.reference.top_k < 1:
         raise UserError(f"reference.top_k is {config.reference.top_k}: it must be at least 1")
     check_choice("reference.dtype", config.reference.dtype, ("float16", "float32"))
-    check_choice("data.name", config.data.name, DATASETS)
     if config.data.num_rows is not None and config.data.num_rows < 1:
         raise UserError(f"data.num_rows is {config.data.num_rows}: it must be at least 1, or null for all")
-    if config.data.num_rows is None and config.data.name == "toy" and config.data.source is None:
-        raise UserError("data.num_rows=null means all rows of a set, and the toy's are made on demand: give a number")
+    if config.kind == "nlu":
+        from ba_lora.config_nlu import check_nlu
+
+        check_nlu(config)
+    else:
+        check_choice("data.name", config.data.name, DATASETS)
+        if config.data.num_rows is None and config.data.name == "toy" and config.data.source is None:
+            raise UserError("data.num_rows=null means all rows of a set, the toy's are made on demand: give a number")
+        for task in (*config.eval.tasks, *config.eval.data):
+            check_choice("eval.tasks", task, (*NLG_TASKS, *RUN_MEASURES))
     if config.data.max_length < 2:
         raise UserError(f"data.max_length is {config.data.max_length}: it must be at least 2")
-    for task in (*config.eval.tasks, *config.eval.data):
-        check_choice("eval.tasks", task, (*NLG_TASKS, *RUN_MEASURES))
     check_choice("eval.engine", config.eval.engine, ("auto", "vllm", "hf"))
     if config.hub.push and not config.hub.repo_id:
         raise UserError("hub.push=true needs hub.repo_id=<user>/<name>")

@@ -18,7 +18,7 @@ from ba_lora.config import RunConfig
 from ba_lora.errors import UserError
 from ba_lora.io import disk_errors, folder_atomic
 from ba_lora.methods import adapter_scaling, factors_path, probe_logits
-from ba_lora.model import load_model, load_tokenizer, model_source
+from ba_lora.model import load_base, load_tokenizer, model_source
 
 if TYPE_CHECKING:
     import torch
@@ -64,7 +64,7 @@ def probe_batch(rows: list[dict[str, Any]], pad_token_id: int, *, num_rows: int 
 
 def save_trained(trainer: "BALoRATrainer", config: RunConfig, run_path: Path) -> None:
     """Write the trained weights: adapter/ for adapters, merged/ for full fine-tuning. Every process calls it."""
-    target = run_path / ("merged" if config.adapter.tuner == "full" else "adapter")
+    target = run_path / ("merged" if config.adapter.trains_own_weights else "adapter")
     temporary = target.with_name(f".{target.name}.saving")
     main = trainer.accelerator.is_main_process
     trainer.model.config.use_cache = True  # what was off for training; generation wants it
@@ -80,7 +80,7 @@ def save_trained(trainer: "BALoRATrainer", config: RunConfig, run_path: Path) ->
                 for file in temporary.iterdir():
                     if file.name not in ("training_args.bin", "README.md"):  # no pickles; our own card comes later
                         shutil.move(file, folder / file.name)
-                if config.adapter.tuner != "full":
+                if not config.adapter.trains_own_weights:
                     _mend_adapter_files(folder, config)
     finally:
         if main:
@@ -123,7 +123,7 @@ def export_run(
     unset_hf_deepspeed_config()  # or ZeRO-3 would split the models loaded here, on this process alone
     differences = {}
     allowed = tolerance(config, trained_logits, pretrained_logits)
-    if config.adapter.tuner == "full":
+    if config.adapter.trains_own_weights:
         merged = _load_merged(config, run_path / "merged")
         return {"merged": _compare("merged", merged, probe, trained_logits, allowed, run_path)}
     if config.adapter.init != "lora":
@@ -150,10 +150,13 @@ def convert_pissa(adapter_path: Path, initial_factors: Path, output_path: Path, 
     weights_name, settings_name = adapter_files(config)
     trained = load_file(adapter_path / weights_name)
     initial = load_file(initial_factors)
-    if sorted(trained) != sorted(initial):
+    if sorted(initial) != sorted(name for name in trained if ".lora_" in name):
         raise UserError(f"{adapter_path} and {initial_factors} hold different layers: they are of different runs")
     converted = {}
     for name, tensor in trained.items():
+        if name not in initial:  # a classification head
+            converted[name] = tensor
+            continue
         first = initial[name].to(tensor.dtype)
         pair, axis = ([tensor, first], 0) if ".lora_A." in name else ([tensor, -first], 1)
         converted[name] = torch.cat(pair, dim=axis).contiguous()
@@ -177,12 +180,13 @@ def merge(model: "nn.Module", output_path: Path, *, config: RunConfig) -> None:
     merged.config.use_cache = True
     with folder_atomic(output_path) as folder:
         merged.save_pretrained(folder)
-        load_tokenizer(config.model).save_pretrained(folder)
+        load_tokenizer(config.model, generates=config.kind == "nlg").save_pretrained(folder)
 
 
 def write_model_card(run_path: Path, config: RunConfig, result: dict[str, Any]) -> None:
     """Write README.md into every exported folder: what it is, config, data, scores, how to load it."""
     from ba_lora.config import to_yaml
+    from ba_lora.glue import find_task
     from ba_lora.io import write_text_atomic
 
     source = config.model.name
@@ -193,11 +197,17 @@ def write_model_card(run_path: Path, config: RunConfig, result: dict[str, Any]) 
         for name, value in entry["metrics"].items()
     ]
     table = "\n".join(["| task | metric | score (%) | n |", "| --- | --- | --- | --- |", *scores])
+    auto_class, labels = "AutoModelForCausalLM", ""
+    if config.kind == "nlu":
+        auto_class, labels = (
+            "AutoModelForSequenceClassification",
+            f", num_labels={find_task(config.nlu.task).num_labels}",
+        )
     loads = {
         "adapter": (
-            f'base = AutoModelForCausalLM.from_pretrained("{source}")\nmodel = PeftModel.from_pretrained(base, FOLDER)'
+            f'base = {auto_class}.from_pretrained("{source}"{labels})\nmodel = PeftModel.from_pretrained(base, FOLDER)'
         ),
-        "merged": "model = AutoModelForCausalLM.from_pretrained(FOLDER)",
+        "merged": f"model = {auto_class}.from_pretrained(FOLDER)",
     }
     loads["lora"] = loads["adapter"]
     for name in ("adapter", "lora", "merged"):
@@ -237,10 +247,10 @@ def push_to_hub(run_path: Path, config: RunConfig) -> str:
     api = HfApi()
     try:
         url = api.create_repo(config.hub.repo_id, private=config.hub.private, exist_ok=True)
-        if config.adapter.tuner != "full":
+        if not config.adapter.trains_own_weights:
             api.upload_folder(repo_id=config.hub.repo_id, folder_path=serving_adapter(run_path))
         if (run_path / "merged").is_dir():
-            where = "." if config.adapter.tuner == "full" else "merged"
+            where = "." if config.adapter.trains_own_weights else "merged"
             api.upload_folder(repo_id=config.hub.repo_id, folder_path=run_path / "merged", path_in_repo=where)
     except (HTTPError, HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OSError) as error:
         raise UserError(
@@ -265,11 +275,11 @@ def _mend_adapter_files(folder: Path, config: RunConfig) -> None:
 def _with_adapter(config: RunConfig, adapter_path: Path) -> "nn.Module":
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(load_model(config.model, quantize=False), adapter_path).eval()
+    return PeftModel.from_pretrained(load_base(config, quantize=False), adapter_path).eval()
 
 
 def _load_merged(config: RunConfig, path: Path) -> "nn.Module":
-    return _on_device(load_model(config.model, source=str(path), quantize=False))
+    return _on_device(load_base(config, source=str(path), quantize=False))
 
 
 def _on_device(model: "nn.Module") -> "nn.Module":

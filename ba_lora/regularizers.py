@@ -84,7 +84,7 @@ class TopLogProbs:
 
 def top_log_probs(logits_NV: Tensor, *, top_k: int, temperature: float = 1.0) -> TopLogProbs:
     """Return the `top_k` likeliest tokens of softmax(logits / T), the tail's mass and the entropy."""
-    logits_NV = _at_least_float32(logits_NV)
+    logits_NV = at_least_float32(logits_NV)
     log_r_NV = F.log_softmax(logits_NV / temperature, dim=-1)
     log_probs_NK, tokens_NK = log_r_NV.topk(top_k, dim=-1)
     return TopLogProbs(tokens_NK, log_probs_NK, _log_tail(log_r_NV, tokens_NK), entropy(logits_NV))
@@ -161,7 +161,7 @@ def entropy(logits_NV: Tensor, *, top_k: int | None = None) -> Tensor:
     """Return the entropy in nats of softmax over the last axis, [N]; over the `top_k` largest logits where given."""
     if top_k is not None and top_k < logits_NV.shape[-1]:
         logits_NV = logits_NV.topk(top_k, dim=-1).values
-    log_p = F.log_softmax(_at_least_float32(logits_NV), dim=-1)
+    log_p = F.log_softmax(at_least_float32(logits_NV), dim=-1)
     return -(log_p.exp() * log_p).sum(-1)
 
 
@@ -181,10 +181,11 @@ def position_weights_of_entropy(entropy_M: Tensor, *, vocabulary: int, maximum: 
 
 
 def _select(logits: Tensor, mask: Tensor) -> Tensor:
-    return _at_least_float32(logits[mask])
+    return at_least_float32(logits[mask])
 
 
-def _at_least_float32(tensor: Tensor) -> Tensor:
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """Return the tensor in float32, or as it is in float64."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 

@@ -54,7 +54,8 @@ def claim_folder(config: RunConfig, *, num_processes: int = 1) -> None:
         claim = {"num_processes": num_processes, "source_sha256": _source_sha256(config)}
         earlier = read_json(path / CLAIM) if (path / CLAIM).is_file() else claim
         if earlier["source_sha256"] != claim["source_sha256"]:
-            raise UserError(f"{config.data.source} has changed since {path.name} was started: overwrite=true redoes it")
+            files = " or ".join(config.data_files)
+            raise UserError(f"{files} has changed since {path.name} was started: overwrite=true redoes it")
         if earlier["num_processes"] != num_processes and not is_trained(path, config):
             raise UserError(
                 f"{path.name} was started on {earlier['num_processes']} processes, this is {num_processes}: the "
@@ -71,8 +72,8 @@ def _hold_training_lock(run_path: Path) -> contextlib.ExitStack:
 
 
 def _source_sha256(config: RunConfig) -> str | None:
-    source = resolve_path(config.data.source) if config.data.source else None
-    return sha256_file(source) if source is not None and source.is_file() else None
+    files = [resolve_path(name) for name in config.data_files]
+    return "+".join(sha256_file(file) for file in files if file.is_file()) or None
 
 
 def is_trained(run_path: Path, config: RunConfig) -> bool:
@@ -84,10 +85,10 @@ def is_trained(run_path: Path, config: RunConfig) -> bool:
         return False
     if config.adapter.init != "lora" and not (run_path / "lora").is_dir():
         return False
-    if config.export.merged or config.adapter.tuner == "full":
+    if config.export.merged or config.adapter.trains_own_weights:
         if not (run_path / "merged" / "config.json").is_file():
             return False
-    return config.adapter.tuner == "full" or (run_path / "adapter").is_dir()
+    return config.adapter.trains_own_weights or (run_path / "adapter").is_dir()
 
 
 def finish(run_path: Path, config: RunConfig, facts: dict[str, Any]) -> dict[str, Any]:

@@ -45,7 +45,6 @@ from ba_lora.schedules import scheduled_weight
 
 logger = logging.get_logger(__name__)
 
-PER_POSITION = ("task", "consistency", "diversity")
 _NOT_YET = object()
 
 
@@ -62,6 +61,8 @@ class BALoRATrainer(Trainer):
     """
 
     loss_is_scaled_for_ga = True  # compute_loss divides by the whole effective batch itself
+    # Terms that are means over the effective batch; the others are values of a micro-batch, averaged over all of them.
+    mean_terms = ("task", "consistency", "diversity")
 
     def __init__(
         self,
@@ -139,11 +140,7 @@ class BALoRATrainer(Trainer):
                 total, terms = fused_nlg_loss(*inputs_of_loss, **settings)
             else:
                 total, terms = nlg_loss(*inputs_of_loss, **settings)
-        if self._orthogonality_weight is not None:
-            micro_batches = self.current_gradient_accumulation_steps if training else 1
-            orthogonality = adalora_orthogonality(model)
-            total = total + self._orthogonality_weight / micro_batches * orthogonality
-            terms["orthogonality"], lambdas["orthogonality"] = orthogonality.detach(), self._orthogonality_weight
+        total = total + self._orthogonality(model, terms, lambdas, training=training)
         if training:
             self._record(terms, lambdas, positions)
         return (total, {"loss": total}) if return_outputs else total
@@ -176,6 +173,18 @@ class BALoRATrainer(Trainer):
         if isinstance(self.reference, CachedReference) and "row" not in self._signature_columns:
             self._signature_columns.append("row")
 
+    def _orthogonality(
+        self, model: nn.Module, terms: dict[str, Tensor], lambdas: dict[str, float], *, training: bool
+    ) -> Tensor | float:
+        """Return the micro-batch's share of AdaLoRA's orthogonality term and name it among the terms; 0 for every
+        other method."""
+        if self._orthogonality_weight is None:
+            return 0.0
+        micro_batches = self.current_gradient_accumulation_steps if training else 1
+        orthogonality = adalora_orthogonality(model)
+        terms["orthogonality"], lambdas["orthogonality"] = orthogonality.detach(), self._orthogonality_weight
+        return self._orthogonality_weight / micro_batches * orthogonality
+
     def _weights(self, positions: Tensor | int, *, training: bool) -> tuple[TermWeights, dict[str, float]]:
         """Return the factors of the terms and λ(t). DDP and DeepSpeed average gradients over the processes, hence
         their number in the per-position factors."""
@@ -192,12 +201,8 @@ class BALoRATrainer(Trainer):
         shared = training and self.args.average_tokens_across_devices
         scale = (self.accelerator.num_processes if shared else 1) / positions
         micro_batches = self.current_gradient_accumulation_steps if training else 1
-        return TermWeights(
-            task=scale,
-            consistency=lambdas["consistency"] * scale,
-            diversity=lambdas["diversity"] * scale,
-            svd=lambdas["svd"] / micro_batches,
-        ), lambdas
+        factors = {term: scale if term in self.mean_terms else 1 / micro_batches for term in TERMS}
+        return TermWeights(task=scale, **{term: value * factors[term] for term, value in lambdas.items()}), lambdas
 
     def _hidden(
         self, module: nn.Module, inputs: dict[str, Tensor], mask_BT: Tensor
@@ -325,7 +330,7 @@ class BALoRATrainer(Trainer):
         for term in LOGGED_TERMS:
             if term not in terms:
                 continue
-            share = terms[term] / (positions if term in PER_POSITION else micro_batches)
+            share = terms[term] / (positions if term in self.mean_terms else micro_batches)
             if term == "consistency":  # the adaptive λ1 is no plain factor; undo the process count of `_weights`
                 weighted = terms["weighted_consistency"]
                 if self.args.average_tokens_across_devices:

@@ -90,3 +90,39 @@ def train(tiny_model, tmp_path, monkeypatch):
         return tmp_path / name
 
     return run
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder(tmp_path_factory) -> Path:
+    """A random BERT of 2 layers without a head, and a byte-level tokenizer."""
+    from tests.tiny_nlu import save_tiny_encoder
+
+    return save_tiny_encoder(tmp_path_factory.mktemp("encoders") / "bert")
+
+
+@pytest.fixture
+def train_nlu(tiny_encoder, tmp_path, monkeypatch):
+    """Run train_nlu.py in this process on a tiny encoder → the run's folder."""
+    from tests.tiny_nlu import tiny_overrides
+
+    def run(
+        *overrides: str,
+        method: str = "ba_lora",
+        name: str = "run",
+        config_path: Path = ROOT / "configs" / "nlu" / "toy.yaml",
+        model: Path = tiny_encoder,
+        task: str | None = "toy_pairs",
+    ) -> Path:
+        import sys
+
+        import train_nlu
+
+        words = ["train_nlu.py", "--config", str(config_path)]
+        if "outputs" not in config_path.parts and config_path.name != "config.yaml":
+            words += ["--method", method, *(["--task", task] if task else []), *tiny_overrides(model)]
+        words += [f"output_dir={tmp_path / name}", f"results_dir={tmp_path / 'results'}", *overrides]
+        monkeypatch.setattr(sys, "argv", words)
+        train_nlu.main()
+        return tmp_path / name
+
+    return run

@@ -1,4 +1,4 @@
-"""Kill train_nlg.py with SIGKILL at many points, run it again until it is done, and report what came out.
+"""Kill train_nlg.py or train_nlu.py with SIGKILL at many points, run it again until it is done, report what came out.
 
     killed_runs.py CONFIG FOLDER NUM_RANDOM POINT …
 
@@ -21,8 +21,11 @@ from pathlib import Path
 import torch
 
 import train_nlg
+import train_nlu
+from ba_lora.config import load_config
 
 torch.set_num_threads(1)
+SCRIPTS = {"nlg": train_nlg, "nlu": train_nlu}
 FILES = ("adapter/adapter_model.safetensors", "lora/adapter_model.safetensors", "merged/model.safetensors")
 
 
@@ -59,8 +62,9 @@ def run(config: str, folder: Path, point: str | None, delay_s: float | None) -> 
             if point:
                 arm(point)
             results = folder.parent / "results"
-            sys.argv = ["train_nlg.py", "--config", config, f"output_dir={folder}", f"results_dir={results}"]
-            train_nlg.main()
+            script = SCRIPTS[load_config(config).kind]
+            sys.argv = [f"{script.__name__}.py", "--config", config, f"output_dir={folder}", f"results_dir={results}"]
+            script.main()
             status = 0
         except BaseException:
             traceback.print_exc()

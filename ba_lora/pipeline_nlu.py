@@ -1,0 +1,71 @@
+"""NLU methods side by side: train_nlu.py for each, its out-of-domain evaluation where asked for, one table.
+
+    python -m ba_lora.pipeline_nlu [CONFIG] [key=value …]
+
+`sh scripts/nlu.sh` calls this. LoRA, PiSSA and BA-LoRA are compared unless `method=NAME[,NAME…]` names others;
+`task=NAME` chooses the task. A finished run is printed again, a killed one goes on. Several GPUs or machines: as in
+ba_lora/pipeline.py.
+"""
+
+import argparse
+import os
+import shlex
+
+from ba_lora.config import read_yaml, resolve_path
+from ba_lora.errors import run_entry_point
+from ba_lora.locks import locked, work_lock_path
+from ba_lora.pipeline import (
+    Spec,
+    evaluate_run,
+    evaluation_stages,
+    launch_command,
+    run_stage,
+    split_words,
+    training_stage,
+)
+from ba_lora.results_nlu import run_table
+
+DEFAULT_CONFIG = "configs/nlu/toy.yaml"
+DEFAULT_METHODS = ("lora", "pissa", "ba_lora")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dry-run", action="store_true", help="check the configs and print the commands, run nothing")
+    parser.add_argument("words", nargs="*", metavar="CONFIG key=value", help=f"default config {DEFAULT_CONFIG}")
+    options = parser.parse_intermixed_args()
+    config_path, overrides = split_words(options.words, default=DEFAULT_CONFIG)
+    of_a_run = "method" in read_yaml(resolve_path(config_path))
+    methods, overrides = chosen_methods(overrides, default=(None,) if of_a_run else DEFAULT_METHODS)
+    specs = [Spec.resolve(config_path, method, overrides, kind="nlu") for method in methods]
+    launch, is_first_machine = launch_command(os.environ), int(os.environ.get("MACHINE_RANK", "0")) == 0
+
+    results = []
+    for spec in specs:
+        training = training_stage(spec, launch)
+        if options.dry_run:
+            for stage in [training, *evaluation_stages([spec.config])]:
+                print(shlex.join(stage.command))
+            continue
+        if not is_first_machine:
+            run_stage(training)
+            continue  # machine 0 evaluates
+        with locked(work_lock_path(spec.config.run_path), doing=f"works on {spec.config.run_path.name}"):
+            run_stage(training)
+            results.append(evaluate_run(spec.config))
+    if results:
+        print()
+        print(run_table(results))
+        print("results: " + " ".join(str(spec.config.result_path) for spec in specs))
+    return 0
+
+
+def chosen_methods(overrides: list[str], *, default: tuple[str | None, ...]) -> tuple[list[str | None], list[str]]:
+    """Return the methods asked for by `method=A[,B…]`, else the default ones, and the other overrides."""
+    typed = [text.removeprefix("method=") for text in overrides if text.startswith("method=")]
+    methods = [name.strip() for name in typed[-1].strip("[]").split(",")] if typed else list(default)
+    return methods, [text for text in overrides if not text.startswith("method=")]
+
+
+if __name__ == "__main__":
+    run_entry_point(main)

@@ -1,0 +1,133 @@
+"""The pre-trained model's logits for the consistency term of an NLU run: its frozen features under one of three heads.
+
+    initial   the head as it was drawn: the very same draw as the tuned model's
+    shared    the head as it is now
+    probe     a linear head, fitted on the frozen features before training
+
+The features come from the shared base (`reference.Reference`), by a pass of their own in each step, or from a cache
+(`reference.cache=DIR`): one file for each encoder and set of rows, which methods, heads and seeds share. The first run
+fills it by one pass over its training rows.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ba_lora.classifier import Head, live_head, run_head
+from ba_lora.config import resolve_path
+from ba_lora.config_nlu import NLURunConfig
+from ba_lora.io import file_atomic
+from ba_lora.predict import predict
+from ba_lora.reference import Reference
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+PROBE_ROWS = 10_000  # at most so many training rows, evenly spaced, fit the probe
+PROBE_PENALTY = 1e-3  # of ½ ‖W‖² on standardised features
+
+
+class ReferenceLogits:
+    """Z_P for a micro-batch. `prepare` comes before the first step, while the model is still untrained."""
+
+    def __init__(self, model: nn.Module, reference: Reference, *, head: str, cache_path: Path | None = None) -> None:
+        self._reference = reference
+        self._kind = head
+        self._head: Callable[[Tensor], Tensor] | None = Head(model) if head == "initial" else None
+        self._cache_path = cache_path
+        self._cached: Tensor | None = None  # logits for heads that stay as they are, features for the shared one
+        self._place_of_row: Tensor | None = None
+
+    def prepare(self, model: nn.Module, rows: "Dataset", collate: Callable, *, batch_size: int) -> None:
+        """Fit the probe and fill the cache, where they are asked for; every process calls it."""
+        if self._kind == "probe" and self._head is None:
+            chosen = rows.select(range(0, len(rows), -(-len(rows) // PROBE_ROWS)))
+            with self._reference.use(model) as module:
+                pooled_NH = predict(module, chosen, collate, batch_size=batch_size).pooled
+            device = next(model.parameters()).device
+            self._head = fit_probe(pooled_NH, torch.tensor(chosen["labels"])).to(device)
+        elif isinstance(self._head, Head):
+            self._head.to(next(model.parameters()).device)
+        if self._cache_path is not None and self._cached is None:
+            self._fill_cache(model, rows, collate, batch_size=batch_size)
+
+    def __call__(self, model: nn.Module, rows_N: Tensor | None, pooled: Callable[[nn.Module], Tensor]) -> Tensor:
+        """Return Z_P [N, D] of the rows numbered `rows_N`; `pooled(module)` runs a pass over them. No gradient.
+
+        `model` is in evaluation mode; `pooled` is called only where the cache does not serve.
+        """
+        with torch.no_grad():
+            if self._cached is not None:
+                known = self._cached[self._place_of_row[rows_N]]
+                return known if self._head is not None else run_head(live_head(model), known)
+            with self._reference.use(model) as module:
+                pooled_NH = pooled(module)
+            return self._head(pooled_NH) if self._head is not None else run_head(live_head(model), pooled_NH)
+
+    def _fill_cache(self, model: nn.Module, rows: "Dataset", collate: Callable, *, batch_size: int) -> None:
+        """Compute the features, or read them where a run has written them already."""
+        from accelerate import PartialState
+        from safetensors.torch import load_file, save_file
+
+        path, device = self._cache_path, next(model.parameters()).device
+        is_there = path.is_file()
+        PartialState().wait_for_everyone()  # no process may write before every process has looked
+        if is_there:
+            values = load_file(path)["pooled"]
+        else:
+            with self._reference.use(model) as module:
+                values = predict(module, rows, collate, batch_size=batch_size).pooled
+            if PartialState().is_main_process:
+                with file_atomic(path) as temporary:
+                    save_file({"pooled": values.contiguous()}, temporary)
+        if self._head is not None:
+            with torch.no_grad():
+                values = torch.cat([self._head(part.to(device)) for part in values.split(1024)])
+        numbers = torch.tensor(rows["row"])
+        self._place_of_row = torch.full((int(numbers.max()) + 1,), -1)
+        self._place_of_row[numbers] = torch.arange(len(numbers))
+        self._place_of_row, self._cached = self._place_of_row.to(device), values.to(device)
+
+
+def cache_path(config: NLURunConfig, rows: "Dataset") -> Path | None:
+    """Return the file of `reference.cache` for this encoder and these rows, None without a cache."""
+    if not config.uses_reference_cache:
+        return None
+    model = dataclasses.asdict(config.model)
+    digest = hashlib.sha256(json.dumps(model, sort_keys=True).encode())
+    digest.update(json.dumps([rows["input_ids"][:], rows["row"][:]]).encode())
+    return resolve_path(config.reference.cache) / f"nlu-{digest.hexdigest()[:16]}.safetensors"
+
+
+def fit_probe(pooled_NH: Tensor, labels_N: Tensor) -> nn.Linear:
+    """Return the linear head that fits `labels_N` (classes) from `pooled_NH` best: logistic regression with a small
+    ridge penalty on standardised features, by L-BFGS in float64."""
+    features_NH = pooled_NH.double()
+    mean_H, std_H = features_NH.mean(0), features_NH.std(0).clamp(min=1e-6)
+    features_NH = (features_NH - mean_H) / std_H
+    num_labels = int(labels_N.max()) + 1
+    weight_DH = torch.zeros(num_labels, features_NH.shape[1], dtype=torch.float64, requires_grad=True)
+    bias_D = torch.zeros(num_labels, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight_DH, bias_D], max_iter=200, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = F.cross_entropy(features_NH @ weight_DH.T + bias_D, labels_N)
+        value = value + 0.5 * PROBE_PENALTY * weight_DH.square().sum()
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    probe = nn.Linear(features_NH.shape[1], num_labels).requires_grad_(False)
+    with torch.no_grad():
+        weight_DH = weight_DH / std_H
+        probe.weight.copy_(weight_DH)
+        probe.bias.copy_(bias_D - weight_DH @ mean_H)
+    return probe

@@ -1,0 +1,137 @@
+"""What an NLU run adds to its result, and tables of such results.
+
+python -m ba_lora.results_nlu results/runs/minilm-*.json       one Markdown line a task and method, over the seeds
+"""
+
+import argparse
+import dataclasses
+import statistics
+from collections import defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ba_lora.config_nlu import NLURunConfig
+from ba_lora.errors import UserError, run_entry_point
+from ba_lora.glue import find_task
+from ba_lora.io import read_json, read_jsonl
+
+if TYPE_CHECKING:
+    from ba_lora.epochs import Epoch
+
+SCORE_VERSION = 1
+
+
+def set_scores(run_path: Path, config: NLURunConfig, best: "Epoch", data: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the score of each evaluation set by the kept epoch's model, as scores/<set>.json holds it."""
+    lines = read_jsonl(run_path / "predictions" / "best.jsonl")
+    scores = {}
+    for name in find_task(config.nlu.task).dev_sets:
+        rows = [line for line in lines if line["task_id"].startswith(f"{name}/")]
+        if rows:
+            scores[name] = {
+                "task": name,
+                "version": SCORE_VERSION,
+                "n": len(rows),
+                "invalid": sum(line["prediction"] is None for line in rows),
+                "metrics": best.metrics[name],
+                "data_sha256": data["dev"][name]["sha256"],
+            }
+    return scores
+
+
+def selection_report(config: NLURunConfig, history: list["Epoch"], best: "Epoch", last: "Epoch") -> dict[str, Any]:
+    """Return how the epoch was chosen, and what best, last and all epochs scored."""
+    task = find_task(config.nlu.task)
+    chooser = next(iter(task.dev_sets)) if config.nlu.selection == "paper" else "heldout"
+    return {
+        "protocol": config.nlu.selection,
+        "chosen_by": f"{task.metrics[0]} on {'the dev set' if chooser != 'heldout' else 'held-out training rows'}",
+        "best": dataclasses.asdict(best),
+        "last": dataclasses.asdict(last),
+        "epochs": [dataclasses.asdict(epoch) for epoch in history],
+    }
+
+
+def run_table(results: list[dict[str, Any]]) -> str:
+    """Return one line a run: method, task, each metric at the best and at the last epoch, n, seconds, memory."""
+    header = ("method", "task", "selection", "metric", "best", "epoch", "last", "n", "invalid", "train s", "peak MB")
+    rows = [header]
+    for result in results:
+        training = result["training"]
+        selection = training["selection"]
+        for name, score in sorted(result["evaluation"].items()):
+            if name not in selection["best"]["metrics"]:
+                continue  # an out-of-domain set
+            for metric, value in selection["best"]["metrics"][name].items():
+                rows.append(
+                    (
+                        result["method"],
+                        name,
+                        selection["protocol"],
+                        metric,
+                        _percent(value),
+                        f"{selection['best']['epoch']:g}",
+                        _percent(selection["last"]["metrics"][name][metric]),
+                        str(score["n"]),
+                        str(score["invalid"]),
+                        "" if training["seconds"] is None else f"{training['seconds']:.0f}",
+                        f"{training['peak_memory_mb']:.0f}",
+                    )
+                )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(lines)
+
+
+def seeds_table(results: list[dict[str, Any]]) -> str:
+    """Return a Markdown table: one line a base, task, method and protocol; mean ± standard deviation over the seeds."""
+    groups: dict[tuple, list[dict[str, Any]]] = defaultdict(list)
+    for result in results:
+        selection = result["training"]["selection"]
+        for name in selection["best"]["metrics"]:
+            if name == "heldout":
+                continue
+            for metric in selection["best"]["metrics"][name]:
+                groups[result["base"], name, metric, selection["protocol"], result["method"]].append(result)
+    lines = [
+        "| base | set | metric | selection | method | best epoch | last epoch | n | seeds |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for (base, name, metric, protocol, method), runs in sorted(groups.items()):
+        cells = [
+            _spread([run["training"]["selection"][which]["metrics"][name][metric] for run in runs])
+            for which in ("best", "last")
+        ]
+        sizes = "/".join(sorted({str(run["evaluation"][name]["n"]) for run in runs}))
+        seeds = ", ".join(str(seed) for seed in sorted(run["seed"] for run in runs))
+        lines.append(
+            f"| {base} | {name} | {metric} | {protocol} | {method} | {' | '.join(cells)} | {sizes} | {seeds} |"
+        )
+    return "\n".join(lines)
+
+
+def _percent(value: float | None) -> str:
+    return "undefined" if value is None else f"{100 * value:.2f}"
+
+
+def _spread(values: list[float | None]) -> str:
+    if any(value is None for value in values):
+        return "undefined"
+    if len(values) == 1:
+        return _percent(values[0])
+    return f"{_percent(statistics.mean(values))} ± {_percent(statistics.stdev(values))}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", nargs="+", type=Path)
+    files = parser.parse_args().results
+    results = [read_json(file) for file in files]
+    if wrong := [str(f) for f, r in zip(files, results, strict=True) if not (r.get("training") or {}).get("selection")]:
+        raise UserError(f"{wrong[0]} is no result of a finished NLU run")
+    print(seeds_table(results))
+
+
+if __name__ == "__main__":
+    run_entry_point(main)

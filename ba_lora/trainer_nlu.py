@@ -1,0 +1,140 @@
+"""NLUTrainer: BALoRATrainer for classifiers.
+
+The reference, λ(t), the log and the checkpoints are BALoRATrainer's; the loss is on logits [N, D] of whole rows. Task
+and consistency are means over the rows of the effective batch; diversity (a covariance) and svd are values of a
+micro-batch, averaged over all micro-batches of all processes. So 2 processes × b equals 1 process × b × accumulation 2.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainingArguments
+
+from ba_lora.classifier import catch_pooled, check_head, unwrapped
+from ba_lora.config_nlu import NLURegularizersConfig
+from ba_lora.losses.nlu import nlu_loss
+from ba_lora.progress import TERMS
+from ba_lora.reference_nlu import ReferenceLogits
+from ba_lora.regularizers_nlu import constant_terms
+from ba_lora.trainer import BALoRATrainer
+
+OFF = "off"  # what the log says of a term that was taken out of the loss
+
+
+class NLUTrainer(BALoRATrainer):
+    """Trainer for a sequence classifier (PEFT or plain) under BA-LoRA's NLU loss.
+
+    Args beyond BALoRATrainer's: `cache_path`, the file of the cached reference (reference_nlu.cache_path), None for a
+    reference pass in every step. Rows hold what the tokenizer made, `labels` and, for the cache, `row`, a number of
+    their own.
+    Terms that are constant by construction are taken out of the loss: `terms_off` maps them to the reason.
+    """
+
+    mean_terms = ("task", "consistency")
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        *,
+        regularizers: NLURegularizersConfig,
+        cache_path: Path | None = None,
+        **kwargs: Any,
+    ) -> None:
+        base = unwrapped(model)
+        constant = constant_terms(
+            base.config.num_labels,
+            features=regularizers.features,
+            hidden_size=base.config.hidden_size,
+            micro_batch=args.per_device_train_batch_size,
+            svd_top_k=regularizers.svd_top_k,
+        )
+        if regularizers.diversity_form == "entropy" and base.config.num_labels == 1:
+            constant["diversity"] = "one logit has no distribution"
+        self.terms_off = {
+            term: reason for term, reason in constant.items() if getattr(regularizers, f"lambda_{term}") > 0
+        }
+        regularizers = dataclasses.replace(regularizers, **{f"lambda_{term}": 0.0 for term in self.terms_off})
+        super().__init__(model, args, regularizers=regularizers, **kwargs)
+        self._loss_shifts_labels = False  # rows are counted, not tokens: a row's label stands alone
+        self._head_known = False
+        self.reference_logits: ReferenceLogits | None = None
+        if self.reference is not None:
+            self.reference_logits = ReferenceLogits(
+                model,
+                self.reference,
+                head=regularizers.reference_head,
+                cache_path=cache_path,
+            )
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Prepare the reference on the untrained model, then train."""
+        if self.reference_logits is not None:
+            self.reference_logits.prepare(
+                self.model, self.train_dataset, self.data_collator, batch_size=self.args.per_device_eval_batch_size
+            )
+        return super().train(*args, **kwargs)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        """Return the micro-batch's share of the effective batch's loss.
+
+        `num_items_in_batch` is the number of rows of the effective batch; without it the micro-batch stands alone.
+        """
+        inputs = dict(inputs)
+        labels_N, rows_N = inputs.pop("labels"), inputs.pop("row", None)
+        settings = self.regularizers
+        reference_logits_ND = None
+        if settings.lambda_consistency > 0:
+            if not self._head_known:
+                check_head(model, inputs)
+                self._head_known = True
+            with self._without_dropout(model), self.accelerator.autocast():
+                reference_logits_ND = self.reference_logits(model, rows_N, lambda module: _pooled(module, inputs))
+        with catch_pooled(model, inputs) as caught:
+            logits_ND = model(**inputs).logits
+
+        training = model.training and num_items_in_batch is not None
+        rows = num_items_in_batch if training else len(labels_N)
+        weights, lambdas = self._weights(rows, training=training)
+        with self.accelerator.autocast():
+            total, terms = nlu_loss(
+                logits_ND, reference_logits_ND, caught["pooled"], labels_N, weights=weights, config=settings
+            )
+        total = total + self._orthogonality(model, terms, lambdas, training=training)
+        if training:
+            self._record(terms, lambdas, rows)
+            if settings.lambda_diversity > 0:  # counted on every process, skipped or not: the log reduces it
+                skipped = torch.tensor(float("diversity" not in terms), device=total.device)
+                self._log_sums["covariances_skipped"] = self._log_sums.get("covariances_skipped", 0.0) + skipped
+        return (total, {"loss": total}) if return_outputs else total
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Name the terms that were taken out, and count the micro-batches too small for a covariance."""
+        if "loss" in logs:
+            for term in TERMS:
+                if term in self.terms_off:
+                    logs[term] = OFF
+            skipped = self._log_sums.pop("covariances_skipped", None)
+            if skipped is not None and (count := int(self.accelerator.reduce(skipped, reduction="sum").item())):
+                logs["covariances_skipped"] = count
+        super().log(logs, start_time)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if "row" not in self._signature_columns:
+            self._signature_columns += ["row"]
+
+
+def _pooled(module: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    with catch_pooled(module, inputs) as caught:
+        module(**inputs)
+    return caught["pooled"]

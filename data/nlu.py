@@ -1,0 +1,250 @@
+"""Rows for the NLU experiments: a GLUE task from the hub (`nyu-mll/glue`) or from local files of the same columns.
+
+    training rows → class shares (data/imbalance.py) → number of rows → a held-out part (selection=tuned) → tokens
+
+Columns and labels of each task stand in ba_lora/glue.py. Labels are ids, or names; in csv and tsv files as text.
+"""
+
+import collections
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ba_lora.config import resolve_path
+from ba_lora.config_nlu import NLUDataConfig, NLURunConfig
+from ba_lora.errors import UserError
+from ba_lora.glue import HUB, GlueTask, find_task
+from ba_lora.rows import LOCAL_SUFFIXES, Source, load_rows
+from data.imbalance import imbalanced_rows
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+HUB_REVISION = "bcdcba79d07bc864c1c254ccfcedcce55bcc9a8c"
+UNLABELLED = -1  # what the hub puts where GLUE keeps the labels to itself
+
+
+@dataclass(frozen=True)
+class NLUData:
+    """Tokenized rows: the tokenizer's columns, `labels`, and `row`, the row's number in its file.
+
+    dev: one data set for each evaluation set, the first of which the papers choose the best epoch by. heldout: the part
+    of the training rows that `selection=tuned` chooses by instead. report: what became of the rows.
+    """
+
+    train: "Dataset"
+    heldout: "Dataset | None"
+    dev: dict[str, "Dataset"]
+    report: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Row:
+    number: int
+    texts: tuple[str, ...]
+    label: int | float
+
+
+def load_nlu_data(config: NLURunConfig, tokenizer: "PreTrainedTokenizerBase") -> NLUData:
+    """Return the rows `config` names, tokenized.
+
+    Training rows with an empty text are left out, dev rows are kept whatever they hold; both are counted, and so are
+    texts and pairs cut to `data.max_length` tokens (the longer of a pair first).
+    Raises UserError for absent or empty files, wrong columns, labels out of range or missing, training rows of one
+    class alone, and shares that the rows cannot fill.
+    """
+    task = find_task(config.nlu.task)
+    train, dev, origins = _read(config, task)
+    report = {"name": config.nlu.task, **origins["train"], "rows_read": len(train)}
+    filled = [row for row in train if all(text.strip() for text in row.texts)]
+    report["rows_empty"] = len(train) - len(filled)
+    train = _choose(filled, config.data, task)
+    heldout: list[_Row] = []
+    if config.nlu.selection == "tuned":
+        train, heldout = _split(train, config.nlu.heldout_share, config.data.split_seed)
+    _refuse_one_class(train, task, where=origins["train"]["source"])
+
+    sets, cut = {}, {}
+    for name, rows in {"train": train, "heldout": heldout, **dev}.items():
+        sets[name], cut[name] = _tokenize(rows, tokenizer, config.data.max_length) if rows else (None, 0)
+    report |= {
+        "rows_used": len(train),
+        "rows_cut": cut["train"],
+        "rows_heldout": len(heldout),
+        "classes": _class_counts(train, task),
+        "tokens": sum(map(len, sets["train"]["input_ids"])),
+        "dev": {
+            name: {
+                **origins[name],
+                "rows": len(rows),
+                "rows_cut": cut[name],
+                "rows_empty": sum(not all(text.strip() for text in row.texts) for row in rows),
+                "classes": _class_counts(rows, task),
+            }
+            for name, rows in dev.items()
+        },
+    }
+    return NLUData(sets["train"], sets["heldout"], {name: sets[name] for name in dev}, report)
+
+
+def _read(config: NLURunConfig, task: GlueTask) -> tuple[list[_Row], dict[str, list[_Row]], dict[str, dict]]:
+    """Return training rows, the rows of each dev set, and where each of them came from."""
+    data = config.data
+    if config.nlu.task == "toy_pairs" and data.source is None:
+        return _generate(config, task)
+    train, origin = _read_set(data.source, config, task, split=data.split)
+    origins, dev = {"train": origin}, {}
+    for name, split in task.dev_sets.items():
+        if name in data.dev:
+            dev[name], origins[name] = _read_set(data.dev[name], config, task, split=split)
+        elif data.source is None:
+            dev[name], origins[name] = _read_set(None, config, task, split=split)
+    if not dev and data.dev_share is not None:
+        name = next(iter(task.dev_sets))
+        train, dev[name] = _split(train, data.dev_share, data.split_seed)
+        origins[name] = origin | {"split": f"{data.dev_share:g} of the training rows, seed {data.split_seed}"}
+    first = next(iter(task.dev_sets))
+    if first not in dev:
+        raise UserError(f"{data.source} has no dev set with it: add data.dev.{first}=FILE, or data.dev_share=0.1")
+    return train, dev, origins
+
+
+def _generate(config: NLURunConfig, task: GlueTask) -> tuple[list[_Row], dict[str, list[_Row]], dict[str, dict]]:
+    from data import toy_nlu
+
+    toy = config.data.toy
+    try:
+        train = toy_nlu.generate(
+            num_rows=config.data.num_rows,
+            seed=toy.seed,
+            split="train",
+            label_noise=toy.label_noise,
+            noisy_labels=tuple(toy.noisy_labels),
+            imbalance=toy.imbalance,
+        )
+        test = toy_nlu.generate(num_rows=toy.dev_rows, seed=toy.seed, split="test")
+    except ValueError as error:
+        raise UserError(f"data.toy: {error}") from error
+    origin = {"source": "generated by data/toy_nlu.py", "revision": None, "sha256": None}
+    (name,) = task.dev_sets
+    rows = {part: [_to_row(i, row, task, "toy") for i, row in enumerate(made)] for part, made in
+            (("train", train), (name, test))}  # fmt: skip
+    return rows["train"], {name: rows[name]}, {"train": origin, name: origin}
+
+
+def _read_set(
+    name: str | None, config: NLURunConfig, task: GlueTask, *, split: str
+) -> tuple[list[_Row], dict[str, Any]]:
+    subset = config.nlu.task
+    if name is None:
+        name = f"{HUB}@{config.data.revision or HUB_REVISION}"
+    elif resolve_path(name).exists():
+        name = str(resolve_path(name))
+    elif config.data.revision and not name.endswith(LOCAL_SUFFIXES):
+        name = f"{name}@{config.data.revision}"
+    rows, source = load_rows(name, split=split, configs=lambda hub: (subset if hub == HUB else None,))
+    origin = {"source": source.name, "revision": source.revision, "sha256": source.sha256}
+    _check_columns(rows, task, source, config.nlu.task)
+    found = [_to_row(number, row, task, source.name) for number, row in enumerate(rows)]
+    return found, origin if source.sha256 else origin | {"split": split}
+
+
+def _check_columns(rows: list[dict[str, Any]], task: GlueTask, source: Source, name: str) -> None:
+    needed = (*task.columns, "label")
+    if any(column not in rows[0] for column in needed):
+        raise UserError(
+            f"{source.name} has the columns {', '.join(sorted(rows[0]))}; the task {name} needs {', '.join(needed)}: "
+            "choose the matching task, or rename the columns"
+        )
+    for number, row in enumerate(rows):
+        if any(column not in row for column in needed):
+            raise UserError(f"{source.name}, row {number} lacks a column: {', '.join(needed)} are needed in every row")
+
+
+def _to_row(number: int, row: dict[str, Any], task: GlueTask, where: str) -> _Row:
+    texts = tuple(row[column] for column in task.columns)
+    if not all(isinstance(text, str) for text in texts):
+        raise UserError(f"{where}, row {number}: {', '.join(task.columns)} must be text: {row!r:.120}")
+    return _Row(number, texts, _to_label(row["label"], task, f"{where}, row {number}"))
+
+
+def _to_label(value: Any, task: GlueTask, where: str) -> int | float:
+    """Return the label's id, or the score. Raises UserError for what is neither, and for unlabelled rows."""
+    if isinstance(value, str) and value.strip() in task.labels:
+        return task.labels.index(value.strip())
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if number == UNLABELLED and UNLABELLED not in (task.score_range or ()):
+        raise UserError(f"{where} has no label (−1), as in GLUE's test splits: use a labelled split")
+    if task.is_regression:
+        low, high = task.score_range
+        if not low <= number <= high:
+            raise UserError(f"{where}: label {value!r} is no score from {low:g} to {high:g}")
+        return number
+    if not (number.is_integer() and 0 <= number < len(task.labels)):
+        labels = ", ".join(f"{index} ({name})" for index, name in enumerate(task.labels))
+        raise UserError(f"{where}: label {value!r} is out of range: labels are {labels}")
+    return int(number)
+
+
+def _choose(rows: list[_Row], config: NLUDataConfig, task: GlueTask) -> list[_Row]:
+    """Return the rows to train on: with the asked class shares, or the first ones, or a seeded sample."""
+    if config.class_shares:
+        chosen = imbalanced_rows(
+            [row.label for row in rows],
+            config.class_shares,
+            classes=task.labels,
+            num_rows=config.num_rows,
+            seed=config.split_seed,
+        )
+        return [rows[index] for index in chosen]
+    if config.num_rows is None or config.num_rows >= len(rows):
+        return rows
+    if config.sample_seed is None:
+        return rows[: config.num_rows]
+    chosen = sorted(random.Random(config.sample_seed).sample(range(len(rows)), config.num_rows))
+    return [rows[index] for index in chosen]
+
+
+def _split(rows: Sequence[_Row], share: float, seed: int) -> tuple[list[_Row], list[_Row]]:
+    """Return (the rest, a random `share` of the rows), each in the file's order."""
+    count = round(share * len(rows))
+    if not 0 < count < len(rows):
+        raise UserError(f"a share of {share:g} of {len(rows)} rows leaves one part empty: use more rows")
+    taken = set(random.Random(f"split/{seed}").sample(range(len(rows)), count))
+    return (
+        [row for index, row in enumerate(rows) if index not in taken],
+        [row for index, row in enumerate(rows) if index in taken],
+    )
+
+
+def _refuse_one_class(rows: list[_Row], task: GlueTask, *, where: str) -> None:
+    if not rows:
+        raise UserError(f"no row of {where} is left to train on: all are empty")
+    if not task.is_regression and len({row.label for row in rows}) == 1:
+        name = task.labels[rows[0].label]
+        raise UserError(f"all {len(rows)} training rows of {where} are of class {name}: there is nothing to learn")
+
+
+def _class_counts(rows: list[_Row], task: GlueTask) -> dict[str, int] | None:
+    if task.is_regression:
+        return None
+    counts = collections.Counter(row.label for row in rows)
+    return {name: counts[label] for label, name in enumerate(task.labels)}
+
+
+def _tokenize(rows: list[_Row], tokenizer: "PreTrainedTokenizerBase", max_length: int) -> tuple["Dataset", int]:
+    """Return the data set and how many of its rows were cut to `max_length` tokens."""
+    from datasets import Dataset
+
+    columns = [list(texts) for texts in zip(*(row.texts for row in rows), strict=True)]
+    encoded = dict(tokenizer(*columns, truncation=True, max_length=max_length))
+    full = tokenizer(*columns, return_attention_mask=False, return_token_type_ids=False, verbose=False)["input_ids"]
+    cut = sum(len(ids) > max_length for ids in full)
+    encoded |= {"labels": [row.label for row in rows], "row": [row.number for row in rows]}
+    return Dataset.from_dict(encoded), cut

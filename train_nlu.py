@@ -1,0 +1,161 @@
+"""Train one NLU run, a GLUE task, from a config to an exported model.
+
+    python train_nlu.py --config configs/nlu/bert-large.yaml --task sst2 --method ba_lora trainer.learning_rate=3e-5
+    accelerate launch --config_file configs/accelerate/multi_gpu.yaml train_nlu.py --config configs/nlu/gpt2-xl.yaml …
+
+config → data → model → trainer, evaluated each epoch → export of the best epoch. The same command again goes on where a
+killed run stopped, and does nothing when it is done. `sh scripts/nlu.sh` compares methods; `python -m eval.nlu`
+evaluates a finished run out of its domain.
+"""
+
+import argparse
+import gc
+import signal
+import time
+from pathlib import Path
+
+from accelerate import PartialState
+from transformers import DataCollatorWithPadding, set_seed
+
+from ba_lora.arguments import build_arguments, count_steps
+from ba_lora.config import load_config
+from ba_lora.config_nlu import NLURunConfig
+from ba_lora.epochs import EpochEvaluation
+from ba_lora.errors import run_entry_point
+from ba_lora.export import export_run, probe_batch, push_to_hub, save_trained, write_model_card
+from ba_lora.glue import find_task
+from ba_lora.io import finite, write_json_atomic, write_jsonl_atomic
+from ba_lora.methods import build_model, parameter_counts, probe_logits
+from ba_lora.model import load_tokenizer
+from ba_lora.reference_nlu import cache_path
+from ba_lora.results import environment, peak_memory_mb, reset_peak_memory
+from ba_lora.results_nlu import selection_report, set_scores
+from ba_lora.run import claim_folder, finish, is_trained, recorded
+from ba_lora.trainer_nlu import NLUTrainer
+from data.nlu import load_nlu_data
+from eval.metrics import glue_scores
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="a base in configs/nlu, or a run's own config.yaml")
+    parser.add_argument("--task", help="a GLUE task; the base may name one")
+    parser.add_argument("--method", help="a file in configs/methods (default ba_lora)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as trainer.max_steps=20")
+    options = parser.parse_intermixed_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cancelled job is recorded as cancelled
+    config = load_config(
+        options.config, method=options.method, task=options.task, overrides=options.overrides, kind="nlu"
+    )
+
+    process = PartialState()
+    run_path = config.run_path
+    with process.main_process_first():
+        if process.is_main_process:
+            claim_folder(config, num_processes=process.num_processes)
+    if is_trained(run_path, config):
+        process.print(f"{run_path.name} is trained already (overwrite=true redoes it)")
+    else:
+        with recorded(run_path, config, main=process.is_main_process):
+            train(config, run_path, process)
+    if config.hub.push and process.is_main_process:
+        print(f"pushed to {push_to_hub(run_path, config)}")
+
+
+def train(config: NLURunConfig, run_path: Path, process: PartialState) -> None:
+    """Train and export one run; every process of a distributed run calls it."""
+    # Data: sentences or pairs with their labels.
+    set_seed(config.seed)
+    task = find_task(config.nlu.task)
+    arguments = build_arguments(config, run_path)
+    tokenizer = load_tokenizer(config.model, generates=False)
+    data = load_nlu_data(config, tokenizer)
+    process.print(
+        "data: {name}, {rows_used} of {rows_read} rows, {rows_cut} cut to {max_length} tokens, {rows_empty} empty, "
+        "{rows_heldout} held out, classes {classes}".format(**data.report, max_length=config.data.max_length)
+    )
+
+    # Model: the pre-trained one, with a new head and the method's adapter.
+    probe = probe_batch(data.train.select(range(min(2, len(data.train)))).to_list(), tokenizer.pad_token_id)
+    num_steps = count_steps(arguments, len(data.train))
+    model, step0 = build_model(config, run_path=run_path, num_steps=num_steps, probe=probe)
+    trainable, everything = parameter_counts(model)
+    process.print(f"model: {config.model.name}, {trainable:,} of {everything:,} parameters trained; {step0}")
+
+    # Trainer: L = L_task + λ1 L_consistency + λ2 L_diversity + λ3 L_svd.
+    trainer = NLUTrainer(
+        model,
+        arguments,
+        regularizers=config.regularizers,
+        cache_path=cache_path(config, data.train),
+        train_dataset=data.train,
+        data_collator=DataCollatorWithPadding(tokenizer),
+        processing_class=tokenizer,
+    )
+    for term, reason in trainer.terms_off.items():
+        process.print(f"{term} is off: {reason}")
+    epochs = EpochEvaluation(
+        trainer,
+        config,
+        run_path,
+        dev=data.dev,
+        heldout=data.heldout,
+        scorer=lambda labels, predictions: glue_scores(task.metrics, labels, predictions).metrics,
+    )
+    trainer.add_callback(epochs)
+    effective = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    process.print(f"training: {num_steps} steps of {effective} rows, {arguments.world_size} process(es)")
+    reset_peak_memory()  # the SVDs of the initialisation are no part of training
+    started = time.perf_counter()
+    checkpoint = trainer.train_or_resume(run_path / "checkpoints", num_steps=num_steps)
+    seconds = time.perf_counter() - started
+    best, last = epochs.finish()  # the model now has the best epoch's weights
+    if process.is_main_process:
+        write_jsonl_atomic(run_path / "log.jsonl", finite(trainer.state.log_history))
+        for name, score in set_scores(run_path, config, best, data.report).items():
+            write_json_atomic(run_path / "scores" / f"{name}.json", score)
+    training = {
+        "seconds": None if checkpoint else round(seconds, 2),  # of an uninterrupted run alone, evaluation included
+        "resumed_from": checkpoint.name if checkpoint else None,
+        **{"tokens_per_second": None, "padding_share": None, **trainer.throughput()},
+        "steps": trainer.state.global_step,
+        "micro_batch": arguments.per_device_train_batch_size,
+        "gradient_accumulation_steps": arguments.gradient_accumulation_steps,
+        "num_processes": arguments.world_size,
+        "trainable_parameters": trainable,
+        "total_parameters": everything,
+        "peak_memory_mb": round(peak_memory_mb(), 1),
+        "step0_max_logit_difference": step0.difference,
+        "terms_off": trainer.terms_off,
+        "last_log": next((entry for entry in reversed(trainer.state.log_history) if "loss" in entry), None),
+        "selection": selection_report(config, epochs.history(), best, last),
+    }
+
+    # Export: adapter, plain LoRA, merged model, each compared with the trained one.
+    trained_logits = probe_logits(trainer.plain_model(), probe)
+    save_trained(trainer, config, run_path)
+    model_revision = getattr(model.config, "_commit_hash", None)
+    trainer.model = trainer.model_wrapped = model = None
+    del trainer
+    gc.collect()
+    if process.is_main_process:
+        differences = export_run(config, run_path, probe, trained_logits, pretrained_logits=step0.pretrained_logits)
+        epochs.remove_files()
+        result = finish(
+            run_path,
+            config,
+            {
+                "model": {"name": config.model.name, "revision": model_revision or config.model.revision},
+                "data": data.report,
+                "training": finite(training),
+                "export": {"max_logit_difference": differences},
+                "environment": environment(num_processes=process.num_processes),
+            },
+        )
+        write_model_card(run_path, config, result)
+        compared = ", ".join(f"{name} {value:.2g}" for name, value in differences.items())
+        print(f"exported to {run_path}: largest logit difference to the trained model: {compared}")
+
+
+if __name__ == "__main__":
+    run_entry_point(main)
