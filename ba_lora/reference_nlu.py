@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ba_lora.classifier import Head, live_head, run_head
+from ba_lora.classifier import Head, live_head, run_head, unwrapped
 from ba_lora.config import resolve_path
 from ba_lora.config_nlu import NLURunConfig
 from ba_lora.io import file_atomic
@@ -51,8 +51,8 @@ class ReferenceLogits:
             chosen = rows.select(range(0, len(rows), -(-len(rows) // PROBE_ROWS)))
             with self._reference.use(model) as module:
                 pooled_NH = predict(module, chosen, collate, batch_size=batch_size).pooled
-            device = next(model.parameters()).device
-            self._head = fit_probe(pooled_NH, torch.tensor(chosen["labels"])).to(device)
+            num_labels, device = unwrapped(model).config.num_labels, next(model.parameters()).device
+            self._head = fit_probe(pooled_NH, torch.tensor(chosen["labels"]), num_labels=num_labels).to(device)
         elif isinstance(self._head, Head):
             self._head.to(next(model.parameters()).device)
         if self._cache_path is not None and self._cached is None:
@@ -106,13 +106,12 @@ def cache_path(config: NLURunConfig, rows: "Dataset") -> Path | None:
     return resolve_path(config.reference.cache) / f"nlu-{digest.hexdigest()[:16]}.safetensors"
 
 
-def fit_probe(pooled_NH: Tensor, labels_N: Tensor) -> nn.Linear:
+def fit_probe(pooled_NH: Tensor, labels_N: Tensor, *, num_labels: int) -> nn.Linear:
     """Return the linear head that fits `labels_N` (classes) from `pooled_NH` best: logistic regression with a small
     ridge penalty on standardised features, by L-BFGS in float64."""
     features_NH = pooled_NH.double()
     mean_H, std_H = features_NH.mean(0), features_NH.std(0).clamp(min=1e-6)
     features_NH = (features_NH - mean_H) / std_H
-    num_labels = int(labels_N.max()) + 1
     weight_DH = torch.zeros(num_labels, features_NH.shape[1], dtype=torch.float64, requires_grad=True)
     bias_D = torch.zeros(num_labels, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([weight_DH, bias_D], max_iter=200, line_search_fn="strong_wolfe")

@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 import statistics
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,21 +22,44 @@ if TYPE_CHECKING:
 SCORE_VERSION = 1
 
 
-def set_scores(run_path: Path, config: NLURunConfig, best: "Epoch", data: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return the score of each evaluation set by the kept epoch's model, as scores/<set>.json holds it."""
+def set_scores(
+    run_path: Path, config: NLURunConfig, best: "Epoch", data: dict[str, Any], class_scores: Callable
+) -> dict[str, dict[str, Any]]:
+    """Return the score of each evaluation set by the kept epoch's model, as scores/<set>.json holds it.
+
+    class_scores: eval.metrics' function. Of a classification `per_class` holds the recall of each class, macro-F1 and
+    the recall of the class that is rarest in training; with `data.class_shares` the latter two are metrics, too.
+    """
+    task = find_task(config.nlu.task)
     lines = read_jsonl(run_path / "predictions" / "best.jsonl")
     scores = {}
-    for name in find_task(config.nlu.task).dev_sets:
+    for name in task.dev_sets:
         rows = [line for line in lines if line["task_id"].startswith(f"{name}/")]
-        if rows:
-            scores[name] = {
-                "task": name,
-                "version": SCORE_VERSION,
-                "n": len(rows),
-                "invalid": sum(line["prediction"] is None for line in rows),
-                "metrics": best.metrics[name],
-                "data_sha256": data["dev"][name]["sha256"],
-            }
+        if not rows:
+            continue
+        invalid = sum(line["prediction"] is None for line in rows)
+        metrics = dict(best.metrics[name])
+        scores[name] = {
+            "task": name,
+            "version": SCORE_VERSION,
+            "n": len(rows),
+            "invalid": invalid,
+            "metrics": metrics,
+            "data_sha256": data["dev"][name]["sha256"],
+        }
+        if task.is_regression or invalid:
+            continue
+        minority = min(data["classes"], key=data["classes"].get)
+        labels, predictions = ([line[column] for line in rows] for column in ("label", "prediction"))
+        by_class, recall = class_scores(labels, predictions, classes=task.labels, minority=minority)
+        scores[name]["per_class"] = {
+            "n": data["dev"][name]["classes"],
+            "recall": recall,
+            "minority": minority,
+            **by_class.metrics,
+        }
+        if config.data.class_shares:
+            metrics |= by_class.metrics
     return scores
 
 
@@ -62,7 +86,8 @@ def run_table(results: list[dict[str, Any]]) -> str:
         for name, score in sorted(result["evaluation"].items()):
             if name not in selection["best"]["metrics"]:
                 continue  # an out-of-domain set
-            for metric, value in selection["best"]["metrics"][name].items():
+            for metric, value in score["metrics"].items():
+                last = selection["last"]["metrics"][name]  # those of each class are of the kept epoch alone
                 rows.append(
                     (
                         result["method"],
@@ -71,7 +96,7 @@ def run_table(results: list[dict[str, Any]]) -> str:
                         metric,
                         _percent(value),
                         f"{selection['best']['epoch']:g}",
-                        _percent(selection["last"]["metrics"][name][metric]),
+                        _percent(last[metric]) if metric in last else "",
                         str(score["n"]),
                         str(score["invalid"]),
                         "" if training["seconds"] is None else f"{training['seconds']:.0f}",
@@ -92,17 +117,16 @@ def seeds_table(results: list[dict[str, Any]]) -> str:
         for name in selection["best"]["metrics"]:
             if name == "heldout":
                 continue
-            for metric in selection["best"]["metrics"][name]:
+            for metric in result["evaluation"][name]["metrics"]:
                 groups[result["base"], name, metric, selection["protocol"], result["method"]].append(result)
     lines = [
         "| base | set | metric | selection | method | best epoch | last epoch | n | seeds |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for (base, name, metric, protocol, method), runs in sorted(groups.items()):
-        cells = [
-            _spread([run["training"]["selection"][which]["metrics"][name][metric] for run in runs])
-            for which in ("best", "last")
-        ]
+        best = _spread([run["evaluation"][name]["metrics"][metric] for run in runs])
+        last = [run["training"]["selection"]["last"]["metrics"][name] for run in runs]
+        cells = [best, _spread([scores[metric] for scores in last]) if metric in last[0] else ""]
         sizes = "/".join(sorted({str(run["evaluation"][name]["n"]) for run in runs}))
         seeds = ", ".join(str(seed) for seed in sorted(run["seed"] for run in runs))
         lines.append(

@@ -41,11 +41,12 @@ def test_the_files_are_found():
 
 @pytest.mark.parametrize("base", BASES, ids=stem)
 def test_every_base_takes_every_task_and_method(base, tmp_path):
-    for task in tasks_of(base):
-        for method in available_methods("nlu"):
-            config = load_config(base, method=method, task=task, kind="nlu")
-            assert isinstance(config, NLURunConfig)
-            assert (config.name, config.method, config.nlu.task) == (base.stem, method, task)
+    tasks, methods = tasks_of(base), available_methods("nlu")
+    pairs = {(task, "ba_lora") for task in tasks} | {(tasks[0], method) for method in methods}  # independent layers
+    for task, method in sorted(pairs):
+        config = load_config(base, method=method, task=task, kind="nlu")
+        assert isinstance(config, NLURunConfig)
+        assert (config.name, config.method, config.nlu.task) == (base.stem, method, task)
     saved = tmp_path / "config.yaml"
     saved.write_text(to_yaml(config), encoding="utf-8")
     again = load_config(saved)

@@ -6,10 +6,12 @@ import os
 import re
 import shlex
 import subprocess
+import time
 from statistics import mean, stdev
 
 import pytest
 
+from ba_lora.config import load_config
 from tests.conftest import ROOT
 
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -18,6 +20,8 @@ COMMANDS = [
 ]
 LAUNCHES = [line for line in COMMANDS if re.search(r"scripts/(ba-lora|lora|pissa|full-ft)\.sh", line)]
 BY_HAND = [line for line in COMMANDS if line.startswith(".venv/bin/python")]
+NLU = [line for line in COMMANDS if "scripts/nlu.sh" in line]
+TRAIN_NLU = [line for line in COMMANDS if "train_nlu.py" in line]
 TOY = [line for line in LAUNCHES if "configs/nlg/toy.yaml" in line or line.endswith("ba-lora.sh")]
 
 
@@ -31,7 +35,8 @@ def shell(line, timeout_s=900):
 
 def test_every_command_is_of_a_kind_that_is_tested_here():
     assert len(LAUNCHES) >= 9 and len(BY_HAND) == 3 and len(TOY) == 4
-    assert sorted(set(COMMANDS) - set(LAUNCHES) - set(BY_HAND)) == ["sh scripts/test.sh"]
+    assert len(NLU) >= 4 and TRAIN_NLU == ["python train_nlu.py --config configs/nlu/bert-large.yaml --task sst2"]
+    assert sorted({*COMMANDS} - {*LAUNCHES, *BY_HAND, *NLU, *TRAIN_NLU}) == ["sh scripts/test.sh"]
 
 
 @pytest.mark.parametrize("line", LAUNCHES)
@@ -42,6 +47,35 @@ def test_every_launch_resolves_to_its_commands(line):
     training, *evaluation = [shlex.split(printed) for printed in done.stdout.splitlines()]
     assert "train_nlg.py" in training and len(evaluation) >= 2
     assert ("accelerate.commands.launch" in training) == ("NUM_MACHINES" in line)
+
+
+@pytest.mark.parametrize("line", NLU)
+def test_every_nlu_launch_resolves_to_its_commands(line):
+    done = shell(f"{line} --dry-run")
+    assert done.returncode == 0, done.stderr
+    trainings = [shlex.split(printed) for printed in done.stdout.splitlines()]
+    assert len(trainings) == 3 and all("train_nlu.py" in training for training in trainings)
+
+
+def test_the_nlu_training_command_resolves():
+    words = shlex.split(TRAIN_NLU[0])
+    config = load_config(words[3], task=words[5], kind="nlu")
+    assert (config.name, config.nlu.task, config.method) == ("bert-large", "sst2", "ba_lora")
+
+
+@pytest.mark.slow
+def test_the_nlu_default_compares_the_methods_in_three_minutes():
+    """LoRA, PiSSA and BA-LoRA, each better than guessing one of three classes; then printed again, not retrained."""
+    started = time.monotonic()
+    done = shell("sh scripts/nlu.sh overwrite=true")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert time.monotonic() - started < 180
+    again = shell("sh scripts/nlu.sh")
+    assert again.returncode == 0 and again.stdout.count("is trained already") == 3
+    table = done.stdout[done.stdout.index("method ") :].splitlines()
+    assert again.stdout.splitlines()[-len(table) :] == table
+    scores = {line.split()[0]: float(line.split()[4]) for line in table[2:5]}
+    assert set(scores) == {"lora", "pissa", "ba_lora"} and min(scores.values()) > 50
 
 
 @pytest.mark.slow
