@@ -24,9 +24,10 @@ def adalora_orthogonality_weight(model: nn.Module) -> float | None:
 
 
 def adalora_orthogonality(model: nn.Module) -> Tensor:
-    """Return the mean over all factors P, Q of ‖P Pᵀ − I‖_F (arXiv 2303.10512, eq. 4).
+    """Return the mean over all factors of ‖Pᵀ P − I‖_F and ‖Q Qᵀ − I‖_F, a scalar; P [out, r], Q [r, in].
 
-    PEFT adds this term only to a loss that the model computes itself, and once per micro-batch unscaled.
+    As PEFT has it: arXiv 2303.10512, eq. 4, takes the sum of the squared norms. PEFT adds the term only to a loss that
+    the model computes itself, and once per micro-batch unscaled; so the training loop calls this.
     """
     norms = []
     for name, parameter in model.named_parameters():

@@ -1,6 +1,5 @@
 """Checkpoints that can be trusted: each lists its files, and a damaged one is told from a whole one."""
 
-import hashlib
 import json
 import os
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any
 
 from transformers.utils import logging
 
-from ba_lora.io import write_json_atomic
+from ba_lora.io import sha256_file, write_json_atomic
 
 logger = logging.get_logger(__name__)
 
@@ -57,7 +56,7 @@ def checkpoint_fault(folder: Path) -> str | None:
             return f"{name} is missing"
         if file.stat().st_size != entry["bytes"]:
             return f"{name} has {file.stat().st_size} bytes instead of {entry['bytes']}"
-        if entry["sha256"] is not None and _sha256(file) != entry["sha256"]:
+        if entry["sha256"] is not None and sha256_file(file) != entry["sha256"]:
             return f"{name} has other contents than were written"
     return None
 
@@ -71,12 +70,7 @@ def _describe(folder: Path) -> dict[str, dict[str, Any]]:
     return {
         str(file.relative_to(folder)): {
             "bytes": file.stat().st_size,
-            "sha256": _sha256(file) if file.stat().st_size <= 2**30 else None,
+            "sha256": sha256_file(file) if file.stat().st_size <= 2**30 else None,
         }
         for file in files
     }
-
-
-def _sha256(file: Path) -> str:
-    with open(file, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
