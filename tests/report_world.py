@@ -42,6 +42,7 @@ def result(method: str, seed: int, *, run_id: str, grades: list[float] | None, b
         "config": {"model": {"dtype": "float32", "quantization": "none"}},
         "model": {"name": base, "revision": "r1"},
         "data": {"sha256": "d1", "rows_used": 100},
+        "prompt_hash": "p1",
         "training": {"seconds": 3600.0 * (2 if method == "lora" else 3), "trainable_parameters": 75776},
         "evaluation": {},
         "environment": {"git": {"commit": "c0ffee" * 6, "dirty": False}, "hardware": {"cpu": "x"}, "num_processes": 1},

@@ -39,6 +39,12 @@ def test_likelihood_equals_one_text_at_a_time(tiny_model):
     assert total == pytest.approx(alone, rel=1e-5)
 
 
+def test_a_diverged_model_has_no_perplexity():
+    assert inheritance._perplexity((3 * math.log(5.0), 3)) == pytest.approx(5.0)
+    assert inheritance._perplexity((math.nan, 3)) is None
+    assert inheritance._perplexity((2e3, 2)) is None  # above every float
+
+
 def run_main(monkeypatch, *words):
     monkeypatch.setattr(sys, "argv", ["inheritance", *map(str, words)])
     inheritance.main()
@@ -63,12 +69,21 @@ def test_tuned_runs_share_one_base(monkeypatch, root, tmp_path, train):
     hot = train("export.merged=false", "trainer.learning_rate=0.05", method="lora", name="hot")
     merged = train("trainer.learning_rate=0.05", method="lora", name="merged")
     texts = root / "data" / "toy" / "clean" / "sample.jsonl"
-    starts = []
+    starts, done = [], []
     opened = inheritance.open_engine
-    monkeypatch.setattr(inheritance, "open_engine", lambda *a, **k: starts.append(a[1]) or opened(*a, **k))
+
+    def open_and_look(*words, **options):
+        starts.append(words[1])
+        done.append((hot / "scores" / "inheritance.json").is_file())
+        return opened(*words, **options)
+
+    monkeypatch.setattr(inheritance, "open_engine", open_and_look)
     run_main(monkeypatch, "--run", hot, merged, "--texts", texts, "--task", "toy", *SMALL)
     first, second = (json.loads((run / "scores" / "inheritance.json").read_text()) for run in (hot, merged))
     assert len(starts) == 2  # the base with one adapter on it, and the merged model
+    assert done == [False, True]  # each run's measures are written as they are made
+    used = first["generation"]
+    assert (used["engine"], used["template"], used["sampling"]["num_samples"]) == ("hf", "alpaca", 2)
     assert first["perplexity"]["before"] == second["perplexity"]["before"]
     assert first["perplexity"]["after"] == pytest.approx(second["perplexity"]["after"], rel=1e-3)
     assert abs(first["perplexity"]["after"] / first["perplexity"]["before"] - 1) > 0.01

@@ -63,7 +63,13 @@ def fill(table_path) -> None:
         }
         made["training"]["seconds"] = 100.0 + config.seed
         if config.method == UNTUNED:  # nothing was trained
-            made |= {"model": {"name": "tiny"}, "data": None, "training": None, "environment": None}
+            made |= {
+                "model": {"name": "tiny"},
+                "data": None,
+                "training": None,
+                "environment": None,
+                "prompt_hash": None,
+            }
         write_json_atomic(config.result_path, made)
 
 

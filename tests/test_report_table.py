@@ -177,6 +177,7 @@ def test_settings_are_blocks_of_their_own(world):
         ("judge", "evaluation/gsm8k/judge", {"id": "gpt-9"}),
         ("training_data", "data/sha256", "d2"),
         ("training_data", "data/rows_used", 99),
+        ("training_prompt", "prompt_hash", "p2"),
         ("model_revision", "model/revision", "r2"),
         ("model_dtype", "config/model/dtype", "bfloat16"),
         ("quantization", "config/model/quantization", "nf4"),

@@ -64,6 +64,7 @@ EVALUATION: dict[str, Callable[[Used], Any]] = {
 # Of how the runs were trained; the same among the rows that are compared with each other, the untuned model aside.
 TRAINING: dict[str, Callable[[Used], Any]] = {
     "training_data": lambda used: [(used.result.get("data") or {}).get(key) for key in ("sha256", "rows_used")],
+    "training_prompt": lambda used: used.result.get("prompt_hash"),
     "model_revision": lambda used: (used.result.get("model") or {}).get("revision"),
     "model_dtype": lambda used: used.config("model", "dtype"),
     "quantization": lambda used: used.config("model", "quantization"),

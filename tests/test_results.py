@@ -1,0 +1,42 @@
+"""A result is assembled from what its run's folder says, and says nothing that only holds now."""
+
+import json
+
+import pytest
+
+from ba_lora import prompts, run
+from ba_lora.config import load_config
+from ba_lora.io import read_json, write_json_atomic
+from ba_lora.prompts import prompt_hash
+from ba_lora.results import assemble, write_result
+
+
+@pytest.fixture
+def config(tmp_path):
+    return load_config("configs/nlg/toy.yaml", overrides=[f"output_dir={tmp_path / 'run'}", f"results_dir={tmp_path}"])
+
+
+def test_a_run_that_was_not_trained_has_failed(config):
+    result = assemble(config.run_path, config)
+    assert (result["status"], result["error"], result["evaluation"]) == ("failed", "not trained", {})
+
+
+def test_the_prompt_is_the_one_of_the_training(config, monkeypatch):
+    """Scored again under another template, the result still tells what was trained on."""
+    trained_with = prompt_hash()
+    run.finish(config.run_path, config, {"training": {"steps": 3}})
+    monkeypatch.setitem(prompts.TEMPLATES, "alpaca", "Another one: {instruction}")
+    result = write_result(config.run_path, config)
+    assert (result["prompt_hash"], result["training"], result["status"]) == (trained_with, {"steps": 3}, "ok")
+    assert result == read_json(config.result_path)
+
+
+def test_how_the_completions_were_made_stands_beside_the_scores(config):
+    run_path = config.run_path
+    for task in ("toy", "other"):
+        write_json_atomic(run_path / "scores" / f"{task}.json", {"task": task})
+    write_json_atomic(run_path / "scores" / "inheritance.json", {"generation": {"engine": "hf"}})
+    write_json_atomic(run_path / "completions" / "toy.meta.json", {"engine": "vllm"})
+    found = {task: score["generation"] for task, score in assemble(run_path, config)["evaluation"].items()}
+    assert found == {"toy": {"engine": "vllm"}, "other": None, "inheritance": {"engine": "hf"}}
+    assert "output_dir" not in json.dumps(assemble(run_path, config)["config"])
