@@ -153,6 +153,8 @@ class BALoRATrainer(Trainer):
         if self.regularizers.lambda_consistency == 0:
             return None
         if isinstance(self.reference, CachedReference):
+            if not model.training:
+                raise UserError("the reference cache holds the training rows alone: evaluate without regularizers")
             top = None if rows is None else self.reference.lookup(rows.tolist(), device=mask_BT.device)
             if top is None or len(top.tokens) != num_positions:
                 raise UserError(

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
@@ -104,7 +105,9 @@ def tiny_cache(
         "reference.dtype": dtype,
         "regularizers.temperature": temperature,
     }
-    claim(open_cache(path, key, Rows.of(rows)))
+    if PartialState().is_main_process:
+        claim(open_cache(path, key, Rows.of(rows)))
+    PartialState().wait_for_everyone()
     cache = open_cache(path, key, Rows.of(rows))
     fill(cache, tiny_llama)
     return cache

@@ -1,6 +1,6 @@
 """Train the tiny model for 6 steps under python or torchrun and save log and weights.
 
-train_tiny.py REGULARIZERS ACCUMULATION OUT [packed] [CACHE]       CACHE: a folder, for the reference on disk
+train_tiny.py REGULARIZERS ACCUMULATION OUT [packed] [zero2 | zero3] [CACHE]     CACHE: folder of the reference on disk
 """
 
 import json
@@ -16,9 +16,17 @@ from ba_lora.packing import PackingCollator, prepare_packing
 from tests.tiny import adapter_weights, arguments, collate, tiny_cache, tiny_peft, tiny_rows
 
 regularizers, accumulation, output = BALoRAConfig(**json.loads(sys.argv[1])), int(sys.argv[2]), Path(sys.argv[3])
-packed = "packed" in sys.argv[4:]
-folders = [Path(word) for word in sys.argv[4:] if word != "packed"]
+words = sys.argv[4:]
+packed, stage = "packed" in words, next((word for word in words if word.startswith("zero")), None)
+folders = [Path(word) for word in words if word not in ("packed", stage)]
 torch.set_num_threads(1)
+settings = {"max_steps": 6, "learning_rate": 1e-2, "gradient_accumulation_steps": accumulation, "warmup_steps": 0}
+if stage:
+    import deepspeed
+
+    deepspeed.init_distributed(dist_backend="gloo")
+    settings["deepspeed"] = str(Path("configs") / "deepspeed" / f"{stage}.json")
+chosen = arguments(Path(tempfile.mkdtemp()), **settings)
 rows = tiny_rows(16)  # whole effective batches: accelerate would fill a short one with rows of its own
 cache = tiny_cache(folders[0], rows, temperature=regularizers.temperature) if folders else None
 model = tiny_peft("pissa")
@@ -26,13 +34,7 @@ if packed:
     prepare_packing(model, tiny_rows(2)["input_ids"])
 trainer = BALoRATrainer(
     model,
-    arguments(
-        Path(tempfile.mkdtemp()),
-        max_steps=6,
-        learning_rate=1e-2,
-        gradient_accumulation_steps=accumulation,
-        warmup_steps=0,
-    ),
+    chosen,
     regularizers=regularizers,
     reference=cache,
     train_dataset=rows,
