@@ -179,6 +179,25 @@ def test_svd_is_safe_for_equal_singular_values():
     assert torch.isfinite(gradient).all()
 
 
+@pytest.mark.parametrize("norm", ["nuclear", "frobenius"])
+def test_svd_gradient_is_exact_for_equal_singular_values_within_the_top(norm):
+    """σ = 3, 3, 3, 2, 1 and k = 3: which vectors belong to the equal values is arbitrary, their sum's gradient not."""
+    generator = torch.Generator().manual_seed(8)
+    u, v = (torch.linalg.qr(torch.randn(n, 5, dtype=torch.float64, generator=generator)).Q for n in (6, 9))
+    sigma = torch.tensor([3.0, 3.0, 3.0, 2.0, 1.0], dtype=torch.float64)
+    matrix = (u * sigma @ v.T).requires_grad_()
+    value = reg.svd(matrix, torch.ones(6, dtype=torch.bool), top_k=3, norm=norm)
+    (gradient,) = torch.autograd.grad(value, matrix)
+    top, total = u[:, :3] @ v[:, :3].T, 12.0
+    if norm == "nuclear":
+        expected = -(top / total - 9 / total**2 * u @ v.T)
+    else:
+        total = math.sqrt(32)
+        expected = -(top / total - 9 / total**3 * matrix.detach())
+    assert value.item() == pytest.approx(-9 / total, rel=1e-12)
+    assert torch.allclose(gradient, expected, atol=1e-12)
+
+
 def test_frobenius_form_prefers_equal_singular_values():
     """A property of the published formula, noted in REPRODUCTION.md: k equal values score √k, a single one scores 1."""
     mask = torch.ones(4, dtype=torch.bool)
