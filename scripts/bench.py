@@ -84,9 +84,13 @@ def measure(
             ours, theirs = context.Pipe()
             settings = (case, shape, vocabulary, device, Path(folder.name), theirs)
             if case == "fused_cache":  # filled by a process of its own, whose memory does not count
-                filling = context.Process(target=fill_cache, args=settings[:-1])
+                filling = context.Process(target=fill, args=settings[:-1])
                 filling.start()
                 filling.join()
+                if filling.exitcode != 0:
+                    raise UserError(
+                        "the reference cache could not be filled, the reason is above: leave out fused_cache"
+                    )
             process = context.Process(target=work, args=settings, daemon=True)
             process.start()
             theirs.close()
@@ -148,6 +152,12 @@ def _receive(case: str, workers: dict[str, tuple[Any, Connection]]) -> Any:
         ) from error
 
 
+def fill(*settings: Any) -> None:
+    """Be the process that fills the reference cache."""
+    _speak_on_stderr()
+    fill_cache(*settings)
+
+
 def work(case: str, shape: Shape, vocabulary: int, device: str, folder: Path, connection: Connection) -> None:
     """Be one case: build it, then take one step whenever told to, and report the peak at the end."""
     from transformers import TrainerCallback
@@ -171,7 +181,7 @@ def work(case: str, shape: Shape, vocabulary: int, device: str, folder: Path, co
             control.should_training_stop = connection.recv() == "end"
             self.started = time.perf_counter()
 
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever the libraries say: stdout is for the results
+    _speak_on_stderr()
     trainer = build_trainer(case, shape, vocabulary, device, folder)
     trainer.add_callback(Turns())
     trainer.train()
@@ -191,6 +201,11 @@ def work(case: str, shape: Shape, vocabulary: int, device: str, folder: Path, co
             },
         }
     )
+
+
+def _speak_on_stderr() -> None:
+    """Whatever this process and its libraries print: stdout is for the results."""
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
 
 
 def _finish_queued_work(device: str) -> None:

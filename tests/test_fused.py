@@ -2,8 +2,13 @@
 
 import dataclasses
 import itertools
+import json
 import logging
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -340,6 +345,29 @@ def test_evaluation_needs_no_gradient(tmp_path):
             values.append(run.compute_loss(model, dict(batch)))
     assert not values[0].requires_grad
     close(values[0], values[1], 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", ["paper2024", "iclr2026"])
+def test_zero3_gathers_the_head(tmp_path, root, version):
+    """2 processes with split weights = 1 process × accumulation 2: every term, by the fused loss, and the weights."""
+    regularizers = json.dumps(dataclasses.asdict(CONFIGS[version]))
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"  # ninja
+    worker = str(root / "tests" / "workers" / "train_tiny.py")
+    single, double = tmp_path / "single.pt", tmp_path / "double.pt"
+    subprocess.run([sys.executable, worker, regularizers, "2", str(single)], env=environment, check=True, timeout=300)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launch, worker, regularizers, "1", str(double), "zero3"]
+    subprocess.run(command, env=environment, cwd=root, check=True, timeout=600)
+    one, two = torch.load(single), torch.load(double)
+    assert two["processes"] == 2
+    assert two["loss_report"]["implementation"] == one["loss_report"]["implementation"] == "fused"
+    for name in ("loss", "task", "consistency", "diversity", "svd", "weighted_consistency", "share_svd", "grad_norm"):
+        assert len(one["logs"][name]) == 6
+        assert two["logs"][name] == pytest.approx(one["logs"][name], rel=1e-4, abs=1e-6), name
+    for name, weight in one["weights"].items():
+        torch.testing.assert_close(two["weights"][name], weight, rtol=1e-3, atol=1e-4)
 
 
 # ---- heads that need the plain path

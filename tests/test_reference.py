@@ -88,8 +88,7 @@ def test_checkpointing_recomputes_with_the_trained_adapter(init, use_reentrant):
 @pytest.mark.parametrize(
     ("stage", "cached"),
     [
-        ("zero3", True),
-        pytest.param("zero3", False, marks=pytest.mark.slow),
+        ("zero3", True),  # without a cache: tests/test_fused.py
         pytest.param("zero2", False, marks=pytest.mark.slow),
         pytest.param("zero2", True, marks=pytest.mark.slow),
     ],

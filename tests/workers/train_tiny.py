@@ -13,6 +13,7 @@ import torch
 from ba_lora import BALoRAConfig, BALoRATrainer
 from ba_lora.errors import leave_process_group
 from ba_lora.packing import PackingCollator, prepare_packing
+from ba_lora.reference import gathered
 from tests.tiny import adapter_weights, arguments, collate, tiny_cache, tiny_peft, tiny_rows
 
 regularizers, accumulation, output = BALoRAConfig(**json.loads(sys.argv[1])), int(sys.argv[2]), Path(sys.argv[3])
@@ -26,7 +27,7 @@ if stage:
 
     deepspeed.init_distributed(dist_backend="gloo")
     settings["deepspeed"] = str(Path("configs") / "deepspeed" / f"{stage}.json")
-chosen = arguments(Path(tempfile.mkdtemp()), **settings)
+training_arguments = arguments(Path(tempfile.mkdtemp()), **settings)  # before the model: DeepSpeed splits it by them
 rows = tiny_rows(16)  # whole effective batches: accelerate would fill a short one with rows of its own
 cache = tiny_cache(folders[0], rows, temperature=regularizers.temperature) if folders else None
 model = tiny_peft("pissa")
@@ -34,7 +35,7 @@ if packed:
     prepare_packing(model, tiny_rows(2)["input_ids"])
 trainer = BALoRATrainer(
     model,
-    chosen,
+    training_arguments,
     regularizers=regularizers,
     reference=cache,
     train_dataset=rows,
@@ -42,13 +43,16 @@ trainer = BALoRATrainer(
 )
 trainer.train()
 throughput = trainer.throughput()
+with gathered(list(model.parameters()), modify=False):
+    weights = adapter_weights(model)
 if trainer.is_world_process_zero():
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     torch.save(
         {
             "processes": trainer.accelerator.num_processes,
             "logs": {name: [entry[name] for entry in history] for name in history[0]},
-            "weights": adapter_weights(model),
+            "weights": weights,
+            "loss_report": trainer.loss_report(),
             "throughput": throughput,
         },
         output,
