@@ -230,7 +230,7 @@ class BALoRATrainer(Trainer):
         finally:
             handle.remove()
         if not self._head_checked:
-            self._check_head(head, caught["hidden"], outputs.logits)
+            self._check_head(base, caught["hidden"], outputs.logits)
         if self._changes_logits:
             return module(**inputs, use_cache=False).logits[mask_BT], _identity
         return caught["hidden"][mask_BT], head
@@ -245,16 +245,13 @@ class BALoRATrainer(Trainer):
                 logger.warning(f"the loss is taken from all logits, at their price: {self._why_plain}")
 
     def loss_report(self) -> dict[str, Any]:
-        """Return how the loss was computed, for the run's result: what was asked for, where it could be done."""
-        fused = self._why_plain is None
-        device_type = self.args.device.type
-        return {
-            "implementation": "fused" if fused else "plain",
-            "why_plain": None if fused or self._why_plain is _NOT_YET else self._why_plain,
-            "chunk_memory_mb": (self.loss_config.chunk_memory_mb or default_chunk_memory_mb(device_type))
-            if fused
-            else None,
-        }
+        """Return how the loss was computed, for the run's result; {} before the first micro-batch."""
+        if self._why_plain is _NOT_YET:
+            return {}
+        if self._why_plain is not None:
+            return {"implementation": "plain", "why_plain": self._why_plain}
+        memory_mb = self.loss_config.chunk_memory_mb or default_chunk_memory_mb(self.args.device.type)
+        return {"implementation": "fused", "chunk_memory_mb": memory_mb}
 
     def _last_logits_only(self, base: nn.Module) -> dict[str, int]:
         """Return the argument that spares the model's own logits, where the architecture knows it."""
@@ -262,12 +259,17 @@ class BALoRATrainer(Trainer):
             self._spares_logits = "logits_to_keep" in inspect.signature(base.forward).parameters
         return {"logits_to_keep": 1} if self._spares_logits else {}
 
-    def _check_head(self, head: nn.Module, hidden_BTD: Tensor, logits_BTV: Tensor) -> None:
-        """Compare the head's output with the model's own last logits, once: is nothing done to them in between?"""
+    def _check_head(self, base: nn.Module, hidden_BTD: Tensor, logits_BTV: Tensor) -> None:
+        """Compare the head's output with the model's own last logits, once: is nothing done to them in between?
+
+        Soft-capping is asked for by name too: it hardly changes small logits.
+        """
+        head = base.get_output_embeddings()
         with torch.no_grad(), self.accelerator.autocast(), self._whole(head):
-            ours, theirs = head(hidden_BTD[:, -1]).float(), logits_BTV[:, -1].float()
-        tolerance = 0.02 * theirs.abs().max().clamp(min=1.0)
-        self._changes_logits = not bool((ours - theirs).abs().max() <= tolerance)
+            ours, theirs = head(hidden_BTD[:, -1]), logits_BTV[:, -1].float()
+        tolerance = (1e-4 if ours.dtype.itemsize >= 4 else 0.02) * theirs.abs().max().clamp(min=1.0)
+        capped = getattr(base.config.get_text_config(), "final_logit_softcapping", None) is not None
+        self._changes_logits = capped or not bool((ours.float() - theirs).abs().max() <= tolerance)
         self._head_checked = True
         if self._changes_logits:
             self._why_plain = "this architecture changes its logits after the head"
