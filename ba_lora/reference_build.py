@@ -199,7 +199,7 @@ def _zero3_engine(model: nn.Module) -> nn.Module:
         "bf16": {"enabled": dtype == torch.bfloat16},
         "fp16": {"enabled": dtype == torch.float16},
     }
-    return deepspeed.initialize(model=model, config=settings)[0].eval()
+    return deepspeed.initialize(model=model.eval(), config=settings)[0]
 
 
 def _on_device(model: nn.Module) -> nn.Module:

@@ -85,16 +85,13 @@ def test_checkpointing_recomputes_with_the_trained_adapter(init, use_reentrant):
 
 
 @pytest.mark.real
-@pytest.mark.parametrize(
-    ("stage", "cached"),
-    [
-        ("zero3", True),  # without a cache: tests/test_fused.py
-        pytest.param("zero2", False, marks=pytest.mark.slow),
-        pytest.param("zero2", True, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "cached"), [("zero3", True), ("zero2", False), ("zero2", True)])
 def test_two_deepspeed_processes_are_one_process(tmp_path, root, stage, cached):
-    """Every term and the gradient's norm, with the switch and with a cache that the split model filled."""
+    """Every term and the gradient's norm, with the switch and with a cache that the split model filled.
+
+    ZeRO-3 with the switch: tests/test_fused.py.
+    """
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     environment["PATH"] = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"  # DeepSpeed builds with ninja
     worker, settings = str(root / "tests" / "workers" / "train_tiny.py"), json.dumps(STRONG)
@@ -107,5 +104,5 @@ def test_two_deepspeed_processes_are_one_process(tmp_path, root, stage, cached):
     assert one["processes"] == 1 and two["processes"] == 2
     for name in ("loss", "task", "consistency", "weighted_consistency", "diversity", "svd", "grad_norm"):
         assert len(one["logs"][name]) == 6
-        assert two["logs"][name] == pytest.approx(one["logs"][name], rel=1e-3, abs=1e-4), name
-    assert one["logs"]["consistency"][-1] > 1e-3
+        assert two["logs"][name] == pytest.approx(one["logs"][name], rel=1e-3, abs=1e-6), name
+    assert one["logs"]["consistency"][-1] > 1e-4
