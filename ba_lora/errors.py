@@ -1,5 +1,6 @@
 """The one exception for what a user can mend: its message is a single line that names the cause and the mend."""
 
+import argparse
 import os
 import sys
 import time
@@ -8,6 +9,13 @@ from collections.abc import Callable
 
 class UserError(ValueError):
     """Something in the user's hands is wrong: a file, a key, a missing package. Entry points print it and exit 2."""
+
+
+class CommandParser(argparse.ArgumentParser):
+    """A parser of command lines whose complaint is a UserError, one line, too."""
+
+    def error(self, message: str) -> None:
+        raise UserError(f"{message}; see {self.prog} --help")
 
 
 def run_entry_point(main: Callable[[], int | None]) -> None:

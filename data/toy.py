@@ -11,7 +11,6 @@ and "test" (MetaMath's ending, "The answer is: N"). The same arguments give the 
 `num_rows` only appends, and `label_noise` changes responses, never queries.
 """
 
-import argparse
 import hashlib
 import json
 import random
@@ -19,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ba_lora.errors import UserError, run_entry_point
+from ba_lora.errors import CommandParser, UserError, run_entry_point
 from ba_lora.io import write_jsonl_atomic
 
 SPLITS = ("pretrain", "finetune", "test")
@@ -272,11 +271,6 @@ def pretraining_prompt(query: str) -> str:
     return f"Question: {query}\nAnswer:"
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UserError(f"{message}; see python -m data.toy --help")
-
-
 def _weights(text: str) -> dict[str, float]:
     try:
         return {name: float(weight) for name, weight in (part.split("=") for part in text.split(","))}
@@ -285,7 +279,7 @@ def _weights(text: str) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = _Parser(description="Write self-made word problems as jsonl.")
+    parser = CommandParser(prog="python -m data.toy", description="Write self-made word problems as jsonl.")
     parser.add_argument("--split", required=True, help=", ".join(SPLITS))
     parser.add_argument("--num-rows", type=int, default=TEST_FILE_ROWS)
     parser.add_argument("--seed", type=int, default=TEST_FILE_SEED)

@@ -95,9 +95,8 @@ def flexible_number(text: str) -> Found | None:
         if found := first_number(first_line(tail)):
             return found
     for tail in hashes_tails(text):
-        if found := leading_number(
-            tail.split("\n", 1)[0][:MAX_LINE]
-        ):  # right behind, so that "#### Step 1" is no answer
+        # right behind, so that "#### Step 1" is no answer
+        if found := leading_number(tail.split("\n", 1)[0][:MAX_LINE]):
             return found
     for content in boxed_contents(text)[: -MAX_PLACES - 1 : -1]:
         if found := first_number(content[:MAX_LINE]):

@@ -12,7 +12,7 @@ from eval.tasks.base import Item
 
 MAX_COMPLETION_CHARS = 10_000_000
 MAX_LINE_BYTES = 80_000_000  # such a completion, every letter escaped, and its prompt
-PROMPT_TOO_LONG = "prompt_too_long"  # finish_reason of an item that was never generated: counted, wrong, invalid
+PROMPT_TOO_LONG = "prompt_too_long"  # finish_reason where model or judge was never asked: counted, wrong, invalid
 TRUNCATED = "length"
 
 

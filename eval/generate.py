@@ -32,25 +32,23 @@ gpu_memory_utilization (vllm only), revision, trust_remote_code, serve (auto, ho
 import argparse
 import collections
 import dataclasses
-import difflib
 import importlib.metadata
 import re
 import sys
 import time
-import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ba_lora.errors import UserError, run_entry_point
+from ba_lora.errors import CommandParser, UserError, run_entry_point
 from ba_lora.io import write_json_atomic, write_jsonl_atomic
 from ba_lora.prompts import build_conversation, build_prompt, prompt_hash, template_stops
 from eval import engines
 from eval.engines import Completion, Engine, EngineOptions, Sampling, open_engine
+from eval.options import parse_options
+from eval.serving import SERVE, Job, plan
 from eval.tasks import TASKS, get_task
 from eval.tasks.base import Item, Source, Task
-
-SERVE = ("auto", "hot", "merged")
 
 
 @dataclass(frozen=True)
@@ -110,21 +108,6 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Job:
-    """A model as it is served: `base` alone, or with the PEFT adapter in `adapter`.
-
-    name: what the user typed; served: merged, lora, adapter or model; run: the run folder, None for other models.
-    """
-
-    name: str
-    base: str
-    served: str
-    adapter: Path | None = None
-    run: Path | None = None
-    revision: str | None = None
-
-
-@dataclass(frozen=True)
 class Work:
     """What one task asks.
 
@@ -150,84 +133,6 @@ class Work:
             build_conversation(self.instructions[index], [answer.text for answer in history], template=template)
             for history in zip(*(answers[turn] for turn in turns), strict=True)
         ]
-
-
-def parse_options(arguments: Sequence[str]) -> Options:
-    """Read `key=value` arguments. Raises UserError for an unknown key (with the nearest) or a bad value."""
-    known = {entry.name: typing.get_args(entry.type) or (entry.type,) for entry in dataclasses.fields(Options)}
-    values: dict[str, typing.Any] = {}
-    for argument in arguments:
-        key, equals, text = argument.partition("=")
-        if not equals or key not in known:
-            near = difflib.get_close_matches(key, known, n=3, cutoff=0.4)
-            hint = f"did you mean {' or '.join(near)}? " if near else ""
-            raise UserError(f"unknown option {argument!r}: {hint}keys: {', '.join(known)}")
-        values[key] = _parse_value(key, text, known[key])
-    return Options(**values)
-
-
-def _parse_value(key: str, text: str, kinds: tuple[type, ...]) -> object:
-    if type(None) in kinds and text.lower() in ("", "none", "null"):
-        return None
-    if bool in kinds:
-        if text.lower() not in ("true", "false"):
-            raise UserError(f"{key}={text}: true or false is needed")
-        return text.lower() == "true"
-    try:
-        return kinds[0](text)
-    except ValueError as error:
-        raise UserError(f"{key}={text}: {'a whole number' if int in kinds else 'a number'} is needed") from error
-
-
-def plan(models: Sequence[str], *, serve: str = "auto", revision: str | None = None) -> list[Job]:
-    """Decide how each model is served; see the head of this file. Raises UserError for a folder that holds none."""
-    repeated = {name for name in models if list(models).count(name) > 1}
-    if repeated:
-        raise UserError(f"--model names {sorted(repeated)[0]} twice")
-    bases = [_hot_base(Path(name)) for name in models]  # base of a run that can be served hot, else None
-    jobs = []
-    for name, base in zip(models, bases, strict=True):
-        path = Path(name)
-        if (path / "config.yaml").is_file():
-            shared = base is not None and bases.count(base) > 1
-            merged = (path / "merged" / "config.json").is_file()
-            if serve == "hot" and base is None:
-                raise UserError(f"{name} cannot be served hot: no plain LoRA adapter in it; leave serve=hot out")
-            if serve == "merged" and not merged:
-                raise UserError(f"{name}/merged is missing: export the run with export.merged=true, or use serve=hot")
-            if base is not None and (serve == "hot" or (serve == "auto" and (shared or not merged))):
-                adapter = _hot_adapter(path)
-                jobs.append(Job(name, base, adapter.name, adapter=adapter, run=path, revision=_run_model(path)[1]))
-            elif merged:
-                jobs.append(Job(name, str(path / "merged"), "merged", run=path))
-            else:
-                raise UserError(f"{name} holds neither merged/ nor an adapter to serve: finish its training and export")
-        elif (path / "adapter_config.json").is_file():
-            jobs.append(Job(name, engines.adapter_base(path), "adapter", adapter=path, revision=revision))
-        else:
-            engines.require_model(name)
-            jobs.append(Job(name, name, "model", revision=None if path.is_dir() else revision))
-    return jobs
-
-
-def _hot_adapter(run: Path) -> Path:
-    return run / "lora" if (run / "lora" / "adapter_config.json").is_file() else run / "adapter"
-
-
-def _run_model(run: Path) -> tuple[bool, str | None]:
-    """Return whether a run's base was quantised, and the base's hub revision."""
-    from ba_lora.config import load_config
-
-    model = load_config(run / "config.yaml").model
-    return model.quantization != "none", model.revision
-
-
-def _hot_base(run: Path) -> str | None:
-    """Return the base of a run folder whose adapter may be served hot, None for every other model."""
-    adapter = _hot_adapter(run)
-    if not (run / "config.yaml").is_file() or not (adapter / "adapter_config.json").is_file() or _run_model(run)[0]:
-        return None
-    return None if engines.hot_obstacle(engines.read_adapter(adapter)) else engines.adapter_base(adapter)
 
 
 def load_work(task: Task, data: str | None, options: Options) -> Work:
@@ -470,7 +375,7 @@ def split_options(*lists: Sequence[str]) -> tuple[list[list[str]], list[str]]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Read the command line and generate."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m eval.generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
@@ -486,9 +391,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not models or not tasks:
         raise UserError("--model and --task each need at least one name")
     own = {key for name in tasks for key in get_task(name).choices}
-    settings = [text for text in [*parsed.options, *moved] if text.partition("=")[0] not in own]
-    choices = dict(text.split("=", 1) for text in [*parsed.options, *moved] if text not in settings)
-    options = parse_options(settings)
+    options, choices = parse_options([*parsed.options, *moved], Options, further=own)
     files = read_data(data, tasks)
     run(models, tasks, engine=parsed.engine, data=files, output=parsed.output, options=options, choices=choices)
     return 0

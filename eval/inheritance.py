@@ -24,13 +24,14 @@ from pathlib import Path
 from typing import Any
 
 from ba_lora.config import RunConfig, load_config
-from ba_lora.errors import UserError, run_entry_point
+from ba_lora.errors import CommandParser, UserError, run_entry_point
 from ba_lora.io import read_jsonl, sha256_file, write_json_atomic
 from ba_lora.model import model_source
 from ba_lora.pipeline import UNTUNED
 from ba_lora.prompts import build_prompt, prompt_hash
-from eval import generate
+from eval import serving
 from eval.engines import EngineOptions, open_engine
+from eval.options import parse_options
 from eval.tasks import get_task
 from eval.tasks.base import Item, Task
 
@@ -103,7 +104,7 @@ def measure_runs(
     """
     configs = {path: load_config(path / "config.yaml") for path in run_paths}
     tuned = [path for path in run_paths if configs[path].method != UNTUNED]
-    jobs = {job.run: job for path in tuned for job in generate.plan([str(path)], serve=_serve(path))}
+    jobs = {job.run: job for path in tuned for job in serving.plan([str(path)], serve=_serve(path))}
     groups: dict[tuple[str, str | None], list[Path]] = {}
     for path, config in configs.items():
         groups.setdefault((model_source(config.model), config.model.revision), []).append(path)
@@ -174,23 +175,10 @@ def _measure(engine, adapter: str | None, before: float | None, material: Materi
     }
 
 
-def parse_options(arguments: Sequence[str]) -> Options:
-    """Read `key=value` arguments. Raises UserError for an unknown key or a bad value."""
-    values = {}
-    for argument in arguments:
-        key, _, text = argument.partition("=")
-        kind = Options.__annotations__.get(key)
-        if kind is None:
-            raise UserError(f"unknown option {argument!r}: keys: {', '.join(Options.__annotations__)}")
-        try:
-            values[key] = kind(text)
-        except ValueError as error:
-            raise UserError(f"{key}={text}: a number is needed") from error
-    return Options(**values)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(
+        prog="python -m eval.inheritance", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--run", nargs="+", required=True, type=Path, help="run folders")
     parser.add_argument("--texts", required=True, type=Path, help='jsonl of {"text"}: the pre-training distribution')
     parser.add_argument("--task", required=True, help="whose items are sampled")
@@ -198,7 +186,7 @@ def main() -> None:
     parser.add_argument("options", nargs="*", metavar="key=value")
     parsed = parser.parse_intermixed_args()
     moved = [text for text in map(str, parsed.run) if "=" in text and not Path(text).exists()]
-    options = parse_options([*parsed.options, *moved])
+    options, _ = parse_options([*parsed.options, *moved], Options)
     run_paths = [path for path in parsed.run if str(path) not in moved]
     material = load_material(parsed.texts, parsed.task, parsed.data, options)
     for path, measures in measure_runs(run_paths, material, options):

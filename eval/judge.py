@@ -27,9 +27,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ba_lora.errors import UserError
+from eval.completions import PROMPT_TOO_LONG
 from eval.judge_client import (
     NO_RATING,
-    PROMPT_TOO_LONG,
     Endpoint,
     JudgeOptions,
     ask,

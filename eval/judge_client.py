@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ba_lora.errors import UserError
+from eval.completions import PROMPT_TOO_LONG
 
 if TYPE_CHECKING:
     import openai
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 OPENAI_URL = "https://api.openai.com/v1"
 SCALE = (1.0, 10.0)
 NO_RATING = -1.0
-PROMPT_TOO_LONG = "prompt_too_long"  # finish_reason of a judgement whose prompt the judge's context does not hold
 FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 60.0  # back-off doubles from the first to the longest
 TOLD_WAIT_S = 5.0  # a wait from which on the user is told
 LONGEST_RETRY_AFTER_S = 600.0  # an endpoint that asks for more is left alone

@@ -11,8 +11,7 @@ from ba_lora.io import read_json, write_json_atomic
 from ba_lora.results import refresh_result
 from eval.completions import output_paths
 from eval.judge import one_judge
-from eval.score import score_file, stale_reason
-from eval.score_options import Options
+from eval.score import Options, score_file, stale_reason
 from eval.tasks import get_task
 
 RESULTS = RunConfig.results_dir

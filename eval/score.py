@@ -25,14 +25,16 @@ judge_timeout_s=120, judge_attempts=8 (for one judgement), judge_temperature=0, 
 """
 
 import argparse
+import dataclasses
 import importlib.metadata
 import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from ba_lora.errors import UserError, run_entry_point
+from ba_lora.errors import CommandParser, UserError, run_entry_point
 from ba_lora.io import sha256_file, write_json_atomic, write_jsonl_atomic
 from eval.completions import (
     PROMPT_TOO_LONG,
@@ -44,9 +46,51 @@ from eval.completions import (
     read_meta,
     resolve_data,
 )
-from eval.score_options import Options, parse_options
+from eval.judge_client import JudgeOptions
+from eval.options import parse_options
 from eval.tasks import TASKS, get_task
 from eval.tasks.base import Grade, Item, Source, Task
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `key=value` can set; `choices` are those of the tasks themselves, see Task.choices."""
+
+    allow_partial: bool = False
+    workers: int | None = None
+    timeout_s: float = 5.0
+    judgements: int = JudgeOptions.judgements
+    judge_parallel: int = JudgeOptions.parallel
+    judge_timeout_s: float = JudgeOptions.timeout_s
+    judge_attempts: int = JudgeOptions.attempts
+    judge_temperature: float | None = JudgeOptions.temperature
+    judge_max_tokens: int | None = JudgeOptions.max_tokens
+    choices: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("workers", "judgements", "judge_parallel", "judge_attempts", "judge_max_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name}={value}: a whole number of at least 1 is needed")
+        for name in ("timeout_s", "judge_timeout_s"):
+            if not 0 < getattr(self, name) < 1e6:
+                raise UserError(f"{name}={getattr(self, name):g}: a number of seconds above 0 is needed")
+        if self.judge_temperature is not None and not 0 <= self.judge_temperature <= 10:
+            raise UserError(f"judge_temperature={self.judge_temperature:g}: a number from 0 to 10, or none, is needed")
+
+    def judge(self) -> JudgeOptions:
+        """Return what a judge is told."""
+        named = {name.removeprefix("judge_"): value for name, value in vars(self).items() if name.startswith("judge")}
+        return JudgeOptions(**named)
+
+
+def read_options(arguments: Sequence[str], tasks: Sequence[Task]) -> Options:
+    """Read `key=value` arguments, the choices of `tasks` included. Raises UserError."""
+    owners = {key: task for task in reversed(tasks) for key in (*task.choices, *task.grading_choices)}
+    options, choices = parse_options(arguments, Options, further=owners)
+    for key, value in choices.items():
+        owners[key].configured({key: value})  # checks the value
+    return dataclasses.replace(options, choices=choices)
 
 
 def score_file(
@@ -199,16 +243,13 @@ def _writable(text: str | None) -> str | None:
     return None if text is None else text.encode("utf-8", "replace").decode("utf-8")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        raise UserError(f"{message}; see python -m eval.score --help")
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; see the module."""
     from eval import rescore  # it imports this module
 
-    parser = _Parser(prog="python -m eval.score", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = CommandParser(
+        prog="python -m eval.score", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--task")
     parser.add_argument("--completions", type=Path)
     parser.add_argument(
@@ -231,7 +272,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise UserError("--stale DIR takes no other argument")
         return rescore.mark_stale(parsed.stale)
     tasks = [get_task(parsed.task)] if parsed.task else list(TASKS.values())
-    options = parse_options(parsed.options, tasks)
+    options = read_options(parsed.options, tasks)
     if parsed.runs is not None:
         if parsed.task or parsed.completions or parsed.data or parsed.output:
             raise UserError("--runs takes task, completions and data from each run; leave the other arguments out")

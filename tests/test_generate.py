@@ -11,7 +11,9 @@ from ba_lora.errors import UserError
 from ba_lora.io import read_json, read_jsonl, sha256_file
 from ba_lora.prompts import build_prompt, prompt_hash
 from eval import generate
-from eval.generate import Options, main, parse_options, plan, read_data, split_options
+from eval.generate import Options, main, read_data, split_options
+from eval.options import parse_options
+from eval.serving import plan
 from eval.tasks import get_task
 from tests.test_engines import save_adapter, save_model, save_tokenizer
 
@@ -151,10 +153,10 @@ def test_several_tasks_models_and_samples(base: Path, data: Path, tmp_path: Path
 
 
 def test_command_line_pieces(tmp_path: Path) -> None:
-    options = parse_options(
-        ["max_new_tokens=7", "temperature=0.5", "limit=none", "trust_remote_code=true", "dtype=auto"]
-    )
+    words = ["max_new_tokens=7", "temperature=0.5", "limit=none", "trust_remote_code=true", "subset=a=b", "dtype=auto"]
+    options, further = parse_options(words, Options, further=("subset",))
     assert options == Options(max_new_tokens=7, temperature=0.5, trust_remote_code=True)
+    assert further == {"subset": "a=b"}
     assert split_options(["a", "top_p=0.9"], ["gsm8k", "limit=3"], ["math=x.jsonl"]) == (
         [["a"], ["gsm8k"], ["math=x.jsonl"]],
         ["top_p=0.9", "limit=3"],
@@ -177,6 +179,7 @@ def test_command_line_pieces(tmp_path: Path) -> None:
         ({"option": "max_new_token=3"}, "did you mean max_new_tokens"),
         ({"option": "limit=0"}, "at least 1"),
         ({"option": "limit=x"}, "a whole number is needed"),
+        ({"option": "temperature=nan"}, "a finite number is needed"),
         ({"option": "num_samples=4"}, "temperature above 0"),
         ({"option": "dtype=fp8"}, "unknown dtype"),
         ({"option": "serve=cold"}, "auto, hot, merged"),

@@ -18,7 +18,6 @@ from ba_lora.prompts import ALPACA, build_conversation, build_prompt, prompt_has
 from eval import generate, score
 from eval.judge_client import JudgeOptions
 from eval.judge_store import digest
-from eval.score_options import parse_options
 from eval.tasks import get_task
 from eval.tasks.mt_bench import (
     REPOSITORY,
@@ -480,12 +479,14 @@ def test_without_a_judge_the_estimate_is_told_and_nothing_is_written(
 
 
 def test_keys_of_the_judge() -> None:
-    options = parse_options(["judgements=5", "judge_temperature=none", "judge_max_tokens=none", "judge_parallel=9"])
+    options = score.read_options(
+        ["judgements=5", "judge_temperature=none", "judge_max_tokens=none", "judge_parallel=9"], []
+    )
     assert options.judge() == JudgeOptions(judgements=5, temperature=None, max_tokens=None, parallel=9)
-    assert parse_options([]).judge() == JudgeOptions()
+    assert score.read_options([], []).judge() == JudgeOptions()
     for wrong in ("judgements=0", "judge_temperature=hot", "judge_max_tokens=-1", "judge_parallel=many"):
         with pytest.raises(UserError, match=wrong.split("=")[0]):
-            parse_options([wrong])
+            score.read_options([wrong], [])
 
 
 def test_spread_by_hand(folder: Path) -> None:

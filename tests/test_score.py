@@ -10,8 +10,7 @@ import pytest
 from ba_lora.errors import UserError
 from ba_lora.io import sha256_file
 from eval.completions import output_paths
-from eval.score import main, score_file
-from eval.score_options import Options, parse_options
+from eval.score import Options, main, read_options, score_file
 from eval.tasks import get_task
 from eval.tasks.base import bootstrap_intervals
 
@@ -148,7 +147,8 @@ def test_one_line_and_status_2(root: Path, tmp_path: Path, data: Path) -> None:
         (["--runs", ".", "allow_partal=true"], "did you mean allow_partial"),
         (["--runs", ".", "allow_partial=maybe"], "true or false is needed"),
         (["--runs", ".", "workers=0"], "a whole number of at least 1"),
-        (["--runs", ".", "timeout_s=nan"], "a number of seconds above 0"),
+        (["--runs", ".", "timeout_s=nan"], "a finite number"),
+        (["--runs", ".", "timeout_s=0"], "a number of seconds above 0"),
     ],
 )
 def test_bad_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str) -> None:
@@ -159,8 +159,10 @@ def test_bad_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, argument
 
 
 def test_options() -> None:
-    assert parse_options([]) == Options()
-    assert parse_options(["allow_partial=True", "workers=3", "timeout_s=0.5"]) == Options(True, 3, 0.5)
+    assert read_options([], []) == Options()
+    assert read_options(["allow_partial=True", "workers=3", "timeout_s=0.5"], []) == Options(True, 3, 0.5)
+    tasks = [get_task("gsm8k"), get_task("mbpp")]
+    assert read_options(["challenge=true", "workers=none"], tasks) == Options(choices={"challenge": "true"})
 
 
 def test_partial(tmp_path: Path, data: Path, capsys: pytest.CaptureFixture) -> None:

@@ -13,8 +13,7 @@ from ba_lora.errors import UserError
 from ba_lora.io import sha256_file
 from ba_lora.prompts import build_prompt
 from eval.sandbox import Job, Sandbox
-from eval.score import main, score_file
-from eval.score_options import Options
+from eval.score import Options, main, score_file
 from eval.tasks import get_task
 from eval.tasks.base import Grade, cut_at_stops
 from eval.tasks.code import imported_modules, pass_at_k
@@ -375,7 +374,7 @@ def test_bad_choices_and_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         with pytest.raises(UserError) as caught:
             main(["--task", "humaneval", "--completions", str(path), *arguments])
         assert message in str(caught.value) and "\n" not in str(caught.value)
-    with pytest.raises(UserError, match="unknown argument 'sandbox=unsafe'"):
+    with pytest.raises(UserError, match="unknown option 'sandbox=unsafe'"):
         main(["--task", "gsm8k", "--completions", str(path), "sandbox=unsafe"])
     monkeypatch.setattr("eval.completions.MAX_LINE_BYTES", 1000)
     write(path, [{"task_id": "HumanEval/0", "completion": "x"}, {"task_id": "HumanEval/1", "completion": "x" * 1000}])

@@ -8,8 +8,7 @@ import pytest
 
 from ba_lora.errors import UserError
 from ba_lora.prompts import build_prompt
-from eval.score import score_file
-from eval.score_options import Options
+from eval.score import Options, score_file
 from eval.tasks import get_task
 
 needs_bubblewrap = pytest.mark.skipif(shutil.which("bwrap") is None, reason="no bubblewrap: apt-get install bubblewrap")

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ba_lora.errors import UserError, run_entry_point
+from ba_lora.errors import CommandParser, UserError, run_entry_point
 from ba_lora.io import disk_errors, read_json, write_json_atomic
 
 if TYPE_CHECKING:
@@ -245,14 +245,9 @@ def write(canvas: "Figure", output: Path) -> None:
             temporary.replace(path)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        raise UserError(f"{message}; see python -m eval.report.features --help")
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; see the module."""
-    parser = _Parser(
+    parser = CommandParser(
         prog="python -m eval.report.features", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN_DIR")

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from eval.score import score_file
-from eval.score_options import Options
+from eval.score import Options, score_file
 from eval.tasks import get_task
 
 pytestmark = [

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from ba_lora.io import read_jsonl
-from eval.score import score_file
-from eval.score_options import Options
+from eval.score import Options, score_file
 from eval.tasks import get_task
 
 pytestmark = pytest.mark.real

@@ -1,0 +1,54 @@
+"""`key=value` arguments of the commands in eval/, read into dataclasses by the types of their fields."""
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
+
+from ba_lora.errors import UserError
+
+T = TypeVar("T")
+
+
+def parse_options(arguments: Sequence[str], kind: type[T], *, further: Iterable[str] = ()) -> tuple[T, dict[str, str]]:
+    """Return the dataclass `kind` with what `arguments` set, and the texts of those whose key is one of `further`.
+
+    Read are fields of bool, int, float and str, and of these or None. Raises UserError for an unknown key (with the
+    nearest) or a bad value.
+    """
+    known = {
+        entry.name: typing.get_args(entry.type) or (entry.type,)
+        for entry in dataclasses.fields(kind)
+        if isinstance(entry.type, types.UnionType) or entry.type in (bool, int, float, str)
+    }
+    keys = [*known, *further]
+    values: dict[str, object] = {}
+    for argument in arguments:
+        key, equals, text = argument.partition("=")
+        if not equals or key not in keys:
+            near = difflib.get_close_matches(key, keys, n=3, cutoff=0.4)
+            hint = f"did you mean {' or '.join(near)}? " if near else ""
+            raise UserError(f"unknown option {argument!r}: {hint}keys: {', '.join(keys)}")
+        values[key] = _parse_value(key, text, known[key]) if key in known else text
+    return kind(**{key: values[key] for key in values if key in known}), {
+        key: str(values[key]) for key in values if key not in known
+    }
+
+
+def _parse_value(key: str, text: str, kinds: Sequence[type]) -> object:
+    if type(None) in kinds and text.lower() in ("", "none", "null"):
+        return None
+    if bool in kinds:
+        if text.lower() not in ("true", "false"):
+            raise UserError(f"{key}={text}: true or false is needed")
+        return text.lower() == "true"
+    try:
+        value = kinds[0](text)
+    except ValueError as error:
+        raise UserError(f"{key}={text}: {'a whole number' if int in kinds else 'a number'} is needed") from error
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{key}={text}: a finite number is needed")
+    return value
