@@ -31,10 +31,13 @@ def imbalanced_rows(
     """Return the indices of the rows to train on, ascending, such that classes have the asked shares.
 
     labels: class id of each row; classes: names by id; num_rows: how many rows to return, None: as many as possible.
-    Raises UserError for an unknown class, shares outside [0, 1] or beyond a sum of 1, and a class with too few rows.
+    Raises UserError for an unknown class or label, shares outside [0, 1] or beyond a sum of 1, and a class with too few
+    rows.
     """
     members = {name: [] for name in classes}
     for index, label in enumerate(labels):
+        if not 0 <= label < len(classes):
+            raise UserError(f"row {index} has the label {label}: classes are 0 to {len(classes) - 1}")
         members[classes[label]].append(index)
     available = {name: len(indices) for name, indices in members.items()}
     wanted = complete_shares(shares, available)

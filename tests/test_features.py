@@ -73,6 +73,7 @@ def test_figure_of_several_runs(tmp_path: Path, capsys: pytest.CaptureFixture) -
     assert main([str(folder) for folder in folders] + ["--output", str(output)]) == 0
     png, pdf = (output / "features.png").read_bytes(), (output / "features.pdf").read_bytes()
     assert png.startswith(b"\x89PNG") and pdf.startswith(b"%PDF")
+    assert b"/Type3" not in pdf and b"/FontFile2" in pdf  # letters stay letters
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert summary == json.loads((output / "features.json").read_text())
     assert [(line["run"], line["step"]) for line in summary["lines"]] == [

@@ -84,3 +84,9 @@ def test_errors_in_one_line(shares: dict, num_rows: int | None, message: str) ->
 def test_a_class_without_rows_cannot_have_a_share() -> None:
     with pytest.raises(UserError, match="class contradiction has no row"):
         imbalanced_rows([0, 1, 0, 1], {"contradiction": 0.1}, classes=CLASSES)
+
+
+def test_a_row_without_a_label_is_refused() -> None:
+    """−1 stands for "none" in several sets; as an index it would be the last class."""
+    with pytest.raises(UserError, match="row 2 has the label -1: classes are 0 to 2"):
+        imbalanced_rows([0, 1, -1, 2], {"contradiction": 0.2}, classes=CLASSES)

@@ -115,6 +115,12 @@ def test_a_table_without_results_names_the_command(table_path, report, tmp_path)
     assert not (tmp_path / "report").exists()
 
 
+def test_a_seed_counts_once(table_path, report):
+    fill(table_path)
+    with pytest.raises(UserError, match="seed 1 is asked for twice"):
+        report(table_path, "seeds=[1,1]")
+
+
 def test_refused_settings_leave_nothing_half_written(table_path, report, tmp_path):
     fill(table_path)
     [first, *_] = load_table(table_path).cells

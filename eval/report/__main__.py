@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from ba_lora.config import PROJECT_ROOT
-from ba_lora.errors import UserError, run_entry_point
+from ba_lora.errors import CommandParser, UserError, run_entry_point
 from ba_lora.io import write_bytes_atomic, write_json_atomic, write_text_atomic
 from ba_lora.tables import find_table, load_table
 from eval.report.figures import draw
@@ -31,7 +31,7 @@ FIGURE_SUFFIXES = ("png", "pdf")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m eval.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("table", metavar="TABLE", help="a file of configs/tables")

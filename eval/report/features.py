@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ba_lora.errors import CommandParser, UserError, run_entry_point
-from ba_lora.io import disk_errors, read_json, write_json_atomic
+from ba_lora.io import read_json, write_bytes_atomic, write_json_atomic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 TSNE_SEED = 42
 MIN_ROWS = 5
-PANEL_SIZE, DPI = 1.9, 200  # inches, dots an inch
+PANEL_SIZE = 1.9  # inches
 # Readable in grey: dark, light, hollow; and each class has a marker of its own.
 CLASS_STYLES = (
     {"marker": "o", "facecolors": "#0b3c68", "linewidths": 0},
@@ -191,7 +191,7 @@ def draw(runs: Sequence[Run], lines: Sequence[dict]) -> "Figure":
                 axes.set_xlabel(_numbers(numbers[run.name, column]))
         for column, axes in zip(columns, panels[0], strict=True):
             axes.set_title(f"step {column}")
-        _legend(canvas, panels, points, runs)
+        _legend(canvas, panels, points)
         canvas.supxlabel(
             "t-SNE of pooled features (each panel by itself: axes and distances between panels mean nothing). "
             "Silhouette and effective rank are of the features.",
@@ -216,7 +216,7 @@ def _scatter(axes: "Axes", step: Features, classes: Sequence[str]):
     return None
 
 
-def _legend(canvas: "Figure", panels: np.ndarray, points: object, runs: Sequence[Run]) -> None:
+def _legend(canvas: "Figure", panels: np.ndarray, points: object) -> None:
     if points is not None:
         canvas.colorbar(points, ax=panels, label="score", fraction=0.02)
         return
@@ -234,19 +234,12 @@ def _numbers(line: dict) -> str:
     return f"silhouette {'undefined' if value is None else f'{value:.3f}'}, eff. rank {line['effective_rank']:.1f}"
 
 
-def write(canvas: "Figure", output: Path) -> None:
-    """Save features.png and features.pdf, without dates: the same features give the same files."""
-    for kind, metadata in (("png", {"Software": None}), ("pdf", {"CreationDate": None})):
-        path = output / f"features.{kind}"
-        temporary = path.with_name(f".{path.name}.tmp")
-        with disk_errors(path):
-            output.mkdir(parents=True, exist_ok=True)
-            canvas.savefig(temporary, format=kind, dpi=DPI, metadata=metadata, bbox_inches="tight")
-            temporary.replace(path)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; see the module."""
+    import matplotlib
+
+    from eval.report.style import as_files
+
     parser = CommandParser(
         prog="python -m eval.report.features", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -257,7 +250,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     lines = measure(runs)
     for line in lines:
         print(f"{line['run']} step {line['step']}: {_numbers(line)}, n={line['n']}")
-    write(draw(runs, lines), parsed.output)
+    with matplotlib.rc_context(RC):
+        files = as_files(draw(runs, lines))
+    for kind, content in files.items():
+        write_bytes_atomic(parsed.output / f"features.{kind}", content)
     summary = {"tsne_seed": TSNE_SEED, "silhouette_distance": "euclidean", "lines": lines}
     write_json_atomic(parsed.output / "features.json", summary)
     print(json.dumps(summary))

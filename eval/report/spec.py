@@ -18,12 +18,14 @@ A training or features figure shows the runs behind `columns`, needed where a ro
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ba_lora import tables
 from ba_lora.config import nearest
 from ba_lora.errors import UserError
 from ba_lora.tables import Row, Table
@@ -175,8 +177,17 @@ def row_name(row: Row) -> str:
     return " ".join(word for word in (row.base, row.method, row.setting) if word)
 
 
+def _paper_names(column: tables.Column) -> tuple[str, str] | None:
+    """Return (task, metric) in the paper's file; None for a mean that the table does not name there."""
+    metric = column.paper or column.metric
+    return (column.paper_task or column.task or column.name, metric) if metric else None
+
+
 def table_spec(table: Table) -> TableSpec:
-    """Return a table of ba_lora.tables as the report needs it. Raises UserError for a wrong `report:` block."""
+    """Return a table of ba_lora.tables as the report needs it.
+
+    Raises UserError for a wrong `report:` block, and for a seed that is asked for twice: it would count twice.
+    """
     columns = [
         Column(
             name=column.name,
@@ -187,7 +198,7 @@ def table_spec(table: Table) -> TableSpec:
             unit="%" if column.unit == "percent" else column.unit,
             scale=_PERCENT if column.unit == "percent" and not column.mean_of else 1.0,
             better=column.better,
-            paper=(column.paper_task or column.task or column.name, column.paper or str(column.metric)),
+            paper=_paper_names(column),
         )
         for column in table.columns
     ]
@@ -196,6 +207,8 @@ def table_spec(table: Table) -> TableSpec:
         key = (cell.row, cell.column.name)
         config = cell.config
         run = PlannedRun(config.method, config.seed, config.result_path, config.run_path)
+        if run in runs.get(key, ()):
+            raise UserError(f"table {table.id}: seed {config.seed} is asked for twice: name each seed once")
         runs[key] = (*runs.get(key, ()), run)
     return TableSpec(
         name=table.id,
@@ -297,6 +310,8 @@ def _show(column: Column, entry: Any, *, where: str) -> Column:
         scale = float(scale)  # YAML 1.1 reads 1e-6 as text
     except (TypeError, ValueError) as error:
         raise UserError(f"{where}: scale must be a number, found {scale!r}") from error
+    if not 0 < scale < math.inf:
+        raise UserError(f"{where}: scale must be above 0, found {scale:g}")
     if not isinstance(decimals, int) or not 0 <= decimals <= 10:
         raise UserError(f"{where}: decimals must be a whole number from 0 to 10, found {decimals!r}")
     return dataclasses.replace(column, scale=scale, decimals=decimals)

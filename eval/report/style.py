@@ -115,10 +115,7 @@ def add_legend(canvas: Canvas, handles: Sequence[Any]) -> None:
 
 
 def save(canvas: Canvas, title: str, caption: str) -> dict[str, bytes]:
-    """Put title and caption around the panels; return {"png": …, "pdf": …}.
-
-    Without dates, so that the same results give the same bytes. The title stands over the legend where there is one.
-    """
+    """Put title and caption around the panels; return the files. The title stands over the legend, if there is one."""
     width, _ = canvas.get_size_inches()
     wrapped = "\n".join(textwrap.wrap(title, int(width * 13)))
     if canvas.legends:
@@ -127,9 +124,17 @@ def save(canvas: Canvas, title: str, caption: str) -> dict[str, bytes]:
         canvas.suptitle(wrapped, fontsize=10)
     wrapped = "\n".join(textwrap.wrap(caption, int(width * 19)))
     canvas.supxlabel(wrapped, x=0.01, ha="left", fontsize=7, color="0.25")
-    saved = {}
+    return as_files(canvas)
+
+
+def as_files(canvas: Canvas) -> dict[str, bytes]:
+    """Return {"png": …, "pdf": …}, without dates: the same results give the same bytes.
+
+    Call it where the figure's settings (RC) hold: how letters are stored in a PDF is decided here.
+    """
+    files = {}
     for kind, metadata in (("png", {"Software": None}), ("pdf", {"CreationDate": None})):
         buffer = io.BytesIO()
         canvas.savefig(buffer, format=kind, dpi=DPI, metadata=metadata, bbox_inches="tight")
-        saved[kind] = buffer.getvalue()
-    return saved
+        files[kind] = buffer.getvalue()
+    return files

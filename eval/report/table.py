@@ -241,7 +241,7 @@ def _compare(spec: TableSpec, sources: Sources, cells: Mapping[CellKey, Cell]) -
                 comparisons.append(dataclasses.replace(comparison, untested=outcome))
                 continue
             num_items, test = outcome
-            low, high = sorted((test.low * column.scale, test.high * column.scale))
+            low, high = test.low * column.scale, test.high * column.scale
             comparisons.append(dataclasses.replace(comparison, num_items=num_items, low=low, high=high, p=test.p))
     return comparisons
 
