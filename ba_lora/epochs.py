@@ -24,7 +24,7 @@ from transformers import TrainerCallback
 from ba_lora.config_nlu import NLURunConfig
 from ba_lora.errors import UserError
 from ba_lora.glue import find_task
-from ba_lora.io import disk_errors, finite, write_jsonl_atomic
+from ba_lora.io import disk_errors, finite, read_jsonl, write_jsonl_atomic
 from ba_lora.predict import Predictions, predict
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ class EpochEvaluation(TrainerCallback):
     def finish(self) -> tuple[Epoch, Epoch]:
         """Put the best epoch's weights into the model, write the predictions; return (best, last).
 
-        Every process calls it, once training is over.
+        Every process calls it, once training is over. Raises UserError where even the kept epoch predicts NaN.
         """
         history = self.history()
         if not history or history[-1].step != self._trainer.state.global_step:
@@ -131,6 +131,12 @@ class EpochEvaluation(TrainerCallback):
         for epoch in (best, last):
             if not (folder / f"{epoch.step}.jsonl").is_file():
                 raise UserError(f"{folder} lacks the files of step {epoch.step}: overwrite=true trains again")
+        bad = sum(line["prediction"] is None for line in read_jsonl(folder / f"{best.step}.jsonl"))
+        if bad:
+            raise UserError(
+                f"{bad} predictions of the best epoch are NaN or infinite: the training has diverged; lower "
+                "trainer.learning_rate"
+            )
         if best.step != last.step:
             self._load_weights(folder / f"{best.step}.safetensors")
         self._trainer.accelerator.wait_for_everyone()

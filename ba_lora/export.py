@@ -192,7 +192,7 @@ def write_model_card(run_path: Path, config: RunConfig, result: dict[str, Any]) 
     source = config.model.name
     data = result.get("data") or {}
     scores = [
-        f"| {task} | {name} | {100 * value:.2f} | {entry['n']} |"
+        f"| {task} | {name} | {'undefined' if value is None else format(100 * value, '.2f')} | {entry['n']} |"
         for task, entry in sorted((result.get("evaluation") or {}).items())
         for name, value in entry["metrics"].items()
     ]

