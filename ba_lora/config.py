@@ -10,6 +10,7 @@ outputs/<run_id>/config.yaml` needs no method file.
 
 import dataclasses
 import difflib
+import functools
 import hashlib
 import json
 import math
@@ -293,10 +294,11 @@ def valid_keys(node: Any = RunConfig, prefix: str = "") -> list[str]:
     return keys
 
 
-def available_methods(kind: str = "nlg") -> list[str]:
+@functools.cache
+def available_methods(kind: str = "nlg") -> tuple[str, ...]:
     """Return the names of the method files; those marked `only: nlu` (or nlg) are left out elsewhere."""
     files = {path.stem: OmegaConf.load(path) for path in METHODS_PATH.glob("*.yaml")}
-    return sorted(name for name, settings in files.items() if settings.get("only", kind) == kind)
+    return tuple(sorted(name for name, settings in files.items() if settings.get("only", kind) == kind))
 
 
 def load_config(

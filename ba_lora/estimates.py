@@ -61,9 +61,7 @@ class Measured:
                 if seconds := (entry.get("generation") or {}).get("seconds"):
                     self._generation[_model(config), task].append(seconds)
             if data.get("tokens") and data.get("rows_used"):
-                self._row_tokens[config["data"]["name"], config["data"]["max_length"]].append(
-                    data["tokens"] / data["rows_used"]
-                )
+                self._row_tokens[_rows(config)].append(data["tokens"] / data["rows_used"])
         for result in trained:
             config, seconds = result["config"], result["training"]["seconds"]
             if _hardware(result) != self._hardware[_model(config)]:
@@ -87,12 +85,18 @@ class Measured:
         if same := self._recipes.get(_recipe(config)):
             return statistics.median(same)
         speeds = self._speeds.get((_model(config), config["method"]))
-        row_tokens = self._row_tokens.get((config["data"]["name"], config["data"]["max_length"]))
+        row_tokens = self._row_tokens.get(_rows(config))
         num_rows = config["data"]["num_rows"]
         if not speeds or not row_tokens or num_rows is None or "max_steps" in config["trainer"]:
             return None
         epochs = config["trainer"].get("num_train_epochs", 3)
         return num_rows * epochs * statistics.median(row_tokens) / statistics.median(speeds)
+
+
+def _rows(config: dict[str, Any]) -> tuple[str, int]:
+    """Return what tells how long a row is: the data set (NLU: the task) and where rows are cut."""
+    name = config["nlu"]["task"] if "nlu" in config else config["data"]["name"]
+    return name, config["data"]["max_length"]
 
 
 def _model(config: dict[str, Any]) -> str:
@@ -101,8 +105,8 @@ def _model(config: dict[str, Any]) -> str:
 
 def _recipe(config: dict[str, Any]) -> str:
     data, trainer = config["data"], config["trainer"]
-    parts = [_model(config), config["method"], config["adapter"]["rank"], data["name"], data["num_rows"]]
-    return str([*parts, data["max_length"], *(trainer.get(key) for key in _RECIPE)])
+    parts = [_model(config), config["method"], config["adapter"]["rank"], *_rows(config), data["num_rows"]]
+    return str([*parts, *(trainer.get(key) for key in _RECIPE)])
 
 
 def _hardware(result: dict[str, Any]) -> str:

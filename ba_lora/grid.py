@@ -305,7 +305,9 @@ def _launch_environment(slot: Slot) -> dict[str, str]:
 
 
 def _evaluated_alike(first: RunConfig, second: RunConfig) -> bool:
-    """Whether one call of eval.generate may serve both: one base, one way to serve it, one evaluation."""
+    """Whether one call may evaluate both: one base, one way to serve it, one evaluation; for NLU one task."""
+    if first.kind == "nlu":
+        return (first.nlu.task, first.eval) == (second.nlu.task, second.eval)
     hot = first.eval.options.get("serve") == "hot"
     return first is second or (hot and first.model == second.model and first.eval == second.eval)
 

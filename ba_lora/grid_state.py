@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ba_lora.config import PROJECT_ROOT, RunConfig, load_config, read_yaml, resolve_path, training_hash
+from ba_lora.config import PROJECT_ROOT, RunConfig, load_config, read_yaml, training_hash
 from ba_lora.errors import UserError
 from ba_lora.executor import Failure
-from ba_lora.io import read_json, sha256_file, write_json_atomic, write_text_atomic
+from ba_lora.io import read_json, write_json_atomic, write_text_atomic
 from ba_lora.pipeline import Spec, evaluation_fault, evaluation_state
-from ba_lora.run import CLAIM, is_trained
+from ba_lora.run import CLAIM, is_trained, source_sha256
 from ba_lora.tables import Cell, Table
 
 GRID_PATH = PROJECT_ROOT / "outputs" / ".grid"
@@ -78,13 +78,13 @@ def _inspect_files(spec: Spec, graders: Mapping[str, Mapping[str, str | None]]) 
 def _training_fault(config: RunConfig) -> str | None:
     """Return why a trained run is no longer the run that its config asks for: its data have changed since."""
     claim = config.run_path / CLAIM
-    source = resolve_path(config.data.source) if config.data.source else None
-    if source is not None and source.is_file() and claim.is_file():
-        if read_json(claim).get("source_sha256") != sha256_file(source):
-            return f"data.source: {config.data.source} has changed since it was trained on"
+    if claim.is_file() and read_json(claim).get("source_sha256") != source_sha256(config):
+        return f"{' or '.join(config.data_files)} has changed since it was trained on"
+    if config.data.source is not None or config.kind == "nlu":
+        return None
     used = (read_json(config.run_path / "train.json").get("data") or {}).get("revision")
     pinned = config.data.revision or _pinned_revisions().get(config.data.name)
-    if config.data.source is None and used and pinned and used != pinned:
+    if used and pinned and used != pinned:
         return f"trained on revision {used[:10]} of {config.data.name}, pinned is {pinned[:10]}"
     return None
 

@@ -177,9 +177,19 @@ def prepare_evaluation(config: RunConfig) -> None:
 
 
 def record_evaluation(config: RunConfig, state: dict[str, Any]) -> dict[str, Any]:
-    """Write the result and, last, note what the scores in the run's folder belong to; return the result."""
+    """Write the result and, last, note what the scores in the run's folder belong to; return the result.
+
+    Scores of other tasks that were made in the same way stay valid: tables with other columns share the run.
+    """
     result = record_result(config)
-    write_json_atomic(config.run_path / STATE_FILE, state)
+    path = config.run_path / STATE_FILE
+    tasks = list(state["eval"]["tasks"])
+    if path.is_file():
+        earlier = read_json(path)
+        others = [task for task in earlier["eval"]["tasks"] if task not in tasks]
+        earlier["eval"]["tasks"] = state["eval"]["tasks"]
+        tasks += others if earlier == state else []
+    write_json_atomic(path, state | {"eval": state["eval"] | {"tasks": tasks}})
     return result
 
 
@@ -234,6 +244,8 @@ def evaluation_fault(
     if not path.is_file():
         return Fault("not evaluated", stale=False)
     found = read_json(path)
+    scored = found["eval"]["tasks"]
+    found["eval"]["tasks"] = state["eval"]["tasks"]  # another table's run may have been scored on more, or on others
     if found != state:
         changed = [name for name in state if found.get(name) != state[name]]
         if changed == ["eval"]:
@@ -241,7 +253,7 @@ def evaluation_fault(
         return Fault(f"evaluated with another {', '.join(changed) or 'state'}")
     for task in config.eval.tasks:
         path = config.run_path / "scores" / f"{task}.json"
-        if not path.is_file():
+        if task not in scored or not path.is_file():
             return Fault(f"no score of {task}", stale=False)
         score = read_json(path)
         now = (graders or {}).get(task, {})

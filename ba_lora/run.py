@@ -52,7 +52,7 @@ def claim_folder(config: RunConfig, *, num_processes: int = 1) -> None:
         elif path.is_dir() and any(file for file in path.iterdir() if not file.name.endswith(".tmp")):
             raise UserError(f"{path} is not empty and no run's folder: choose another output_dir")
         write_text_atomic(saved, to_yaml(config))
-        claim = {"num_processes": num_processes, "source_sha256": _source_sha256(config)}
+        claim = {"num_processes": num_processes, "source_sha256": source_sha256(config)}
         earlier = read_json(path / CLAIM) if (path / CLAIM).is_file() else claim
         if earlier["source_sha256"] != claim["source_sha256"]:
             files = " or ".join(config.data_files)
@@ -72,7 +72,8 @@ def _hold_training_lock(run_path: Path) -> contextlib.ExitStack:
     return stack
 
 
-def _source_sha256(config: RunConfig) -> str | None:
+def source_sha256(config: RunConfig) -> str | None:
+    """Return the sha256 of the local files that the run reads its rows from, None where there are none."""
     files = [resolve_path(name) for name in config.data_files]
     return "+".join(sha256_file(file) for file in files if file.is_file()) or None
 

@@ -25,7 +25,7 @@
 
 A column:
 
-    task       the evaluation that holds the metric; absent: the run's result itself
+    task       the evaluation that holds the metric (NLU: a dev or out-of-domain set); absent: the run's result itself
     metric     a name in the task's `metrics`, or a dotted path in its entry (ratings.overall), or, without a task, in
                the result (training.peak_memory_mb); `{a,b}` in a path: the mean over a and b (eval/report/spec.py)
     unit       percent (the default: a fraction, shown times 100) | any other word, shown with the value as it is
@@ -45,6 +45,7 @@ from typing import Any
 
 from ba_lora.config import PROJECT_ROOT, RunConfig, nearest, read_yaml
 from ba_lora.errors import UserError
+from ba_lora.glue import find_task
 from ba_lora.pipeline import UNTUNED, Spec, untuned_config
 
 TABLES_PATH = PROJECT_ROOT / "configs" / "tables"
@@ -221,9 +222,8 @@ def _row_cells(
     untuned = row.method == UNTUNED
     for overrides, members in groups.items():
         tasks = list(dict.fromkeys(column.task for column in members if column.task is not None))
-        chosen = [*words, *overrides, f"eval.tasks=[{','.join(tasks)}]", *typed]
         try:
-            spec = _resolve(row, kind, chosen)
+            spec = _resolve(row, kind, [*words, *overrides], tasks, typed)
         except UserError as error:
             raise UserError(f"{where}: {error}") from error
         for seed in seeds[:1] if untuned else seeds:
@@ -233,11 +233,19 @@ def _row_cells(
     return cells
 
 
-def _resolve(row: Row, kind: str, words: Sequence[str]) -> Spec:
-    """Return the run of a row, of any seed."""
+def _resolve(row: Row, kind: str, words: Sequence[str], tasks: Sequence[str], typed: Sequence[str]) -> Spec:
+    """Return the run of a row, of any seed, that gives scores of the tasks."""
     config_path = f"configs/{kind}/{row.base}.yaml"
-    spec = Spec.resolve(config_path, None if row.method == UNTUNED else row.method, words, kind=kind)
-    if row.method == UNTUNED:
+    method = None if row.method == UNTUNED else row.method
+    if kind == "nlu":
+        if method is None:
+            raise UserError(f"a classifier's head is new: there is no {UNTUNED} model to evaluate")
+        # Training scores the run's own dev sets; what is left are the sets out of its domain.
+        task = Spec.resolve(config_path, method, [*words, *typed], kind=kind).config.nlu.task
+        tasks = [name for name in tasks if name not in find_task(task).dev_sets]
+    words = [*words, f"eval.tasks=[{','.join(tasks)}]", *typed]
+    spec = Spec.resolve(config_path, method, words, kind=kind)
+    if method is None:
         return dataclasses.replace(spec, trained=False)
     if kind == "nlu" or "serve" in spec.config.eval.options:
         return spec

@@ -130,6 +130,30 @@ def test_why_scores_no_longer_hold(tmp_path):
     assert fault() == "evaluated with another training, eval"
 
 
+def test_tables_with_other_columns_share_a_run(tmp_path):
+    """Scores of tasks that only another table asks for are kept, and count there."""
+    words = [f"output_dir={tmp_path / 'run'}", f"results_dir={tmp_path}", "export.merged=false"]
+    first, second, both = (
+        load_config("configs/nlg/toy.yaml", overrides=[*words, f"eval.tasks=[{tasks}]"])
+        for tasks in ("toy", "gsm8k", "toy,gsm8k")
+    )
+    (tmp_path / "run" / "scores").mkdir(parents=True)
+    (tmp_path / "run" / "train.json").write_text('{"status": "ok"}')
+    for config, task in ((first, "toy"), (second, "gsm8k")):
+        (tmp_path / "run" / "scores" / f"{task}.json").write_text('{"version": "1", "n": 1, "metrics": {}}')
+        state = pipeline.evaluation_state(config)
+        assert pipeline.evaluation_fault(config, state) is not None
+        pipeline.record_evaluation(config, state)
+    for config in (first, second, both):
+        assert pipeline.evaluation_fault(config, pipeline.evaluation_state(config)) is None
+    shorter = load_config("configs/nlg/toy.yaml", overrides=[*words, "eval.tasks=[toy]", "eval.limit=5"])
+    pipeline.record_evaluation(shorter, pipeline.evaluation_state(shorter))
+    assert (
+        pipeline.evaluation_fault(second, pipeline.evaluation_state(second)).reason
+        == "evaluated with another eval.limit"
+    )
+
+
 def test_the_table_of_results():
     score = {"n": 4, "invalid": 1, "metrics": {"strict": 0.5, "flexible": 0.75}, "generation": {"seconds": 3.2}}
     results = [

@@ -8,8 +8,10 @@ import yaml
 from ba_lora import tables
 from ba_lora.config import PROJECT_ROOT
 from ba_lora.errors import UserError
-from ba_lora.pipeline import Spec
+from ba_lora.glue import find_task
+from ba_lora.pipeline import Spec, training_stage
 from ba_lora.tables import Row, load_table
+from eval.report.spec import table_spec
 
 FILES = sorted((PROJECT_ROOT / "configs" / "tables").glob("*.yaml"))
 
@@ -44,15 +46,21 @@ def test_there_are_tables():
     assert FILES and [path.stem for path in FILES] == tables.available_tables()
 
 
+def scored(config):
+    own = find_task(config.nlu.task).dev_sets if config.kind == "nlu" else ()
+    return [*own, *config.eval.tasks]
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_every_table_resolves(path):
-    """Every cell has a run; what the paper's file names in this table is a row and a column of it."""
-    table = load_table(path)
+    """Every cell has a run that evaluates what the cell shows; the report can read it."""
+    table = load_table(path, seeds=[3, 4])
+    assert table_spec(table).figures or "figures" not in table.report
     assert table.rows and table.columns and table.cells
     for cell in table.cells:
         assert cell.config.seed in table.seeds and cell.config.method == cell.row.method
         if cell.column.task is not None:
-            assert cell.column.task in cell.config.eval.tasks
+            assert cell.column.task in scored(cell.config)
     with_cells = {cell.row for cell in table.cells}
     assert with_cells == set(table.rows)
     assert len(table.specs()) == len({spec.config.result_path for spec in table.specs()})
@@ -84,6 +92,28 @@ def test_rows_columns_and_shared_runs(tmp_path):
             assert Spec.resolve(spec.config_path, spec.method, spec.overrides).config == spec.config
     # 4 adapter rows, full, again: each 2 seeds × 2 trainings; untuned: one model, whatever it might be trained on
     assert len(table.specs()) == 6 * 2 * 2 + 1
+
+
+def test_an_nlu_table(tmp_path):
+    """A training for each task; its own dev sets come with it, the sets out of its domain are evaluated after it."""
+    columns = {
+        "mnli": {"task": "mnli", "metric": "accuracy", "overrides": ["task=mnli"]},
+        "snli": {"task": "snli", "metric": "accuracy", "overrides": ["task=mnli"]},
+        "rte": {"task": "rte", "metric": "accuracy", "overrides": ["task=rte"]},
+        "rte_to_mrpc": {"task": "mrpc", "metric": "accuracy", "overrides": ["task=rte"]},
+    }
+    rows = [{"bases": ["minilm"], "methods": ["lora", "bitfit"]}]
+    table = load_table(write(tmp_path, kind="nlu", rows=rows, columns=columns, overrides=None))
+    assert len(table.specs()) == 2 * 2 * 2 and len(table.cells) == 2 * 2 * 4
+    tasks = {cell.column.name: cell.config.eval.tasks for cell in table.cells}
+    assert tasks == {"mnli": ["snli"], "snli": ["snli"], "rte": ["mrpc"], "rte_to_mrpc": ["mrpc"]}
+    first = table.specs()[0]
+    assert training_stage(first, ["python"]).command[1] == "train_nlu.py" and first.config.run_id.startswith(
+        "minilm-mnli"
+    )
+    with pytest.raises(UserError, match="there is no untuned model"):
+        rows = [{"bases": ["minilm"], "methods": ["untuned"]}]
+        load_table(write(tmp_path, kind="nlu", rows=rows, columns=columns, overrides=None))
 
 
 def test_the_command_line_changes_every_run(tmp_path):
