@@ -6,6 +6,7 @@ import sys
 import pytest
 import yaml
 
+from ba_lora import grid_state
 from ba_lora.errors import UserError
 from ba_lora.io import write_json_atomic
 from ba_lora.pipeline import UNTUNED
@@ -113,6 +114,23 @@ def test_a_table_without_results_names_the_command(table_path, report, tmp_path)
     ):
         report(table_path, "data.num_rows=3", "seeds=7")
     assert not (tmp_path / "report").exists()
+
+
+def test_a_failed_evaluation_says_so(table_path, report, tmp_path, monkeypatch, capsys):
+    """The training has ended well, and the result says no more than that."""
+    fill(table_path)
+    monkeypatch.setattr(grid_state, "GRID_PATH", tmp_path / "grid")
+    for cell in load_table(table_path).cells:
+        made = json.loads(cell.config.result_path.read_text())
+        if cell.config.method == "lora":
+            made["evaluation"] = {}
+            record = {"stage": "score toy", "error": "the judge is not reachable"}
+            write_json_atomic(grid_state.failure_path(cell.config), record)
+            write_json_atomic(cell.config.result_path, made)
+    report(table_path)
+    printed = capsys.readouterr().out
+    assert "| toy | LoRA | failed<sup>a</sup> | 102 ± 1 (2) |" in printed  # its time is known
+    assert "2 of 2 runs failed: score toy: the judge is not reachable" in printed
 
 
 def test_a_seed_counts_once(table_path, report):

@@ -22,7 +22,7 @@ from eval.report.figures import draw
 from eval.report.render import to_csv, to_json, to_latex, to_markdown
 from eval.report.settings import check_allowed
 from eval.report.sheets import Drawn
-from eval.report.sources import Sources, read_paper, read_results
+from eval.report.sources import Sources, read_failures, read_paper, read_results
 from eval.report.spec import TableSpec, table_spec
 from eval.report.table import ReportTable, build_table
 
@@ -72,10 +72,11 @@ def _seeds(text: str) -> tuple[int, ...]:
 
 def read_sources(spec: TableSpec, *, command: str) -> Sources:
     """Read the results and the paper's numbers. Raises UserError, naming `command`, where no run has a result."""
-    results, hashes = read_results(spec.all_runs())
+    runs = spec.all_runs()
+    results, hashes = read_results(runs)
     if not results:
         raise UserError(f"table {spec.name} has no result yet: make them with: {command}")
-    return Sources(results, read_paper(spec.paper, renamed=spec.names), hashes)
+    return Sources(results, read_paper(spec.paper, renamed=spec.names), hashes, read_failures(runs))
 
 
 def write_report(table: ReportTable, sources: Sources, folder: Path) -> list[Drawn]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ba_lora import grid_state
 from ba_lora.config import nearest
 from ba_lora.errors import UserError
 from ba_lora.io import read_json, read_jsonl
@@ -44,13 +45,15 @@ class PaperRow:
 class Sources:
     """The files of a report, read.
 
-    results: run_id → result, of the runs that have one; sha256: run_id → hash of that file. Grades and logs are read
-    from the runs' own folders when they are asked for.
+    results: run_id → result, of the runs that have one; sha256: run_id → hash of that file; failures: run_id → the
+    stage that failed last in a grid and its error, one line, of the runs that are not done since. Grades and logs are
+    read from the runs' own folders when they are asked for.
     """
 
     results: Mapping[str, dict[str, Any]]
     paper: tuple[PaperRow, ...] = ()
     sha256: Mapping[str, str] = field(default_factory=dict)
+    failures: Mapping[str, str] = field(default_factory=dict)
 
     def result(self, run: PlannedRun) -> dict[str, Any] | None:
         """Return a run's result, None where there is none yet."""
@@ -118,6 +121,21 @@ def read_results(runs: Iterable[PlannedRun]) -> tuple[dict[str, dict[str, Any]],
         results[run.run_id] = result
         hashes[run.run_id] = hashlib.sha256(path.read_bytes()).hexdigest()
     return results, hashes
+
+
+def read_failures(runs: Iterable[PlannedRun]) -> dict[str, str]:
+    """Return run_id → "stage: error" of the runs in which a stage failed and that are not done since.
+
+    A result tells how the training ended; that the evaluation failed, or a training that could not say so, is in the
+    grid's record alone.
+    """
+    failures = {}
+    for run in runs:
+        path = grid_state.GRID_PATH / f"{run.run_path.name}.failed.json"
+        if path.is_file():
+            record = read_json(path)
+            failures[run.run_id] = f"{record['stage']}: {record['error']}"
+    return failures
 
 
 def read_paper(

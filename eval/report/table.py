@@ -18,7 +18,7 @@ ROUNDING = 1e-6  # between a score and the mean of its grades
 
 @dataclass(frozen=True)
 class Failure:
-    """A run that ended without a result: status is failed, cancelled or oom."""
+    """A run that ended without the value: status is failed, cancelled or oom."""
 
     run_id: str
     status: str
@@ -162,14 +162,14 @@ def _measured_cell(spec: TableSpec, sources: Sources, row: Row, column: Column, 
     planned = spec.planned(row, column)
     for run in planned:
         result = sources.result(run)
-        if result is None:
-            continue
-        value = _value(result, column)
+        value = None if result is None else _value(result, column)
         if value is not None:
             found.append((run, value))
             texts.update(dict.fromkeys(notes.by_run.get((run.run_id, column.name), ())))
-        elif result["status"] != "ok":
+        elif result is not None and result["status"] != "ok":
             failures.append(Failure(run.run_id, result["status"], result.get("error")))
+        elif run.run_id in sources.failures:
+            failures.append(Failure(run.run_id, "failed", sources.failures[run.run_id]))
     for (status, error), count in Counter((failure.status, failure.error) for failure in failures).items():
         texts[f"{count} of {len(planned)} runs {status}: {error or 'no error was written'}"] = None
     return Cell(
