@@ -2,13 +2,14 @@
 
     python scripts/bench.py --device cpu                      both vocabularies of the default shape, about 15 minutes
     python scripts/bench.py --device cuda --shape llama2-7b   random weights of that shape, on one GPU
+    python scripts/bench.py --device cpu --shape minilm-nlu   a classifier, under the NLU loss
 
-Each case (scripts/bench_cases.py) lives in a process of its own, and the cases take turns of one step each, so that
-whatever else the machine does meets all of them alike. The step time is the median over the repeats, the memory the
-process's own maximum (resident on a CPU, allocated on a GPU), and both are given as ratios to stock PiSSA of the same
-run. One JSON object a case goes to stdout; with spread, hardware and versions it is appended to results/bench.csv, and
-results/bench.png shows the newest row of each case. All cases hold their weights at once: on a GPU too small for that,
-take some of them with --cases.
+Each case (scripts/bench_cases.py, bench_nlu.py) lives in a process of its own, and the cases take turns of one step
+each, so that whatever else the machine does meets all of them alike. The step time is the median over the repeats, the
+memory the process's own maximum (resident on a CPU, allocated on a GPU), and both are given as ratios to stock PiSSA of
+the same run. One JSON object a case goes to stdout; with spread, hardware and versions it is appended to
+results/bench.csv, and results/bench.png shows the newest row of each case. All cases hold their weights at once: on a
+GPU too small for that, take some of them with --cases.
 
 A step is what transformers' Trainer does from one optimizer step to the next: rows, forward, backward, clipping, AdamW.
 `floor_ratio` is the ratio by operation counts alone: of the matrix products that no implementation of the case can
@@ -27,6 +28,7 @@ import tempfile
 import time
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,7 +36,10 @@ sys.path.insert(0, str(ROOT))
 
 from ba_lora.errors import UserError, run_entry_point  # noqa: E402
 from ba_lora.io import write_text_atomic  # noqa: E402
-from scripts.bench_cases import CASES, SHAPES, STOCK, Shape, build_trainer, fill_cache, operations  # noqa: E402
+from scripts import bench_cases, bench_nlu  # noqa: E402
+
+STOCK = "pissa"
+SHAPES = bench_cases.SHAPES | bench_nlu.SHAPES
 
 PRINTED = (
     "case", "device", "shape", "vocab", "step_s", "tokens_per_s", "peak_mb", "step_ratio", "memory_ratio",
@@ -50,14 +55,15 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if Path("/dev/nvidia0").exists() else "cpu")
     parser.add_argument("--shape", choices=SHAPES, default="default")
     parser.add_argument("--vocab", type=int, nargs="+", help="vocabularies instead of the shape's own")
-    parser.add_argument("--cases", default=",".join(CASES), help="comma-separated; stock PiSSA is always among them")
+    parser.add_argument("--cases", help="comma-separated, instead of all; stock PiSSA is always among them")
     parser.add_argument("--repeats", type=int, default=15, help="timed steps a case")
     parser.add_argument("--warmup", type=int, default=2, help="steps before them")
     parser.add_argument("--results", type=Path, default=ROOT / "results" / "bench.csv")
     options = parser.parse_args()
-    cases = list(dict.fromkeys([STOCK, *options.cases.split(",")]))
-    if unknown := set(cases) - set(CASES):
-        raise UserError(f"--cases: {', '.join(sorted(unknown))} is unknown: choose among {', '.join(CASES)}")
+    known = kind(options.shape).CASES
+    cases = list(dict.fromkeys([STOCK, *(options.cases.split(",") if options.cases else known)]))
+    if unknown := set(cases) - set(known):
+        raise UserError(f"--cases: {', '.join(sorted(unknown))} is unknown: choose among {', '.join(known)}")
     if options.repeats < 1 or options.warmup < 1:
         raise UserError("--repeats and --warmup must be at least 1")
     for vocabulary in options.vocab or SHAPES[options.shape].vocabularies:
@@ -68,6 +74,11 @@ def main() -> None:
         plot(options.results)
 
 
+def kind(shape_name: str) -> ModuleType:
+    """Return the module that knows the cases of a shape."""
+    return bench_nlu if shape_name in bench_nlu.SHAPES else bench_cases
+
+
 # ---- taking turns ----
 
 
@@ -75,22 +86,20 @@ def measure(
     cases: list[str], shape_name: str, vocabulary: int, device: str, repeats: int, warmup: int
 ) -> list[dict[str, Any]]:
     """Run the cases side by side, each in its own process; return a row of results for each."""
-    shape = SHAPES[shape_name]
+    shape, operations = SHAPES[shape_name], kind(shape_name).operations
     context = multiprocessing.get_context("spawn")  # this process stays small: a child's peak begins with its parent's
     workers: dict[str, tuple[Any, Connection]] = {}
     folder = tempfile.TemporaryDirectory(prefix="ba-lora-bench-")
     try:
         for case in cases:
             ours, theirs = context.Pipe()
-            settings = (case, shape, vocabulary, device, Path(folder.name), theirs)
-            if case == "fused_cache":  # filled by a process of its own, whose memory does not count
+            settings = (case, shape_name, vocabulary, device, Path(folder.name), theirs)
+            if case in kind(shape_name).FILLED_BEFORE:
                 filling = context.Process(target=fill, args=settings[:-1])
                 filling.start()
                 filling.join()
                 if filling.exitcode != 0:
-                    raise UserError(
-                        "the reference cache could not be filled, the reason is above: leave out fused_cache"
-                    )
+                    raise UserError(f"the reference cache could not be filled, the reason is above: leave out {case}")
             process = context.Process(target=work, args=settings, daemon=True)
             process.start()
             theirs.close()
@@ -152,13 +161,13 @@ def _receive(case: str, workers: dict[str, tuple[Any, Connection]]) -> Any:
         ) from error
 
 
-def fill(*settings: Any) -> None:
+def fill(case: str, shape_name: str, *settings: Any) -> None:
     """Be the process that fills the reference cache."""
     _speak_on_stderr()
-    fill_cache(*settings)
+    kind(shape_name).fill_cache(case, SHAPES[shape_name], *settings)
 
 
-def work(case: str, shape: Shape, vocabulary: int, device: str, folder: Path, connection: Connection) -> None:
+def work(case: str, shape_name: str, vocabulary: int, device: str, folder: Path, connection: Connection) -> None:
     """Be one case: build it, then take one step whenever told to, and report the peak at the end."""
     from transformers import TrainerCallback
 
@@ -182,7 +191,8 @@ def work(case: str, shape: Shape, vocabulary: int, device: str, folder: Path, co
             self.started = time.perf_counter()
 
     _speak_on_stderr()
-    trainer = build_trainer(case, shape, vocabulary, device, folder)
+    shape = SHAPES[shape_name]
+    trainer = kind(shape_name).build_trainer(case, shape, vocabulary, device, folder)
     trainer.add_callback(Turns())
     trainer.train()
     facts = environment()

@@ -1,4 +1,4 @@
-"""What scripts/bench.py measures: models of random weights, the cases' trainers, and their count of operations.
+"""What scripts/bench.py measures of NLG: a Llama of random weights, the cases' trainers, their count of operations.
 
     pissa        Trainer + PEFT as anyone would write them: the floor of what BA-LoRA adds to
     lora         the same without PiSSA's initialisation
@@ -22,13 +22,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
     from datasets import Dataset
-    from transformers import Trainer
+    from transformers import Trainer, TrainingArguments
 
     from ba_lora.reference_cache import CachedReference
 
-STOCK = "pissa"
-CASES = (STOCK, "lora", "official", "plain", "fused", "fused_cache", "padded", "packed")
+CASES = ("pissa", "lora", "official", "plain", "fused", "fused_cache", "padded", "packed")
 UNEQUAL = ("padded", "packed")
+FILLED_BEFORE = ("fused_cache",)  # by `fill_cache`, in a process whose memory does not count
 OFFICIAL_SKETCH = 6  # columns of torch.svd_lowrank, its own default
 
 
@@ -75,7 +75,7 @@ SHAPES = {
 def build_trainer(case: str, shape: Shape, vocabulary: int, device: str, folder: Path) -> "Trainer":
     """Return the case's trainer; its rows are the same micro-batch shapes over and over."""
     from peft import LoraConfig, get_peft_model
-    from transformers import Trainer, TrainingArguments, set_seed
+    from transformers import Trainer, set_seed
 
     from ba_lora.config import BALoRAConfig, LossConfig
     from ba_lora.packing import PackingCollator, prepare_packing
@@ -97,22 +97,13 @@ def build_trainer(case: str, shape: Shape, vocabulary: int, device: str, folder:
     rows = random_rows(case, shape, vocabulary)
     if case == "packed":
         prepare_packing(model, rows["input_ids"][:2])
-    arguments = TrainingArguments(
-        output_dir=str(folder / case),
-        per_device_train_batch_size=shape.batch,
-        max_steps=1_000_000,
-        learning_rate=2e-5,
-        lr_scheduler_type="constant",
-        train_sampling_strategy="sequential",
-        logging_strategy="no",
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=device == "cpu",
+    arguments = training_arguments(
+        folder / case,
+        batch=shape.batch,
+        device=device,
         bf16=shape.dtype == "bfloat16",
         gradient_checkpointing=shape.checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False} if shape.checkpointing else None,
-        dataloader_pin_memory=device == "cuda",
     )
     data = {"train_dataset": rows, "data_collator": PackingCollator() if case == "packed" else _padded}
     if case in ("pissa", "lora"):
@@ -126,6 +117,27 @@ def build_trainer(case: str, shape: Shape, vocabulary: int, device: str, folder:
         loss=LossConfig(implementation="plain" if case == "plain" else "fused"),
         reference=_cache(folder, shape, vocabulary, rows) if case == "fused_cache" else None,
         **data,
+    )
+
+
+def training_arguments(folder: Path, *, batch: int, device: str, **settings: Any) -> "TrainingArguments":
+    """Return arguments for steps without end that neither log nor save."""
+    from transformers import TrainingArguments
+
+    return TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=batch,
+        max_steps=1_000_000,
+        learning_rate=2e-5,
+        lr_scheduler_type="constant",
+        train_sampling_strategy="sequential",
+        logging_strategy="no",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=device == "cpu",
+        dataloader_pin_memory=device == "cuda",
+        **settings,
     )
 
 

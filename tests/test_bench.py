@@ -9,29 +9,30 @@ import sys
 import pytest
 
 from ba_lora.errors import UserError
-from scripts.bench import PRINTED, STORED, append
-from scripts.bench_cases import CASES, SHAPES, Shape, operations
+from scripts import bench_nlu
+from scripts.bench import PRINTED, SHAPES, STORED, append, kind
+from scripts.bench_cases import Shape, operations
 from tests.conftest import ROOT
 
 
-def bench(results, *words):
-    command = [sys.executable, "scripts/bench.py", "--device", "cpu", "--shape", "toy", "--results", str(results)]
+def bench(results, *words, shape="toy"):
+    command = [sys.executable, "scripts/bench.py", "--device", "cpu", "--shape", shape, "--results", str(results)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run([*command, *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
 
 
-def check(folder, cases):
+def check(folder, cases, shape="toy"):
     results = folder / "bench.csv"
-    done = bench(results, "--cases", ",".join(cases), "--repeats", "3", "--warmup", "1")
+    done = bench(results, "--cases", ",".join(cases), "--repeats", "3", "--warmup", "1", shape=shape)
     assert done.returncode == 0, done.stderr[-3000:]
     printed = [json.loads(line) for line in done.stdout.splitlines()]
     assert [tuple(row) for row in printed] == [PRINTED] * len(cases)
     assert [row["case"] for row in printed] == list(cases)
     stored = list(csv.DictReader(open(results, encoding="utf-8")))
     for row, kept in zip(printed, stored, strict=True):
-        assert (row["device"], row["shape"], row["vocab"]) == ("cpu", "toy", 512)
+        assert (row["device"], row["shape"], row["vocab"]) == ("cpu", shape, 512)
         assert row["step_s"] > 0 and row["peak_mb"] > 100
-        assert row["tokens_per_s"] == pytest.approx(sum(SHAPES["toy"].lengths(row["case"])) / row["step_s"], rel=0.01)
+        assert row["tokens_per_s"] == pytest.approx(sum(SHAPES[shape].lengths(row["case"])) / row["step_s"], rel=0.01)
         assert row["step_ratio"] == pytest.approx(row["step_s"] / printed[0]["step_s"], rel=0.02)
         assert row["memory_ratio"] == pytest.approx(row["peak_mb"] / printed[0]["peak_mb"], rel=1e-3)
         assert {name: str(value) for name, value in row.items()} == {name: kept[name] for name in PRINTED}
@@ -44,8 +45,9 @@ def test_a_row_for_each_case(tmp_path):
 
 
 @pytest.mark.slow
-def test_every_case_runs(tmp_path):
-    check(tmp_path, CASES)
+@pytest.mark.parametrize("shape", ["toy", "toy-nlu"])
+def test_every_case_runs(tmp_path, shape):
+    check(tmp_path, kind(shape).CASES, shape)
 
 
 def test_an_unknown_case_is_refused(tmp_path):
@@ -75,6 +77,15 @@ def test_operations_by_hand():
     assert operations("official", shape, 5) == trained + 4 * frozen + 3 * 4 * head
     assert operations("fused", shape, 5) == operations("plain", shape, 5) == trained + 4 * (frozen + factors) + 90
     assert operations("fused_cache", shape, 5) == trained + 2 * 3 * head
+
+
+def test_operations_of_a_classifier_by_hand():
+    """One layer, width 2, inner 3, rank 1; two rows of 4 tokens."""
+    shape = bench_nlu.EncoderShape((5,), hidden=2, layers=1, heads=1, intermediate=3, batch=2, length=4, rank=1)
+    frozen, factors = 4 * 4 + 2 * 6, 4 * 4 + 2 * 5
+    trained = 8 * (frozen + factors) + 8 * (frozen + 2 * factors)
+    assert bench_nlu.operations("pissa", shape, 5) == bench_nlu.operations("ba_lora_cache", shape, 5) == trained
+    assert bench_nlu.operations("ba_lora", shape, 5) == trained + 8 * (frozen + factors)
 
 
 def test_unequal_rows_are_the_same_for_both_and_shorter_than_full_ones():
