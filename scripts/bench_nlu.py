@@ -65,7 +65,7 @@ def build_trainer(case: str, shape: EncoderShape, vocabulary: int, device: str, 
     adapter = LoraConfig(
         r=shape.rank,
         lora_alpha=shape.rank,
-        target_modules=["query", "key", "value", "dense"],
+        target_modules=r"bert\.encoder\..*\.(query|key|value|dense)",  # neither the pooler nor the head
         init_lora_weights=True if case == "lora" else "pissa",
         task_type="SEQ_CLS",
     )
