@@ -12,7 +12,7 @@ state is read from its files after the lock is taken (locks.py, grid_state.py).
 key=value changes every run (`data.num_rows=1000`), but for
     retry=true         redo what failed                 workers=N     at most N runs at a time
     seeds=[1,2]        instead of the table's seeds     gpus=N        GPUs for each run (default 1; more: accelerate)
-    only=WORD[,WORD]   rows whose base, method or setting is one of the words
+    only=WORD[,WORD]   the rows of these bases, methods, settings: only=llama-2-7b,lora,pissa
 """
 
 import argparse
@@ -348,18 +348,22 @@ def _option(key: str, text: str) -> object:
 
 
 def select_rows(table: Table, words: Sequence[str]) -> Table:
-    """Return the table with only the rows in which one of the words is base, method or setting."""
+    """Return the table with only the named rows: of these bases, with these methods, in these settings, as far as the
+    words name any. Raises UserError for a word that names none, and where no row is left."""
     if not words:
         return table
-    rows = [row for row in table.rows if {row.base, row.method, row.setting} & set(words)]
+    names = {key: {getattr(row, key) for row in table.rows} - {""} for key in ("base", "method", "setting")}
+    known = sorted(set().union(*names.values()))
+    for word in words:
+        if word not in known:
+            raise UserError(f"only={word} names no row{nearest(word, known)}; there are {', '.join(known)}")
+    chosen = {key: known & set(words) for key, known in names.items()}
+    rows = tuple(row for row in table.rows if all(not c or getattr(row, key) in c for key, c in chosen.items()))
     if not rows:
-        known = sorted({name for row in table.rows for name in (row.base, row.method, row.setting) if name})
-        raise UserError(
-            f"only={','.join(words)} matches no row{nearest(words[0], known)}; there are {', '.join(known)}"
-        )
+        raise UserError(f"only={','.join(words)}: no row is all of that")
     cells = tuple(cell for cell in table.cells if cell.row in rows)
     ours = tuple(name for name in table.ours if any(row.method == name for row in rows))
-    return replace(table, rows=tuple(rows), cells=cells, ours=ours)
+    return replace(table, rows=rows, cells=cells, ours=ours)
 
 
 def grader_versions() -> dict[str, dict[str, str | None]]:

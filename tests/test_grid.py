@@ -264,11 +264,17 @@ def test_the_words_of_the_command_line():
 
 
 def test_rows_can_be_chosen(folder):
-    table = fake_grid.table(folder)
-    chosen = select_rows(table, ["rank=4"])
-    assert len(chosen.specs()) == 3 and {row.setting for row in chosen.rows} == {"rank=4"}
-    with pytest.raises(UserError, match="only=rank=5 matches no row .nearest: rank=4"):
-        select_rows(table, ["rank=5"])
+    block = {"bases": ["toy"], "methods": ["lora", "pissa"], "settings": {"rank=2": ["adapter.rank=2"], "rank=4": []}}
+    table = fake_grid.table(folder, rows=[block])
+    assert {(row.method, row.setting) for row in select_rows(table, ["rank=4"]).rows} == {
+        ("lora", "rank=4"),
+        ("pissa", "rank=4"),
+    }
+    chosen = select_rows(table, ["pissa", "rank=4"])
+    assert len(chosen.specs()) == 3 and [row.method for row in chosen.rows] == ["pissa"]
+    assert len(select_rows(table, ["toy", "pissa", "lora"]).rows) == 4
+    with pytest.raises(UserError, match="only=rank=5 names no row .nearest: rank=4"):
+        select_rows(table, ["lora", "rank=5"])
 
 
 def test_a_missing_base_is_told_in_one_line(folder):

@@ -12,6 +12,7 @@ from statistics import mean, stdev
 import pytest
 
 from ba_lora.config import load_config
+from ba_lora.tables import available_tables
 from tests.conftest import ROOT
 
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -22,6 +23,7 @@ LAUNCHES = [line for line in COMMANDS if re.search(r"scripts/(ba-lora|lora|pissa
 BY_HAND = [line for line in COMMANDS if line.startswith(".venv/bin/python")]
 NLU = [line for line in COMMANDS if "scripts/nlu.sh" in line]
 TRAIN_NLU = [line for line in COMMANDS if "train_nlu.py" in line]
+REPRODUCE = [line for line in COMMANDS if "scripts/reproduce.sh" in line]
 TOY = [line for line in LAUNCHES if "configs/nlg/toy.yaml" in line or line.endswith("ba-lora.sh")]
 
 
@@ -36,7 +38,8 @@ def shell(line, timeout_s=900):
 def test_every_command_is_of_a_kind_that_is_tested_here():
     assert len(LAUNCHES) >= 9 and len(BY_HAND) == 3 and len(TOY) == 4
     assert len(NLU) >= 4 and TRAIN_NLU == ["python train_nlu.py --config configs/nlu/bert-large.yaml --task sst2"]
-    assert sorted({*COMMANDS} - {*LAUNCHES, *BY_HAND, *NLU, *TRAIN_NLU}) == ["sh scripts/test.sh"]
+    assert len(REPRODUCE) >= 4
+    assert sorted({*COMMANDS} - {*LAUNCHES, *BY_HAND, *NLU, *TRAIN_NLU, *REPRODUCE}) == ["sh scripts/test.sh"]
 
 
 @pytest.mark.parametrize("line", LAUNCHES)
@@ -55,6 +58,20 @@ def test_every_nlu_launch_resolves_to_its_commands(line):
     assert done.returncode == 0, done.stderr
     trainings = [shlex.split(printed) for printed in done.stdout.splitlines()]
     assert len(trainings) == 3 and all("train_nlu.py" in training for training in trainings)
+
+
+@pytest.mark.parametrize("line", REPRODUCE)
+def test_every_table_command_is_understood(line):
+    done = shell(f"{line.removesuffix('--dry-run')} --dry-run")
+    assert done.returncode == 0, done.stderr
+    name = shlex.split(line)[2]
+    assert re.search(rf"^{name}: \d+ cells from \d+ runs: ", done.stdout, flags=re.M)
+
+
+def test_every_table_is_in_the_list_of_tables():
+    text = (ROOT / "REPRODUCTION.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| [^|]+ \| `(\w+)` \|", text, flags=re.M)
+    assert sorted(listed) == available_tables()
 
 
 def test_the_nlu_training_command_resolves():
