@@ -339,8 +339,17 @@ def test_paper_files_that_are_missing_broken_or_doubled(known):
     with pytest.raises(UserError, match="its columns must be"):
         read_paper(["known"], folder=folder)
     (folder / "known.csv").write_text(text + text.splitlines()[1])
-    with pytest.raises(UserError, match="2 values for tiny lora gsm8k"):
+    with pytest.raises(UserError, match="known.csv has 2 values for tiny lora gsm8k"):
         build(known)
+
+
+def test_of_several_paper_files_the_first_counts(known):
+    """Two versions of the paper report the same cells."""
+    folder = known.folder / "paper"
+    text = (folder / "known.csv").read_text()
+    (folder / "later.csv").write_text(text.replace("known,", "later,").replace("34.33", "99.99"))
+    for files, value in ((("known", "later"), 34.33), (("later", "known"), 99.99)):
+        assert build(known, paper=files).cells[Row("tiny", "lora"), "gsm8k"].paper.mean == value
 
 
 def test_the_papers_names_are_turned_into_ours(known):

@@ -89,14 +89,18 @@ class Sources:
     def paper_value(self, row: Row, column: Column) -> PaperValue | None:
         """Return what the paper reports for a cell, None where it reports nothing.
 
-        Raises UserError where it reports two values for it.
+        Of several files that the table names the first with a value counts. Raises UserError where one file has two.
         """
-        found = [line.value for line in self.paper if line.row == row and (line.task, line.metric) == column.paper]
-        if len(found) > 1:
+        found = [line for line in self.paper if line.row == row and (line.task, line.metric) == column.paper]
+        if not found:
+            return None
+        first = [line for line in found if line.table == found[0].table]
+        if len(first) > 1:
             raise UserError(
-                f"results/paper_reported has {len(found)} values for {row_name(row)} {column.name}: keep one"
+                f"results/paper_reported/{found[0].table}.csv has {len(first)} values for {row_name(row)} "
+                f"{column.name}: keep one"
             )
-        return found[0] if found else None
+        return first[0].value
 
 
 def read_results(runs: Iterable[PlannedRun]) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
