@@ -1,5 +1,6 @@
 """What the sandbox's tests share."""
 
+import functools
 import os
 import secrets
 import shutil
@@ -17,6 +18,7 @@ RIGHT = "def f(x): return x + 1"
 MARK = f"mark-{secrets.token_hex(8)}"
 
 
+@functools.cache
 def missing() -> str:
     """Return what keeps bubblewrap from working on this machine; our own code is not asked."""
     if shutil.which("bwrap") is None:

@@ -12,7 +12,7 @@ from ba_lora.errors import UserError
 from ba_lora.io import write_jsonl_atomic
 from ba_lora.tables import Row
 from eval.report.render import escape_latex, to_csv, to_json, to_latex, to_markdown
-from eval.report.settings import SETTINGS
+from eval.report.settings import NEVER_ALLOWED, SETTINGS
 from eval.report.sheets import letter, number, signed
 from eval.report.sources import read_paper
 from eval.report.spec import Column, Items, metric_value, parse_report, setting_value
@@ -174,7 +174,6 @@ def test_settings_are_blocks_of_their_own(world):
         ("grader", "evaluation/gsm8k/packages", {"math-verify": "0.1"}),
         ("grader", "evaluation/gsm8k/choices", {"setup": "false"}),
         ("grader", "evaluation/gsm8k/sandbox", {"limits": {"cpu_s": 9.0}}),
-        ("judge", "evaluation/gsm8k/judge", {"id": "gpt-9"}),
         ("training_data", "data/sha256", "d2"),
         ("training_data", "data/rows_used", 99),
         ("training_prompt", "prompt_hash", "p2"),
@@ -202,7 +201,20 @@ def test_a_setting_that_differs_is_refused_or_footnoted(known, name, path, value
 
 def test_every_setting_is_tried_above():
     mark = next(mark for mark in test_a_setting_that_differs_is_refused_or_footnoted.pytestmark)
-    assert {case[0] for case in mark.args[1]} == set(SETTINGS)
+    assert {case[0] for case in mark.args[1]} == set(SETTINGS) - set(NEVER_ALLOWED)
+
+
+def test_two_judges_never_stand_in_one_table(known):
+    odd = known.run("lora", 2)
+    known.edit(odd, **{"evaluation/gsm8k/judge": {"id": "gpt-9"}})
+    known.edit(odd, **{"evaluation/gsm8k/partial": True})
+    with pytest.raises(
+        UserError, match="judge differs in column .*gpt-9.*two judges never stand in one table"
+    ) as refused:
+        build(known)
+    assert odd.run_id in str(refused.value) and "allow=" not in str(refused.value)
+    with pytest.raises(UserError, match="allow=judge: ratings of two judges"):
+        build(known, allow=["judge", "partial"])
 
 
 def test_rows_that_are_compared_must_be_trained_alike(world):

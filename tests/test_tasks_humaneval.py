@@ -1,7 +1,6 @@
 """HumanEval: every canonical solution passes; real model text becomes the program it means; pass@k by hand."""
 
 import json
-import shutil
 import textwrap
 import time
 from itertools import combinations
@@ -19,8 +18,8 @@ from eval.tasks.base import Grade, cut_at_stops
 from eval.tasks.code import imported_modules, pass_at_k
 from eval.tasks.code_extraction import MAX_CHARS, extract_program
 from eval.tasks.humaneval import package_file
+from tests.boxes import missing, needs_bubblewrap
 
-needs_bubblewrap = pytest.mark.skipif(shutil.which("bwrap") is None, reason="no bubblewrap: apt-get install bubblewrap")
 TASK = get_task("humaneval")
 
 
@@ -429,7 +428,7 @@ def test_generation_follows_the_protocol(tmp_path: Path) -> None:
     assert told("2024", "mbpp") == ({"subset": "test"}, greedy, ["mbpp/11", "mbpp/12"])
     with pytest.raises(UserError, match="protocol=2024: choose one of"):
         generate.main([*command, "--output", str(tmp_path), "protocol=2024"])
-    if shutil.which("bwrap"):
+    if not missing():
         assert main(["--runs", str(tmp_path), "allow_partial=true"]) == 0
         score = json.loads((tmp_path / "2026" / "scores" / "humaneval.json").read_text())
         assert score["choices"] == {"protocol": "iclr2026"} and score["metrics"] == {"strict": 0.0, "pass@1": 0.0}

@@ -1,7 +1,6 @@
 """MBPP: its two forms are recognised, the prompt shows the asserts, programs are graded as the data means it."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -10,8 +9,8 @@ from ba_lora.errors import UserError
 from ba_lora.prompts import build_prompt
 from eval.score import Options, score_file
 from eval.tasks import get_task
+from tests.boxes import needs_bubblewrap
 
-needs_bubblewrap = pytest.mark.skipif(shutil.which("bwrap") is None, reason="no bubblewrap: apt-get install bubblewrap")
 TASK = get_task("mbpp")
 
 

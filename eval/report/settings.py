@@ -81,11 +81,14 @@ FAULTS: dict[str, Callable[[Used], str | None]] = {
     "partial": lambda used: f"{used.entry.get('num_missing')} items missing" if used.entry.get("partial") else None,
 }
 SETTINGS = (*EVALUATION, *TRAINING, *HARDWARE, *FAULTS)
+NEVER_ALLOWED = {"judge": "ratings of two judges never stand in one table; have one judge rate all answers"}
 
 
 def check_allowed(names: Iterable[str]) -> None:
-    """Raise UserError for a name that is no setting."""
+    """Raise UserError for a name that is no setting, or one that must not differ."""
     for name in names:
+        if name in NEVER_ALLOWED:
+            raise UserError(f"allow={name}: {NEVER_ALLOWED[name]}")
         if name not in SETTINGS:
             raise UserError(f"allow={name} is no setting: {', '.join(SETTINGS)}{nearest(name, SETTINGS)}")
 
@@ -98,7 +101,7 @@ def differences(spec: TableSpec, used: Sequence[Used], *, allow: Iterable[str]) 
     allow = tuple(allow)
     check_allowed(allow)
     notes: dict[tuple[str, str], list[str]] = {}
-    refused: list[str] = []
+    refused: list[tuple[str, str]] = []  # (setting, what is the matter)
     for name, group in _groups(spec, used):
         values = {id(one): _text((EVALUATION | TRAINING | HARDWARE)[name](one)) for one in group}
         counts = Counter(values.values())
@@ -108,7 +111,7 @@ def differences(spec: TableSpec, used: Sequence[Used], *, allow: Iterable[str]) 
             shown = "; ".join(
                 f"{value} ({next(one.run.run_id for one in group if values[id(one)] == value)})" for value in counts
             )
-            refused.append(f"{name} differs in column {group[0].column.name}: {shown}")
+            refused.append((name, f"{name} differs in column {group[0].column.name}: {shown}"))
             continue
         usual = counts.most_common(1)[0][0]
         for one in group:
@@ -120,14 +123,13 @@ def differences(spec: TableSpec, used: Sequence[Used], *, allow: Iterable[str]) 
             if fault is None:
                 continue
             if name not in allow:
-                refused.append(f"{one.run.run_id} {one.column.task} is {name}: {fault}")
+                refused.append((name, f"{one.run.run_id} {one.column.task} is {name}: {fault}"))
             notes.setdefault((one.run.run_id, one.column.name), []).append(f"{name}: {fault}")
     if refused:
         more = f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""
-        raise UserError(
-            f"table {spec.name}: {refused[0]}{more}: make these runs alike, or admit it with "
-            "allow=NAME[,NAME] and it is footnoted"
-        )
+        setting, matter = min(refused, key=lambda one: one[0] not in NEVER_ALLOWED)
+        mend = "make these runs alike, or admit it with allow=NAME[,NAME] and it is footnoted"
+        raise UserError(f"table {spec.name}: {matter}{more}: {NEVER_ALLOWED.get(setting, mend)}")
     return notes
 
 

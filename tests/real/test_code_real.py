@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import time
 from pathlib import Path
 
@@ -10,10 +9,11 @@ import pytest
 
 from eval.score import Options, score_file
 from eval.tasks import get_task
+from tests.boxes import needs_bubblewrap
 
 pytestmark = [
     pytest.mark.real,
-    pytest.mark.skipif(shutil.which("bwrap") is None, reason="no bubblewrap: apt-get install bubblewrap"),
+    needs_bubblewrap,
 ]
 
 
