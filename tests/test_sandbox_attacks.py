@@ -137,7 +137,8 @@ def test_the_same_programs_do_harm_without_a_box(world) -> None:
     names, harm = world
     with Sandbox(kind="unsafe", limits=QUICK) as sandbox:
         verdicts = sandbox.run(harming(names), workers=1)
-    assert {name: str(end) for name, end in zip(HARM, verdicts, strict=True) if not end.passed} == {}
+    prevented = {name for name, end in zip(HARM, verdicts, strict=True) if not end.passed}
+    assert prevented <= {"reads the memory of another process", "stops another process by ptrace"}, "by some machines"
     assert harm() == {"target", "grader.py", "killed", "limited", "tcp", "udp", "unix", "abstract"}
 
 
