@@ -48,12 +48,12 @@ def load_rows(
     """
     path = Path(data)
     if path.suffix in LOCAL_SUFFIXES or path.exists():
-        return _local_rows(path), Source(name=_portable_name(path), sha256=sha256_file(path))
+        return _local_rows(path), Source(name=portable_name(path), sha256=sha256_file(path))
     return _hub_rows(data, split=split, configs=configs)
 
 
-def _portable_name(path: Path) -> str:
-    """Return the path inside the repository for a file that lies there, so that runs may move between machines."""
+def portable_name(path: Path) -> str:
+    """Return the path inside the repository for what lies there, so that runs may move between machines."""
     absolute = path.resolve()
     return absolute.relative_to(PROJECT_ROOT).as_posix() if absolute.is_relative_to(PROJECT_ROOT) else str(path)
 

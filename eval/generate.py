@@ -43,6 +43,7 @@ from pathlib import Path
 from ba_lora.errors import CommandParser, UserError, run_entry_point
 from ba_lora.io import write_json_atomic, write_jsonl_atomic
 from ba_lora.prompts import build_conversation, build_prompt, prompt_hash, template_stops
+from ba_lora.rows import portable_name
 from eval import engines
 from eval.engines import Completion, Engine, EngineOptions, Sampling, open_engine
 from eval.options import parse_options
@@ -258,9 +259,9 @@ def describe(job: Job, work: Work, engine: Engine, completions: Sequence[Sequenc
         "data": work.source.name,
         "data_sha256": work.source.as_result(),
         "num_items": len(work.items),
-        "model": job.name,
+        "model": recorded_name(job.name),
         "served": job.served,
-        "base": job.base,
+        "base": recorded_name(job.base),
         "revision": job.revision,
         "engine": engine.kind,
         "engine_version": engine.version,
@@ -277,6 +278,11 @@ def describe(job: Job, work: Work, engine: Engine, completions: Sequence[Sequenc
         "seconds": round(seconds, 3),
         "startup_seconds": round(engine.startup_seconds, 3),
     }
+
+
+def recorded_name(model: str) -> str:
+    """Return a model's name as a result keeps it: a folder of this repository by its path inside, a hub id as it is."""
+    return portable_name(Path(model)) if Path(model).exists() else model
 
 
 def describe_sampling(work: Work) -> dict:

@@ -11,7 +11,7 @@ from ba_lora.errors import UserError
 from ba_lora.io import read_json, read_jsonl, sha256_file
 from ba_lora.prompts import build_prompt, prompt_hash
 from eval import generate
-from eval.generate import Options, main, read_data, split_options
+from eval.generate import Options, main, read_data, recorded_name, split_options
 from eval.options import parse_options
 from eval.serving import plan
 from eval.tasks import get_task
@@ -204,3 +204,9 @@ def test_errors_are_one_line_and_write_nothing(
 def test_a_model_that_is_no_run_needs_an_output(base: Path, data: Path) -> None:
     with pytest.raises(UserError, match="--output"):
         main(["--model", str(base), "--task", "gsm8k", "--engine", "hf", "--data", str(data)])
+
+
+def test_a_result_names_models_by_their_place_in_the_repository(root: Path, tmp_path: Path) -> None:
+    assert recorded_name(str(root / "data" / "toy" / "clean")) == "data/toy/clean"
+    assert recorded_name("meta-llama/Llama-2-7b-hf") == "meta-llama/Llama-2-7b-hf"
+    assert recorded_name(str(tmp_path)) == str(tmp_path)
