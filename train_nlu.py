@@ -30,11 +30,12 @@ from ba_lora.model import load_tokenizer
 from ba_lora.processes import on_main_process, start_processes
 from ba_lora.reference_nlu import cache_path
 from ba_lora.results import environment, peak_memory_mb, reset_peak_memory
-from ba_lora.results_nlu import selection_report, set_scores
+from ba_lora.results_nlu import selection_report
 from ba_lora.run import claim_folder, finish, is_trained, recorded
 from ba_lora.trainer_nlu import NLUTrainer
 from data.nlu import load_nlu_data
-from eval.metrics import class_scores, glue_scores
+from eval.metrics import glue_scores
+from eval.nlu_scores import dev_scores
 
 
 def main() -> None:
@@ -111,7 +112,7 @@ def train(config: NLURunConfig, run_path: Path, process: PartialState) -> None:
     best, last = epochs.finish()  # the model now has the best epoch's weights
     if process.is_main_process:
         write_jsonl_atomic(run_path / "log.jsonl", finite(trainer.state.log_history))
-        for name, score in set_scores(run_path, config, best, data.report, class_scores).items():
+        for name, score in dev_scores(run_path, config, data.report).items():
             write_json_atomic(run_path / "scores" / f"{name}.json", score)
     training = {
         "seconds": None if checkpoint else round(seconds, 2),  # of an uninterrupted run alone, evaluation included

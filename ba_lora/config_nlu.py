@@ -69,6 +69,11 @@ class NLUDataConfig:
     class_shares: dict[str, float] = field(default_factory=dict)  # label → share of the training rows
     toy: ToyPairsConfig = field(default_factory=ToyPairsConfig)
 
+    @property
+    def is_imbalanced(self) -> bool:
+        """Whether the training set has chosen class shares: then the rare class's recall is reported too."""
+        return bool(self.class_shares) or self.toy.imbalance > 0
+
 
 @dataclass
 class NLUConfig:

@@ -24,8 +24,8 @@ from transformers import TrainerCallback
 from ba_lora.config_nlu import NLURunConfig
 from ba_lora.errors import UserError
 from ba_lora.glue import find_task
-from ba_lora.io import disk_errors, finite, read_jsonl, write_jsonl_atomic
-from ba_lora.predict import Predictions, predict
+from ba_lora.io import disk_errors, read_jsonl, write_jsonl_atomic
+from ba_lora.predict import Predictions, predict, predicted_values, prediction_lines
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -177,7 +177,8 @@ class EpochEvaluation(TrainerCallback):
             for metric, value in metrics.items():
                 logs[f"eval_{name}_{metric}"] = math.nan if value is None else value
             if name != HELDOUT:
-                lines += prediction_lines(name, rows, found[name].logits)
+                task_ids = [f"{name}/{number}" for number in rows["row"]]
+                lines += prediction_lines(task_ids, rows["labels"], found[name].logits)
         if bad:
             logs["eval_invalid"] = bad
         trainer.log(logs)
@@ -243,27 +244,3 @@ class EpochEvaluation(TrainerCallback):
             temporary = path.with_name(f".{path.name}.tmp")
             save_file({"features": predictions.pooled[:number].contiguous(), "labels": labels}, temporary)
             temporary.replace(path)
-
-
-def predicted_values(logits_ND: torch.Tensor) -> tuple[list[float], int]:
-    """Return class ids (or the one logit, for regression) and how many rows have logits that are NaN or infinite."""
-    invalid = int((~logits_ND.isfinite().all(dim=1)).sum())
-    values = logits_ND[:, 0] if logits_ND.shape[1] == 1 else logits_ND.argmax(dim=1)
-    return values.tolist(), invalid
-
-
-def prediction_lines(name: str, rows: "Dataset", logits_ND: torch.Tensor) -> list[dict[str, Any]]:
-    """Return one line a row: task_id, label, prediction (None where the logits are not finite) and logits."""
-    values, _ = predicted_values(logits_ND)
-    lines = []
-    for number, label, value, logits in zip(rows["row"], rows["labels"], values, logits_ND.tolist(), strict=True):
-        valid = all(map(math.isfinite, logits))
-        lines.append(
-            {
-                "task_id": f"{name}/{number}",
-                "label": label,
-                "prediction": value if valid else None,
-                "logits": finite([round(x, 6) if math.isfinite(x) else x for x in logits]),
-            }
-        )
-    return lines

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from ba_lora.errors import UserError
 
 HUB = "nyu-mll/glue"
+HUB_REVISION = "bcdcba79d07bc864c1c254ccfcedcce55bcc9a8c"
 
 
 @dataclass(frozen=True)

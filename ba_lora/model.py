@@ -2,7 +2,7 @@
 
 import contextlib
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,6 +47,24 @@ def load_tokenizer(config: ModelConfig, *, generates: bool = True) -> "PreTraine
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
     return tokenizer
+
+
+def encode_texts(
+    tokenizer: "PreTrainedTokenizerBase", texts: Sequence[tuple[str, ...]], *, max_length: int
+) -> tuple[dict[str, list[list[int]]], int]:
+    """Return the tokenizer's columns for texts or pairs, cut to `max_length` tokens (the longer text of a pair first),
+    and how many were cut. A text without tokens, as an empty one is to GPT-2, becomes one EOS: models need a position.
+    """
+    columns = [list(column) for column in zip(*texts, strict=True)]
+    encoded = dict(tokenizer(*columns, truncation=True, max_length=max_length))
+    for index, ids in enumerate(encoded["input_ids"]):
+        if not ids:
+            encoded["input_ids"][index], encoded["attention_mask"][index] = [tokenizer.eos_token_id], [1]
+    full = [index for index, ids in enumerate(encoded["input_ids"]) if len(ids) == max_length]
+    if not full:
+        return encoded, 0
+    uncut = tokenizer(*([column[index] for index in full] for column in columns), verbose=False)
+    return encoded, sum(len(ids) > max_length for ids in uncut["input_ids"])
 
 
 def load_base(config: RunConfig, *, source: str | None = None, quantize: bool = True) -> "PreTrainedModel":

@@ -321,6 +321,7 @@ def _nlu_stages(configs: Sequence[RunConfig]) -> list[Stage]:
     command += ["--task", first.nlu.task, *first.eval.tasks]
     files = [f"{name}={_data_file(first, name)}" for name in first.eval.data]
     command += ["--data", *files] if files else []
+    command += ["--max-rows", str(first.eval.limit)] if first.eval.limit is not None else []
     return [Stage("evaluate", command, run_paths)]
 
 

@@ -1,65 +1,24 @@
 """What an NLU run adds to its result, and tables of such results.
 
-python -m ba_lora.results_nlu results/runs/minilm-*.json       one Markdown line a task and method, over the seeds
+    python -m ba_lora.results_nlu results/runs/minilm-*.json
+
+prints Markdown, one line a set, metric and method over the seeds: the dev sets, then out-of-domain sets with the drop.
 """
 
 import argparse
 import dataclasses
 import statistics
 from collections import defaultdict
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ba_lora.config_nlu import NLURunConfig
 from ba_lora.errors import UserError, run_entry_point
 from ba_lora.glue import find_task
-from ba_lora.io import read_json, read_jsonl
+from ba_lora.io import read_json
 
 if TYPE_CHECKING:
     from ba_lora.epochs import Epoch
-
-SCORE_VERSION = 1
-
-
-def set_scores(
-    run_path: Path, config: NLURunConfig, best: "Epoch", data: dict[str, Any], class_scores: Callable
-) -> dict[str, dict[str, Any]]:
-    """Return the score of each evaluation set by the kept epoch's model, as scores/<set>.json holds it.
-
-    class_scores: eval.metrics' function. Of a classification `per_class` holds the recall of each class, macro-F1 and
-    the recall of the class that is rarest in training; with `data.class_shares` the latter two are metrics, too.
-    """
-    task = find_task(config.nlu.task)
-    lines = read_jsonl(run_path / "predictions" / "best.jsonl")
-    scores = {}
-    for name in task.dev_sets:
-        rows = [line for line in lines if line["task_id"].startswith(f"{name}/")]
-        if not rows:
-            continue
-        metrics = dict(best.metrics[name])
-        scores[name] = {
-            "task": name,
-            "version": SCORE_VERSION,
-            "n": len(rows),
-            "invalid": 0,  # an epoch with NaN predictions is not kept
-            "metrics": metrics,
-            "data_sha256": data["dev"][name]["sha256"],
-        }
-        if task.is_regression:
-            continue
-        minority = min(data["classes"], key=data["classes"].get)
-        labels, predictions = ([line[column] for line in rows] for column in ("label", "prediction"))
-        by_class, recall = class_scores(labels, predictions, classes=task.labels, minority=minority)
-        scores[name]["per_class"] = {
-            "n": data["dev"][name]["classes"],
-            "recall": recall,
-            "minority": minority,
-            **by_class.metrics,
-        }
-        if config.data.class_shares:
-            metrics |= by_class.metrics
-    return scores
 
 
 def selection_report(config: NLURunConfig, history: list["Epoch"], best: "Epoch", last: "Epoch") -> dict[str, Any]:
@@ -134,6 +93,32 @@ def seeds_table(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def out_of_domain_table(results: list[dict[str, Any]]) -> str:
+    """Return a Markdown table: one line a base, task, out-of-domain set and method; mean ± standard deviation over the
+    seeds of the task's first metric on the dev set and on that set, and of the drop. Empty where no run has such a set.
+    """
+    groups: dict[tuple, list[dict[str, Any]]] = defaultdict(list)
+    for result in results:
+        for name, score in result["evaluation"].items():
+            if "drop" in score:
+                groups[result["base"], score["of_task"], name, result["method"]].append(result)
+    if not groups:
+        return ""
+    lines = [
+        "| base | task | metric | set | method | in domain | out of domain | drop | n | seeds |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for (base, task, name, method), runs in sorted(groups.items()):
+        metric = find_task(task).metrics[0]
+        scores = [run["evaluation"][name] for run in runs]
+        values = [[s["in_domain"] for s in scores], [s["metrics"][metric] for s in scores], [s["drop"] for s in scores]]
+        sizes = "/".join(sorted({str(score["n"]) for score in scores}))
+        seeds = ", ".join(str(seed) for seed in sorted(run["seed"] for run in runs))
+        cells = " | ".join(_spread(column) for column in values)
+        lines.append(f"| {base} | {task} | {metric} | {name} | {method} | {cells} | {sizes} | {seeds} |")
+    return "\n".join(lines)
+
+
 def _percent(value: float | None) -> str:
     return "undefined" if value is None else f"{100 * value:.2f}"
 
@@ -154,6 +139,8 @@ def main() -> None:
     if wrong := [str(f) for f, r in zip(files, results, strict=True) if not (r.get("training") or {}).get("selection")]:
         raise UserError(f"{wrong[0]} is no result of a finished NLU run")
     print(seeds_table(results))
+    if table := out_of_domain_table(results):
+        print(f"\n{table}")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from ba_lora.config import resolve_path
 from ba_lora.config_nlu import NLUDataConfig, NLURunConfig
 from ba_lora.errors import UserError
-from ba_lora.glue import HUB, GlueTask, find_task
+from ba_lora.glue import HUB, HUB_REVISION, GlueTask, find_task
+from ba_lora.model import encode_texts
 from ba_lora.rows import LOCAL_SUFFIXES, Source, load_rows
 from data.imbalance import imbalanced_rows
 
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-HUB_REVISION = "bcdcba79d07bc864c1c254ccfcedcce55bcc9a8c"
 UNLABELLED = -1  # what the hub puts where GLUE keeps the labels to itself
 
 
@@ -242,9 +242,6 @@ def _tokenize(rows: list[_Row], tokenizer: "PreTrainedTokenizerBase", max_length
     """Return the data set and how many of its rows were cut to `max_length` tokens."""
     from datasets import Dataset
 
-    columns = [list(texts) for texts in zip(*(row.texts for row in rows), strict=True)]
-    encoded = dict(tokenizer(*columns, truncation=True, max_length=max_length))
-    full = tokenizer(*columns, return_attention_mask=False, return_token_type_ids=False, verbose=False)["input_ids"]
-    cut = sum(len(ids) > max_length for ids in full)
+    encoded, cut = encode_texts(tokenizer, [row.texts for row in rows], max_length=max_length)
     encoded |= {"labels": [row.label for row in rows], "row": [row.number for row in rows]}
     return Dataset.from_dict(encoded), cut

@@ -103,6 +103,8 @@ def test_panels_and_legend(tmp_path: Path) -> None:
 def test_runs_of_one_method_are_told_by_their_folders(tmp_path: Path) -> None:
     folders = [make_run(tmp_path / f"lora-s{seed}", "lora", steps=(0,)) for seed in (1, 2)]
     assert [run.name for run in read_runs(folders)] == ["lora-s1", "lora-s2"]
+    alike = [make_run(tmp_path / machine / "lora-s1", "lora", steps=(0,)) for machine in ("a", "b")]
+    assert [run.name for run in read_runs(alike)] == [str(folder) for folder in alike]
 
 
 def test_scores_are_a_scale(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from ba_lora.errors import UserError
-from ba_lora.glue import TASKS, find_task
+from ba_lora.glue import OUT_OF_DOMAIN, TASKS, find_task
 from ba_lora.io import read_jsonl
 from ba_lora.rows import load_rows
 from eval.tasks.glue import Examples, own_sets, to_examples
@@ -28,6 +28,7 @@ def pair(label: object, *, columns: tuple[str, str] = ("sentence1", "sentence2")
 
 
 def test_the_pairs_are_the_paper_s() -> None:
+    assert {task: tuple(maps) for task, maps in LABEL_MAPS.items()} == OUT_OF_DOMAIN  # what a config may name
     assert {task: out_of_domain(task) for task in LABEL_MAPS} == {
         "sst2": ["imdb", "yelp", "amazon", "flipkart"],
         "cola": ["grammar_test"],

@@ -67,13 +67,11 @@ class Run:
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """Return the runs, each called by its method, or by its folder where methods repeat."""
-    methods = [_method(folder) for folder in folders]
-    unique = len(set(methods)) == len(methods)
-    return [
-        Run(method if unique else folder.resolve().name, _class_names(folder), read_steps(folder))
-        for folder, method in zip(folders, methods, strict=True)
-    ]
+    """Return the runs, each called by its method, by its folder where methods repeat, by its path where these do."""
+    choices = [[_method(folder) for folder in folders], [folder.resolve().name for folder in folders]]
+    paths = [str(folder) for folder in folders]
+    names = next((names for names in choices if len(set(names)) == len(names)), paths)
+    return [Run(name, _class_names(folder), read_steps(folder)) for folder, name in zip(folders, names, strict=True)]
 
 
 def read_steps(folder: Path) -> list[Features]:

@@ -9,11 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ba_lora.errors import UserError
-from ba_lora.glue import HUB, TASKS, GlueTask
+from ba_lora.glue import HUB, HUB_REVISION, TASKS, GlueTask
 from ba_lora.rows import Source, load_rows
 
 VERSION = "1"  # of the sets and maps; bumped whenever some row's gold label changes
-HUB_REVISION = "bcdcba79d07bc864c1c254ccfcedcce55bcc9a8c"
 UNLABELLED = (-1, None, "", "-")  # GLUE's test splits and SNLI's rows without a majority
 
 
@@ -51,7 +50,9 @@ class EvaluationSet:
         if data is None and self.hub is None:
             raise UserError(f"{self.name} has no place on the hub: give a local file, --data {self.name}=FILE")
         default = f"{self.hub}@{self.revision}" if self.revision else self.hub
-        return load_rows(data or default, split=self.split, configs=lambda name: (self.config,))
+        return load_rows(
+            data or default, split=self.split, configs=lambda name: (self.config if name == self.hub else None,)
+        )
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,312 @@
+"""Evaluate classifiers in their domain and out of it, without more tuning: GLUE's dev sets and the sets of GLUE-X.
+
+    python -m eval.nlu --model RUN_DIR [RUN_DIR …] [--task sst2 [imdb yelp …]] [--data imdb=FILE …] [--output DIR]
+
+The first name after --task is the task the run was trained on, the others are out-of-domain sets, and only these are
+evaluated. Without --task: the run's own task and all its out-of-domain sets for which data is at hand, in a file named
+by --data or on the hub; the others are named with the reason. --data takes a local json/jsonl/parquet/csv/tsv file or
+a hub name; --max-rows N draws N rows of each set with a fixed seed.
+
+In domain is what the kept epoch's model scored on the run's dev set in training, or on the set given by
+--data <task>=FILE. A model folder without a run's config.yaml needs --task, and its dev set is read like the others.
+
+A run's folder, or DIR (DIR/<run> for several), gets for each set predictions/<set>.jsonl, one line
+{"task_id": "imdb/17", "label", "prediction", "logits"} a row, and scores/<set>.json: see nlu_scores.py; beside it how
+the set was read (label map, counts of unlabelled, empty and cut rows, the data's sha256), and `in_domain` and `drop`,
+of the task's first metric. The run's result in results/runs and its model cards take up the scores. The last line on
+stdout sums up all runs.
+"""
+
+import argparse
+import dataclasses
+import importlib.metadata
+import json
+import random
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ba_lora.config import load_config
+from ba_lora.config_nlu import NLURunConfig
+from ba_lora.errors import UserError, run_entry_point
+from ba_lora.export import write_model_card
+from ba_lora.glue import find_task
+from ba_lora.io import read_json, sha256_file, write_json_atomic, write_jsonl_atomic
+from ba_lora.results import refresh_result
+from ba_lora.rows import Source
+from eval.classify import Classifier, classify, open_classifier
+from eval.nlu_scores import dev_scores, score_predictions
+from eval.tasks.glue import Examples, own_sets, to_examples
+from eval.tasks.glue_x import find_set, out_of_domain
+
+SAMPLE_SEED = 0
+PACKAGES = ("scikit-learn", "scipy", "torch", "transformers")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run, or a bare model folder (config None): what to evaluate, where its results go.
+
+    dev_scores: dev set → its score in training. training_counts: class → rows in training; None for a regression, and
+    where it is not known.
+    """
+
+    name: str
+    model_path: Path
+    output: Path
+    task: str
+    config: NLURunConfig | None = None
+    dev_scores: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+    training_counts: Mapping[str, int] | None = None
+
+    @property
+    def own_set(self) -> str:
+        """The dev set that stands for the run's domain."""
+        return next(iter(own_sets(self.task)))
+
+
+def find_run(folder: Path, *, task: str | None, output: Path | None) -> Run:
+    """Return what is known of a run's or model's folder. Raises UserError where it is neither, or of another task."""
+    if not folder.is_dir():
+        raise UserError(f"no such folder: {folder}; give a finished run's folder")
+    output = output or folder
+    if not (folder / "config.yaml").is_file():
+        if task is None:
+            raise UserError(f"{folder} has no config.yaml, so its task is not known: add --task")
+        return Run(folder.name, folder, output, task)
+    config = load_config(folder / "config.yaml", kind="nlu", overrides=[f"output_dir={folder}"])
+    if not (folder / "merged" / "config.json").is_file():
+        raise UserError(f"{folder} has no merged/: finish the run, with export.merged=true")
+    if task not in (None, config.nlu.task):
+        raise UserError(f"{folder} was trained on {config.nlu.task}: put that first after --task, not {task}")
+    data = read_json(folder / "train.json")["data"]
+    return Run(
+        folder.name,
+        folder / "merged",
+        output,
+        config.nlu.task,
+        config,
+        dev_scores=dev_scores(folder, config, data),
+        training_counts=data["classes"],
+    )
+
+
+@dataclass(frozen=True)
+class LoadedSet:
+    """The examples of one set for one task, and where they came from."""
+
+    name: str
+    examples: Examples
+    source: Source
+    num_rows: int
+    label_map: Mapping[str, str]
+
+
+class Sets:
+    """The sets, each read once for all runs of a task. given: set → local file or hub name."""
+
+    def __init__(self, given: Mapping[str, str], *, max_rows: int | None) -> None:
+        self.given = given
+        self._max_rows = max_rows
+        self._found: dict[tuple[str, str], LoadedSet | UserError] = {}
+
+    def get(self, task: str, name: str) -> LoadedSet:
+        """Return the set `name` for `task`, from its file, else the hub. Raises UserError where it is not to be had."""
+        if (task, name) not in self._found:
+            try:
+                self._found[task, name] = self._load(task, name)
+            except UserError as error:
+                self._found[task, name] = error
+        found = self._found[task, name]
+        if isinstance(found, UserError):
+            raise found
+        return found
+
+    def _load(self, task: str, name: str) -> LoadedSet:
+        of, label_map = find_set(task, name)
+        rows, source = of.load(self.given.get(name))
+        examples = to_examples(rows, of, task=find_task(task), label_map=label_map, source=source.name)
+        if self._max_rows is not None and len(examples.examples) > self._max_rows:
+            examples = _sample(examples, self._max_rows)
+        return LoadedSet(name, examples, source, len(rows), label_map)
+
+
+def _sample(examples: Examples, num_rows: int) -> Examples:
+    """Return a seeded sample in the file's order: the first rows of a set may all be of one class."""
+    chosen = sorted(random.Random(SAMPLE_SEED).sample(range(len(examples.examples)), num_rows))
+    kept = [examples.examples[index] for index in chosen]
+    num_empty = sum(not all(text.strip() for text in example.texts) for example in kept)
+    return dataclasses.replace(examples, examples=kept, num_empty=num_empty)
+
+
+def evaluate_set(classifier: Classifier, run: Run, loaded: LoadedSet) -> dict[str, Any]:
+    """Predict and score one set; write its predictions, return its score."""
+    from ba_lora.predict import prediction_lines
+
+    task, examples = find_task(run.task), loaded.examples.examples
+    started = time.perf_counter()
+    logits, num_truncated = classify(classifier, [example.texts for example in examples])
+    seconds = time.perf_counter() - started
+    labels = [example.label if task.is_regression else task.labels.index(example.label) for example in examples]
+    lines = prediction_lines([example.task_id for example in examples], labels, logits)
+    predictions_path = run.output / "predictions" / f"{loaded.name}.jsonl"
+    write_jsonl_atomic(predictions_path, lines)
+    score = score_predictions(
+        lines,
+        name=loaded.name,
+        of_task=run.task,
+        training_counts=run.training_counts,
+        imbalanced=run.config is not None and run.config.data.is_imbalanced,
+    )
+    return score | {
+        "classes": list(task.labels),
+        "label_map": dict(loaded.label_map),
+        "num_rows": loaded.num_rows,
+        "num_unlabelled": loaded.examples.num_unlabelled,
+        "num_empty": loaded.examples.num_empty,
+        "num_truncated": num_truncated,
+        "max_length": classifier.max_length,
+        "data": loaded.source.name,
+        "data_sha256": loaded.source.as_result(),
+        "predictions_sha256": sha256_file(predictions_path),
+        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "seconds": round(seconds, 2),
+    }
+
+
+def evaluate_run(run: Run, sets: Sets, names: Sequence[str] | None) -> dict[str, Any]:
+    """Evaluate one run in its domain and out of it; write the scores, return the summary.
+
+    names: the out-of-domain sets that must be evaluated; None: those for which data is at hand.
+    """
+    scores: dict[str, dict[str, Any]] = {}
+    to_predict, skipped = [], {}
+    for name in dict.fromkeys([run.own_set, *(out_of_domain(run.task) if names is None else names)]):
+        if name in run.dev_scores and name not in sets.given:
+            scores[name] = dict(run.dev_scores[name])
+            continue
+        try:
+            to_predict.append(sets.get(run.task, name))
+        except UserError as error:
+            if name == run.own_set or names is not None or name in sets.given:
+                raise
+            skipped[name] = str(error)
+    if to_predict:
+        max_length = run.config.data.max_length if run.config else None
+        classifier = open_classifier(run.model_path, find_task(run.task), max_length=max_length)
+        for loaded in to_predict:
+            scores[loaded.name] = evaluate_set(classifier, run, loaded)
+    metric = find_task(run.task).metrics[0]
+    in_domain = scores[run.own_set]["metrics"][metric]
+    for name, score in scores.items():
+        if name != run.own_set:
+            score |= {"in_domain": in_domain, "drop": _drop(in_domain, score["metrics"][metric])}
+        write_json_atomic(run.output / "scores" / f"{name}.json", score)
+        print(_line(run, score), flush=True)
+    for name, reason in skipped.items():
+        print(f"note: {run.name}: {name} is left out: {reason}", file=sys.stderr)
+    if run.config and run.output == run.config.run_path:
+        result = refresh_result(run.output, run.config.result_path)
+        if result is not None:
+            write_model_card(run.output, run.config, result)
+    others = {name: score for name, score in scores.items() if name != run.own_set}
+    return {
+        "run": run.name,
+        "task": run.task,
+        "metric": metric,
+        "in_domain": in_domain,
+        "out_of_domain": {name: score["metrics"][metric] for name, score in others.items()},
+        "drop": {name: score["drop"] for name, score in others.items()},
+        "skipped": skipped,
+    }
+
+
+def _drop(in_domain: float | None, value: float | None) -> float | None:
+    return None if None in (in_domain, value) else round(in_domain - value, 6)
+
+
+def _line(run: Run, score: Mapping[str, Any]) -> str:
+    metrics = " ".join(
+        f"{name}={'undefined' if value is None else f'{value:.4f}'}" for name, value in score["metrics"].items()
+    )
+    counts = "".join(
+        f" {name.removeprefix('num_')}={score[name]}"
+        for name in ("invalid", "num_unlabelled", "num_empty", "num_truncated")
+        if score.get(name)
+    )
+    notes = "".join(f" ({name} {note})" for name, note in score["notes"].items())
+    return f"{run.name} {score['task']}: {metrics} n={score['n']}{counts}{notes}"
+
+
+def summary_table(summaries: Sequence[Mapping[str, Any]]) -> str:
+    """Return one line a run: the metric in its domain, and on each out-of-domain set with the drop."""
+    names = list(dict.fromkeys(name for summary in summaries for name in summary["out_of_domain"]))
+    rows = [["run", "metric", "in domain", *names]]
+    for summary in summaries:
+        cells = [_cell(summary["out_of_domain"].get(name), summary["drop"].get(name)) for name in names]
+        rows.append([summary["run"], summary["metric"], _cell(summary["in_domain"]), *cells])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    padded = ([cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows)
+    return "\n".join("  ".join(row).rstrip() for row in padded)
+
+
+def _cell(value: float | None, drop: float | None = None) -> str:
+    if value is None:
+        return ""
+    return f"{100 * value:.2f}" + ("" if drop is None else f" (drop {100 * drop:.2f})")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        raise UserError(f"{message}; see python -m eval.nlu --help")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; see the module."""
+    parser = _Parser(prog="python -m eval.nlu", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--model", type=Path, nargs="+", required=True, metavar="RUN_DIR")
+    parser.add_argument("--task", nargs="+", metavar="NAME")
+    parser.add_argument("--data", nargs="+", default=[], metavar="SET=FILE")
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--max-rows", type=int)
+    parsed = parser.parse_args(arguments)
+    task, names = (parsed.task[0], parsed.task[1:]) if parsed.task else (None, None)
+    if task is not None:
+        find_task(task)
+    if parsed.max_rows is not None and parsed.max_rows < 1:
+        raise UserError(f"--max-rows {parsed.max_rows}: a number of at least 1 is needed")
+    folders = list(dict.fromkeys(folder.resolve() for folder in parsed.model))
+    if parsed.output and len({folder.name for folder in folders}) < len(folders):
+        raise UserError("--output: two of the models' folders have the same name; evaluate them one by one")
+    several = parsed.output is not None and len(folders) > 1
+    runs = [
+        find_run(folder, task=task, output=parsed.output / folder.name if several else parsed.output)
+        for folder in folders
+    ]
+    sets = Sets(_read_data_words(parsed.data, {run.task for run in runs}), max_rows=parsed.max_rows)
+    summaries = [evaluate_run(run, sets, names) for run in runs]
+    print(summary_table(summaries))
+    print(json.dumps({"runs": summaries}, ensure_ascii=False))
+    return 0
+
+
+def _read_data_words(words: Sequence[str], tasks: set[str]) -> dict[str, str]:
+    known = {name for task in tasks for name in (*own_sets(task), *out_of_domain(task))}
+    files = {}
+    for word in words:
+        name, equals, data = word.partition("=")
+        if not equals or not data:
+            raise UserError(f"cannot read --data {word!r}: it is SET=FILE, such as imdb=imdb.jsonl")
+        if name not in known:
+            raise UserError(
+                f"--data {word}: {name} is no set of {' or '.join(sorted(tasks))}: {', '.join(sorted(known))}"
+            )
+        files[name] = data
+    return files
+
+
+if __name__ == "__main__":
+    run_entry_point(main)

@@ -1,0 +1,87 @@
+"""The score of a classifier's predictions on one set: GLUE's metrics with intervals, and the recall of each class.
+
+    {"task", "version", "of_task", "n", "invalid", "metrics", "interval_95", "notes", "per_class"}
+
+is what scores/<set>.json holds at least. Metrics are fractions, None where undefined, and `notes` says why; interval_95
+is a bootstrap over rows. `invalid` counts predictions that are NaN or infinite: one leaves every metric undefined.
+per_class (not of a regression): rows and recall of each class, macro_f1, and the recall of the minority class, which is
+the rarest of the training set. Runs on a training set of chosen shares have the last two among their metrics.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ba_lora.config_nlu import NLURunConfig
+from ba_lora.glue import GlueTask, find_task
+from ba_lora.io import read_jsonl
+from eval.metrics import class_scores, glue_scores, intervals
+from eval.tasks.glue import VERSION
+
+
+def score_predictions(
+    lines: Sequence[Mapping[str, Any]],
+    *,
+    name: str,
+    of_task: str,
+    training_counts: Mapping[str, int] | None = None,
+    imbalanced: bool = False,
+) -> dict[str, Any]:
+    """Return the score of the set called `name`, for a model of the task `of_task`.
+
+    lines: predictions as ba_lora.predict.prediction_lines makes them. training_counts: class → rows it had in training;
+    None where that is not known: then the minority is the rarest class of the lines. imbalanced: the training set had
+    chosen class shares.
+    """
+    task = find_task(of_task)
+    invalid = [line["task_id"] for line in lines if line["prediction"] is None]
+    score = {"task": name, "version": VERSION, "of_task": of_task, "n": len(lines), "invalid": len(invalid)}
+    if invalid:
+        note = (
+            f"undefined: {len(invalid)} of {len(lines)} predictions are NaN or infinite, the first for {invalid[0]}: "
+            "the training has diverged; lower the learning rate"
+        )
+        undefined = dict.fromkeys(task.metrics)
+        return score | {"metrics": undefined, "interval_95": undefined, "notes": dict.fromkeys(task.metrics, note)}
+    labels, predictions = (np.array([line[key] for line in lines]) for key in ("label", "prediction"))
+    scores = glue_scores(task.metrics, labels, predictions)
+    if task.is_regression:
+        spread = intervals(task.metrics, labels, predictions)
+        return score | {"metrics": scores.metrics, "interval_95": spread, "notes": scores.notes}
+    support = {label: int((labels == index).sum()) for index, label in enumerate(task.labels)}
+    minority = _rarest(task, training_counts or support)
+    by_class, recall = class_scores(labels, predictions, classes=task.labels, minority=minority)
+    metrics, notes = scores.metrics, scores.notes
+    if imbalanced:
+        metrics, notes = metrics | by_class.metrics, notes | by_class.notes
+    return score | {
+        "metrics": metrics,
+        "interval_95": intervals(list(metrics), labels, predictions, minority=task.labels.index(minority)),
+        "notes": notes,
+        "per_class": {"n": support, "recall": recall, "minority": minority, **by_class.metrics},
+    }
+
+
+def _rarest(task: GlueTask, counts: Mapping[str, int]) -> str:
+    return min(task.labels, key=lambda label: counts[label])
+
+
+def dev_scores(run_path: Path, config: NLURunConfig, data: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return dev set → score of what the kept epoch's model predicted in training (predictions/best.jsonl).
+
+    data: the report of data.nlu.load_nlu_data, as train.json holds it.
+    """
+    lines = read_jsonl(run_path / "predictions" / "best.jsonl")
+    return {
+        name: score_predictions(
+            [line for line in lines if line["task_id"].startswith(f"{name}/")],
+            name=name,
+            of_task=config.nlu.task,
+            training_counts=data["classes"],
+            imbalanced=config.data.is_imbalanced,
+        )
+        | {"data_sha256": origin["sha256"]}
+        for name, origin in data["dev"].items()
+    }
