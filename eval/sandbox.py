@@ -75,12 +75,13 @@ class Sandbox:
         self._cleanup = contextlib.ExitStack()
 
     def describe(self) -> dict:
-        """Return what a result stores: kind, version, limits, and the Python that ran the programs."""
+        """Return what a result stores: kind, version, limits (None: not enforced), and the programs' Python."""
+        unlimited = {} if self.kind == "bubblewrap" else dict.fromkeys(("processes", "disk_bytes"))
         return {
             "kind": self.kind,
             "version": _version() if self.kind == "bubblewrap" else None,
             "python": platform.python_version(),
-            "limits": asdict(self.limits),
+            "limits": asdict(self.limits) | unlimited,
         }
 
     def __enter__(self) -> "Sandbox":

@@ -134,7 +134,9 @@ def test_a_bubblewrap_that_cannot_work_is_one_line(
 
 def test_unsafe_must_be_asked_for_and_says_so() -> None:
     with Sandbox(kind="unsafe", limits=QUICK) as sandbox:
-        assert sandbox.describe()["kind"] == "unsafe"
+        told = sandbox.describe()
+        assert told["kind"] == "unsafe" and told["limits"]["cpu_s"] == 1
+        assert told["limits"]["processes"] is told["limits"]["disk_bytes"] is None, "not enforced"
         jobs = [
             Job("def f(x): return x + 1", TESTS),
             Job("import os\nos._exit(0)", TESTS),
