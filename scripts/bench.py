@@ -256,7 +256,8 @@ def plot(path: Path) -> None:
         rows = [row for key, row in newest.items() if key[:3] == (device, shape, vocabulary)]
         for axis, column, title in zip(pair, ("step_ratio", "memory_ratio"), ("step time", "peak memory"), strict=True):
             bars = axis.barh([row["case"] for row in rows], [float(row[column]) for row in rows], color="#4878a8")
-            axis.bar_label(bars, fmt="%.2f", padding=2)
+            background = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # where a label meets the line at 1
+            axis.bar_label(bars, fmt="%.2f", padding=3, bbox=background, zorder=3)
             axis.axvline(1, color="black", linewidth=0.8)
             axis.invert_yaxis()
             axis.margins(x=0.12)
