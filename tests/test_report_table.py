@@ -445,3 +445,30 @@ def test_numbers_as_they_are_written():
     assert [signed(0.5, 1), signed(-0.5, 1), signed(0.001, 1), signed(None, 2)] == ["+0.5", "−0.5", "0.0", ""]
     assert [letter(0), letter(25), letter(26), letter(53)] == ["a", "z", "aa", "bb"]
     assert escape_latex("a_b\\c 5%") == "a\\_b\\textbackslash{}c 5\\%"
+
+
+def test_of_each_method_the_best_setting_by_the_chosen_column_is_compared(world):
+    """LoRA's grid has its best inside, BA-LoRA's at its edge; only these two are ranked and tested."""
+    rates = ("lr=1", "lr=2", "lr=3")
+    shares = {"lora": (0.2, 0.5, 0.4), "ba_lora": (0.3, 0.4, 0.6)}
+    rows, runs = [], {}
+    for method, values in shares.items():
+        for rate, share in zip(rates, values, strict=True):
+            row = Row("tiny", method, rate)
+            rows.append(row)
+            grades = [float(item < share * 10) for item in range(10)]
+            runs[row, "gsm8k"] = tuple(world.add(method, seed, setting=rate, grades=grades) for seed in SEEDS)
+    column = Column("gsm8k", "GSM8K", task="gsm8k", metric="strict")
+    table = build(world, rows=tuple(rows), columns=(column,), runs=runs, paper=(), choose="gsm8k")
+    lora, best = Row("tiny", "lora", "lr=2"), Row("tiny", "ba_lora", "lr=3")
+    assert [(one.focus, one.other) for one in table.comparisons] == [(best, lora)]
+    assert {row: table.cell(row, column).mark for row in rows if table.cell(row, column).mark} == {
+        best: "best",
+        lora: "second",
+    }
+    texts = {row: [table.footnotes[note] for note in table.cell(row, column).notes] for row in rows}
+    assert texts[lora] == ["chosen by GSM8K of 3 settings"]
+    assert texts[best] == ["chosen by GSM8K of 3 settings, at an edge of what was tried: try further"]
+    assert not any(texts[row] for row in rows if row not in (lora, best))
+    with pytest.raises(UserError, match="report.choose: gsm9k is unknown"):
+        parse_report({"choose": "gsm9k"}, columns=[column], source="table x")

@@ -4,6 +4,7 @@
       allow: [engine]                  # settings that may differ, footnoted where they do (settings.py)
       against: [lora, pissa]           # the rows that the table's `ours` are tested against; default: all other methods
       compare_within: [base]           # what ranked and compared rows have in common; [base, setting] for rank tables
+      choose: heldout                  # of rows that differ in their setting, the best in this column is compared
       names: {not stated: roberta-large}                 # the paper file's name of a model, method or setting → ours
       columns: {parameters: {scale: 1.0e-6, decimals: 1}}     # how a column's numbers are shown
       figures:
@@ -140,6 +141,7 @@ class TableSpec:
     against: tuple[str, ...] = ()
     compare_within: tuple[str, ...] = ("base",)
     allow: tuple[str, ...] = ()
+    choose: str | None = None
     names: Mapping[str, str] = field(default_factory=dict)
     labels: Mapping[str, str] = field(default_factory=dict)
     figures: tuple[Figure, ...] = ()
@@ -229,7 +231,7 @@ def parse_report(block: Any, *, columns: Sequence[Column], source: str) -> dict[
 
     Raises UserError, naming `source` and the key, for what is wrong.
     """
-    known = ("allow", "against", "compare_within", "names", "columns", "figures")
+    known = ("allow", "against", "compare_within", "choose", "names", "columns", "figures")
     block = _mapping(block, known, where=f"{source}: report")
     values: dict[str, Any] = {
         key: _words(block[key], where=f"{source}: report.{key}")
@@ -242,6 +244,8 @@ def parse_report(block: Any, *, columns: Sequence[Column], source: str) -> dict[
         key: str(name) for key, name in _mapping(block.get("names") or {}, where=f"{source}: report.names").items()
     }
     names = [column.name for column in columns]
+    if "choose" in block:
+        values["choose"] = _choice(block["choose"], names, where=f"{source}: report.choose")
     shown = _mapping(block.get("columns") or {}, names, where=f"{source}: report.columns")
     values["columns"] = tuple(
         _show(column, shown.get(column.name) or {}, where=f"{source}: report.columns.{column.name}")

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,11 +124,12 @@ def build_table(spec: TableSpec, sources: Sources, *, allow: Iterable[str] = ())
                 if column.mean_of
                 else _measured_cell(spec, sources, row, column, notes)
             )
-    _mark(spec, cells)
+    rows = _chosen_rows(spec, cells, notes)
+    _mark(spec, cells, rows)
     return ReportTable(
         spec=spec,
         cells=cells,
-        comparisons=_corrected(_compare(spec, sources, cells)),
+        comparisons=_corrected(_compare(spec, sources, cells, rows)),
         footnotes=tuple(notes.texts),
         unmatched_paper=_unmatched(spec, sources),
         provenance=tuple(_provenance(spec, sources)),
@@ -199,31 +200,57 @@ def _mean_cell(spec: TableSpec, sources: Sources, row: Row, column: Column, cell
     )
 
 
-def _mark(spec: TableSpec, cells: dict[CellKey, Cell]) -> None:
-    """Mark best and second of each block and column, among the rows that have the largest n there."""
+def _chosen_rows(spec: TableSpec, cells: dict[CellKey, Cell], notes: _Footnotes) -> tuple[Row, ...]:
+    """Return the rows that are ranked and compared: where the table chooses, of each base and method the setting whose
+    mean is best in that column, which is footnoted; an edge of the settings in the table's order, too."""
+    if spec.choose is None:
+        return spec.rows
+    column = spec.column(spec.choose)
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in spec.rows:
+        groups.setdefault((row.base, row.method), []).append(row)
+    chosen = []
+    for group in groups.values():
+        filled = [row for row in group if cells[row, column.name].values]
+        if not filled:
+            continue
+        sign = -1.0 if column.better == "lower" else 1.0
+        best = max(filled, key=lambda row: sign * cells[row, column.name].mean)
+        chosen.append(best)
+        if len(group) > 1:
+            at_edge = best in (group[0], group[-1])
+            text = f"chosen by {column.label} of {len(filled)} settings"
+            text += ", at an edge of what was tried: try further" if at_edge else ""
+            key = (best, column.name)
+            cells[key] = dataclasses.replace(cells[key], notes=(*cells[key].notes, notes.number(text)))
+    return tuple(chosen)
+
+
+def _mark(spec: TableSpec, cells: dict[CellKey, Cell], rows: Sequence[Row]) -> None:
+    """Mark best and second of each block and column, among those of the rows that have the largest n there."""
     for column in spec.columns:
         if column.better == "none":
             continue
         for block in spec.blocks():
-            filled = [row for row in block if cells[row, column.name].values]
+            filled = [row for row in block if row in rows and cells[row, column.name].values]
             most = max((len(cells[row, column.name].values) for row in filled), default=0)
-            rows = [row for row in filled if len(cells[row, column.name].values) == most]
-            means = [cells[row, column.name].mean or 0.0 for row in rows]
+            ranked = [row for row in filled if len(cells[row, column.name].values) == most]
+            means = [cells[row, column.name].mean or 0.0 for row in ranked]
             best, second = first_and_second(means, better=column.better, decimals=column.decimals)
             for mark, indices in (("best", best), ("second", second)):
                 for index in indices:
-                    key = (rows[index], column.name)
+                    key = (ranked[index], column.name)
                     cells[key] = dataclasses.replace(cells[key], mark=mark)
 
 
-def _compare(spec: TableSpec, sources: Sources, cells: Mapping[CellKey, Cell]) -> list[Comparison]:
+def _compare(spec: TableSpec, sources: Sources, cells: Mapping[CellKey, Cell], rows: Sequence[Row]) -> list[Comparison]:
     pairs = [
         (focus, other)
         for block in spec.blocks()
         for focus in block
-        if focus.method in spec.ours
+        if focus in rows and focus.method in spec.ours
         for other in block
-        if other.method not in spec.ours and (not spec.against or other.method in spec.against)
+        if other in rows and other.method not in spec.ours and (not spec.against or other.method in spec.against)
     ]
     comparisons = []
     for column in spec.columns:

@@ -14,6 +14,7 @@ _WHERE = {
     "toy": ("eval.tasks.toy", "Toy"),
     "gsm8k": ("eval.tasks.gsm8k", "GSM8K"),
     "math": ("eval.tasks.hendrycks_math", "HendrycksMath"),
+    "heldout": ("eval.tasks.heldout", "Heldout"),
     "humaneval": ("eval.tasks.humaneval", "HumanEval"),
     "mbpp": ("eval.tasks.mbpp", "MBPP"),
     "mt_bench": ("eval.tasks.mt_bench", "MTBench"),
