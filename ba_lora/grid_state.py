@@ -17,6 +17,7 @@ from typing import Any
 from ba_lora.config import PROJECT_ROOT, RunConfig, load_config, read_yaml, training_hash
 from ba_lora.errors import UserError
 from ba_lora.executor import Failure
+from ba_lora.glue import HUB, HUB_REVISION
 from ba_lora.io import read_json, write_json_atomic, write_text_atomic
 from ba_lora.pipeline import Spec, evaluation_fault, evaluation_state
 from ba_lora.run import CLAIM, is_trained, source_sha256
@@ -80,12 +81,15 @@ def _training_fault(config: RunConfig) -> str | None:
     claim = config.run_path / CLAIM
     if claim.is_file() and read_json(claim).get("source_sha256") != source_sha256(config):
         return f"{' or '.join(config.data_files)} has changed since it was trained on"
-    if config.data.source is not None or config.kind == "nlu":
+    if config.data.source is not None:
         return None
+    if config.kind == "nlu":
+        name, pinned = HUB, config.data.revision or HUB_REVISION
+    else:
+        name, pinned = config.data.name, config.data.revision or _pinned_revisions().get(config.data.name)
     used = (read_json(config.run_path / "train.json").get("data") or {}).get("revision")
-    pinned = config.data.revision or _pinned_revisions().get(config.data.name)
     if used and pinned and used != pinned:
-        return f"trained on revision {used[:10]} of {config.data.name}, pinned is {pinned[:10]}"
+        return f"trained on revision {used[:10]} of {name}, pinned is {pinned[:10]}"
     return None
 
 

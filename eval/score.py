@@ -213,9 +213,11 @@ def stale_reason(score: Mapping, *, completions: Path | None = None) -> str | No
 
 def grader_versions() -> dict[str, dict[str, str | None]]:
     """Return task → {"version", "hub"}: the grader's version, and the hub set with its pinned commit."""
+    from ba_lora.glue import OUT_OF_DOMAIN
     from eval import inheritance
+    from eval.tasks.glue import VERSION
 
-    versions = {}
+    versions = {name: {"version": VERSION, "hub": None} for sets in OUT_OF_DOMAIN.values() for name in sets}
     for name, task in TASKS.items():
         hub = f"{task.hub}@{task.hub_revision}" if task.hub and task.hub_revision else None
         versions[name] = {"version": task.version, "hub": hub}

@@ -14,9 +14,11 @@ import pytest
 from ba_lora.config import PROJECT_ROOT
 from ba_lora.errors import UserError
 from ba_lora.executor import LocalExecutor, local_slots
+from ba_lora.glue import HUB_REVISION
 from ba_lora.grid import Grid, dry_run, select_rows, split_options
 from ba_lora.grid_state import inspect
 from ba_lora.locks import try_lock, work_lock_path
+from ba_lora.pipeline import Spec
 from ba_lora.tables import load_table
 from tests.workers import fake_grid
 
@@ -113,6 +115,38 @@ def test_another_evaluation_generates_again_but_trains_nothing(folder):
     assert len([line for line in redone if line.startswith("generate")]) == 6
     assert not [line for line in redone if line.startswith("train")]
     assert any("evaluated with another eval.limit" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words", "revision", "reason"),
+    [
+        ("nlg", ["data.name=metamathqa"], "aa4f34d3d2d3231299b5b03d9b3e5a20da45aa18", None),
+        (
+            "nlg",
+            ["data.name=metamathqa"],
+            "0" * 40,
+            "trained on revision 0000000000 of metamathqa, pinned is aa4f34d3d2",
+        ),
+        ("nlu", ["task=rte"], HUB_REVISION, None),
+        (
+            "nlu",
+            ["task=rte"],
+            "0" * 40,
+            f"trained on revision 0000000000 of nyu-mll/glue, pinned is {HUB_REVISION[:10]}",
+        ),
+    ],
+)
+def test_training_data_of_another_revision_are_stale(folder, kind, words, revision, reason):
+    base = {"nlg": "toy", "nlu": "minilm"}[kind]
+    words = [*words, f"output_dir={folder}/run", "export.merged=false", "eval.tasks=[]"]
+    spec = Spec.resolve(f"configs/{kind}/{base}.yaml", "lora", words, kind=kind)
+    (folder / "run" / "adapter").mkdir(parents=True)
+    (folder / "run" / "train.json").write_text(json.dumps({"status": "ok", "data": {"revision": revision}}))
+    state = inspect(spec, {})
+    if reason is None:
+        assert state.status == "unfinished" and not state.train  # but for its result file
+    else:
+        assert (state.status, state.reason, state.train, state.overwrite) == ("stale", reason, True, True)
 
 
 def test_another_config_is_named(folder):
