@@ -61,6 +61,8 @@ class AdapterConfig:
     dropout: float = 0.0
     target_modules: Any = "all-linear"  # PEFT's `all-linear` leaves the head out; or a list of module names
     dtype: str = "float32"  # float32 | base (the base's dtype)
+    svd_rank: int | None = None  # of PiSSA's SVD, whose leading components are taken; None: the rank
+    factors_cache: str | None = None  # folder where these components are kept for other ranks, seeds and methods
     rslora: bool = False
     dora: bool = False
     options: dict[str, Any] = field(default_factory=dict)  # further PEFT settings, checked by name
@@ -398,6 +400,10 @@ def training_hash(config: RunConfig) -> str:
     if config.uses_reference_cache:  # where it lies changes no weight, what it keeps does
         plain["reference"] = {name: value for name, value in reference.items() if name != "cache"}
     plain["trainer"] = {k: v for k, v in plain["trainer"].items() if k not in _COSMETIC_ARGUMENTS}
+    plain["adapter"].pop("factors_cache")
+    svd_rank = plain["adapter"].pop("svd_rank") or config.adapter.rank
+    if config.adapter.init.startswith("pissa_niter"):  # an exact SVD has the same leading components at any rank
+        plain["adapter"]["svd_rank"] = svd_rank
     if not plain["data"].get("packing"):  # packed, dropout draws other numbers
         plain["data"].pop("packing", None)
     text = json.dumps(plain, sort_keys=True, default=str)
@@ -468,6 +474,10 @@ def _check(config: RunConfig) -> None:
         raise UserError(f"adapter.rank is {config.adapter.rank}: it must be at least 1")
     if config.adapter.alpha is not None and config.adapter.alpha <= 0:
         raise UserError(f"adapter.alpha is {config.adapter.alpha}: it must be above 0")
+    if config.adapter.svd_rank is not None and config.adapter.svd_rank < config.adapter.rank:
+        raise UserError(
+            f"adapter.svd_rank is {config.adapter.svd_rank}: it must be at least adapter.rank={config.adapter.rank}"
+        )
     if not 0 <= config.seed < 2**32:
         raise UserError(f"seed is {config.seed}: it must lie between 0 and 2^32 - 1")
     if not 0 <= config.adapter.dropout < 1:

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 from ba_lora.config import RunConfig
 from ba_lora.errors import UserError
 from ba_lora.io import disk_errors, folder_atomic
-from ba_lora.methods import adapter_scaling, factors_path, probe_logits
+from ba_lora.methods import probe_logits
 from ba_lora.model import load_base, load_tokenizer, model_source
+from ba_lora.pissa import adapter_scaling, factors_path
 
 if TYPE_CHECKING:
     import torch

@@ -14,6 +14,7 @@ import json
 import os
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -75,5 +76,18 @@ def locked(path: Path, *, doing: str) -> Iterator[None]:
     file = try_lock(path)
     if file is None:
         raise UserError(f"another process ({holder(path)}) {doing}: wait for it, or end it first")
+    with file:
+        yield
+
+
+@contextlib.contextmanager
+def waiting_lock(path: Path, *, doing: str) -> Iterator[None]:
+    """Hold the lock; while somebody else does, say so once, "another process (pid …) {doing}", and wait."""
+    file = try_lock(path)
+    if file is None:
+        print(f"another process ({holder(path)}) {doing}: waiting for it", file=sys.stderr)
+    while file is None:
+        time.sleep(0.2)
+        file = try_lock(path)
     with file:
         yield

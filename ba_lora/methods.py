@@ -1,7 +1,6 @@
 """From the pre-trained model to the model that is trained: PEFT does the adapters, this file chooses and checks.
 
-PiSSA (arXiv 2404.02948): W = U S Vᵀ; B₀A₀ = U_r S_r V_rᵀ with √S on each factor; the base keeps W − B₀A₀. The first
-factors are saved with the run: a resumed run builds the very same residual from them, the export subtracts them.
+PiSSA's first factors (ba_lora/pissa.py) are saved with the run: a resumed run builds the very same residual from them.
 """
 
 import dataclasses
@@ -9,17 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ba_lora.config import AdapterConfig, RunConfig, nearest
+from ba_lora import pissa
+from ba_lora.config import AdapterConfig, RunConfig, nearest, resolve_path
 from ba_lora.errors import UserError
-from ba_lora.io import folder_atomic
 from ba_lora.model import load_base
-from ba_lora.reference import adapter_layers, factor_parameters, gathered
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
-
-FACTORS_FILE = "initial_factors.safetensors"  # A₀ and B₀, by the adapter file's own names
 
 
 @dataclasses.dataclass
@@ -93,39 +89,8 @@ def _build(
         raise UserError("float16 adapters cannot be trained: use adapter.dtype=float32")
     if adapter.init == "lora":
         model = measure(_to_device(load_base(config)))
-        return _with_adapter(model, config, num_steps, init_weights=True)
+        return _with_adapter(model, config, num_steps)
     return _build_pissa(config, run_path, num_steps, measure)
-
-
-def save_initial_factors(model: "nn.Module", path: Path) -> None:
-    """Write A₀ and B₀ of an untrained PiSSA model, under the names they have in PEFT's adapter file.
-
-    Every process calls it (ZeRO-3 gathers), the first writes.
-    """
-    from accelerate import PartialState
-    from safetensors.torch import save_file
-
-    tensors = {}
-    for name, layer in _named_adapter_layers(model):
-        parameters = factor_parameters(layer, "default")
-        with gathered(parameters):
-            for factor, parameter in zip(("lora_A", "lora_B"), parameters, strict=True):
-                tensors[f"{name}.{factor}.weight"] = parameter.detach().cpu().clone()
-    if PartialState().is_main_process:
-        with folder_atomic(path.parent) as folder:
-            save_file(tensors, folder / path.name)
-    PartialState().wait_for_everyone()
-
-
-def factors_path(run_path: Path) -> Path:
-    """Return where a run keeps PiSSA's first factors."""
-    return run_path / "initial" / FACTORS_FILE
-
-
-def adapter_scaling(config: AdapterConfig) -> float:
-    """Return the factor of B A in the forward pass: alpha / rank, or alpha / √rank for rsLoRA."""
-    alpha = config.rank if config.alpha is None else config.alpha
-    return alpha / (config.rank**0.5 if config.rslora else config.rank)
 
 
 def _to_device(model: "nn.Module") -> "nn.Module":
@@ -141,35 +106,27 @@ def _to_device(model: "nn.Module") -> "nn.Module":
 def _build_pissa(
     config: RunConfig, run_path: Path, num_steps: int, measure: Callable[["nn.Module"], "nn.Module"]
 ) -> "nn.Module":
+    """PiSSA, or QPiSSA: there the residual is made in full precision, in the host's memory, then quantised."""
     from accelerate import PartialState
 
-    saved, residual_path = factors_path(run_path), run_path / "residual"
-    quantized = config.model.quantization != "none"
-    fresh = not saved.is_file() or (quantized and not residual_path.is_dir())
-    PartialState().wait_for_everyone()  # no process may write the factors before every process has looked for them
-    if quantized:  # QPiSSA: the residual is made in full precision, then quantised
-        if fresh:
-            model = measure(_to_device(load_base(config, quantize=False)))
-            model = _with_adapter(model, config, num_steps)
-            save_initial_factors(model, saved)
-            _save_residual(model, residual_path)
+    adapter, quantized = config.adapter, config.model.quantization != "none"
+    factors, residual = pissa.factors_path(run_path), run_path / "residual"
+    has_factors = factors.is_file()
+    has_residual = has_factors and residual.is_dir()
+    PartialState().wait_for_everyone()  # no process may write the files before every process has looked for them
+    if not (quantized and has_residual):
+        model = load_base(config, quantize=False)
+        model = _with_adapter(measure(model if quantized else _to_device(model)), config, num_steps)
+        if not has_factors:
+            cache = adapter.factors_cache and pissa.FactorsCache(resolve_path(adapter.factors_cache))
+            pissa.write_factors(model, factors, pissa.requested_svd(adapter), cache=cache)
+        pissa.load_factors(model, factors, subtract=True)
+    if quantized:
+        if not has_residual:
+            pissa.save_residual(model, residual)
             del model
-        model = load_base(config, source=str(residual_path))
-        model = _with_adapter(model, config, num_steps, init_weights=True)
-        _load_factors(model, saved, subtract=False)
-    elif not fresh:
-        model = measure(_to_device(load_base(config)))
-        model = _with_adapter(model, config, num_steps, init_weights=True)
-        _load_factors(model, saved, subtract=True)
-    else:
-        model = _with_adapter(measure(_to_device(load_base(config))), config, num_steps)
-        save_initial_factors(model, saved)
-        if config.model.dtype != "float32":
-            # PEFT rounds the factors to the base's dtype after it has taken them from the base in float32: take the
-            # rounded ones, which are what is trained, saved and exported.
-            del model
-            model = _with_adapter(_to_device(load_base(config)), config, num_steps, init_weights=True)
-            _load_factors(model, saved, subtract=True)
+        model = _with_adapter(load_base(config, source=str(residual)), config, num_steps)
+        pissa.load_factors(model, factors, subtract=False)
     model.peft_config["default"].init_lora_weights = config.adapter.init
     return model
 
@@ -187,45 +144,7 @@ def _biases_alone(model: "nn.Module") -> "nn.Module":
     return model
 
 
-def _save_residual(model: "nn.Module", path: Path) -> None:
-    from accelerate import PartialState
-
-    base = model.unload()
-    if PartialState().is_main_process:
-        with folder_atomic(path) as folder:
-            base.save_pretrained(folder)
-    PartialState().wait_for_everyone()
-
-
-def _load_factors(model: "nn.Module", path: Path, *, subtract: bool) -> None:
-    """Put the saved A₀, B₀ into the trained adapter and, with `subtract`, take B₀A₀ from the base, as PEFT does."""
-    import torch
-    from peft.utils.other import transpose
-    from safetensors.torch import load_file
-
-    factors = load_file(path)
-    for name, layer in _named_adapter_layers(model):
-        base = layer.get_base_layer()
-        parameters = factor_parameters(layer, "default")
-        with gathered([*parameters, base.weight]), torch.no_grad():
-            for factor, parameter in zip(("lora_A", "lora_B"), parameters, strict=True):
-                value = factors[f"{name}.{factor}.weight"]
-                parameter.data = value.to(parameter.device)
-            if subtract:
-                lora_a, lora_b = (parameter.data.float() for parameter in parameters)
-                weight = transpose(base.weight.data.float(), layer.fan_in_fan_out)
-                weight = weight - layer.scaling["default"] * lora_b @ lora_a
-                base.weight.data = transpose(weight.to(base.weight.dtype), layer.fan_in_fan_out)
-
-
-def _named_adapter_layers(model: "nn.Module") -> list[tuple[str, "nn.Module"]]:
-    names = {module: name for name, module in model.named_modules()}
-    return [(names[layer], layer) for layer in adapter_layers(model)]
-
-
-def _with_adapter(
-    model: "nn.Module", config: RunConfig, num_steps: int, *, init_weights: bool | None = None
-) -> "nn.Module":
+def _with_adapter(model: "nn.Module", config: RunConfig, num_steps: int) -> "nn.Module":
     from peft import get_peft_model
 
     adapter = config.adapter
@@ -237,9 +156,6 @@ def _with_adapter(
         peft_config.task_type = "SEQ_CLS"  # by which PEFT trains `classifier` and `score` of itself
         peft_config.modules_to_save = [n for n in head_names(model) if n not in ("classifier", "score")] or None
         peft_config.target_modules = set(targets)
-    if init_weights is not None:
-        if adapter.tuner == "lora":
-            peft_config.init_lora_weights = init_weights
     peft_config.revision = config.model.revision
     model = get_peft_model(model, peft_config, autocast_adapter_dtype=adapter.dtype == "float32")
     if adapter.dtype == "base":
@@ -348,7 +264,7 @@ def _lora_config(adapter: AdapterConfig, num_steps: int) -> Any:
         lora_dropout=adapter.dropout,
         use_rslora=adapter.rslora,
         use_dora=adapter.dora,
-        init_lora_weights=True if adapter.init == "lora" else adapter.init,
+        init_lora_weights=True,  # PiSSA's factors take their place
     )
 
 

@@ -1,0 +1,45 @@
+"""Build a PiSSA model under torchrun; each process prints the hash of its weights: MODEL INIT RUN [zero3]."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+
+from ba_lora import pissa
+from ba_lora.config import AdapterConfig, ModelConfig, RunConfig
+from ba_lora.errors import leave_process_group
+from ba_lora.methods import build_model
+from tests.pissa_helpers import weights_sha256
+from tests.tiny import arguments
+
+name, init, run, *stage = sys.argv[1:]
+torch.set_num_threads(1)
+if stage == ["zero3"]:
+    import deepspeed
+
+    deepspeed.init_distributed(dist_backend="gloo")
+    alive = arguments(Path(run), deepspeed="configs/deepspeed/zero3.json")  # while it is, models are split on loading
+process = PartialState(cpu=True)
+torch.manual_seed(process.process_index)  # the processes' random states may differ
+svds = 0
+leading_components = pissa.leading_components
+
+
+def counting(*arguments, **settings):
+    global svds
+    svds += 1
+    return leading_components(*arguments, **settings)
+
+
+pissa.leading_components = counting
+config = RunConfig(model=ModelConfig(name=name, dtype="float32"), adapter=AdapterConfig(init=init, rank=4))
+model, _ = build_model(config, run_path=Path(run), num_steps=1)
+split = sum(hasattr(parameter, "ds_id") for parameter in model.parameters())
+facts = {"rank": process.process_index, "svds": svds, "split": split, "weights": weights_sha256(model)}
+for rank in range(process.num_processes):
+    if rank == process.process_index:
+        print("facts", json.dumps(facts), flush=True)
+    process.wait_for_everyone()
+leave_process_group()
