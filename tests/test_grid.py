@@ -15,7 +15,8 @@ from ba_lora.config import PROJECT_ROOT
 from ba_lora.errors import UserError
 from ba_lora.executor import LocalExecutor, local_slots
 from ba_lora.glue import HUB_REVISION
-from ba_lora.grid import Grid, dry_run, select_rows, split_options
+from ba_lora.grid import Grid, dry_run
+from ba_lora.grid_options import select_rows, split_options
 from ba_lora.grid_state import inspect
 from ba_lora.locks import try_lock, work_lock_path
 from ba_lora.pipeline import Spec

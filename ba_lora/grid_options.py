@@ -1,0 +1,72 @@
+"""What the command line of a grid says: its own options, the rows it is for, and the overrides of every run."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from ba_lora.config import nearest
+from ba_lora.errors import UserError
+from ba_lora.tables import Table
+
+OPTIONS = ("retry", "workers", "gpus", "seeds", "only")
+
+
+@dataclass(frozen=True)
+class GridOptions:
+    """What the command line says of the grid itself."""
+
+    retry: bool = False
+    workers: int | None = None
+    gpus: int = 1
+    seeds: tuple[int, ...] | None = None
+    only: tuple[str, ...] = ()
+
+
+def split_options(words: Sequence[str]) -> tuple[GridOptions, list[str]]:
+    """Return the grid's own options and the overrides from `key=value` words. Raises UserError for a bad value."""
+    options, overrides = GridOptions(), []
+    for word in words:
+        key, equals, text = word.partition("=")
+        if not equals:
+            raise UserError(f"cannot read {word!r}: one table, then key=value")
+        if key in ("output_dir", "overwrite", "seed"):
+            raise UserError(f"{key}= has no meaning for a whole table{nearest(key, OPTIONS)}")
+        if key in OPTIONS:
+            options = replace(options, **{key: _option(key, text)})
+        else:
+            overrides.append(word)
+    return options, overrides
+
+
+def _option(key: str, text: str) -> object:
+    try:
+        if key == "retry":
+            return {"true": True, "false": False}[text.lower()]
+        if key == "only":
+            return tuple(word for word in text.split(",") if word)
+        if key == "seeds":
+            return tuple(int(word) for word in text.strip("[]").split(","))
+        if int(text) < 1:
+            raise ValueError
+        return int(text)
+    except (KeyError, ValueError) as error:
+        wanted = {"retry": "true or false", "seeds": "whole numbers, [1,2]"}.get(key, "a whole number of at least 1")
+        raise UserError(f"{key}={text}: {wanted} is needed") from error
+
+
+def select_rows(table: Table, words: Sequence[str]) -> Table:
+    """Return the table with only the named rows: of these bases, with these methods, in these settings, as far as the
+    words name any. Raises UserError for a word that names none, and where no row is left."""
+    if not words:
+        return table
+    names = {key: {getattr(row, key) for row in table.rows} - {""} for key in ("base", "method", "setting")}
+    known = sorted(set().union(*names.values()))
+    for word in words:
+        if word not in known:
+            raise UserError(f"only={word} names no row{nearest(word, known)}; there are {', '.join(known)}")
+    chosen = {key: known & set(words) for key, known in names.items()}
+    rows = tuple(row for row in table.rows if all(not c or getattr(row, key) in c for key, c in chosen.items()))
+    if not rows:
+        raise UserError(f"only={','.join(words)}: no row is all of that")
+    cells = tuple(cell for cell in table.cells if cell.row in rows)
+    ours = tuple(name for name in table.ours if any(row.method == name for row in rows))
+    return replace(table, rows=rows, cells=cells, ours=ours)
