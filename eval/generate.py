@@ -46,7 +46,7 @@ from ba_lora.prompts import build_conversation, build_prompt, prompt_hash, templ
 from ba_lora.rows import portable_name
 from eval import engines
 from eval.engines import Completion, Engine, EngineOptions, Sampling, open_engine
-from eval.options import parse_options
+from eval.options import parse_options, read_data, split_options
 from eval.serving import SERVE, Job, plan
 from eval.tasks import TASKS, get_task
 from eval.tasks.base import Item, Source, Task
@@ -351,32 +351,6 @@ def summary(record: dict, folder: Path) -> str:
         f"prompts too long {record['num_prompt_too_long']}, clamped {record['num_clamped']} "
         f"→ {folder / record['task']}.jsonl"
     )
-
-
-def read_data(entries: Sequence[str], tasks: Sequence[str]) -> dict[str, str]:
-    """Return task → data from `FILE` (a single task) or `TASK=FILE` entries."""
-    data = {}
-    for entry in entries:
-        name, equals, path = entry.partition("=")
-        if equals and name in TASKS:
-            data[name] = path
-        elif len(tasks) == 1 and not data:
-            data[tasks[0]] = entry
-        else:
-            raise UserError(f"--data {entry}: with several tasks or files write TASK=FILE")
-    return data
-
-
-def split_options(*lists: Sequence[str]) -> tuple[list[list[str]], list[str]]:
-    """Take `key=value` out of lists that argparse filled greedily: `--task gsm8k limit=5` means limit."""
-
-    def is_option(text: str) -> bool:
-        return (
-            re.match(r"[a-z_]+=", text) is not None and text.partition("=")[0] not in TASKS and not Path(text).exists()
-        )
-
-    kept = [[text for text in entries if not is_option(text)] for entries in lists]
-    return kept, [text for entries in lists for text in entries if is_option(text)]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

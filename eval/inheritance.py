@@ -31,7 +31,7 @@ from ba_lora.pipeline import UNTUNED
 from ba_lora.prompts import build_prompt, prompt_hash
 from eval import serving
 from eval.engines import EngineOptions, open_engine
-from eval.options import parse_options
+from eval.options import parse_options, split_options
 from eval.tasks import get_task
 from eval.tasks.base import Item, Task
 
@@ -179,15 +179,15 @@ def main() -> None:
     parser = CommandParser(
         prog="python -m eval.inheritance", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--run", nargs="+", required=True, type=Path, help="run folders")
+    parser.add_argument("--run", nargs="+", required=True, help="run folders")
     parser.add_argument("--texts", required=True, type=Path, help='jsonl of {"text"}: the pre-training distribution')
     parser.add_argument("--task", required=True, help="whose items are sampled")
     parser.add_argument("--data", help="the task's data; default: its own")
     parser.add_argument("options", nargs="*", metavar="key=value")
     parsed = parser.parse_intermixed_args()
-    moved = [text for text in map(str, parsed.run) if "=" in text and not Path(text).exists()]
+    (runs,), moved = split_options(parsed.run)
     options, _ = parse_options([*parsed.options, *moved], Options)
-    run_paths = [path for path in parsed.run if str(path) not in moved]
+    run_paths = [Path(run) for run in runs]
     material = load_material(parsed.texts, parsed.task, parsed.data, options)
     for path, measures in measure_runs(run_paths, material, options):
         write_json_atomic(path / "scores" / f"{NAME}.json", measures)

@@ -1,14 +1,17 @@
-"""`key=value` arguments of the commands in eval/, read into dataclasses by the types of their fields."""
+"""Arguments of the commands in eval/: `key=value`, read into dataclasses by the types of their fields, and --data."""
 
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 from ba_lora.errors import UserError
+from eval.tasks import TASKS
 
 T = TypeVar("T")
 
@@ -52,3 +55,29 @@ def _parse_value(key: str, text: str, kinds: Sequence[type]) -> object:
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{key}={text}: a finite number is needed")
     return value
+
+
+def read_data(entries: Sequence[str], tasks: Sequence[str]) -> dict[str, str]:
+    """Return task → data from `FILE` (a single task) or `TASK=FILE` entries."""
+    data = {}
+    for entry in entries:
+        name, equals, path = entry.partition("=")
+        if equals and name in TASKS:
+            data[name] = path
+        elif len(tasks) == 1 and not data:
+            data[tasks[0]] = entry
+        else:
+            raise UserError(f"--data {entry}: with several tasks or files write TASK=FILE")
+    return data
+
+
+def split_options(*lists: Sequence[str]) -> tuple[list[list[str]], list[str]]:
+    """Take `key=value` out of lists that argparse filled greedily: `--task gsm8k limit=5` means limit."""
+
+    def is_option(text: str) -> bool:
+        return (
+            re.match(r"[a-z_]+=", text) is not None and text.partition("=")[0] not in TASKS and not Path(text).exists()
+        )
+
+    kept = [[text for text in entries if not is_option(text)] for entries in lists]
+    return kept, [text for entries in lists for text in entries if is_option(text)]

@@ -11,8 +11,8 @@ from ba_lora.errors import UserError
 from ba_lora.io import read_json, read_jsonl, sha256_file
 from ba_lora.prompts import build_prompt, prompt_hash
 from eval import generate
-from eval.generate import Options, main, read_data, recorded_name, split_options
-from eval.options import parse_options
+from eval.generate import Options, main, recorded_name
+from eval.options import parse_options, read_data, split_options
 from eval.serving import plan
 from eval.tasks import get_task
 from tests.test_engines import save_adapter, save_model, save_tokenizer
