@@ -1,6 +1,6 @@
 """What a training step costs: BA-LoRA beside stock PiSSA, plain LoRA and the official recipe, in one run.
 
-    python scripts/bench.py --device cpu                      both vocabularies of the default shape, about 15 minutes
+    python scripts/bench.py --device cpu                      both vocabularies of the default shape, about 20 minutes
     python scripts/bench.py --device cuda --shape llama2-7b   random weights of that shape, on one GPU
     python scripts/bench.py --device cpu --shape minilm-nlu   a classifier, under the NLU loss
 
