@@ -50,6 +50,7 @@ from ba_lora.pipeline import UNTUNED, Spec, untuned_config
 
 TABLES_PATH = PROJECT_ROOT / "configs" / "tables"
 PAPER_PATH = PROJECT_ROOT / "results" / "paper_reported"
+FACTORS_CACHE = "outputs/pissa_factors"  # one SVD of each base's matrices serves the seeds and methods of all tables
 KINDS = ("nlg", "nlu")
 BETTER = ("higher", "lower", "none")
 
@@ -247,14 +248,15 @@ def _resolve(row: Row, kind: str, words: Sequence[str], tasks: Sequence[str], ty
     spec = Spec.resolve(config_path, method, words, kind=kind)
     if method is None:
         return dataclasses.replace(spec, trained=False)
-    if kind == "nlu" or "serve" in spec.config.eval.options:
-        return spec
-    # All runs of a table that can be are served as adapters on their base: one engine start serves them all, and none
-    # needs a merged model on disk. The choice must not depend on how many happen to be evaluated together.
-    adapter = spec.config.adapter
-    hot = adapter.tuner == "lora" and not adapter.dora and spec.config.model.quantization == "none"
-    more = ["eval.options.serve=hot", "export.merged=false"] if hot else ["eval.options.serve=merged"]
-    return Spec.resolve(config_path, row.method, [*more, *words], kind=kind)
+    adapter, more = spec.config.adapter, []
+    if adapter.init.startswith("pissa") and adapter.factors_cache is None:
+        more.append(f"adapter.factors_cache={FACTORS_CACHE}")
+    if kind == "nlg" and "serve" not in spec.config.eval.options:
+        # All runs of a table that can be are served as adapters on their base: one engine start serves them all, and
+        # none needs a merged model on disk. The choice must not depend on how many happen to be evaluated together.
+        hot = adapter.tuner == "lora" and not adapter.dora and spec.config.model.quantization == "none"
+        more += ["eval.options.serve=hot", "export.merged=false"] if hot else ["eval.options.serve=merged"]
+    return Spec.resolve(config_path, method, [*more, *words], kind=kind) if more else spec
 
 
 def _with_seed(spec: Spec, seed: int, suffix: str) -> Spec:

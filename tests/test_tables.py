@@ -84,6 +84,8 @@ def test_rows_columns_and_shared_runs(tmp_path):
     assert again.result_path != one["strict"].result_path
     # served as adapters on one base, whoever is evaluated with whom; full fine-tuning is a model of its own
     assert one["strict"].eval.options == {"serve": "hot"} and not one["strict"].export.merged
+    pissa, lora = runs[Row("toy", "ba_lora"), 1]["strict"], one["strict"]
+    assert (pissa.adapter.factors_cache, lora.adapter.factors_cache) == (tables.FACTORS_CACHE, None)
     full = runs[Row("toy", "full_ft"), 1]["strict"]
     assert full.eval.options == {"serve": "merged"} and full.export.merged
     assert [cell.seed for cell in table.cells if cell.row.method == "untuned"] == [1] * 4
