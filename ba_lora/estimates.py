@@ -7,6 +7,7 @@ model were measured on, which is named. Generation is added where its tasks have
 
 import dataclasses
 import os
+import re
 import shutil
 import statistics
 from collections import Counter, defaultdict
@@ -120,20 +121,21 @@ def _hardware(result: dict[str, Any]) -> str:
 def _disk_lines(specs: Sequence[Spec]) -> list[str]:
     """Return what the runs that are left will need: the median size of finished runs of the same kind."""
     sizes: dict[str, list[int]] = defaultdict(list)
-    outputs = PROJECT_ROOT / "outputs"
-    for train_file in outputs.glob("*/train.json"):
-        saved = train_file.parent.name.split("-s")[0]  # base and method
-        sizes[saved].append(_folder_bytes(train_file.parent))
-    needed, unknown = 0.0, 0
-    for spec in specs:
-        like = sizes.get(f"{spec.config.name}-{spec.config.method}")
-        needed += statistics.median(like) if like else 0
-        unknown += not like
-    free = shutil.disk_usage(PROJECT_ROOT).free
-    line = f"disk: about {needed / 1e9:.2g} GB more, {free / 1e9:.0f} GB are free"
-    if unknown:
-        line += f"; not known for {unknown} runs (the heads of configs/nlg tell what a run of each base takes)"
-    return [line]
+    for train_file in (PROJECT_ROOT / "outputs").glob("*/train.json"):
+        sizes[_without_seed(train_file.parent.name)].append(_folder_bytes(train_file.parent))
+    like = [sizes.get(_without_seed(spec.config.run_id)) for spec in specs]
+    needed = sum(statistics.median(found) for found in like if found)
+    lines = [f"disk: {shutil.disk_usage(PROJECT_ROOT).free / 1e9:.0f} GB are free"]
+    if needed:
+        lines[0] += f", about {needed / 1e9:.2g} GB are needed for {sum(map(bool, like))} runs"
+    if unknown := like.count(None):
+        lines.append(f"disk: not known for {unknown} runs: none like them is there; the head of each base tells")
+    return lines
+
+
+def _without_seed(run_id: str) -> str:
+    """Return base, task and method of a run's name."""
+    return re.sub(r"-s\d+-[0-9a-f]{10}.*$", "", run_id)
 
 
 def _folder_bytes(folder: Path) -> int:
