@@ -41,6 +41,7 @@ def predict(
     from accelerate.utils import gather_object
 
     process = PartialState()
+    model = getattr(model, "module", model)  # DDP's own forward waits for the others, who may have fewer batches
     device = next(model.parameters()).device
     inputs = [name for name in rows.column_names if name in ("input_ids", "attention_mask", "token_type_ids")]
     lengths = [len(ids) for ids in rows["input_ids"]]

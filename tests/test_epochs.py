@@ -1,6 +1,9 @@
 """What an NLU run leaves of its epochs: the kept one, the last one, scores, features; and an interrupted run's."""
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -18,7 +21,7 @@ from ba_lora.trainer_nlu import NLUTrainer
 from eval.metrics import Scores
 from tests.conftest import ROOT
 from tests.test_resume import killed
-from tests.tiny_nlu import nlu_config, tiny_overrides, write_sst2
+from tests.tiny_nlu import nlu_config, save_tiny_encoder, tiny_overrides, write_sst2
 
 MINILM = ROOT / "configs" / "nlu" / "minilm.yaml"
 
@@ -238,3 +241,31 @@ def test_the_saved_config_alone_repeats_the_run(sst2, train_nlu, tmp_path):
     first = sst2("regularizers.features=pooled")
     again = train_nlu(config_path=first / "config.yaml", name="again")
     assert json.dumps(lines_of(first, "best")) == json.dumps(lines_of(again, "best"))
+
+
+@pytest.mark.slow
+def test_the_command_on_two_processes_equals_accumulation_two(tmp_path, root):
+    """Scores, predictions and features of 2 processes × 4 rows and of 1 process × 4 rows × accumulation 2."""
+    encoder = save_tiny_encoder(tmp_path / "encoder", dropout=0.0)  # which would draw other numbers
+    config = write_nlu_config(tmp_path, encoder)
+    words = [
+        "train_nlu.py", "--config", str(config), "adapter.dropout=0", "trainer.per_device_train_batch_size=4",
+        "features.steps=[0,4]", "trainer.train_sampling_strategy=random", f"results_dir={tmp_path / 'results'}",
+    ]  # fmt: skip
+    launch = {
+        "one": ([sys.executable], ["trainer.gradient_accumulation_steps=2"]),
+        "two": ([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"], []),
+    }
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    for name, (launcher, more) in launch.items():
+        command = [*launcher, *words, *more, f"output_dir={tmp_path / name}"]
+        done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (read_json(tmp_path / name / "train.json") for name in launch)
+    assert (one["training"]["num_processes"], two["training"]["num_processes"]) == (1, 2)
+    for which in ("best", "last"):
+        first, second = (torch.tensor([line["logits"] for line in lines_of(tmp_path / n, which)]) for n in launch)
+        torch.testing.assert_close(first, second, atol=5e-3, rtol=1e-2)
+    for step in (0, 4):
+        first, second = (load_file(tmp_path / n / "features" / f"step-{step}.safetensors") for n in launch)
+        torch.testing.assert_close(first, second, atol=5e-3, rtol=1e-2)

@@ -39,7 +39,7 @@ trainer = NLUTrainer(
     data_collator=DataCollatorWithPadding(AutoTokenizer.from_pretrained(folder)),
 )
 trainer.train()
-predictions = predict(trainer.model_wrapped, rows, trainer.data_collator, batch_size=5)
+predictions = predict(trainer.model_wrapped, rows, trainer.data_collator, batch_size=24)  # none for a second process
 if trainer.is_world_process_zero():
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     torch.save(
