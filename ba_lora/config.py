@@ -4,7 +4,8 @@
     configs/methods/<method>.yaml   only what differs, with `nlg:` and `nlu:` blocks where the two differ
     key=value                       typed by hand, e.g. `regularizers.lambda_svd=0 trainer.max_steps=20`
 
-The resolved configuration is saved with every run and reproduces it alone: `python train_nlg.py --config
+Here: what a configuration holds, how it is read and hashed; config_checks.py: which values go together. The resolved
+configuration is saved with every run and reproduces it alone: `python train_nlg.py --config
 outputs/<run_id>/config.yaml` needs no method file.
 """
 
@@ -237,29 +238,7 @@ class RunConfig:
 
 # What a run's weights do not depend on (on `loss` by rounding alone): these may change without training again.
 _NOT_TRAINING = ("loss", "export", "eval", "hub", "output_dir", "results_dir", "overwrite")
-# TrainingArguments under which the loss or a resumed run would silently be another one.
-_UNSAFE_ARGUMENTS = {
-    "average_tokens_across_devices": (True, "the terms are means over the positions of all processes"),
-    "label_smoothing_factor": (0, "the loss has no label smoothing"),
-    "save_only_model": (False, "a killed run could not go on with its optimizer's state"),
-    "ignore_data_skip": (False, "a resumed run would see other rows"),
-    "fsdp": ("", "FSDP is not supported: use DDP or DeepSpeed"),
-}
-# TrainingArguments that the run itself sets, and those that change no weight.
-_RESERVED_ARGUMENTS = {
-    "output_dir": "output_dir",
-    "seed": "seed",
-    "data_seed": "seed",
-    "push_to_hub": "hub.push",
-    "hub_model_id": "hub.repo_id",
-    "resume_from_checkpoint": "(resuming is automatic)",
-    "prediction_loss_only": "(evaluation comes after training)",
-    "label_names": "(the rows are made by the run)",
-    "remove_unused_columns": "(the rows are made by the run)",
-    "eval_on_start": "eval.tasks (evaluation comes after training)",
-    "eval_strategy": "eval.tasks (evaluation comes after training)",
-    "load_best_model_at_end": "eval.tasks (evaluation comes after training)",
-}
+# TrainingArguments that change no weight.
 _COSMETIC_ARGUMENTS = (
     "logging_steps", "logging_first_step", "logging_strategy", "report_to", "run_name", "disable_tqdm", "log_level",
     "save_steps", "save_strategy", "save_total_limit", "dataloader_num_workers", "dataloader_pin_memory",
@@ -317,6 +296,8 @@ def load_config(
     already names its method). `kind`, nlg or nlu, picks the method's block of that name; None: as the file says.
     Raises UserError for anything wrong.
     """
+    from ba_lora.config_checks import check
+
     base = read_yaml(resolve_path(config_path))
     kind = _kind_of(base, kind, config_path)
     typed, overrides = _take_typed(overrides, ("method", "task", "nlu.task"))
@@ -348,7 +329,7 @@ def load_config(
         except OmegaConfBaseException as error:
             raise UserError(f"{config_path}: {str(error).splitlines()[0]} (key {error.full_key})") from error
     config = OmegaConf.to_object(merged)
-    _check(config)
+    check(config)
     return config
 
 
@@ -458,74 +439,3 @@ def _refuse_unknown(layer: dict[str, Any], source: str | Path, schema: Any, node
             if not isinstance(value, dict):
                 raise UserError(f"{prefix}{key} is a section: give {prefix}{key}.<name>=value")
             _refuse_unknown(value, source, schema, known[key], f"{prefix}{key}.")
-
-
-def _check(config: RunConfig) -> None:
-    if not config.model.name:
-        raise UserError("model.name is missing: name a hub id or a folder")
-    check_choice("model.dtype", config.model.dtype, DTYPES)
-    check_choice("model.attention", config.model.attention, ATTENTION)
-    check_choice("model.quantization", config.model.quantization, ("none", "nf4"))
-    check_choice("adapter.tuner", config.adapter.tuner, TUNERS)
-    check_choice("adapter.dtype", config.adapter.dtype, ("float32", "base"))
-    if config.adapter.init not in ("lora", "pissa") and not re.fullmatch(r"pissa_niter_[1-9]\d*", config.adapter.init):
-        raise UserError(f"adapter.init={config.adapter.init} is unknown: choose lora, pissa or pissa_niter_N")
-    if config.adapter.rank < 1:
-        raise UserError(f"adapter.rank is {config.adapter.rank}: it must be at least 1")
-    if config.adapter.alpha is not None and config.adapter.alpha <= 0:
-        raise UserError(f"adapter.alpha is {config.adapter.alpha}: it must be above 0")
-    if config.adapter.svd_rank is not None and config.adapter.svd_rank < config.adapter.rank:
-        raise UserError(
-            f"adapter.svd_rank is {config.adapter.svd_rank}: it must be at least adapter.rank={config.adapter.rank}"
-        )
-    if not 0 <= config.seed < 2**32:
-        raise UserError(f"seed is {config.seed}: it must lie between 0 and 2^32 - 1")
-    if not 0 <= config.adapter.dropout < 1:
-        raise UserError(f"adapter.dropout is {config.adapter.dropout}: it must lie in [0, 1)")
-    if config.adapter.init != "lora" and (config.adapter.tuner != "lora" or config.adapter.dora):
-        raise UserError(f"adapter.init={config.adapter.init} needs adapter.tuner=lora and adapter.dora=false")
-    if config.model.quantization == "nf4" and config.adapter.tuner != "lora":
-        raise UserError("model.quantization=nf4 needs adapter.tuner=lora: quantised weights cannot be trained")
-    if config.reference.top_k < 1:
-        raise UserError(f"reference.top_k is {config.reference.top_k}: it must be at least 1")
-    check_choice("reference.dtype", config.reference.dtype, ("float16", "float32"))
-    if config.data.num_rows is not None and config.data.num_rows < 1:
-        raise UserError(f"data.num_rows is {config.data.num_rows}: it must be at least 1, or null for all")
-    if config.kind == "nlu":
-        from ba_lora.config_nlu import check_nlu
-
-        check_nlu(config)
-    else:
-        check_choice("data.name", config.data.name, DATASETS)
-        if config.data.num_rows is None and config.data.name == "toy" and config.data.source is None:
-            raise UserError("data.num_rows=null means all rows of a set, the toy's are made on demand: give a number")
-        for task in (*config.eval.tasks, *config.eval.data):
-            check_choice("eval.tasks", task, (*NLG_TASKS, *RUN_MEASURES))
-    if config.data.max_length < 2:
-        raise UserError(f"data.max_length is {config.data.max_length}: it must be at least 2")
-    check_choice("eval.engine", config.eval.engine, ("auto", "vllm", "hf"))
-    if config.hub.push and not config.hub.repo_id:
-        raise UserError("hub.push=true needs hub.repo_id=<user>/<name>")
-    _check_trainer(config.trainer)
-
-
-def _check_trainer(arguments: dict[str, Any]) -> None:
-    from transformers import TrainingArguments
-
-    known = [entry.name for entry in dataclasses.fields(TrainingArguments) if entry.init]
-    for name in arguments:
-        if name in _RESERVED_ARGUMENTS:
-            raise UserError(f"trainer.{name} is set by the run itself: use {_RESERVED_ARGUMENTS[name]}")
-        if name not in known:
-            raise UserError(f"unknown key trainer.{name}{nearest(name, known)} (a transformers.TrainingArguments name)")
-        if name == "accelerator_config" and dict(arguments[name] or {}).get("split_batches"):
-            raise UserError("trainer.accelerator_config.split_batches=true is refused: the batch sizes are per process")
-        if name in _UNSAFE_ARGUMENTS and arguments[name] not in (_UNSAFE_ARGUMENTS[name][0], None):
-            raise UserError(f"trainer.{name}={arguments[name]} is refused: {_UNSAFE_ARGUMENTS[name][1]}")
-    for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
-        if name in arguments and (not isinstance(arguments[name], int) or arguments[name] < 1):
-            raise UserError(f"trainer.{name}={arguments[name]} must be a whole number of at least 1")
-    if arguments.get("save_total_limit") == 1:
-        raise UserError(
-            "trainer.save_total_limit=1 leaves nothing to fall back to if the last checkpoint is damaged: use 2"
-        )
