@@ -256,9 +256,8 @@ class Grid:
             return
         self.done.add(path)
         failure_path(spec.config).unlink(missing_ok=True)
-        for cell in self.table.cells:
-            if cell.config.run_path == path:
-                remember_run(self.table, cell)
+        for cell in self.table.cells_of_runs[path]:
+            remember_run(self.table, cell)
 
     # ---- what is told
 
@@ -316,11 +315,11 @@ def grader_versions() -> dict[str, dict[str, str | None]]:
 def dry_run(table: Table, graders: Mapping[str, Mapping[str, str | None]]) -> list[str]:
     """Return what would be done: one line a run, then the whole, its time and disk."""
     lines, counts, left = [], {}, []
-    for spec in table.specs():
-        cells = [cell for cell in table.cells if cell.config.run_path == spec.config.run_path]
+    for path, cells in table.cells_of_runs.items():
+        spec = cells[0].spec
         state = inspect(spec, graders)
         reason = state.reason
-        lock_path = work_lock_path(spec.config.run_path)
+        lock_path = work_lock_path(path)
         if lock_path.is_file():  # a dry run leaves no file behind
             if (lock := try_lock(lock_path)) is None:
                 state, reason = replace(state, status=RUNNING), holder(lock_path)
@@ -332,7 +331,7 @@ def dry_run(table: Table, graders: Mapping[str, Mapping[str, str | None]]) -> li
         left += [spec] if state.status != DONE else []
         row = " ".join(word for word in (cells[0].row.base, cells[0].row.method, cells[0].row.setting) if word)
         columns = ",".join(cell.column.name for cell in cells)
-        lines.append(f"{state.status:10} {row} seed {spec.config.seed} → {columns}: {spec.config.run_path.name}")
+        lines.append(f"{state.status:10} {row} seed {spec.config.seed} → {columns}: {path.name}")
         lines += [f"           {reason}"] if reason else []
     total = ", ".join(f"{number} {status}" for status, number in counts.items())
     lines.append(f"{table.id}: {len(table.cells)} cells from {len(table.specs())} runs: {total}")

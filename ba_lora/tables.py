@@ -38,6 +38,7 @@ Rows and columns keep the file's order. The key=value of the command line come l
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,9 +127,17 @@ class Table:
     ours: tuple[str, ...]
     report: dict[str, Any]
 
+    @functools.cached_property
+    def cells_of_runs(self) -> dict[Path, list[Cell]]:
+        """Run folder → the cells that read from this run; in the order of the rows."""
+        runs: dict[Path, list[Cell]] = {}
+        for cell in self.cells:
+            runs.setdefault(cell.config.run_path, []).append(cell)
+        return runs
+
     def specs(self) -> list[Spec]:
-        """Return the runs, each once, in the order of the rows (several cells may read from one)."""
-        return list({cell.config.run_path: cell.spec for cell in self.cells}.values())
+        """Return the runs, each once, in the order of the rows."""
+        return [cells[0].spec for cells in self.cells_of_runs.values()]
 
 
 def available_tables() -> list[str]:

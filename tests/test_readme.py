@@ -1,6 +1,7 @@
 """The README's commands run as they stand, and its tables hold no number that is not in a file."""
 
 import csv
+import importlib
 import json
 import os
 import re
@@ -44,30 +45,49 @@ def test_every_command_is_of_a_kind_that_is_tested_here():
     assert sorted({*COMMANDS} - tested) == ["sh scripts/test.sh"]
 
 
+@pytest.fixture
+def dry_run(capsys, monkeypatch):
+    """Call what a line's script calls, with --dry-run, in this process (a start of Python takes seconds); return what
+    it prints."""
+
+    def run(line):
+        words = shlex.split(line.removesuffix("--dry-run"))
+        while "=" in words[0]:
+            monkeypatch.setenv(*words.pop(0).split("=", 1))
+        assert words[0] == "sh"
+        module, own = re.search(r'python" -m (\S+)(.*) "\$@"$', (ROOT / words[1]).read_text(), flags=re.M).groups()
+        monkeypatch.setattr("sys.argv", [module, *shlex.split(own), *words[2:], "--dry-run"])
+        monkeypatch.chdir(ROOT)
+        assert importlib.import_module(module).main() == 0
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.mark.parametrize("line", ["ba-lora.sh", "pissa.sh", "nlu.sh", "reproduce.sh ranks"])
+def test_scripts_start(line):
+    done = shell(f"sh scripts/{line} --dry-run")
+    assert done.returncode == 0 and done.stdout, done.stderr
+
+
 @pytest.mark.parametrize("line", LAUNCHES)
-def test_every_launch_resolves_to_its_commands(line):
+def test_every_launch_resolves_to_its_commands(line, dry_run):
     """Config, method, overrides, launcher and tasks are checked; a 7B model is not trained."""
-    done = shell(f"{line} --dry-run")
-    assert done.returncode == 0, done.stderr
-    training, *evaluation = [shlex.split(printed) for printed in done.stdout.splitlines()]
+    training, *evaluation = [shlex.split(printed) for printed in dry_run(line).splitlines()]
     assert "train_nlg.py" in training and len(evaluation) >= 2
     assert ("accelerate.commands.launch" in training) == ("NUM_MACHINES" in line)
 
 
 @pytest.mark.parametrize("line", NLU)
-def test_every_nlu_launch_resolves_to_its_commands(line):
-    done = shell(f"{line} --dry-run")
-    assert done.returncode == 0, done.stderr
-    trainings = [shlex.split(printed) for printed in done.stdout.splitlines()]
+def test_every_nlu_launch_resolves_to_its_commands(line, dry_run):
+    trainings = [shlex.split(printed) for printed in dry_run(line).splitlines()]
     assert len(trainings) == 3 and all("train_nlu.py" in training for training in trainings)
 
 
 @pytest.mark.parametrize("line", REPRODUCE)
-def test_every_table_command_is_understood(line):
-    done = shell(f"{line.removesuffix('--dry-run')} --dry-run")
-    assert done.returncode == 0, done.stderr
+def test_every_table_command_is_understood(line, dry_run):
     name = shlex.split(line)[2]
-    assert re.search(rf"^{name}: \d+ cells from \d+ runs: ", done.stdout, flags=re.M)
+    assert re.search(rf"^{name}: \d+ cells from \d+ runs: ", dry_run(line), flags=re.M)
 
 
 def test_every_table_is_in_the_list_of_tables():
