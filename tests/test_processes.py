@@ -27,8 +27,15 @@ run_entry_point(main)
 """
 
 
-@pytest.mark.parametrize("launcher", ["cpu", "zero2"])
-@pytest.mark.parametrize("what", ["fails", "works"])
+@pytest.mark.parametrize(
+    ("launcher", "what"),
+    [
+        ("cpu", "fails"),
+        ("zero2", "works"),
+        pytest.param("cpu", "works", marks=pytest.mark.slow),
+        pytest.param("zero2", "fails", marks=pytest.mark.slow),
+    ],
+)
 def test_one_process_claims_for_all(root, tmp_path, launcher, what):
     worker = tmp_path / "worker.py"
     worker.write_text(WORKER)

@@ -194,7 +194,9 @@ def test_accumulation_does_not_change_per_position_terms(tmp_path, regularizers)
             torch.testing.assert_close(other[name], weights[0][name], rtol=1e-3, atol=1e-4)
 
 
-@VERSIONS
+@pytest.mark.parametrize(
+    "regularizers", [pytest.param(PAPER2024, marks=pytest.mark.slow), ICLR2026], ids=["paper2024", "iclr2026"]
+)
 def test_two_processes_equal_accumulation_two(tmp_path, root, regularizers):
     """2 processes × 2 rows = 1 process × 2 rows × accumulation 2: every term, the loss and the weights."""
     settings = json.dumps(dataclasses.asdict(regularizers))
