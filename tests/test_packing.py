@@ -269,6 +269,7 @@ def test_training_packed_is_training_padded(tmp_path, settings):
         torch.testing.assert_close(weights[1][name], weight, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [2])
 def test_two_packed_processes_equal_padded_accumulation(tmp_path, root, processes):
     regularizers = json.dumps(dataclasses.asdict(PAPER2024))

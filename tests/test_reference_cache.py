@@ -224,6 +224,7 @@ def test_training_with_every_token_is_training_without_a_cache(tmp_path, version
         torch.testing.assert_close(weights[1][name], weight, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_two_processes_with_a_cache_are_accumulation_two_without(tmp_path, root):
     """Both processes fill the cache and read it, packed; the terms are those of the live reference in one, padded."""
     settings = json.dumps(vars(VERSIONS["adaptive"]))
