@@ -87,10 +87,6 @@ class LocalExecutor:
         self._jobs: list[_Job] = []
         self._slot_lock: IO[str] | None = None
 
-    @property
-    def num_running(self) -> int:
-        return len(self._jobs)
-
     def free_slot(self) -> Slot | None:
         """Return a slot that nobody uses, neither this grid nor, for a GPU, another one on this machine."""
         used = {job.slot.name for job in self._jobs}

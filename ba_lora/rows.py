@@ -3,13 +3,17 @@
 import csv
 import json
 import os
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from ba_lora.config import PROJECT_ROOT
 from ba_lora.errors import UserError
 from ba_lora.io import read_json, read_jsonl, sha256_file
+
+Row = TypeVar("Row")
 
 LOCAL_SUFFIXES = (".json", ".jsonl", ".parquet", ".csv", ".tsv")
 
@@ -50,6 +54,16 @@ def load_rows(
     if path.suffix in LOCAL_SUFFIXES or path.exists():
         return _local_rows(path), Source(name=portable_name(path), sha256=sha256_file(path))
     return _hub_rows(data, split=split, configs=configs)
+
+
+def choose_rows(rows: list[Row], num_rows: int | None, sample_seed: int | None) -> list[Row]:
+    """Return the first `num_rows` (None: all), or a sample of that size by `sample_seed`, in the rows' order."""
+    if num_rows is None or num_rows >= len(rows):
+        return rows
+    if sample_seed is None:
+        return rows[:num_rows]
+    chosen = sorted(random.Random(sample_seed).sample(range(len(rows)), num_rows))
+    return [rows[index] for index in chosen]
 
 
 def portable_name(path: Path) -> str:

@@ -9,7 +9,6 @@ Every set is read from the hub by name or from a local json, jsonl or parquet fi
     gsm8k         question, answer (ends "#### N")   openai/gsm8k
 """
 
-import random
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from ba_lora.config import DataConfig, resolve_path
 from ba_lora.errors import UserError
 from ba_lora.prompts import build_prompt
 from ba_lora.regularizers import IGNORE_INDEX
-from ba_lora.rows import LOCAL_SUFFIXES, load_rows
+from ba_lora.rows import LOCAL_SUFFIXES, choose_rows, load_rows
 from data import manifest
 
 if TYPE_CHECKING:
@@ -87,7 +86,7 @@ def load_training_data(config: DataConfig, tokenizer: "PreTrainedTokenizerBase")
     source = SOURCES[config.name]
     checked = manifest.check(config.name, config.split, rows, source.columns, file_sha256=origin["file_sha256"])
     num_read = len(rows)
-    rows = _choose(rows, config)
+    rows = choose_rows(rows, config.num_rows, config.sample_seed)
     encoded, cut, dropped, empty = [], 0, 0, 0
     for row in rows:
         try:
@@ -194,13 +193,3 @@ def _read_rows(config: DataConfig) -> tuple[list[dict[str, Any]], dict[str, Any]
         if any(column not in row for column in source.columns):
             raise UserError(f"{name}, row {number} lacks a column: {', '.join(source.columns)} are needed in every row")
     return rows, origin
-
-
-def _choose(rows: list[dict[str, Any]], config: DataConfig) -> list[dict[str, Any]]:
-    """Return the first `num_rows`, or a sample of that size drawn with `sample_seed` (in the file's order)."""
-    if config.num_rows is None or config.num_rows >= len(rows):
-        return rows
-    if config.sample_seed is None:
-        return rows[: config.num_rows]
-    chosen = sorted(random.Random(config.sample_seed).sample(range(len(rows)), config.num_rows))
-    return [rows[index] for index in chosen]

@@ -17,7 +17,7 @@ from ba_lora.config_nlu import NLUDataConfig, NLURunConfig
 from ba_lora.errors import UserError
 from ba_lora.glue import HUB, HUB_REVISION, GlueTask, find_task
 from ba_lora.model import encode_texts
-from ba_lora.rows import LOCAL_SUFFIXES, Source, load_rows
+from ba_lora.rows import LOCAL_SUFFIXES, Source, choose_rows, load_rows
 from data.imbalance import imbalanced_rows
 
 if TYPE_CHECKING:
@@ -203,12 +203,7 @@ def _choose(rows: list[_Row], config: NLUDataConfig, task: GlueTask) -> list[_Ro
             seed=config.split_seed,
         )
         return [rows[index] for index in chosen]
-    if config.num_rows is None or config.num_rows >= len(rows):
-        return rows
-    if config.sample_seed is None:
-        return rows[: config.num_rows]
-    chosen = sorted(random.Random(config.sample_seed).sample(range(len(rows)), config.num_rows))
-    return [rows[index] for index in chosen]
+    return choose_rows(rows, config.num_rows, config.sample_seed)
 
 
 def _split(rows: Sequence[_Row], share: float, seed: int) -> tuple[list[_Row], list[_Row]]:

@@ -169,6 +169,21 @@ def test_the_toys_numbers_are_those_of_the_results():
         assert cells[:2] == [f"{mean(scores):.1f}{spread}", str(len(scores))]
 
 
+def test_the_price_of_a_step_is_that_of_the_newest_bench_rows():
+    newest = {}
+    with open(ROOT / "results" / "bench.csv", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            if (row["device"], row["shape"]) == ("cpu", "default"):
+                newest[row["case"], row["vocab"]] = (
+                    f"{float(row['step_ratio']):.2f}",
+                    f"{float(row['memory_ratio']):.2f}",
+                )
+    names = {"official arithmetic": "official", "fused": "fused", "fused, reference cached": "fused_cache"}
+    for name, case in names.items():
+        (line,) = re.findall(rf"^\| BA-LoRA, {name} \|(.*)\|$", TEXT, flags=re.M)
+        assert tuple(cell.strip() for cell in line.split("|")) == newest[case, "32000"] + newest[case, "128000"], name
+
+
 def _of_the_table(result, method):
     from ba_lora.config import load_config, training_hash
 
