@@ -249,7 +249,11 @@ def plot(path: Path) -> None:
     from matplotlib import pyplot
 
     with open(path, encoding="utf-8", newline="") as file:
-        newest = {(row["device"], row["shape"], int(row["vocab"]), row["case"]): row for row in csv.DictReader(file)}
+        newest: dict[tuple[str, str, int, str], dict[str, str]] = {}
+        for row in csv.DictReader(file):
+            key = row["device"], row["shape"], int(row["vocab"]), row["case"]
+            newest.pop(key, None)  # so that the order, too, is that of the newest run
+            newest[key] = row
     groups = list(dict.fromkeys(key[:3] for key in newest))
     figure, axes = pyplot.subplots(len(groups), 2, figsize=(10, 2.6 * len(groups)), squeeze=False)
     for (device, shape, vocabulary), pair in zip(groups, axes, strict=True):
