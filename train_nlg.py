@@ -73,7 +73,7 @@ def train(config: RunConfig, run_path: Path, process: PartialState) -> None:
     # Model: the pre-trained one, with the method's adapter.
     probe = probe_batch(data.dataset.select(range(min(2, len(data.dataset)))).to_list(), tokenizer.pad_token_id)
     num_steps = count_steps(arguments, len(data.dataset))
-    model, step0 = build_model(config, run_path=run_path, num_steps=num_steps, probe=probe)
+    model, step0 = build_model(config, run_path=run_path, num_steps=num_steps, probe=probe, rows=data.dataset)
     trainable, everything = parameter_counts(model)
     if config.data.packing:
         prepare_packing(model, data.dataset["input_ids"][:2])

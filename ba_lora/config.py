@@ -9,6 +9,7 @@ configuration is saved with every run and reproduces it alone: `python train_nlg
 outputs/<run_id>/config.yaml` needs no method file.
 """
 
+import copy
 import dataclasses
 import difflib
 import functools
@@ -34,6 +35,7 @@ TUNERS = ("full", "bitfit", "lora", "adalora", "loha")
 CONSISTENCY_SCHEDULES = ("constant", "cosine_to_10_percent", "adaptive")
 SCHEDULES = ("constant", "two_phase")
 NLG_TASKS = ("toy", "gsm8k", "math", "heldout", "humaneval", "mbpp", "mt_bench")  # eval/tasks has a class for each
+JUDGED_TASKS = ("mt_bench",)  # of these, those that a judge model grades
 LOSS_IMPLEMENTATIONS = ("fused", "plain")
 RUN_MEASURES = ("inheritance",)  # measured on the run itself, not on completions: eval/<name>.py
 DATASETS = ("toy", "metamathqa", "codefeedback", "wizardlm", "gsm8k")
@@ -56,7 +58,7 @@ class AdapterConfig:
     """What is trained: an adapter by PEFT, the biases alone (`tuner=bitfit`), or everything (`tuner=full`)."""
 
     tuner: str = "lora"
-    init: str = "lora"  # lora | pissa | pissa_niter_N
+    init: str = "lora"  # lora | pissa | pissa_niter_N | corda
     rank: int = 128
     alpha: float | None = None  # None: equal to the rank, as PiSSA needs for a scaling of 1
     dropout: float = 0.0
@@ -396,6 +398,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         known = sorted(str(p.relative_to(PROJECT_ROOT)) for p in (PROJECT_ROOT / "configs").glob("nl?/*.yaml"))
         raise UserError(f"no such config: {path}{nearest(str(path), known)}")
+    status = path.stat()
+    return copy.deepcopy(_parsed(path.absolute(), status.st_mtime_ns, status.st_size))
+
+
+@functools.lru_cache(maxsize=256)  # a table reads the same few files hundreds of times; a changed file is read again
+def _parsed(path: Path, modified_ns: int, size: int) -> dict[str, Any]:
     try:
         plain = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
     except Exception as error:  # PyYAML and OmegaConf raise unrelated classes; all of them mean a broken file

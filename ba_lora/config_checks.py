@@ -54,8 +54,8 @@ def check(config: RunConfig) -> None:
     check_choice("model.quantization", config.model.quantization, ("none", "nf4"))
     check_choice("adapter.tuner", config.adapter.tuner, TUNERS)
     check_choice("adapter.dtype", config.adapter.dtype, ("float32", "base"))
-    if config.adapter.init not in ("lora", "pissa") and not re.fullmatch(r"pissa_niter_[1-9]\d*", config.adapter.init):
-        raise UserError(f"adapter.init={config.adapter.init} is unknown: choose lora, pissa or pissa_niter_N")
+    if not re.fullmatch(r"lora|pissa|pissa_niter_[1-9]\d*|corda", config.adapter.init):
+        raise UserError(f"adapter.init={config.adapter.init} is unknown: choose lora, pissa, pissa_niter_N or corda")
     if config.adapter.rank < 1:
         raise UserError(f"adapter.rank is {config.adapter.rank}: it must be at least 1")
     if config.adapter.alpha is not None and config.adapter.alpha <= 0:
@@ -72,6 +72,8 @@ def check(config: RunConfig) -> None:
         raise UserError(f"adapter.init={config.adapter.init} needs adapter.tuner=lora and adapter.dora=false")
     if config.model.quantization == "nf4" and config.adapter.tuner != "lora":
         raise UserError("model.quantization=nf4 needs adapter.tuner=lora: quantised weights cannot be trained")
+    if config.adapter.init == "corda" and (config.kind != "nlg" or config.model.quantization != "none"):
+        raise UserError("adapter.init=corda runs training rows through a language model: not for NLU, nor for nf4")
     if config.reference.top_k < 1:
         raise UserError(f"reference.top_k is {config.reference.top_k}: it must be at least 1")
     check_choice("reference.dtype", config.reference.dtype, ("float16", "float32"))

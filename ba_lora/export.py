@@ -1,8 +1,8 @@
 """What a trained run leaves to the world: adapter, plain LoRA, merged model; each compared with the trained model.
 
-    adapter/   the trained PEFT adapter as it is. A PiSSA adapter belongs to the residual base W − B₀A₀, so:
-    lora/      PiSSA only: a plain LoRA of rank 2r on the untouched base, [B, −B₀] [A; A₀] = BA − B₀A₀; any PEFT or
-               vLLM loads it without knowing of PiSSA
+    adapter/   the trained PEFT adapter as it is. That of PiSSA or CorDA belongs to the residual base W − B₀A₀, so:
+    lora/      these two only: a plain LoRA of rank 2r on the untouched base, [B, −B₀] [A; A₀] = BA − B₀A₀; any PEFT or
+               vLLM loads it without knowing where it comes from
     merged/    an ordinary model folder, W + BA − B₀A₀
 
 Each is written beside its final place and renamed, so a killed export leaves nothing half-written, and each is loaded
@@ -38,15 +38,15 @@ def adapter_files(config: RunConfig) -> tuple[str, str]:
     """Return the names of the weights and settings in adapter/.
 
     PEFT rebuilds the residual of an exact PiSSA adapter when it loads it. It cannot rebuild a randomised one
-    (pissa_niter_N) and would be wrong without an error: that one is kept under names that PEFT does not load.
+    (pissa_niter_N) and would be wrong without an error, nor CorDA's: those are kept under names that it does not load.
     """
-    if config.adapter.init.startswith("pissa_niter"):
-        return "trained.safetensors", "trained_config.json"
-    return "adapter_model.safetensors", "adapter_config.json"
+    if config.adapter.init in ("lora", "pissa"):
+        return "adapter_model.safetensors", "adapter_config.json"
+    return "trained.safetensors", "trained_config.json"
 
 
 def serving_adapter(run_path: Path) -> Path:
-    """Return the adapter folder that works on the untouched base: lora/ where PiSSA made one, else adapter/."""
+    """Return the adapter folder that works on the untouched base: lora/ where there is one, else adapter/."""
     lora = run_path / "lora"
     return lora if lora.is_dir() else run_path / "adapter"
 
@@ -128,7 +128,7 @@ def export_run(
         merged = _load_merged(config, run_path / "merged")
         return {"merged": _compare("merged", merged, probe, trained_logits, allowed, run_path)}
     if config.adapter.init != "lora":
-        convert_pissa(run_path / "adapter", factors_path(run_path), run_path / "lora", config=config)
+        convert_to_lora(run_path / "adapter", factors_path(run_path), run_path / "lora", config=config)
     model = _on_device(_with_adapter(config, serving_adapter(run_path)))
     name = serving_adapter(run_path).name
     differences[name] = _compare(name, model, probe, trained_logits, allowed, run_path)
@@ -140,8 +140,8 @@ def export_run(
     return differences
 
 
-def convert_pissa(adapter_path: Path, initial_factors: Path, output_path: Path, *, config: RunConfig) -> None:
-    """Write the plain LoRA equal to a PiSSA adapter: A' = [A; A₀], B' = [B, −B₀], rank 2r, the same scaling.
+def convert_to_lora(adapter_path: Path, initial_factors: Path, output_path: Path, *, config: RunConfig) -> None:
+    """Write the plain LoRA equal to an adapter on a residual base: A' = [A; A₀], B' = [B, −B₀], rank 2r, same scaling.
 
     B'A' = BA − B₀A₀ exactly, so W + s B'A' = (W − s B₀A₀) + s BA, the trained model.
     """
@@ -218,12 +218,12 @@ def write_model_card(run_path: Path, config: RunConfig, result: dict[str, Any]) 
         note = ""
         if name == "adapter" and config.adapter.init != "lora":
             note = (
-                "\nThis is the PiSSA adapter as trained, on the residual base. On the untouched base use the plain "
+                "\nThis is the adapter as trained, on the residual base. On the untouched base use the plain "
                 "LoRA in `lora/`, or `merged/`.\n"
             )
             if config.adapter.init != "pissa":
                 note += (
-                    "\nIts initialisation is randomised, so PEFT cannot rebuild the residual: the weights are kept in "
+                    "\nPEFT cannot repeat its initialisation and rebuild the residual: the weights are kept in "
                     "`trained.safetensors`, which PEFT does not load.\n"
                 )
         library = "transformers" if name == "merged" else "peft"

@@ -1,6 +1,7 @@
 """From the pre-trained model to the model that is trained: PEFT does the adapters, this file chooses and checks.
 
-PiSSA's first factors (ba_lora/pissa.py) are saved with the run: a resumed run builds the very same residual from them.
+The first factors of PiSSA (ba_lora/pissa.py) and CorDA (ba_lora/corda.py) are saved with the run: a resumed run builds
+the very same residual from them.
 """
 
 import dataclasses
@@ -15,6 +16,7 @@ from ba_lora.model import load_base
 
 if TYPE_CHECKING:
     import torch
+    from datasets import Dataset
     from torch import nn
 
 
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 class StepZero:
     """How far the untrained model stands from the pre-trained one: the largest |Δ logit| on the probe batch.
 
-    PiSSA's residual is rounded to the base's dtype: 0 for methods that leave the base alone, small but not 0 else.
+    The residual of PiSSA and CorDA is rounded to the base's dtype: small there, 0 for methods that leave it alone.
     None where it cannot be measured: weights split by ZeRO-3 cannot run outside the engine, and a resumed QPiSSA run
     no longer loads the unquantised model.
     """
@@ -37,12 +39,18 @@ class StepZero:
 
 
 def build_model(
-    config: RunConfig, *, run_path: Path, num_steps: int, probe: dict | None = None
+    config: RunConfig,
+    *,
+    run_path: Path,
+    num_steps: int,
+    probe: dict | None = None,
+    rows: "Dataset | None" = None,
 ) -> tuple["nn.Module", StepZero]:
     """Load the pre-trained model and return it ready to train (all weights, or a PEFT model) and its `StepZero`.
 
-    `num_steps` is the number of optimizer steps (AdaLoRA's schedule needs it). Where `run_path` holds PiSSA's first
-    factors, they are used instead of a new SVD. Raises UserError for settings that do not fit the model.
+    `num_steps` is the number of optimizer steps (AdaLoRA's schedule needs it), `rows` are the tokenized training rows
+    (CorDA's initialisation does). Where `run_path` holds the first factors of PiSSA or CorDA, they are used instead of
+    a new SVD. Raises UserError for settings that do not fit the model.
     """
     before = {}
 
@@ -53,7 +61,7 @@ def build_model(
 
     from transformers.integrations import is_deepspeed_zero3_enabled
 
-    model = _build(config, run_path, num_steps, measure)
+    model = _build(config, run_path, num_steps, measure, rows)
     if "logits" not in before:
         return model, StepZero(None)
     difference = (probe_logits(model, probe) - before["logits"]).abs().max().item()
@@ -77,7 +85,11 @@ def probe_logits(model: "nn.Module", probe: dict) -> "torch.Tensor":
 
 
 def _build(
-    config: RunConfig, run_path: Path, num_steps: int, measure: Callable[["nn.Module"], "nn.Module"]
+    config: RunConfig,
+    run_path: Path,
+    num_steps: int,
+    measure: Callable[["nn.Module"], "nn.Module"],
+    rows: "Dataset | None",
 ) -> "nn.Module":
     adapter = config.adapter
     if adapter.trains_own_weights:
@@ -90,7 +102,7 @@ def _build(
     if adapter.init == "lora":
         model = measure(_to_device(load_base(config)))
         return _with_adapter(model, config, num_steps)
-    return _build_pissa(config, run_path, num_steps, measure)
+    return _build_on_residual(config, run_path, num_steps, measure, rows)
 
 
 def _to_device(model: "nn.Module") -> "nn.Module":
@@ -103,10 +115,14 @@ def _to_device(model: "nn.Module") -> "nn.Module":
     return model.to(PartialState().device)
 
 
-def _build_pissa(
-    config: RunConfig, run_path: Path, num_steps: int, measure: Callable[["nn.Module"], "nn.Module"]
+def _build_on_residual(
+    config: RunConfig,
+    run_path: Path,
+    num_steps: int,
+    measure: Callable[["nn.Module"], "nn.Module"],
+    rows: "Dataset | None",
 ) -> "nn.Module":
-    """PiSSA, or QPiSSA: there the residual is made in full precision, in the host's memory, then quantised."""
+    """CorDA, PiSSA, or QPiSSA: there the residual is made in full precision, in the host's memory, then quantised."""
     from accelerate import PartialState
 
     adapter, quantized = config.adapter, config.model.quantization != "none"
@@ -117,7 +133,9 @@ def _build_pissa(
     if not (quantized and has_residual):
         model = load_base(config, quantize=False)
         model = _with_adapter(measure(model if quantized else _to_device(model)), config, num_steps)
-        if not has_factors:
+        if not has_factors and adapter.init == "corda":
+            _write_corda_factors(model, factors, rows, config.seed)
+        elif not has_factors:
             cache = adapter.factors_cache and pissa.FactorsCache(resolve_path(adapter.factors_cache))
             pissa.write_factors(model, factors, pissa.requested_svd(adapter), cache=cache)
         pissa.load_factors(model, factors, subtract=True)
@@ -129,6 +147,16 @@ def _build_pissa(
         pissa.load_factors(model, factors, subtract=False)
     model.peft_config["default"].init_lora_weights = config.adapter.init
     return model
+
+
+def _write_corda_factors(model: "nn.Module", path: Path, rows: "Dataset", seed: int) -> None:
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    from ba_lora import corda
+
+    if is_deepspeed_zero3_enabled():
+        raise UserError("adapter.init=corda runs rows before training, which ZeRO-3's split weights cannot: use ZeRO-2")
+    corda.write_factors(model, path, corda.calibration_rows(rows, seed))
 
 
 def _biases_alone(model: "nn.Module") -> "nn.Module":
@@ -264,7 +292,7 @@ def _lora_config(adapter: AdapterConfig, num_steps: int) -> Any:
         lora_dropout=adapter.dropout,
         use_rslora=adapter.rslora,
         use_dora=adapter.dora,
-        init_lora_weights=True,  # PiSSA's factors take their place
+        init_lora_weights=True,  # the factors of PiSSA and CorDA take their place
     )
 
 
@@ -305,7 +333,7 @@ PEFT_CONFIGS = {"lora": _lora_config, "adalora": _adalora_config, "loha": _loha_
 
 
 def parameter_counts(model: "nn.Module") -> tuple[int, int]:
-    """Return (trainable, all) parameters; PiSSA's frozen reference copy and ZeRO-3's splits are accounted for."""
+    """Return (trainable, all) parameters; the reference's frozen factors and ZeRO-3's splits are accounted for."""
     from ba_lora.reference import ADAPTER_NAME
 
     trainable = everything = 0

@@ -101,13 +101,22 @@ def write_factors(model: nn.Module, path: Path, svd: SVD, *, cache: FactorsCache
 
     The names are those of PEFT's adapter file, the dtype is the adapter's.
     """
-    layers = dict(_named_adapter_layers(model))
-    first = next(iter(layers.values()))
-    rank, scaling, dtype = first.r["default"], first.scaling["default"], factor_parameters(first, "default")[0].dtype
-    matrices = {name: Matrix(layer.get_base_layer().weight, layer.fan_in_fan_out) for name, layer in layers.items()}
+    matrices = {
+        name: Matrix(layer.get_base_layer().weight, layer.fan_in_fan_out) for name, layer in named_adapter_layers(model)
+    }
+    save_factors(model, path, decompose(matrices, svd, cache=cache, device=PartialState().device))
+
+
+def save_factors(model: nn.Module, path: Path, components: Mapping[str, Components]) -> None:
+    """Write A₀ = √(S/s) Vᵀ and B₀ = U √(S/s) of each LoRA layer's components, s its scaling; every process calls it.
+
+    The first process writes; of the others `components` may be empty.
+    """
     process = PartialState()
-    components = decompose(matrices, svd, cache=cache, device=process.device)
     if process.is_main_process:
+        first = dict(named_adapter_layers(model))[next(iter(components))]
+        rank, scaling = first.r["default"], first.scaling["default"]
+        dtype = factor_parameters(first, "default")[0].dtype
         tensors = {}
         for name, found in components.items():
             left, values, right = found.leading(rank)
@@ -122,7 +131,7 @@ def write_factors(model: nn.Module, path: Path, svd: SVD, *, cache: FactorsCache
 def load_factors(model: nn.Module, path: Path, *, subtract: bool) -> None:
     """Put A₀, B₀ of the file into the trained adapter and, with `subtract`, take s B₀A₀ from the base."""
     factors = load_file(path)
-    for name, layer in _named_adapter_layers(model):
+    for name, layer in named_adapter_layers(model):
         base = layer.get_base_layer()
         parameters = factor_parameters(layer, "default")
         with gathered([*parameters, base.weight]), torch.no_grad():
@@ -180,6 +189,7 @@ def _batches(matrices: Mapping[str, Matrix], batch_bytes: int) -> Iterator[list[
             yield names[start : start + size]
 
 
-def _named_adapter_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+def named_adapter_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return (name, layer) of the model's PEFT layers."""
     names = {module: name for name, module in model.named_modules()}
     return [(names[layer], layer) for layer in adapter_layers(model)]

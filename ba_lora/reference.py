@@ -2,7 +2,7 @@
 
 The reference is the tuned model as it was at step 0, so the consistency term is exactly 0 there in any dtype:
 
-    PiSSA          the base holds the residual W − B₀A₀; a frozen copy of (A₀, B₀) on the same base gives W again.
+    PiSSA, CorDA   the base holds the residual W − B₀A₀; a frozen copy of (A₀, B₀) on the same base gives W again.
                    (Disabling the adapter would give the residual alone: not the pre-trained model.)
     LoRA and kin   B = 0 at the start: disabling the adapter gives W.
     full           a frozen copy of all weights.
@@ -50,7 +50,7 @@ class Reference:
 def build_reference(model: nn.Module) -> Reference:
     """Return the reference of `model`, a PEFT model or a plain one, in its present (untrained) state.
 
-    For PiSSA a frozen second adapter is added to the layers, which `model.save_pretrained` leaves out.
+    For PiSSA and CorDA a frozen second adapter is added to the layers, which `model.save_pretrained` leaves out.
     """
     from peft import PeftModel
 
@@ -59,7 +59,7 @@ def build_reference(model: nn.Module) -> Reference:
         return Reference([], frozen_factors=False, frozen_model=frozen)
     layers = adapter_layers(model)
     config = model.peft_config["default"]
-    if not str(getattr(config, "init_lora_weights", "")).startswith("pissa"):
+    if not str(getattr(config, "init_lora_weights", "")).startswith(("pissa", "corda")):
         return Reference(layers, frozen_factors=False)
     frozen_config = copy.deepcopy(config)
     frozen_config.init_lora_weights = True  # "pissa" would run again, on the residual

@@ -2,7 +2,7 @@
 
 outputs/<run_id>/config.yaml   the resolved configuration; written first, it claims the folder
                  claim.json    what else must stay as it was: number of processes, the local training file
-                 initial/      PiSSA's first factors
+                 initial/      the first factors of PiSSA and CorDA
                  checkpoints/  Trainer's, each with the list of its files
                  adapter/ lora/ merged/
                  log.jsonl     every logged step
@@ -31,11 +31,13 @@ def claim_folder(config: RunConfig, *, num_processes: int = 1) -> None:
 
     From here to its end this process holds the run's training lock (see locks.py). Raises UserError when another
     process does, when the folder belongs to another configuration, another number of processes or another version of
-    a local training file, or holds something else. `overwrite=true` empties it first. Call it on one process only.
+    a local training file, or holds something else: nothing in it has changed then. `overwrite=true` empties it first.
+    Call it on one process only.
     """
     path = config.run_path
     _hold_training_lock(path)
     saved = path / "config.yaml"
+    claim = {"num_processes": num_processes, "source_sha256": source_sha256(config)}
     with disk_errors(path):
         if path.is_file():
             raise UserError(f"{path} is a file: choose another output_dir")
@@ -45,24 +47,30 @@ def claim_folder(config: RunConfig, *, num_processes: int = 1) -> None:
             shutil.rmtree(path)
             config.result_path.unlink(missing_ok=True)
         if saved.is_file():
-            if training_hash(load_config(saved)) != training_hash(config):
-                raise UserError(
-                    f"{path} holds a run of another config: choose another output_dir, or overwrite=true to redo it"
-                )
+            claim = _earlier_claim(config, claim)
         elif path.is_dir() and any(file for file in path.iterdir() if not file.name.endswith(".tmp")):
             raise UserError(f"{path} is not empty and no run's folder: choose another output_dir")
         write_text_atomic(saved, to_yaml(config))
-        claim = {"num_processes": num_processes, "source_sha256": source_sha256(config)}
-        earlier = read_json(path / CLAIM) if (path / CLAIM).is_file() else claim
-        if earlier["source_sha256"] != claim["source_sha256"]:
-            files = " or ".join(config.data_files)
-            raise UserError(f"{files} has changed since {path.name} was started: overwrite=true redoes it")
-        if earlier["num_processes"] != num_processes and not is_trained(path, config):
-            raise UserError(
-                f"{path.name} was started on {earlier['num_processes']} processes, this is {num_processes}: the "
-                "effective batch would change on the way; use as many, or overwrite=true"
-            )
-        write_json_atomic(path / CLAIM, earlier)
+        write_json_atomic(path / CLAIM, claim)
+
+
+def _earlier_claim(config: RunConfig, claim: dict[str, Any]) -> dict[str, Any]:
+    """Return the claim of the run whose folder this is. Raises UserError where it is not the very same run."""
+    path = config.run_path
+    if training_hash(load_config(path / "config.yaml")) != training_hash(config):
+        raise UserError(
+            f"{path} holds a run of another config: choose another output_dir, or overwrite=true to redo it"
+        )
+    earlier = read_json(path / CLAIM) if (path / CLAIM).is_file() else claim
+    if earlier["source_sha256"] != claim["source_sha256"]:
+        files = " or ".join(config.data_files)
+        raise UserError(f"{files} has changed since {path.name} was started: overwrite=true redoes it")
+    if earlier["num_processes"] != claim["num_processes"] and not is_trained(path, config):
+        raise UserError(
+            f"{path.name} was started on {earlier['num_processes']} processes, this is {claim['num_processes']}: the "
+            "effective batch would change on the way; use as many, or overwrite=true"
+        )
+    return earlier
 
 
 @functools.cache  # once a process: there is no going back from a claimed folder

@@ -18,7 +18,7 @@ DEEPSPEED = sorted((ROOT / "configs" / "deepspeed").glob("*.json"))
 SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 IN_4_BIT = {"llama-3-70b", "yi-1.5-34b", "deepseek-moe-16b", "mixtral-8x7b"}
 ATTENTION_ONLY = {"deepseek-moe-16b", "mixtral-8x7b"}
-CANNOT_QUANTIZE = {"full_ft", "adalora", "loha"}  # weights in 4 bit train only under LoRA-like adapters
+CANNOT_QUANTIZE = {"full_ft", "adalora", "loha", "corda"}  # weights in 4 bit train only under LoRA-like adapters
 
 
 def stem(path: Path) -> str:

@@ -100,7 +100,7 @@ def test_the_parity_check_notices_an_export_without_the_training(train, monkeypa
     """lora/ emptied to zeros is the pre-trained model itself."""
     from ba_lora import export
 
-    convert = export.convert_pissa
+    convert = export.convert_to_lora
 
     def emptied(*arguments, **settings):
         convert(*arguments, **settings)
@@ -109,7 +109,7 @@ def test_the_parity_check_notices_an_export_without_the_training(train, monkeypa
 
         save_file({name: torch.zeros_like(tensor) for name, tensor in load_file(file).items()}, file)
 
-    monkeypatch.setattr(export, "convert_pissa", emptied)
+    monkeypatch.setattr(export, "convert_to_lora", emptied)
     with pytest.raises(UserError, match="differs from the trained model"):
         train(f"model.dtype={dtype}", "trainer.max_steps=6", "trainer.learning_rate=0.02")
 
@@ -142,10 +142,12 @@ def test_a_finished_run_is_not_trained_again(train, capsys):
 def test_a_changed_training_file_is_not_passed_over(train, tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"query": "2 + 2?", "response": "The answer is: 4"}\n' * 8)
-    train("data.name=metamathqa", f"data.source={rows}")
+    run = train("data.name=metamathqa", f"data.source={rows}")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     rows.write_text('{"query": "2 + 3?", "response": "The answer is: 5"}\n' * 8)
     with pytest.raises(UserError, match="rows.jsonl has changed since"):
-        train("data.name=metamathqa", f"data.source={rows}")
+        train("data.name=metamathqa", f"data.source={rows}", "export.merged=false")
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
 def test_the_saved_config_reproduces_the_run_alone(train):

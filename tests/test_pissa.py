@@ -22,7 +22,7 @@ from ba_lora.pissa import Matrix, decompose, load_factors, requested_svd, write_
 from ba_lora.pissa_cache import SKETCH_SEED, SVD, FactorsCache, digest
 from ba_lora.reference import adapter_layers, factor_parameters
 from tests.pissa_helpers import random_matrices, weights_sha256
-from tests.tiny import save_tiny_model, tiny_llama
+from tests.tiny import save_tiny_model, tiny_llama, tiny_rows
 
 
 @pytest.fixture(autouse=True)
@@ -217,11 +217,19 @@ def outcome(process):
     return output
 
 
-@pytest.mark.parametrize("stage", [None, pytest.param("zero3", marks=pytest.mark.slow)])
-def test_all_processes_start_from_the_weights_of_one(root, tmp_path, stage):
+@pytest.mark.parametrize(
+    ("init", "stage"),
+    [
+        ("pissa_niter_4", None),
+        pytest.param("pissa_niter_4", "zero3", marks=pytest.mark.slow),
+        pytest.param("corda", None, marks=pytest.mark.slow),
+    ],
+)
+def test_all_processes_start_from_the_weights_of_one(root, tmp_path, init, stage):
     """The first computes, the second reads; ZeRO-3 has split the base between them."""
-    source, init = save_tiny_model(tmp_path / "model"), "pissa_niter_4"
-    alone, _ = methods.build_model(run_config(source, init=init), run_path=tmp_path / "alone", num_steps=1)
+    source = save_tiny_model(tmp_path / "model")
+    config = run_config(source, init=init)
+    alone, _ = methods.build_model(config, run_path=tmp_path / "alone", num_steps=1, rows=tiny_rows(8))
     words = [source, init, tmp_path / "run", *([stage] if stage else [])]
     printed = outcome(launch(root, root / "tests" / "workers" / "build_pissa.py", *words, processes=2))
     facts = [json.loads(line.removeprefix("facts ")) for line in printed.splitlines() if line.startswith("facts ")]

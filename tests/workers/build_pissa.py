@@ -1,4 +1,4 @@
-"""Build a PiSSA model under torchrun; each process prints the hash of its weights: MODEL INIT RUN [zero3]."""
+"""Build a PiSSA or CorDA model under torchrun; each process prints the hash of its weights: MODEL INIT RUN [zero3]."""
 
 import json
 import sys
@@ -6,13 +6,14 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from peft.tuners.lora import corda as peft_corda
 
 from ba_lora import pissa
 from ba_lora.config import AdapterConfig, ModelConfig, RunConfig
 from ba_lora.errors import leave_process_group
 from ba_lora.methods import build_model
 from tests.pissa_helpers import weights_sha256
-from tests.tiny import arguments
+from tests.tiny import arguments, tiny_rows
 
 name, init, run, *stage = sys.argv[1:]
 torch.set_num_threads(1)
@@ -24,18 +25,21 @@ if stage == ["zero3"]:
 process = PartialState(cpu=True)
 torch.manual_seed(process.process_index)  # the processes' random states may differ
 svds = 0
-leading_components = pissa.leading_components
 
 
-def counting(*arguments, **settings):
-    global svds
-    svds += 1
-    return leading_components(*arguments, **settings)
+def counting(function):
+    def counted(*arguments, **settings):
+        global svds
+        svds += 1
+        return function(*arguments, **settings)
+
+    return counted
 
 
-pissa.leading_components = counting
+pissa.leading_components = counting(pissa.leading_components)
+peft_corda.collect_eigens_for_layer = counting(peft_corda.collect_eigens_for_layer)
 config = RunConfig(model=ModelConfig(name=name, dtype="float32"), adapter=AdapterConfig(init=init, rank=4))
-model, _ = build_model(config, run_path=Path(run), num_steps=1)
+model, _ = build_model(config, run_path=Path(run), num_steps=1, rows=tiny_rows(8))
 split = sum(hasattr(parameter, "ds_id") for parameter in model.parameters())
 facts = {"rank": process.process_index, "svds": svds, "split": split, "weights": weights_sha256(model)}
 for rank in range(process.num_processes):
