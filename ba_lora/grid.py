@@ -54,6 +54,8 @@ from ba_lora.pipeline import (
     evaluation_stages,
     evaluation_state,
     launch_command,
+    missing_judge,
+    needs_judge,
     prepare_evaluation,
     record_evaluation,
     record_result,
@@ -335,6 +337,8 @@ def dry_run(table: Table, graders: Mapping[str, Mapping[str, str | None]]) -> li
         lines += [f"           {reason}"] if reason else []
     total = ", ".join(f"{number} {status}" for status, number in counts.items())
     lines.append(f"{table.id}: {len(table.cells)} cells from {len(table.specs())} runs: {total}")
+    if any(needs_judge(spec.config) for spec in table.specs()) and (missing := missing_judge(os.environ)):
+        lines.append(missing)
     return lines + estimate_lines(left)
 
 
@@ -356,6 +360,8 @@ def main() -> int:
     for cell in table.cells:
         if inspect(cell.spec, graders).status == MISSING and (changed := changed_config(table, cell)):
             print(f"stale: {changed}; {cell.config.run_path.name} takes its place")
+    if any(needs_judge(spec.config) for spec in table.specs()) and (missing := missing_judge(os.environ)):
+        _say(missing)
     grid = Grid(table, executor, graders=graders, retry=options.retry, say=_say)
     _say(f"{table.id}: {len(table.specs())} runs on {', '.join(slot.name for slot in executor.slots)}")
     grid.run()

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import glob
 import hashlib
 import json
 import math
@@ -88,12 +89,12 @@ def write_jsonl_atomic(path: str | Path, rows: Iterable[dict]) -> None:
 def folder_atomic(path: str | Path) -> Iterator[Path]:
     """Give a fresh temporary folder beside `path`; on a clean exit it takes the place of `path`.
 
-    A process killed inside leaves only a `.NAME.*.tmp` folder, which the next call for the same path removes.
+    A process killed inside leaves only a folder `.NAME.<8 hex digits>.tmp`, which the next call for this path removes.
     """
     path = Path(path)
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        for stale in path.parent.glob(f".{path.name}.*.tmp"):
+        for stale in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 8}.tmp"):
             shutil.rmtree(stale)
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
         temporary.mkdir()

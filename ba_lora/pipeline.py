@@ -24,13 +24,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ba_lora.config import PROJECT_ROOT, RUN_MEASURES, RunConfig, load_config, resolve_path, to_yaml
+from ba_lora.config import JUDGED_TASKS, PROJECT_ROOT, RUN_MEASURES, RunConfig, load_config, resolve_path, to_yaml
 from ba_lora.errors import UserError, run_entry_point
 from ba_lora.export import push_to_hub, write_model_card
 from ba_lora.io import read_json, sha256_file, write_json_atomic, write_text_atomic
 from ba_lora.locks import locked, work_lock_path
 from ba_lora.model import model_source
-from ba_lora.results import results_table, write_result
+from ba_lora.results import environment, now, results_table, write_result
 
 DEFAULT_CONFIG = "configs/nlg/toy.yaml"
 UNTUNED = "untuned"  # the method name of the pre-trained model itself
@@ -76,6 +76,8 @@ def main() -> int:
 
     training = training_stage(spec, launch_command(os.environ))
     evaluation = evaluation_stages([config])  # checks files, too
+    if needs_judge(config) and (missing := missing_judge(os.environ)):
+        print(missing, file=sys.stderr, flush=True)
     if options.dry_run:
         for stage in [training, *evaluation]:
             print(shlex.join(stage.command))
@@ -97,6 +99,29 @@ def main() -> int:
     print(results_table(results))
     print(f"result: {config.result_path}")
     return 0
+
+
+def needs_judge(config: RunConfig) -> bool:
+    """Whether a judge model has yet to grade any of the run's tasks."""
+    return any(
+        task in JUDGED_TASKS and not (config.run_path / "scores" / f"{task}.json").is_file()
+        for task in config.eval.tasks
+    )
+
+
+def missing_judge(environ: Mapping[str, str]) -> str | None:
+    """Return the line that warns before a training whose answers nobody will judge, None where a judge is named.
+
+    No error: training and generation need no judge, and judgements on file are scored without one.
+    """
+    from eval.judge_client import endpoint_from_environment
+
+    try:
+        endpoint_from_environment(environ)
+    except UserError as error:
+        tasks = ", ".join(JUDGED_TASKS)
+        return f"warning: {error}; without a judge {tasks} is trained for and answered, but scoring it will fail"
+    return None
 
 
 def split_words(words: list[str], *, default: str = DEFAULT_CONFIG) -> tuple[str, list[str]]:
@@ -170,10 +195,17 @@ def evaluate_run(config: RunConfig) -> dict[str, Any]:
 
 
 def prepare_evaluation(config: RunConfig) -> None:
-    """Give the pre-trained model a folder like a run's."""
-    if config.method == UNTUNED:
+    """Give the pre-trained model a folder like a run's, once: its scores belong to the very train.json there."""
+    if config.method == UNTUNED and not (config.run_path / "train.json").is_file():
         write_text_atomic(config.run_path / "config.yaml", to_yaml(config))
-        write_json_atomic(config.run_path / "train.json", {"status": "ok", "model": {"name": config.model.name}})
+        facts = {
+            "status": "ok",
+            "error": None,
+            "finished_at": now(),
+            "model": {"name": config.model.name, "revision": config.model.revision},
+            "environment": environment(),
+        }
+        write_json_atomic(config.run_path / "train.json", facts)
 
 
 def record_evaluation(config: RunConfig, state: dict[str, Any]) -> dict[str, Any]:

@@ -39,6 +39,8 @@ Rows and columns keep the file's order. The key=value of the command line come l
 
 import dataclasses
 import functools
+import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -247,16 +249,15 @@ def _resolve(row: Row, kind: str, words: Sequence[str], tasks: Sequence[str], ty
     """Return the run of a row, of any seed, that gives scores of the tasks."""
     config_path = f"configs/{kind}/{row.base}.yaml"
     method = None if row.method == UNTUNED else row.method
-    if kind == "nlu":
-        if method is None:
-            raise UserError(f"a classifier's head is new: there is no {UNTUNED} model to evaluate")
-        # Training scores the run's own dev sets; what is left are the sets out of its domain.
-        task = Spec.resolve(config_path, method, [*words, *typed], kind=kind).config.nlu.task
-        tasks = [name for name in tasks if name not in find_task(task).dev_sets]
+    if kind == "nlu" and method is None:
+        raise UserError(f"a classifier's head is new: there is no {UNTUNED} model to evaluate")
+    spec = Spec.resolve(config_path, method, [*words, *typed], kind=kind)
+    if kind == "nlu":  # training scores the run's own dev sets; what is left are the sets out of its domain
+        dev_sets = find_task(spec.config.nlu.task).dev_sets
+        tasks = [name for name in tasks if name not in dev_sets]
     words = [*words, f"eval.tasks=[{','.join(tasks)}]", *typed]
-    spec = Spec.resolve(config_path, method, words, kind=kind)
     if method is None:
-        return dataclasses.replace(spec, trained=False)
+        return dataclasses.replace(Spec.resolve(config_path, method, words, kind=kind), trained=False)
     adapter, more = spec.config.adapter, []
     if adapter.init.startswith("pissa") and adapter.factors_cache is None:
         more.append(f"adapter.factors_cache={FACTORS_CACHE}")
@@ -265,7 +266,24 @@ def _resolve(row: Row, kind: str, words: Sequence[str], tasks: Sequence[str], ty
         # none needs a merged model on disk. The choice must not depend on how many happen to be evaluated together.
         hot = adapter.tuner == "lora" and not adapter.dora and spec.config.model.quantization == "none"
         more += ["eval.options.serve=hot", "export.merged=false"] if hot else ["eval.options.serve=merged"]
-    return Spec.resolve(config_path, method, [*more, *words], kind=kind) if more else spec
+    spec = Spec.resolve(config_path, method, [*more, *words], kind=kind)
+    return _with_own_reference(spec) if kind == "nlg" and spec.config.uses_reference_cache else spec
+
+
+def _with_own_reference(spec: Spec) -> Spec:
+    """Return the same run with a folder of its own below `reference.cache` for what the cache depends on.
+
+    A cache holds one base's distributions on one set of rows; a table has several. Methods, ranks and seeds share it.
+    (NLU's cache is a folder of such files as it is.)
+    """
+    config = spec.config
+    reference = {key: value for key, value in vars(config.reference).items() if key != "cache"}
+    parts = [dataclasses.asdict(config.model), dataclasses.asdict(config.data), reference]
+    key = json.dumps([*parts, config.regularizers.temperature], sort_keys=True)
+    name = f"{config.name}-{config.data.name}-{hashlib.sha256(key.encode()).hexdigest()[:10]}"
+    folder = str(Path(config.reference.cache) / name)
+    config = dataclasses.replace(config, reference=dataclasses.replace(config.reference, cache=folder))
+    return dataclasses.replace(spec, config=config, overrides=(*spec.overrides, f"reference.cache={folder}"))
 
 
 def _with_seed(spec: Spec, seed: int, suffix: str) -> Spec:

@@ -9,6 +9,9 @@ diversity  `num_samples` completions of each of the task's first `num_prompts` i
            and the entropy in nats of an item's extracted answers, in whatever form they come (those that cannot be read
            count as one answer); each is a mean over items
 
+A run on a quantised base is measured on the unquantised one, before and after: what is exported is a merged model or an
+adapter for that base, and so the two differ by the training alone. The result's `quantization` says so.
+
 Runs of one base share one start of the model (transformers, whatever engine scored the run: vLLM gives no
 likelihoods). Each run gets RUN/scores/inheritance.json. Keys: num_prompts (48), num_samples (6), temperature (1.0),
 seed.
@@ -116,11 +119,18 @@ def measure_runs(
             before = _perplexity(engine.nll(material.texts))
             for path in members:
                 if path in names or path not in jobs:
-                    yield path, _measure(engine, names.get(path), before, material, options)
+                    yield (
+                        path,
+                        _quantization(configs[path]) | _measure(engine, names.get(path), before, material, options),
+                    )
         for path in members:
             if path in jobs and path not in names:
                 with open_engine("hf", jobs[path].base, options=_engine_options(configs[path], options)) as engine:
-                    yield path, _measure(engine, None, before, material, options)
+                    yield path, _quantization(configs[path]) | _measure(engine, None, before, material, options)
+
+
+def _quantization(config: RunConfig) -> dict[str, Any]:
+    return {"quantization": {"trained": config.model.quantization, "measured": "none"}}
 
 
 def _serve(run_path: Path) -> str:

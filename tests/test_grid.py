@@ -298,6 +298,16 @@ def test_the_words_of_the_command_line():
             split_options([word])
 
 
+def test_a_missing_judge_is_told_before_the_first_training(folder, monkeypatch):
+    for name in ("JUDGE_MODEL", "JUDGE_API_KEY", "OPENAI_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    column = {"task": "mt_bench", "metric": "rating", "unit": "points"}
+    judged = fake_grid.table(folder, columns={"mt_bench": column})
+    told = [line for line in dry_run(judged, {}) if line.startswith("warning: JUDGE_MODEL is not set")]
+    assert len(told) == 1
+    assert not any("JUDGE" in line for line in dry_run(fake_grid.table(folder), {}))
+
+
 def test_rows_can_be_chosen(folder):
     block = {"bases": ["toy"], "methods": ["lora", "pissa"], "settings": {"rank=2": ["adapter.rank=2"], "rank=4": []}}
     table = fake_grid.table(folder, rows=[block])

@@ -1,5 +1,7 @@
 """The pipeline's launch line, its stages, and the embedded default as a user runs it."""
 
+import dataclasses
+import datetime
 import json
 import os
 import subprocess
@@ -8,7 +10,7 @@ import sys
 import pytest
 
 from ba_lora import pipeline
-from ba_lora.config import NLG_TASKS, load_config, to_yaml
+from ba_lora.config import JUDGED_TASKS, NLG_TASKS, load_config, to_yaml
 from ba_lora.errors import UserError
 from ba_lora.results import results_table
 from eval.tasks import TASKS
@@ -95,6 +97,49 @@ def test_the_pretrained_model_is_evaluated_by_its_own_name():
     generate = pipeline.evaluation_stages([config])[0].command
     assert after(generate, "--model").endswith("data/toy/clean")
     assert after(generate, "--output") == str(config.run_path / "completions")
+
+
+def test_the_pretrained_model_is_recorded_like_a_run_and_once(tmp_path):
+    """A second look leaves the file as it is, by whose hash its scores know it."""
+    words = [f"output_dir={tmp_path / 'run'}", f"results_dir={tmp_path}", "model.revision=main"]
+    config = pipeline.untuned_config(load_config("configs/nlg/toy.yaml", overrides=words))
+    config = dataclasses.replace(config, output_dir=str(tmp_path / "run"))
+    pipeline.prepare_evaluation(config)
+    written = (tmp_path / "run" / "train.json").read_bytes()
+    result = pipeline.record_result(config)
+    assert result["status"] == "ok" and result["training"] is None
+    assert result["model"] == {"name": "data/toy/clean", "revision": "main"}
+    assert result["environment"]["packages"]["torch"] and result["environment"]["num_processes"] == 1
+    assert datetime.datetime.fromisoformat(result["finished_at"]).tzinfo is not None
+    pipeline.prepare_evaluation(config)
+    assert (tmp_path / "run" / "train.json").read_bytes() == written
+
+
+def test_the_judged_tasks_are_those_of_the_registry():
+    assert {name for name, task in TASKS.items() if task.judged} == set(JUDGED_TASKS)
+
+
+def test_a_missing_judge_is_told_before_the_training(tmp_path, monkeypatch, capsys):
+    words = ["pipeline", "configs/nlg/toy.yaml", "eval.tasks=[mt_bench]", f"output_dir={tmp_path}", "--dry-run"]
+    monkeypatch.setattr(sys, "argv", words)
+    for name in ("JUDGE_MODEL", "JUDGE_BASE_URL", "JUDGE_API_KEY", "OPENAI_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+
+    def told():
+        pipeline.main()
+        return capsys.readouterr().err
+
+    assert told().startswith("warning: JUDGE_MODEL is not set: name the judge") and "scoring it will fail" in told()
+    monkeypatch.setenv("JUDGE_MODEL", "judge")
+    assert told().startswith("warning: JUDGE_API_KEY is not set")
+    monkeypatch.setenv("JUDGE_API_KEY", "key")
+    assert not told()
+    monkeypatch.delenv("JUDGE_MODEL")
+    (tmp_path / "scores").mkdir()
+    (tmp_path / "scores" / "mt_bench.json").write_text("{}")  # judged already
+    assert not told()
+    monkeypatch.setattr(sys, "argv", ["pipeline", "configs/nlg/toy.yaml", "--dry-run"])
+    assert not told()
 
 
 def test_a_missing_data_file_is_told_before_anything_is_loaded():

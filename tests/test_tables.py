@@ -125,6 +125,24 @@ def test_the_command_line_changes_every_run(tmp_path):
     assert {config.seed for config in trained} == {7}
 
 
+def test_a_reference_cache_has_a_folder_for_each_base_and_data_set(tmp_path):
+    """Methods, initialisations and seeds share it; what is trained without the term, or in NLU, needs none."""
+    rows = [{"bases": ["toy"], "methods": ["ba_lora", "lora_ba", "lora", "ba_lora_iclr2026"]}]
+    table = load_table(write(tmp_path, rows=rows), overrides=["reference.cache=outputs/reference"])
+    plain = load_table(write(tmp_path, rows=rows))
+    folders = {}
+    for cell in table.cells:
+        folders.setdefault((cell.row.method, cell.column.name), set()).add(cell.config.reference.cache)
+    assert folders["ba_lora", "strict"] == folders["lora_ba", "strict"]
+    (one,), (noisy,), (tempered,) = (
+        folders[key] for key in (("ba_lora", "strict"), ("ba_lora", "noise"), ("ba_lora_iclr2026", "strict"))
+    )
+    assert one.startswith("outputs/reference/toy-toy-") and len({one, noisy, tempered}) == 3
+    for spec, without in zip(table.specs(), plain.specs(), strict=True):
+        assert Spec.resolve(spec.config_path, spec.method, spec.overrides).config == spec.config
+        assert (spec.config.run_id == without.config.run_id) == (spec.method == "lora")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
