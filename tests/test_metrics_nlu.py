@@ -142,8 +142,7 @@ def test_weighted_forms_are_the_definitions(seed: int) -> None:
         labels, predictions = draw_scores(num_items=120) if name in ("pearson", "spearman") else draw(2, num_items=120)
         if name == "macro_f1":
             labels, predictions = draw(3, num_items=120)
-        counts_used = counts if name in ("pearson", "spearman", "f1", "macro_f1") else _same_size(counts)
-        for row, value in zip(counts_used, weighted(counts_used, labels, predictions), strict=True):
+        for row, value in zip(counts, weighted(counts, labels, predictions), strict=True):
             repeated = np.repeat(labels, row.astype(int)), np.repeat(predictions, row.astype(int))
             if name == "macro_f1":
                 expected = sklearn_metrics.f1_score(*repeated, average="macro")
@@ -157,11 +156,12 @@ def test_weighted_forms_are_the_definitions(seed: int) -> None:
         assert value == pytest.approx(sklearn_metrics.recall_score(*repeated, labels=[2], average="macro"))
 
 
-def _same_size(counts: np.ndarray) -> np.ndarray:
-    """Resamples that draw as many items as there are, as the bootstrap's do."""
-    random, size = np.random.default_rng(7), counts.shape[1]
-    drawn = [np.bincount(random.integers(0, size, size), minlength=size) for _ in counts[1:]]
-    return np.stack([counts[0], *drawn]).astype(float)
+def test_constant_predictions_leave_a_correlation_undefined() -> None:
+    labels, predictions = np.array([1.1, 2.2, 3.3, 3.3]), np.array([0.1, 0.1, 0.1, 0.7])
+    counts = np.array([[1.0, 1, 2, 0], [0, 0, 2, 2], [1, 1, 1, 1]])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        for name in ("pearson", "spearman"):
+            assert np.isnan(WEIGHTED[name](counts, labels, predictions)).tolist() == [True, True, False], name
 
 
 def test_intervals() -> None:

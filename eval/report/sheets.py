@@ -115,9 +115,10 @@ def comparison_legend(table: ReportTable) -> list[str]:
     num_tests = sum(comparison.p is not None for comparison in table.comparisons)
     return [
         "Difference of the means over seeds, rows − against. Interval and p: paired bootstrap over test items "
-        f"({NUM_RESAMPLES:,} resamples) of each item's mean over seeds; it tells how far the difference would move on "
-        "other items, not with other seeds. Holm: corrected over the "
-        f"{num_tests} tests of this table, bold below {SIGNIFICANT}. A test that could not be made says why."
+        f"({NUM_RESAMPLES:,} resamples): both rows are measured on the same draw, each with its mean over seeds; of a "
+        "mean of columns each test set is drawn by itself. It tells how far the difference would move on other items, "
+        f"not with other seeds. Holm: corrected over the {num_tests} tests of this table, bold below {SIGNIFICANT}. "
+        "A test that could not be made says why."
     ]
 
 
@@ -189,7 +190,8 @@ def _paper(cell: Cell, column: Column) -> str:
 
 
 def _interval(one: Comparison, column: Column) -> str:
-    return f"{signed(one.low, column.decimals)} … {signed(one.high, column.decimals)}"
+    left_out = f" ({one.num_undefined:,} undefined draws left out)" if one.num_undefined else ""
+    return f"{signed(one.low, column.decimals)} … {signed(one.high, column.decimals)}{left_out}"
 
 
 def _row_label(table: ReportTable, row: Row) -> str:

@@ -60,9 +60,10 @@ class Sources:
         return self.results.get(run.run_id)
 
     def grades(self, run: PlannedRun, items: Items) -> dict[str, float] | None:
-        """Return task_id → the mean of its samples' grades, of the items that are asked for.
+        """Return item → the mean of its samples' grades, of the items that are asked for.
 
-        None where the grades are not at hand, lack the metric, or do not tell the group of an item.
+        The turns of one question (mt_bench/81/turn1) are one item, since they are no independent draws. None where the
+        grades are not at hand, lack the metric, or do not tell the group of an item.
         """
         path = run.run_path / "grades" / f"{items.task}.jsonl"
         if not path.is_file():
@@ -78,8 +79,21 @@ class Sources:
                     continue
             if not isinstance(value, int | float):
                 return None
-            samples.setdefault(str(row.get("task_id")), []).append(float(value))
-        return {task_id: sum(values) / len(values) for task_id, values in samples.items()} or None
+            item = "/".join(str(row.get("task_id")).split("/")[:2])
+            samples.setdefault(item, []).append(float(value))
+        return {item: sum(values) / len(values) for item, values in samples.items()} or None
+
+    def predictions(self, run: PlannedRun, task: str) -> list[dict[str, Any]] | None:
+        """Return a classifier's lines of one set, see eval/nlu.py; None where they are not at hand.
+
+        What it predicted in training is in best.jsonl with the other dev sets; what eval.nlu has predicted since, in a
+        file of its own, whose hash its score names.
+        """
+        entry = self.results[run.run_id]["evaluation"][task]
+        path = run.run_path / "predictions" / (f"{task}.jsonl" if "predictions_sha256" in entry else "best.jsonl")
+        if not path.is_file():
+            return None
+        return [line for line in read_jsonl(path) if line["task_id"].startswith(f"{task}/")] or None
 
     def log(self, run: PlannedRun) -> list[dict[str, Any]] | None:
         """Return the logged steps of a run's training, None where the log is not at hand."""

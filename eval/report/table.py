@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from ba_lora.tables import Row
+from eval.report.paired import PairedTests, Untested
 from eval.report.settings import Used, differences
 from eval.report.sources import PaperRow, PaperValue, Sources
-from eval.report.spec import Column, Items, PlannedRun, TableSpec, metric_value
-from eval.report.stats import Interval, first_and_second, holm, mean_std, paired_bootstrap
+from eval.report.spec import Column, PlannedRun, TableSpec, metric_value
+from eval.report.stats import first_and_second, holm, mean_std
 
 CellKey = tuple[Row, str]  # the row and the column's name
-ROUNDING = 1e-6  # between a score and the mean of its grades
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,8 @@ class Comparison:
     """A focus row against another one of its block, in one column; test is None where `untested` says why.
 
     difference: focus − other, of the means over seeds; low, high: its 95 % interval over items; all on the column's
-    scale. p_holm: p corrected over all tests of the table.
+    scale. num_undefined: resamples left out because the column's metric is undefined on them. p_holm: p corrected over
+    all tests of the table.
     """
 
     column: str
@@ -79,6 +80,7 @@ class Comparison:
     difference: float
     num_seeds: int
     num_items: int | None = None
+    num_undefined: int = 0
     low: float | None = None
     high: float | None = None
     p: float | None = None
@@ -252,7 +254,7 @@ def _compare(spec: TableSpec, sources: Sources, cells: Mapping[CellKey, Cell], r
         for other in block
         if other in rows and other.method not in spec.ours and (not spec.against or other.method in spec.against)
     ]
-    comparisons = []
+    tests, comparisons = PairedTests(spec, sources, cells), []
     for column in spec.columns:
         if column.better == "none" or not (column.task or column.mean_of):
             continue
@@ -260,57 +262,15 @@ def _compare(spec: TableSpec, sources: Sources, cells: Mapping[CellKey, Cell], r
             ours, theirs = cells[focus, column.name], cells[other, column.name]
             if ours.mean is None or theirs.mean is None:
                 continue
-            outcome = _test(spec, sources, column, (focus, ours), (other, theirs))
-            comparison = Comparison(
-                column.name, focus, other, ours.mean - theirs.mean, min(len(ours.seeds), len(theirs.seeds))
-            )
-            if isinstance(outcome, str):
-                comparisons.append(dataclasses.replace(comparison, untested=outcome))
-                continue
-            num_items, test = outcome
-            low, high = test.low * column.scale, test.high * column.scale
-            comparisons.append(dataclasses.replace(comparison, num_items=num_items, low=low, high=high, p=test.p))
+            num_seeds = min(len(ours.seeds), len(theirs.seeds))
+            comparison = Comparison(column.name, focus, other, ours.mean - theirs.mean, num_seeds)
+            try:
+                test = tests.test(column, focus, other)
+                facts = {key: getattr(test, key) for key in ("num_items", "num_undefined", "low", "high", "p")}
+            except Untested as reason:
+                facts = {"untested": str(reason)}
+            comparisons.append(dataclasses.replace(comparison, **facts))
     return comparisons
-
-
-def _test(
-    spec: TableSpec, sources: Sources, column: Column, ours: tuple[Row, Cell], theirs: tuple[Row, Cell]
-) -> tuple[int, Interval] | str:
-    """Return (number of items, the paired bootstrap over them), or why there is none."""
-    if column.items is None:
-        return "no mean over items"
-    if sorted(ours[1].seeds) != sorted(theirs[1].seeds):
-        return "other seeds"
-    means = []
-    for row, cell in (ours, theirs):
-        values = dict(zip(cell.run_ids, cell.values, strict=True))
-        runs = {run: values[run.run_id] / column.scale for run in spec.planned(row, column) if run.run_id in values}
-        grades = _item_means(sources, column.items, runs)
-        if isinstance(grades, str):
-            return grades
-        means.append(grades)
-    first, second = means
-    if first.keys() != second.keys():
-        return "other items"
-    if len(first) < 2:
-        return "a single item"
-    return len(first), paired_bootstrap([first[item] - second[item] for item in first])
-
-
-def _item_means(sources: Sources, items: Items, runs: Mapping[PlannedRun, float]) -> dict[str, float] | str:
-    """Return item → the mean over runs of its grade, or why there is none; runs: run → the score that it has."""
-    totals: dict[str, float] = {}
-    for run, score in runs.items():
-        grades = sources.grades(run, items)
-        if grades is None:
-            return "no grades at hand"
-        if totals and grades.keys() != totals.keys():
-            return "other items"
-        if abs(sum(grades.values()) / len(grades) - score) > ROUNDING:
-            return "grades are not those of the score"
-        for item, grade in grades.items():
-            totals[item] = totals.get(item, 0.0) + grade / len(runs)
-    return totals
 
 
 def _corrected(comparisons: list[Comparison]) -> tuple[Comparison, ...]:

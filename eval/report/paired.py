@@ -1,0 +1,160 @@
+"""Two rows of a table on the same items: what their runs left for each item, and the paired bootstrap over it.
+
+A column is one of three things:
+
+- a mean over items (strict, pass@1, accuracy): each item counts by its grade, averaged over the seeds;
+- a metric of all items together (F1, Matthews, Pearson, Spearman, macro-F1, the recall of a class): on each draw of
+  items it is computed anew for every run of both rows, and averaged over the seeds of a row;
+- a mean of such columns: the items of each test set are drawn by themselves, and columns on the same items (of RTE's
+  and of QQP's model on MRPC, say) share the draw.
+
+Grades are read from grades/<task>.jsonl of a run, a classifier's predictions from predictions/ (see
+`Sources.predictions`). Either must give the value that stands in the result, or nothing is tested.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ba_lora.glue import find_task
+from ba_lora.tables import Row
+from eval.metrics.bootstrap import weighted_metric
+from eval.report.sources import Sources
+from eval.report.spec import Column, PlannedRun, TableSpec, metric_value
+from eval.report.stats import Array, Interval, Sample, paired_bootstrap
+
+if TYPE_CHECKING:
+    from eval.report.table import Cell
+
+ROUNDING = 1e-6  # between the value in a result and that of the run's items
+
+
+class Untested(Exception):
+    """Why two rows cannot be tested, in a word or two."""
+
+
+@dataclass(frozen=True)
+class _Items:
+    """What one run left for the items of a column, in the order of `ids`.
+
+    values: grades, or predictions where `metric` is no mean over items; then labels are there, too.
+    """
+
+    ids: tuple[str, ...]
+    values_N: Array
+    labels_N: Array | None = None
+    metric: Callable[[Array, Array, Array], Array] | None = None
+
+    def value(self, counts_RN: Array) -> Array:
+        """Return the column's value [R] on resamples that hold each item so many times."""
+        if self.metric is None:
+            return counts_RN @ self.values_N / counts_RN.sum(axis=1)
+        return self.metric(counts_RN, self.labels_N, self.values_N)
+
+
+class PairedTests:
+    """The tests between rows of one table; what the runs left is read once."""
+
+    def __init__(self, spec: TableSpec, sources: Sources, cells: Mapping[tuple[Row, str], "Cell"]) -> None:
+        self._spec, self._sources, self._cells = spec, sources, cells
+        self._read: dict[tuple[str, str], _Items] = {}  # (run, column) → its items
+        self._ids: dict[tuple[str, ...], tuple[str, ...]] = {}  # the runs on one set share one tuple
+
+    def test(self, column: Column, focus: Row, other: Row) -> Interval:
+        """Return the paired bootstrap of focus − other, on the column's scale. Raises Untested."""
+        seeds, other_seeds = (self._cells[row, column.name].seeds for row in (focus, other))
+        if sorted(seeds) != sorted(other_seeds):
+            raise Untested("other seeds")
+        terms: dict[tuple[str, ...], list[tuple[float, _Items]]] = {}  # ids of a set → (weight, items) of each run
+        for part in [self._spec.column(name) for name in column.mean_of] or [column]:
+            weight = column.scale * part.scale / len(column.mean_of) if column.mean_of else column.scale
+            try:
+                ours, theirs = self._pair(part, focus, other, seeds)
+            except Untested as reason:
+                raise Untested(f"{part.label}: {reason}" if column.mean_of else str(reason)) from reason
+            of_set = terms.setdefault(ours[0].ids, [])
+            of_set += [(weight / len(ours), one) for one in ours] + [(-weight / len(theirs), one) for one in theirs]
+        found = paired_bootstrap([_sample(of_set) for of_set in terms.values()])
+        if found is None:
+            raise Untested("undefined on every draw")
+        return found
+
+    def _pair(self, column: Column, focus: Row, other: Row, seeds: Sequence[int]) -> tuple[list[_Items], list[_Items]]:
+        """Return what the runs of both rows left, all of it for the same items."""
+        ours, theirs = (
+            [self._items(run, column) for run in self._spec.planned(row, column) if run.seed in seeds]
+            for row in (focus, other)
+        )
+        first, *others = ours + theirs
+        if any(one.ids != first.ids or not np.array_equal(one.labels_N, first.labels_N) for one in others):
+            raise Untested("other items")
+        if len(first.ids) < 2:
+            raise Untested("a single item")
+        return ours, theirs
+
+    def _items(self, run: PlannedRun, column: Column) -> _Items:
+        if column.task is None:
+            raise Untested("no mean over items")
+        key = run.run_id, column.name
+        if key not in self._read:
+            result = self._sources.result(run)
+            entry = result["evaluation"][column.task]
+            is_classifier = "of_task" in entry
+            items = self._predicted(run, column, entry) if is_classifier else self._graded(run, column)
+            value = items.value(np.ones((1, len(items.ids))))[0]
+            if not abs(value - metric_value(result, column)) <= ROUNDING:
+                what = "predictions" if is_classifier else "grades"
+                raise Untested(f"{what} are not those of the score")
+            self._read[key] = items
+        return self._read[key]
+
+    def _graded(self, run: PlannedRun, column: Column) -> _Items:
+        if column.items is None:
+            raise Untested("no mean over items")
+        grades = self._sources.grades(run, column.items)
+        if grades is None:
+            raise Untested("no grades at hand")
+        ids = sorted(grades)
+        return _Items(self._shared(ids), np.array([grades[item] for item in ids]))
+
+    def _predicted(self, run: PlannedRun, column: Column, entry: Mapping[str, Any]) -> _Items:
+        task = find_task(entry["of_task"])
+        minority = (entry.get("per_class") or {}).get("minority")
+        metric = weighted_metric(column.metric, classes=task.labels, minority=minority)
+        if metric is None:
+            raise Untested("no metric over items")
+        lines = self._sources.predictions(run, column.task)
+        if lines is None:
+            raise Untested("no predictions at hand")
+        lines = sorted(lines, key=lambda line: line["task_id"])
+        if any(line["prediction"] is None for line in lines):
+            raise Untested("predictions are not finite")
+        ids = self._shared([line["task_id"] for line in lines])
+        labels, predictions = (np.array([line[name] for line in lines]) for name in ("label", "prediction"))
+        if column.metric == "accuracy":
+            return _Items(ids, (labels == predictions).astype(np.float64))
+        return _Items(ids, predictions, labels, metric)
+
+    def _shared(self, ids: Sequence[str]) -> tuple[str, ...]:
+        return self._ids.setdefault(tuple(ids), tuple(ids))
+
+
+def _sample(terms: Sequence[tuple[float, _Items]]) -> Sample:
+    """Return the weighted sum of the values of runs on the same items, (weight, items), as one sample."""
+    means = [weight * one.values_N for weight, one in terms if one.metric is None]
+    graded_N = sum(means, np.zeros(len(terms[0][1].ids)))  # a sum of means is the mean of the sum
+    metrics = [(weight, one) for weight, one in terms if one.metric is not None]
+    facts = [graded_N] + [values_N for _, one in metrics for values_N in (one.labels_N, one.values_N)]
+    _, of_kind_K, counts_K = np.unique(np.stack(facts, axis=1), axis=0, return_index=True, return_counts=True)
+    graded_K = graded_N[of_kind_K]
+    by_kind = [(weight, one.metric, one.labels_N[of_kind_K], one.values_N[of_kind_K]) for weight, one in metrics]
+
+    def difference(counts_RK: Array) -> Array:
+        total = counts_RK @ graded_K / counts_RK.sum(axis=1)
+        for weight, metric, labels_K, values_K in by_kind:
+            total += weight * metric(counts_RK, labels_K, values_K)
+        return total
+
+    return Sample(counts_K, difference)

@@ -1,0 +1,256 @@
+"""Tests between classifiers' rows: the draws of items, the metrics on them, and what may not be tested."""
+
+import json
+
+import numpy as np
+import pytest
+import sklearn.metrics
+
+from ba_lora.config import read_yaml
+from ba_lora.errors import UserError
+from ba_lora.glue import find_task
+from ba_lora.io import write_jsonl_atomic
+from ba_lora.tables import Row, available_tables, find_table
+from eval.metrics.bootstrap import weighted_metric
+from eval.metrics.scores import METRICS
+from eval.nlu_scores import score_predictions
+from eval.report import stats
+from eval.report.render import to_markdown
+from eval.report.spec import Column
+from eval.report.table import build_table
+from tests.report_world import ITEMS, SEEDS, World, solved
+
+ROWS = (Row("tiny", "lora"), Row("tiny", "ba_lora"))
+
+
+@pytest.fixture
+def world(tmp_path) -> World:
+    return World(tmp_path)
+
+
+def add(world, method, seed, sets, *, of_task, file="best", training_counts=None):
+    """Write a classifier's run. sets: name → (labels, predictions)."""
+    entries, lines = {}, []
+    for name, (labels, predictions) in sets.items():
+        pairs = enumerate(zip(labels, predictions, strict=True))
+        of_set = [{"task_id": f"{name}/{i}", "label": y, "prediction": p, "logits": [0.0]} for i, (y, p) in pairs]
+        score = score_predictions(
+            of_set, name=name, of_task=of_task, training_counts=training_counts, imbalanced=training_counts is not None
+        )
+        entries[name] = json.loads(json.dumps(score)) | {"data_sha256": "t1"}
+        if file != "best":
+            entries[name]["predictions_sha256"] = "as in the file"
+        lines += of_set
+    run = world.add(method, seed, grades=None, evaluation=entries)
+    write_jsonl_atomic(run.run_path / "predictions" / f"{file}.jsonl", lines)
+    return run
+
+
+def spec(world, *columns, seeds=SEEDS):
+    runs = {
+        (row, column.name): tuple(world.run(row.method, seed) for seed in seeds)
+        for row in ROWS
+        for column in columns
+        if not column.mean_of
+    }
+    return world.spec(rows=ROWS, columns=columns, runs=runs, paper=())
+
+
+def compare(world, *columns, seeds=SEEDS):
+    made = spec(world, *columns, seeds=seeds)
+    return {one.column: one for one in build_table(made, world.sources(made)).comparisons}
+
+
+def noisy(labels, share_right, seed):
+    random = np.random.default_rng(seed)
+    drawn = random.integers(0, max(labels) + 1, len(labels))
+    return np.where(random.random(len(labels)) < share_right, labels, drawn).tolist()
+
+
+def test_accuracy_is_tested_as_the_same_grades_are(world):
+    """The known case of tests/report_world.py, once graded, once as predictions of a classifier."""
+    for method in ("lora", "ba_lora"):
+        for seed in SEEDS:
+            world.add(method, seed)
+    graded = compare(world, Column("x", "x", task="gsm8k", metric="strict"))["x"]
+    labels = [item % 2 for item in range(ITEMS)]
+    for method in ("lora", "ba_lora"):
+        for seed in SEEDS:
+            right = solved(method, seed)
+            predictions = [y if grade else 1 - y for y, grade in zip(labels, right, strict=True)]
+            add(world, method, seed, {"sst2": (labels, predictions)}, of_task="sst2")
+    assert compare(world, Column("x", "x", task="sst2", metric="accuracy"))["x"] == graded
+    assert graded.untested is None and graded.difference == pytest.approx(100 / 3)
+
+
+def macro_f1(labels, predictions):
+    return sklearn.metrics.f1_score(labels, predictions, average="macro"), None
+
+
+def recall_of_2(labels, predictions):
+    return sklearn.metrics.recall_score(labels, predictions, labels=[2], average="macro", zero_division=np.nan), None
+
+
+@pytest.mark.parametrize(
+    ("of_task", "metric", "definition"),
+    [
+        ("cola", "matthews", METRICS["matthews"]),
+        ("mrpc", "f1", METRICS["f1"]),
+        ("stsb", "pearson", METRICS["pearson"]),
+        ("stsb", "spearman", METRICS["spearman"]),
+        ("mnli", "macro_f1", macro_f1),
+        ("mnli", "minority_recall", recall_of_2),
+        ("mnli", "per_class.recall.contradiction", recall_of_2),
+        ("mnli", "per_class.macro_f1", macro_f1),
+    ],
+)
+def test_metrics_over_all_items_by_a_slow_loop_on_the_same_draws(world, monkeypatch, of_task, metric, definition):
+    monkeypatch.setattr(stats, "NUM_RESAMPLES", 60)
+    draws = []
+    drawn = stats.resampled
+    monkeypatch.setattr(stats, "resampled", lambda *words: draws.extend(drawn(*words)) or iter(draws))
+    random, is_regression = np.random.default_rng(0), of_task == "stsb"
+    labels = random.integers(0, 2 if of_task in ("cola", "mrpc") else 3, 90).tolist()
+    predictions = {}
+    for method, share in (("lora", 0.5), ("ba_lora", 0.7)):
+        for seed in SEEDS:
+            found = noisy(labels, share, seed)
+            if is_regression:
+                found = (np.array(found) + random.normal(0, 0.5, 90)).tolist()
+            predictions[method, seed] = found
+            counts = {"entailment": 9, "neutral": 9, "contradiction": 1} if of_task == "mnli" else None
+            add(world, method, seed, {of_task: (labels, found)}, of_task=of_task, training_counts=counts)
+    test = compare(world, Column("x", "x", task=of_task, metric=metric))["x"]
+
+    runs = [predictions["ba_lora", seed] for seed in SEEDS] + [predictions["lora", seed] for seed in SEEDS]
+    kinds = np.unique(np.stack([[x for run in runs for x in (y, run[i])] for i, y in enumerate(labels)]), axis=0)
+    differences = []
+    for counts in np.concatenate(draws).astype(int):
+        items = np.repeat(kinds, counts, axis=0)
+        assert len(items) == 90
+        items = items if is_regression else items.astype(int)
+        values = [definition(items[:, 2 * run], items[:, 2 * run + 1])[0] for run in range(6)]
+        differences.append(100 * (np.mean(values[:3]) - np.mean(values[3:])))
+    assert len(differences) == 60
+    assert (test.low, test.high) == pytest.approx(tuple(np.percentile(differences, [2.5, 97.5])))
+    smaller = min(sum(x <= 0 for x in differences), sum(x >= 0 for x in differences))
+    assert test.p == pytest.approx(min(1.0, 2 * (1 + smaller) / 61))
+    assert (test.num_items, test.num_seeds, test.num_undefined, test.untested) == (90, 3, 0, None)
+    assert test.low < test.difference < test.high
+
+
+def test_the_sets_of_a_mean_are_drawn_by_themselves_and_columns_on_one_set_together(world):
+    """On one set the second column loses what the first gains: their mean cannot move. On two sets it does."""
+    labels = [item % 2 for item in range(200)]
+    better, worse = noisy(labels, 0.8, 1), noisy(labels, 0.6, 2)
+    for method, first, second in (("ba_lora", better, worse), ("lora", worse, better)):
+        add(world, method, 1, {"mrpc": (labels, first), "rte": (labels, second)}, of_task="mrpc")
+    columns = [
+        Column("one", "one", task="mrpc", metric="accuracy"),
+        Column("other", "other", task="rte", metric="accuracy"),
+        Column("mean", "mean", mean_of=("one", "other"), scale=1.0),
+        Column("itself", "itself", mean_of=("one", "one"), scale=1.0),
+    ]
+    found = compare(world, *columns, seeds=(1,))
+    width = {name: test.high - test.low for name, test in found.items()}
+    assert found["mean"].difference == 0.0 and found["mean"].num_items == 400
+    assert width["mean"] == pytest.approx(width["one"] / 2**0.5, rel=0.1)  # √(σ² + σ²) / 2
+    assert (found["itself"].low, found["itself"].high) == pytest.approx((found["one"].low, found["one"].high))
+    assert found["itself"].num_items == 200
+    for method, first, second in (("ba_lora", better, worse), ("lora", worse, better)):
+        run = world.run(method, 1)
+        world.edit(run, **{"evaluation/mrpc/metrics/swapped": np.mean(np.equal(labels, second))})
+        graded = [
+            {"task_id": f"mrpc/{i}", "metrics": {"accuracy": float(y == a), "swapped": float(y == b)}}
+            for i, (y, a, b) in enumerate(zip(labels, first, second, strict=True))
+        ]
+        write_jsonl_atomic(run.run_path / "grades" / "mrpc.jsonl", graded)
+        entry = json.loads(run.result_path.read_text())["evaluation"]["mrpc"]
+        entry.pop("of_task")
+        world.edit(run, **{"evaluation/mrpc": entry})
+    columns[1] = Column("other", "other", task="mrpc", metric="swapped")
+    found = compare(world, *columns, seeds=(1,))
+    assert (found["mean"].low, found["mean"].high, found["mean"].p) == (pytest.approx(0), pytest.approx(0), 1.0)
+
+
+def test_a_mean_with_a_part_that_has_no_items_says_which(world):
+    for method in ("lora", "ba_lora"):
+        add(world, method, 1, {"cola": ([0, 1] * 5, [0, 1] * 5)}, of_task="cola")
+    columns = (
+        Column("cola", "CoLA", task="cola", metric="matthews"),
+        Column("hours", "time", metric="training.seconds"),
+        Column("mean", "mean", mean_of=("cola", "hours")),
+    )
+    assert compare(world, *columns, seeds=(1,))["mean"].untested == "time: no mean over items"
+
+
+def test_out_of_domain_predictions_have_a_file_of_their_own(world):
+    labels = [0, 1] * 20
+    for method, share in (("lora", 0.5), ("ba_lora", 0.9)):
+        add(world, method, 1, {"imdb": (labels, noisy(labels, share, 3))}, of_task="sst2", file="imdb")
+    test = compare(world, Column("x", "x", task="imdb", metric="accuracy"), seeds=(1,))["x"]
+    assert test.untested is None and test.num_items == 40 and test.low > 0
+
+
+def test_draws_without_a_class_are_left_out_and_told(world):
+    """One of eight labels is 1: (7/8)⁸ = 34 % of the draws have none, and Matthews is undefined there."""
+    for method, predictions in (("lora", [0] * 6 + [1, 1]), ("ba_lora", [0] * 7 + [1])):
+        add(world, method, 1, {"cola": ([0] * 7 + [1], predictions)}, of_task="cola")
+    column = Column("cola", "CoLA", task="cola", metric="matthews")
+    made = spec(world, column, seeds=(1,))
+    table = build_table(made, world.sources(made))
+    [test] = table.comparisons
+    assert test.num_undefined / stats.NUM_RESAMPLES == pytest.approx((7 / 8) ** 8, abs=0.02)
+    assert f"({test.num_undefined:,} undefined draws left out)" in to_markdown(table)
+
+
+@pytest.mark.parametrize("case", ["absent", "changed", "null", "other items", "no metric"])
+def test_what_cannot_be_tested_says_why(world, case):
+    wanted = {
+        "absent": "no predictions at hand",
+        "changed": "predictions are not those of the score",
+        "null": "predictions are not finite",
+        "other items": "other items",
+        "no metric": "no metric over items",
+    }[case]
+    labels = [0, 1] * 5
+    add(world, "lora", 1, {"cola": (labels, noisy(labels, 0.7, 1))}, of_task="cola")
+    run = add(world, "ba_lora", 1, {"cola": (labels, noisy(labels, 0.7, 2))}, of_task="cola")
+    path = run.run_path / "predictions" / "best.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    metric = "matthews"
+    if case == "absent":
+        path.unlink()
+    elif case == "changed":
+        write_jsonl_atomic(path, [line | {"prediction": 1 - line["label"]} for line in lines])
+    elif case == "null":
+        write_jsonl_atomic(path, [lines[0] | {"prediction": None}, *lines[1:]])
+    elif case == "other items":
+        write_jsonl_atomic(path, [line | {"task_id": line["task_id"] + "x"} for line in lines])
+    else:
+        metric = "n"
+    found = compare(world, Column("x", "x", task="cola", metric=metric), seeds=(1,))["x"]
+    assert (found.untested, found.p, found.p_holm) == (wanted, None, None)
+
+
+def test_a_classifiers_score_by_another_version_is_stale(world):
+    for method in ("lora", "ba_lora"):
+        run = add(world, method, 1, {"cola": ([0, 1], [0, 1])}, of_task="cola")
+        world.edit(run, **{"evaluation/cola/version": "0"})
+    with pytest.raises(UserError, match="cola is stale: graded by version 0 of cola, which is at version"):
+        compare(world, Column("x", "x", task="cola", metric="matthews"), seeds=(1,))
+
+
+def test_every_metric_of_the_nlu_tables_can_be_tested():
+    """No column of a GLUE table is left without a test for want of a form of its metric."""
+
+    classes = find_task("mnli").labels
+    seen = set()
+    for name in available_tables():
+        table = read_yaml(find_table(name))
+        if table["kind"] != "nlu":
+            continue
+        metrics = {column["metric"] for column in table["columns"].values() if "task" in column}
+        assert all(weighted_metric(metric, classes=classes, minority="neutral") for metric in metrics), name
+        seen |= metrics
+    assert {"accuracy", "f1", "matthews", "pearson", "spearman", "macro_f1", "minority_recall"} <= seen
