@@ -32,7 +32,8 @@ def model_source(config: ModelConfig) -> str:
 def load_tokenizer(config: ModelConfig, *, generates: bool = True) -> "PreTrainedTokenizerBase":
     """Return the model's tokenizer, right-padded; without a pad token of its own it pads with EOS.
 
-    `generates`: the model ends its texts itself, so an EOS token must be there.
+    `generates`: the model ends its texts itself, so an EOS token must be there; else it is a classifier's, which takes
+    pairs, too.
     Padding with EOS is safe here: labels and attention mask are made from lengths, never from token values.
     """
     from transformers import AutoTokenizer
@@ -46,7 +47,27 @@ def load_tokenizer(config: ModelConfig, *, generates: bool = True) -> "PreTraine
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
+    if not generates:
+        _separate_pairs(tokenizer)
     return tokenizer
+
+
+def _separate_pairs(tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Make a tokenizer that puts two texts side by side with nothing between them, as GPT-2's, put its EOS there.
+
+    Without it nobody could tell where the first text ends. The paper is silent; a delimiter token is what Radford et
+    al. 2018 put between two texts, and EOS is the one that GPT-2 knows. It stands in the exported tokenizer, too.
+    """
+    from tokenizers import processors
+
+    if tokenizer.num_special_tokens_to_add(pair=True):
+        return
+    end = tokenizer.eos_token
+    if end is None:
+        raise UserError("the tokenizer has neither a form for pairs nor an EOS token to put between two texts: set one")
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A", pair=f"$A {end} $B", special_tokens=[(end, tokenizer.eos_token_id)]
+    )
 
 
 def encode_texts(

@@ -54,9 +54,14 @@ def load_nlu_data(config: NLURunConfig, tokenizer: "PreTrainedTokenizerBase") ->
     Training rows with an empty text are left out, dev rows are kept whatever they hold; both are counted, and so are
     texts and pairs cut to `data.max_length` tokens (the longer of a pair first).
     Raises UserError for absent or empty files, wrong columns, labels out of range or missing, training rows of one
-    class alone, and shares that the rows cannot fill.
+    class alone, shares that the rows cannot fill, and a length that the model cannot take.
     """
     task = find_task(config.nlu.task)
+    if config.data.max_length > tokenizer.model_max_length:
+        raise UserError(
+            f"data.max_length={config.data.max_length} is more than the {tokenizer.model_max_length} tokens that "
+            f"{config.model.name} takes: lower it"
+        )
     train, dev, origins = _read(config, task)
     report = {"name": config.nlu.task, **origins["train"], "rows_read": len(train)}
     filled = [row for row in train if all(text.strip() for text in row.texts)]

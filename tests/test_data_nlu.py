@@ -4,13 +4,16 @@ import csv
 import json
 
 import pytest
-from transformers import AutoTokenizer
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import AutoTokenizer, GPT2TokenizerFast
 
+from ba_lora.config import ModelConfig
 from ba_lora.errors import UserError
 from ba_lora.glue import TASKS
+from ba_lora.model import encode_texts, load_tokenizer
 from data import toy_nlu
 from data.nlu import load_nlu_data
-from tests.tiny_nlu import nlu_config
+from tests.tiny_nlu import ARCHITECTURES, nlu_config, save_tiny_encoder
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +44,38 @@ def load(tiny_encoder, tokenizer, tmp_path):
         )
 
     return run
+
+
+@pytest.mark.parametrize("base", ARCHITECTURES)
+def test_something_stands_between_the_texts_of_a_pair(tmp_path, base):
+    """Whatever the tokenizer's own form is; GPT-2's has none and gets its EOS, which counts as one of the tokens."""
+    tokenizer = load_tokenizer(ModelConfig(name=str(save_tiny_encoder(tmp_path, base))), generates=False)
+    pairs = [("ab", "c"), ("a", "bc"), ("a" * 300, "b" * 300)]
+    rows, cut = encode_texts(tokenizer, pairs, max_length=20)
+    first, second, long = rows["input_ids"]
+    b, c = (tokenizer.convert_tokens_to_ids(letter) for letter in "bc")
+    assert first != second and set(first[first.index(b) + 1 : first.index(c)]) & set(tokenizer.all_special_ids)
+    assert len(long) == 20 and cut == 1
+    alone = encode_texts(tokenizer, [("ab",)], max_length=20)[0]["input_ids"][0]
+    if base == "gpt2-xl":
+        assert tokenizer.decode(first) == "ab[SEP]c" and tokenizer.decode(alone) == "ab"
+        assert tokenizer.decode(long) == "a" * 9 + "[SEP]" + "b" * 10
+
+
+def test_gpt2s_own_tokenizer_separates_pairs_also_when_it_is_exported(tmp_path):
+    words = sorted(ByteLevel.alphabet())
+    (tmp_path / "vocab.json").write_text(json.dumps({w: i for i, w in enumerate([*words, "<|endoftext|>"])}))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    GPT2TokenizerFast(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt")).save_pretrained(tmp_path / "gpt2")
+    bare = AutoTokenizer.from_pretrained(tmp_path / "gpt2")
+    assert bare.decode(bare("ab", "c")["input_ids"]) == "abc"  # what ours is made against
+    tokenizer = load_tokenizer(ModelConfig(name=str(tmp_path / "gpt2")), generates=False)
+    assert tokenizer.decode(tokenizer("ab", "c")["input_ids"]) == "ab<|endoftext|>c"
+    tokenizer.save_pretrained(tmp_path / "exported")
+    exported = AutoTokenizer.from_pretrained(tmp_path / "exported")
+    assert exported("ab", "c")["input_ids"] == tokenizer("ab", "c")["input_ids"]
+    for_text = load_tokenizer(ModelConfig(name=str(tmp_path / "gpt2")))
+    assert for_text.decode(for_text("ab", "c")["input_ids"]) == "abc"
 
 
 def sst2_rows(num_rows=10, **changes):
@@ -106,6 +141,13 @@ def test_long_pairs_are_cut_and_counted(load, tokenizer):
     assert data.report["rows_cut"] == 5 and data.report["dev"]["mnli"]["rows_cut"] == 5
     assert {len(ids) for ids in data.train["input_ids"]} == {40, 1 + 5 + 3}
     assert "short" in tokenizer.decode(data.train[0]["input_ids"])  # the longer of the two is cut
+
+
+def test_a_length_that_the_model_cannot_take_is_refused(load, tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "model_max_length", 64)
+    assert len(load(sst2_rows(), "data.max_length=64").train) == 10
+    with pytest.raises(UserError, match="data.max_length=65 is more than the 64 tokens that .* takes: lower it"):
+        load(sst2_rows(), "data.max_length=65")
 
 
 def test_the_held_out_part_is_of_training_rows_and_the_same_for_every_seed(load):
