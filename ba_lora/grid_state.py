@@ -65,10 +65,7 @@ def _inspect_files(spec: Spec, graders: Mapping[str, Mapping[str, str | None]]) 
             return RunState(STALE, reason, train=True, overwrite=True)
     elif not (config.run_path / "train.json").is_file():
         return RunState(MISSING)
-    if not config.eval.tasks:
-        fault = None
-    else:
-        fault = evaluation_fault(config, evaluation_state(config), graders=graders)
+    fault = evaluation_fault(config, evaluation_state(config), graders=graders)
     if fault is not None:
         return RunState(STALE if fault.stale else UNFINISHED, fault.reason, regrade=fault.regrade)
     if not config.result_path.is_file():

@@ -27,6 +27,7 @@ from typing import Any
 from ba_lora.config import JUDGED_TASKS, PROJECT_ROOT, RUN_MEASURES, RunConfig, load_config, resolve_path, to_yaml
 from ba_lora.errors import UserError, run_entry_point
 from ba_lora.export import push_to_hub, write_model_card
+from ba_lora.glue import find_task
 from ba_lora.io import read_json, sha256_file, write_json_atomic, write_text_atomic
 from ba_lora.locks import locked, work_lock_path
 from ba_lora.model import model_source
@@ -187,8 +188,9 @@ def evaluate_run(config: RunConfig) -> dict[str, Any]:
     """Run the evaluation's stages, unless the run's scores already belong to what is asked for; return the result."""
     prepare_evaluation(config)
     state = evaluation_state(config)
-    if config.eval.tasks and evaluation_fault(config, state) is not None:
-        for stage in evaluation_stages([config]):
+    fault = evaluation_fault(config, state)
+    if fault is not None:
+        for stage in evaluation_stages([config], generate=not fault.regrade):
             run_stage(stage)
         return record_evaluation(config, state)
     return record_result(config)
@@ -247,7 +249,7 @@ def untuned_config(config: RunConfig) -> RunConfig:
 
 def evaluation_state(config: RunConfig) -> dict[str, Any]:
     """Return what the scores depend on: this very training, the settings, the local data files."""
-    files = {task: sha256_file(_data_file(config, task)) for task in sorted(config.eval.data)}
+    files = {task: sha256_file(_data_file(config, task)) for task in sorted(config.eval.data) if config.eval.tasks}
     return {
         "training": sha256_file(config.run_path / "train.json"),
         "eval": dataclasses.asdict(config.eval),
@@ -269,9 +271,16 @@ def evaluation_fault(
 ) -> Fault | None:
     """Return why the run's folder does not hold scores of every task for exactly this state, None where it does.
 
-    graders: what `python -m eval.score --versions` prints; a score by another version of its grader, or from another
-    commit of its hub data, does not hold. Without it those count that `eval.score --stale` has marked.
+    What training has scored, an NLU run's own dev sets, must hold, too. graders: what `python -m eval.score --versions`
+    prints; a score by another version of its grader, or from another commit of its hub data, does not hold. Without it
+    those count that `eval.score --stale` has marked.
     """
+    for name in find_task(config.nlu.task).dev_sets if config.kind == "nlu" else ():
+        path = config.run_path / "scores" / f"{name}.json"
+        if path.is_file() and (fault := _score_fault(name, read_json(path), graders or {})):
+            return fault
+    if not config.eval.tasks:
+        return None
     path = config.run_path / STATE_FILE
     if not path.is_file():
         return Fault("not evaluated", stale=False)
@@ -287,16 +296,21 @@ def evaluation_fault(
         path = config.run_path / "scores" / f"{task}.json"
         if task not in scored or not path.is_file():
             return Fault(f"no score of {task}", stale=False)
-        score = read_json(path)
-        now = (graders or {}).get(task, {})
-        hub = (score.get("data_sha256") or {}).get("hub") if isinstance(score.get("data_sha256"), dict) else None
-        if hub and now.get("hub") and hub != now["hub"] and hub.split("@")[0] == now["hub"].split("@")[0]:
-            return Fault(f"{task}: made from {hub}, pinned is {now['hub']}")
-        if now.get("version") not in (None, score.get("version")):
-            reason = f"{task}: graded by version {score.get('version')}, the grader is at version {now['version']} now"
-            return Fault(reason, regrade=True)
-        if score.get("stale"):
-            return Fault(f"{task}: {score['stale']}", regrade=True)
+        if fault := _score_fault(task, read_json(path), graders or {}):
+            return fault
+    return None
+
+
+def _score_fault(task: str, score: Mapping[str, Any], graders: Mapping[str, Mapping[str, str | None]]) -> Fault | None:
+    now = graders.get(task, {})
+    hub = score["data_sha256"].get("hub") if isinstance(score.get("data_sha256"), dict) else None
+    if hub and now.get("hub") and hub != now["hub"] and hub.split("@")[0] == now["hub"].split("@")[0]:
+        return Fault(f"{task}: made from {hub}, pinned is {now['hub']}")
+    if now.get("version") not in (None, score.get("version")):
+        reason = f"{task}: graded by version {score.get('version')}, the grader is at version {now['version']} now"
+        return Fault(reason, regrade=True)
+    if score.get("stale"):
+        return Fault(f"{task}: {score['stale']}", regrade=True)
     return None
 
 
@@ -305,7 +319,7 @@ def evaluation_stages(configs: Sequence[RunConfig], *, generate: bool = True) ->
     not with `generate=False`), eval.score for each run and task, then the measures of the runs themselves."""
     first = configs[0]
     if first.kind == "nlu":
-        return _nlu_stages(configs)
+        return _nlu_stages(configs, regrade=not generate)
     tasks = [task for task in first.eval.tasks if task not in RUN_MEASURES]
     run_paths = tuple(config.run_path for config in configs)
     files = {task: str(_data_file(first, task)) for task in first.eval.tasks if task in first.eval.data}
@@ -343,10 +357,13 @@ def evaluation_stages(configs: Sequence[RunConfig], *, generate: bool = True) ->
     return stages
 
 
-def _nlu_stages(configs: Sequence[RunConfig]) -> list[Stage]:
-    """Return eval.nlu's call for the out-of-domain sets of `eval.tasks`; training has evaluated the task itself."""
+def _nlu_stages(configs: Sequence[RunConfig], *, regrade: bool) -> list[Stage]:
+    """Return eval.nlu's call for the out-of-domain sets of `eval.tasks`; training has evaluated the task itself.
+
+    regrade: also where there are none, since the call scores anew what training has predicted.
+    """
     first = configs[0]
-    if not first.eval.tasks:
+    if not first.eval.tasks and not regrade:
         return []
     run_paths = tuple(config.run_path for config in configs)
     command = [sys.executable, "-m", "eval.nlu", "--model", *map(str, run_paths)]

@@ -184,7 +184,8 @@ def evaluate_run(run: Run, sets: Sets, names: Sequence[str] | None) -> dict[str,
     """
     scores: dict[str, dict[str, Any]] = {}
     to_predict, skipped = [], {}
-    for name in dict.fromkeys([run.own_set, *(out_of_domain(run.task) if names is None else names)]):
+    wanted = out_of_domain(run.task) if names is None else names
+    for name in dict.fromkeys([run.own_set, *run.dev_scores, *wanted]):
         if name in run.dev_scores and name not in sets.given:
             scores[name] = dict(run.dev_scores[name])
             continue

@@ -3,12 +3,14 @@
 import json
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from ba_lora.config import RunConfig, load_config, resolve_path
 from ba_lora.errors import UserError
 from ba_lora.io import read_json, write_json_atomic
 from ba_lora.results import refresh_result
+from eval import inheritance
 from eval.completions import output_paths
 from eval.judge import one_judge
 from eval.score import Options, score_file, stale_reason
@@ -73,6 +75,15 @@ def _mark_one(score_path: Path, completions: Path) -> None:
         write_json_atomic(score_path, {**score, "stale": reason})
 
 
+def _scorer(score: Mapping) -> str:
+    """Return what makes a score anew."""
+    if "of_task" in score:
+        return "eval.nlu --model RUN scores the run again"
+    if score["task"] == inheritance.NAME:
+        return "eval.inheritance --run RUN measures the run again"
+    return "eval.score --runs DIR re-scores it"
+
+
 def mark_stale(folder: Path) -> int:
     """Mark what is stale below `folder`: files scores/<task>.json, and the entries of assembled results.
 
@@ -97,7 +108,7 @@ def mark_stale(folder: Path) -> int:
             if reason is not None:
                 entry["stale"] = reason
                 stale.append(f"{os.path.relpath(path, folder)}{task and ' ' + task}")
-                print(f"stale: {stale[-1]}: {reason}; python -m eval.score --runs re-scores it")
+                print(f"stale: {stale[-1]}: {reason}; python -m {_scorer(entry)}")
         if changed:
             write_json_atomic(path, content)
     print(json.dumps({"checked": checked, "stale": stale}, ensure_ascii=False))

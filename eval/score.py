@@ -35,6 +35,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ba_lora.errors import CommandParser, UserError, run_entry_point
+from ba_lora.glue import TASKS as GLUE_TASKS
 from ba_lora.io import sha256_file, write_json_atomic, write_jsonl_atomic
 from eval.completions import (
     PROMPT_TOO_LONG,
@@ -202,9 +203,10 @@ def choose(task: Task, meta: Mapping, options: Options) -> Task:
 
 def stale_reason(score: Mapping, *, completions: Path | None = None) -> str | None:
     """Return why a score no longer holds, None where it does: its grader's version, or the completions, changed."""
-    name = score.get("task")
-    if name in TASKS and score.get("version") != get_task(name).version:
-        return f"graded by version {score.get('version')} of {name}, which is at version {get_task(name).version} now"
+    name, version = score.get("task"), score.get("version")
+    now = grader_versions().get(name, {}).get("version", version)
+    if version != now:
+        return f"graded by version {version} of {name}, which is at version {now} now"
     if completions is not None and completions.is_file():
         if sha256_file(completions) != score.get("completions_sha256"):
             return "the completions have changed since"
@@ -212,12 +214,16 @@ def stale_reason(score: Mapping, *, completions: Path | None = None) -> str | No
 
 
 def grader_versions() -> dict[str, dict[str, str | None]]:
-    """Return task → {"version", "hub"}: the grader's version, and the hub set with its pinned commit."""
-    from ba_lora.glue import OUT_OF_DOMAIN
+    """Return task, or a classifier's set → {"version", "hub"}: the grader's version, the hub set with its commit."""
     from eval import inheritance
-    from eval.tasks.glue import VERSION
+    from eval.tasks.glue import VERSION, own_sets
+    from eval.tasks.glue_x import find_set, out_of_domain
 
-    versions = {name: {"version": VERSION, "hub": None} for sets in OUT_OF_DOMAIN.values() for name in sets}
+    versions: dict[str, dict[str, str | None]] = {}
+    for task in GLUE_TASKS:
+        for name in (*own_sets(task), *out_of_domain(task)):
+            of, _ = find_set(task, name)
+            versions[name] = {"version": VERSION, "hub": f"{of.hub}@{of.revision}" if of.hub and of.revision else None}
     for name, task in TASKS.items():
         hub = f"{task.hub}@{task.hub_revision}" if task.hub and task.hub_revision else None
         versions[name] = {"version": task.version, "hub": hub}

@@ -19,7 +19,7 @@ from ba_lora.grid import Grid, dry_run
 from ba_lora.grid_options import select_rows, split_options
 from ba_lora.grid_state import inspect
 from ba_lora.locks import try_lock, work_lock_path
-from ba_lora.pipeline import Spec
+from ba_lora.pipeline import Spec, evaluation_stages
 from ba_lora.tables import load_table
 from tests.workers import fake_grid
 
@@ -148,6 +148,25 @@ def test_training_data_of_another_revision_are_stale(folder, kind, words, revisi
         assert state.status == "unfinished" and not state.train  # but for its result file
     else:
         assert (state.status, state.reason, state.train, state.overwrite) == ("stale", reason, True, True)
+
+
+@pytest.mark.parametrize("tasks", ["", "hans"])
+def test_what_training_scored_goes_stale_with_the_graders_version(folder, tasks):
+    """An NLU run's own dev sets are scored from the predictions that training kept: nothing is trained again."""
+    words = ["task=rte", f"output_dir={folder}/run", "export.merged=false", f"eval.tasks=[{tasks}]"]
+    spec = Spec.resolve("configs/nlu/minilm.yaml", "lora", words, kind="nlu")
+    for name in ("adapter", "scores"):
+        (folder / "run" / name).mkdir(parents=True)
+    (folder / "run" / "train.json").write_text(json.dumps({"status": "ok", "data": {"revision": HUB_REVISION}}))
+    (folder / "run" / "scores" / "rte.json").write_text('{"version": "1"}')
+    state = inspect(spec, {"rte": {"version": "1", "hub": None}})
+    assert state.status == "unfinished" and not state.regrade  # but for its result, or its evaluation
+    state = inspect(spec, {"rte": {"version": "2", "hub": None}})
+    assert (state.status, state.train, state.regrade) == ("stale", False, True)
+    assert state.reason == "rte: graded by version 1, the grader is at version 2 now"
+    [stage] = evaluation_stages([spec.config], generate=False)
+    assert stage.command[1:] == ["-m", "eval.nlu", "--model", f"{folder}/run", "--task", "rte", *tasks.split()]
+    assert len(evaluation_stages([spec.config])) == bool(tasks)
 
 
 def test_another_config_is_named(folder):

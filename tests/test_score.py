@@ -9,9 +9,10 @@ import pytest
 
 from ba_lora.errors import UserError
 from ba_lora.io import sha256_file
+from eval import inheritance
 from eval.completions import output_paths
-from eval.score import Options, main, read_options, score_file
-from eval.tasks import get_task
+from eval.score import Options, grader_versions, main, read_options, score_file
+from eval.tasks import get_task, glue
 from eval.tasks.base import bootstrap_intervals
 
 DATA = [{"question": f"Question {index}?", "answer": f"steps\n#### {index}"} for index in range(4)]
@@ -341,6 +342,41 @@ def test_stale_scores_are_marked(tmp_path: Path, data: Path, monkeypatch: pytest
     for arguments in (["--stale", str(tmp_path / "absent")], ["--stale", str(runs), "workers=2"]):
         with pytest.raises(UserError):
             main(arguments)
+
+
+def test_scores_of_classifiers_and_measures_of_runs_go_stale_too(tmp_path: Path, monkeypatch, capsys) -> None:  # noqa: ANN001
+    scores = {
+        "mnli": {"of_task": "mnli", "version": glue.VERSION},
+        "sick": {"of_task": "mnli", "version": glue.VERSION},
+        "inheritance": {"version": inheritance.VERSION},
+    }
+    for name, score in scores.items():
+        path = tmp_path / "run" / "scores" / f"{name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"task": name, **score}))
+
+    def mark() -> list[str]:
+        assert main(["--stale", str(tmp_path)]) == 0
+        *lines, summary = capsys.readouterr().out.splitlines()
+        assert json.loads(summary)["checked"] == 3
+        return lines
+
+    assert mark() == []
+    monkeypatch.setattr(glue, "VERSION", "8")
+    monkeypatch.setattr(inheritance, "VERSION", "9")
+    found = [
+        ("inheritance", 1, 9, "eval.inheritance --run RUN measures"),
+        ("mnli", 1, 8, "eval.nlu --model RUN scores"),
+        ("sick", 1, 8, "eval.nlu --model RUN scores"),
+    ]
+    assert mark() == [
+        f"stale: run/scores/{name}.json: graded by version {old} of {name}, which is at version {new} now; "
+        f"python -m {mend} the run again"
+        for name, old, new, mend in found
+    ]
+    versions = grader_versions()
+    assert versions["mnli_mm"]["version"] == versions["toy_pairs"]["version"] == "8"
+    assert versions["imdb"]["hub"].startswith("stanfordnlp/imdb@") and versions["newsqa"]["hub"] is None
 
 
 def test_results_are_refreshed(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:  # noqa: ANN001

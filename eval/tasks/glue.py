@@ -12,7 +12,7 @@ from ba_lora.errors import UserError
 from ba_lora.glue import HUB, HUB_REVISION, TASKS, GlueTask
 from ba_lora.rows import Source, load_rows
 
-VERSION = "1"  # of the sets and maps; bumped whenever some row's gold label changes
+VERSION = "1"  # of the sets, maps and metrics; bumped whenever some row's gold label or a score's value changes
 UNLABELLED = (-1, None, "", "-")  # GLUE's test splits and SNLI's rows without a majority
 
 
