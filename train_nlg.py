@@ -26,7 +26,7 @@ from ba_lora.model import load_tokenizer
 from ba_lora.packing import build_collator, prepare_packing
 from ba_lora.processes import on_main_process, start_processes
 from ba_lora.reference_build import cached_reference
-from ba_lora.results import environment, peak_memory_mb, reset_peak_memory
+from ba_lora.results import environment, peak_memory_mb, reset_peak_memory, total_peak_memory_mb
 from ba_lora.run import claim_folder, finish, is_trained, recorded
 from ba_lora.trainer import BALoRATrainer
 from data.nlg import load_training_data
@@ -110,6 +110,7 @@ def train(config: RunConfig, run_path: Path, process: PartialState) -> None:
         "trainable_parameters": trainable,
         "total_parameters": everything,
         "peak_memory_mb": round(peak_memory_mb(), 1),
+        "total_peak_memory_mb": round(total_peak_memory_mb(), 1),
         "step0_max_logit_difference": step0.difference,
         "last_log": next((entry for entry in reversed(trainer.state.log_history) if "loss" in entry), None),
     }

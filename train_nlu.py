@@ -29,7 +29,7 @@ from ba_lora.methods import build_model, parameter_counts, probe_logits
 from ba_lora.model import load_tokenizer
 from ba_lora.processes import on_main_process, start_processes
 from ba_lora.reference_nlu import cache_path
-from ba_lora.results import environment, peak_memory_mb, reset_peak_memory
+from ba_lora.results import environment, peak_memory_mb, reset_peak_memory, total_peak_memory_mb
 from ba_lora.results_nlu import selection_report
 from ba_lora.run import claim_folder, finish, is_trained, recorded
 from ba_lora.trainer_nlu import NLUTrainer
@@ -125,6 +125,7 @@ def train(config: NLURunConfig, run_path: Path, process: PartialState) -> None:
         "trainable_parameters": trainable,
         "total_parameters": everything,
         "peak_memory_mb": round(peak_memory_mb(), 1),
+        "total_peak_memory_mb": round(total_peak_memory_mb(), 1),
         "step0_max_logit_difference": step0.difference,
         "terms_off": trainer.terms_off,
         "last_log": next((entry for entry in reversed(trainer.state.log_history) if "loss" in entry), None),

@@ -18,6 +18,7 @@ from typing import Any
 from ba_lora.config import PROJECT_ROOT
 from ba_lora.io import read_json
 from ba_lora.pipeline import Spec
+from ba_lora.results import hardware_name
 
 RESULTS_PATH = PROJECT_ROOT / "results"
 _RECIPE = ("max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps")
@@ -111,11 +112,7 @@ def _recipe(config: dict[str, Any]) -> str:
 
 
 def _hardware(result: dict[str, Any]) -> str:
-    environment = result.get("environment") or {}
-    machine = environment.get("hardware") or {}
-    if machine.get("gpu"):
-        return f"{environment.get('num_processes', 1)} × {machine['gpu']}"
-    return f"{environment.get('num_threads', '?')} CPU thread(s)"
+    return hardware_name(result.get("environment") or {})
 
 
 def _disk_lines(specs: Sequence[Spec]) -> list[str]:

@@ -14,6 +14,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,14 @@ def environment(*, num_processes: int = 1) -> dict[str, Any]:
     }
 
 
+def hardware_name(found: Mapping[str, Any]) -> str:
+    """Return what a run with this `environment` used of its machine, such as `2 × NVIDIA A40` or `1 CPU thread(s)`."""
+    machine = found.get("hardware") or {}
+    if machine.get("gpu"):
+        return f"{found.get('num_processes', 1)} × {machine['gpu']}"
+    return f"{found.get('num_threads', '?')} CPU thread(s)"
+
+
 def git_state() -> dict[str, Any]:
     """Return the code's commit and whether tracked files differ from it; None where git or its folder is absent."""
     try:
@@ -146,6 +155,13 @@ def peak_memory_mb() -> float:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def total_peak_memory_mb() -> float:
+    """Return the sum of `peak_memory_mb` over the processes of a training; each of them calls it."""
+    from accelerate.utils import gather_object
+
+    return sum(gather_object([peak_memory_mb()]))
 
 
 def results_table(results: list[dict[str, Any]]) -> str:

@@ -263,6 +263,8 @@ def test_the_command_on_two_processes_equals_accumulation_two(tmp_path, root):
         assert done.returncode == 0, done.stderr[-3000:]
     one, two = (read_json(tmp_path / name / "train.json") for name in launch)
     assert (one["training"]["num_processes"], two["training"]["num_processes"]) == (1, 2)
+    peaks = [facts["training"]["total_peak_memory_mb"] / facts["training"]["peak_memory_mb"] for facts in (one, two)]
+    assert peaks[0] == pytest.approx(1, rel=0.01) and 1.5 < peaks[1] < 2.5
     for which in ("best", "last"):
         first, second = (torch.tensor([line["logits"] for line in lines_of(tmp_path / n, which)]) for n in launch)
         torch.testing.assert_close(first, second, atol=5e-3, rtol=1e-2)
