@@ -170,6 +170,9 @@ def load_table(path: str | Path, *, overrides: Sequence[str] = (), seeds: Sequen
     seeds = tuple(seeds if seeds is not None else _list(raw["seeds"], path, "seeds"))
     if not all(isinstance(seed, int) and not isinstance(seed, bool) for seed in seeds):
         raise UserError(f"{path}: seeds must be whole numbers, found {', '.join(map(str, seeds))}")
+    for seed in seeds:
+        if seeds.count(seed) > 1:  # each of its runs would count more than once in a mean
+            raise UserError(f"{path}: seed {seed} is asked for more than once: name each seed once")
     rows: list[Row] = []
     cells: list[Cell] = []
     for number, block in enumerate(_list(raw["rows"], path, "rows"), start=1):

@@ -20,6 +20,8 @@ from ba_lora.io import read_jsonl
 from eval.metrics import class_scores, glue_scores, intervals
 from eval.tasks.glue import VERSION
 
+CLASS_METRICS = ("macro_f1", "minority_recall")  # those of class_scores
+
 
 def score_predictions(
     lines: Sequence[Mapping[str, Any]],
@@ -43,8 +45,9 @@ def score_predictions(
             f"undefined: {len(invalid)} of {len(lines)} predictions are NaN or infinite, the first for {invalid[0]}: "
             "the training has diverged; lower the learning rate"
         )
-        undefined = dict.fromkeys(task.metrics)
-        return score | {"metrics": undefined, "interval_95": undefined, "notes": dict.fromkeys(task.metrics, note)}
+        names = [*task.metrics, *(CLASS_METRICS if imbalanced else ())]
+        undefined = dict.fromkeys(names)
+        return score | {"metrics": undefined, "interval_95": undefined, "notes": dict.fromkeys(names, note)}
     labels, predictions = (np.array([line[key] for line in lines]) for key in ("label", "prediction"))
     scores = glue_scores(task.metrics, labels, predictions)
     if task.is_regression:

@@ -5,12 +5,14 @@ Of ten GSM8K items each is solved by `lora` in one seed of three, by `pissa` and
 """
 
 import functools
+from collections.abc import Iterable
 from pathlib import Path
 
 from ba_lora.io import read_json, write_json_atomic, write_jsonl_atomic
 from ba_lora.tables import Row
 from eval.report.sources import Sources, read_paper, read_results
 from eval.report.spec import Column, PlannedRun, TableSpec
+from eval.report.table import ReportTable, build_table
 from eval.tasks import get_task
 
 SEEDS = (1, 2, 3)
@@ -45,7 +47,7 @@ def result(method: str, seed: int, *, run_id: str, grades: list[float] | None, b
         "prompt_hash": "p1",
         "training": {"seconds": 3600.0 * (2 if method == "lora" else 3), "trainable_parameters": 75776},
         "evaluation": {},
-        "environment": {"git": {"commit": "c0ffee" * 6, "dirty": False}, "hardware": {"cpu": "x"}, "num_processes": 1},
+        "environment": {"git": {"commit": "c0ffee" * 6, "dirty": False}, "hardware": {"cpu": "x"}, "num_threads": 2},
         "finished_at": "2026-01-01T00:00:00+00:00",
     }
     if grades is not None:
@@ -151,3 +153,9 @@ class World:
     def edit(self, run: PlannedRun, **changes) -> None:
         """Change a run's result; see `changed`."""
         write_json_atomic(run.result_path, changed(read_json(run.result_path), changes))
+
+
+def build(world: World, *, allow: Iterable[str] = (), config_allows: tuple[str, ...] = (), **changes) -> ReportTable:
+    """Return the table of a world; changes: to its spec."""
+    spec = world.spec(allow=config_allows, **changes)
+    return build_table(spec, world.sources(spec), allow=allow)

@@ -420,6 +420,8 @@ def test_what_is_undefined_is_said() -> None:
     broken = score_predictions(lines_of([0, 1], [0, None]), name="sst2", of_task="sst2")
     assert broken["invalid"] == 1 and broken["metrics"] == {"accuracy": None}
     assert "1 of 2 predictions are NaN or infinite, the first for set/1" in broken["notes"]["accuracy"]
+    rare = score_predictions(lines_of([0, 1], [0, None]), name="sst2", of_task="sst2", imbalanced=True)
+    assert set(rare["metrics"]) == set(rare["notes"]) == {"accuracy", "macro_f1", "minority_recall"}
 
 
 def test_several_runs_read_each_set_once(classifier: Path, tmp_path: Path, monkeypatch, capsys) -> None:

@@ -3,21 +3,18 @@
 import csv
 import io
 import json
-import shutil
-import subprocess
 
 import pytest
 
 from ba_lora.errors import UserError
 from ba_lora.io import write_jsonl_atomic
 from ba_lora.tables import Row
-from eval.report.render import escape_latex, to_csv, to_json, to_latex, to_markdown
+from eval.report.render import to_csv, to_json, to_markdown
 from eval.report.settings import NEVER_ALLOWED, SETTINGS
 from eval.report.sheets import letter, number, signed
 from eval.report.sources import read_paper
-from eval.report.spec import Column, Items, metric_value, parse_report, setting_value
-from eval.report.table import build_table
-from tests.report_world import SEEDS, World
+from eval.report.spec import Column, Items, metric_value, parse_report, setting_value, undefined_reason
+from tests.report_world import SEEDS, World, build
 
 WHOLE = """\
 # A known table
@@ -36,6 +33,9 @@ Ours: mean ± standard deviation (n − 1) over n seeds; blank: no result. **Bol
 model, among the rows with most seeds.
 
 Paper: paper, table 1; paper, text. Δ: ours − paper.
+
+time: measured on 2 CPU thread(s) (11 runs). Times are by the wall clock; whether other runs shared the machine \
+meanwhile is not recorded.
 
 <sup>a</sup> 1 of 3 runs oom: OutOfMemoryError: CUDA out of memory\x20\x20
 <sup>b</sup> 3 of 3 runs failed: ValueError: no such layer
@@ -78,11 +78,6 @@ def known(world):
     return world
 
 
-def build(world, *, allow=(), config_allows=(), **changes):
-    spec = world.spec(allow=config_allows, **changes)
-    return build_table(spec, world.sources(spec), allow=allow)
-
-
 def test_the_known_table_whole(known):
     assert to_markdown(build(known)) == WHOLE
 
@@ -102,36 +97,6 @@ def test_csv_and_json_say_the_same(known):
     assert holm == {"full_ft": None, "lora": pytest.approx(4 / 10001), "pissa": 1.0}
     assert len(plain["runs"]) == 15 and all(len(run["result_sha256"]) == 64 for run in plain["runs"])
     assert plain["also_reported"][0]["value"]["mean"] == 12.5
-
-
-def test_latex_is_balanced_and_says_the_same(known):
-    text = to_latex(build(known, labels={"lora": "LoRA & 100% _x_"}))
-    for name in ("table", "tabular", "minipage", "longtable"):
-        assert text.count(f"\\begin{{{name}}}") == text.count(f"\\end{{{name}}}") == 1
-    assert text.count("{") == text.count("}")
-    body = text.split("\\midrule\n")[1].split("\\bottomrule")[0].strip().splitlines()
-    assert (
-        len(body) == 6 and {line.count(" & ") for line in body} == {8} and all(line.endswith("\\\\") for line in body)
-    )
-    assert "LoRA \\& 100\\% \\_x\\_ & 33.33 $\\pm$ 5.77 (3) & 34.33 $\\pm$ 0.50 & $-$1.00" in text
-    assert "\\textbf{66.67 $\\pm$ 5.77 (3)}" in text and "\\underline{3.0 $\\pm$ 0.0 (3)}" in text
-    assert "failed\\textsuperscript{b}" in text and "−" not in text and "±" not in text
-
-
-@pytest.mark.skipif(not shutil.which("pdflatex"), reason="no pdflatex: apt install texlive-latex-base")
-def test_latex_compiles(known, tmp_path):
-    note = "λ ≥ 0 … ~ ^ \\ {} <sup> 5 % of #1 & more"
-    (tmp_path / "table.tex").write_text(to_latex(build(known, note=note)), encoding="utf-8")
-    (tmp_path / "main.tex").write_text(
-        "\\documentclass{article}\\usepackage{booktabs,graphicx,longtable}\n"
-        "\\begin{document}\\input{table.tex}\\end{document}\n"
-    )
-    done = subprocess.run(
-        ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "main.tex"],
-        cwd=tmp_path, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-2000:]
-    assert (tmp_path / "main.pdf").stat().st_size > 10_000
 
 
 def test_rows_with_fewer_seeds_are_not_ranked(world):
@@ -159,6 +124,10 @@ def test_settings_are_blocks_of_their_own(world):
     together = build(world, rows=tuple(rows), columns=columns, runs=runs)
     assert [together.cells[row, "gsm8k"].mark for row in rows] == ["", "best", "", "best"]  # two share the first place
     assert len(together.comparisons) == 4
+    assert "second best of one model, among" in to_markdown(together)
+    rest = build(world, rows=tuple(rows), columns=columns, runs=runs, compare_within=())
+    assert [rest.cells[row, "gsm8k"].mark for row in rows] == ["", "best", "", "best"]
+    assert "second best of the table, among" in to_markdown(rest)
 
 
 @pytest.mark.parametrize(
@@ -333,6 +302,43 @@ def test_a_failed_run_never_counts_although_it_has_scores(known):
     assert cell.seeds == (1, 3) and table.footnotes[cell.notes[0]] == "1 of 3 runs cancelled: no error was written"
 
 
+@pytest.mark.parametrize("undefined", [(2,), SEEDS])
+def test_a_run_whose_metric_is_undefined_says_why(known, undefined):
+    """Its seed is left out of the mean, of the mean over columns too, and never without a word."""
+    for seed in undefined:
+        run = known.run("lora", seed)
+        known.edit(run, **{"evaluation/gsm8k/metrics": {"strict": None}})
+        known.edit(run, **{"evaluation/gsm8k/notes": {"strict": "undefined: all 10 labels are of class 0"}})
+    table = build(known)
+    cell = table.cells[Row("tiny", "lora"), "gsm8k"]
+    assert cell.seeds == tuple(sorted(set(SEEDS) - set(undefined)))
+    assert cell.status == ("ok" if cell.seeds else "undefined")
+    text = f"{len(undefined)} of 3 runs undefined: all 10 labels are of class 0"
+    for column in ("gsm8k", "average"):
+        cell = table.cells[Row("tiny", "lora"), column]
+        assert [table.footnotes[note] for note in cell.notes] == [text]
+    assert not table.cells[Row("tiny", "lora"), "hours"].notes
+    assert ("undefined<sup>b</sup>" in to_markdown(table)) == (undefined == SEEDS)
+
+
+@pytest.mark.parametrize(
+    ("changes", "task", "metric", "reason"),
+    [
+        ({"evaluation": {"cola": {"metrics": {"matthews": None}}}}, "cola", "matthews", "its score has no matthews"),
+        ({"evaluation": {"cola": {"metrics": {}}}}, "cola", "perplexity.after", "its score has no perplexity.after"),
+        ({"evaluation": {}}, "cola", "matthews", None),  # not evaluated yet
+        ({}, None, "training.seconds", "not measured"),
+        ({"training": {"seconds": None, "resumed_from": "checkpoint-9"}}, None, "training.seconds",
+         "not measured, the training was resumed from checkpoint-9"),
+        ({}, None, "training.last_log.svd", None),  # a method without the term
+        ({"training": None}, None, "training.seconds", None),  # nothing was trained
+    ],
+)  # fmt: skip
+def test_why_a_run_has_no_value(changes, task, metric, reason):
+    made = {"training": {"seconds": None, "last_log": {"loss": 1.0}}, "evaluation": {}} | changes
+    assert undefined_reason(made, Column("x", "x", task=task, metric=metric)) == reason
+
+
 def test_broken_results_are_named(known):
     path = known.run("lora", 1).result_path
     good = json.loads(path.read_text())
@@ -453,7 +459,6 @@ def test_numbers_as_they_are_written():
     assert [number(-0.001, 2), number(-1.5, 1), number(None, 1), number(3.0, 0)] == ["0.00", "−1.5", "", "3"]
     assert [signed(0.5, 1), signed(-0.5, 1), signed(0.001, 1), signed(None, 2)] == ["+0.5", "−0.5", "0.0", ""]
     assert [letter(0), letter(25), letter(26), letter(53)] == ["a", "z", "aa", "bb"]
-    assert escape_latex("a_b\\c 5%") == "a\\_b\\textbackslash{}c 5\\%"
 
 
 def test_of_each_method_the_best_setting_by_the_chosen_column_is_compared(world):

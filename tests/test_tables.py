@@ -151,6 +151,7 @@ def test_a_reference_cache_has_a_folder_for_each_base_and_data_set(tmp_path):
         ({"seed": [1]}, r"unknown key seed \(nearest: seeds"),
         ({"seeds": ["one"]}, "seeds must be whole numbers, found one"),
         ({"seeds": 3}, r"seeds is a list: \[3\]"),
+        ({"seeds": [2, 1, 2]}, "seed 2 is asked for more than once"),
         ({"rows": [{"bases": ["toy"], "methods": ["lorra"]}]}, r"entry 1: method=lorra is unknown.*nearest: lora"),
         ({"rows": [{"bases": ["toi"], "methods": ["lora"]}]}, "entry 1: no such config"),
         ({"rows": [{"base": ["toy"]}]}, r"entry 1: unknown key base \(nearest: bases"),

@@ -1,6 +1,7 @@
 """A table as texts under headings, before any mark-up: what Markdown and LaTeX have in common."""
 
 import string
+from collections import Counter
 from dataclasses import dataclass
 
 from ba_lora.tables import Row
@@ -68,6 +69,24 @@ def main_sheet(table: ReportTable) -> Sheet:
     return Sheet(tuple(groups), tuple(header), tuple(rows), tuple(breaks), len(names))
 
 
+def panels(sheet: Sheet, *, widest: int) -> list[Sheet]:
+    """Return a sheet in parts of at most `widest` columns of values, no group broken, the names before each."""
+    names = sheet.num_names
+    parts: list[list[tuple[str, int]]] = [[]]
+    for group in sheet.groups[1:]:
+        if parts[-1] and sum(width for _, width in parts[-1]) + group[1] > widest:
+            parts.append([])
+        parts[-1].append(group)
+    cut, first = [], names
+    for groups in parts:
+        last = first + sum(width for _, width in groups)
+        rows = tuple((*row[:names], *row[first:last]) for row in sheet.rows)
+        header = (*sheet.header[:names], *sheet.header[first:last])
+        cut.append(Sheet((sheet.groups[0], *groups), header, rows, sheet.breaks, names))
+        first = last
+    return cut
+
+
 def comparison_sheet(table: ReportTable) -> Sheet:
     """Return the tests, one a line."""
     spec = table.spec
@@ -96,18 +115,36 @@ def legend(table: ReportTable, *, best: str = "**Bold**", second: str = "*italic
     """Return the sentences below the table."""
     spec = table.spec
     within = " and ".join({"base": "model", "setting": "setting"}[key] for key in spec.compare_within)
+    within = f"of one {within}" if within else "of the table"
     lines = [
         "Ours: mean ± standard deviation (n − 1) over n seeds; blank: no result. "
-        f"{best}: best, {second}: second best of one {within}, among the rows with most seeds."
+        f"{best}: best, {second}: second best {within}, among the rows with most seeds."
     ]
     sources = sorted({cell.paper.source for cell in table.cells.values() if cell.paper is not None})
     if sources:
         lines.append(f"Paper: {'; '.join(sources)}. Δ: ours − paper.")
-    if spec.source:
+    if spec.source and spec.source not in sources:
         lines.append(f"In the paper: {spec.source}.")
+    lines += _cost_lines(table)
     if spec.note:
         lines.append(spec.note)
     return lines
+
+
+def _cost_lines(table: ReportTable) -> list[str]:
+    """Return what the table's times and memory were measured on, and how."""
+    costs = [column for column in table.spec.columns if column.is_cost]
+    used = {run for row in table.spec.rows for column in costs for run in table.cell(row, column).run_ids}
+    machines = Counter(run["hardware"] or "unknown hardware" for run in table.provenance if run["run_id"] in used)
+    if not machines:
+        return []
+    named = ", ".join(f"{machine} ({count} run{'s' if count > 1 else ''})" for machine, count in machines.items())
+    line = f"{'; '.join(column.label for column in costs)}: measured on {named}."
+    if any("seconds" in column.metric for column in costs):
+        line += " Times are by the wall clock; whether other runs shared the machine meanwhile is not recorded."
+    if any("memory" in column.metric for column in costs):
+        line += " Memory is the most that a process held at once: allocated on its GPU, or resident where it has none."
+    return [line]
 
 
 def comparison_legend(table: ReportTable) -> list[str]:

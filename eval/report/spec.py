@@ -3,7 +3,7 @@
     report:
       allow: [engine]                  # settings that may differ, footnoted where they do (settings.py)
       against: [lora, pissa]           # the rows that the table's `ours` are tested against; default: all other methods
-      compare_within: [base]           # what ranked and compared rows have in common; [base, setting] for rank tables
+      compare_within: [base]           # what ranked and compared rows have in common: base, setting, both or none
       choose: heldout                  # of rows that differ in their setting, the best in this column is compared
       names: {not stated: roberta-large}                 # the paper file's name of a model, method or setting → ours
       columns: {parameters: {scale: 1.0e-6, decimals: 1}}     # how a column's numbers are shown
@@ -11,7 +11,7 @@
         ablation: {kind: bars, columns: [gsm8k, math]}
         ranks: {kind: lines, columns: [gsm8k], x: rank, log_x: true}      # x: a key of the settings' names
         pareto: {kind: scatter, columns: [gsm8k], x: seconds}
-        terms: {kind: training, terms: [loss, consistency], methods: [pissa, ba_lora]}
+        terms: {kind: training, terms: [loss (nats), svd], methods: [pissa, ba_lora]}    # a unit may follow
         tsne: {kind: features}         # over steps (features.py)
 
 A training or features figure shows the runs behind `columns`, needed where a row's columns are trained on several sets.
@@ -186,10 +186,7 @@ def _paper_names(column: tables.Column) -> tuple[str, str] | None:
 
 
 def table_spec(table: Table) -> TableSpec:
-    """Return a table of ba_lora.tables as the report needs it.
-
-    Raises UserError for a wrong `report:` block, and for a seed that is asked for twice: it would count twice.
-    """
+    """Return a table of ba_lora.tables as the report needs it. Raises UserError for a wrong `report:` block."""
     columns = [
         Column(
             name=column.name,
@@ -209,8 +206,6 @@ def table_spec(table: Table) -> TableSpec:
         key = (cell.row, cell.column.name)
         config = cell.config
         run = PlannedRun(config.method, config.seed, config.result_path, config.run_path)
-        if run in runs.get(key, ()):
-            raise UserError(f"table {table.id}: seed {config.seed} is asked for twice: name each seed once")
         runs[key] = (*runs.get(key, ()), run)
     return TableSpec(
         name=table.id,
@@ -271,6 +266,27 @@ def metric_value(result: Mapping[str, Any], column: Column) -> float | None:
         metrics = node.get("metrics") or {}
         node = metrics if column.metric in metrics else node
     return _resolve(node, re.findall(r"\{[^}]*\}|[^.{}]+", column.metric or ""))[0]
+
+
+def undefined_reason(result: Mapping[str, Any], column: Column) -> str | None:
+    """Return why a run that has no number for a column will have none: its metric is undefined, or was not measured.
+
+    None where the evaluation is yet to be made, and where the column does not apply to the run.
+    """
+    if column.task is not None:
+        entry = (result.get("evaluation") or {}).get(column.task)
+        if not entry:
+            return None
+        note = (entry.get("notes") or {}).get(column.metric)
+        return note.removeprefix("undefined: ") if note else f"its score has no {column.metric}"
+    *keys, last = (column.metric or "").split(".")
+    node: Any = result
+    for key in keys:
+        node = node.get(key) if isinstance(node, Mapping) else None
+    if not isinstance(node, Mapping) or last not in node:
+        return None
+    resumed = node.get("resumed_from")
+    return f"not measured, the training was resumed from {resumed}" if resumed else "not measured"
 
 
 def _resolve(node: Any, keys: Sequence[str]) -> tuple[float | None, int | None]:

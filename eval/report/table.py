@@ -6,11 +6,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ba_lora.results import hardware_name
 from ba_lora.tables import Row
 from eval.report.paired import PairedTests, Untested
 from eval.report.settings import Used, differences
 from eval.report.sources import PaperRow, PaperValue, Sources
-from eval.report.spec import Column, PlannedRun, TableSpec, metric_value
+from eval.report.spec import Column, PlannedRun, TableSpec, metric_value, undefined_reason
 from eval.report.stats import first_and_second, holm, mean_std
 
 CellKey = tuple[Row, str]  # the row and the column's name
@@ -18,7 +19,7 @@ CellKey = tuple[Row, str]  # the row and the column's name
 
 @dataclass(frozen=True)
 class Failure:
-    """A run that ended without the value: status is failed, cancelled or oom."""
+    """A run that ended without the value: status is failed, cancelled, oom, or undefined where only the value is."""
 
     run_id: str
     status: str
@@ -173,6 +174,8 @@ def _measured_cell(spec: TableSpec, sources: Sources, row: Row, column: Column, 
             failures.append(Failure(run.run_id, result["status"], result.get("error")))
         elif run.run_id in sources.failures:
             failures.append(Failure(run.run_id, "failed", sources.failures[run.run_id]))
+        elif result is not None and (reason := undefined_reason(result, column)):
+            failures.append(Failure(run.run_id, "undefined", reason))
     for (status, error), count in Counter((failure.status, failure.error) for failure in failures).items():
         texts[f"{count} of {len(planned)} runs {status}: {error or 'no error was written'}"] = None
     return Cell(
@@ -294,12 +297,14 @@ def _provenance(spec: TableSpec, sources: Sources) -> Iterable[dict[str, Any]]:
         result = sources.result(run)
         if result is None:
             continue
-        git = (result.get("environment") or {}).get("git") or {}
+        environment = result.get("environment") or {}
+        git = environment.get("git") or {}
         yield {
             "run_id": run.run_id,
             "status": result["status"],
             "result_sha256": sources.sha256.get(run.run_id),
             "commit": git.get("commit"),
             "dirty": git.get("dirty"),
+            "hardware": hardware_name(environment) if environment else None,
             "finished_at": result.get("finished_at"),
         }
