@@ -20,12 +20,18 @@ from eval.report.sheets import (
     legend,
     letter,
     main_sheet,
+    panels,
     provenance_lines,
     unmatched_lines,
 )
 from eval.report.spec import Column
 from eval.report.stats import NUM_RESAMPLES
 from eval.report.table import ReportTable
+
+LATEX_WIDTH = 12  # columns of numbers abreast, as many as can be read when they are made to fit
+LATEX_HEIGHT = 0.65  # of the text's height, which leaves room for caption and legend
+# The table of comparisons: lines break in its names, and in the interval's place, where a reason may stand.
+COMPARISONS = 3 * "p{0.115\\linewidth}" + "rp{0.2\\linewidth}rrrr"
 
 
 def to_markdown(table: ReportTable, figures: Sequence[Drawn] = ()) -> str:
@@ -50,20 +56,18 @@ def to_markdown(table: ReportTable, figures: Sequence[Drawn] = ()) -> str:
 
 
 def to_latex(table: ReportTable) -> str:
-    """Return the table and a second one of its comparisons; the document loads booktabs, graphicx and longtable."""
-    sheet = main_sheet(table)
-    columns = "l" * sheet.num_names + "r" * (len(sheet.header) - sheet.num_names)
+    """Return the table and a second one of its comparisons; the document loads booktabs, graphicx and longtable.
+
+    A wide table is set in parts, one below the other; each is made smaller where it would not fit into a page.
+    """
+    parts = panels(main_sheet(table), widest=LATEX_WIDTH)
     lines = [
         "% Needs \\usepackage{booktabs,graphicx,longtable}",
         "\\begin{table}[t]",
         "\\centering",
         f"\\caption{{{escape_latex(table.spec.title)}}}",
         f"\\label{{tab:{re.sub('[^a-z0-9]+', '-', table.spec.name.lower())}}}",
-        "\\resizebox{\\ifdim\\width>\\linewidth\\linewidth\\else\\width\\fi}{!}{%",
-        f"\\begin{{tabular}}{{{columns}}}",
-        *_latex_body(sheet),
-        "\\end{tabular}}",
-        "\\par\\smallskip",
+        *(line for part in parts for line in _latex_part(part, share=LATEX_HEIGHT / len(parts))),
         "\\begin{minipage}{\\linewidth}\\footnotesize",
         *(f"{escape_latex(line)}\\par" for line in legend(table, best="Bold", second="underlined")),
         *(f"\\textsuperscript{{{letter(n)}}} {escape_latex(text)}\\par" for n, text in enumerate(table.footnotes)),
@@ -72,13 +76,12 @@ def to_latex(table: ReportTable) -> str:
     ]
     if table.comparisons:
         sheet = comparison_sheet(table)
-        columns = "l" * sheet.num_names + "r" * (len(sheet.header) - sheet.num_names)
         lines += [
             "",
-            "{\\footnotesize\\setlength{\\tabcolsep}{3pt}",
-            f"\\begin{{longtable}}{{{columns}}}",
+            "{\\scriptsize\\setlength{\\tabcolsep}{2pt}",
+            f"\\begin{{longtable}}{{{COMPARISONS}}}",
             f"\\caption{{{escape_latex(table.spec.title)}: comparisons}}\\\\",
-            *_latex_body(sheet, repeated_head=True),
+            *_latex_body(sheet, is_long=True),
             "\\end{longtable}",
             *(f"{escape_latex(line)}\\par" for line in comparison_legend(table)),
             "}",
@@ -152,10 +155,21 @@ def cell_facts(table: ReportTable, row: Row, column: Column) -> dict[str, Any]:
 
 
 def escape_latex(text: str) -> str:
-    """Return text for LaTeX: its special characters escaped, the few symbols that are used here in math mode."""
-    return "".join(_LATEX.get(character, character) for character in text)
+    """Return text for LaTeX: its special characters escaped, the few symbols that are used here in math mode.
+
+    What pdflatex may not know, such as a strange character in an error message, becomes its code point, [U+2502].
+    """
+    return "".join(_LATEX.get(character) or _plain_latex(character) for character in text)
 
 
+def _plain_latex(character: str) -> str:
+    if character.isspace():
+        return " "
+    is_known = character.isprintable() and (character.isascii() or character in _TYPED)
+    return character if is_known else f"[U+{ord(character):04X}]"
+
+
+_TYPED = "·–—‘’“”äöüÄÖÜßàáâçèéêëíîñóôøúûåæ"
 _LATEX = {
     **{character: f"\\{character}" for character in "&%$#_{}"},
     "\\": "\\textbackslash{}",
@@ -190,7 +204,22 @@ def _markdown_sheet(sheet: Sheet) -> str:
     return "\n".join(lines)
 
 
-def _latex_body(sheet: Sheet, *, repeated_head: bool = False) -> list[str]:
+def _latex_part(sheet: Sheet, *, share: float) -> list[str]:
+    """Return a sheet as a tabular that is no wider than the line and no higher than its share of the text."""
+    height = f"{share:.3f}\\textheight"
+    columns = "l" * sheet.num_names + "r" * (len(sheet.header) - sheet.num_names)
+    return [
+        f"\\resizebox*{{!}}{{\\ifdim\\totalheight>{height}{height}\\else\\totalheight\\fi}}{{%",
+        "\\resizebox{\\ifdim\\width>\\linewidth\\linewidth\\else\\width\\fi}{!}{%",
+        f"\\begin{{tabular}}{{{columns}}}",
+        *_latex_body(sheet),
+        "\\end{tabular}}}",
+        "\\par\\smallskip",
+    ]
+
+
+def _latex_body(sheet: Sheet, *, is_long: bool = False) -> list[str]:
+    """Return the lines between \\begin and \\end; is_long: of a longtable whose columns of names break their lines."""
     lines = ["\\toprule"]
     if any(heading for heading, _ in sheet.groups):
         cells, rules, first = [], [], 1
@@ -200,11 +229,19 @@ def _latex_body(sheet: Sheet, *, repeated_head: bool = False) -> list[str]:
             first += width
         lines += [" & ".join(cells) + " \\\\", "".join(rules)]
     lines += [" & ".join(map(escape_latex, sheet.header)) + " \\\\", "\\midrule"]
-    lines += ["\\endhead"] if repeated_head else []
+    lines += ["\\endhead"] if is_long else []
     for number_, row in enumerate(sheet.rows):
         lines += ["\\midrule"] if number_ in sheet.breaks else []
-        lines.append(" & ".join(_marked(text, _LATEX_MARKS, escape_latex) for text in row) + " \\\\")
+        cells = [_marked(text, _LATEX_MARKS, escape_latex) for text in row]
+        if is_long:
+            cells[: sheet.num_names] = [_breakable(cell) for cell in cells[: sheet.num_names]]
+        lines.append(" & ".join(cells) + " \\\\")
     return [*lines, "\\bottomrule"]
+
+
+def _breakable(name: str) -> str:
+    """Let lines break inside names such as regularizers.lambda_svd=0.1, and leave them ragged."""
+    return "\\raggedright " + re.sub(r"(=|\.(?=\D)|\\_|/)", r"\1\\allowbreak{}", name)
 
 
 _MARKDOWN = {"best": "**{}**", "second": "*{}*", "": "{}", "notes": "<sup>{}</sup>"}
