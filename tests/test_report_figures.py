@@ -86,6 +86,14 @@ def test_bars_are_means_deviations_and_the_papers_marks(known, canvases):
     assert axis.get_ylim()[0] == 0  # a bar's length is its value
 
 
+def test_a_bar_of_zero_is_told_from_none(known, canvases):
+    for seed in SEEDS:
+        known.add("lora", seed, grades=[0.0] * 10)
+    drawn(known, Figure("a", "bars", ("gsm8k",)))
+    [axis] = canvases[0].axes
+    assert [text.get_text() for text in axis.texts] == ["0"] and axis.texts[0].xy == (1, 0)
+
+
 def test_png_and_pdf_are_whole_and_repeatable(known, tmp_path):
     _, files = drawn(known, Figure("a", "bars", ("gsm8k", "hours")))
     (tmp_path / "a.png").write_bytes(files["png"])
@@ -114,6 +122,7 @@ def test_lines_over_the_setting_with_a_level_for_what_has_none(known, canvases):
     assert [line.get_ydata()[0] for line in curves] == pytest.approx([100 / 3, 200 / 3])
     assert len({line.get_marker() for line in curves}) == len({line.get_linestyle() for line in curves}) == 2
     assert any(list(line.get_ydata()) == [70, 70] for line in axis.lines)  # full fine-tuning
+    assert [handle.get_marker() for handle in canvases[0].legends[0].legend_handles] == ["o", "s", ""]
     assert not overlapping(canvases[0])
 
 
@@ -198,6 +207,11 @@ def test_training_curves_are_means_over_seeds_at_common_steps(known, canvases):
     band = loss.collections[0].get_paths()[0].get_extents()
     assert (band.y0, band.y1) == (10, 32)  # one deviation of 0, 1, 2 on either side
     assert len(svd.lines) == 1 and svd.get_ylabel() == "svd"
+    drawn(known, Figure("a", "training", terms=("loss (nats)", "consistency"), methods=("lora", "pissa")))
+    [loss] = canvases[1].axes  # no run has the other term
+    assert loss.get_ylabel() == "loss (nats)" and list(loss.lines[0].get_xdata()) == [10, 20, 30]
+    one, _ = drawn(known, Figure("a", "training", terms=("consistency",)))
+    assert one.missing == "no run has logged any of its terms"
 
 
 def test_curves_of_several_trainings_are_not_averaged(known, canvases):

@@ -5,6 +5,7 @@ bars and bands are the standard deviation (n − 1) over seeds, hollow marks the
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 
 import matplotlib
@@ -16,7 +17,7 @@ from matplotlib.lines import Line2D
 from ba_lora.errors import UserError
 from ba_lora.tables import Row
 from eval.report import features
-from eval.report.sheets import Drawn
+from eval.report.sheets import ARROWS, Drawn
 from eval.report.sources import Sources
 from eval.report.spec import Figure, PlannedRun, TableSpec, row_name, setting_value
 from eval.report.style import (
@@ -67,21 +68,27 @@ def _bars(table: ReportTable, figure: Figure, sources: Sources) -> tuple[Canvas,
     groups = list(dict.fromkeys(group for group, _ in places.values()))
     series = list(dict.fromkeys(one for _, one in places.values()))
     columns = [spec.column(name) for name in figure.columns]
-    width = max(PANEL_WIDTH, 0.17 * len(groups) * (len(series) + 1.2))
+    order = sorted(places, key=lambda row: (groups.index(places[row][0]), series.index(places[row][1])))
+    at: dict[Row, float] = {}  # a bar's width is 1, as far apart are the groups
+    for row, (earlier, later) in zip(order, itertools.pairwise([None, *order]), strict=True):
+        is_new = earlier is None or places[earlier][0] != places[later][0]
+        at[row] = 0.0 if earlier is None else at[earlier] + (2.2 if is_new else 1.0)
+    centres = [np.mean([at[row] for row in rows if places[row][0] == group]) for group in groups]
+    width = max(PANEL_WIDTH, 0.17 * (at[order[-1]] + 2.2))
     across = max(1, min(len(columns), int(2.2 * PANEL_WIDTH / width)))
     canvas, axes = panel_grid(len(columns), across=across, panel_width=width)
-    step = 0.8 / len(series)
     for axis, column in zip(axes, columns, strict=True):
-        for row, (group, one) in places.items():
-            cell, style = table.cell(row, column), style_of(series.index(one))
-            x = groups.index(group) + (series.index(one) - (len(series) - 1) / 2) * step
+        for row, x in at.items():
+            cell, style = table.cell(row, column), style_of(series.index(places[row][1]))
             if cell.mean is not None:
-                axis.bar(x, cell.mean, step * 0.92, color=style.colour, hatch=style.hatch, edgecolor="black", lw=0.6)
-                aside = 0.2 * step if cell.paper is not None else 0.0  # so that the two do not hide each other
+                axis.bar(x, cell.mean, 0.92, color=style.colour, hatch=style.hatch, edgecolor="black", lw=0.6)
+                if not round(cell.mean, column.decimals):  # told from a bar that is not there
+                    axis.annotate("0", (x, 0), (0, 2), textcoords="offset points", ha="center", fontsize=6)
+                aside = 0.2 if cell.paper is not None else 0.0  # so that the two do not hide each other
                 axis.errorbar(x + aside, cell.mean, cell.std, color="black", capsize=2, lw=0.9)
             if _has_paper_mark(cell):
-                axis.plot(x - 0.2 * step, cell.paper.mean, "D", path_effects=HALO, **HOLLOW)
-        axis.set_xticks(range(len(groups)), [_written(spec, group) for group in groups])
+                axis.plot(x - 0.2, cell.paper.mean, "D", path_effects=HALO, **HOLLOW)
+        axis.set_xticks(centres, [_written(spec, group) for group in groups])
         if max(len(_written(spec, group)) for group in groups) * len(groups) > 18 * width:
             axis.tick_params(axis="x", rotation=30)
             for text in axis.get_xticklabels():
@@ -136,6 +143,9 @@ def _lines(table: ReportTable, figure: Figure, sources: Sources) -> tuple[Canvas
         axis.set_xlabel(spec.label(figure.x))
         y_axis(axis, column)
     handles = [line_handle(style_of(position), spec.label(method)) for position, method in enumerate(methods)]
+    for handle, method in zip(handles, methods, strict=True):
+        if not any(row.setting for row in rows if row.method == method):  # a level, without marks
+            handle.set_marker("")
     add_legend(canvas, [*handles, *_paper_handle(table, figure)])
     return canvas, _caption(table, figure)
 
@@ -165,8 +175,9 @@ def _scatter(table: ReportTable, figure: Figure, sources: Sources) -> tuple[Canv
         if front:
             axis.plot(*zip(*front, strict=True), color="0.4", lw=0.9, ls="--", zorder=1)
         axis.margins(0.12)
+        axis.locator_params(axis="x", nbins=6)
         axis.set_title(_written(spec, block))
-        axis.set_xlabel(axis_label(cost))
+        axis.set_xlabel(f"{axis_label(cost)}{ARROWS[cost.better]}")
         y_axis(axis, column)
     handles = [line_handle(style_of(position), _written(spec, one), line="") for position, one in enumerate(series)]
     front_handle = Line2D([], [], color="0.4", lw=0.9, ls="--", label="Pareto front")
@@ -183,27 +194,41 @@ def _training(table: ReportTable, figure: Figure, sources: Sources) -> tuple[Can
         raise NothingToDraw("no run's log.jsonl is at hand")
     blocks = list(dict.fromkeys(spec.block(row) for row in rows))
     series = list(dict.fromkeys(_series(spec, row) for row in rows))
-    panels = [(block, term) for term in figure.terms for block in blocks]
-    canvas, axes = panel_grid(len(panels), across=len(blocks) if len(blocks) > 1 else len(figure.terms))
+    curves = {
+        (term, row): [
+            {entry["step"]: entry[name] for entry in log if entry.get(name) is not None}
+            for log in logs[row]
+            if any(entry.get(name) is not None for entry in log)
+        ]
+        for term in figure.terms
+        for name in [term.partition(" ")[0]]
+        for row in rows
+    }
+    terms = [term for term in figure.terms if any(curves[term, row] for row in rows)]
+    if not terms:
+        raise NothingToDraw("no run has logged any of its terms")
+    panels = [(block, term) for term in terms for block in blocks]
+    canvas, axes = panel_grid(len(panels), across=len(blocks) if len(blocks) > 1 else len(terms))
     counts = []
     for axis, (block, term) in zip(axes, panels, strict=True):
         for row in rows:
-            curves = [{entry["step"]: entry[term] for entry in log if entry.get(term) is not None} for log in logs[row]]
-            curves = [curve for curve in curves if curve]
-            if spec.block(row) != block or not curves:
+            found = curves[term, row]
+            if spec.block(row) != block or not found:
                 continue
-            style = style_of(series.index(_series(spec, row)))
-            counts.append(len(curves))
-            steps = sorted(set.intersection(*(set(curve) for curve in curves)))
-            values = np.array([[curve[step] for step in steps] for curve in curves])  # (seeds, steps)
+            position = series.index(_series(spec, row))
+            style = style_of(position)
+            counts.append(len(found))
+            steps = sorted(set.intersection(*(set(curve) for curve in found)))
+            values = np.array([[curve[step] for step in steps] for curve in found])  # (seeds, steps)
             mean = values.mean(axis=0)
-            axis.plot(steps, mean, color=style.colour, ls=style.line, marker=style.marker, markevery=0.15, ms=4)
-            if len(curves) > 1:
+            every = (0.15 * position / len(series), 0.15)  # staggered: curves may lie on each other
+            axis.plot(steps, mean, color=style.colour, ls=style.line, marker=style.marker, markevery=every, ms=4, lw=1)
+            if len(found) > 1:
                 std = values.std(axis=0, ddof=1)
                 axis.fill_between(steps, mean - std, mean + std, color=style.colour, alpha=0.2, lw=0)
         axis.set_title(_written(spec, block))
         axis.set_xlabel("step")
-        axis.set_ylabel(term.replace("_", " "))
+        axis.set_ylabel(term)
     add_legend(canvas, [line_handle(style_of(position), _written(spec, one)) for position, one in enumerate(series)])
     return canvas, f"{_count(counts)} Lines: mean over seeds of what training logged; bands: standard deviation."
 
@@ -330,7 +355,8 @@ def _caption(table: ReportTable, figure: Figure) -> str:
     if max(counts, default=0) > 1:
         parts.append("Error bars: standard deviation over seeds.")
     if sources := _paper_sources(table, figure):
-        parts.append(f"Hollow: the paper ({'; '.join(sources)}).")
+        marks = "Hollow marks and thin lines" if figure.kind == "lines" else "Hollow"
+        parts.append(f"{marks}: the paper ({'; '.join(sources)}).")
     return " ".join(parts)
 
 

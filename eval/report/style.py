@@ -45,9 +45,9 @@ class Style:
     line: Any
 
 
-# Colours of Okabe and Ito, which colour-blind readers tell apart; lists of unequal lengths, so that no two rows of a
-# table share all four.
-_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#999999", "#444444")
+# Colours of Okabe and Ito, which colour-blind readers tell apart, but for their yellow, which is lost in grey; lists of
+# unequal lengths, so that no two rows of a table share all four.
+_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#A09000", "#B5B5B5", "#777777")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "h", "p", "*", "d", "8")
 _HATCHES = ("", "///", "...", "xxx", "\\\\\\", "|||", "---", "+++", "ooo", "**")
 _LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1)), (0, (3, 1, 1, 1, 1, 1)), (0, (8, 2)))
