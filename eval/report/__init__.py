@@ -4,6 +4,7 @@ spec.py        what a table is to show: its `report:` block, read and checked
 sources.py     results, grades, logs and the paper's numbers, read from their files
 settings.py    which settings must agree before results may stand side by side
 stats.py       mean and spread, the paired bootstrap, Holm's correction
+paired.py      the paired test of two rows, from the grades of their runs
 table.py       all of it put together: cells, marks, comparisons, footnotes
 render.py      the table as Markdown, LaTeX, CSV and JSON
 figures.py     bars, curves, scatter and training plots, as PNG and PDF

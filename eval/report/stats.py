@@ -1,7 +1,7 @@
 """The statistics of a table: mean and spread, the paired bootstrap, Holm's correction, best and second.
 
-The bootstrap's resampling is scipy's. Holm's few lines are our own: statsmodels, which has them too, is installed for
-the tests, which compare the two.
+All of it is a few lines on numpy; scipy's bootstrap and statsmodels' Holm, which take no part here, are what the tests
+compare it with.
 
 Seeds and items are two sources of noise. The spread over seeds is the standard deviation beside a mean; the paired
 bootstrap over items says how far a difference between two rows would move on another sample of test items, with the
