@@ -142,3 +142,12 @@ def test_missing_features(tmp_path: Path) -> None:
     (tmp_path / "features" / "step-0.safetensors").write_bytes(b"not a file of tensors")
     with pytest.raises(UserError, match="no readable safetensors file"):
         read_steps(tmp_path)
+
+
+def test_runs_of_other_steps_stand_side_by_side(tmp_path: Path) -> None:
+    """A panel is named where the one above it is of another step."""
+    steps = {"lora": (0, 20), "pissa": (0, 20), "ba_lora": (0, 50)}
+    runs = read_runs([make_run(tmp_path / name, name, steps=saved) for name, saved in steps.items()])
+    panels = draw(runs, measure(runs)).axes
+    assert [panel.get_title() for panel in panels] == ["step 0", "step 20", "", "", "", "step 50"]
+    assert not any(panel.texts for panel in panels)

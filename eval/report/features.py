@@ -167,28 +167,29 @@ def measure(runs: Sequence[Run]) -> list[dict]:
 
 
 def draw(runs: Sequence[Run], lines: Sequence[dict]) -> "Figure":
-    """Return the figure: a row for each run, a column for each step that some run has."""
+    """Return the figure: a row for each run, its steps in columns; see `_in_columns`."""
     import matplotlib
     from matplotlib.figure import Figure
 
-    columns = sorted({step.step for run in runs for step in run.steps})
+    rows = _in_columns(runs)
     numbers = {(line["run"], line["step"]): line for line in lines}
     with matplotlib.rc_context(RC):
-        size = (PANEL_SIZE * len(columns) + 0.3, (PANEL_SIZE + 0.25) * len(runs) + 0.6)
+        size = (PANEL_SIZE * len(rows[0]) + 0.3, (PANEL_SIZE + 0.25) * len(runs) + 0.6)
         canvas = Figure(figsize=size, layout="constrained")
-        panels = canvas.subplots(len(runs), len(columns), squeeze=False)
-        for run, row in zip(runs, panels, strict=True):
-            by_step = {step.step: step for step in run.steps}
+        panels = canvas.subplots(len(runs), len(rows[0]), squeeze=False)
+        above: list[int | None] = [None] * len(rows[0])
+        for run, row, steps in zip(runs, panels, rows, strict=True):
             row[0].set_ylabel(run.name, fontsize=9)
-            for column, axes in zip(columns, row, strict=True):
+            for place, (axes, (number, step)) in enumerate(zip(row, steps, strict=True)):
                 axes.set(xticks=[], yticks=[])
-                if column not in by_step:
+                if number != above[place]:
+                    axes.set_title(f"step {number}")
+                    above[place] = number
+                if step is None:
                     axes.text(0.5, 0.5, "not saved", ha="center", va="center", transform=axes.transAxes, color="0.5")
                     continue
-                points = _scatter(axes, by_step[column], run.classes)
-                axes.set_xlabel(_numbers(numbers[run.name, column]))
-        for column, axes in zip(columns, panels[0], strict=True):
-            axes.set_title(f"step {column}")
+                points = _scatter(axes, step, run.classes)
+                axes.set_xlabel(_numbers(numbers[run.name, number]))
         _legend(canvas, panels, points)
         canvas.supxlabel(
             "t-SNE of pooled features (each panel by itself: axes and distances between panels mean nothing). "
@@ -200,6 +201,19 @@ def draw(runs: Sequence[Run], lines: Sequence[dict]) -> "Figure":
             wrap=True,
         )
     return canvas
+
+
+def _in_columns(runs: Sequence[Run]) -> list[list[tuple[int, Features | None]]]:
+    """Return each run's row of (step, features or None where they were not saved), all of one length.
+
+    Runs that saved equally many steps stand side by side, first with first, although one may have trained for longer;
+    else there is a column for each step that some run has.
+    """
+    if len({len(run.steps) for run in runs}) == 1:
+        return [[(step.step, step) for step in run.steps] for run in runs]
+    columns = sorted({step.step for run in runs for step in run.steps})
+    saved = [{step.step: step for step in run.steps} for run in runs]
+    return [[(column, steps.get(column)) for column in columns] for steps in saved]
 
 
 def _scatter(axes: "Axes", step: Features, classes: Sequence[str]):
