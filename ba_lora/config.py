@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ba_lora.errors import UserError
@@ -323,16 +323,32 @@ def load_config(
             layers.insert(1, task_layer(base, task))
     layers.append(_override_layer(overrides))
     schema = _schema(kind)
-    merged = OmegaConf.structured(schema)
     for layer in layers:
         _refuse_unknown(layer, config_path, schema, schema)
-        try:
-            merged = OmegaConf.merge(merged, layer)
-        except OmegaConfBaseException as error:
-            raise UserError(f"{config_path}: {str(error).splitlines()[0]} (key {error.full_key})") from error
+    try:
+        merged = OmegaConf.merge(_structured(schema), functools.reduce(_overlay, layers))
+    except OmegaConfBaseException as error:
+        raise UserError(f"{config_path}: {str(error).splitlines()[0]} (key {error.full_key})") from error
     config = OmegaConf.to_object(merged)
     check(config)
     return config
+
+
+@functools.cache
+def _structured(schema: type[RunConfig]) -> DictConfig:
+    return OmegaConf.structured(schema)
+
+
+def _overlay(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Return one layer on another: mappings are merged, anything else is replaced.
+
+    OmegaConf's merge does the same and copies typed nodes each time, which a table of hundreds of runs would wait for.
+    """
+    merged = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, dict) and isinstance(below.get(key), dict)
+        merged[key] = _overlay(below[key], value) if both else value
+    return merged
 
 
 def _schema(kind: str) -> type[RunConfig]:
@@ -423,7 +439,7 @@ def _method_layer(method: str, kind: str) -> dict[str, Any]:
     layer = read_yaml(METHODS_PATH / f"{method}.yaml")
     layer.pop("only", None)
     blocks = {name: layer.pop(name, None) or {} for name in ("nlg", "nlu")}
-    return OmegaConf.to_container(OmegaConf.merge(layer, blocks[kind]))
+    return _overlay(layer, blocks[kind])
 
 
 def _override_layer(overrides: list[str] | tuple[str, ...]) -> dict[str, Any]:
