@@ -187,8 +187,9 @@ def write_nlu_config(folder, tiny_encoder):
 def check_killed(report):
     whole = report["whole"]
     assert whole["status"] == "ok" and whole["steps"] == list(range(1, 10)) and not whole["leftovers"]
+    assert whole["scores"]["toy_pairs"]["accuracy"] > 0
     for attempt in report["attempts"]:
-        for key in ("files", "status", "steps", "leftovers"):
+        for key in ("files", "status", "scores", "steps", "leftovers"):
             assert attempt[key] == whole[key], attempt["point"]
 
 

@@ -66,7 +66,7 @@ def check(report, num_points):
     whole = report["whole"]
     assert whole["status"] == "ok" and whole["steps"] == list(range(1, 9)) and not whole["leftovers"]
     for attempt in report["attempts"]:
-        for key in ("files", "status", "steps", "leftovers"):
+        for key in ("files", "status", "scores", "steps", "leftovers"):
             assert attempt[key] == whole[key], attempt["point"]
     armed = report["attempts"][:num_points]
     assert [attempt["signal"] for attempt in armed] == [signal.SIGKILL] * num_points, armed

@@ -1,6 +1,13 @@
 """The whole NLU training command on tiny models, and what it leaves."""
 
+import hashlib
 import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -10,6 +17,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from ba_lora.config import available_methods
 from ba_lora.export import serving_adapter
+from tests.tiny_nlu import tiny_overrides, write_sst2
 
 PAIR = ("Anna bought two red boxes.", "The boxes were red.")
 
@@ -36,3 +44,51 @@ def test_every_method_trains_and_exports(train_nlu, tiny_encoder, method):
         torch.testing.assert_close(served, merged, atol=1e-4, rtol=0)
     assert load_file(run / "merged" / "model.safetensors")["classifier.weight"].abs().max() > 0
     assert not [path for path in run.rglob("*") if path.suffix in (".bin", ".pt") and "checkpoints" not in path.parts]
+
+
+def pipeline(words, root, *, kill_after_s=None):
+    """Run `python -m ba_lora.pipeline_nlu`; after so many seconds kill it with all it has started. Return its table."""
+    command = [sys.executable, "-m", "ba_lora.pipeline_nlu", *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    process = subprocess.Popen(
+        command, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        output, errors = process.communicate(timeout=kill_after_s)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        return None
+    assert process.returncode == 0, errors[-3000:]
+    return output
+
+
+@pytest.mark.slow
+def test_the_whole_command_killed_at_4_instants(root, tmp_path, tiny_encoder):
+    """Training, export, an evaluation out of its domain, the result: in the end those of the uninterrupted command."""
+    train, dev = write_sst2(tmp_path / "data")
+    words = [str(root / "configs/nlu/minilm.yaml"), "method=ba_lora", "task=sst2", *tiny_overrides(tiny_encoder)]
+    words += [f"data.source={train}", f"data.dev.sst2={dev}", "eval.tasks=[imdb]", f"eval.data.imdb={dev}"]
+    words += ["trainer.save_strategy=epoch", f"results_dir={tmp_path / 'results'}"]
+
+    def facts(name):
+        result = json.loads((tmp_path / "results" / f"{name}.json").read_text())
+        scores = {
+            task: (score["metrics"], score["interval_95"], score.get("drop"))
+            for task, score in result["evaluation"].items()
+        }
+        assert set(scores) == {"sst2", "imdb"}
+        files = sorted(path for path in (tmp_path / name / "merged").iterdir() if path.name != "README.md")
+        return result["status"], scores, {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+    started = time.perf_counter()
+    assert pipeline([*words, f"output_dir={tmp_path / 'whole'}"], root)
+    duration_s = time.perf_counter() - started
+    generator, num_killed = random.Random(0), 0
+    for number in range(4):
+        own = [*words, f"output_dir={tmp_path / f'killed{number}'}"]
+        num_killed += pipeline(own, root, kill_after_s=generator.uniform(0, duration_s)) is None
+        assert pipeline(own, root)
+        assert facts(f"killed{number}") == facts("whole"), number
+    assert num_killed >= 3

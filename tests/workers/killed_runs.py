@@ -86,6 +86,7 @@ def describe(folder: Path) -> dict:
     return {
         "files": {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in FILES},
         "status": result["status"],
+        "scores": {name: score["metrics"] for name, score in result["evaluation"].items()},
         "steps": sorted(set(steps)),
         "leftovers": [str(path) for path in folder.rglob("*") if path.name.endswith((".tmp", ".saving"))],
     }
