@@ -328,7 +328,12 @@ def load_config(
     try:
         merged = OmegaConf.merge(_structured(schema), functools.reduce(_overlay, layers))
     except OmegaConfBaseException as error:
-        raise UserError(f"{config_path}: {str(error).splitlines()[0]} (key {error.full_key})") from error
+        typed_there = any(text.startswith(f"{error.full_key}=") for text in overrides)
+        source = "the command line" if typed_there else config_path
+        several = "; one seed a run: several are sh scripts/reproduce.sh TABLE seeds=[1,2]"
+        raise UserError(
+            f"{error.full_key} in {source}: {str(error).splitlines()[0]}{several if error.full_key == 'seed' else ''}"
+        ) from error
     config = OmegaConf.to_object(merged)
     check(config)
     return config

@@ -33,7 +33,7 @@ def run_entry_point(main: Callable[[], int | None]) -> None:
         status = 2
     except KeyboardInterrupt:
         if rank == "0":
-            print("error: interrupted", file=sys.stderr)
+            print("\ninterrupted: the same command goes on from what is saved", file=sys.stderr)  # below a progress bar
         status = 130
     sys.exit(status)
 

@@ -36,10 +36,14 @@ def estimate_lines(specs: Sequence[Spec], *, results_path: Path = RESULTS_PATH) 
             known += 1
     lines = []
     for hardware, number in sorted(hours.items()):
-        lines.append(f"time: about {number:.2g} hours of {hardware}, for one run at a time")
+        lines.append(f"time: about {_duration(number)} of {hardware}, for one run at a time")
     if known < len(specs):
         lines.append(f"time: not known for {len(specs) - known} of {len(specs)} runs: none like them has been measured")
     return lines + _disk_lines(specs)
+
+
+def _duration(hours: float) -> str:
+    return f"{hours:.0f} hours" if hours >= 10 else f"{hours:.2g} hours" if hours >= 1 else f"{60 * hours:.0f} minutes"
 
 
 class Measured:
