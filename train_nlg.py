@@ -43,6 +43,7 @@ def main() -> None:
 
     process = start_processes(config)
     run_path = config.run_path
+    # One process makes the run's folder, or refuses it to another config; its error is everybody's.
     on_main_process(process, claim_folder, config, num_processes=process.num_processes)
     if is_trained(run_path, config):
         process.print(f"{run_path.name} is trained already (overwrite=true redoes it)")
@@ -65,12 +66,14 @@ def train(config: RunConfig, run_path: Path, process: PartialState) -> None:
         "(nothing of the response left), {rows_empty} empty".format(**data.report, max_length=config.data.max_length)
     )
 
-    # Reference: the pre-trained model's own distributions, from a pass in every step or from a cache on disk.
+    # Reference: the pre-trained model's own distributions. Without a cache on disk the trainer makes them in every
+    # step, by a pass of the model as it is at step 0.
     cache = None
     if config.uses_reference_cache:
         cache = cached_reference(config, data.dataset, data.report, tokenizer)
 
-    # Model: the pre-trained one, with the method's adapter.
+    # Model: the pre-trained one, with the method's adapter. The logits of two rows, the probe, tell how far step 0 is
+    # from the pre-trained model, and later each export from the trained one.
     probe = probe_batch(data.dataset.select(range(min(2, len(data.dataset)))).to_list(), tokenizer.pad_token_id)
     num_steps = count_steps(arguments, len(data.dataset))
     model, step0 = build_model(config, run_path=run_path, num_steps=num_steps, probe=probe, rows=data.dataset)
@@ -122,7 +125,7 @@ def train(config: RunConfig, run_path: Path, process: PartialState) -> None:
         training["reference_cache"] = cache.report
     save_trained(trainer, config, run_path)
     model_revision = getattr(model.config, "_commit_hash", None)
-    trainer.model = trainer.model_wrapped = model = None
+    trainer.model = trainer.model_wrapped = model = None  # room for the exports, which are loaded again
     del trainer
     gc.collect()
     if process.is_main_process:

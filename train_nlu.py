@@ -52,6 +52,7 @@ def main() -> None:
 
     process = start_processes(config)
     run_path = config.run_path
+    # One process makes the run's folder, or refuses it to another config; its error is everybody's.
     on_main_process(process, claim_folder, config, num_processes=process.num_processes)
     if is_trained(run_path, config):
         process.print(f"{run_path.name} is trained already (overwrite=true redoes it)")
@@ -75,7 +76,8 @@ def train(config: NLURunConfig, run_path: Path, process: PartialState) -> None:
         "{rows_heldout} held out, classes {classes}".format(**data.report, max_length=config.data.max_length)
     )
 
-    # Model: the pre-trained one, with a new head and the method's adapter.
+    # Model: the pre-trained one, with a new head and the method's adapter. The logits of two rows, the probe, tell how
+    # far step 0 is from the pre-trained model, and later each export from the trained one.
     probe = probe_batch(data.train.select(range(min(2, len(data.train)))).to_list(), tokenizer.pad_token_id)
     num_steps = count_steps(arguments, len(data.train))
     model, step0 = build_model(config, run_path=run_path, num_steps=num_steps, probe=probe)
@@ -136,7 +138,7 @@ def train(config: NLURunConfig, run_path: Path, process: PartialState) -> None:
     trained_logits = probe_logits(trainer.plain_model(), probe)
     save_trained(trainer, config, run_path)
     model_revision = getattr(model.config, "_commit_hash", None)
-    trainer.model = trainer.model_wrapped = model = None
+    trainer.model = trainer.model_wrapped = model = None  # room for the exports, which are loaded again
     del trainer
     gc.collect()
     if process.is_main_process:
