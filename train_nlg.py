@@ -17,7 +17,8 @@ from accelerate import PartialState
 from transformers import set_seed
 
 from ba_lora.arguments import build_arguments, count_steps
-from ba_lora.config import RunConfig, load_config
+from ba_lora.config import RunConfig
+from ba_lora.config_layers import load_config
 from ba_lora.errors import run_entry_point
 from ba_lora.export import export_run, probe_batch, push_to_hub, save_trained, write_model_card
 from ba_lora.io import finite, write_jsonl_atomic

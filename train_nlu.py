@@ -18,7 +18,7 @@ from accelerate import PartialState
 from transformers import DataCollatorWithPadding, set_seed
 
 from ba_lora.arguments import build_arguments, count_steps
-from ba_lora.config import load_config
+from ba_lora.config_layers import load_config
 from ba_lora.config_nlu import NLURunConfig
 from ba_lora.epochs import EpochEvaluation
 from ba_lora.errors import run_entry_point

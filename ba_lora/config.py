@@ -1,33 +1,24 @@
-"""Configuration: base file + method file + `key=value`, three flat layers merged into typed dataclasses.
+"""Configuration: what a run's settings are, as typed dataclasses, and how they are hashed and saved.
 
-    configs/nlg/<model>.yaml        the base: model, data, trainer, evaluation
-    configs/methods/<method>.yaml   only what differs, with `nlg:` and `nlu:` blocks where the two differ
-    key=value                       typed by hand, e.g. `regularizers.lambda_svd=0 trainer.max_steps=20`
-
-Here: what a configuration holds, how it is read and hashed; config_checks.py: which values go together. The resolved
-configuration is saved with every run and reproduces it alone: `python train_nlg.py --config
-outputs/<run_id>/config.yaml` needs no method file.
+How they are read, from base, method and `key=value`: config_layers.py; which values go together: config_checks.py; what
+differs for NLU: config_nlu.py. The resolved configuration is saved with every run and reproduces it alone: `python
+train_nlg.py --config outputs/<run_id>/config.yaml` needs no method file.
 """
 
-import copy
 import dataclasses
 import difflib
-import functools
 import hashlib
 import json
 import math
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import OmegaConf
 
 from ba_lora.errors import UserError
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
-METHODS_PATH = PROJECT_ROOT / "configs" / "methods"
 
 DTYPES = ("float32", "bfloat16", "float16")
 ATTENTION = ("sdpa", "eager", "flash_attention_2")
@@ -267,126 +258,6 @@ def resolve_path(path: str | Path) -> Path:
     return PROJECT_ROOT / path
 
 
-def valid_keys(node: Any = RunConfig, prefix: str = "") -> list[str]:
-    """Return every dotted key a configuration may have (free-form sections by their own name alone)."""
-    keys = []
-    for entry in dataclasses.fields(node):
-        keys.append(prefix + entry.name)
-        if dataclasses.is_dataclass(entry.type):
-            keys += valid_keys(entry.type, f"{prefix}{entry.name}.")
-    return keys
-
-
-@functools.cache
-def available_methods(kind: str = "nlg") -> tuple[str, ...]:
-    """Return the names of the method files; those marked `only: nlu` (or nlg) are left out elsewhere."""
-    files = {path.stem: OmegaConf.load(path) for path in METHODS_PATH.glob("*.yaml")}
-    return tuple(sorted(name for name, settings in files.items() if settings.get("only", kind) == kind))
-
-
-def load_config(
-    config_path: str | Path,
-    *,
-    method: str | None = None,
-    task: str | None = None,
-    overrides: list[str] | tuple[str, ...] = (),
-    kind: str | None = None,
-) -> RunConfig:
-    """Merge base, task (NLU), method and overrides into a checked `RunConfig`, or `NLURunConfig`.
-
-    `config_path` may be a base (then `method` defaults to ba_lora) or a resolved config saved with a run (which
-    already names its method). `kind`, nlg or nlu, picks the method's block of that name; None: as the file says.
-    Raises UserError for anything wrong.
-    """
-    from ba_lora.config_checks import check
-
-    base = read_yaml(resolve_path(config_path))
-    kind = _kind_of(base, kind, config_path)
-    typed, overrides = _take_typed(overrides, ("method", "task", "nlu.task"))
-    method = typed.get("method", method)
-    task = typed.get("nlu.task", typed.get("task", task))
-    if "method" in base:
-        saved = {"method": base["method"], "task": (base.get("nlu") or {}).get("task")}
-        for name, wanted in (("method", method), ("task", task)):
-            if wanted not in (None, saved[name]):
-                raise UserError(
-                    f"{config_path} is the resolved config of {name} {saved[name]}: "
-                    f"leave {name} {wanted} out, or start from a base in configs/{kind}"
-                )
-        layers = [base]
-    else:
-        method = method or "ba_lora"
-        layers = [base, _method_layer(method, kind), {"method": method, "name": Path(config_path).stem}]
-        if kind == "nlu":
-            from ba_lora.config_nlu import task_layer
-
-            layers.insert(1, task_layer(base, task))
-    layers.append(_override_layer(overrides))
-    schema = _schema(kind)
-    for layer in layers:
-        _refuse_unknown(layer, config_path, schema, schema)
-    try:
-        merged = OmegaConf.merge(_structured(schema), functools.reduce(_overlay, layers))
-    except OmegaConfBaseException as error:
-        typed_there = any(text.startswith(f"{error.full_key}=") for text in overrides)
-        source = "the command line" if typed_there else config_path
-        several = "; one seed a run: several are sh scripts/reproduce.sh TABLE seeds=[1,2]"
-        raise UserError(
-            f"{error.full_key} in {source}: {str(error).splitlines()[0]}{several if error.full_key == 'seed' else ''}"
-        ) from error
-    config = OmegaConf.to_object(merged)
-    check(config)
-    return config
-
-
-@functools.cache
-def _structured(schema: type[RunConfig]) -> DictConfig:
-    return OmegaConf.structured(schema)
-
-
-def _overlay(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Return one layer on another: mappings are merged, anything else is replaced.
-
-    OmegaConf's merge does the same and copies typed nodes each time, which a table of hundreds of runs would wait for.
-    """
-    merged = dict(below)
-    for key, value in above.items():
-        both = isinstance(value, dict) and isinstance(below.get(key), dict)
-        merged[key] = _overlay(below[key], value) if both else value
-    return merged
-
-
-def _schema(kind: str) -> type[RunConfig]:
-    if kind == "nlg":
-        return RunConfig
-    from ba_lora.config_nlu import NLURunConfig
-
-    return NLURunConfig
-
-
-def _kind_of(base: dict[str, Any], kind: str | None, config_path: str | Path) -> str:
-    """Return nlu for a file with the section `nlu` or `tasks`, else what is asked for, or nlg."""
-    if "nlu" in base or "tasks" in base:
-        if kind == "nlg":
-            raise UserError(f"{config_path} is an NLU config: use train_nlu.py or scripts/nlu.sh")
-        return "nlu"
-    if kind == "nlu" and "method" in base:
-        raise UserError(f"{config_path} is the config of an NLG run: use train_nlg.py")
-    return kind or "nlg"
-
-
-def _take_typed(overrides: list[str] | tuple[str, ...], names: tuple[str, ...]) -> tuple[dict[str, str], list[str]]:
-    """Split `name=value` for the given names from the other overrides; the last one counts."""
-    typed, rest = {}, []
-    for text in overrides:
-        name, _, value = text.partition("=")
-        if name in names:
-            typed[name] = value
-        else:
-            rest.append(text)
-    return typed, rest
-
-
 def to_yaml(config: RunConfig) -> str:
     """Return the resolved configuration as YAML; the folder, `overwrite` and the results' place are left out."""
     plain = dataclasses.asdict(config)
@@ -412,59 +283,3 @@ def training_hash(config: RunConfig) -> str:
         plain["data"].pop("packing", None)
     text = json.dumps(plain, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:10]
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Return the mapping in a YAML config. Raises UserError for a missing, broken or empty file."""
-    if not path.is_file():
-        known = sorted(str(p.relative_to(PROJECT_ROOT)) for p in (PROJECT_ROOT / "configs").glob("nl?/*.yaml"))
-        raise UserError(f"no such config: {path}{nearest(str(path), known)}")
-    status = path.stat()
-    return copy.deepcopy(_parsed(path.absolute(), status.st_mtime_ns, status.st_size))
-
-
-@functools.lru_cache(maxsize=256)  # a table reads the same few files hundreds of times; a changed file is read again
-def _parsed(path: Path, modified_ns: int, size: int) -> dict[str, Any]:
-    try:
-        plain = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    except Exception as error:  # PyYAML and OmegaConf raise unrelated classes; all of them mean a broken file
-        raise UserError(f"{path} is not a valid YAML config: {str(error).splitlines()[0]}") from error
-    if not isinstance(plain, dict) or not plain:
-        raise UserError(f"{path} is empty or no mapping: a config is `key: value` lines")
-    return plain
-
-
-def _method_layer(method: str, kind: str) -> dict[str, Any]:
-    if kind == "nlu":
-        from ba_lora.config_nlu import LEFT_OUT
-
-        if method in LEFT_OUT:
-            raise UserError(LEFT_OUT[method])
-    check_choice("method", method, available_methods(kind))
-    layer = read_yaml(METHODS_PATH / f"{method}.yaml")
-    layer.pop("only", None)
-    blocks = {name: layer.pop(name, None) or {} for name in ("nlg", "nlu")}
-    return _overlay(layer, blocks[kind])
-
-
-def _override_layer(overrides: list[str] | tuple[str, ...]) -> dict[str, Any]:
-    for text in overrides:
-        if not re.match(r"^[A-Za-z_][\w.]*=", text):
-            raise UserError(f"cannot read {text!r}: overrides are key=value, such as trainer.max_steps=20")
-    try:
-        return OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))
-    except Exception as error:
-        raise UserError(f"cannot read the overrides {' '.join(overrides)}: {str(error).splitlines()[0]}") from error
-
-
-def _refuse_unknown(layer: dict[str, Any], source: str | Path, schema: Any, node: Any, prefix: str = "") -> None:
-    known = {entry.name: entry.type for entry in dataclasses.fields(node)}
-    for key, value in layer.items():
-        if key not in known:
-            raise UserError(
-                f"unknown key {prefix}{key}{nearest(prefix + str(key), valid_keys(schema))} (read with {source})"
-            )
-        if dataclasses.is_dataclass(known[key]):
-            if not isinstance(value, dict):
-                raise UserError(f"{prefix}{key} is a section: give {prefix}{key}.<name>=value")
-            _refuse_unknown(value, source, schema, known[key], f"{prefix}{key}.")

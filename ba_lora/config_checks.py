@@ -18,6 +18,7 @@ from ba_lora.config import (
     check_choice,
     nearest,
 )
+from ba_lora.config_nlu import check_nlu
 from ba_lora.errors import UserError
 
 # TrainingArguments under which the loss or a resumed run would silently be another one.
@@ -80,8 +81,6 @@ def check(config: RunConfig) -> None:
     if config.data.num_rows is not None and config.data.num_rows < 1:
         raise UserError(f"data.num_rows is {config.data.num_rows}: it must be at least 1, or null for all")
     if config.kind == "nlu":
-        from ba_lora.config_nlu import check_nlu
-
         check_nlu(config)
     else:
         check_choice("data.name", config.data.name, DATASETS)

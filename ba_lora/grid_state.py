@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ba_lora.config import PROJECT_ROOT, RunConfig, load_config, read_yaml, training_hash
+from ba_lora.config import PROJECT_ROOT, RunConfig, training_hash
+from ba_lora.config_layers import load_config, read_yaml
 from ba_lora.errors import UserError
 from ba_lora.executor import Failure
 from ba_lora.glue import HUB, HUB_REVISION

@@ -24,7 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ba_lora.config import JUDGED_TASKS, PROJECT_ROOT, RUN_MEASURES, RunConfig, load_config, resolve_path, to_yaml
+from ba_lora.config import JUDGED_TASKS, PROJECT_ROOT, RUN_MEASURES, RunConfig, resolve_path, to_yaml
+from ba_lora.config_layers import load_config
 from ba_lora.errors import UserError, run_entry_point
 from ba_lora.export import push_to_hub, write_model_card
 from ba_lora.glue import find_task

@@ -11,7 +11,8 @@ import argparse
 import os
 import shlex
 
-from ba_lora.config import read_yaml, resolve_path
+from ba_lora.config import resolve_path
+from ba_lora.config_layers import read_yaml
 from ba_lora.errors import run_entry_point
 from ba_lora.locks import locked, work_lock_path
 from ba_lora.pipeline import (

@@ -16,7 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ba_lora.config import RunConfig, load_config, resolve_path, to_yaml, training_hash
+from ba_lora.config import RunConfig, resolve_path, to_yaml, training_hash
+from ba_lora.config_layers import load_config
 from ba_lora.errors import UserError
 from ba_lora.io import disk_errors, read_json, sha256_file, write_json_atomic, write_text_atomic
 from ba_lora.locks import locked, training_lock_path

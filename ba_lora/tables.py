@@ -46,7 +46,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ba_lora.config import PROJECT_ROOT, RunConfig, nearest, read_yaml
+from ba_lora.config import PROJECT_ROOT, RunConfig, nearest
+from ba_lora.config_layers import read_yaml
 from ba_lora.errors import UserError
 from ba_lora.glue import find_task
 from ba_lora.pipeline import UNTUNED, Spec, untuned_config

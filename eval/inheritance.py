@@ -26,7 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ba_lora.config import RunConfig, load_config
+from ba_lora.config import RunConfig
+from ba_lora.config_layers import load_config
 from ba_lora.errors import CommandParser, UserError, run_entry_point
 from ba_lora.io import read_jsonl, sha256_file, write_json_atomic
 from ba_lora.model import model_source

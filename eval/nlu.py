@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ba_lora.config import load_config
+from ba_lora.config_layers import load_config
 from ba_lora.config_nlu import NLURunConfig
 from ba_lora.errors import UserError, run_entry_point
 from ba_lora.export import write_model_card

@@ -6,7 +6,8 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from ba_lora.config import RunConfig, load_config, resolve_path
+from ba_lora.config import RunConfig, resolve_path
+from ba_lora.config_layers import load_config
 from ba_lora.errors import UserError
 from ba_lora.io import read_json, write_json_atomic
 from ba_lora.results import refresh_result

@@ -62,7 +62,7 @@ def _hot_adapter(run: Path) -> Path:
 
 def _run_model(run: Path) -> tuple[bool, str | None]:
     """Return whether a run's base was quantised, and the base's hub revision."""
-    from ba_lora.config import load_config
+    from ba_lora.config_layers import load_config
 
     model = load_config(run / "config.yaml").model
     return model.quantization != "none", model.revision

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from ba_lora.config import RunConfig, available_methods, load_config, to_yaml
+from ba_lora.config import RunConfig, to_yaml
+from ba_lora.config_layers import available_methods, load_config
 from ba_lora.errors import UserError
 from tests.conftest import ROOT
 

@@ -12,7 +12,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import ba_lora.t5_encoder  # noqa: F401  the Auto classes then know the T5 encoder
 from ba_lora.classifier import load_classifier
-from ba_lora.config import available_methods, load_config, to_yaml
+from ba_lora.config import to_yaml
+from ba_lora.config_layers import available_methods, load_config
 from ba_lora.config_nlu import LEFT_OUT, NLURunConfig
 from ba_lora.errors import UserError
 from ba_lora.glue import OUT_OF_DOMAIN, TASKS

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from ba_lora import corda
-from ba_lora.config import load_config
+from ba_lora.config_layers import load_config
 from ba_lora.errors import UserError
 from ba_lora.export import serving_adapter
 from ba_lora.pissa import load_factors

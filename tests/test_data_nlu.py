@@ -24,7 +24,7 @@ def tokenizer(tiny_encoder):
 @pytest.fixture
 def load(tiny_encoder, tokenizer, tmp_path):
     """`load(rows, "key=value", …, task="sst2")`: rows as the training file, and the same as the dev file."""
-    from ba_lora.config import load_config
+    from ba_lora.config_layers import load_config
     from tests.conftest import ROOT
 
     def run(rows, *overrides, task="sst2", suffix=".jsonl", dev=True):
@@ -182,7 +182,7 @@ def test_num_rows_takes_the_first_or_a_seeded_sample(load):
 
 
 def test_real_glue_files_are_read(real_data, load, tiny_encoder, tokenizer):
-    from ba_lora.config import load_config
+    from ba_lora.config_layers import load_config
     from tests.conftest import ROOT
 
     counts = {"cola": (8551, 1043), "sst2": (12000, 872), "mrpc": (4076, 1725), "stsb": (5749, 1500)}

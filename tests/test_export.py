@@ -8,7 +8,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from ba_lora.config import available_methods, load_config
+from ba_lora.config_layers import available_methods, load_config
 from ba_lora.errors import UserError
 from ba_lora.export import serving_adapter
 from tests.tiny import save_tiny_model

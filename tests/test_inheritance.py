@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from ba_lora.config import load_config
+from ba_lora.config_layers import load_config
 from ba_lora.errors import UserError
 from ba_lora.pipeline import prepare_evaluation, untuned_config
 from eval import inheritance

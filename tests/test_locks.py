@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from ba_lora.config import load_config
+from ba_lora.config_layers import load_config
 from ba_lora.errors import UserError
 from ba_lora.locks import holder, locked, try_lock
 from ba_lora.run import claim_folder

@@ -16,7 +16,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import flash_attention_mask
 
 from ba_lora import BALoRAConfig, BALoRATrainer
-from ba_lora.config import load_config, training_hash
+from ba_lora.config import training_hash
+from ba_lora.config_layers import load_config
 from ba_lora.errors import UserError
 from ba_lora.packing import PACKED_SDPA, PackingCollator, prepare_packing
 from ba_lora.progress import TokenMeter

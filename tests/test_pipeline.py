@@ -10,7 +10,8 @@ import sys
 import pytest
 
 from ba_lora import pipeline
-from ba_lora.config import JUDGED_TASKS, NLG_TASKS, load_config, to_yaml
+from ba_lora.config import JUDGED_TASKS, NLG_TASKS, to_yaml
+from ba_lora.config_layers import load_config
 from ba_lora.errors import UserError
 from ba_lora.results import results_table
 from eval.tasks import TASKS

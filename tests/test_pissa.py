@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from ba_lora import methods, pissa, pissa_cache
-from ba_lora.config import AdapterConfig, ModelConfig, RunConfig, load_config, training_hash
+from ba_lora.config import AdapterConfig, ModelConfig, RunConfig, training_hash
+from ba_lora.config_layers import load_config
 from ba_lora.errors import UserError
 from ba_lora.pissa import Matrix, decompose, load_factors, requested_svd, write_factors
 from ba_lora.pissa_cache import SKETCH_SEED, SVD, FactorsCache, digest

@@ -8,7 +8,7 @@ import pytest
 
 WORKER = """
 import sys
-from ba_lora.config import load_config
+from ba_lora.config_layers import load_config
 from ba_lora.errors import UserError, run_entry_point
 from ba_lora.processes import on_main_process, start_processes
 

@@ -12,7 +12,7 @@ from statistics import mean, stdev
 
 import pytest
 
-from ba_lora.config import load_config
+from ba_lora.config_layers import load_config
 from ba_lora.tables import available_tables
 from tests.conftest import ROOT
 
@@ -195,7 +195,8 @@ def test_the_price_of_a_step_is_that_of_the_newest_bench_rows():
 
 
 def _of_the_table(result, method):
-    from ba_lora.config import load_config, training_hash
+    from ba_lora.config import training_hash
+    from ba_lora.config_layers import load_config
 
     if method == "untuned":
         return result["method"] == "untuned" and result["config"]["model"]["name"] == "data/toy/clean"

@@ -15,7 +15,8 @@ import torch
 
 from ba_lora import BALoRAConfig, BALoRATrainer, reference_cache
 from ba_lora import regularizers as reg
-from ba_lora.config import LossConfig, load_config
+from ba_lora.config import LossConfig
+from ba_lora.config_layers import load_config
 from ba_lora.errors import UserError
 from ba_lora.losses import TermWeights, fused_nlg_loss, nlg_loss
 from ba_lora.reference_build import FileLocks, cache_key, claim, fill

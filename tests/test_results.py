@@ -6,7 +6,7 @@ import re
 import pytest
 
 from ba_lora import prompts, run
-from ba_lora.config import load_config
+from ba_lora.config_layers import load_config
 from ba_lora.io import read_json, write_json_atomic
 from ba_lora.prompts import prompt_hash
 from ba_lora.results import assemble, write_result

@@ -440,7 +440,7 @@ MBPP_ROW = {"text": "Add one.", "code": "def f(x): return x + 1", "test_list": [
 
 def test_code_training_configs_name_these_tasks(root: Path) -> None:
     """The variant that each base config's head gives for code: CodeFeedback, then HumanEval and MBPP."""
-    from ba_lora.config import load_config
+    from ba_lora.config_layers import load_config
 
     configs = [path for path in sorted((root / "configs" / "nlg").glob("*.yaml")) if path.stem != "toy"]
     assert len(configs) >= 10

@@ -15,7 +15,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from ba_lora.config import available_methods
+from ba_lora.config_layers import available_methods
 from ba_lora.export import serving_adapter
 from tests.tiny_nlu import tiny_overrides, write_sst2
 

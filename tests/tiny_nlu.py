@@ -125,7 +125,7 @@ def write_sst2(folder: Path, *, num_rows: int = 24, labels: tuple[int, ...] = (0
 
 def nlu_config(folder: Path, *overrides: str, method: str = "ba_lora", base: Path | None = None) -> NLURunConfig:
     """Return a resolved config on the tiny model in `folder`."""
-    from ba_lora.config import load_config
+    from ba_lora.config_layers import load_config
     from tests.conftest import ROOT
 
     path = base or ROOT / "configs" / "nlu" / "toy.yaml"
