@@ -148,4 +148,4 @@ def train(config: RunConfig, run_path: Path, process: PartialState) -> None:
 
 
 if __name__ == "__main__":
-    run_entry_point(main)
+    run_entry_point(main, resumes=True)

@@ -161,4 +161,4 @@ def train(config: NLURunConfig, run_path: Path, process: PartialState) -> None:
 
 
 if __name__ == "__main__":
-    run_entry_point(main)
+    run_entry_point(main, resumes=True)

@@ -18,11 +18,11 @@ class CommandParser(argparse.ArgumentParser):
         raise UserError(f"{message}; see {self.prog} --help")
 
 
-def run_entry_point(main: Callable[[], int | None]) -> None:
+def run_entry_point(main: Callable[[], int | None], *, resumes: bool = False) -> None:
     """Call `main()` and leave the process: its status, or 2 with one line on stderr after a `UserError`.
 
     Of several processes that fail together, the first alone speaks: the others wait to be ended by the launcher, and
-    speak, with their rank, when nobody ends them.
+    speak, with their rank, when nobody ends them. resumes: the same command goes on where it was interrupted.
     """
     rank = os.environ.get("RANK", "0")
     try:
@@ -33,7 +33,8 @@ def run_entry_point(main: Callable[[], int | None]) -> None:
         status = 2
     except KeyboardInterrupt:
         if rank == "0":
-            print("\ninterrupted: the same command goes on from what is saved", file=sys.stderr)  # below a progress bar
+            goes_on = "; the same command goes on from what is saved" if resumes else ""
+            print(f"\nerror: interrupted{goes_on}", file=sys.stderr)  # below a progress bar
         status = 130
     sys.exit(status)
 

@@ -379,4 +379,4 @@ def _say(line: str) -> None:
 
 
 if __name__ == "__main__":
-    run_entry_point(main)
+    run_entry_point(main, resumes=True)

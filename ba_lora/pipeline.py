@@ -30,6 +30,7 @@ from ba_lora.errors import UserError, run_entry_point
 from ba_lora.export import push_to_hub, write_model_card
 from ba_lora.glue import find_task
 from ba_lora.io import read_json, sha256_file, write_json_atomic, write_text_atomic
+from ba_lora.judge_endpoint import endpoint_from_environment
 from ba_lora.locks import locked, work_lock_path
 from ba_lora.model import model_source
 from ba_lora.results import environment, now, results_table, write_result
@@ -116,13 +117,14 @@ def missing_judge(environ: Mapping[str, str]) -> str | None:
 
     No error: training and generation need no judge, and judgements on file are scored without one.
     """
-    from eval.judge_client import endpoint_from_environment
-
     try:
         endpoint_from_environment(environ)
     except UserError as error:
         tasks = ", ".join(JUDGED_TASKS)
-        return f"warning: {error}; without a judge {tasks} is trained for and answered, but scoring it will fail"
+        return (
+            f"warning: {error}; without a judge {tasks} is trained for and answered, but scoring it will fail unless "
+            "its judgements are on file"
+        )
     return None
 
 
@@ -390,4 +392,4 @@ def _whole_number(environ: Mapping[str, str], name: str, default: int) -> int:
 
 
 if __name__ == "__main__":
-    run_entry_point(main)
+    run_entry_point(main, resumes=True)

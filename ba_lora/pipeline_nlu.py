@@ -69,4 +69,4 @@ def chosen_methods(overrides: list[str], *, default: tuple[str | None, ...]) -> 
 
 
 if __name__ == "__main__":
-    run_entry_point(main)
+    run_entry_point(main, resumes=True)

@@ -378,4 +378,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run_entry_point(main)
+    run_entry_point(main, resumes=True)

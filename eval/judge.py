@@ -27,15 +27,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ba_lora.errors import UserError
+from ba_lora.judge_endpoint import Endpoint, endpoint_from_environment
 from eval.completions import PROMPT_TOO_LONG
-from eval.judge_client import (
-    NO_RATING,
-    Endpoint,
-    JudgeOptions,
-    ask,
-    endpoint_from_environment,
-    open_client,
-)
+from eval.judge_client import NO_RATING, JudgeOptions, ask, open_client
 from eval.judge_store import KEY, Request, Store
 
 if TYPE_CHECKING:

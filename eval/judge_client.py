@@ -1,4 +1,4 @@
-"""The judge's endpoint: where it is, one call with retries and back-off, and the rating in its reply.
+"""The judge's endpoint: one call with retries and back-off, and the rating in its reply.
 
 Troubles that pass (a busy or broken endpoint, a broken reply, no answer in time) are tried again, after a wait that
 doubles or that the endpoint asks for; the others end the judging with one line. The key shows up in no message.
@@ -7,24 +7,22 @@ doubles or that the endpoint asks for; the others end the judging with one line.
 import contextlib
 import email.utils
 import math
-import os
 import random
 import re
 import sys
 import threading
 import time
-import urllib.parse
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ba_lora.errors import UserError
+from ba_lora.judge_endpoint import Endpoint
 from eval.completions import PROMPT_TOO_LONG
 
 if TYPE_CHECKING:
     import openai
 
-OPENAI_URL = "https://api.openai.com/v1"
 SCALE = (1.0, 10.0)
 NO_RATING = -1.0
 FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 60.0  # back-off doubles from the first to the longest
@@ -46,50 +44,6 @@ class JudgeOptions:
     attempts: int = 8
     temperature: float | None = 0.0
     max_tokens: int | None = 2048
-
-
-@dataclass(frozen=True)
-class Endpoint:
-    """Where the judge is; the key shows up in no text made of this."""
-
-    model: str
-    base_url: str
-    api_key: str = field(repr=False)
-
-    @property
-    def public_url(self) -> str:
-        """The address without user, password and query, for records and messages."""
-        parts = urllib.parse.urlsplit(self.base_url)
-        host = parts.hostname or ""
-        return urllib.parse.urlunsplit(
-            (parts.scheme, f"{host}:{parts.port}" if parts.port else host, parts.path, "", "")
-        )
-
-
-def endpoint_from_environment(environ: Mapping[str, str] = os.environ) -> Endpoint:
-    """Return the endpoint that the environment names. Raises UserError naming the variable to set."""
-    model = environ.get("JUDGE_MODEL", "").strip()
-    if not model:
-        raise UserError("JUDGE_MODEL is not set: name the judge, e.g. JUDGE_MODEL=gpt-4-0613")
-    own_url = environ.get("JUDGE_BASE_URL", "").strip()
-    key = environ.get("JUDGE_API_KEY", "").strip()
-    if not own_url:
-        key = key or environ.get("OPENAI_API_KEY", "").strip()
-    if not key:
-        raise UserError(
-            "JUDGE_API_KEY is not set: set the key of the judge's endpoint"
-            + (" (any text where it needs none)" if own_url else ", or OPENAI_API_KEY for OpenAI's")
-        )
-    url = own_url or environ.get("OPENAI_BASE_URL", "").strip() or OPENAI_URL
-    try:
-        parts = urllib.parse.urlsplit(url)
-        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
-    except ValueError:
-        usable = False
-    if not usable:
-        name = "JUDGE_BASE_URL" if own_url else "OPENAI_BASE_URL"
-        raise UserError(f"{name} is no http address: give one such as http://127.0.0.1:8000/v1")
-    return Endpoint(model, url.rstrip("/"), key)
 
 
 def read_rating(judgement: str) -> float:

@@ -11,9 +11,10 @@ import pytest
 
 from ba_lora.errors import UserError
 from ba_lora.io import read_jsonl
+from ba_lora.judge_endpoint import Endpoint, endpoint_from_environment
 from eval import judge_client, judge_store
 from eval.judge import estimate, judge, one_judge
-from eval.judge_client import NO_RATING, Endpoint, JudgeOptions, endpoint_from_environment, read_rating
+from eval.judge_client import NO_RATING, JudgeOptions, read_rating
 from eval.judge_store import Request
 from tests.judge_server import JudgeServer, completion, failure
 

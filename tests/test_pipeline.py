@@ -130,7 +130,10 @@ def test_a_missing_judge_is_told_before_the_training(tmp_path, monkeypatch, caps
         pipeline.main()
         return capsys.readouterr().err
 
-    assert told().startswith("warning: JUDGE_MODEL is not set: name the judge") and "scoring it will fail" in told()
+    assert (
+        told().startswith("warning: JUDGE_MODEL is not set: name the judge")
+        and "unless its judgements are on file" in told()
+    )
     monkeypatch.setenv("JUDGE_MODEL", "judge")
     assert told().startswith("warning: JUDGE_API_KEY is not set")
     monkeypatch.setenv("JUDGE_API_KEY", "key")

@@ -1,0 +1,40 @@
+"""What a command says when it is interrupted: a line of its own that the grid finds, and never a promise it breaks."""
+
+import runpy
+
+import pytest
+
+from ba_lora import errors, grid_state
+from ba_lora.config import load_config
+from ba_lora.executor import Failure
+
+RESUMING = {"train_nlg", "train_nlu", "ba_lora.pipeline", "ba_lora.pipeline_nlu", "ba_lora.grid", "eval.generate"}
+OTHERS = {"eval.score", "eval.nlu", "eval.report", "eval.inheritance", "ba_lora.results_nlu", "data.toy"}
+GOES_ON = "the same command goes on from what is saved"
+
+
+def interrupted():
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(("resumes", "said"), [(False, "error: interrupted"), (True, f"error: interrupted; {GOES_ON}")])
+def test_an_interrupted_command_says_so_below_its_progress_bar(resumes, said, monkeypatch, capsys, tmp_path):
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(SystemExit) as left:
+        errors.run_entry_point(interrupted, resumes=resumes)
+    assert left.value.code == 130
+    printed = f"step 3: 12 %{capsys.readouterr().err}"
+    assert printed.splitlines() == ["step 3: 12 %", said]
+    log = tmp_path / "train.log"
+    log.write_text(printed + "resource_tracker: cleaned up at the end\n", encoding="utf-8")
+    found = grid_state._error(load_config("configs/nlg/toy.yaml"), Failure("train", 130, log))
+    assert found == said.removeprefix("error: ")
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules after import:RuntimeWarning")
+@pytest.mark.parametrize("module", sorted(RESUMING | OTHERS))
+def test_only_what_resumes_says_that_it_goes_on(module, monkeypatch):
+    calls = []
+    monkeypatch.setattr(errors, "run_entry_point", lambda main, *, resumes=False: calls.append(resumes))
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    assert calls == [module in RESUMING]
