@@ -5,7 +5,7 @@ import runpy
 import pytest
 
 from ba_lora import errors, grid_state
-from ba_lora.config import load_config
+from ba_lora.config_layers import load_config
 from ba_lora.executor import Failure
 
 RESUMING = {"train_nlg", "train_nlu", "ba_lora.pipeline", "ba_lora.pipeline_nlu", "ba_lora.grid", "eval.generate"}
