@@ -51,12 +51,10 @@ class Measured:
 
     def __init__(self, results: Sequence[dict[str, Any]]) -> None:
         trained = [result for result in results if (result.get("training") or {}).get("seconds")]
-        self._hardware = {
-            model: Counter(_hardware(result) for result in trained if _model(result["config"]) == model).most_common(1)[
-                0
-            ][0]
-            for model in {_model(result["config"]) for result in trained}
-        }
+        used: dict[str, Counter[str]] = defaultdict(Counter)  # model → how many results of each hardware
+        for result in trained:
+            used[_model(result["config"])][hardware_name(result.get("environment") or {})] += 1
+        self._hardware = {model: counts.most_common(1)[0][0] for model, counts in used.items()}
         self._recipes: dict[str, list[float]] = defaultdict(list)
         self._speeds: dict[tuple[str, str], list[float]] = defaultdict(list)  # tokens a second
         self._row_tokens: dict[tuple[str, int], list[float]] = defaultdict(list)
@@ -70,7 +68,7 @@ class Measured:
                 self._row_tokens[_rows(config)].append(data["tokens"] / data["rows_used"])
         for result in trained:
             config, seconds = result["config"], result["training"]["seconds"]
-            if _hardware(result) != self._hardware[_model(config)]:
+            if hardware_name(result.get("environment") or {}) != self._hardware[_model(config)]:
                 continue
             self._recipes[_recipe(config)].append(seconds)
             tokens = (result.get("data") or {}).get("tokens")
@@ -113,10 +111,6 @@ def _recipe(config: dict[str, Any]) -> str:
     data, trainer = config["data"], config["trainer"]
     parts = [_model(config), config["method"], config["adapter"]["rank"], *_rows(config), data["num_rows"]]
     return str([*parts, *(trainer.get(key) for key in _RECIPE)])
-
-
-def _hardware(result: dict[str, Any]) -> str:
-    return hardware_name(result.get("environment") or {})
 
 
 def _disk_lines(specs: Sequence[Spec]) -> list[str]:

@@ -125,13 +125,19 @@ def hardware_name(found: Mapping[str, Any]) -> str:
 
 
 def git_state() -> dict[str, Any]:
-    """Return the code's commit and whether tracked files differ from it; None where git or its folder is absent."""
+    """Return the code's commit and whether tracked files differ from it; None where git or its folder is absent.
+
+    results/ is left out: it is what runs write, and a run would call the code of the next one changed.
+    """
     try:
         commit, changes = (
             subprocess.run(
                 ["git", "-C", str(PROJECT_ROOT), *words], capture_output=True, text=True, check=True, timeout=30
             ).stdout.strip()
-            for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+            for words in (
+                ["rev-parse", "HEAD"],
+                ["status", "--porcelain", "--untracked-files=no", "--", ".", ":!results"],
+            )
         )
     except (OSError, subprocess.SubprocessError):
         return {"commit": None, "dirty": None}

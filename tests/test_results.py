@@ -2,14 +2,15 @@
 
 import json
 import re
+import subprocess
 
 import pytest
 
-from ba_lora import prompts, run
+from ba_lora import prompts, results, run
 from ba_lora.config_layers import load_config
 from ba_lora.io import read_json, write_json_atomic
 from ba_lora.prompts import prompt_hash
-from ba_lora.results import assemble, write_result
+from ba_lora.results import assemble, git_state, write_result
 
 
 @pytest.fixture
@@ -41,6 +42,32 @@ def test_how_the_completions_were_made_stands_beside_the_scores(config):
     found = {task: score["generation"] for task, score in assemble(run_path, config)["evaluation"].items()}
     assert found == {"toy": {"engine": "vllm"}, "other": None, "inheritance": {"engine": "hf"}}
     assert "output_dir" not in json.dumps(assemble(run_path, config)["config"])
+
+
+def test_what_a_run_writes_does_not_make_the_code_dirty(tmp_path, monkeypatch):
+    """scripts/bench.py appends to results/bench.csv, which is tracked: its next rows are of the same code."""
+
+    def git(*words):
+        identity = ("-c", "user.name=Test", "-c", "user.email=test@localhost")
+        subprocess.run(["git", "-C", str(tmp_path), *identity, *words], check=True, capture_output=True)
+
+    monkeypatch.setattr(results, "PROJECT_ROOT", tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    for name in ("results/bench.csv", "results/toy/runs/one.json", "scripts/results.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("before")
+    assert git_state() == {"commit": None, "dirty": None}
+    git("init")
+    git("add", "--all")
+    git("commit", "--message", "all")
+    clean = git_state()
+    assert re.fullmatch("[0-9a-f]{40}", clean["commit"]) and clean["dirty"] is False
+    (tmp_path / "results" / "bench.csv").write_text("and a row")
+    (tmp_path / "results" / "toy" / "runs" / "one.json").unlink()
+    (tmp_path / "untracked").write_text("")
+    assert git_state() == clean
+    (tmp_path / "scripts" / "results.py").write_text("after")
+    assert git_state() == clean | {"dirty": True}
 
 
 def test_committed_results_come_from_real_runs(root):

@@ -1,12 +1,14 @@
 """Table files: every one loads and resolves; a broken one is told in one line."""
 
 import csv
+import re
 
 import pytest
 import yaml
 
 from ba_lora import tables
 from ba_lora.config import PROJECT_ROOT
+from ba_lora.config_layers import read_yaml
 from ba_lora.errors import UserError
 from ba_lora.glue import find_task
 from ba_lora.pipeline import Spec, training_stage
@@ -53,7 +55,7 @@ def scored(config):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_every_table_resolves(path):
-    """Every cell has a run that evaluates what the cell shows; the report can read it."""
+    """Every cell has a run that evaluates what the cell shows; the report can read it; its size is told as it is."""
     table = load_table(path, seeds=[3, 4])
     assert table_spec(table).figures or "figures" not in table.report
     assert table.rows and table.columns and table.cells
@@ -64,6 +66,9 @@ def test_every_table_resolves(path):
     with_cells = {cell.row for cell in table.cells}
     assert with_cells == set(table.rows)
     assert len(table.specs()) == len({spec.config.result_path for spec in table.specs()})
+    trainings_of_a_seed = sum(spec.trained for spec in table.specs()) / len(table.seeds)
+    (told,) = re.findall(rf"\| `{path.stem}` \| (\d+)", (PROJECT_ROOT / "REPRODUCTION.md").read_text(encoding="utf-8"))
+    assert int(told) == trainings_of_a_seed * len(read_yaml(path)["seeds"])
 
 
 def test_rows_columns_and_shared_runs(tmp_path):
