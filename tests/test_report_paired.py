@@ -14,10 +14,12 @@ from ba_lora.tables import Row, available_tables, find_table
 from eval.metrics.bootstrap import weighted_metric
 from eval.metrics.scores import METRICS
 from eval.nlu_scores import score_predictions
-from eval.report import stats
-from eval.report.render import to_markdown
+from eval.report import stats, table
+from eval.report.render import to_json, to_markdown
 from eval.report.spec import Column
 from eval.report.table import build_table
+from eval.tasks import get_task
+from eval.tasks.mt_bench import to_grade
 from tests.report_world import ITEMS, SEEDS, World, solved
 
 ROWS = (Row("tiny", "lora"), Row("tiny", "ba_lora"))
@@ -83,6 +85,15 @@ def test_accuracy_is_tested_as_the_same_grades_are(world):
     assert graded.untested is None and graded.difference == pytest.approx(100 / 3)
 
 
+def sixty_draws(monkeypatch) -> list[np.ndarray]:
+    """Have tests draw 60 times; return where their counts of each kind are going to be."""
+    draws = []
+    drawn = stats.resampled
+    monkeypatch.setattr(table, "resamples_for", lambda num_tests: 60)
+    monkeypatch.setattr(stats, "resampled", lambda *words: draws.extend(drawn(*words)) or iter(draws))
+    return draws
+
+
 def macro_f1(labels, predictions):
     return sklearn.metrics.f1_score(labels, predictions, average="macro"), None
 
@@ -105,10 +116,7 @@ def recall_of_2(labels, predictions):
     ],
 )
 def test_metrics_over_all_items_by_a_slow_loop_on_the_same_draws(world, monkeypatch, of_task, metric, definition):
-    monkeypatch.setattr(stats, "NUM_RESAMPLES", 60)
-    draws = []
-    drawn = stats.resampled
-    monkeypatch.setattr(stats, "resampled", lambda *words: draws.extend(drawn(*words)) or iter(draws))
+    draws = sixty_draws(monkeypatch)
     random, is_regression = np.random.default_rng(0), of_task == "stsb"
     labels = random.integers(0, 2 if of_task in ("cola", "mrpc") else 3, 90).tolist()
     predictions = {}
@@ -198,10 +206,10 @@ def test_draws_without_a_class_are_left_out_and_told(world):
         add(world, method, 1, {"cola": ([0] * 7 + [1], predictions)}, of_task="cola")
     column = Column("cola", "CoLA", task="cola", metric="matthews")
     made = spec(world, column, seeds=(1,))
-    table = build_table(made, world.sources(made))
-    [test] = table.comparisons
-    assert test.num_undefined / stats.NUM_RESAMPLES == pytest.approx((7 / 8) ** 8, abs=0.02)
-    assert f"({test.num_undefined:,} undefined draws left out)" in to_markdown(table)
+    built = build_table(made, world.sources(made))
+    [test] = built.comparisons
+    assert test.num_undefined / built.num_resamples == pytest.approx((7 / 8) ** 8, abs=0.02)
+    assert f"({test.num_undefined:,} undefined draws left out)" in to_markdown(built)
 
 
 @pytest.mark.parametrize("case", ["absent", "changed", "null", "other items", "no metric"])
@@ -233,6 +241,70 @@ def test_what_cannot_be_tested_says_why(world, case):
     assert (found.untested, found.p, found.p_holm) == (wanted, None, None)
 
 
+def test_a_table_of_many_tests_resamples_more(world):
+    """300 tests of a difference that every item shows: each stays significant after Holm's correction."""
+    for method in ("lora", "ba_lora"):
+        for seed in SEEDS:
+            world.add(method, seed)
+    made = spec(world, *(Column(f"c{index}", "x", task="gsm8k", metric="strict") for index in range(300)))
+    built = build_table(made, world.sources(made))
+    assert len(built.comparisons) == 300 and built.num_resamples == to_json(built)["bootstrap_resamples"] == 30_000
+    assert [one.p_holm for one in built.comparisons] == pytest.approx([600 / 30_001] * 300)
+    assert "30,000 resamples" in to_markdown(built) and "no corrected one below 0.02." in to_markdown(built)
+
+
+MT_BENCH_RATINGS = {  # question → the judgements of turn 1, of turn 2; −1: without a rating
+    81: ([8], [6]),
+    82: ([5], [-1]),
+    83: ([-1], [9]),
+    84: ([-1], [-1]),
+    85: ([2], [3]),
+    86: ([9, 4], [7, -1]),
+}
+
+
+def add_mt_bench(world, method, ratings):
+    """Write the grades of MT-Bench answers, and the score as its task computes it from them."""
+    task = get_task("mt_bench")
+    rows = [{"question_id": number, "category": "writing", "turns": ["One?", "Two?"]} for number in ratings]
+    items = task.items_from_rows(rows, source="made up")
+    grades = [to_grade(item, ratings[item.meta["question_id"]][item.meta["turn"] - 1]) for item in items]
+    score = task.aggregate(items, [[grade] for grade in grades]) | {"version": task.version, "data_sha256": "t1"}
+    run = world.add(method, 1, grades=None, evaluation={"mt_bench": score})
+    lines = [
+        {"task_id": item.task_id, "sample": 0, "metrics": grade.metrics, "invalid": grade.invalid}
+        for item, grade in zip(items, grades, strict=True)
+    ]
+    write_jsonl_atomic(run.run_path / "grades" / "mt_bench.jsonl", lines)
+    return score["metrics"]["rating"]
+
+
+def test_answers_without_a_rating_count_neither_above_nor_below_the_line(world, monkeypatch):
+    """The mean of each draw is the score of the drawn questions: the sum of their ratings over the number rated."""
+    whole = {number: ([5], [4 + number % 3]) for number in MT_BENCH_RATINGS}
+    difference = add_mt_bench(world, "ba_lora", MT_BENCH_RATINGS) - add_mt_bench(world, "lora", whole)
+    columns = (
+        Column("mt_bench", "MT-Bench", task="mt_bench", metric="rating", unit="points", scale=10.0),
+        Column("mean", "mean", mean_of=("mt_bench", "mt_bench"), scale=1.0),
+    )
+    assert compare(world, *columns, seeds=(1,))["mean"].untested is None
+    draws = sixty_draws(monkeypatch)
+    [test] = compare(world, columns[0], seeds=(1,)).values()
+    assert (test.untested, test.num_items) == (None, 6) and test.difference == pytest.approx(10 * difference)
+
+    # (sum, number) of the rated turns: 8 + 6; 5; 9; none; 2 + 3; (9 + 4) / 2 + 7. A kind is a question here, sorted by
+    # the mean of the other row, then by what was rated and how much that is.
+    found = {81: (14, 2), 82: (5, 1), 83: (9, 1), 84: (0, 0), 85: (5, 2), 86: (13.5, 2)}
+    others = {number: 5 + 4 + number % 3 for number in found}
+    kinds = sorted(found, key=lambda number: (-others[number], found[number][1], found[number][0]))
+    differences = []
+    for counts in np.concatenate(draws):
+        total, rated = counts @ [found[number] for number in kinds]
+        differences.append(total / rated - counts @ [others[number] for number in kinds] / 12 if rated else np.nan)
+    assert len(differences) == 60 and test.num_undefined == np.isnan(differences).sum()
+    assert (test.low, test.high) == pytest.approx(tuple(np.nanpercentile(differences, [2.5, 97.5])))
+
+
 def test_a_classifiers_score_by_another_version_is_stale(world):
     for method in ("lora", "ba_lora"):
         run = add(world, method, 1, {"cola": ([0, 1], [0, 1])}, of_task="cola")
@@ -247,10 +319,10 @@ def test_every_metric_of_the_nlu_tables_can_be_tested():
     classes = find_task("mnli").labels
     seen = set()
     for name in available_tables():
-        table = read_yaml(find_table(name))
-        if table["kind"] != "nlu":
+        config = read_yaml(find_table(name))
+        if config["kind"] != "nlu":
             continue
-        metrics = {column["metric"] for column in table["columns"].values() if "task" in column}
+        metrics = {column["metric"] for column in config["columns"].values() if "task" in column}
         assert all(weighted_metric(metric, classes=classes, minority="neutral") for metric in metrics), name
         seen |= metrics
     assert {"accuracy", "f1", "matthews", "pearson", "spearman", "macro_f1", "minority_recall"} <= seen

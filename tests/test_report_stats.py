@@ -5,7 +5,21 @@ import pytest
 import scipy.stats
 from statsmodels.stats.multitest import multipletests
 
-from eval.report.stats import NUM_RESAMPLES, Interval, Sample, first_and_second, holm, mean_std, paired_bootstrap
+from ba_lora import tables
+from ba_lora.tables import available_tables, find_table, load_table
+from eval.report.spec import table_spec
+from eval.report.stats import (
+    LEAST_RESAMPLES,
+    SIGNIFICANT,
+    Interval,
+    Sample,
+    first_and_second,
+    holm,
+    mean_std,
+    paired_bootstrap,
+    resamples_for,
+)
+from eval.report.table import planned_comparisons
 
 
 def of_differences(differences) -> Interval:
@@ -37,10 +51,23 @@ def test_holm_by_hand():
     assert holm([]) == []
 
 
+def test_in_every_table_a_test_can_be_significant(monkeypatch):
+    """Were every comparison tested and every p the least that the bootstrap gives, Holm would leave them below 5 %."""
+    counts = {}
+    monkeypatch.setattr(tables, "_row_cells", lambda *words: [])  # rows and columns alone: runs take long to resolve
+    for name in available_tables():
+        spec = table_spec(load_table(find_table(name)))
+        counts[name] = len(planned_comparisons(spec, spec.rows))
+        least = 2 / (resamples_for(counts[name]) + 1)
+        assert all(p < SIGNIFICANT for p in holm([least] * counts[name])), (name, counts[name])
+    assert counts["nlu_main"] == 336  # more than 250, where 10,000 resamples no longer do
+    assert resamples_for(6) == LEAST_RESAMPLES
+
+
 def test_bootstrap_of_a_constant_difference():
     test = of_differences([1 / 3] * 10)
     assert (test.difference, test.low, test.high) == pytest.approx((1 / 3, 1 / 3, 1 / 3))
-    assert test.p == pytest.approx(2 / (NUM_RESAMPLES + 1))
+    assert test.p == pytest.approx(2 / (LEAST_RESAMPLES + 1))
     assert of_differences([0.0] * 10).p == 1.0
 
 
@@ -54,7 +81,7 @@ def test_p_is_twice_the_binomial_tail():
     """Of n = 12 items, 3 with −1 and 9 with +1: d* ≤ 0 where at most 6 of 12 draws are +1, Binomial(12, ¾)."""
     test = of_differences([-1.0] * 3 + [1.0] * 9)
     wanted = 2 * scipy.stats.binom.cdf(6, 12, 0.75)
-    assert test.p == pytest.approx(wanted, abs=4 * np.sqrt(wanted / 2 / NUM_RESAMPLES) * 2)
+    assert test.p == pytest.approx(wanted, abs=4 * np.sqrt(wanted / 2 / LEAST_RESAMPLES) * 2)
 
 
 def test_interval_is_near_the_normal_one_and_its_p_near_the_t_test():
@@ -81,7 +108,9 @@ def test_bootstrap_is_scipys(num_values):
     random = np.random.default_rng(5)
     differences = random.integers(-1, 2, 400) if num_values == 3 else random.normal(0.05, 1, 400)
     test = of_differences(differences)
-    wanted = scipy.stats.bootstrap((differences,), np.mean, n_resamples=NUM_RESAMPLES, method="percentile", rng=random)
+    wanted = scipy.stats.bootstrap(
+        (differences,), np.mean, n_resamples=LEAST_RESAMPLES, method="percentile", rng=random
+    )
     error = differences.std() / 20
     assert (test.low, test.high) == pytest.approx(wanted.confidence_interval, abs=0.08 * error)  # ± 3 of a quantile's
     assert test.num_items == 400 and test.difference == pytest.approx(differences.mean())
@@ -103,8 +132,8 @@ def test_independent_samples_add_their_variances():
 def test_undefined_draws_are_left_out_and_counted():
     """Of two items, one of a kind without which the value is undefined: a quarter of the draws has none of it."""
     test = paired_bootstrap([Sample(np.array([1, 1]), lambda drawn: np.where(drawn[:, 0] > 0, 1.0, np.nan))])
-    assert test.num_undefined == pytest.approx(NUM_RESAMPLES / 4, rel=0.1)
-    assert (test.low, test.high, test.p) == (1.0, 1.0, 2 / (NUM_RESAMPLES - test.num_undefined + 1))
+    assert test.num_undefined == pytest.approx(LEAST_RESAMPLES / 4, rel=0.1)
+    assert (test.low, test.high, test.p) == (1.0, 1.0, 2 / (LEAST_RESAMPLES - test.num_undefined + 1))
     assert paired_bootstrap([Sample(np.array([1, 1]), lambda drawn: np.full(len(drawn), np.nan))]) is None
 
 

@@ -2,7 +2,8 @@
 
 A column is one of three things:
 
-- a mean over items (strict, pass@1, accuracy): each item counts by its grade, averaged over the seeds;
+- a mean over items (strict, pass@1, accuracy): each item counts by its grade, averaged over the seeds; where a judge
+  left answers of a run unrated, that run's mean is the sum of the ratings that were drawn over their number;
 - a metric of all items together (F1, Matthews, Pearson, Spearman, macro-F1, the recall of a class): on each draw of
   items it is computed anew for every run of both rows, and averaged over the seeds of a row;
 - a mean of such columns: the items of each test set are drawn by themselves, and columns on the same items (of RTE's
@@ -39,26 +40,37 @@ class Untested(Exception):
 class _Items:
     """What one run left for the items of a column, in the order of `ids`.
 
-    values: grades, or predictions where `metric` is no mean over items; then labels are there, too.
+    values: grades, or predictions where `metric` is no mean over items; then labels are there, too. rated: how many
+    grades each item's value is the sum of, 0 to its number of turns; None where all have the same and values are means.
     """
 
     ids: tuple[str, ...]
     values_N: Array
     labels_N: Array | None = None
+    rated_N: Array | None = None
     metric: Callable[[Array, Array, Array], Array] | None = None
 
-    def value(self, counts_RN: Array) -> Array:
-        """Return the column's value [R] on resamples that hold each item so many times."""
-        if self.metric is None:
-            return counts_RN @ self.values_N / counts_RN.sum(axis=1)
-        return self.metric(counts_RN, self.labels_N, self.values_N)
+    @property
+    def is_mean(self) -> bool:
+        """Whether the column's value is the plain mean of `values_N`."""
+        return self.metric is None and self.rated_N is None
+
+    def value(self, counts_RK: Array, items_K: Array | slice = slice(None)) -> Array:
+        """Return the column's value [R] on resamples that hold each of these items so many times (default: all)."""
+        values_K = self.values_N[items_K]
+        if self.metric is not None:
+            return self.metric(counts_RK, self.labels_N[items_K], values_K)
+        return counts_RK @ values_K / (counts_RK.sum(axis=1) if self.is_mean else counts_RK @ self.rated_N[items_K])
 
 
 class PairedTests:
-    """The tests between rows of one table; what the runs left is read once."""
+    """The tests between rows of one table, each of `num_resamples`; what the runs left is read once."""
 
-    def __init__(self, spec: TableSpec, sources: Sources, cells: Mapping[tuple[Row, str], "Cell"]) -> None:
+    def __init__(
+        self, spec: TableSpec, sources: Sources, cells: Mapping[tuple[Row, str], "Cell"], *, num_resamples: int
+    ) -> None:
         self._spec, self._sources, self._cells = spec, sources, cells
+        self._num_resamples = num_resamples
         self._read: dict[tuple[str, str], _Items] = {}  # (run, column) → its items
         self._ids: dict[tuple[str, ...], tuple[str, ...]] = {}  # the runs on one set share one tuple
 
@@ -76,7 +88,8 @@ class PairedTests:
                 raise Untested(f"{part.label}: {reason}" if column.mean_of else str(reason)) from reason
             of_set = terms.setdefault(ours[0].ids, [])
             of_set += [(weight / len(ours), one) for one in ours] + [(-weight / len(theirs), one) for one in theirs]
-        found = paired_bootstrap([_sample(of_set) for of_set in terms.values()])
+        samples = [_sample(of_set) for of_set in terms.values()]
+        found = paired_bootstrap(samples, num_resamples=self._num_resamples)
         if found is None:
             raise Untested("undefined on every draw")
         return found
@@ -117,7 +130,10 @@ class PairedTests:
         if grades is None:
             raise Untested("no grades at hand")
         ids = sorted(grades)
-        return _Items(self._shared(ids), np.array([grades[item] for item in ids]))
+        sums_N, rated_N = np.array([grades[item] for item in ids]).T
+        if (rated_N == rated_N[0]).all():
+            return _Items(self._shared(ids), sums_N / rated_N)
+        return _Items(self._shared(ids), sums_N, rated_N=rated_N)
 
     def _predicted(self, run: PlannedRun, column: Column, entry: Mapping[str, Any]) -> _Items:
         task = find_task(entry["of_task"])
@@ -135,7 +151,7 @@ class PairedTests:
         labels, predictions = (np.array([line[name] for line in lines]) for name in ("label", "prediction"))
         if column.metric == "accuracy":
             return _Items(ids, (labels == predictions).astype(np.float64))
-        return _Items(ids, predictions, labels, metric)
+        return _Items(ids, predictions, labels, metric=metric)
 
     def _shared(self, ids: Sequence[str]) -> tuple[str, ...]:
         return self._ids.setdefault(tuple(ids), tuple(ids))
@@ -143,18 +159,17 @@ class PairedTests:
 
 def _sample(terms: Sequence[tuple[float, _Items]]) -> Sample:
     """Return the weighted sum of the values of runs on the same items, (weight, items), as one sample."""
-    means = [weight * one.values_N for weight, one in terms if one.metric is None]
+    means = [weight * one.values_N for weight, one in terms if one.is_mean]
     graded_N = sum(means, np.zeros(len(terms[0][1].ids)))  # a sum of means is the mean of the sum
-    metrics = [(weight, one) for weight, one in terms if one.metric is not None]
-    facts = [graded_N] + [values_N for _, one in metrics for values_N in (one.labels_N, one.values_N)]
-    _, of_kind_K, counts_K = np.unique(np.stack(facts, axis=1), axis=0, return_index=True, return_counts=True)
-    graded_K = graded_N[of_kind_K]
-    by_kind = [(weight, one.metric, one.labels_N[of_kind_K], one.values_N[of_kind_K]) for weight, one in metrics]
+    others = [(weight, one) for weight, one in terms if not one.is_mean]
+    facts = [of_one for _, one in others for of_one in (one.labels_N, one.rated_N, one.values_N) if of_one is not None]
+    kinds = np.stack([graded_N, *facts], axis=1)
+    _, of_kind_K, counts_K = np.unique(kinds, axis=0, return_index=True, return_counts=True)
 
     def difference(counts_RK: Array) -> Array:
-        total = counts_RK @ graded_K / counts_RK.sum(axis=1)
-        for weight, metric, labels_K, values_K in by_kind:
-            total += weight * metric(counts_RK, labels_K, values_K)
+        total = counts_RK @ graded_N[of_kind_K] / counts_RK.sum(axis=1)
+        for weight, one in others:
+            total += weight * one.value(counts_RK, of_kind_K)
         return total
 
     return Sample(counts_K, difference)

@@ -25,7 +25,6 @@ from eval.report.sheets import (
     unmatched_lines,
 )
 from eval.report.spec import Column
-from eval.report.stats import NUM_RESAMPLES
 from eval.report.table import ReportTable
 
 LATEX_WIDTH = 12  # columns of numbers abreast, as many as can be read when they are made to fit
@@ -119,7 +118,7 @@ def to_json(table: ReportTable, figures: Sequence[Drawn] = ()) -> dict[str, Any]
         "columns": [dataclasses.asdict(column) for column in spec.columns],
         "cells": [cell_facts(table, row, column) for row in spec.rows for column in spec.columns],
         "comparisons": [dataclasses.asdict(comparison) for comparison in table.comparisons],
-        "bootstrap_resamples": NUM_RESAMPLES,
+        "bootstrap_resamples": table.num_resamples,
         "footnotes": list(table.footnotes),
         "also_reported": [dataclasses.asdict(line) for line in table.unmatched_paper],
         "figures": [dataclasses.asdict(figure) for figure in figures],

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ba_lora.tables import Row
 from eval.report.spec import Column, row_name
-from eval.report.stats import NUM_RESAMPLES, SIGNIFICANT
+from eval.report.stats import SIGNIFICANT
 from eval.report.table import Cell, Comparison, ReportTable
 
 ARROWS = {"higher": " ↑", "lower": " ↓", "none": ""}
@@ -150,11 +150,13 @@ def _cost_lines(table: ReportTable) -> list[str]:
 def comparison_legend(table: ReportTable) -> list[str]:
     """Return the sentences below the comparisons."""
     num_tests = sum(comparison.p is not None for comparison in table.comparisons)
+    least = 2 / (table.num_resamples + 1)
     return [
         "Difference of the means over seeds, rows − against. Interval and p: paired bootstrap over test items "
-        f"({NUM_RESAMPLES:,} resamples): both rows are measured on the same draw, each with its mean over seeds; of a "
-        "mean of columns each test set is drawn by itself. It tells how far the difference would move on other items, "
-        f"not with other seeds. Holm: corrected over the {num_tests} tests of this table, bold below {SIGNIFICANT}. "
+        f"({table.num_resamples:,} resamples): both rows are measured on the same draw, each with its mean over seeds; "
+        "of a mean of columns each test set is drawn by itself. It tells how far the difference would move on other "
+        f"items, not with other seeds. Holm: corrected over the {num_tests} tests of this table, bold below "
+        f"{SIGNIFICANT}. No p is below {least:.2g}, no corrected one below {least * num_tests:.2g}. "
         "A test that could not be made says why."
     ]
 

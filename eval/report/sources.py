@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,16 +60,18 @@ class Sources:
         """Return a run's result, None where there is none yet."""
         return self.results.get(run.run_id)
 
-    def grades(self, run: PlannedRun, items: Items) -> dict[str, float] | None:
-        """Return item → the mean of its samples' grades, of the items that are asked for.
+    def grades(self, run: PlannedRun, items: Items) -> dict[str, tuple[float, int]] | None:
+        """Return item → (sum, number) of the grades of its turns, of the items that are asked for.
 
-        The turns of one question (mt_bench/81/turn1) are one item, since they are no independent draws. None where the
-        grades are not at hand, lack the metric, or do not tell the group of an item.
+        A turn's grade is the mean of its samples'. The turns of one question (mt_bench/81/turn1) are one item, since
+        they are no independent draws; any other item is a single turn. An answer that no judgement rated counts in
+        neither, as in the score. None where the grades are not at hand, lack the metric, or do not tell the group of
+        an item.
         """
         path = run.run_path / "grades" / f"{items.task}.jsonl"
         if not path.is_file():
             return None
-        samples: dict[str, list[float]] = {}
+        turns: dict[str, dict[str, list[float]]] = {}  # item → turn → the grades of its samples
         for row in read_jsonl(path):
             value = (row.get("metrics") or {}).get(items.metric)
             if items.group is not None:
@@ -77,11 +80,14 @@ class Sources:
                     return None
                 if group not in items.members:
                     continue
-            if not isinstance(value, int | float):
+            turn = str(row.get("task_id"))
+            samples = turns.setdefault("/".join(turn.split("/")[:2]), {}).setdefault(turn, [])
+            if isinstance(value, int | float):
+                samples.append(float(value))
+            elif not _is_unrated(row):
                 return None
-            item = "/".join(str(row.get("task_id")).split("/")[:2])
-            samples.setdefault(item, []).append(float(value))
-        return {item: sum(values) / len(values) for item, values in samples.items()} or None
+        means = {item: [statistics.fmean(values) for values in of.values() if values] for item, of in turns.items()}
+        return {item: (sum(values), len(values)) for item, values in means.items()} or None
 
     def predictions(self, run: PlannedRun, task: str) -> list[dict[str, Any]] | None:
         """Return a classifier's lines of one set, see eval/nlu.py; None where they are not at hand.
@@ -115,6 +121,11 @@ class Sources:
                 f"{column.name}: keep one"
             )
         return first[0].value
+
+
+def _is_unrated(grade: Mapping[str, Any]) -> bool:
+    """Whether this is the grade of an answer that the judge did not rate; see eval/tasks/mt_bench.py."""
+    return bool(grade.get("invalid")) and not grade.get("metrics")
 
 
 def read_results(runs: Iterable[PlannedRun]) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:

@@ -12,7 +12,7 @@ from eval.report.paired import PairedTests, Untested
 from eval.report.settings import Used, differences
 from eval.report.sources import PaperRow, PaperValue, Sources
 from eval.report.spec import Column, PlannedRun, TableSpec, metric_value, undefined_reason
-from eval.report.stats import first_and_second, holm, mean_std
+from eval.report.stats import first_and_second, holm, mean_std, resamples_for
 
 CellKey = tuple[Row, str]  # the row and the column's name
 
@@ -91,11 +91,12 @@ class Comparison:
 
 @dataclass(frozen=True)
 class ReportTable:
-    """A table, ready to be written down."""
+    """A table, ready to be written down. num_resamples: of each comparison's bootstrap."""
 
     spec: TableSpec
     cells: Mapping[CellKey, Cell]
     comparisons: tuple[Comparison, ...]
+    num_resamples: int
     footnotes: tuple[str, ...]
     unmatched_paper: tuple[PaperRow, ...]  # what the paper reports in this table for which it has no cell
     provenance: tuple[dict[str, Any], ...]
@@ -129,10 +130,18 @@ def build_table(spec: TableSpec, sources: Sources, *, allow: Iterable[str] = ())
             )
     rows = _chosen_rows(spec, cells, notes)
     _mark(spec, cells, rows)
+    compared = [
+        (column, focus, other)
+        for column, focus, other in planned_comparisons(spec, rows)
+        if cells[focus, column.name].values and cells[other, column.name].values
+    ]
+    num_resamples = resamples_for(len(compared))
+    tests = PairedTests(spec, sources, cells, num_resamples=num_resamples)
     return ReportTable(
         spec=spec,
         cells=cells,
-        comparisons=_corrected(_compare(spec, sources, cells, rows)),
+        comparisons=_corrected([_compare(tests, cells, *one) for one in compared]),
+        num_resamples=num_resamples,
         footnotes=tuple(notes.texts),
         unmatched_paper=_unmatched(spec, sources),
         provenance=tuple(_provenance(spec, sources)),
@@ -248,7 +257,8 @@ def _mark(spec: TableSpec, cells: dict[CellKey, Cell], rows: Sequence[Row]) -> N
                     cells[key] = dataclasses.replace(cells[key], mark=mark)
 
 
-def _compare(spec: TableSpec, sources: Sources, cells: Mapping[CellKey, Cell], rows: Sequence[Row]) -> list[Comparison]:
+def planned_comparisons(spec: TableSpec, rows: Sequence[Row]) -> list[tuple[Column, Row, Row]]:
+    """Return (column, focus, other) of every comparison among `rows`, whether or not they have values."""
     pairs = [
         (focus, other)
         for block in spec.blocks()
@@ -257,23 +267,20 @@ def _compare(spec: TableSpec, sources: Sources, cells: Mapping[CellKey, Cell], r
         for other in block
         if other in rows and other.method not in spec.ours and (not spec.against or other.method in spec.against)
     ]
-    tests, comparisons = PairedTests(spec, sources, cells), []
-    for column in spec.columns:
-        if column.better == "none" or not (column.task or column.mean_of):
-            continue
-        for focus, other in pairs:
-            ours, theirs = cells[focus, column.name], cells[other, column.name]
-            if ours.mean is None or theirs.mean is None:
-                continue
-            num_seeds = min(len(ours.seeds), len(theirs.seeds))
-            comparison = Comparison(column.name, focus, other, ours.mean - theirs.mean, num_seeds)
-            try:
-                test = tests.test(column, focus, other)
-                facts = {key: getattr(test, key) for key in ("num_items", "num_undefined", "low", "high", "p")}
-            except Untested as reason:
-                facts = {"untested": str(reason)}
-            comparisons.append(dataclasses.replace(comparison, **facts))
-    return comparisons
+    columns = [column for column in spec.columns if column.better != "none" and (column.task or column.mean_of)]
+    return [(column, focus, other) for column in columns for focus, other in pairs]
+
+
+def _compare(tests: PairedTests, cells: Mapping[CellKey, Cell], column: Column, focus: Row, other: Row) -> Comparison:
+    ours, theirs = cells[focus, column.name], cells[other, column.name]
+    num_seeds = min(len(ours.seeds), len(theirs.seeds))
+    comparison = Comparison(column.name, focus, other, ours.mean - theirs.mean, num_seeds)
+    try:
+        test = tests.test(column, focus, other)
+    except Untested as reason:
+        return dataclasses.replace(comparison, untested=str(reason))
+    facts = {key: getattr(test, key) for key in ("num_items", "num_undefined", "low", "high", "p")}
+    return dataclasses.replace(comparison, **facts)
 
 
 def _corrected(comparisons: list[Comparison]) -> tuple[Comparison, ...]:
