@@ -75,6 +75,9 @@ def check(config: RunConfig) -> None:
         raise UserError("model.quantization=nf4 needs adapter.tuner=lora: quantised weights cannot be trained")
     if config.adapter.init == "corda" and (config.kind != "nlg" or config.model.quantization != "none"):
         raise UserError("adapter.init=corda runs training rows through a language model: not for NLU, nor for nf4")
+    for name in ("svd_rank", "factors_cache"):
+        if config.adapter.init == "corda" and getattr(config.adapter, name) is not None:
+            raise UserError(f"adapter.{name} is PiSSA's, CorDA's factors depend on the rows: leave it out (null)")
     if config.reference.top_k < 1:
         raise UserError(f"reference.top_k is {config.reference.top_k}: it must be at least 1")
     check_choice("reference.dtype", config.reference.dtype, ("float16", "float32"))

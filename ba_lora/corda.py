@@ -5,8 +5,14 @@
 
 PEFT runs the rows and decomposes (peft.tuners.lora.corda). What comes out goes the way of PiSSA's factors: into a file
 of the run, which every process and a resumed run reads, and which the export takes away again (ba_lora/pissa.py).
+
+How many rows: C [in, in] has at most the rank of the number of tokens it is the mean over, and with few it is noise.
+PEFT's rule is 128 tokens for each input (preprocess_corda: rows = hidden size / tokens a row × 128, its 256 rows being
+2048 tokens long, for 4096 inputs). Here it holds for the widest of the adapted layers, and for the rows as long as they
+are: 1.4 million tokens for LLaMA-2-7B, whose down_proj has 11008 inputs.
 """
 
+import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,19 +25,31 @@ from ba_lora.errors import UserError
 from ba_lora.pissa import named_adapter_layers, save_factors
 from ba_lora.pissa_cache import Components
 from ba_lora.processes import on_main_process
-from ba_lora.rows import choose_rows
+from ba_lora.reference import adapter_layers
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-CALIBRATION_ROWS = 256
+TOKENS_AN_INPUT = 128
 COVARIANCE_BYTES = 8 * 2**30  # of float32 covariances at a time: LLaMA-2-7B has 28 GB of them, and goes in four passes
 
 
-def calibration_rows(dataset: "Dataset", seed: int) -> list[list[int]]:
-    """Return the token ids of the tokenized training rows that C is taken from, a sample by `seed`."""
-    chosen = choose_rows(list(range(len(dataset))), CALIBRATION_ROWS, seed)
-    return dataset.select(chosen)["input_ids"][:]
+def calibration_rows(model: nn.Module, dataset: "Dataset", seed: int) -> list[list[int]]:
+    """Return the token ids of tokenized training rows, drawn by `seed`, from which C of each LoRA layer is taken.
+
+    They hold TOKENS_AN_INPUT tokens for each input of the widest layer; all rows where they hold fewer, which is said.
+    """
+    num_inputs = max(layer.in_features for layer in adapter_layers(model))
+    wanted = TOKENS_AN_INPUT * num_inputs
+    input_ids, rows, num_tokens = dataset["input_ids"], [], 0
+    for number in random.Random(seed).sample(range(len(dataset)), len(dataset)):
+        rows.append(input_ids[number])
+        num_tokens += len(rows[-1])
+        if num_tokens >= wanted:
+            break
+    few = f", fewer than the {wanted:,} that {num_inputs} inputs ask for" if num_tokens < wanted else ""
+    PartialState().print(f"CorDA: covariances of {num_tokens:,} tokens in {len(rows)} of {len(dataset)} rows{few}")
+    return rows
 
 
 def write_factors(
@@ -40,8 +58,13 @@ def write_factors(
     """Write A₀ and B₀ for the LoRA layers of `model`, whose base is untouched; every process calls it.
 
     The first process runs the token ids of `rows` through the model, once for every group of layers whose covariances
-    fit into `covariance_bytes`. Raises UserError for inputs of a layer that are not finite.
+    fit into `covariance_bytes`. Raises UserError for a rank above a layer's size, and for inputs, weights or factors
+    that are not finite.
     """
+    for name, layer in named_adapter_layers(model):
+        rank, size = layer.r["default"], min(layer.in_features, layer.out_features)
+        if rank > size:
+            raise UserError(f"adapter.rank={rank} is above the size of {name}, {size}: use a smaller rank")
     components: dict[str, Components] = {}
 
     def compute() -> None:
@@ -73,13 +96,24 @@ def _decompose(model: nn.Module, layers: dict[str, nn.Module], rows: Sequence[li
     try:
         preprocess_corda(model, config, run_rows)
     except ValueError as error:
-        raise UserError(f"adapter.init=corda: {str(error).splitlines()[0]} Try model.dtype=float32") from error
+        if not str(error).startswith("Invalid value found"):  # the model's own complaint
+            raise
+        raise _not_finite("a layer's inputs on the training rows, or their covariance,") from error
+    except torch.linalg.LinAlgError as error:
+        raise _not_finite("the product of a layer's weight and covariance") from error
     components = {}
     for name, layer in layers.items():
         found = vars(layer.get_base_layer()).pop("eigens")
         parts = (found.U_WC, found.S_WC, found.V_WC.T)
+        if not all(part.isfinite().all() for part in parts):  # a GPU's SVD does not complain
+            raise _not_finite(f"the SVD of {name}")
         components[name] = Components(*(part.contiguous().cpu() for part in parts))
     return components
+
+
+def _not_finite(what: str) -> UserError:
+    mend = "look for damaged weights in model.name, or try model.dtype=float32"
+    return UserError(f"adapter.init=corda: {what} cannot be used, not all of it is finite: {mend}")
 
 
 def _groups(layers: dict[str, nn.Module], covariance_bytes: int) -> Iterator[dict[str, nn.Module]]:

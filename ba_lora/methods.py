@@ -156,7 +156,7 @@ def _write_corda_factors(model: "nn.Module", path: Path, rows: "Dataset", seed: 
 
     if is_deepspeed_zero3_enabled():
         raise UserError("adapter.init=corda runs rows before training, which ZeRO-3's split weights cannot: use ZeRO-2")
-    corda.write_factors(model, path, corda.calibration_rows(rows, seed))
+    corda.write_factors(model, path, corda.calibration_rows(model, rows, seed))
 
 
 def _biases_alone(model: "nn.Module") -> "nn.Module":

@@ -65,21 +65,91 @@ def is_target(module):
     return type(module).__name__ in ("Linear", "Conv1D") and module.weight.shape[0] != 64  # all but the head
 
 
-def test_rows_are_a_sample_by_seed(monkeypatch):
-    rows = tiny_rows(20)
-    assert corda.calibration_rows(rows, 1) == rows["input_ids"][:]  # fewer than are wanted
-    monkeypatch.setattr(corda, "CALIBRATION_ROWS", 5)
-    first, again, other = (corda.calibration_rows(rows, seed) for seed in (1, 1, 2))
-    assert first == again != other and len(first) == 5
-
-
-def test_inputs_that_are_not_finite_are_told_in_one_line(tmp_path):
+@pytest.mark.parametrize(
+    ("targets", "num_inputs"), [("all-linear", 48), (["q_proj"], 32)], ids=["down_proj's 48 inputs", "q_proj's 32"]
+)
+def test_there_are_128_tokens_for_each_input_of_the_widest_layer(targets, num_inputs, capsys):
+    """However long the rows are: the last one drawn is the one that makes the number full."""
     model = tiny_llama()
+    model = get_peft_model(model, lora_config(model, True, target_modules=targets))
+    rows = tiny_rows(600)
+    first, again, other = (corda.calibration_rows(model, rows, seed) for seed in (1, 1, 2))
+    lengths = [len(ids) for ids in first]
+    assert sum(lengths[:-1]) < 128 * num_inputs <= sum(lengths)
+    assert first == again != other
+    known = rows["input_ids"][:]
+    assert all(ids in known for ids in first)
+    assert f"CorDA: covariances of {sum(lengths):,} tokens in {len(first)} of 600 rows\n" in capsys.readouterr().out
+
+
+def test_a_data_set_with_too_few_tokens_is_taken_whole_and_said(capsys):
+    model = tiny_llama()
+    rows = tiny_rows(20)
+    taken = corda.calibration_rows(get_peft_model(model, lora_config(model, True)), rows, 1)
+    assert sorted(taken) == sorted(rows["input_ids"][:])
+    tokens = sum(map(len, taken))
+    said = f"CorDA: covariances of {tokens} tokens in 20 of 20 rows, fewer than the 6,144 that 48 inputs ask for\n"
+    assert capsys.readouterr().out == said
+
+
+def embedding_is_nan(model):
     model.model.embed_tokens.weight.data[5] = torch.nan
+
+
+def last_weight_is_nan(model):
+    """Of the one layer whose output no other adapted layer sees."""
+    model.model.layers[-1].mlp.down_proj.weight.data[3, 4] = torch.nan
+
+
+@pytest.mark.parametrize(
+    ("damage", "what"), [(embedding_is_nan, "a layer's inputs"), (last_weight_is_nan, "a layer's weight")]
+)
+def test_what_is_not_finite_is_told_in_one_line(tmp_path, damage, what):
+    model = tiny_llama()
+    damage(model)
     model = get_peft_model(model, lora_config(model, True))
-    with pytest.raises(UserError, match="adapter.init=corda: Invalid value found in input") as caught:
-        corda.write_factors(model, tmp_path / "factors", [[5, 6]])
+    with pytest.raises(UserError, match=f"adapter.init=corda: .*{what}.* not all of it is finite: .*float32") as caught:
+        corda.write_factors(model, tmp_path / "initial" / "factors", [[5, 6]])
     assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("part", ["U_WC", "S_WC", "V_WC"])
+def test_factors_that_are_not_finite_are_refused(tmp_path, monkeypatch, part):
+    """As an SVD on a GPU may give them, without a word."""
+    decompose = peft_corda.collect_eigens_for_layer
+
+    def damaged(linear, config):
+        found = decompose(linear, config)
+        getattr(found, part)[..., 0] = torch.nan
+        return found
+
+    monkeypatch.setattr(peft_corda, "collect_eigens_for_layer", damaged)
+    model = tiny_llama()
+    model = get_peft_model(model, lora_config(model, True))
+    with pytest.raises(UserError, match=r"the SVD of .*q_proj cannot be used, not all of it is finite"):
+        corda.write_factors(model, tmp_path / "initial" / "factors", [[5, 6]])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_rank_above_a_layers_size_is_told_before_any_row_runs(tmp_path, monkeypatch):
+    model = tiny_llama()
+    model = get_peft_model(model, lora_config(model, True, r=33))
+    monkeypatch.setattr(model, "forward", None)
+    with pytest.raises(UserError, match=r"adapter.rank=33 is above the size of .*\.q_proj, 32: use a smaller rank"):
+        corda.write_factors(model, tmp_path / "initial" / "factors", [[5, 6]])
+
+
+def test_the_models_own_error_is_not_taken_for_pefts(tmp_path, monkeypatch):
+    model = tiny_llama()
+    model = get_peft_model(model, lora_config(model, True))
+
+    def complain(*words, **more):
+        raise ValueError("too long a row")
+
+    monkeypatch.setattr(model, "forward", complain)
+    with pytest.raises(ValueError, match="^too long a row$"):
+        corda.write_factors(model, tmp_path / "initial" / "factors", [[5, 6]])
 
 
 def test_a_run_starts_at_the_pretrained_model_and_exports_a_plain_lora(train, tiny_model):
@@ -135,6 +205,13 @@ def test_a_killed_run_goes_on_from_its_factors(train, monkeypatch):
 def test_where_it_is_not_offered(kind, base, words):
     with pytest.raises(UserError, match="adapter.init=corda runs training rows through a language model"):
         load_config(f"configs/{kind}/{base}.yaml", method="lora", overrides=["adapter.init=corda", *words], kind=kind)
+
+
+@pytest.mark.parametrize("override", ["adapter.svd_rank=256", "adapter.factors_cache=folder"])
+def test_settings_of_pissas_svd_are_refused(override):
+    with pytest.raises(UserError, match=f"{override.split('=')[0]} is PiSSA's, .*leave it out"):
+        load_config("configs/nlg/toy.yaml", method="corda", overrides=[override])
+    load_config("configs/nlg/toy.yaml", method="pissa", overrides=[override])
 
 
 def test_weights_split_by_zero3_are_refused(train, monkeypatch):
