@@ -12,6 +12,11 @@ HUB = "nyu-mll/glue"
 HUB_REVISION = "bcdcba79d07bc864c1c254ccfcedcce55bcc9a8c"
 
 
+def hub_source(revision: str | None = None) -> str:
+    """Return GLUE's name on the hub with the commit that is read: `revision`, else the pinned one."""
+    return f"{HUB}@{revision or HUB_REVISION}"
+
+
 @dataclass(frozen=True)
 class GlueTask:
     """One task.

@@ -29,6 +29,7 @@ from typing import IO
 from ba_lora.config import PROJECT_ROOT, RunConfig
 from ba_lora.errors import UserError, run_entry_point
 from ba_lora.estimates import estimate_lines
+from ba_lora.evaluation_state import evaluation_state
 from ba_lora.executor import LocalExecutor, Slot, Work, local_slots
 from ba_lora.grid_options import select_rows, split_options
 from ba_lora.grid_state import (
@@ -52,7 +53,6 @@ from ba_lora.pipeline import (
     Spec,
     Stage,
     evaluation_stages,
-    evaluation_state,
     launch_command,
     missing_judge,
     needs_judge,

@@ -17,10 +17,12 @@ from typing import Any
 from ba_lora.config import PROJECT_ROOT, RunConfig, training_hash
 from ba_lora.config_layers import load_config, read_yaml
 from ba_lora.errors import UserError
+from ba_lora.evaluation_state import evaluation_fault, evaluation_state
 from ba_lora.executor import Failure
 from ba_lora.glue import HUB, HUB_REVISION
 from ba_lora.io import read_json, write_json_atomic, write_text_atomic
-from ba_lora.pipeline import Spec, evaluation_fault, evaluation_state
+from ba_lora.pipeline import Spec
+from ba_lora.rows import is_commit
 from ba_lora.run import CLAIM, is_trained, source_sha256
 from ba_lora.tables import Cell, Table
 
@@ -86,7 +88,7 @@ def _training_fault(config: RunConfig) -> str | None:
     else:
         name, pinned = config.data.name, config.data.revision or _pinned_revisions().get(config.data.name)
     used = (read_json(config.run_path / "train.json").get("data") or {}).get("revision")
-    if used and pinned and used != pinned:
+    if used and is_commit(pinned) and used != pinned:  # a branch that was asked for may stand for any commit
         return f"trained on revision {used[:10]} of {name}, pinned is {pinned[:10]}"
     return None
 

@@ -27,9 +27,9 @@ from typing import Any
 from ba_lora.config import JUDGED_TASKS, PROJECT_ROOT, RUN_MEASURES, RunConfig, resolve_path, to_yaml
 from ba_lora.config_layers import load_config
 from ba_lora.errors import UserError, run_entry_point
+from ba_lora.evaluation_state import STATE_FILE, data_file, evaluation_fault, evaluation_state
 from ba_lora.export import push_to_hub, write_model_card
-from ba_lora.glue import find_task
-from ba_lora.io import read_json, sha256_file, write_json_atomic, write_text_atomic
+from ba_lora.io import read_json, write_json_atomic, write_text_atomic
 from ba_lora.judge_endpoint import endpoint_from_environment
 from ba_lora.locks import locked, work_lock_path
 from ba_lora.model import model_source
@@ -37,7 +37,6 @@ from ba_lora.results import environment, now, results_table, write_result
 
 DEFAULT_CONFIG = "configs/nlg/toy.yaml"
 UNTUNED = "untuned"  # the method name of the pre-trained model itself
-STATE_FILE = "evaluation.json"  # what the scores in a run's folder belong to
 
 
 @dataclass(frozen=True)
@@ -250,73 +249,6 @@ def untuned_config(config: RunConfig) -> RunConfig:
     )
 
 
-def evaluation_state(config: RunConfig) -> dict[str, Any]:
-    """Return what the scores depend on: this very training, the settings, the local data files."""
-    files = {task: sha256_file(_data_file(config, task)) for task in sorted(config.eval.data) if config.eval.tasks}
-    return {
-        "training": sha256_file(config.run_path / "train.json"),
-        "eval": dataclasses.asdict(config.eval),
-        "data_sha256": files,
-    }
-
-
-@dataclass(frozen=True)
-class Fault:
-    """Why scores do not hold. `stale`: there were some; `regrade`: their completions hold, only the grades do not."""
-
-    reason: str
-    stale: bool = True
-    regrade: bool = False
-
-
-def evaluation_fault(
-    config: RunConfig, state: dict[str, Any], *, graders: Mapping[str, Mapping[str, str | None]] | None = None
-) -> Fault | None:
-    """Return why the run's folder does not hold scores of every task for exactly this state, None where it does.
-
-    What training has scored, an NLU run's own dev sets, must hold, too. graders: what `python -m eval.score --versions`
-    prints; a score by another version of its grader, or from another commit of its hub data, does not hold. Without it
-    those count that `eval.score --stale` has marked.
-    """
-    for name in find_task(config.nlu.task).dev_sets if config.kind == "nlu" else ():
-        path = config.run_path / "scores" / f"{name}.json"
-        if path.is_file() and (fault := _score_fault(name, read_json(path), graders or {})):
-            return fault
-    if not config.eval.tasks:
-        return None
-    path = config.run_path / STATE_FILE
-    if not path.is_file():
-        return Fault("not evaluated", stale=False)
-    found = read_json(path)
-    scored = found["eval"]["tasks"]
-    found["eval"]["tasks"] = state["eval"]["tasks"]  # another table's run may have been scored on more, or on others
-    if found != state:
-        changed = [name for name in state if found.get(name) != state[name]]
-        if changed == ["eval"]:
-            changed = [f"eval.{name}" for name, value in state["eval"].items() if found["eval"].get(name) != value]
-        return Fault(f"evaluated with another {', '.join(changed) or 'state'}")
-    for task in config.eval.tasks:
-        path = config.run_path / "scores" / f"{task}.json"
-        if task not in scored or not path.is_file():
-            return Fault(f"no score of {task}", stale=False)
-        if fault := _score_fault(task, read_json(path), graders or {}):
-            return fault
-    return None
-
-
-def _score_fault(task: str, score: Mapping[str, Any], graders: Mapping[str, Mapping[str, str | None]]) -> Fault | None:
-    now = graders.get(task, {})
-    hub = score["data_sha256"].get("hub") if isinstance(score.get("data_sha256"), dict) else None
-    if hub and now.get("hub") and hub != now["hub"] and hub.split("@")[0] == now["hub"].split("@")[0]:
-        return Fault(f"{task}: made from {hub}, pinned is {now['hub']}")
-    if now.get("version") not in (None, score.get("version")):
-        reason = f"{task}: graded by version {score.get('version')}, the grader is at version {now['version']} now"
-        return Fault(reason, regrade=True)
-    if score.get("stale"):
-        return Fault(f"{task}: {score['stale']}", regrade=True)
-    return None
-
-
 def evaluation_stages(configs: Sequence[RunConfig], *, generate: bool = True) -> list[Stage]:
     """Return what evaluates runs that share model and `eval`: eval.generate for all runs and tasks (one engine start;
     not with `generate=False`), eval.score for each run and task, then the measures of the runs themselves."""
@@ -325,7 +257,7 @@ def evaluation_stages(configs: Sequence[RunConfig], *, generate: bool = True) ->
         return _nlu_stages(configs, regrade=not generate)
     tasks = [task for task in first.eval.tasks if task not in RUN_MEASURES]
     run_paths = tuple(config.run_path for config in configs)
-    files = {task: str(_data_file(first, task)) for task in first.eval.tasks if task in first.eval.data}
+    files = {task: str(data_file(first, task)) for task in first.eval.tasks if task in first.eval.data}
     stages = []
     if tasks and generate:
         settings = [f"{key}={value}" for key, value in first.eval.options.items()]
@@ -371,17 +303,10 @@ def _nlu_stages(configs: Sequence[RunConfig], *, regrade: bool) -> list[Stage]:
     run_paths = tuple(config.run_path for config in configs)
     command = [sys.executable, "-m", "eval.nlu", "--model", *map(str, run_paths)]
     command += ["--task", first.nlu.task, *first.eval.tasks]
-    files = [f"{name}={_data_file(first, name)}" for name in first.eval.data]
+    files = [f"{name}={data_file(first, name)}" for name in first.eval.data]
     command += ["--data", *files] if files else []
     command += ["--max-rows", str(first.eval.limit)] if first.eval.limit is not None else []
     return [Stage("evaluate", command, run_paths)]
-
-
-def _data_file(config: RunConfig, task: str) -> Path:
-    path = resolve_path(config.eval.data[task])
-    if not path.is_file():
-        raise UserError(f"eval.data.{task}: no such file: {path}; check the path, or drop the key for the hub's set")
-    return path
 
 
 def _whole_number(environ: Mapping[str, str], name: str, default: int) -> int:

@@ -4,14 +4,18 @@ import csv
 import json
 import os
 import random
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from ba_lora.config import PROJECT_ROOT
 from ba_lora.errors import UserError
 from ba_lora.io import read_json, read_jsonl, sha256_file
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 Row = TypeVar("Row")
 
@@ -23,8 +27,8 @@ class Source:
     """Where rows came from, as stored in every result.
 
     name: "hub/name[@revision]" or the path (inside the repository: relative to its root); sha256: of the local file,
-    None for hub data; fingerprint and revision: of hub data, None for local files (revision also where the hub
-    library does not tell it).
+    None for hub data; fingerprint and revision, the commit that was read: of hub data, None for local files (revision
+    also where a branch was asked for and the hub's library does not tell what it stood for).
     """
 
     name: str
@@ -146,7 +150,7 @@ def _hub_rows(data: str, *, split: str, configs: Callable[[str], tuple[str | Non
     import datasets
 
     rows: list[dict] = []
-    fingerprints, revisions = [], set()
+    fingerprints, commits = [], set()
     for config in configs(name):
         try:
             part = datasets.load_dataset(name, config, split=split, revision=revision or None)
@@ -156,10 +160,21 @@ def _hub_rows(data: str, *, split: str, configs: Callable[[str], tuple[str | Non
             raise UserError(f"cannot load {data} from the hub{offline}: {cause[:300]}; {mend}") from error
         rows.extend(part)
         fingerprints.append(part._fingerprint)
-        for url in part.info.download_checksums or {}:
-            if "@" in url:  # hf://datasets/owner/name@<commit>/file
-                revisions.add(url.split("@", 1)[1].split("/", 1)[0])
+        commits |= _commits(part)
+    if is_commit(revision) and (others := commits - {revision}):
+        raise UserError(f"asked for {data}, found commit {others.pop()} in the cache; {mend}")  # offline, any will do
     if not rows:
         raise UserError(f"{data} has no rows in split {split!r}; {mend}")
-    commit = revisions.pop() if len(revisions) == 1 else revision or None
+    commit = commits.pop() if len(commits) == 1 else revision if is_commit(revision) else None
     return rows, Source(name=data, fingerprint="+".join(fingerprints), revision=commit)
+
+
+def is_commit(revision: str | None) -> bool:
+    """Whether a revision names one state of a repository for good, and no branch or tag, which may move."""
+    return re.fullmatch(r"[0-9a-f]{40}", revision or "") is not None
+
+
+def _commits(rows: "Dataset") -> set[str]:
+    """Return the hub's commits that the rows are of: `datasets` names the folder of its cache after them."""
+    folders = {Path(file["filename"]).parent.name for file in rows.cache_files}
+    return {folder for folder in folders if is_commit(folder)}

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ba_lora.config import resolve_path
 from ba_lora.config_nlu import NLUDataConfig, NLURunConfig
 from ba_lora.errors import UserError
-from ba_lora.glue import HUB, HUB_REVISION, GlueTask, find_task
+from ba_lora.glue import HUB, GlueTask, find_task, hub_source
 from ba_lora.model import encode_texts
 from ba_lora.rows import LOCAL_SUFFIXES, Source, choose_rows, load_rows
 from data.imbalance import imbalanced_rows
@@ -145,13 +145,18 @@ def _read_set(
 ) -> tuple[list[_Row], dict[str, Any]]:
     subset = config.nlu.task
     if name is None:
-        name = f"{HUB}@{config.data.revision or HUB_REVISION}"
+        name = hub_source(config.data.revision)
     elif resolve_path(name).exists():
         name = str(resolve_path(name))
     elif config.data.revision and not name.endswith(LOCAL_SUFFIXES):
         name = f"{name}@{config.data.revision}"
     rows, source = load_rows(name, split=split, configs=lambda hub: (subset if hub == HUB else None,))
-    origin = {"source": source.name, "revision": source.revision, "sha256": source.sha256}
+    origin = {
+        "source": source.name,
+        "revision": source.revision,
+        "sha256": source.sha256,
+        "data_sha256": source.as_result(),  # as in the scores of the sets that are evaluated later
+    }
     _check_columns(rows, task, source, config.nlu.task)
     found = [_to_row(number, row, task, source.name) for number, row in enumerate(rows)]
     return found, origin if source.sha256 else origin | {"split": split}

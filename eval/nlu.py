@@ -8,7 +8,8 @@ by --data or on the hub; the others are named with the reason. --data takes a lo
 a hub name; --max-rows N draws N rows of each set with a fixed seed.
 
 In domain is what the kept epoch's model scored on the run's dev set in training, or on the set given by
---data <task>=FILE. A model folder without a run's config.yaml needs --task, and its dev set is read like the others.
+--data <task>=FILE. The scores of a run's dev sets are made again in each call, from the predictions that training kept:
+that alone takes no model. A folder without a run's config.yaml needs --task, and its dev set is read like the others.
 
 A run's folder, or DIR (DIR/<run> for several), gets for each set predictions/<set>.jsonl, one line
 {"task_id": "imdb/17", "label", "prediction", "logits"} a row, and scores/<set>.json: see nlu_scores.py; beside it how
@@ -32,6 +33,7 @@ from typing import Any
 from ba_lora.config_layers import load_config
 from ba_lora.config_nlu import NLURunConfig
 from ba_lora.errors import UserError, run_entry_point
+from ba_lora.evaluation_state import dev_sources, hub_of
 from ba_lora.export import write_model_card
 from ba_lora.glue import find_task
 from ba_lora.io import read_json, sha256_file, write_json_atomic, write_jsonl_atomic
@@ -78,8 +80,6 @@ def find_run(folder: Path, *, task: str | None, output: Path | None) -> Run:
             raise UserError(f"{folder} has no config.yaml, so its task is not known: add --task")
         return Run(folder.name, folder, output, task)
     config = load_config(folder / "config.yaml", kind="nlu", overrides=[f"output_dir={folder}"])
-    if not (folder / "merged" / "config.json").is_file():
-        raise UserError(f"{folder} has no merged/: finish the run, with export.merged=true")
     if task not in (None, config.nlu.task):
         raise UserError(f"{folder} was trained on {config.nlu.task}: put that first after --task, not {task}")
     data = read_json(folder / "train.json")["data"]
@@ -177,17 +177,32 @@ def evaluate_set(classifier: Classifier, run: Run, loaded: LoadedSet) -> dict[st
     }
 
 
-def evaluate_run(run: Run, sets: Sets, names: Sequence[str] | None) -> dict[str, Any]:
-    """Evaluate one run in its domain and out of it; write the scores, return the summary.
+@dataclass(frozen=True)
+class Plan:
+    """What evaluating a run takes.
 
-    names: the out-of-domain sets that must be evaluated; None: those for which data is at hand.
+    wanted: the out-of-domain sets asked for; trained: dev set → its score in training; skipped: set → why.
     """
-    scores: dict[str, dict[str, Any]] = {}
-    to_predict, skipped = [], {}
+
+    run: Run
+    wanted: Sequence[str]
+    trained: Mapping[str, Mapping[str, Any]]
+    to_predict: Sequence[LoadedSet]
+    skipped: Mapping[str, str]
+
+
+def plan_run(run: Run, sets: Sets, names: Sequence[str] | None) -> Plan:
+    """Return what is to be done for a run, the sets read.
+
+    names: the out-of-domain sets that must be evaluated; None: those for which data is at hand. Raises UserError for a
+    set that is not to be had, a run without the model that must predict, and one that training scored on other data.
+    """
     wanted = out_of_domain(run.task) if names is None else names
+    trained, to_predict, skipped = {}, [], {}
     for name in dict.fromkeys([run.own_set, *run.dev_scores, *wanted]):
         if name in run.dev_scores and name not in sets.given:
-            scores[name] = dict(run.dev_scores[name])
+            trained[name] = run.dev_scores[name]
+            _refuse_other_data(run, name)
             continue
         try:
             to_predict.append(sets.get(run.task, name))
@@ -195,32 +210,54 @@ def evaluate_run(run: Run, sets: Sets, names: Sequence[str] | None) -> dict[str,
             if name == run.own_set or names is not None or name in sets.given:
                 raise
             skipped[name] = str(error)
-    if to_predict:
+    if to_predict and run.config and not (run.model_path / "config.json").is_file():
+        raise UserError(
+            f"{run.name} has no merged/ to predict {', '.join(loaded.name for loaded in to_predict)} with: finish the "
+            "run, with export.merged=true"
+        )
+    return Plan(run, wanted, trained, to_predict, skipped)
+
+
+def _refuse_other_data(run: Run, name: str) -> None:
+    made_from, pinned = hub_of(run.dev_scores[name]), dev_sources(run.config)[name]
+    if made_from and pinned and made_from != pinned:
+        raise UserError(
+            f"{run.name}: training predicted {name} of {made_from}, pinned is {pinned}: train again with "
+            f"overwrite=true, or have the pinned rows predicted with --data {name}={pinned}"
+        )
+
+
+def evaluate_run(plan: Plan) -> dict[str, Any]:
+    """Evaluate one run in its domain and out of it; write the scores, return the summary."""
+    run, skipped = plan.run, plan.skipped
+    scores = {name: dict(score) for name, score in plan.trained.items()}
+    if plan.to_predict:
         max_length = run.config.data.max_length if run.config else None
         classifier = open_classifier(run.model_path, find_task(run.task), max_length=max_length)
-        for loaded in to_predict:
+        for loaded in plan.to_predict:
             scores[loaded.name] = evaluate_set(classifier, run, loaded)
+    asked = {name: scores[name] for name in plan.wanted if name in scores and name != run.own_set}
     metric = find_task(run.task).metrics[0]
     in_domain = scores[run.own_set]["metrics"][metric]
     for name, score in scores.items():
         if name != run.own_set:
             score |= {"in_domain": in_domain, "drop": _drop(in_domain, score["metrics"][metric])}
         write_json_atomic(run.output / "scores" / f"{name}.json", score)
-        print(_line(run, score), flush=True)
+        if name == run.own_set or name in asked:
+            print(_line(run, score), flush=True)
     for name, reason in skipped.items():
         print(f"note: {run.name}: {name} is left out: {reason}", file=sys.stderr)
     if run.config and run.output == run.config.run_path:
         result = refresh_result(run.output, run.config.result_path)
         if result is not None:
             write_model_card(run.output, run.config, result)
-    others = {name: score for name, score in scores.items() if name != run.own_set}
     return {
         "run": run.name,
         "task": run.task,
         "metric": metric,
         "in_domain": in_domain,
-        "out_of_domain": {name: score["metrics"][metric] for name, score in others.items()},
-        "drop": {name: score["drop"] for name, score in others.items()},
+        "out_of_domain": {name: score["metrics"][metric] for name, score in asked.items()},
+        "drop": {name: score["drop"] for name, score in asked.items()},
         "skipped": skipped,
     }
 
@@ -288,7 +325,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for folder in folders
     ]
     sets = Sets(_read_data_words(parsed.data, {run.task for run in runs}), max_rows=parsed.max_rows)
-    summaries = [evaluate_run(run, sets, names) for run in runs]
+    plans = [plan_run(run, sets, names) for run in runs]  # first: what is missing is told before anything is predicted
+    summaries = [evaluate_run(plan) for plan in plans]
     print(summary_table(summaries))
     print(json.dumps({"runs": summaries}, ensure_ascii=False))
     return 0

@@ -37,6 +37,7 @@ from pathlib import Path
 from ba_lora.errors import CommandParser, UserError, run_entry_point
 from ba_lora.glue import TASKS as GLUE_TASKS
 from ba_lora.io import sha256_file, write_json_atomic, write_jsonl_atomic
+from ba_lora.rows import is_commit
 from eval.completions import (
     PROMPT_TOO_LONG,
     TRUNCATED,
@@ -214,7 +215,8 @@ def stale_reason(score: Mapping, *, completions: Path | None = None) -> str | No
 
 
 def grader_versions() -> dict[str, dict[str, str | None]]:
-    """Return task, or a classifier's set → {"version", "hub"}: the grader's version, the hub set with its commit."""
+    """Return task, or a classifier's set → {"version", "hub"}: the grader's version, the hub set with its commit (None
+    for a set of no pinned commit, which cannot be told stale by it)."""
     from eval import inheritance
     from eval.tasks.glue import VERSION, own_sets
     from eval.tasks.glue_x import find_set, out_of_domain
@@ -223,7 +225,8 @@ def grader_versions() -> dict[str, dict[str, str | None]]:
     for task in GLUE_TASKS:
         for name in (*own_sets(task), *out_of_domain(task)):
             of, _ = find_set(task, name)
-            versions[name] = {"version": VERSION, "hub": f"{of.hub}@{of.revision}" if of.hub and of.revision else None}
+            hub = f"{of.hub}@{of.revision}" if of.hub and is_commit(of.revision) else None
+            versions[name] = {"version": VERSION, "hub": hub}
     for name, task in TASKS.items():
         hub = f"{task.hub}@{task.hub_revision}" if task.hub and task.hub_revision else None
         versions[name] = {"version": task.version, "hub": hub}

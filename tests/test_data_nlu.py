@@ -9,8 +9,9 @@ from transformers import AutoTokenizer, GPT2TokenizerFast
 
 from ba_lora.config import ModelConfig
 from ba_lora.errors import UserError
-from ba_lora.glue import TASKS
+from ba_lora.glue import HUB, HUB_REVISION, TASKS, hub_source
 from ba_lora.model import encode_texts, load_tokenizer
+from ba_lora.rows import Source
 from data import toy_nlu
 from data.nlu import load_nlu_data
 from tests.tiny_nlu import ARCHITECTURES, nlu_config, save_tiny_encoder
@@ -251,3 +252,29 @@ def test_the_toys_settings_reach_it(tiny_encoder, tokenizer):
     assert report["classes"]["contradiction"] < 50 and report["dev"]["toy_pairs"]["rows"] == 50
     with pytest.raises(UserError, match="data.toy: imbalance is 2.0"):
         load_nlu_data(nlu_config(tiny_encoder, "data.toy.imbalance=2.0"), tokenizer)
+
+
+def test_the_hubs_commit_is_kept_with_every_set(tokenizer, tiny_encoder, monkeypatch):
+    """And goes over into the dev sets' scores, where a report compares it."""
+    from ba_lora.config_layers import load_config
+    from data import nlu
+    from eval.nlu_scores import dev_scores
+    from tests.conftest import ROOT
+
+    asked = []
+
+    def load_rows(name, *, split, configs):
+        asked.append((name, split, configs(HUB)))
+        rows = [{"sentence1": "a", "sentence2": "b", "label": label} for label in (0, 1)]
+        return rows, Source(name, fingerprint="f", revision=name.split("@")[1])
+
+    monkeypatch.setattr(nlu, "load_rows", load_rows)
+    words = [f"model.name={tiny_encoder}"]
+    config = load_config(ROOT / "configs/nlu/minilm.yaml", task="rte", overrides=words, kind="nlu")
+    report = load_nlu_data(config, tokenizer).report
+    assert asked == [(hub_source(), split, ("rte",)) for split in ("train", "validation")]
+    kept = {"hub": hub_source(), "fingerprint": "f", "revision": HUB_REVISION}
+    assert report["data_sha256"] == report["dev"]["rte"]["data_sha256"] == kept
+    lines = [{"task_id": f"rte/{row}", "label": row, "prediction": row} for row in (0, 1)]
+    monkeypatch.setattr("eval.nlu_scores.read_jsonl", lambda path: lines)
+    assert dev_scores(ROOT, config, report)["rte"]["data_sha256"] == kept

@@ -22,7 +22,7 @@ from eval.nlu_scores import score_predictions
 from eval.report import features
 from eval.report.features import read_steps
 from tests.test_readme import OF_RUNS
-from tests.tiny_nlu import nlu_config, save_tiny_encoder, write_sst2
+from tests.tiny_nlu import nlu_config, save_tiny_encoder, scored_run, write_sst2
 
 WORDS = ["the", "film", "is", "good", "bad", "##ly", "very", "a", "dog", "runs", "sleeps", "fast", ".", "not"]
 SENTIMENT = ("negative", "positive")
@@ -184,11 +184,11 @@ def test_one_command_for_a_model_folder(classifier: Path, tmp_path: Path, capsys
 def test_sets_without_data_are_named_and_left_out(
     classifier: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    from eval.nlu import Sets, evaluate_run, find_run
+    from eval.nlu import Sets, evaluate_run, find_run, plan_run
 
     run = find_run(classifier, task="sst2", output=tmp_path / "out")
     files = {name: str(sentiment_rows(tmp_path / f"{name}.jsonl")) for name in ("sst2", "yelp")}
-    summary = evaluate_run(run, Sets(files, max_rows=None), None)
+    summary = evaluate_run(plan_run(run, Sets(files, max_rows=None), None))
     assert list(summary["out_of_domain"]) == ["yelp"]
     assert list(summary["skipped"]) == ["imdb", "amazon", "flipkart"]  # the hub is out of reach in tests
     assert "imdb is left out: cannot load stanfordnlp/imdb" in capsys.readouterr().err
@@ -225,6 +225,24 @@ def test_three_classes_and_scores(tmp_path: Path) -> None:
         np.corrcoef([line["label"] for line in lines], [line["prediction"] for line in lines])[0, 1], abs=1e-5
     )
     assert set(found["interval_95"]) == {"pearson", "spearman"}
+
+
+def test_only_the_sets_asked_for_are_told(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """MNLI's mismatched set, which training has scored, too, keeps its score and drop, and is told when asked for."""
+    run = scored_run(tmp_path / "run", task="mnli").run_path
+    save_classifier(run / "merged", NLI)
+    rows = [{"premise": "a dog runs", "hypothesis": "a dog sleeps", "label": label} for label in (0, 1, 2)]
+    write_jsonl_atomic(tmp_path / "snli.jsonl", rows)
+    words = ["--model", str(run), "--data", f"snli={tmp_path / 'snli.jsonl'}", "--task", "mnli"]
+    for asked in (["snli"], ["mnli_mm", "snli"], []):
+        main([*words, *asked])
+        *lines, last = capsys.readouterr().out.splitlines()
+        (summary,) = json.loads(last)["runs"]
+        assert list(summary["out_of_domain"]) == list(summary["drop"]) == asked
+        assert [line.split()[1] for line in lines if line.startswith("run ") and " n=" in line] == sorted(
+            ["mnli:", *(f"{name}:" for name in asked)]
+        )
+        assert read_json(run / "scores" / "mnli_mm.json")["drop"] == 0.0
 
 
 def test_max_rows_is_a_seeded_sample(classifier: Path, tmp_path: Path) -> None:

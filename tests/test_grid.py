@@ -11,8 +11,10 @@ import time
 
 import pytest
 
+from ba_lora import grid_state
 from ba_lora.config import PROJECT_ROOT
 from ba_lora.errors import UserError
+from ba_lora.evaluation_state import STATE_FILE
 from ba_lora.executor import LocalExecutor, local_slots
 from ba_lora.glue import HUB_REVISION
 from ba_lora.grid import Grid, dry_run
@@ -21,6 +23,9 @@ from ba_lora.grid_state import inspect
 from ba_lora.locks import try_lock, work_lock_path
 from ba_lora.pipeline import Spec, evaluation_stages
 from ba_lora.tables import load_table
+from eval import nlu
+from eval.tasks.glue import VERSION
+from tests.tiny_nlu import scored_run
 from tests.workers import fake_grid
 
 
@@ -129,6 +134,7 @@ def test_another_evaluation_generates_again_but_trains_nothing(folder):
             "trained on revision 0000000000 of metamathqa, pinned is aa4f34d3d2",
         ),
         ("nlu", ["task=rte"], HUB_REVISION, None),
+        ("nlu", ["task=rte", "data.revision=main"], "ab" * 20, None),  # the commit that the branch stood for
         (
             "nlu",
             ["task=rte"],
@@ -155,18 +161,24 @@ def test_what_training_scored_goes_stale_with_the_graders_version(folder, tasks)
     """An NLU run's own dev sets are scored from the predictions that training kept: nothing is trained again."""
     words = ["task=rte", f"output_dir={folder}/run", "export.merged=false", f"eval.tasks=[{tasks}]"]
     spec = Spec.resolve("configs/nlu/minilm.yaml", "lora", words, kind="nlu")
-    for name in ("adapter", "scores"):
-        (folder / "run" / name).mkdir(parents=True)
-    (folder / "run" / "train.json").write_text(json.dumps({"status": "ok", "data": {"revision": HUB_REVISION}}))
-    (folder / "run" / "scores" / "rte.json").write_text('{"version": "1"}')
-    state = inspect(spec, {"rte": {"version": "1", "hub": None}})
-    assert state.status == "unfinished" and not state.regrade  # but for its result, or its evaluation
-    state = inspect(spec, {"rte": {"version": "2", "hub": None}})
+    scored_run(folder / "run", *words)
+    if tasks:
+        (folder / "run" / "scores" / "hans.json").write_text("{}")
+        (folder / "run" / STATE_FILE).write_text(json.dumps(grid_state.evaluation_state(spec.config)))
+    graders = {"rte": {"version": VERSION, "hub": None}}
+    state = inspect(spec, graders)
+    assert (state.status, state.reason) == ("unfinished", "no result file")
+    score = json.loads((folder / "run" / "scores" / "rte.json").read_text())
+    (folder / "run" / "scores" / "rte.json").write_text(json.dumps(score | {"version": "0"}))
+    state = inspect(spec, graders)
     assert (state.status, state.train, state.regrade) == ("stale", False, True)
-    assert state.reason == "rte: graded by version 1, the grader is at version 2 now"
+    assert state.reason == f"rte: graded by version 0, the grader is at version {VERSION} now"
     [stage] = evaluation_stages([spec.config], generate=False)
     assert stage.command[1:] == ["-m", "eval.nlu", "--model", f"{folder}/run", "--task", "rte", *tasks.split()]
     assert len(evaluation_stages([spec.config])) == bool(tasks)
+    if not tasks:
+        nlu.main(stage.command[3:])
+        assert inspect(spec, graders).reason == "no result file"
 
 
 def test_another_config_is_named(folder):

@@ -165,7 +165,9 @@ def test_why_scores_no_longer_hold(tmp_path):
     state = pipeline.evaluation_state(config)
     (tmp_path / pipeline.STATE_FILE).write_text(json.dumps(state))
     assert fault() == "no score of toy"
-    score.parent.mkdir()
+    for name in ("scores", "completions"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "completions" / "toy.jsonl").touch()
     score.write_text('{"version": "1", "data_sha256": {"hub": "a/b@1"}}')
     assert fault() is None and fault(toy={"version": "1", "hub": "a/b@1"}) is None
     assert fault(toy={"version": "2"}) == "toy: graded by version 1, the grader is at version 2 now"

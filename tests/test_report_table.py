@@ -201,6 +201,16 @@ def test_rows_that_are_compared_must_be_trained_alike(world):
     assert table.comparisons == ()
 
 
+def test_the_hubs_commit_stands_for_rows_that_were_not_hashed(world):
+    """As NLU reads them: two commits are two training sets."""
+    for seed, commit in zip(SEEDS, ("c1", "c1", "c2"), strict=True):
+        world.add("lora", seed, **{"data/sha256": None, "data/revision": commit})
+    with pytest.raises(UserError, match=r'training_data differs .*"c1", 100.*"c2", 100'):
+        build(world)
+    world.add("lora", SEEDS[2], **{"data/sha256": None, "data/revision": "c1"})
+    build(world)
+
+
 def test_an_unknown_setting_is_told_with_the_nearest(known):
     with pytest.raises(UserError, match="allow=engin is no setting.*nearest: engine"):
         build(known, allow=["engin"])

@@ -150,3 +150,37 @@ def tiny_pairs(folder: Path, num_rows: int) -> Dataset:
 
     config = nlu_config(folder, f"data.num_rows={num_rows}")
     return load_nlu_data(config, AutoTokenizer.from_pretrained(folder)).train
+
+
+def scored_run(folder: Path, *overrides: str, task: str = "rte", made_from: str | None = None) -> NLURunConfig:
+    """Leave in `folder` what a training on the hub's rows leaves there, its model aside; return the run's config.
+
+    Each dev set has two rows, of which one is predicted right. made_from: the hub's set with its commit; None: pinned.
+    """
+    from ba_lora.config import to_yaml
+    from ba_lora.config_layers import load_config
+    from ba_lora.glue import find_task, hub_source
+    from ba_lora.io import write_json_atomic, write_text_atomic
+    from eval.nlu_scores import dev_scores
+    from tests.conftest import ROOT
+
+    words = [f"task={task}", f"output_dir={folder}", "export.merged=false", *overrides]
+    config = load_config(ROOT / "configs/nlu/minilm.yaml", method="lora", overrides=words, kind="nlu")
+    made_from = made_from or hub_source(config.data.revision)
+    revision = made_from.split("@")[1]
+    dev = {"source": made_from, "revision": revision, "sha256": None}
+    dev["data_sha256"] = {"hub": made_from, "fingerprint": "f", "revision": revision}
+    names, labels = find_task(task).dev_sets, find_task(task).labels
+    data = {"revision": revision, "classes": dict.fromkeys(labels, 10), "dev": dict.fromkeys(names, dev)}
+    lines = [
+        {"task_id": f"{name}/{row}", "label": row, "prediction": 0, "logits": [1.0] + [0.0] * (len(labels) - 1)}
+        for name in names
+        for row in (0, 1)
+    ]
+    (folder / "adapter").mkdir(parents=True)
+    write_text_atomic(folder / "config.yaml", to_yaml(config))
+    write_json_atomic(folder / "train.json", {"status": "ok", "data": data})
+    write_jsonl_atomic(folder / "predictions" / "best.jsonl", lines)
+    for name, score in dev_scores(folder, config, data).items():
+        write_json_atomic(folder / "scores" / f"{name}.json", score)
+    return config

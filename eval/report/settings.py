@@ -41,6 +41,11 @@ class Used:
         """What a grade depends on beside the task's version: package versions, choices, the sandbox and its limits."""
         return {key: self.entry.get(key) for key in ("packages", "post_processing", "choices", "sandbox")}
 
+    def training_data(self) -> list[Any]:
+        """Return what identifies the training rows: their hash, or the hub's commit where none was taken; how many."""
+        data = self.result.get("data") or {}
+        return [data.get("sha256") or data.get("revision"), data.get("rows_used")]
+
     def config(self, *keys: str) -> Any:
         node = self.result.get("config") or {}
         for key in keys:
@@ -63,7 +68,7 @@ EVALUATION: dict[str, Callable[[Used], Any]] = {
 }
 # Of how the runs were trained; the same among the rows that are compared with each other, the untuned model aside.
 TRAINING: dict[str, Callable[[Used], Any]] = {
-    "training_data": lambda used: [(used.result.get("data") or {}).get(key) for key in ("sha256", "rows_used")],
+    "training_data": Used.training_data,
     "training_prompt": lambda used: used.result.get("prompt_hash"),
     "model_revision": lambda used: (used.result.get("model") or {}).get("revision"),
     "model_dtype": lambda used: used.config("model", "dtype"),

@@ -10,6 +10,9 @@ stretched from [0, 4] to STS-B's [0, 5] either: correlations do not depend on th
 Splits: all labelled ones together, as in the release, but the test split alone of IMDB, Yelp and Amazon: only then is
 SNLI the largest set, as the paper says.
 
+SICK, HANS and SciTail are not pinned: they are read from refs/convert/parquet, a branch that the hub may write anew.
+The commit that was read is recorded with each score, and a report refuses to mix two. All others are pinned to commits.
+
 Unverified here: the columns of Flipkart on the hub. Grammar test, NewsQA in QNLI's form and Twitter (PIT-2015) are
 files of the GLUE-X release and not on the hub.
 """
@@ -24,7 +27,7 @@ from eval.tasks.glue import EvaluationSet, ScoreColumn, class_names, own_sets
 _SENTIMENT = class_names(("negative", "positive"))
 _ENTAILMENT = {**class_names(("entailment", "not_entailment")), "non-entailment": "not_entailment"}
 _NLI = class_names(("entailment", "neutral", "contradiction"))
-_ON_PARQUET_BRANCH = "refs/convert/parquet"  # the hub's conversion of sets whose main branch is a script
+_ON_PARQUET_BRANCH = "refs/convert/parquet"  # the hub's conversion of sets whose main branch is a script; it may move
 
 _LABELLED_SPLITS = {"mrpc": "train+validation", "qqp": "train+validation", "rte": "train+validation"}
 

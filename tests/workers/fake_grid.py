@@ -9,6 +9,7 @@ import yaml
 
 from ba_lora import config, grid, grid_state, pipeline
 from ba_lora.executor import LocalExecutor, Slot
+from ba_lora.io import sha256_file
 from ba_lora.tables import load_table
 
 STAGE = [sys.executable, "-I", "-S", str(Path(__file__).with_name("fake_stage.py"))]
@@ -32,7 +33,7 @@ def use(folder):
     grid.training_stage = _training_stage
     grid.evaluation_stages = _evaluation_stages
     grid.evaluation_state = grid_state.evaluation_state = lambda config: {
-        "training": pipeline.sha256_file(config.run_path / "train.json"),
+        "training": sha256_file(config.run_path / "train.json"),
         "eval": {"tasks": config.eval.tasks, "limit": config.eval.limit},
     }
 
