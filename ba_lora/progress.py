@@ -10,6 +10,10 @@ from transformers.trainer_callback import ProgressCallback
 
 TERMS = ("task", "consistency", "diversity", "svd")
 LOGGED_TERMS = (*TERMS, "orthogonality")  # the last of AdaLoRA alone
+LOGGED_NAMES = (  # what a training may log of each logging step; the task's loss has no weight
+    "loss", "grad_norm", "learning_rate", "tokens_per_second", "padding_share", "covariances_skipped", *LOGGED_TERMS,
+    *(f"{kind}_{term}" for kind in ("weighted", "share") for term in LOGGED_TERMS[1:]),
+)  # fmt: skip
 
 
 class TermsCallback(ProgressCallback):

@@ -111,17 +111,31 @@ def environment(*, num_processes: int = 1) -> dict[str, Any]:
             "num_gpus": torch.cuda.device_count() if cuda else 0,
             "cuda": torch.version.cuda if cuda else None,
         },
+        "cpu_model": _cpu_model(),
         "num_processes": num_processes,
         "num_threads": torch.get_num_threads(),
     }
 
 
 def hardware_name(found: Mapping[str, Any]) -> str:
-    """Return what a run with this `environment` used of its machine, such as `2 × NVIDIA A40` or `1 CPU thread(s)`."""
+    """Return what a run with this `environment` used of its machine: `2 × NVIDIA A40`, `1 CPU thread(s) of AMD EPYC`.
+
+    Results that do not name the CPU (of before it was recorded, or not of Linux) give its threads alone.
+    """
     machine = found.get("hardware") or {}
     if machine.get("gpu"):
         return f"{found.get('num_processes', 1)} × {machine['gpu']}"
-    return f"{found.get('num_threads', '?')} CPU thread(s)"
+    threads = f"{found.get('num_threads', '?')} CPU thread(s)"
+    return f"{threads} of {found['cpu_model']}" if found.get("cpu_model") else threads
+
+
+def _cpu_model() -> str | None:
+    """Return the processor's name as Linux gives it; None where it gives none."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)
 
 
 def git_state() -> dict[str, Any]:

@@ -275,7 +275,7 @@ def _line(run: Run, score: Mapping[str, Any]) -> str:
         for name in ("invalid", "num_unlabelled", "num_empty", "num_truncated")
         if score.get(name)
     )
-    notes = "".join(f" ({name} {note})" for name, note in score["notes"].items())
+    notes = "".join(f" ({name} {note})" for name, note in score["notes"].items() if name in score["metrics"])
     return f"{run.name} {score['task']}: {metrics} n={score['n']}{counts}{notes}"
 
 

@@ -56,13 +56,11 @@ def score_predictions(
     support = {label: int((labels == index).sum()) for index, label in enumerate(task.labels)}
     minority = _rarest(task, training_counts or support)
     by_class, recall = class_scores(labels, predictions, classes=task.labels, minority=minority)
-    metrics, notes = scores.metrics, scores.notes
-    if imbalanced:
-        metrics, notes = metrics | by_class.metrics, notes | by_class.notes
+    metrics = scores.metrics | (by_class.metrics if imbalanced else {})
     return score | {
         "metrics": metrics,
         "interval_95": intervals(list(metrics), labels, predictions, minority=task.labels.index(minority)),
-        "notes": notes,
+        "notes": scores.notes | by_class.notes,
         "per_class": {"n": support, "recall": recall, "minority": minority, **by_class.metrics},
     }
 

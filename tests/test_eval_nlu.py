@@ -433,6 +433,8 @@ def test_what_is_undefined_is_said() -> None:
         one_class["metrics"] == {"matthews": None} and "all 3 labels are of class 1" in one_class["notes"]["matthews"]
     )
     assert one_class["interval_95"] == {"matthews": None}
+    assert one_class["per_class"]["minority_recall"] is None
+    assert one_class["notes"]["minority_recall"] == "no row is of class unacceptable"
     flat = score_predictions(lines_of([1.0, 2.5, 4.0], [2.0, 2.0, 2.0]), name="sick", of_task="stsb")
     assert flat["metrics"] == {"pearson": None, "spearman": None} and "per_class" not in flat
     broken = score_predictions(lines_of([0, 1], [0, None]), name="sst2", of_task="sst2")

@@ -201,17 +201,26 @@ def test_training_curves_are_means_over_seeds_at_common_steps(known, canvases):
         last = [{"step": 40, "loss": 0.0}] if seed == 1 else []  # a step that the others did not log
         write_jsonl_atomic(known.run("lora", seed).run_path / "log.jsonl", [*steps, *last, {"step": 40, "runtime": 1}])
     one, _ = drawn(known, Figure("a", "training", terms=("loss", "svd"), methods=("lora", "pissa")))
-    assert one.caption.startswith("n = 3 seeds. Lines: mean over seeds")
+    assert one.caption == "n = 3 seeds. Lines: mean over seeds of what training logged; bands: standard deviation."
     loss, svd = canvases[0].axes
     assert list(loss.lines[0].get_xdata()) == [10, 20, 30] and list(loss.lines[0].get_ydata()) == [11, 21, 31]
     band = loss.collections[0].get_paths()[0].get_extents()
     assert (band.y0, band.y1) == (10, 32)  # one deviation of 0, 1, 2 on either side
     assert len(svd.lines) == 1 and svd.get_ylabel() == "svd"
-    drawn(known, Figure("a", "training", terms=("loss (nats)", "consistency"), methods=("lora", "pissa")))
-    [loss] = canvases[1].axes  # no run has the other term
+    terms = ("loss (nats)", "consistency (nats)", "weighted_svd")
+    one, _ = drawn(known, Figure("a", "training", terms=terms, methods=("lora", "pissa")))
+    assert one.caption.endswith(" standard deviation. Not logged: consistency, weighted_svd.")
+    [loss] = canvases[1].axes  # no run has the other terms
     assert loss.get_ylabel() == "loss (nats)" and list(loss.lines[0].get_xdata()) == [10, 20, 30]
     one, _ = drawn(known, Figure("a", "training", terms=("consistency",)))
     assert one.missing == "no run has logged any of its terms"
+
+
+def test_a_term_that_was_taken_out_of_the_loss_is_not_logged(known, canvases):
+    """A classifier's log says "off" there, which is no number to draw."""
+    write_jsonl_atomic(known.run("lora", 1).run_path / "log.jsonl", [{"step": 10, "loss": 1.0, "diversity": "off"}])
+    one, _ = drawn(known, Figure("a", "training", terms=("loss", "diversity"), methods=("lora",)))
+    assert len(canvases[0].axes) == 1 and one.caption.endswith("Not logged: diversity.")
 
 
 def test_curves_of_several_trainings_are_not_averaged(known, canvases):

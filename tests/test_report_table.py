@@ -13,7 +13,7 @@ from eval.report.render import to_csv, to_json, to_markdown
 from eval.report.settings import NEVER_ALLOWED, SETTINGS
 from eval.report.sheets import letter, number, signed
 from eval.report.sources import read_paper
-from eval.report.spec import Column, Items, metric_value, parse_report, setting_value, undefined_reason
+from eval.report.spec import Column, Items, metric_value, parse_report, setting_value, why_missing
 from tests.report_world import SEEDS, World, build
 
 WHOLE = """\
@@ -335,19 +335,53 @@ def test_a_run_whose_metric_is_undefined_says_why(known, undefined):
 @pytest.mark.parametrize(
     ("changes", "task", "metric", "reason"),
     [
-        ({"evaluation": {"cola": {"metrics": {"matthews": None}}}}, "cola", "matthews", "its score has no matthews"),
-        ({"evaluation": {"cola": {"metrics": {}}}}, "cola", "perplexity.after", "its score has no perplexity.after"),
+        ({"evaluation": {"cola": {"notes": {"matthews": "undefined: all alike"}}}}, "cola", "matthews",
+         ("undefined", "all alike")),
+        ({"evaluation": {"mnli": {"notes": {"minority_recall": "no such row"}}}}, "mnli", "per_class.minority_recall",
+         ("undefined", "no such row")),
+        ({"evaluation": {"cola": {"metrics": {}}}}, "cola", "perplexity.after",
+         ("unmeasured", "its score has no perplexity.after")),
         ({"evaluation": {}}, "cola", "matthews", None),  # not evaluated yet
-        ({}, None, "training.seconds", "not measured"),
+        ({}, None, "training.seconds", ("unmeasured", "the run gave no seconds")),
         ({"training": {"seconds": None, "resumed_from": "checkpoint-9"}}, None, "training.seconds",
-         "not measured, the training was resumed from checkpoint-9"),
+         ("unmeasured", "the training was resumed from checkpoint-9")),
         ({}, None, "training.last_log.svd", None),  # a method without the term
         ({"training": None}, None, "training.seconds", None),  # nothing was trained
     ],
 )  # fmt: skip
 def test_why_a_run_has_no_value(changes, task, metric, reason):
     made = {"training": {"seconds": None, "last_log": {"loss": 1.0}}, "evaluation": {}} | changes
-    assert undefined_reason(made, Column("x", "x", task=task, metric=metric)) == reason
+    assert why_missing(made, Column("x", "x", task=task, metric=metric)) == reason
+
+
+def test_a_resumed_runs_time_is_unmeasured_not_undefined(known):
+    known.edit(known.run("lora", 2), training={"seconds": None, "resumed_from": "checkpoint-9"})
+    table = build(known)
+    cell = table.cells[Row("tiny", "lora"), "hours"]
+    assert cell.seeds == (1, 3) and [failure.status for failure in cell.failures] == ["unmeasured"]
+    assert table.footnotes[cell.notes[0]] == "1 of 3 runs unmeasured: the training was resumed from checkpoint-9"
+
+
+MEMORY = {
+    "training.peak_memory_mb": "peak: the most that one process held at once.",
+    "training.total_peak_memory_mb": "peak: the sum of the processes' peaks, which need not fall together.",
+}
+
+
+@pytest.mark.parametrize("metric", MEMORY)
+def test_the_legend_tells_what_memory_is_and_on_what_it_was_measured(known, metric):
+    row = Row("tiny", "lora")
+    for seed in SEEDS:
+        run = known.run("lora", seed)
+        known.edit(run, **{f"training/{metric.partition('.')[2]}": 7.0})
+        if seed == 3:
+            known.edit(run, **{"environment/cpu_model": "Some CPU"})
+    column = Column("peak", "peak", metric=metric, unit="MiB", scale=1.0, better="lower")
+    runs = {(row, "peak"): tuple(known.run("lora", seed) for seed in SEEDS)}
+    text = to_markdown(build(known, rows=(row,), columns=(column,), runs=runs, paper=()))
+    assert "peak: measured on 2 CPU thread(s) (2 runs), 2 CPU thread(s) of Some CPU (1 run)." in text
+    assert [sentence in text for sentence in MEMORY.values()] == [name == metric for name in MEMORY]
+    assert "resident since it began, the SVDs of an initialisation included." in text
 
 
 def test_broken_results_are_named(known):
@@ -459,6 +493,9 @@ def test_report_blocks_are_checked():
         "needs columns and x": {"figures": {"a": {"kind": "lines"}}},
         "figure a: unknown key colour": {"figures": {"a": {"kind": "bars", "columns": ["gsm8k"], "colour": "red"}}},
         "gsm9k is unknown": {"figures": {"a": {"kind": "bars", "columns": ["gsm9k"]}}},
+        "figure a: terms: svdd is unknown.*nearest: svd": {
+            "figures": {"a": {"kind": "training", "terms": ["loss (nats)", "svdd"]}}
+        },
         "must be a mapping": {"figures": ["bars"]},
     }
     for message, block in wrong.items():

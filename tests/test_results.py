@@ -3,6 +3,8 @@
 import json
 import re
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -10,7 +12,7 @@ from ba_lora import prompts, results, run
 from ba_lora.config_layers import load_config
 from ba_lora.io import read_json, write_json_atomic
 from ba_lora.prompts import prompt_hash
-from ba_lora.results import assemble, git_state, write_result
+from ba_lora.results import assemble, environment, git_state, hardware_name, write_result
 
 
 @pytest.fixture
@@ -85,3 +87,16 @@ def test_committed_results_come_from_real_runs(root):
         found = list(hashes(json.loads(path.read_text(encoding="utf-8"))))
         assert found, path
         assert all(re.fullmatch("[0-9a-f]{64}", value) for value in found), path
+
+
+def test_a_cpu_is_named_where_the_result_names_it():
+    assert hardware_name({"num_threads": 2, "hardware": {"cpu": "x86_64"}}) == "2 CPU thread(s)"
+    assert hardware_name({"num_threads": 2, "cpu_model": "Some CPU"}) == "2 CPU thread(s) of Some CPU"
+    on_gpu = {"num_processes": 2, "hardware": {"gpu": "NVIDIA A40"}, "cpu_model": "Some CPU"}
+    assert hardware_name(on_gpu) == "2 × NVIDIA A40"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the name is read from /proc")
+def test_the_cpu_is_recorded():
+    names = re.findall(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    assert environment()["cpu_model"] == (names[0].strip() if names else None)

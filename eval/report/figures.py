@@ -196,9 +196,9 @@ def _training(table: ReportTable, figure: Figure, sources: Sources) -> tuple[Can
     series = list(dict.fromkeys(_series(spec, row) for row in rows))
     curves = {
         (term, row): [
-            {entry["step"]: entry[name] for entry in log if entry.get(name) is not None}
+            curve
             for log in logs[row]
-            if any(entry.get(name) is not None for entry in log)
+            if (curve := {entry["step"]: entry[name] for entry in log if isinstance(entry.get(name), int | float)})
         ]
         for term in figure.terms
         for name in [term.partition(" ")[0]]
@@ -230,7 +230,9 @@ def _training(table: ReportTable, figure: Figure, sources: Sources) -> tuple[Can
         axis.set_xlabel("step")
         axis.set_ylabel(term)
     add_legend(canvas, [line_handle(style_of(position), _written(spec, one)) for position, one in enumerate(series)])
-    return canvas, f"{_count(counts)} Lines: mean over seeds of what training logged; bands: standard deviation."
+    caption = f"{_count(counts)} Lines: mean over seeds of what training logged; bands: standard deviation."
+    absent = [term.partition(" ")[0] for term in figure.terms if term not in terms]
+    return canvas, f"{caption} Not logged: {', '.join(absent)}." if absent else caption
 
 
 def _features(table: ReportTable, figure: Figure, sources: Sources) -> tuple[Canvas, str]:

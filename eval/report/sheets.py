@@ -2,6 +2,7 @@
 
 import string
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ba_lora.tables import Row
@@ -139,12 +140,25 @@ def _cost_lines(table: ReportTable) -> list[str]:
     if not machines:
         return []
     named = ", ".join(f"{machine} ({count} run{'s' if count > 1 else ''})" for machine, count in machines.items())
-    line = f"{'; '.join(column.label for column in costs)}: measured on {named}."
+    line = f"{_labels(costs)}: measured on {named}."
     if any("seconds" in column.metric for column in costs):
         line += " Times are by the wall clock; whether other runs shared the machine meanwhile is not recorded."
-    if any("memory" in column.metric for column in costs):
-        line += " Memory is the most that a process held at once: allocated on its GPU, or resident where it has none."
+    totals = [column for column in costs if column.metric.endswith("total_peak_memory_mb")]
+    peaks = [column for column in costs if "memory" in column.metric and column not in totals]
+    if peaks:
+        line += f" {_labels(peaks)}: the most that one process held at once."
+    if totals:
+        line += f" {_labels(totals)}: the sum of the processes' peaks, which need not fall together."
+    if peaks or totals:
+        line += (
+            " A GPU's memory counts what was allocated in training; a process without one, what was resident since it "
+            "began, the SVDs of an initialisation included."
+        )
     return [line]
+
+
+def _labels(columns: Sequence[Column]) -> str:
+    return "; ".join(column.label for column in columns)
 
 
 def comparison_legend(table: ReportTable) -> list[str]:

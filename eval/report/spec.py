@@ -14,7 +14,8 @@
         terms: {kind: training, terms: [loss (nats), svd], methods: [pissa, ba_lora]}    # a unit may follow
         tsne: {kind: features}         # over steps (features.py)
 
-A training or features figure shows the runs behind `columns`, needed where a row's columns are trained on several sets.
+The terms of a training figure are names of a run's log.jsonl (LOGGED_NAMES of ba_lora/progress.py). A training or
+features figure shows the runs behind `columns`, needed where a row's columns are trained on several sets.
 `title`, `caption` (a sentence more) and `methods` (the rows drawn; default: all) go with every figure.
 """
 
@@ -268,17 +269,19 @@ def metric_value(result: Mapping[str, Any], column: Column) -> float | None:
     return _resolve(node, re.findall(r"\{[^}]*\}|[^.{}]+", column.metric or ""))[0]
 
 
-def undefined_reason(result: Mapping[str, Any], column: Column) -> str | None:
-    """Return why a run that has no number for a column will have none: its metric is undefined, or was not measured.
+def why_missing(result: Mapping[str, Any], column: Column) -> tuple[str, str] | None:
+    """Return (status, reason) of a run that has no number for a column and will have none.
 
-    None where the evaluation is yet to be made, and where the column does not apply to the run.
+    The status is "undefined" where the data leave the metric undefined, "unmeasured" where nothing was measured. None
+    where the evaluation is yet to be made, and where the column does not apply to the run.
     """
     if column.task is not None:
         entry = (result.get("evaluation") or {}).get(column.task)
         if not entry:
             return None
-        note = (entry.get("notes") or {}).get(column.metric)
-        return note.removeprefix("undefined: ") if note else f"its score has no {column.metric}"
+        notes, metric = entry.get("notes") or {}, column.metric or ""
+        note = notes.get(metric) or notes.get(metric.removeprefix("per_class."))
+        return ("undefined", note.removeprefix("undefined: ")) if note else ("unmeasured", f"its score has no {metric}")
     *keys, last = (column.metric or "").split(".")
     node: Any = result
     for key in keys:
@@ -286,7 +289,7 @@ def undefined_reason(result: Mapping[str, Any], column: Column) -> str | None:
     if not isinstance(node, Mapping) or last not in node:
         return None
     resumed = node.get("resumed_from")
-    return f"not measured, the training was resumed from {resumed}" if resumed else "not measured"
+    return "unmeasured", f"the training was resumed from {resumed}" if resumed else f"the run gave no {last}"
 
 
 def _resolve(node: Any, keys: Sequence[str]) -> tuple[float | None, int | None]:
@@ -348,6 +351,11 @@ def _figure(name: str, entry: Any, *, columns: Sequence[str], where: str) -> Fig
         raise UserError(f"{where}: a figure of kind {kind} needs {' and '.join(missing)}")
     for column in (*values["columns"], *([values["x"]] if kind == "scatter" else [])):
         _choice(column, columns, where=where)
+    if values["terms"]:
+        from ba_lora.progress import LOGGED_NAMES
+
+        for term in values["terms"]:
+            _choice(term.partition(" ")[0], LOGGED_NAMES, where=f"{where}: terms")
     return Figure(name=name, **values)
 
 

@@ -11,7 +11,7 @@ from ba_lora.tables import Row
 from eval.report.paired import PairedTests, Untested
 from eval.report.settings import Used, differences
 from eval.report.sources import PaperRow, PaperValue, Sources
-from eval.report.spec import Column, PlannedRun, TableSpec, metric_value, undefined_reason
+from eval.report.spec import Column, PlannedRun, TableSpec, metric_value, why_missing
 from eval.report.stats import first_and_second, holm, mean_std, resamples_for
 
 CellKey = tuple[Row, str]  # the row and the column's name
@@ -19,7 +19,8 @@ CellKey = tuple[Row, str]  # the row and the column's name
 
 @dataclass(frozen=True)
 class Failure:
-    """A run that ended without the value: status is failed, cancelled, oom, or undefined where only the value is."""
+    """A run that ended without the value: status is failed, cancelled, oom, or, of a run that succeeded, that of
+    `why_missing`."""
 
     run_id: str
     status: str
@@ -183,8 +184,8 @@ def _measured_cell(spec: TableSpec, sources: Sources, row: Row, column: Column, 
             failures.append(Failure(run.run_id, result["status"], result.get("error")))
         elif run.run_id in sources.failures:
             failures.append(Failure(run.run_id, "failed", sources.failures[run.run_id]))
-        elif result is not None and (reason := undefined_reason(result, column)):
-            failures.append(Failure(run.run_id, "undefined", reason))
+        elif result is not None and (missing := why_missing(result, column)):
+            failures.append(Failure(run.run_id, *missing))
     for (status, error), count in Counter((failure.status, failure.error) for failure in failures).items():
         texts[f"{count} of {len(planned)} runs {status}: {error or 'no error was written'}"] = None
     return Cell(
