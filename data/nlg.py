@@ -20,6 +20,7 @@ from ba_lora.prompts import build_prompt
 from ba_lora.regularizers import IGNORE_INDEX
 from ba_lora.rows import LOCAL_SUFFIXES, choose_rows, load_rows
 from data import manifest
+from data.tokenized import tokenize_once
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -87,7 +88,7 @@ def load_training_data(config: DataConfig, tokenizer: "PreTrainedTokenizerBase")
     checked = manifest.check(config.name, config.split, rows, source.columns, file_sha256=origin["file_sha256"])
     num_read = len(rows)
     rows = choose_rows(rows, config.num_rows, config.sample_seed)
-    encoded, cut, dropped, empty = [], 0, 0, 0
+    pairs, empty = [], 0
     for row in rows:
         try:
             instruction, response = source.to_pair(row)
@@ -96,43 +97,39 @@ def load_training_data(config: DataConfig, tokenizer: "PreTrainedTokenizerBase")
             raise UserError(
                 f"{origin['source']}: a row's {', '.join(source.columns)} is not text: {row!r:.120}"
             ) from error
-        if not instruction or not response:
+        if instruction and response:
+            pairs.append((instruction, response))
+        else:
             empty += 1
-            continue
-        item = encode(instruction, response, tokenizer, max_length=config.max_length)
-        if item is None:
-            dropped += 1
-            continue
-        cut += item.pop("cut")
-        encoded.append(item | {"row": len(encoded)})
+    encoded = tokenize_once(pairs, encode, tokenizer, max_length=config.max_length) if pairs else ()
+    if not len(encoded):
+        raise UserError(
+            f"no row of {origin['source']} is left to train on: all {len(rows)} are empty or their prompt alone fills "
+            f"data.max_length={config.max_length}; raise data.max_length or check the file"
+        )
     report = {
         "name": config.name,
         **origin,
         "rows_read": num_read,
         "rows_chosen": len(rows),
         "rows_used": len(encoded),
-        "rows_cut": cut,
-        "rows_dropped": dropped,
+        "rows_cut": sum(encoded["cut"]),
+        "rows_dropped": len(pairs) - len(encoded),
         "rows_empty": empty,
         "sha256": checked["sha256"],
         "manifest": checked["status"],
+        "tokens": sum(encoded["length"]),
+        "response_tokens": sum(encoded["response_length"]),
     }
-    if not encoded:
-        raise UserError(
-            f"no row of {origin['source']} is left to train on: all {len(rows)} are empty or their prompt alone fills "
-            f"data.max_length={config.max_length}; raise data.max_length or check the file"
-        )
-    from datasets import Dataset
-
-    report["tokens"] = sum(item["length"] for item in encoded)
-    report["response_tokens"] = sum(sum(label != IGNORE_INDEX for label in item["labels"]) for item in encoded)
-    return TrainingData(Dataset.from_list(encoded), report)
+    dataset = encoded.remove_columns(["response_length", "cut"]).add_column("row", list(range(len(encoded))))
+    return TrainingData(dataset, report)
 
 
 def encode(
     instruction: str, response: str, tokenizer: "PreTrainedTokenizerBase", *, max_length: int
 ) -> dict[str, Any] | None:
-    """Return input_ids, labels, length and cut for one row, or None where `max_length` leaves nothing of the response.
+    """Return input_ids, labels, length, response_length (EOS counts) and cut for one row, or None where `max_length`
+    leaves nothing of the response.
 
     One space joins prompt and response (the paper is silent; its evaluation prompts go on with a space too).
     """
@@ -152,7 +149,14 @@ def encode(
     cut = len(input_ids) > max_length
     input_ids = input_ids[:max_length]
     labels = [IGNORE_INDEX] * len(prompt_ids) + input_ids[len(prompt_ids) :]
-    return {"input_ids": input_ids, "labels": labels, "length": len(input_ids), "cut": cut}
+    response_length = len(input_ids) - len(prompt_ids)
+    return {
+        "input_ids": input_ids,
+        "labels": labels,
+        "length": len(input_ids),
+        "response_length": response_length,
+        "cut": cut,
+    }
 
 
 def _read_rows(config: DataConfig) -> tuple[list[dict[str, Any]], dict[str, Any]]:

@@ -1,18 +1,22 @@
 """Fixtures shared by all tests. Everything runs offline: a hub name that is not a local file must fail at once."""
 
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="ba-lora-datasets-")  # of every process that tests start
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     """Let a run in which every test was skipped end like one in which none was found: with status 5."""
+    shutil.rmtree(os.environ["HF_DATASETS_CACHE"])
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     if exitstatus == 0 and reporter.stats.get("skipped") and not reporter.stats.get("passed"):
         session.exitstatus = pytest.ExitCode.NO_TESTS_COLLECTED

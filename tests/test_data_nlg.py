@@ -1,10 +1,12 @@
 """Training rows: labels only on the response and its EOS, what is cut or dropped is counted, bad files say why."""
 
+import copy
 import json
 
 import pytest
 from transformers import AutoTokenizer
 
+from ba_lora import prompts
 from ba_lora.config import DataConfig, ModelConfig
 from ba_lora.errors import UserError
 from ba_lora.model import load_tokenizer
@@ -51,7 +53,8 @@ def test_eos_is_labelled_when_it_is_also_the_padding(tiny_model, tmp_path):
 
     items = [encode("Add.", "2", bare, max_length=400), encode("Add these.", "222", bare, max_length=400)]
     for item in items:
-        item.pop("cut")
+        for name in ("response_length", "cut"):
+            item.pop(name)
     batch = DataCollatorForSeq2Seq(bare, label_pad_token_id=-100)(items)
     short = batch["labels"][0].tolist()
     assert short.count(bare.eos_token_id) == 1  # the real one; the padding is −100
@@ -85,6 +88,47 @@ def test_truncation_is_reported(tokenizer, tmp_path):
     whole, cut = data.dataset.to_list()
     assert labelled_text(whole, tokenizer) == " a</s>" and labelled_text(cut, tokenizer) == " ab"
     assert data.report["tokens"] == 2 * (prompt + 3) and data.report["response_tokens"] == 6
+
+
+def test_the_same_rows_are_tokenized_once(tokenizer, tmp_path, monkeypatch):
+    """From the disk they are what they were; another length, text, template or tokenizer is tokenized anew."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    texts, call = [], type(tokenizer).__call__
+
+    def noting(self, text, **more):
+        texts.append(text)
+        return call(self, text, **more)
+
+    monkeypatch.setattr(type(tokenizer), "__call__", noting)
+
+    def load(rows=ROWS, with_tokenizer=tokenizer, **settings):
+        texts.clear()
+        config = DataConfig(source=write(tmp_path / "rows.jsonl", rows), **settings)
+        return load_training_data(config, with_tokenizer), len(texts)
+
+    first, tokenized = load()
+    assert tokenized >= len(ROWS)
+    again, tokenized = load()
+    assert tokenized == 0
+    assert again.dataset.to_list() == first.dataset.to_list() and again.report == first.report
+    assert again.dataset.features == first.dataset.features
+    (entry,) = {path.suffix: path for path in (tmp_path / "cache").rglob("*.arrow")}.values()
+    assert entry.parent.name == "ba_lora"
+
+    assert load(max_length=400)[1] and load(ROWS[:-1])[1]
+    other = copy.deepcopy(tokenizer)
+    other.add_tokens(["answer"])
+    assert load(with_tokenizer=other)[1]
+    assert load()[1] == 0
+    monkeypatch.setitem(prompts.TEMPLATES, "alpaca", "Another one: {instruction}")
+    assert load()[1]
+
+
+def test_a_cache_that_cannot_be_written_is_told_in_one_line(tokenizer, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "file"))
+    with pytest.raises(UserError, match="cannot write .*file/ba_lora/.* is no folder.*HF_DATASETS_CACHE"):
+        load_training_data(DataConfig(source=write(tmp_path / "rows.jsonl", ROWS)), tokenizer)
 
 
 @pytest.mark.parametrize("ending", ["json", "jsonl", "parquet"])
