@@ -13,6 +13,7 @@ from ba_lora.config_layers import load_config
 from ba_lora.io import read_json, write_json_atomic
 from ba_lora.prompts import prompt_hash
 from ba_lora.results import assemble, environment, git_state, hardware_name, write_result
+from ba_lora.tables import find_table, load_table
 
 
 @pytest.fixture
@@ -87,6 +88,16 @@ def test_committed_results_come_from_real_runs(root):
         found = list(hashes(json.loads(path.read_text(encoding="utf-8"))))
         assert found, path
         assert all(re.fullmatch("[0-9a-f]{64}", value) for value in found), path
+
+
+def test_committed_toy_results_are_runs_of_the_toy_table(root):
+    """A table whose recipe has changed has other run ids: results under the old ones are shown by no table."""
+    tracked = subprocess.run(
+        ["git", "ls-files", "results/toy/runs"], cwd=root, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    assert tracked
+    planned = {root / spec.config.result_path for spec in load_table(find_table("toy")).specs()}
+    assert sorted({root / path for path in tracked} - planned) == []
 
 
 def test_a_cpu_is_named_where_the_result_names_it():
