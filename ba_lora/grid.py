@@ -55,7 +55,6 @@ from ba_lora.pipeline import (
     evaluation_stages,
     launch_command,
     missing_judge,
-    needs_judge,
     prepare_evaluation,
     record_evaluation,
     record_result,
@@ -337,7 +336,7 @@ def dry_run(table: Table, graders: Mapping[str, Mapping[str, str | None]]) -> li
         lines += [f"           {reason}"] if reason else []
     total = ", ".join(f"{number} {status}" for status, number in counts.items())
     lines.append(f"{table.id}: {len(table.cells)} cells from {len(table.specs())} runs: {total}")
-    if any(needs_judge(spec.config) for spec in table.specs()) and (missing := missing_judge(os.environ)):
+    if missing := missing_judge((spec.config for spec in table.specs()), os.environ):
         lines.append(missing)
     return lines + estimate_lines(left)
 
@@ -360,7 +359,7 @@ def main() -> int:
     for cell in table.cells:
         if inspect(cell.spec, graders).status == MISSING and (changed := changed_config(table, cell)):
             print(f"stale: {changed}; {cell.config.run_path.name} takes its place")
-    if any(needs_judge(spec.config) for spec in table.specs()) and (missing := missing_judge(os.environ)):
+    if missing := missing_judge((spec.config for spec in table.specs()), os.environ):
         _say(missing)
     grid = Grid(table, executor, graders=graders, retry=options.retry, say=_say)
     _say(f"{table.id}: {len(table.specs())} runs on {', '.join(slot.name for slot in executor.slots)}")

@@ -19,7 +19,7 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,7 +78,7 @@ def main() -> int:
 
     training = training_stage(spec, launch_command(os.environ))
     evaluation = evaluation_stages([config])  # checks files, too
-    if needs_judge(config) and (missing := missing_judge(os.environ)):
+    if missing := missing_judge([config], os.environ):
         print(missing, file=sys.stderr, flush=True)
     if options.dry_run:
         for stage in [training, *evaluation]:
@@ -103,19 +103,19 @@ def main() -> int:
     return 0
 
 
-def needs_judge(config: RunConfig) -> bool:
-    """Whether a judge model has yet to grade any of the run's tasks."""
-    return any(
-        task in JUDGED_TASKS and not (config.run_path / "scores" / f"{task}.json").is_file()
-        for task in config.eval.tasks
-    )
-
-
-def missing_judge(environ: Mapping[str, str]) -> str | None:
-    """Return the line that warns before a training whose answers nobody will judge, None where a judge is named.
+def missing_judge(configs: Iterable[RunConfig], environ: Mapping[str, str]) -> str | None:
+    """Return the line that warns before a training whose answers nobody will judge; None where a judge is named, or
+    where nothing is left to judge.
 
     No error: training and generation need no judge, and judgements on file are scored without one.
     """
+    left = any(
+        task in JUDGED_TASKS and not (config.run_path / "scores" / f"{task}.json").is_file()
+        for config in configs
+        for task in config.eval.tasks
+    )
+    if not left:
+        return None
     try:
         endpoint_from_environment(environ)
     except UserError as error:

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    """Let a run in which every test was skipped end like one in which none was found: with status 5."""
+    """Remove the run's own cache; let a run in which every test was skipped end like an empty one: with status 5."""
     shutil.rmtree(os.environ["HF_DATASETS_CACHE"])
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     if exitstatus == 0 and reporter.stats.get("skipped") and not reporter.stats.get("passed"):

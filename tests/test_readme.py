@@ -14,6 +14,7 @@ import pytest
 
 from ba_lora.config_layers import load_config
 from ba_lora.tables import available_tables
+from tests.committed import committed_text
 from tests.conftest import ROOT
 
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -179,15 +180,44 @@ def test_the_toys_numbers_are_those_of_the_results():
         assert cells[:2] == [f"{mean(scores):.1f}{spread}", str(len(scores))]
 
 
+def test_the_toy_table_is_an_extract_of_its_report():
+    """Mean ± standard deviation; perplexity before and after in one cell."""
+    methods = {
+        "not tuned": "untuned",
+        "Full FT": "full_ft",
+        "LoRA": "lora",
+        "LoRA + all three terms": "lora_ba",
+        "PiSSA": "pissa",
+        "BA-LoRA (2024)": "ba_lora",
+        "BA-LoRA (ICLR 2026)": "ba_lora_iclr2026",
+    }
+    cells = {
+        (cell["method"], cell["setting"], cell["column"]): cell
+        for cell in json.loads(committed_text("results/toy/table.json"))["cells"]
+    }
+
+    def shown(method, base, column, decimals):
+        cell = cells[method, f"base={base}", column]
+        spread = "" if cell["std"] is None else f" ± {cell['std']:.{decimals}f}"
+        return f"{cell['mean']:.{decimals}f}{spread}"
+
+    printed = re.findall(r"^\| (clean|noisy) \| ([^|]+) \| (.*) \|$", TEXT, flags=re.M)
+    assert [row[:2] for row in printed] == [(base, label) for base in ("clean", "noisy") for label in methods]
+    for base, label, row in printed:
+        before, after = (shown(methods[label], base, column, 2) for column in ("ppl_before", "ppl_after"))
+        wanted = [shown(methods[label], base, column, 1) for column in ("strict", "flexible", "rare", "noisy")]
+        wanted += [f"{before.split()[0]} → {after}", shown(methods[label], base, "distinct_2", 1)]
+        assert row.split(" | ") == wanted, (base, label)
+
+
 def test_the_price_of_a_step_is_that_of_the_newest_bench_rows():
     newest = {}
-    with open(ROOT / "results" / "bench.csv", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            if (row["device"], row["shape"]) == ("cpu", "default"):
-                newest[row["case"], row["vocab"]] = (
-                    f"{float(row['step_ratio']):.2f}",
-                    f"{float(row['memory_ratio']):.2f}",
-                )
+    for row in csv.DictReader(committed_text("results/bench.csv").splitlines()):
+        if (row["device"], row["shape"]) == ("cpu", "default"):
+            newest[row["case"], row["vocab"]] = (
+                f"{float(row['step_ratio']):.2f}",
+                f"{float(row['memory_ratio']):.2f}",
+            )
     names = {"official arithmetic": "official", "fused": "fused", "fused, reference cached": "fused_cache"}
     for name, case in names.items():
         (line,) = re.findall(rf"^\| BA-LoRA, {name} \|(.*)\|$", TEXT, flags=re.M)

@@ -14,6 +14,7 @@ from ba_lora.io import read_json, write_json_atomic
 from ba_lora.prompts import prompt_hash
 from ba_lora.results import assemble, environment, git_state, hardware_name, write_result
 from ba_lora.tables import find_table, load_table
+from tests.committed import committed_paths, committed_text
 
 
 @pytest.fixture
@@ -73,7 +74,7 @@ def test_what_a_run_writes_does_not_make_the_code_dirty(tmp_path, monkeypatch):
     assert git_state() == clean | {"dirty": True}
 
 
-def test_committed_results_come_from_real_runs(root):
+def test_committed_results_come_from_real_runs():
     """Results made up for a test carry short hashes; none may stand where tables look for real ones."""
 
     def hashes(node):
@@ -82,19 +83,17 @@ def test_committed_results_come_from_real_runs(root):
                 yield value
             yield from hashes(value)
 
-    paths = sorted((root / "results").glob("**/runs/*.json"))
+    paths = [path for path in committed_paths("results") if re.search("/runs/[^/]+[.]json$", path)]
     assert paths
     for path in paths:
-        found = list(hashes(json.loads(path.read_text(encoding="utf-8"))))
+        found = list(hashes(json.loads(committed_text(path))))
         assert found, path
         assert all(re.fullmatch("[0-9a-f]{64}", value) for value in found), path
 
 
 def test_committed_toy_results_are_runs_of_the_toy_table(root):
     """A table whose recipe has changed has other run ids: results under the old ones are shown by no table."""
-    tracked = subprocess.run(
-        ["git", "ls-files", "results/toy/runs"], cwd=root, capture_output=True, text=True, check=True
-    ).stdout.splitlines()
+    tracked = committed_paths("results/toy/runs")
     assert tracked
     planned = {root / spec.config.result_path for spec in load_table(find_table("toy")).specs()}
     assert sorted({root / path for path in tracked} - planned) == []
