@@ -1,10 +1,12 @@
 """The one exception for what a user can mend: its message is a single line that names the cause and the mend."""
 
 import argparse
+import atexit
 import os
 import sys
 import time
 from collections.abc import Callable
+from typing import NoReturn
 
 
 class UserError(ValueError):
@@ -18,7 +20,7 @@ class CommandParser(argparse.ArgumentParser):
         raise UserError(f"{message}; see {self.prog} --help")
 
 
-def run_entry_point(main: Callable[[], int | None], *, resumes: bool = False) -> None:
+def run_entry_point(main: Callable[[], int | None], *, resumes: bool = False) -> NoReturn:
     """Call `main()` and leave the process: its status, or 2 with one line on stderr after a `UserError`.
 
     Of several processes that fail together, the first alone speaks: the others wait to be ended by the launcher, and
@@ -27,7 +29,6 @@ def run_entry_point(main: Callable[[], int | None], *, resumes: bool = False) ->
     rank = os.environ.get("RANK", "0")
     try:
         status = main() or 0
-        leave_process_group()
     except UserError as error:
         _report(f"error: {' '.join(str(error).split())}", rank)
         status = 2
@@ -36,15 +37,24 @@ def run_entry_point(main: Callable[[], int | None], *, resumes: bool = False) ->
             goes_on = "; the same command goes on from what is saved" if resumes else ""
             print(f"\nerror: interrupted{goes_on}", file=sys.stderr)  # below a progress bar
         status = 130
-    sys.exit(status)
+    end_process(status)
 
 
-def leave_process_group() -> None:
-    """Close torch's process group, if there is one: its threads, alive at the interpreter's end, can abort a process
-    that has done all its work."""
+def end_process(status: int = 0) -> NoReturn:
+    """Exit; a member of torch's process group without the interpreter's tear-down.
+
+    DistributedDataParallel keeps the group's threads alive after the group is closed, and one that asks for the
+    interpreter while it is torn down aborts a process that has done all its work.
+    """
     distributed = sys.modules.get("torch.distributed")
-    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+        sys.exit(status)
+    if status == 0:  # after a failure the others may be in the middle of a collective: closing would wait for them
         distributed.destroy_process_group()
+    atexit._run_exitfuncs()  # loggers, temporary folders, worker processes
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _report(line: str, rank: str) -> None:

@@ -1,6 +1,8 @@
 """What a command says when it is interrupted: a line of its own that the grid finds, and never a promise it breaks."""
 
 import runpy
+import subprocess
+import sys
 
 import pytest
 
@@ -38,3 +40,36 @@ def test_only_what_resumes_says_that_it_goes_on(module, monkeypatch):
     monkeypatch.setattr(errors, "run_entry_point", lambda main, *, resumes=False: calls.append(resumes))
     runpy.run_module(module, run_name="__main__", alter_sys=True)
     assert calls == [module in RESUMING]
+
+
+IN_A_GROUP = """
+import atexit, os
+import torch
+from ba_lora.errors import UserError, run_entry_point
+
+class AliveAtTheEnd:
+    def __del__(self, abort=os.abort):
+        abort()
+
+alive = AliveAtTheEnd()
+
+def main():
+    torch.distributed.init_process_group("gloo", init_method=f"file://{FILE}", rank=0, world_size=1)
+    atexit.register(print, "an exit function")
+    print("all done")
+    if STATUS == 2:
+        raise UserError("no such file")
+    return STATUS
+
+run_entry_point(main)
+"""
+
+
+@pytest.mark.parametrize("status", [0, 2, 3])
+def test_a_process_of_a_group_ends_with_its_status_whatever_is_still_alive(status, tmp_path, root):
+    """As with the group's own threads: what is alive at the interpreter's tear-down can abort the process."""
+    program = IN_A_GROUP.replace("{FILE}", str(tmp_path / "store")).replace("STATUS", str(status))
+    ended = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, timeout=100)
+    assert ended.returncode == status, ended.stderr
+    assert ended.stdout.splitlines() == ["all done", "an exit function"]
+    assert ("error: no such file" in ended.stderr) == (status == 2)

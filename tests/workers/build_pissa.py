@@ -10,7 +10,7 @@ from peft.tuners.lora import corda as peft_corda
 
 from ba_lora import pissa
 from ba_lora.config import AdapterConfig, ModelConfig, RunConfig
-from ba_lora.errors import leave_process_group
+from ba_lora.errors import end_process
 from ba_lora.methods import build_model
 from tests.pissa_helpers import weights_sha256
 from tests.tiny import arguments, tiny_rows
@@ -46,4 +46,4 @@ for rank in range(process.num_processes):
     if rank == process.process_index:
         print("facts", json.dumps(facts), flush=True)
     process.wait_for_everyone()
-leave_process_group()
+end_process()

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from ba_lora import BALoRAConfig, BALoRATrainer
-from ba_lora.errors import leave_process_group
+from ba_lora.errors import end_process
 from ba_lora.packing import PackingCollator, prepare_packing
 from ba_lora.reference import gathered
 from tests.tiny import adapter_weights, arguments, collate, tiny_cache, tiny_peft, tiny_rows
@@ -57,4 +57,4 @@ if trainer.is_world_process_zero():
         },
         output,
     )
-leave_process_group()
+end_process()

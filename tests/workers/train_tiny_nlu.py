@@ -12,7 +12,7 @@ import torch
 from transformers import AutoTokenizer, DataCollatorWithPadding
 
 from ba_lora.config_nlu import NLURegularizersConfig
-from ba_lora.errors import leave_process_group
+from ba_lora.errors import end_process
 from ba_lora.predict import predict
 from ba_lora.trainer_nlu import NLUTrainer
 from tests.tiny import adapter_weights, arguments
@@ -51,4 +51,4 @@ if trainer.is_world_process_zero():
         },
         output,
     )
-leave_process_group()
+end_process()
