@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 KINDS = ("auto", "vllm", "hf")
+PACKAGES = {"vllm": "vllm", "hf": "transformers"}
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 VLLM_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the values vLLM takes for max_lora_rank

@@ -26,142 +26,33 @@ num_samples (default: the task's), the task's own choices (humaneval: protocol; 
 items), template (default: the task's; a key of ba_lora.prompts.TEMPLATES, or fschat/NAME for the form of a published
 chat model, whose stop strings then take the place of the task's), batch_size, dtype (auto, float32, bfloat16,
 float16), max_model_len, attention (sdpa, eager, flash_attention_2; hf only), tensor_parallel_size,
-gpu_memory_utilization (vllm only), revision, trust_remote_code, serve (auto, hot, merged).
+gpu_memory_utilization (vllm only), revision, trust_remote_code, serve (auto, hot, merged), overwrite.
+
+Completions that answer the very same request (weights, prompts, settings, engine) are kept, so that the same command
+goes on where it was stopped; overwrite=true makes them anew.
 """
 
 import argparse
 import collections
 import dataclasses
 import importlib.metadata
+import itertools
 import re
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from ba_lora.errors import CommandParser, UserError, run_entry_point
-from ba_lora.io import write_json_atomic, write_jsonl_atomic
-from ba_lora.prompts import build_conversation, build_prompt, prompt_hash, template_stops
+from ba_lora.io import sha256_file, write_json_atomic, write_jsonl_atomic
+from ba_lora.prompts import build_conversation, prompt_hash
 from ba_lora.rows import portable_name
 from eval import engines
 from eval.engines import Completion, Engine, EngineOptions, Sampling, open_engine
 from eval.options import parse_options, read_data, split_options
-from eval.serving import SERVE, Job, plan
+from eval.requests import Options, Work, held_record, load_work, request_sha256
+from eval.serving import Job, plan
 from eval.tasks import TASKS, get_task
-from eval.tasks.base import Item, Source, Task
-
-
-@dataclass(frozen=True)
-class Options:
-    """What `key=value` can set; None: the task's or the engine's own."""
-
-    max_new_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    num_samples: int | None = None
-    seed: int = 0
-    limit: int | None = None
-    template: str | None = None
-    batch_size: int | None = None
-    dtype: str = "auto"
-    max_model_len: int | None = None
-    attention: str = "sdpa"
-    tensor_parallel_size: int = 1
-    gpu_memory_utilization: float = 0.9
-    revision: str | None = None
-    trust_remote_code: bool = False
-    serve: str = "auto"
-
-    def __post_init__(self) -> None:
-        if self.serve not in SERVE:
-            raise UserError(f"serve={self.serve} is unknown: choose one of {', '.join(SERVE)}")
-        if self.limit is not None and self.limit < 1:
-            raise UserError(f"limit is {self.limit}: it must be at least 1")
-        temperature = self.temperature if self.temperature is not None else float((self.num_samples or 1) > 1)
-        self.sampling(max_new_tokens=1, stop=(), temperature=temperature)  # checks the values
-
-    def sampling(
-        self,
-        *,
-        max_new_tokens: int,
-        stop: tuple[str, ...],
-        temperature: float,
-        top_p: float = 1.0,
-        num_samples: int = 1,
-    ) -> Sampling:
-        """Return the settings for items whose defaults are given. Greedy by request means one sample by default."""
-        if self.temperature == 0:
-            num_samples = 1
-        return Sampling(
-            max_new_tokens=self.max_new_tokens if self.max_new_tokens is not None else max_new_tokens,
-            temperature=self.temperature if self.temperature is not None else temperature,
-            top_p=self.top_p if self.top_p is not None else top_p,
-            num_samples=self.num_samples if self.num_samples is not None else num_samples,
-            stop=stop,
-            seed=self.seed,
-        )
-
-    def engine(self) -> EngineOptions:
-        """Return what the engine is told."""
-        shared = {entry.name for entry in dataclasses.fields(EngineOptions)}
-        return EngineOptions(**{name: value for name, value in vars(self).items() if name in shared})
-
-
-@dataclass(frozen=True)
-class Work:
-    """What one task asks.
-
-    instructions[i]: of items[i], after those of the turns before it; earlier[i]: the places of those turns in `items`;
-    samplings[i]: how to draw items[i].
-    """
-
-    task: Task
-    source: Source
-    items: list[Item]
-    instructions: list[list[str]]
-    earlier: list[list[int]]
-    samplings: list[Sampling]
-    template: str
-
-    def prompts(self, index: int, answers: Sequence[Sequence[Completion]]) -> list[str]:
-        """Return the prompts of items[index], given the completions so far: one, or one for each sample of the turn
-        before."""
-        turns, template = self.earlier[index], self.template
-        if not turns:
-            return [build_prompt(self.instructions[index][0], template=template)]
-        return [
-            build_conversation(self.instructions[index], [answer.text for answer in history], template=template)
-            for history in zip(*(answers[turn] for turn in turns), strict=True)
-        ]
-
-
-def load_work(task: Task, data: str | None, options: Options) -> Work:
-    """Load a task's items and decide on their prompts and sampling."""
-    items, source = task.load(data)
-    items = task.select(items)[: options.limit]
-    template = options.template if options.template is not None else task.template
-    stop = template_stops(template)
-    if stop is None:
-        build_prompt("", template=template)  # an unknown template is told before a model is loaded
-        stop = tuple(task.stop)
-    places = {item.task_id: place for place, item in enumerate(items)}
-    earlier: list[list[int]] = []
-    for item in items:
-        before = [] if item.follows is None else [places[item.follows]]
-        earlier.append([*earlier[before[0]], *before] if before else [])
-    samplings = [
-        options.sampling(
-            max_new_tokens=task.max_new_tokens,
-            stop=stop,
-            temperature=task.temperature(item),
-            top_p=task.top_p,
-            num_samples=task.num_samples,
-        )
-        for item in items
-    ]
-    instructions = [[items[place].instruction for place in [*turns, index]] for index, turns in enumerate(earlier)]
-    return Work(task, source, items, instructions, earlier, samplings, template)
 
 
 def output_paths(jobs: Sequence[Job], output: str | None) -> list[Path]:
@@ -231,8 +122,8 @@ def write_completions(
     prompts: Sequence[Sequence[str]],
     completions: Sequence[Sequence[Completion]],
     meta: dict,
-) -> None:
-    """Write <task>.jsonl, then <task>.meta.json, each atomically."""
+) -> dict:
+    """Write <task>.jsonl, then <task>.meta.json, each atomically; return what the latter says."""
     rows = [
         {
             "task_id": item.task_id,
@@ -246,8 +137,11 @@ def write_completions(
     ]
     meta_path = folder / f"{work.task.name}.meta.json"
     meta_path.unlink(missing_ok=True)  # a reader may find completions without meta, never with another's
-    write_jsonl_atomic(folder / f"{work.task.name}.jsonl", rows)
+    path = folder / f"{work.task.name}.jsonl"
+    write_jsonl_atomic(path, rows)
+    meta = meta | {"completions_sha256": sha256_file(path)}
     write_json_atomic(meta_path, meta)
+    return meta
 
 
 def describe(job: Job, work: Work, engine: Engine, completions: Sequence[Sequence[Completion]], seconds: float) -> dict:
@@ -301,14 +195,15 @@ def run(
     engine: str = "auto",
     data: dict[str, str] | None = None,
     output: str | None = None,
-    options: Options = Options(),
+    options: Options | None = None,
     choices: dict[str, str] | None = None,
 ) -> list[dict]:
-    """Generate for every model and task; return the records written beside the completions.
+    """Generate for every model and task what is not answered yet; return the records beside the completions.
 
     data: task → file or hub name, where not the task's own; choices: values of the tasks' own keys. Raises UserError
     for anything wrong, before a model is loaded where it can be known by then.
     """
+    options = options if options is not None else Options()
     kind = engines.choose_engine(engine)
     chosen = [
         task.configured({key: value for key, value in (choices or {}).items() if key in task.choices})
@@ -320,27 +215,36 @@ def run(
     groups: dict[tuple[str, str | None], list[Job]] = {}
     for job in jobs:
         groups.setdefault((job.base, job.revision), []).append(job)
-    records = []
+    records: dict[tuple[Job, str], dict] = {}
     for (base, revision), members in groups.items():
+        left = []
+        for job, work in itertools.product(members, works):
+            request = request_sha256(job, work, kind, options)
+            held = None if options.overwrite else held_record(folders[job], work.task.name, request)
+            if held is None:
+                left.append((job, work, request))
+                continue
+            records[job, work.task.name] = held
+            print(f"{job.name} {work.task.name}: answered already → {folders[job] / work.task.name}.jsonl", flush=True)
+        if not left:
+            continue
         settings = dataclasses.replace(options.engine(), revision=revision)
         settings = dataclasses.replace(settings, max_model_len=needed_length(base, works, settings))
-        adapters = {f"adapter{index}": job.adapter for index, job in enumerate(members) if job.adapter is not None}
+        hot = dict.fromkeys(job for job, _, _ in left if job.adapter is not None)
+        names = {job: f"adapter{index}" for index, job in enumerate(hot)}
+        adapters = {name: job.adapter for job, name in names.items()}
         print(f"generate: starting {kind} on {base}", file=sys.stderr)
         with open_engine(kind, base, adapters=adapters, options=settings) as opened:
-            for index, job in enumerate(members):
-                for work in works:
-                    started = time.monotonic()
-                    prompts, completions = complete(
-                        opened,
-                        work,
-                        adapter=None if job.adapter is None else f"adapter{index}",
-                        progress=f"{job.name} {work.task.name}",
-                    )
-                    record = describe(job, work, opened, completions, time.monotonic() - started)
-                    write_completions(folders[job], work, prompts, completions, record)
-                    records.append(record)
-                    print(summary(record, folders[job]), flush=True)
-    return records
+            for job, work, request in left:
+                started = time.monotonic()
+                progress = f"{job.name} {work.task.name}"
+                prompts, completions = complete(opened, work, adapter=names.get(job), progress=progress)
+                record = describe(job, work, opened, completions, time.monotonic() - started)
+                record = record | {"request_sha256": request}
+                record = write_completions(folders[job], work, prompts, completions, record)
+                records[job, work.task.name] = record
+                print(summary(record, folders[job]), flush=True)
+    return [records[job, work.task.name] for members in groups.values() for job in members for work in works]
 
 
 def summary(record: dict, folder: Path) -> str:

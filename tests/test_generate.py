@@ -13,7 +13,8 @@ from ba_lora.prompts import build_prompt, prompt_hash
 from eval import generate
 from eval.generate import Options, main, recorded_name
 from eval.options import parse_options, read_data, split_options
-from eval.serving import plan
+from eval.requests import weights_state
+from eval.serving import Job, plan
 from eval.tasks import get_task
 from tests.test_engines import save_adapter, save_model, save_tokenizer
 
@@ -105,6 +106,76 @@ def test_runs_of_one_base_share_one_engine_and_answer_as_their_merged_models(
     assert starts == [(str(one / "merged"), 0), (str(two / "merged"), 0)]
     assert [texts(run / "completions" / "gsm8k.jsonl") for run in (one, two)] == hot
     assert read_json(one / "completions" / "gsm8k.meta.json")["served"] == "merged"
+
+
+@pytest.fixture
+def two_tasks(base: Path, data: Path, tmp_path: Path) -> list[str]:
+    """A run with a training record, and the command that answers two tasks with it."""
+    run = save_run(tmp_path / "run", base, seed=1)
+    (run / "train.json").write_text('{"training": {"steps": 3}}')
+    math = tmp_path / "math.jsonl"
+    row = {"problem": "1 + 1?", "solution": "$\\boxed{2}$", "level": "Level 1", "type": "Algebra", "subject": "Algebra"}
+    math.write_text(json.dumps(row | {"answer": "2"}) + "\n")
+    own = tmp_path / "gsm8k.jsonl"
+    own.write_text(data.read_text())
+    files = [f"gsm8k={own}", f"math={math}"]
+    return ["--model", str(run), "--task", "gsm8k", "math", "--engine", "hf", "--data", *files, "max_new_tokens=5"]
+
+
+def test_the_same_command_goes_on_where_it_was_stopped(two_tasks: list[str], tmp_path: Path, starts: list) -> None:
+    main(two_tasks)
+    folder = tmp_path / "run" / "completions"
+    before = {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.iterdir()}
+    main(two_tasks)
+    assert len(starts) == 1, "nothing was left: no engine starts"
+    assert {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.iterdir()} == before
+
+    (folder / "math.meta.json").unlink()  # as a kill leaves it between the two files
+    main(two_tasks)
+    after = {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.iterdir()}
+    assert len(starts) == 2
+    assert {name for name in after if after[name][0] != before[name][0]} == {"math.jsonl", "math.meta.json"}
+    assert after["math.jsonl"][1] == before["math.jsonl"][1]
+
+
+def test_hot_or_merged_a_run_keeps_its_answers(two_tasks: list[str], base: Path, tmp_path: Path, starts: list) -> None:
+    main(two_tasks)
+    other = save_run(tmp_path / "other", base, seed=2)
+    main(["--model", str(other), *two_tasks[1:]])
+    assert starts == [(str(tmp_path / "run" / "merged"), 0), (str(base), 1)]
+    served = [read_json(tmp_path / run / "completions" / "math.meta.json")["served"] for run in ("run", "other")]
+    assert served == ["merged", "adapter"]
+
+
+def _edit(path: Path) -> None:
+    path.write_text(path.read_text().replace("3", "4"))
+
+
+@pytest.mark.parametrize(
+    ("change", "anew"),
+    [
+        (lambda run: _edit(run / "train.json"), {"gsm8k", "math"}),
+        (lambda run: _edit(run.parent / "gsm8k.jsonl"), {"gsm8k"}),
+        (lambda run: (run / "completions" / "math.jsonl").write_text(""), {"math"}),
+        ("max_new_tokens=6", {"gsm8k", "math"}),
+        ("serve=hot", {"gsm8k", "math"}),
+        ("template=alpaca", {"gsm8k", "math"}),
+        ("limit=2", {"gsm8k"}),
+        ("overwrite=true", {"gsm8k", "math"}),
+    ],
+    ids=["trained anew", "another question", "a truncated file", "longer", "hot", "template", "limit", "overwrite"],
+)
+def test_what_no_longer_answers_the_request_is_made_anew(
+    two_tasks: list[str], tmp_path: Path, capsys: pytest.CaptureFixture, change: object, anew: set
+) -> None:
+    main(two_tasks)
+    capsys.readouterr()
+    if callable(change):
+        change(tmp_path / "run")
+    main(two_tasks if callable(change) else [*two_tasks, change])
+    lines = capsys.readouterr().out.splitlines()
+    assert {line.split()[1].rstrip(":") for line in lines if "answered already" not in line} == anew
+    assert len(lines) == 2
 
 
 def test_how_each_kind_of_model_is_served(base: Path, tmp_path: Path) -> None:
@@ -199,6 +270,17 @@ def test_errors_are_one_line_and_write_nothing(
         main([*arguments, "--output", str(tmp_path / "out"), option])
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_weights_are_known_by_a_commit_or_by_their_files(base: Path, tmp_path: Path) -> None:
+    commit = "0123456789" * 4
+    assert weights_state(Job("org/name", "org/name", "model", revision="main")) is None
+    assert commit in weights_state(Job("org/name", "org/name", "model", revision=commit))
+    job = Job(str(base), str(base), "model")
+    before = weights_state(job)
+    assert before == weights_state(job)
+    (base / "config.json").touch()
+    assert weights_state(job) != before
 
 
 def test_a_model_that_is_no_run_needs_an_output(base: Path, data: Path) -> None:
