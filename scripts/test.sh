@@ -1,15 +1,17 @@
 #!/bin/sh
 # The test suite, after set-up:
 #
-#     sh scripts/test.sh                        the default suite, at most 15 minutes on 2 cores
-#     sh scripts/test.sh slow                   everything
+#     sh scripts/test.sh                        the default suite by two workers, at most 15 minutes on 2 cores
+#     sh scripts/test.sh slow                   everything, one test at a time: some measure time
 #     sh scripts/test.sh tests/test_score.py    further arguments go to pytest (paths count from the repository's root)
 set -eu
 cd -- "$(dirname -- "$0")/.."
 
 MARKS="not slow"
+WORKERS=2
 if [ "${1:-}" = slow ]; then
     MARKS=""
+    WORKERS=0
     shift
 fi
 
@@ -30,6 +32,7 @@ fi
 
 PATH=$PWD/.venv/bin:$PATH # ninja, torchrun, accelerate and deepspeed for the processes that tests start
 export PATH HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+[ "$WORKERS" = 0 ] || export OMP_NUM_THREADS=1
 
 # pytest's status is ours; when no test was collected, it is 5.
-exec .venv/bin/python -m pytest -m "$MARKS" "$@"
+exec .venv/bin/python -m pytest -m "$MARKS" -n "$WORKERS" --dist worksteal "$@"

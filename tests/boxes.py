@@ -5,6 +5,7 @@ import os
 import secrets
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,14 @@ def missing() -> str:
 
 
 needs_bubblewrap = pytest.mark.skipif(bool(missing()), reason=missing())
+
+
+def open_to_all(folder: Path) -> None:
+    """Let every user read a test's own folder, which pytest makes for one user alone."""
+    for path in [folder, *folder.parents]:
+        if path == Path(tempfile.gettempdir()):
+            return
+        path.chmod(0o755)
 
 
 def processes_of_boxes() -> list[str]:

@@ -17,7 +17,7 @@ from eval import sandbox as module
 from eval import sandbox_box
 from eval.sandbox import Sandbox
 from eval.sandbox_box import EXITED, FAILED, PASSED, TIMEOUT, Job, Limits
-from tests.boxes import MARK, QUICK, TESTS, needs_bubblewrap, processes_of_boxes
+from tests.boxes import MARK, QUICK, TESTS, needs_bubblewrap, open_to_all, processes_of_boxes
 
 
 @needs_bubblewrap
@@ -122,9 +122,7 @@ def test_a_bubblewrap_that_cannot_work_is_one_line(
     fake = tmp_path / "bwrap"
     fake.write_text(f"#!/bin/sh\ncase $1 in --version|--help) echo bubblewrap 0.8.0; exit 0;; esac\n{script}\n")
     fake.chmod(0o755)
-    tmp_path.chmod(0o755)
-    for folder in (tmp_path.parent, tmp_path.parent.parent):
-        folder.chmod(0o755)
+    open_to_all(tmp_path)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setattr(sandbox_box, "START_LIMIT_S", 1.0)
     with pytest.raises(UserError) as caught, Sandbox():
@@ -154,8 +152,7 @@ def test_as_an_ordinary_user(box, root: Path, tmp_path: Path) -> None:
     copied = tmp_path / "eval"
     shutil.copytree(root / "eval", copied, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(root / "ba_lora", tmp_path / "ba_lora", ignore=shutil.ignore_patterns("__pycache__"))
-    for folder in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
-        folder.chmod(0o755)
+    open_to_all(tmp_path)
     python = sys._base_executable if module._open_to_all(Path(sys.base_prefix).resolve()) else "/usr/bin/python3"
     if (
         not Path(python).exists()
