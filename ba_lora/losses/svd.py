@@ -7,6 +7,8 @@ value: Z [N, V] and X = H Rᵀ [N, D] have the same ones. R is computed once, fo
 import torch
 from torch import Tensor, nn
 
+from ba_lora.regularizers import at_least_float32
+
 
 def why_not_frozen_linear(head: object) -> str | None:
     """Return what keeps logits = H Wᵀ with a constant W from holding for this head, or None where it holds."""
@@ -22,16 +24,16 @@ def why_not_frozen_linear(head: object) -> str | None:
 
 
 def head_factor(head: object) -> Tensor | None:
-    """Return R [D, D] of the head's weight in float32, or None where X would not have the logits' singular values.
+    """Return R [D, D] of the head's weight, at least float32; None where X would not have the logits' singular values.
 
     Under ZeRO-3 call it while the head's weight is gathered.
     """
     if why_not_frozen_linear(head) is not None:
         return None
-    return torch.linalg.qr(head.weight.detach().float(), mode="r").R
+    return torch.linalg.qr(at_least_float32(head.weight.detach()), mode="r").R
 
 
 def same_singular_values(hidden_ND: Tensor, head_factor_DD: Tensor) -> Tensor:
-    """Return X = H Rᵀ [N, D] in float32, which has the singular values of the logits H Wᵀ."""
+    """Return X = H Rᵀ [N, D], at least float32, which has the singular values of the logits H Wᵀ."""
     with torch.autocast(hidden_ND.device.type, enabled=False):  # which would round the product to bf16
-        return hidden_ND.float() @ head_factor_DD.T
+        return at_least_float32(hidden_ND) @ head_factor_DD.T
