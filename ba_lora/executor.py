@@ -9,6 +9,7 @@ GPU) to itself until it ends, and the next grid waits for it.
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -52,13 +53,15 @@ class Work:
     """Stages to run one after another, their output into `log_folder`; `locks` are held until `release`.
 
     A stage is left out once all runs that it serves have failed in an earlier one. `failures`: run folder → where;
-    `seconds`: of all stages.
+    `log_path`: of the stage that runs; `started`: by the monotonic clock; `seconds`: of all stages.
     """
 
     stages: list[Stage]
     log_folder: Path
     locks: list[IO[str]] = field(default_factory=list)
     failures: dict[Path, Failure] = field(default_factory=dict)
+    log_path: Path | None = None
+    started: float = 0.0
     seconds: float = 0.0
 
     def release(self) -> None:
@@ -73,9 +76,7 @@ class _Job:
     slot: Slot
     slot_lock: IO[str] | None
     waiting: list[Stage]
-    started: float
     stage: Stage | None = None
-    log_path: Path | None = None
     process: subprocess.Popen | None = None
 
 
@@ -112,7 +113,8 @@ class LocalExecutor:
 
     def submit(self, work: Work, slot: Slot) -> None:
         """Start the work on the slot that `free_slot` has just given."""
-        job = _Job(work, slot, self._slot_lock, list(work.stages), time.monotonic())
+        job = _Job(work, slot, self._slot_lock, list(work.stages))
+        work.started = time.monotonic()
         self._slot_lock = None
         self._jobs.append(job)
         self._advance(job)
@@ -152,15 +154,16 @@ class LocalExecutor:
                 return False
             if status != 0:
                 for run_path in job.stage.run_paths:
-                    job.work.failures.setdefault(run_path, Failure(job.stage.name, status, job.log_path))
+                    job.work.failures.setdefault(run_path, Failure(job.stage.name, status, job.work.log_path))
             job.process = None
         while job.waiting:
             job.stage = job.waiting.pop(0)
             if all(run_path in job.work.failures for run_path in job.stage.run_paths):
                 continue
-            job.log_path = job.work.log_folder / f"{job.stage.run_paths[0].name}.{job.stage.name.replace(' ', '-')}.log"
+            log_name = f"{job.stage.run_paths[0].name}.{job.stage.name.replace(' ', '-')}.log"
+            job.work.log_path = job.work.log_folder / log_name
             locks = [*job.work.locks, *([job.slot_lock] if job.slot_lock else [])]
-            with disk_errors(job.log_path), open(job.log_path, "wb") as log:
+            with disk_errors(job.work.log_path), open(job.work.log_path, "wb") as log:
                 job.process = subprocess.Popen(
                     job.stage.command,
                     cwd=PROJECT_ROOT,
@@ -172,7 +175,7 @@ class LocalExecutor:
                     start_new_session=True,  # Ctrl-C reaches the grid alone, which then ends its stages in order
                 )
             return False
-        job.work.seconds = time.monotonic() - job.started
+        job.work.seconds = time.monotonic() - job.work.started
         return True
 
     def _close(self, job: _Job) -> None:
@@ -184,6 +187,16 @@ class LocalExecutor:
         if self._slot_lock is not None:
             self._slot_lock.close()
             self._slot_lock = None
+
+
+def log_lines(path: Path) -> list[str]:
+    """Return a log's lines that are not empty, stripped; each state of a progress bar is a line. No log: no lines."""
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return []
+    lines = re.split(r"(?:[\r\n]|\x1b\[A)+", text)  # a bar goes back by \r, a nested one up by ESC [A
+    return [line.strip() for line in lines if line.strip()]
 
 
 def local_slots(

@@ -21,6 +21,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,7 +31,7 @@ from ba_lora.config import PROJECT_ROOT, RunConfig
 from ba_lora.errors import UserError, run_entry_point
 from ba_lora.estimates import estimate_lines
 from ba_lora.evaluation_state import evaluation_state
-from ba_lora.executor import LocalExecutor, Slot, Work, local_slots
+from ba_lora.executor import LocalExecutor, Slot, Work, local_slots, log_lines
 from ba_lora.grid_options import select_rows, split_options
 from ba_lora.grid_state import (
     DONE,
@@ -66,6 +67,7 @@ __all__ = ["Grid", "Table", "load_table", "main"]
 
 MAX_TOGETHER = 16  # runs served by one start of the engine
 POLL_S = 1.0  # while another grid works on what is left
+QUIET_S = 300.0  # after this long without a line, what runs is told
 
 
 @dataclass
@@ -73,9 +75,15 @@ class _Running:
     """Work that has been given to the executor: what it is doing for which runs."""
 
     work: Work
-    doing: str  # train | evaluate
+    doing: str  # training | evaluating
     specs: list[Spec]
     states: list[dict]  # of the evaluation, as it was before
+
+    def names(self, shown: int | None = None) -> str:
+        """Return the runs' names, all or the first `shown`."""
+        names = [spec.config.run_path.name for spec in self.specs]
+        rest = f" and {len(names) - shown} more" if shown is not None and len(names) > shown else ""
+        return ", ".join(names[:shown]) + rest
 
 
 class Grid:
@@ -94,7 +102,8 @@ class Grid:
         self.executor = executor
         self.graders = graders
         self.retry = retry
-        self.say = say
+        self._say = say
+        self._said_at = time.monotonic()
         self.specs = {spec.config.run_path: spec for spec in table.specs()}
         self.done: set[Path] = set()
         self.failed: dict[Path, str] = {}
@@ -118,6 +127,8 @@ class Grid:
                     self._tell_waiting()
                 for work in self.executor.wait(POLL_S):
                     self._ended(work)
+                if time.monotonic() - self._said_at >= QUIET_S:
+                    self._tell_running()
         finally:
             self.executor.cancel()
             for running in self._running:
@@ -145,7 +156,7 @@ class Grid:
             elif state.train:
                 launch = launch_command(_launch_environment(slot), num_gpus=slot.num_gpus)
                 stage = training_stage(spec, launch, overwrite=state.overwrite)
-                self._submit(slot, "train", [spec], [], [stage], [lock])
+                self._submit(slot, "training", [spec], [], [stage], [lock])
                 return True
             else:
                 waiting.append(path)
@@ -180,7 +191,7 @@ class Grid:
         configs = [spec.config for spec in specs]
         stages = evaluation_stages(configs, generate=not regrade)
         states = [evaluation_state(config) for config in configs]
-        self._submit(slot, "evaluate", specs, states, stages, locks)
+        self._submit(slot, "evaluating", specs, states, stages, locks)
         return True
 
     def _lock(self, path: Path) -> IO[str] | None:
@@ -212,10 +223,12 @@ class Grid:
         self, slot: Slot, doing: str, specs: list[Spec], states: list[dict], stages: list[Stage], locks: list[IO[str]]
     ) -> None:
         work = Work(stages, GRID_PATH / "logs", locks)
-        self._running.append(_Running(work, doing, specs, states))  # first: whatever fails now, its locks are released
+        running = _Running(work, doing, specs, states)
+        self._running.append(running)  # first: whatever fails now, its locks are released
         with disk_errors(work.log_folder):
             work.log_folder.mkdir(parents=True, exist_ok=True)
         self.executor.submit(work, slot)
+        self._tell(f"{doing}: {running.names()} on {slot.name} (log: {work.log_path})")
 
     # ---- what has ended
 
@@ -243,7 +256,7 @@ class Grid:
                 self._tell(f"failed: {path.name}: {failure.stage}: {error} (log: {failure.log_path})")
                 continue
             failure_path(spec.config).unlink(missing_ok=True)
-            if running.doing == "train":
+            if running.doing == "training":
                 self._train_seconds.append(work.seconds)
                 self._tell(f"trained: {path.name} in {work.seconds:.0f} s")
                 continue
@@ -262,6 +275,10 @@ class Grid:
 
     # ---- what is told
 
+    def say(self, line: str) -> None:
+        self._said_at = time.monotonic()
+        self._say(line)
+
     def _tell(self, line: str) -> None:
         self.say(f"{line}   [{self.progress()}]")
 
@@ -279,6 +296,12 @@ class Grid:
             )
             parts.append(f"about {mean * untrained / len(self.executor.slots) / 60:.0f} min of training left")
         return ", ".join(parts)
+
+    def _tell_running(self) -> None:
+        for running in self._running:
+            minutes = (time.monotonic() - running.work.started) / 60
+            last = (log_lines(running.work.log_path) or ["no output yet"])[-1]
+            self.say(f"{running.doing}: {running.names(1)}, for {minutes:.0f} min: {last}")
 
     def _tell_waiting(self) -> None:
         holders = sorted(set(self._elsewhere.values()) or set(self.executor.busy_elsewhere()))

@@ -18,7 +18,7 @@ from ba_lora.config import PROJECT_ROOT, RunConfig, training_hash
 from ba_lora.config_layers import load_config, read_yaml
 from ba_lora.errors import UserError
 from ba_lora.evaluation_state import evaluation_fault, evaluation_state
-from ba_lora.executor import Failure
+from ba_lora.executor import Failure, log_lines
 from ba_lora.glue import HUB, HUB_REVISION
 from ba_lora.io import read_json, write_json_atomic, write_text_atomic
 from ba_lora.pipeline import Spec
@@ -114,11 +114,7 @@ def record_failure(config: RunConfig, failure: Failure) -> str:
 
 def _error(config: RunConfig, failure: Failure) -> str:
     """Return the last line of the stage's log that reads like an error, else its last line, else the exit status."""
-    try:
-        text = failure.log_path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        text = ""
-    lines = [line.strip() for line in re.split(r"[\r\n]+", text) if line.strip()]
+    lines = log_lines(failure.log_path)
     found = [match[1] for line in lines if (match := _ERROR_LINE.match(line))]
     signal = f"ended by signal {-failure.status}" if failure.status < 0 else f"exit status {failure.status}"
     return (found[-1] if found else f"{signal}; {lines[-1] if lines else 'no output'}").removeprefix("error: ")[:500]

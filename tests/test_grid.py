@@ -15,7 +15,7 @@ from ba_lora import grid_state
 from ba_lora.config import PROJECT_ROOT
 from ba_lora.errors import UserError
 from ba_lora.evaluation_state import STATE_FILE
-from ba_lora.executor import LocalExecutor, local_slots
+from ba_lora.executor import LocalExecutor, local_slots, log_lines
 from ba_lora.glue import HUB_REVISION
 from ba_lora.grid import Grid, dry_run
 from ba_lora.grid_options import select_rows, split_options
@@ -72,6 +72,44 @@ def test_every_run_once_and_generation_together(folder):
     assert any(line.startswith("trained: ") and "of 6 done" in line for line in lines)
     logs = list((folder / "outputs" / ".grid" / "logs").glob("*.generate.log"))
     assert len(logs) < 6  # starts of the engine
+
+
+def test_what_begins_and_what_runs_long_is_told(folder, monkeypatch):
+    monkeypatch.setattr("ba_lora.grid.POLL_S", 0.05)
+    monkeypatch.setattr("ba_lora.grid.QUIET_S", 0.2)
+    monkeypatch.setenv("FAKE_SECONDS", "0.6")
+    table = fake_grid.table(folder, seeds=[1])
+    lines, started = [], time.monotonic()
+    fake_grid.run(table, say=lines.append, workers=1)
+    first, second = (path.name for path in paths_of(table))
+    logs = folder / "outputs" / ".grid" / "logs"
+    began = [line for line in lines if " on worker 0 " in line]
+    assert began == [
+        f"training: {first} on worker 0 (log: {logs}/{first}.train.log)   [0 of 2 done]",
+        f"training: {second} on worker 0 (log: {logs}/{second}.train.log)   "
+        "[0 of 2 done, about 0 min of training left]",
+        f"evaluating: {first}, {second} on worker 0 (log: {logs}/{first}.generate.log)   "
+        "[0 of 2 done, about 0 min of training left]",
+    ]
+    running = [line for line in lines if ", for 0 min: " in line]
+    assert f"training: {first}, for 0 min: train:  50%" in running
+    assert f"evaluating: {first} and 1 more, for 0 min: generate:  50%" in running
+    assert running[-1] == f"evaluating: {first} and 1 more, for 0 min: score:  50%"  # the log of the stage that runs
+    assert len(running) <= (time.monotonic() - started) / 0.2
+
+
+@pytest.mark.parametrize(
+    ("text", "lines"),
+    [
+        ("", []),
+        ("step 1\r\n\n  \rstep 2\r", ["step 1", "step 2"]),
+        (" 10%|# |\r 50%|##|\n\x1b[A", ["10%|# |", "50%|##|"]),
+    ],
+)
+def test_lines_of_a_log(tmp_path, text, lines):
+    assert log_lines(tmp_path / "log") == []
+    (tmp_path / "log").write_bytes(text.encode())
+    assert log_lines(tmp_path / "log") == lines
 
 
 def test_what_is_done_is_skipped(folder):

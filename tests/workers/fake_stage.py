@@ -29,6 +29,7 @@ for line in (fake / "fail").read_text().splitlines() if (fake / "fail").exists()
         print(f"Traceback …\nerror: {word} is broken: mend it")
         sys.exit(2)
 for run in map(Path, runs):
+    print(f"{kind}:  10%\r{kind}:  50%\r\n", flush=True)
     if kind == "train":
         write(run / "config.yaml", "started")
     time.sleep(float(os.environ.get("FAKE_SECONDS", "0.03")))
