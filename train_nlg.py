@@ -24,7 +24,7 @@ from ba_lora.export import export_run, probe_batch, push_to_hub, save_trained, w
 from ba_lora.io import finite, write_jsonl_atomic
 from ba_lora.methods import build_model, parameter_counts, probe_logits
 from ba_lora.model import load_tokenizer
-from ba_lora.packing import build_collator, prepare_packing
+from ba_lora.packing import build_collator, faster_attention, prepare_packing
 from ba_lora.processes import on_main_process, start_processes
 from ba_lora.reference_build import cached_reference
 from ba_lora.results import environment, peak_memory_mb, reset_peak_memory, total_peak_memory_mb
@@ -81,6 +81,8 @@ def train(config: RunConfig, run_path: Path, process: PartialState) -> None:
     trainable, everything = parameter_counts(model)
     if config.data.packing:
         prepare_packing(model, data.dataset["input_ids"][:2])
+        if hint := faster_attention(config.model, process.device):
+            process.print(hint)
     process.print(f"model: {config.model.name}, {trainable:,} of {everything:,} parameters trained; {step0}")
 
     # Trainer: L = L_task + λ1 L_consistency + λ2 L_diversity + λ3 L_svd.

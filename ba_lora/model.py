@@ -155,13 +155,21 @@ def check_hardware(config: ModelConfig) -> None:
             raise UserError("model.quantization=nf4 needs a CUDA GPU, and none was found: use model.quantization=none")
         if importlib.util.find_spec("bitsandbytes") is None:
             raise UserError("model.quantization=nf4 needs bitsandbytes: pip install -r requirements-gpu.txt")
-    if config.attention == "flash_attention_2":
-        if not torch.cuda.is_available():
-            raise UserError("model.attention=flash_attention_2 needs a CUDA GPU, and none was found: use sdpa")
-        if importlib.util.find_spec("flash_attn") is None:
-            raise UserError("model.attention=flash_attention_2 needs flash-attn: pip install flash-attn, or use sdpa")
-        if config.dtype == "float32":
-            raise UserError("model.attention=flash_attention_2 needs model.dtype bfloat16 or float16, not float32")
+    if config.attention == "flash_attention_2" and (lack := flash_attention_lacks(config.dtype)):
+        raise UserError(f"model.attention=flash_attention_2 needs {lack}")
+
+
+def flash_attention_lacks(dtype: str) -> str | None:
+    """Return what flash_attention_2 would need here for weights of `dtype`, in words, or None where it can run."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return "a CUDA GPU, and none was found: use sdpa"
+    if importlib.util.find_spec("flash_attn") is None:
+        return "flash-attn: pip install flash-attn, or use sdpa"
+    if dtype == "float32":
+        return "model.dtype bfloat16 or float16, not float32"
+    return None
 
 
 @contextlib.contextmanager

@@ -24,10 +24,13 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from ba_lora.errors import UserError
+from ba_lora.model import flash_attention_lacks
 from ba_lora.regularizers import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from ba_lora.config import ModelConfig
 
 PACKED_SDPA = "packed_sdpa"
 # How far a row's logits may move when another row is packed before it, relative to their norm: rounding.
@@ -49,6 +52,16 @@ class PackingCollator(DataCollatorWithFlattening):
 def build_collator(tokenizer: "PreTrainedTokenizerBase", *, packing: bool) -> Any:
     """Return what makes a micro-batch of rows: packed, or padded on the right to the longest row."""
     return PackingCollator() if packing else DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORE_INDEX)
+
+
+def faster_attention(config: "ModelConfig", device: torch.device) -> str | None:
+    """Return a hint where packed rows could go through flash-attention and do not, None where they cannot or do.
+
+    The setting is left to the user: it is part of a run's hash.
+    """
+    if config.attention != "sdpa" or device.type != "cuda" or flash_attention_lacks(config.dtype):
+        return None
+    return "data.packing: sdpa takes the rows one by one, model.attention=flash_attention_2 is faster here"
 
 
 def prepare_packing(model: nn.Module, rows: list[list[int]]) -> None:

@@ -7,9 +7,14 @@
 Each case (scripts/bench_cases.py, bench_nlu.py) lives in a process of its own, and the cases take turns of one step
 each, so that whatever else the machine does meets all of them alike. The step time is the median over the repeats, the
 memory the process's own maximum (resident on a CPU, allocated on a GPU), and both are given as ratios to stock PiSSA of
-the same run. One JSON object a case goes to stdout; with spread, hardware and versions it is appended to
-results/bench.csv, and results/bench.png shows the newest row of each case. All cases hold their weights at once: on a
-GPU too small for that, take some of them with --cases.
+the same turns. One JSON object a case goes to stdout; with spread, hardware and versions it is appended to
+results/bench.csv, and results/bench.png shows the newest row of each case.
+
+Cases that take turns hold their weights at once. On a CPU all of them do; on a GPU, where a 7B case needs 19 GB before
+activations and `official` 32, one case and stock PiSSA at a time (--together changes either). Every group has a stock
+PiSSA of its own, whose row stands before those of the group's cases: it is the base of their ratios, and two cases of
+different groups are compared by these ratios alone. On a GPU a step begins with an empty allocator cache, in every case
+alike: what a process kept for its next step would be missing in the other's.
 
 A step is what transformers' Trainer does from one optimizer step to the next: rows, forward, backward, clipping, AdamW.
 `floor_ratio` is the ratio by operation counts alone: of the matrix products that no implementation of the case can
@@ -26,6 +31,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import ModuleType
@@ -45,8 +51,8 @@ PRINTED = (
     "case", "device", "shape", "vocab", "step_s", "tokens_per_s", "peak_mb", "step_ratio", "memory_ratio",
 )  # fmt: skip
 STORED = (
-    *PRINTED, "floor_ratio", "repeats", "step_s_min", "step_s_quartiles", "threads", "hardware", "versions", "commit",
-    "dirty", "finished_at",
+    *PRINTED, "floor_ratio", "repeats", "step_s_min", "step_s_quartiles", "attention", "threads", "hardware",
+    "versions", "commit", "dirty", "finished_at",
 )  # fmt: skip
 
 
@@ -55,23 +61,32 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if Path("/dev/nvidia0").exists() else "cpu")
     parser.add_argument("--shape", choices=SHAPES, default="default")
     parser.add_argument("--vocab", type=int, nargs="+", help="vocabularies instead of the shape's own")
-    parser.add_argument("--cases", help="comma-separated, instead of all; stock PiSSA is always among them")
+    parser.add_argument("--cases", help="comma-separated, instead of the shape's own; stock PiSSA is always there")
+    parser.add_argument(
+        "--together", type=int, help="cases beside stock PiSSA at a time (default: 1 on cuda, all on cpu)"
+    )
     parser.add_argument("--repeats", type=int, default=15, help="timed steps a case")
     parser.add_argument("--warmup", type=int, default=2, help="steps before them")
     parser.add_argument("--results", type=Path, default=ROOT / "results" / "bench.csv")
     options = parser.parse_args()
-    known = kind(options.shape).CASES
-    cases = list(dict.fromkeys([STOCK, *(options.cases.split(",") if options.cases else known)]))
+    known, shape = kind(options.shape).CASES, SHAPES[options.shape]
+    cases = list(dict.fromkeys(options.cases.split(",") if options.cases else shape.cases))
     if unknown := set(cases) - set(known):
         raise UserError(f"--cases: {', '.join(sorted(unknown))} is unknown: choose among {', '.join(known)}")
-    if options.repeats < 1 or options.warmup < 1:
-        raise UserError("--repeats and --warmup must be at least 1")
-    for vocabulary in options.vocab or SHAPES[options.shape].vocabularies:
-        rows = measure(cases, options.shape, vocabulary, options.device, options.repeats, options.warmup)
-        for row in rows:
-            print(json.dumps({key: row[key] for key in PRINTED}), flush=True)
-        append(options.results, rows)
-        plot(options.results)
+    together = (1 if options.device == "cuda" else len(cases)) if options.together is None else options.together
+    if min(options.repeats, options.warmup, together) < 1:
+        raise UserError("--repeats, --warmup and --together must be at least 1")
+    if options.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the memory and the hardware to be reported are the CPU's
+    settings = {"repeats": options.repeats, "warmup": options.warmup}
+    for vocabulary in options.vocab or shape.vocabularies:
+        with tempfile.TemporaryDirectory(prefix="ba-lora-bench-") as folder:  # the groups share a reference cache
+            for group in grouped(cases, together):
+                rows = measure(group, options.shape, vocabulary, options.device, Path(folder), **settings)
+                for row in rows:
+                    print(json.dumps({key: row[key] for key in PRINTED}), flush=True)
+                append(options.results, rows)
+                plot(options.results)
 
 
 def kind(shape_name: str) -> ModuleType:
@@ -82,18 +97,26 @@ def kind(shape_name: str) -> ModuleType:
 # ---- taking turns ----
 
 
+def grouped(cases: Sequence[str], together: int) -> list[list[str]]:
+    """Return the cases in their order, `together` to a group, each group behind a stock PiSSA of its own."""
+    others = [case for case in cases if case != STOCK]
+    return [[STOCK, *others[start : start + together]] for start in range(0, max(len(others), 1), together)]
+
+
 def measure(
-    cases: list[str], shape_name: str, vocabulary: int, device: str, repeats: int, warmup: int
+    cases: list[str], shape_name: str, vocabulary: int, device: str, folder: Path, *, repeats: int, warmup: int
 ) -> list[dict[str, Any]]:
-    """Run the cases side by side, each in its own process; return a row of results for each."""
+    """Run the cases side by side, each in its own process; return a row of results for each.
+
+    `cases` is a group, stock PiSSA among them. In `folder` they keep what they need, and later groups what they share.
+    """
     shape, operations = SHAPES[shape_name], kind(shape_name).operations
     context = multiprocessing.get_context("spawn")  # this process stays small: a child's peak begins with its parent's
     workers: dict[str, tuple[Any, Connection]] = {}
-    folder = tempfile.TemporaryDirectory(prefix="ba-lora-bench-")
     try:
         for case in cases:
             ours, theirs = context.Pipe()
-            settings = (case, shape_name, vocabulary, device, Path(folder.name), theirs)
+            settings = (case, shape_name, vocabulary, device, folder, theirs)
             if case in kind(shape_name).FILLED_BEFORE:
                 filling = context.Process(target=fill, args=settings[:-1])
                 filling.start()
@@ -112,7 +135,8 @@ def measure(
                 elapsed = _receive(case, workers)
                 if turn >= warmup:
                     seconds[case].append(elapsed)
-            print(f"\r{shape_name}, V = {vocabulary}: turn {turn + 1} of {warmup + repeats}", end="", file=sys.stderr)
+            where = f"{shape_name}, V = {vocabulary}, {' '.join(cases)}"
+            print(f"\r{where}: turn {turn + 1} of {warmup + repeats}", end="", file=sys.stderr)
         print(file=sys.stderr)
         reports = {}
         for case in cases:
@@ -123,7 +147,6 @@ def measure(
             connection.close()
             process.terminate()
             process.join()
-        folder.cleanup()
 
     def row(case: str) -> dict[str, Any]:
         step_s, stock_s = statistics.median(seconds[case]), statistics.median(seconds[STOCK])
@@ -143,6 +166,7 @@ def measure(
             "repeats": repeats,
             "step_s_min": round(min(seconds[case]), 4),
             "step_s_quartiles": f"{low:.4f} {high:.4f}",
+            "attention": report["attention"],
             **report["environment"],
         }
 
@@ -157,7 +181,7 @@ def _receive(case: str, workers: dict[str, tuple[Any, Connection]]) -> Any:
         process.join()
         raise UserError(
             f"case {case} ended with exit code {process.exitcode}, its own words are above: leave it out with --cases, "
-            "or give it more memory"
+            "or give it more memory (a smaller --together)"
         ) from error
 
 
@@ -177,13 +201,16 @@ def work(case: str, shape_name: str, vocabulary: int, device: str, folder: Path,
         """Waits between the steps; the clock runs from one wait to the next."""
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            _release_unused_memory(device)
             reset_peak_memory()
             connection.send("ready")
             self.wait(control)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             _finish_queued_work(device)
-            connection.send(time.perf_counter() - self.started)
+            elapsed = time.perf_counter() - self.started
+            _release_unused_memory(device)
+            connection.send(elapsed)
             self.wait(control)
 
         def wait(self, control: Any) -> None:
@@ -201,6 +228,7 @@ def work(case: str, shape_name: str, vocabulary: int, device: str, folder: Path,
         {
             "tokens": sum(shape.lengths(case)),
             "peak_mb": peak_memory_mb(),
+            "attention": trainer.model.config._attn_implementation,
             "environment": {
                 "threads": facts["num_threads"],
                 "hardware": hardware["gpu"] or f"{hardware['cpu_cores']} x {hardware['cpu']}",
@@ -223,6 +251,14 @@ def _finish_queued_work(device: str) -> None:
         import torch
 
         torch.cuda.synchronize()
+
+
+def _release_unused_memory(device: str) -> None:
+    """Give back what the allocator keeps for later: on a GPU it would be missing in the processes whose turn it is."""
+    if device == "cuda":
+        import torch
+
+        torch.cuda.empty_cache()
 
 
 # ---- results ----
@@ -258,6 +294,7 @@ def plot(path: Path) -> None:
     figure, axes = pyplot.subplots(len(groups), 2, figsize=(10, 2.6 * len(groups)), squeeze=False)
     for (device, shape, vocabulary), pair in zip(groups, axes, strict=True):
         rows = [row for key, row in newest.items() if key[:3] == (device, shape, vocabulary)]
+        rows.sort(key=lambda row: row["case"] != STOCK)  # the last group's would stand before its cases
         for axis, column, title in zip(pair, ("step_ratio", "memory_ratio"), ("step time", "peak memory"), strict=True):
             bars = axis.barh([row["case"] for row in rows], [float(row[column]) for row in rows], color="#4878a8")
             background = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # where a label meets the line at 1

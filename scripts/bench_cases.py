@@ -7,10 +7,13 @@
     plain        BALoRATrainer (paper2024), loss by way of the logits of the response positions
     fused        the same loss in chunks of positions: the default
     fused_cache  the same with the reference's top-64 log-probabilities from disk (`reference.cache`)
+    fused_no_svd, fused_cache_no_svd    these two without the svd term: the targets of a 7B shape are stated so
     padded       fused, on rows of unequal lengths, padded to the longest of the micro-batch
-    packed       the same rows without padding (`data.packing`): compare its tokens_per_s with padded's
+    packed       the same rows without padding (`data.packing`): its real tokens a second against padded's are
+                 padded's step_ratio ÷ its own, or tokens_per_s where both took turns
 
-All cases but the last two have rows of full length. Tokens are real ones: prompt and response, no padding.
+Padded and packed alone have rows of unequal lengths, and on a GPU flash-attention where it is installed and the shape
+has 16 bits: by sdpa packed rows are walked one by one. Tokens are real ones: prompt and response, no padding.
 """
 
 import math
@@ -26,9 +29,13 @@ if TYPE_CHECKING:
 
     from ba_lora.reference_cache import CachedReference
 
-CASES = ("pissa", "lora", "official", "plain", "fused", "fused_cache", "padded", "packed")
+CASES = (
+    "pissa", "lora", "official", "plain", "fused", "fused_cache", "fused_no_svd", "fused_cache_no_svd", "padded",
+    "packed",
+)  # fmt: skip
+WITHOUT_SVD = ("fused_no_svd", "fused_cache_no_svd")
 UNEQUAL = ("padded", "packed")
-FILLED_BEFORE = ("fused_cache",)  # by `fill_cache`, in a process whose memory does not count
+FILLED_BEFORE = ("fused_cache", "fused_cache_no_svd")  # by `fill_cache`, in a process whose memory does not count
 OFFICIAL_SKETCH = 6  # columns of torch.svd_lowrank, its own default
 
 
@@ -48,6 +55,7 @@ class Shape:
     init: str = "pissa"
     dtype: str = "float32"
     checkpointing: bool = False
+    cases: tuple[str, ...] = tuple(case for case in CASES if case not in WITHOUT_SVD)  # unless others are asked for
 
     def lengths(self, case: str) -> list[int]:
         """Return the tokens of each row of a micro-batch; every micro-batch has the same ones.
@@ -66,7 +74,7 @@ SHAPES = {
     "default": Shape((32_000, 128_000), 512, 6, 8, 1376, batch=4, length=256, response=176, rank=64),
     "llama2-7b": Shape(
         (32_000,), 4096, 32, 32, 11008, batch=16, length=512, response=352, rank=128, init="pissa_niter_16",
-        dtype="bfloat16", checkpointing=True,
+        dtype="bfloat16", checkpointing=True, cases=CASES,
     ),
     "toy": Shape((512,), 64, 2, 2, 96, batch=2, length=32, response=22, rank=4),
 }  # fmt: skip
@@ -82,7 +90,7 @@ def build_trainer(case: str, shape: Shape, vocabulary: int, device: str, folder:
     from ba_lora.trainer import BALoRATrainer
 
     set_seed(0)
-    model = random_llama(shape, vocabulary, device)
+    model = random_llama(shape, vocabulary, device, attention=attention(case, shape, device))
     pretrained = random_llama(shape, vocabulary, device).requires_grad_(False) if case == "official" else None
     adapter = LoraConfig(
         r=shape.rank,
@@ -113,11 +121,19 @@ def build_trainer(case: str, shape: Shape, vocabulary: int, device: str, folder:
     return BALoRATrainer(
         model,
         arguments,
-        regularizers=BALoRAConfig(),
+        regularizers=BALoRAConfig(lambda_svd=0.0) if case in WITHOUT_SVD else BALoRAConfig(),
         loss=LossConfig(implementation="plain" if case == "plain" else "fused"),
-        reference=_cache(folder, shape, vocabulary, rows) if case == "fused_cache" else None,
+        reference=_cache(folder, shape, vocabulary, rows) if case in FILLED_BEFORE else None,
         **data,
     )
+
+
+def attention(case: str, shape: Shape, device: str) -> str:
+    """Return the case's `attn_implementation`."""
+    from ba_lora.model import flash_attention_lacks
+
+    flash = case in UNEQUAL and device == "cuda" and flash_attention_lacks(shape.dtype) is None
+    return "flash_attention_2" if flash else "sdpa"
 
 
 def training_arguments(folder: Path, *, batch: int, device: str, **settings: Any) -> "TrainingArguments":
@@ -191,7 +207,7 @@ def _cache(folder: Path, shape: Shape, vocabulary: int, rows: "Dataset") -> "Cac
     return open_cache(folder / "cache", key, Rows.of(rows))
 
 
-def random_llama(shape: Shape, vocabulary: int, device: str) -> "torch.nn.Module":
+def random_llama(shape: Shape, vocabulary: int, device: str, *, attention: str = "sdpa") -> "torch.nn.Module":
     """Return a Llama of random weights, the same at every call, made in its dtype on its device."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -205,6 +221,7 @@ def random_llama(shape: Shape, vocabulary: int, device: str) -> "torch.nn.Module
         num_attention_heads=shape.heads,
         max_position_embeddings=2 * shape.length,
         use_cache=False,
+        attn_implementation=attention,
     )
     before = torch.get_default_dtype()
     torch.set_default_dtype(getattr(torch, shape.dtype))
@@ -263,6 +280,6 @@ def operations(case: str, shape: Shape, vocabulary: int) -> float:
         return step + 2 * tokens * head
     if case == "official":
         return step + tokens * frozen + 3 * tokens * head
-    if case == "fused_cache":
+    if case in FILLED_BEFORE:
         return step + 2 * positions * head
     return step + forward + 3 * positions * head

@@ -32,6 +32,7 @@ class EncoderShape:
     length: int
     rank: int
     labels: int = 3
+    cases: tuple[str, ...] = CASES
 
     def lengths(self, case: str) -> list[int]:
         """Return the tokens of each row of a micro-batch."""

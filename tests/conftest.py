@@ -132,3 +132,18 @@ def train_nlu(tiny_encoder, tmp_path, monkeypatch):
         return tmp_path / name
 
     return run
+
+
+@pytest.fixture
+def flash_attention_installed(monkeypatch):
+    """Make flash-attention look as if it could run: a GPU, and the package."""
+    import importlib.util
+
+    import torch
+
+    find_spec = importlib.util.find_spec
+    found = importlib.util.spec_from_loader("flash_attn", loader=None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *package: found if name == "flash_attn" else find_spec(name, *package)
+    )

@@ -8,8 +8,10 @@ import sys
 
 import pytest
 
+from ba_lora import BALoRAConfig
 from ba_lora.errors import UserError
-from scripts import bench_nlu
+from scripts import bench as bench_script
+from scripts import bench_cases, bench_nlu
 from scripts.bench import PRINTED, SHAPES, STORED, append, kind
 from scripts.bench_cases import Shape, operations
 from tests.conftest import ROOT
@@ -21,22 +23,25 @@ def bench(results, *words, shape="toy"):
     return subprocess.run([*command, *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
 
 
-def check(folder, cases, shape="toy"):
+def check(folder, cases, *words, shape="toy"):
+    """Run the cases: a row for each, in the order of `cases`, with ratios to the stock PiSSA last before it."""
     results = folder / "bench.csv"
-    done = bench(results, "--cases", ",".join(cases), "--repeats", "3", "--warmup", "1", shape=shape)
+    done = bench(results, "--cases", ",".join(cases), "--repeats", "3", "--warmup", "1", *words, shape=shape)
     assert done.returncode == 0, done.stderr[-3000:]
     printed = [json.loads(line) for line in done.stdout.splitlines()]
     assert [tuple(row) for row in printed] == [PRINTED] * len(cases)
     assert [row["case"] for row in printed] == list(cases)
-    stored = list(csv.DictReader(open(results, encoding="utf-8")))
+    stored, stock = list(csv.DictReader(open(results, encoding="utf-8"))), None
     for row, kept in zip(printed, stored, strict=True):
+        stock = row if row["case"] == "pissa" else stock
         assert (row["device"], row["shape"], row["vocab"]) == ("cpu", shape, 512)
         assert row["step_s"] > 0 and row["peak_mb"] > 100
         assert row["tokens_per_s"] == pytest.approx(sum(SHAPES[shape].lengths(row["case"])) / row["step_s"], rel=0.01)
-        assert row["step_ratio"] == pytest.approx(row["step_s"] / printed[0]["step_s"], rel=0.02)
-        assert row["memory_ratio"] == pytest.approx(row["peak_mb"] / printed[0]["peak_mb"], rel=1e-3)
+        assert row["step_ratio"] == pytest.approx(row["step_s"] / stock["step_s"], rel=0.02)
+        assert row["memory_ratio"] == pytest.approx(row["peak_mb"] / stock["peak_mb"], rel=1e-3)
         assert {name: str(value) for name, value in row.items()} == {name: kept[name] for name in PRINTED}
         assert kept["repeats"] == "3" and "torch=" in kept["versions"] and len(kept["commit"]) == 40
+        assert kept["attention"] == ("packed_sdpa" if row["case"] == "packed" else "sdpa")
     assert results.with_suffix(".png").stat().st_size > 1000
 
 
@@ -47,7 +52,63 @@ def test_a_row_for_each_case(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", ["toy", "toy-nlu"])
 def test_every_case_runs(tmp_path, shape):
-    check(tmp_path, kind(shape).CASES, shape)
+    check(tmp_path, kind(shape).CASES, shape=shape)
+
+
+@pytest.mark.slow
+def test_each_group_has_its_own_stock_pissa(tmp_path):
+    check(tmp_path, ("pissa", "fused_no_svd", "pissa", "fused_cache_no_svd"), "--together", "1")
+
+
+@pytest.mark.parametrize(
+    ("words", "groups"),
+    [
+        (["--device", "cpu", "--cases", "fused,plain,lora"], ["pissa fused plain lora"]),
+        (["--device", "cuda", "--cases", "fused,plain,lora"], ["pissa fused", "pissa plain", "pissa lora"]),
+        (["--device", "cuda", "--cases", "fused,plain,lora", "--together", "2"], ["pissa fused plain", "pissa lora"]),
+        (["--device", "cpu", "--cases", "fused,pissa,lora", "--together", "1"], ["pissa fused", "pissa lora"]),
+        (["--device", "cuda", "--cases", "pissa"], ["pissa"]),
+    ],
+)
+def test_cases_that_take_turns(tmp_path, monkeypatch, capsys, words, groups):
+    """All of them on a CPU, pairs on a GPU; a group is printed and stored when it is done."""
+    seen, folders = [], set()
+
+    def measure(cases, shape, vocabulary, device, folder, **settings):
+        assert (shape, vocabulary, device) == ("toy", 512, words[1]) and folder.is_dir()
+        rows = results.read_text().splitlines()[1:] if seen else []
+        assert [row.split(",")[0] for row in rows] == " ".join(seen).split()
+        seen.append(" ".join(cases))
+        folders.add(folder)
+        return [dict.fromkeys(STORED, 1) | {"case": case} for case in cases]
+
+    results = tmp_path / "bench.csv"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(bench_script, "measure", measure)
+    monkeypatch.setattr("sys.argv", ["bench.py", "--shape", "toy", "--results", str(results), *words])
+    bench_script.main()
+    assert seen == groups and len(folders) == 1
+    assert [json.loads(line)["case"] for line in capsys.readouterr().out.splitlines()] == " ".join(groups).split()
+
+
+def test_the_svd_term_is_left_out_by_default_only_for_a_gpus_shape(tmp_path):
+    without = ("fused_no_svd", "fused_cache_no_svd")
+    assert set(without) < set(SHAPES["llama2-7b"].cases) == set(bench_cases.CASES)
+    assert not set(without) & {*SHAPES["default"].cases, *SHAPES["toy"].cases}
+    settings = SHAPES["toy"], 512, "cpu", tmp_path
+    assert bench_cases.build_trainer("fused_no_svd", *settings).regularizers == BALoRAConfig(lambda_svd=0.0)
+    assert bench_cases.build_trainer("fused", *settings).regularizers == BALoRAConfig()
+
+
+def test_unequal_rows_take_flash_attention_where_it_can_run(flash_attention_installed):
+    shape, chosen = SHAPES["llama2-7b"], bench_cases.attention
+    assert chosen("packed", shape, "cuda") == chosen("padded", shape, "cuda") == "flash_attention_2"
+    assert chosen("pissa", shape, "cuda") == chosen("fused", shape, "cuda") == "sdpa"
+    assert chosen("packed", shape, "cpu") == chosen("packed", SHAPES["default"], "cuda") == "sdpa"
+
+
+def test_without_flash_attention_unequal_rows_take_sdpa():
+    assert bench_cases.attention("packed", SHAPES["llama2-7b"], "cuda") == "sdpa"
 
 
 def test_an_unknown_case_is_refused(tmp_path):
@@ -77,6 +138,8 @@ def test_operations_by_hand():
     assert operations("official", shape, 5) == trained + 4 * frozen + 3 * 4 * head
     assert operations("fused", shape, 5) == operations("plain", shape, 5) == trained + 4 * (frozen + factors) + 90
     assert operations("fused_cache", shape, 5) == trained + 2 * 3 * head
+    for case in ("fused", "fused_cache"):  # the svd term's own products are left out of the count
+        assert operations(f"{case}_no_svd", shape, 5) == operations(case, shape, 5)
 
 
 def test_operations_of_a_classifier_by_hand():

@@ -16,10 +16,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import flash_attention_mask
 
 from ba_lora import BALoRAConfig, BALoRATrainer
-from ba_lora.config import training_hash
+from ba_lora.config import ModelConfig, training_hash
 from ba_lora.config_layers import load_config
 from ba_lora.errors import UserError
-from ba_lora.packing import PACKED_SDPA, PackingCollator, prepare_packing
+from ba_lora.packing import PACKED_SDPA, PackingCollator, faster_attention, prepare_packing
 from ba_lora.progress import TokenMeter
 from ba_lora.regularizers import response_mask, response_targets
 from tests.tiny import VOCABULARY, adapter_weights, arguments, collate, tiny_peft, tiny_rows
@@ -180,6 +180,19 @@ def test_the_borders_reach_a_flash_attention(tmp_path):
     assert seen[-1] == ([len(row["input_ids"]) for row in rows], max(len(row["input_ids"]) for row in rows))
 
 
+def test_a_hint_where_flash_attention_could_serve(flash_attention_installed):
+    cuda, cpu = torch.device("cuda", 0), torch.device("cpu")
+    hint = faster_attention(ModelConfig(), cuda)
+    assert "model.attention=flash_attention_2 is faster" in hint and "\n" not in hint
+    assert faster_attention(ModelConfig(), cpu) is None
+    for settings in ({"attention": "flash_attention_2"}, {"attention": "eager"}, {"dtype": "float32"}):
+        assert faster_attention(ModelConfig(**settings), cuda) is None
+
+
+def test_no_hint_without_flash_attention():
+    assert faster_attention(ModelConfig(), torch.device("cuda", 0)) is None
+
+
 @pytest.mark.parametrize("architecture", CANNOT_BE_PACKED)
 def test_what_cannot_be_packed_is_refused(architecture):
     model = tiny(architecture, **CANNOT_BE_PACKED[architecture])
@@ -291,10 +304,12 @@ def test_two_packed_processes_equal_padded_accumulation(tmp_path, root, processe
 
 
 @pytest.mark.parametrize("method", ["ba_lora", "full_ft"])
-def test_the_command_packs_and_reports(train, method):
+def test_the_command_packs_and_reports(train, method, monkeypatch, capsys):
+    monkeypatch.setattr("train_nlg.faster_attention", lambda config, device: f"hint: {config.attention} on {device}")
     facts, weights = {}, {}
     for packing in (False, True):
         run = train(f"data.packing={packing}", method=method, name=f"{method}-{packing}")
+        assert capsys.readouterr().out.splitlines().count("hint: sdpa on cpu") == packing
         facts[packing] = json.loads((run / "train.json").read_text())["training"]
         weights[packing] = AutoModelForCausalLM.from_pretrained(run / "merged").state_dict()
         assert PACKED_SDPA not in (run / "merged" / "config.json").read_text()
