@@ -124,20 +124,21 @@ class HFEngine(Engine):
                 bar.update(len(batch) - len(unfinished))
         return [[row.ids for row in samples] for samples in rows]
 
-    def nll(self, texts: Sequence[str], *, adapter: str | None = None) -> tuple[float, int]:
-        """Return the sum over all texts of the negative log-likelihood in nats, and the number of tokens it is over.
+    def nll(self, texts: Sequence[str], *, adapter: str | None = None) -> list[tuple[float, int]]:
+        """Return of each text the negative log-likelihood in nats, summed over its tokens, and the number of these.
 
         Each text is encoded as a prompt is and ends with EOS; its first token is given, not predicted.
         """
         import torch
 
         eos = [self.tokenizer.eos_token_id]
-        encoded = sorted(([*ids, *eos] for ids in encode_prompts(self.tokenizer, texts)), key=len)
-        encoded = [ids[: self.context] for ids in encoded]
-        total, count = 0.0, 0
+        encoded = [[*ids, *eos][: self.context] for ids in encode_prompts(self.tokenizer, texts)]
+        order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
+        found = [(0.0, 0)] * len(encoded)
         with self._active(adapter), torch.inference_mode():
-            for start in range(0, len(encoded), self._batch_size):
-                batch = encoded[start : start + self._batch_size]
+            for start in range(0, len(order), self._batch_size):
+                places = order[start : start + self._batch_size]
+                batch = [encoded[place] for place in places]
                 width = len(batch[-1])
                 ids_BT = torch.tensor([row + [eos[0]] * (width - len(row)) for row in batch])
                 mask_BT = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in batch])
@@ -145,11 +146,13 @@ class HFEngine(Engine):
                     input_ids=ids_BT.to(self._model.device), attention_mask=mask_BT.to(self._model.device)
                 ).logits
                 targets_BT = ids_BT[:, 1:].masked_fill(mask_BT[:, 1:] == 0, -100).to(logits_BTV.device)
-                total += torch.nn.functional.cross_entropy(
-                    logits_BTV[:, :-1].flatten(0, 1).float(), targets_BT.flatten(), reduction="sum"
-                ).item()
-                count += int(mask_BT[:, 1:].sum())
-        return total, count
+                nll_BT = torch.nn.functional.cross_entropy(
+                    logits_BTV[:, :-1].transpose(1, 2).float(), targets_BT, reduction="none"
+                )
+                sums_B = nll_BT.sum(1, dtype=torch.float64).tolist()
+                for place, row, total in zip(places, batch, sums_B, strict=True):
+                    found[place] = (total, len(row) - 1)
+        return found
 
     @contextlib.contextmanager
     def _active(self, adapter: str | None) -> Iterator[None]:

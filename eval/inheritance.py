@@ -13,8 +13,9 @@ A run on a quantised base is measured on the unquantised one, before and after: 
 adapter for that base, and so the two differ by the training alone. The result's `quantization` says so.
 
 Runs of one base share one start of the model (transformers, whatever engine scored the run: vLLM gives no
-likelihoods). Each run gets RUN/scores/inheritance.json. Keys: num_prompts (48), num_samples (6), temperature (1.0),
-seed.
+likelihoods). Each run gets RUN/scores/inheritance.json and, for paired tests, RUN/grades/inheritance.jsonl with the
+measures of each item and inheritance_texts.jsonl with {"task_id", "nll", "num_tokens"} of each text.
+Keys: num_prompts (48), num_samples (6), temperature (1.0), seed.
 """
 
 import argparse
@@ -29,12 +30,12 @@ from typing import Any
 from ba_lora.config import RunConfig
 from ba_lora.config_layers import load_config
 from ba_lora.errors import CommandParser, UserError, run_entry_point
-from ba_lora.io import read_jsonl, sha256_file, write_json_atomic
+from ba_lora.io import read_jsonl, sha256_file, write_json_atomic, write_jsonl_atomic
 from ba_lora.model import model_source
 from ba_lora.pipeline import UNTUNED
 from ba_lora.prompts import build_prompt, prompt_hash
 from eval import serving
-from eval.engines import EngineOptions, open_engine
+from eval.engines import Engine, EngineOptions, open_engine
 from eval.options import parse_options, split_options
 from eval.tasks import get_task
 from eval.tasks.base import Item, Task
@@ -68,6 +69,15 @@ class Material:
     data_sha256: list[object]
 
 
+@dataclass(frozen=True)
+class Measures:
+    """What is measured of a run: its score, and the lines of its items and texts."""
+
+    score: dict[str, Any]
+    items: list[dict[str, Any]]
+    texts: list[dict[str, Any]]
+
+
 def distinct_n(samples: Sequence[str], n: int) -> float:
     """Return the share of different n-grams of words among all n-grams of the samples; 0 where there is none."""
     grams: Counter[tuple[str, ...]] = Counter()
@@ -98,9 +108,7 @@ def load_material(texts_path: Path, task_name: str, data: str | None, options: O
     )
 
 
-def measure_runs(
-    run_paths: Sequence[Path], material: Material, options: Options
-) -> Iterator[tuple[Path, dict[str, Any]]]:
+def measure_runs(run_paths: Sequence[Path], material: Material, options: Options) -> Iterator[tuple[Path, Measures]]:
     """Yield (run folder, measures) as they are done.
 
     Every pre-trained model is loaded once, with all adapters that go onto it; what belongs to a run alone (full
@@ -120,18 +128,11 @@ def measure_runs(
             before = _perplexity(engine.nll(material.texts))
             for path in members:
                 if path in names or path not in jobs:
-                    yield (
-                        path,
-                        _quantization(configs[path]) | _measure(engine, names.get(path), before, material, options),
-                    )
+                    yield path, _measure(engine, names.get(path), configs[path], before, material, options)
         for path in members:
             if path in jobs and path not in names:
                 with open_engine("hf", jobs[path].base, options=_engine_options(configs[path], options)) as engine:
-                    yield path, _quantization(configs[path]) | _measure(engine, None, before, material, options)
-
-
-def _quantization(config: RunConfig) -> dict[str, Any]:
-    return {"quantization": {"trained": config.model.quantization, "measured": "none"}}
+                    yield path, _measure(engine, None, configs[path], before, material, options)
 
 
 def _serve(run_path: Path) -> str:
@@ -144,13 +145,20 @@ def _engine_options(config: RunConfig, options: Options) -> EngineOptions:
     )
 
 
-def _perplexity(nll: tuple[float, int]) -> float | None:
-    """Return exp of the mean over tokens; None where a diverged model has no finite one."""
-    mean = nll[0] / nll[1]
+def _perplexity(nll: Sequence[tuple[float, int]]) -> float | None:
+    """Return exp of the mean over all texts' tokens; None where a diverged model has no finite one."""
+    mean = math.fsum(total for total, _ in nll) / sum(count for _, count in nll)
     return math.exp(mean) if mean < MAX_EXPONENT else None
 
 
-def _measure(engine, adapter: str | None, before: float | None, material: Material, options: Options) -> dict[str, Any]:
+def _measure(
+    engine: Engine,
+    adapter: str | None,
+    config: RunConfig,
+    before: float | None,
+    material: Material,
+    options: Options,
+) -> Measures:
     task = material.task
     nll = engine.nll(material.texts, adapter=adapter)
     completions = engine.generate(
@@ -165,15 +173,20 @@ def _measure(engine, adapter: str | None, before: float | None, material: Materi
     samples = [[completion.text for completion in one] for one in completions]
     grades = [[task.grade(item, text) for text in texts] for item, texts in zip(material.items, samples, strict=True)]
     answers = [[grade.extracted.get("flexible", grade.extracted.get("strict")) for grade in one] for one in grades]
-    num_items = len(samples)
-    return {
+    of_items = [
+        {f"distinct_{n}": distinct_n(texts, n) for n in (1, 2, 3)} | {"answer_entropy": entropy(one)}
+        for texts, one in zip(samples, answers, strict=True)
+    ]
+    means = {name: sum(measures[name] for measures in of_items) / len(of_items) for name in of_items[0]}
+    score = {
+        "quantization": {"trained": config.model.quantization, "measured": "none"},
         "task": NAME,
         "version": VERSION,
-        "n": num_items,
+        "n": len(samples),
         "invalid": sum(answer is None for one in answers for answer in one),
-        "metrics": {f"distinct_{n}": sum(distinct_n(texts, n) for texts in samples) / num_items for n in (1, 2, 3)},
-        "answer_entropy": sum(entropy(one) for one in answers) / num_items,
-        "perplexity": {"before": before, "after": _perplexity(nll), "num_tokens": nll[1]},
+        "answer_entropy": means.pop("answer_entropy"),
+        "metrics": means,
+        "perplexity": {"before": before, "after": _perplexity(nll), "num_tokens": sum(count for _, count in nll)},
         "data_sha256": material.data_sha256,
         "prompt_hash": prompt_hash(template=task.template),
         "generation": {
@@ -184,6 +197,14 @@ def _measure(engine, adapter: str | None, before: float | None, material: Materi
             "sampling": {**vars(options), "max_new_tokens": task.max_new_tokens, "items_of": task.name},
         },
     }
+    items = [
+        {"task_id": item.task_id, "metrics": measures} for item, measures in zip(material.items, of_items, strict=True)
+    ]
+    texts = [
+        {"task_id": f"text/{index}", "nll": total if math.isfinite(total) else None, "num_tokens": count}
+        for index, (total, count) in enumerate(nll)
+    ]
+    return Measures(score, items, texts)
 
 
 def main() -> None:
@@ -201,11 +222,14 @@ def main() -> None:
     run_paths = [Path(run) for run in runs]
     material = load_material(parsed.texts, parsed.task, parsed.data, options)
     for path, measures in measure_runs(run_paths, material, options):
-        write_json_atomic(path / "scores" / f"{NAME}.json", measures)
-        before, after = (_shown(measures["perplexity"][name]) for name in ("before", "after"))
+        score = measures.score
+        write_jsonl_atomic(path / "grades" / f"{NAME}.jsonl", measures.items)
+        write_jsonl_atomic(path / "grades" / f"{NAME}_texts.jsonl", measures.texts)
+        write_json_atomic(path / "scores" / f"{NAME}.json", score)
+        before, after = (_shown(score["perplexity"][name]) for name in ("before", "after"))
         print(
-            f"{path.name}: perplexity {before} → {after}, distinct-2 {measures['metrics']['distinct_2']:.3f}, "
-            f"answer entropy {measures['answer_entropy']:.3f}",
+            f"{path.name}: perplexity {before} → {after}, distinct-2 {score['metrics']['distinct_2']:.3f}, "
+            f"answer entropy {score['answer_entropy']:.3f}",
             file=sys.stderr,
         )
 

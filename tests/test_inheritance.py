@@ -3,12 +3,14 @@
 import json
 import math
 import sys
+from statistics import fmean
 
 import pytest
 import torch
 
 from ba_lora.config_layers import load_config
 from ba_lora.errors import UserError
+from ba_lora.io import read_jsonl
 from ba_lora.pipeline import prepare_evaluation, untuned_config
 from eval import inheritance
 from eval.engines import open_engine
@@ -29,20 +31,19 @@ def test_likelihood_equals_one_text_at_a_time(tiny_model):
     """Padding and batching change nothing; the sum is over every token but the first, EOS included."""
     texts = ["short", "a much longer text than the other", "middle one"]
     with open_engine("hf", tiny_model) as engine:
-        total, count = engine.nll(texts)
-        alone = 0.0
-        for text in texts:
+        found = engine.nll(texts)
+        for text, (total, count) in zip(texts, found, strict=True):
             ids = torch.tensor([[*engine.tokenizer(text)["input_ids"], engine.tokenizer.eos_token_id]])
             with torch.no_grad():
-                alone += engine._model(input_ids=ids, labels=ids).loss.item() * (ids.shape[1] - 1)
-    assert count == sum(len(text) + 1 for text in texts)  # one token a byte, after BOS, and EOS
-    assert total == pytest.approx(alone, rel=1e-5)
+                alone = engine._model(input_ids=ids, labels=ids).loss.item() * (ids.shape[1] - 1)
+            assert count == len(text) + 1  # one token a byte, after BOS, and EOS
+            assert total == pytest.approx(alone, rel=1e-5)
 
 
 def test_a_diverged_model_has_no_perplexity():
-    assert inheritance._perplexity((3 * math.log(5.0), 3)) == pytest.approx(5.0)
-    assert inheritance._perplexity((math.nan, 3)) is None
-    assert inheritance._perplexity((2e3, 2)) is None  # above every float
+    assert inheritance._perplexity([(2 * math.log(5.0), 1), (math.log(5.0), 2)]) == pytest.approx(5.0)
+    assert inheritance._perplexity([(math.nan, 3)]) is None
+    assert inheritance._perplexity([(2e3, 2)]) is None  # above every float
 
 
 def run_main(monkeypatch, *words):
@@ -62,6 +63,15 @@ def test_the_pretrained_model_has_not_drifted(monkeypatch, root, tmp_path):
     score = json.loads((tmp_path / "run" / "scores" / "inheritance.json").read_text())
     assert score["perplexity"]["before"] == score["perplexity"]["after"] == pytest.approx(1.3425, abs=1e-3)
     assert score["n"] == 3 and set(score["metrics"]) == {"distinct_1", "distinct_2", "distinct_3"}
+    grades = tmp_path / "run" / "grades"
+    lines = read_jsonl(grades / "inheritance.jsonl")
+    assert [line["task_id"] for line in lines] == ["toy/0", "toy/1", "toy/2"]
+    for name, value in (score["metrics"] | {"answer_entropy": score["answer_entropy"]}).items():
+        assert fmean(line["metrics"][name] for line in lines) == pytest.approx(value)
+    lines = read_jsonl(grades / "inheritance_texts.jsonl")
+    nll, tokens = (sum(line[name] for line in lines) for name in ("nll", "num_tokens"))
+    assert tokens == score["perplexity"]["num_tokens"]
+    assert math.exp(nll / tokens) == pytest.approx(score["perplexity"]["after"])
 
 
 def test_tuned_runs_share_one_base(monkeypatch, root, tmp_path, train):

@@ -147,6 +147,54 @@ def test_metrics_over_all_items_by_a_slow_loop_on_the_same_draws(world, monkeypa
     assert test.low < test.difference < test.high
 
 
+def add_drift(world, method, seed, nll, num_tokens):
+    """Write a run whose texts have these negative log-likelihoods and lengths."""
+    entry = {"perplexity": {"after": np.exp(sum(nll) / sum(num_tokens))}, "data_sha256": "t1"}
+    run = world.add(method, seed, grades=None, evaluation={"inheritance": entry})
+    texts = zip(nll, num_tokens, strict=True)
+    lines = [{"task_id": f"text/{i}", "nll": x, "num_tokens": count} for i, (x, count) in enumerate(texts)]
+    write_jsonl_atomic(run.run_path / "grades" / "inheritance_texts.jsonl", lines)
+    return run
+
+
+PERPLEXITY = Column("x", "x", task="inheritance", metric="perplexity.after", unit="", scale=1.0, better="lower")
+
+
+def test_perplexity_by_a_slow_loop_on_the_same_draws(world, monkeypatch):
+    draws = sixty_draws(monkeypatch)
+    random = np.random.default_rng(0)
+    num_tokens = random.integers(5, 60, 80)
+    runs = {}
+    for method, mean in (("ba_lora", 0.5), ("lora", 0.7)):
+        for seed in SEEDS:
+            runs[method, seed] = num_tokens * random.normal(mean, 0.2, 80)
+            add_drift(world, method, seed, runs[method, seed].tolist(), num_tokens.tolist())
+    test = compare(world, PERPLEXITY)["x"]
+
+    kinds = np.unique(np.stack([x for nll in runs.values() for x in (num_tokens, nll)], axis=1), axis=0)
+    differences = []
+    for counts in np.concatenate(draws).astype(int):
+        texts = np.repeat(kinds, counts, axis=0)
+        values = [np.exp(texts[:, 2 * run + 1].sum() / texts[:, 2 * run].sum()) for run in range(6)]
+        differences.append(np.mean(values[:3]) - np.mean(values[3:]))
+    assert len(differences) == 60 and len(texts) == 80
+    assert (test.low, test.high) == pytest.approx(tuple(np.percentile(differences, [2.5, 97.5])))
+    assert (test.num_items, test.num_seeds, test.untested) == (80, 3, None)
+    assert test.low < test.difference < test.high < 0
+
+
+@pytest.mark.parametrize("case", ["no likelihoods at hand", "grades are not those of the score", "other items"])
+def test_perplexity_that_cannot_be_tested_says_why(world, case):
+    add_drift(world, "lora", 1, [3.0, 4.0], [5, 6])
+    run = add_drift(world, "ba_lora", 1, [3.0, 5.0], [5, 6] if case != "other items" else [5, 7])
+    path = run.run_path / "grades" / "inheritance_texts.jsonl"
+    if case == "no likelihoods at hand":
+        path.write_text(path.read_text().replace("5.0", "null"))
+    elif case == "grades are not those of the score":
+        path.write_text(path.read_text().replace("5.0", "5.5"))
+    assert compare(world, PERPLEXITY, seeds=(1,))["x"].untested == case
+
+
 def test_the_sets_of_a_mean_are_drawn_by_themselves_and_columns_on_one_set_together(world):
     """On one set the second column loses what the first gains: their mean cannot move. On two sets it does."""
     labels = [item % 2 for item in range(200)]

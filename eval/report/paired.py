@@ -4,8 +4,8 @@ A column is one of three things:
 
 - a mean over items (strict, pass@1, accuracy): each item counts by its grade, averaged over the seeds; where a judge
   left answers of a run unrated, that run's mean is the sum of the ratings that were drawn over their number;
-- a metric of all items together (F1, Matthews, Pearson, Spearman, macro-F1, the recall of a class): on each draw of
-  items it is computed anew for every run of both rows, and averaged over the seeds of a row;
+- a metric of all items together (F1, Matthews, Pearson, Spearman, macro-F1, the recall of a class; the perplexity of
+  texts): on each draw of items it is computed anew for every run of both rows, and averaged over the seeds of a row;
 - a mean of such columns: the items of each test set are drawn by themselves, and columns on the same items (of RTE's
   and of QQP's model on MRPC, say) share the draw.
 
@@ -40,7 +40,8 @@ class Untested(Exception):
 class _Items:
     """What one run left for the items of a column, in the order of `ids`.
 
-    values: grades, or predictions where `metric` is no mean over items; then labels are there, too. rated: how many
+    values: grades; where `metric` is no mean over items, predictions, with their labels, or the texts' negative
+    log-likelihoods, with their numbers of tokens as labels. rated: how many
     grades each item's value is the sum of, 0 to its number of turns; None where all have the same and values are means.
     """
 
@@ -115,7 +116,12 @@ class PairedTests:
             result = self._sources.result(run)
             entry = result["evaluation"][column.task]
             is_classifier = "of_task" in entry
-            items = self._predicted(run, column, entry) if is_classifier else self._graded(run, column)
+            if is_classifier:
+                items = self._predicted(run, column, entry)
+            elif column.metric == "perplexity.after":
+                items = self._likely(run, column)
+            else:
+                items = self._graded(run, column)
             value = items.value(np.ones((1, len(items.ids))))[0]
             if not abs(value - metric_value(result, column)) <= ROUNDING:
                 what = "predictions" if is_classifier else "grades"
@@ -134,6 +140,13 @@ class PairedTests:
         if (rated_N == rated_N[0]).all():
             return _Items(self._shared(ids), sums_N / rated_N)
         return _Items(self._shared(ids), sums_N, rated_N=rated_N)
+
+    def _likely(self, run: PlannedRun, column: Column) -> _Items:
+        lines = self._sources.likelihoods(run, column.task)
+        if lines is None:
+            raise Untested("no likelihoods at hand")
+        nll, num_tokens = (np.array([line[name] for line in lines], np.float64) for name in ("nll", "num_tokens"))
+        return _Items(self._shared([line["task_id"] for line in lines]), nll, num_tokens, metric=_perplexity)
 
     def _predicted(self, run: PlannedRun, column: Column, entry: Mapping[str, Any]) -> _Items:
         task = find_task(entry["of_task"])
@@ -155,6 +168,11 @@ class PairedTests:
 
     def _shared(self, ids: Sequence[str]) -> tuple[str, ...]:
         return self._ids.setdefault(tuple(ids), tuple(ids))
+
+
+def _perplexity(counts_RK: Array, num_tokens_K: Array, nll_K: Array) -> Array:
+    """Return exp of the mean negative log-likelihood a token [R], each text drawn so many times."""
+    return np.exp(counts_RK @ nll_K / (counts_RK @ num_tokens_K))
 
 
 def _sample(terms: Sequence[tuple[float, _Items]]) -> Sample:

@@ -89,6 +89,13 @@ class Sources:
         means = {item: [statistics.fmean(values) for values in of.values() if values] for item, of in turns.items()}
         return {item: (sum(values), len(values)) for item, values in means.items()} or None
 
+    def likelihoods(self, run: PlannedRun, task: str) -> list[dict[str, Any]] | None:
+        """Return the lines of eval/inheritance.py's texts, {"task_id", "nll", "num_tokens"}; None where there are none,
+        or where a diverged model gave one no likelihood."""
+        path = run.run_path / "grades" / f"{task}_texts.jsonl"
+        lines = read_jsonl(path) if path.is_file() else []
+        return lines if lines and all(line["nll"] is not None for line in lines) else None
+
     def predictions(self, run: PlannedRun, task: str) -> list[dict[str, Any]] | None:
         """Return a classifier's lines of one set, see eval/nlu.py; None where they are not at hand.
 
