@@ -23,7 +23,7 @@ from ba_lora.errors import run_entry_point
 from ba_lora.export import export_run, probe_batch, push_to_hub, save_trained, write_model_card
 from ba_lora.io import finite, write_jsonl_atomic
 from ba_lora.methods import build_model, parameter_counts, probe_logits
-from ba_lora.model import load_tokenizer
+from ba_lora.model import hub_commit, load_tokenizer
 from ba_lora.packing import build_collator, faster_attention, prepare_packing
 from ba_lora.processes import on_main_process, start_processes
 from ba_lora.reference_build import cached_reference
@@ -78,6 +78,7 @@ def train(config: RunConfig, run_path: Path, process: PartialState) -> None:
     probe = probe_batch(data.dataset.select(range(min(2, len(data.dataset)))).to_list(), tokenizer.pad_token_id)
     num_steps = count_steps(arguments, len(data.dataset))
     model, step0 = build_model(config, run_path=run_path, num_steps=num_steps, probe=probe, rows=data.dataset)
+    model_commit = hub_commit(config.model)  # a branch may move while the run trains
     trainable, everything = parameter_counts(model)
     if config.data.packing:
         prepare_packing(model, data.dataset["input_ids"][:2])
@@ -127,7 +128,6 @@ def train(config: RunConfig, run_path: Path, process: PartialState) -> None:
         cache.measure(trainer.plain_model(), name="trained")
         training["reference_cache"] = cache.report
     save_trained(trainer, config, run_path)
-    model_revision = getattr(model.config, "_commit_hash", None)
     trainer.model = trainer.model_wrapped = model = None  # room for the exports, which are loaded again
     del trainer
     gc.collect()
@@ -137,7 +137,7 @@ def train(config: RunConfig, run_path: Path, process: PartialState) -> None:
             run_path,
             config,
             {
-                "model": {"name": config.model.name, "revision": model_revision or config.model.revision},
+                "model": {"name": config.model.name, "revision": model_commit},
                 "data": data.report,
                 "training": finite(training),
                 "export": {"max_logit_difference": differences},

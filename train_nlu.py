@@ -26,9 +26,9 @@ from ba_lora.export import export_run, probe_batch, push_to_hub, save_trained, w
 from ba_lora.glue import find_task
 from ba_lora.io import finite, write_json_atomic, write_jsonl_atomic
 from ba_lora.methods import build_model, parameter_counts, probe_logits
-from ba_lora.model import load_tokenizer
+from ba_lora.model import hub_commit, load_tokenizer
 from ba_lora.processes import on_main_process, start_processes
-from ba_lora.reference_nlu import cache_path
+from ba_lora.reference_cache_nlu import cached_features
 from ba_lora.results import environment, peak_memory_mb, reset_peak_memory, total_peak_memory_mb
 from ba_lora.results_nlu import selection_report
 from ba_lora.run import claim_folder, finish, is_trained, recorded
@@ -81,6 +81,7 @@ def train(config: NLURunConfig, run_path: Path, process: PartialState) -> None:
     probe = probe_batch(data.train.select(range(min(2, len(data.train)))).to_list(), tokenizer.pad_token_id)
     num_steps = count_steps(arguments, len(data.train))
     model, step0 = build_model(config, run_path=run_path, num_steps=num_steps, probe=probe)
+    model_commit = hub_commit(config.model)  # a branch may move while the run trains
     trainable, everything = parameter_counts(model)
     process.print(f"model: {config.model.name}, {trainable:,} of {everything:,} parameters trained; {step0}")
 
@@ -89,7 +90,7 @@ def train(config: NLURunConfig, run_path: Path, process: PartialState) -> None:
         model,
         arguments,
         regularizers=config.regularizers,
-        cache_path=cache_path(config, data.train),
+        cache=cached_features(config, data.train),
         train_dataset=data.train,
         data_collator=DataCollatorWithPadding(tokenizer),
         processing_class=tokenizer,
@@ -137,7 +138,6 @@ def train(config: NLURunConfig, run_path: Path, process: PartialState) -> None:
     # Export: adapter, plain LoRA, merged model, each compared with the trained one.
     trained_logits = probe_logits(trainer.plain_model(), probe)
     save_trained(trainer, config, run_path)
-    model_revision = getattr(model.config, "_commit_hash", None)
     trainer.model = trainer.model_wrapped = model = None  # room for the exports, which are loaded again
     del trainer
     gc.collect()
@@ -148,7 +148,7 @@ def train(config: NLURunConfig, run_path: Path, process: PartialState) -> None:
             run_path,
             config,
             {
-                "model": {"name": config.model.name, "revision": model_revision or config.model.revision},
+                "model": {"name": config.model.name, "revision": model_commit},
                 "data": data.report,
                 "training": finite(training),
                 "export": {"max_logit_difference": differences},

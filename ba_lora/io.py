@@ -163,3 +163,8 @@ def sha256_file(path: str | Path) -> str:
     """Return the hex sha256 of a file's bytes."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_json(value: object) -> str:
+    """Return the hex sha256 of a value's JSON text, its keys in their order."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()

@@ -4,10 +4,11 @@ import contextlib
 import importlib.util
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ba_lora.config import ModelConfig, RunConfig, resolve_path
 from ba_lora.errors import UserError
+from ba_lora.io import sha256_file, sha256_json
 
 if TYPE_CHECKING:
     import torch
@@ -27,6 +28,40 @@ def model_source(config: ModelConfig) -> str:
         return str(Path(found.submodule_search_locations[0]) / inside)
     local = resolve_path(config.name)
     return str(local) if local.is_dir() else config.name
+
+
+def hub_commit(config: ModelConfig) -> str | None:
+    """Return the commit that the model's revision, the default branch without one, stands for now; None for a folder.
+
+    It is read off the place of config.json in the hub's cache: models and settings no longer carry it.
+    """
+    from transformers.utils.hub import cached_file, extract_commit_hash
+
+    source = model_source(config)
+    if Path(source).is_dir():
+        return None
+    with hub_errors(config.name, "model"):
+        return extract_commit_hash(cached_file(source, "config.json", revision=config.revision), None)
+
+
+def model_identity(config: ModelConfig) -> dict[str, Any]:
+    """Return what tells a pre-trained model from any other, and the size of its vocabulary.
+
+    That is its hub id and commit, or the hash of a folder's weights and settings, all of which are read for it.
+    """
+    from transformers import AutoConfig
+
+    source = model_source(config)
+    with hub_errors(config.name, "model"):
+        settings = AutoConfig.from_pretrained(
+            source, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+    vocabulary = {"vocabulary": settings.get_text_config().vocab_size}
+    if not Path(source).is_dir():
+        return {"model": config.name, "model.revision": hub_commit(config), "model.sha256": None} | vocabulary
+    files = sorted([*Path(source).glob("*.safetensors"), Path(source) / "config.json"])
+    hashes = {file.name: sha256_file(file) for file in files}
+    return {"model": "local", "model.revision": None, "model.sha256": sha256_json(hashes)} | vocabulary
 
 
 def load_tokenizer(config: ModelConfig, *, generates: bool = True) -> "PreTrainedTokenizerBase":

@@ -43,7 +43,7 @@ def predict(
     process = PartialState()
     model = getattr(model, "module", model)  # DDP's own forward waits for the others, who may have fewer batches
     device = next(model.parameters()).device
-    inputs = [name for name in rows.column_names if name in ("input_ids", "attention_mask", "token_type_ids")]
+    inputs = input_columns(rows)
     lengths = [len(ids) for ids in rows["input_ids"]]
     order = sorted(range(len(rows)), key=lambda index: (-lengths[index], index))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
@@ -65,6 +65,11 @@ def predict(
         logits=torch.cat([logits for _, logits, _ in found])[places],
         pooled=torch.cat([features for _, _, features in found])[places] if pooled else None,
     )
+
+
+def input_columns(rows: "Dataset") -> list[str]:
+    """Return the columns that a model reads, which the tokenizer made."""
+    return [name for name in rows.column_names if name in ("input_ids", "attention_mask", "token_type_ids")]
 
 
 def predicted_values(logits_ND: Tensor) -> tuple[list[float], int]:

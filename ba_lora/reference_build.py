@@ -10,7 +10,6 @@ import contextlib
 import fcntl
 import hashlib
 import inspect
-import json
 import shutil
 import time
 from collections.abc import Callable
@@ -23,10 +22,10 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from ba_lora.config import ModelConfig, RunConfig, resolve_path
+from ba_lora.config import RunConfig, resolve_path
 from ba_lora.errors import UserError
-from ba_lora.io import disk_errors, sha256_file, write_json_atomic
-from ba_lora.model import hub_errors, load_model, model_source
+from ba_lora.io import disk_errors, sha256_json, write_json_atomic
+from ba_lora.model import load_model, model_identity
 from ba_lora.prompts import prompt_hash
 from ba_lora.reference_cache import FORMAT, KEY_FILE, CachedReference, Rows, open_cache
 from ba_lora.regularizers import IGNORE_INDEX, response_mask, top_log_probs
@@ -74,10 +73,10 @@ def cache_key(
     local_data = data_report["file_sha256"] is not None
     return {
         "format": FORMAT,
-        **_model_key(config.model),
+        **model_identity(config.model),
         "model.dtype": config.model.dtype,
         "model.quantization": config.model.quantization,
-        "tokenizer": _sha256_json(sorted(tokenizer.get_vocab().items())),
+        "tokenizer": sha256_json(sorted(tokenizer.get_vocab().items())),
         "prompt": prompt_hash(),
         "data.name": config.data.name,
         "data.source": None if local_data else data_report["source"],
@@ -319,28 +318,6 @@ class _Progress:
         if not self._silent and time.monotonic() - self._last > REPORT_S:
             print(f"reference cache: {self._done} of {self._all} files", flush=True)
             self._last = time.monotonic()
-
-
-def _model_key(config: ModelConfig) -> dict[str, Any]:
-    """Return the pre-trained model's identity: hub id and commit, or the hash of a folder's weights and settings."""
-    from transformers import AutoConfig
-
-    source = model_source(config)
-    with hub_errors(config.name, "model"):
-        settings = AutoConfig.from_pretrained(
-            source, revision=config.revision, trust_remote_code=config.trust_remote_code
-        )
-    vocabulary = {"vocabulary": settings.get_text_config().vocab_size}
-    if not Path(source).is_dir():
-        commit = getattr(settings, "_commit_hash", None) or config.revision
-        return {"model": config.name, "model.revision": commit, "model.sha256": None} | vocabulary
-    files = sorted([*Path(source).glob("*.safetensors"), Path(source) / "config.json"])
-    hashes = {file.name: sha256_file(file) for file in files}
-    return {"model": "local", "model.revision": None, "model.sha256": _sha256_json(hashes)} | vocabulary
-
-
-def _sha256_json(value: object) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def _megabytes(num_bytes: int) -> str:

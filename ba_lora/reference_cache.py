@@ -21,14 +21,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from ba_lora import regularizers
+from ba_lora.cache_files import key_differences, read_claimed, sha256_columns, write_claimed
 from ba_lora.config import BALoRAConfig
 from ba_lora.errors import UserError
-from ba_lora.io import file_atomic, read_json
+from ba_lora.io import read_json
 from ba_lora.regularizers import IGNORE_INDEX, TopLogProbs, response_mask
 
 if TYPE_CHECKING:
@@ -39,7 +39,6 @@ KEY_FILE = "key.json"
 SHARD_BYTES = 16 * 2**20  # of a full shard; what a killed run loses at most
 SAMPLE_ROWS = 4
 SAMPLE_BYTES = 64 * 2**20  # of the sample's logits at most
-_METADATA = "ba_lora"  # one entry alone: safetensors writes several in no fixed order
 
 
 @dataclass(frozen=True)
@@ -55,18 +54,13 @@ class Rows:
         """Count the positions of M and hash all tokens and labels. `dataset` has input_ids, labels and `row`."""
         if "row" not in dataset.column_names or dataset["row"][:] != list(range(len(dataset))):
             raise UserError("the reference cache needs a data set whose column `row` numbers its rows from 0")
-        table = dataset.select_columns(["input_ids", "labels"]).with_format("arrow")[:]
-        digest = hashlib.sha256()
-        for name in table.column_names:
-            lists = table[name].combine_chunks()
-            lengths, values = lists.value_lengths().to_numpy(), lists.flatten().to_numpy()
-            digest.update(lengths.astype(np.int64).tobytes())
-            digest.update(values.astype(np.int64).tobytes())
-        labelled = values != IGNORE_INDEX  # of the labels, the last column
+        labels = dataset.select_columns(["labels"]).with_format("arrow")[:]["labels"].combine_chunks()
+        lengths, labelled = labels.value_lengths().to_numpy(), labels.flatten().to_numpy() != IGNORE_INDEX
         starts = np.concatenate([[0], np.cumsum(lengths)])[:-1]
         labelled[starts] = False  # no position predicts a row's first token
         counts = np.add.reduceat(labelled, starts, dtype=np.int64)
-        return cls(dataset, np.concatenate([[0], np.cumsum(counts)]), digest.hexdigest())
+        offsets = np.concatenate([[0], np.cumsum(counts)])
+        return cls(dataset, offsets, sha256_columns(dataset, ["input_ids", "labels"]))
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -173,13 +167,9 @@ class CachedReference:
 
     def write(self, file: Path, tensors: dict[str, Tensor]) -> None:
         """Write one of `files()`, whole or not at all."""
-        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        claim = {"cache": self._digest, "file": file.name, "sha256": _sha256(tensors)}
         for stale in self.path.glob(f".{file.name}.*.tmp"):  # of a killed run
             stale.unlink(missing_ok=True)
-        with file_atomic(file) as temporary:
-            save_file(tensors, temporary, metadata={_METADATA: json.dumps(claim)})
-            temporary.chmod((self.path / KEY_FILE).stat().st_mode)  # else nobody but its writer could read it
+        write_claimed(file, tensors, {"cache": self._digest, "file": file.name})
 
     def verify(self) -> None:
         """Read every file and compare it with its hash; note the tail's mass over all positions in `report`.
@@ -196,16 +186,9 @@ class CachedReference:
 
     def _verified(self, file: Path) -> dict[str, Tensor]:
         mend = "delete it and run again, only its rows are computed anew"
-        try:
-            with safe_open(file, framework="pt") as handle:
-                claim = json.loads((handle.metadata() or {}).get(_METADATA, "{}"))
-                tensors = {name: handle.get_tensor(name) for name in sorted(handle.keys())}
-        except (SafetensorError, OSError, ValueError) as error:
-            raise UserError(f"{file} is missing or damaged ({error}): {mend}") from error
+        tensors, claim = read_claimed(file, mend=mend)
         if claim.get("cache") != self._digest or claim.get("file") != file.name:
             raise UserError(f"{file} is no file of this reference cache: {mend}")
-        if claim["sha256"] != _sha256(tensors):
-            raise UserError(f"{file} has other contents than were written: {mend}")
         return tensors
 
     # ---- what K leaves out ----
@@ -272,14 +255,10 @@ def open_cache(path: Path, key: dict[str, Any], rows: Rows) -> CachedReference:
     stored = read_json(saved)
     if not isinstance(stored, dict) or not isinstance(stored.get("key"), dict):
         raise UserError(f"{saved} is no key of a reference cache: set reference.cache to another folder")
-    names = sorted({*stored["key"], *key}, key=lambda name: list(key).index(name) if name in key else -1)
-    differing = [name for name in names if stored["key"].get(name) != key.get(name)]
-    if differing:
-        listed = "; ".join(
-            f"{name} is {_short(stored['key'].get(name))} there, {_short(key.get(name))} here" for name in differing
-        )
+    differences = key_differences(stored["key"], key)
+    if differences:
         raise UserError(
-            f"{path} holds a reference cache made for something else ({listed}): set reference.cache to another "
+            f"{path} holds a reference cache made for something else ({differences}): set reference.cache to another "
             "folder, or delete this one"
         )
     return CachedReference(path, key, rows, stored["boundaries"])
@@ -303,16 +282,3 @@ def _boundaries(rows: Rows, a_position: int) -> list[int]:
         full = int(np.searchsorted(rows.offsets, rows.offsets[boundaries[-1]] + per_shard, side="right")) - 1
         boundaries.append(min(max(full, boundaries[-1] + 1), len(rows)))
     return boundaries
-
-
-def _sha256(tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(name.encode())
-        digest.update(tensors[name].numpy().data)
-    return digest.hexdigest()
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return f"{text[:12]}…" if len(text) > 60 or (len(text) == 64 and text.isalnum()) else text

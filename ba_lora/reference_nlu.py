@@ -5,15 +5,10 @@
     probe     a linear head, fitted on the frozen features before training
 
 The features come from the shared base (`reference.Reference`), by a pass of their own in each step, or from a cache
-(`reference.cache=DIR`): one file for each encoder and set of rows, which methods, heads and seeds share. The first run
-fills it by one pass over its training rows.
+(`reference.cache=DIR`, reference_cache_nlu.py), which the first run fills by one pass over its training rows.
 """
 
-import dataclasses
-import hashlib
-import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,11 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ba_lora.classifier import Head, live_head, run_head, unwrapped
-from ba_lora.config import resolve_path
-from ba_lora.config_nlu import NLURunConfig
-from ba_lora.io import file_atomic
 from ba_lora.predict import predict
 from ba_lora.reference import Reference
+from ba_lora.reference_cache_nlu import CachedFeatures
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -37,11 +30,11 @@ PROBE_PENALTY = 1e-3  # of ½ ‖W‖² on standardised features
 class ReferenceLogits:
     """Z_P for a micro-batch. `prepare` comes before the first step, while the model is still untrained."""
 
-    def __init__(self, model: nn.Module, reference: Reference, *, head: str, cache_path: Path | None = None) -> None:
+    def __init__(self, model: nn.Module, reference: Reference, *, head: str, cache: CachedFeatures | None) -> None:
         self._reference = reference
         self._kind = head
         self._head: Callable[[Tensor], Tensor] | None = Head(model) if head == "initial" else None
-        self._cache_path = cache_path
+        self._cache = cache
         self._cached: Tensor | None = None  # logits for heads that stay as they are, features for the shared one
         self._place_of_row: Tensor | None = None
 
@@ -55,8 +48,8 @@ class ReferenceLogits:
             self._head = fit_probe(pooled_NH, torch.tensor(chosen["labels"]), num_labels=num_labels).to(device)
         elif isinstance(self._head, Head):
             self._head.to(next(model.parameters()).device)
-        if self._cache_path is not None and self._cached is None:
-            self._fill_cache(model, rows, collate, batch_size=batch_size)
+        if self._cache is not None and self._cached is None:
+            self._read_or_fill(model, rows, collate, batch_size=batch_size)
 
     def __call__(self, model: nn.Module, rows_N: Tensor | None, pooled: Callable[[nn.Module], Tensor]) -> Tensor:
         """Return Z_P [N, D] of the rows numbered `rows_N`; `pooled(module)` runs a pass over them. No gradient.
@@ -71,22 +64,21 @@ class ReferenceLogits:
                 pooled_NH = pooled(module)
             return self._head(pooled_NH) if self._head is not None else run_head(live_head(model), pooled_NH)
 
-    def _fill_cache(self, model: nn.Module, rows: "Dataset", collate: Callable, *, batch_size: int) -> None:
-        """Compute the features, or read them where a run has written them already."""
+    def _read_or_fill(self, model: nn.Module, rows: "Dataset", collate: Callable, *, batch_size: int) -> None:
+        """Read the features where a run has written them already, else compute and write them."""
         from accelerate import PartialState
-        from safetensors.torch import load_file, save_file
+        from accelerate.utils import broadcast_object_list
 
-        path, device = self._cache_path, next(model.parameters()).device
-        is_there = path.is_file()
-        PartialState().wait_for_everyone()  # no process may write before every process has looked
-        if is_there:
-            values = load_file(path)["pooled"]
+        device = next(model.parameters()).device
+        is_there = [self._cache.path.is_file()]
+        broadcast_object_list(is_there)  # one looks for all: another run may write it at any moment
+        if is_there[0]:
+            values = self._cache.read(num_rows=len(rows), hidden_size=unwrapped(model).config.hidden_size)
         else:
             with self._reference.use(model) as module:
                 values = predict(module, rows, collate, batch_size=batch_size).pooled
             if PartialState().is_main_process:
-                with file_atomic(path) as temporary:
-                    save_file({"pooled": values.contiguous()}, temporary)
+                self._cache.write(values)
         if self._head is not None:
             with torch.no_grad():
                 values = torch.cat([self._head(part.to(device)) for part in values.split(1024)])
@@ -94,16 +86,6 @@ class ReferenceLogits:
         self._place_of_row = torch.full((int(numbers.max()) + 1,), -1)
         self._place_of_row[numbers] = torch.arange(len(numbers))
         self._place_of_row, self._cached = self._place_of_row.to(device), values.to(device)
-
-
-def cache_path(config: NLURunConfig, rows: "Dataset") -> Path | None:
-    """Return the file of `reference.cache` for this encoder and these rows, None without a cache."""
-    if not config.uses_reference_cache:
-        return None
-    model = dataclasses.asdict(config.model)
-    digest = hashlib.sha256(json.dumps(model, sort_keys=True).encode())
-    digest.update(json.dumps([rows["input_ids"][:], rows["row"][:]]).encode())
-    return resolve_path(config.reference.cache) / f"nlu-{digest.hexdigest()[:16]}.safetensors"
 
 
 def fit_probe(pooled_NH: Tensor, labels_N: Tensor, *, num_labels: int) -> nn.Linear:

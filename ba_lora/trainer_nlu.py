@@ -6,7 +6,6 @@ micro-batch, averaged over all micro-batches of all processes. So 2 processes ×
 """
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from ba_lora.classifier import catch_pooled, check_head, unwrapped
 from ba_lora.config_nlu import NLURegularizersConfig
 from ba_lora.losses.nlu import nlu_loss
 from ba_lora.progress import TERMS
+from ba_lora.reference_cache_nlu import CachedFeatures
 from ba_lora.reference_nlu import ReferenceLogits
 from ba_lora.regularizers_nlu import constant_terms
 from ba_lora.trainer import BALoRATrainer
@@ -27,7 +27,7 @@ OFF = "off"  # what the log says of a term that was taken out of the loss
 class NLUTrainer(BALoRATrainer):
     """Trainer for a sequence classifier (PEFT or plain) under BA-LoRA's NLU loss.
 
-    Args beyond BALoRATrainer's: `cache_path`, the file of the cached reference (reference_nlu.cache_path), None for a
+    Args beyond BALoRATrainer's: `cache`, the features of `train_dataset` on disk (reference_cache_nlu.py), None for a
     reference pass in every step. Rows hold what the tokenizer made, `labels` and, for the cache, `row`, a number of
     their own.
     Terms that are constant by construction are taken out of the loss: `terms_off` maps them to the reason.
@@ -41,7 +41,7 @@ class NLUTrainer(BALoRATrainer):
         args: TrainingArguments,
         *,
         regularizers: NLURegularizersConfig,
-        cache_path: Path | None = None,
+        cache: CachedFeatures | None = None,
         **kwargs: Any,
     ) -> None:
         base = unwrapped(model)
@@ -67,7 +67,7 @@ class NLUTrainer(BALoRATrainer):
                 model,
                 self.reference,
                 head=regularizers.reference_head,
-                cache_path=cache_path,
+                cache=cache,
             )
 
     def train(self, *args: Any, **kwargs: Any) -> Any:

@@ -51,6 +51,7 @@ def build_trainer(case: str, shape: EncoderShape, vocabulary: int, device: str, 
     from transformers import BertConfig, BertForSequenceClassification, Trainer, default_data_collator, set_seed
 
     from ba_lora.config_nlu import NLURegularizersConfig
+    from ba_lora.reference_cache_nlu import CachedFeatures
     from ba_lora.trainer_nlu import NLUTrainer
     from scripts.bench_cases import training_arguments
 
@@ -75,11 +76,12 @@ def build_trainer(case: str, shape: EncoderShape, vocabulary: int, device: str, 
     data = {"train_dataset": random_rows(shape, vocabulary), "data_collator": default_data_collator}
     if case in ("pissa", "lora"):
         return Trainer(model, arguments, **data)
+    cache = CachedFeatures(folder, {"shape": repr(shape), "vocabulary": vocabulary})
     return NLUTrainer(
         model,
         arguments,
         regularizers=NLURegularizersConfig(features="pooled" if case == "ba_lora_pooled" else "logits"),
-        cache_path=folder / "nlu.safetensors" if case == "ba_lora_cache" else None,
+        cache=cache if case == "ba_lora_cache" else None,
         **data,
     )
 

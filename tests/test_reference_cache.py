@@ -305,7 +305,7 @@ def whole(root, tmp_path_factory):
 
 def test_a_killed_writer_goes_on_to_the_same_bytes(whole, root, tmp_path):
     """Killed after the key, the sample or a shard was written, and with half a sample or half a shard on disk."""
-    save = "ba_lora.reference_cache.save_file"
+    save = "ba_lora.cache_files.save_file"
     points = ["os.replace:1", "os.replace:2", "os.replace:6", f"{save}:1", f"{save}:5"]
     command = fill_command(root, tmp_path / "killed", *points)
     done = subprocess.run(command, env=environment(root), capture_output=True, text=True, check=True, timeout=120)

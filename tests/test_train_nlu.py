@@ -17,7 +17,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from ba_lora.config_layers import available_methods
 from ba_lora.export import serving_adapter
-from tests.tiny_nlu import tiny_overrides, write_sst2
+from tests.tiny_nlu import publish, tiny_overrides, write_sst2
 
 PAIR = ("Anna bought two red boxes.", "The boxes were red.")
 
@@ -44,6 +44,14 @@ def test_every_method_trains_and_exports(train_nlu, tiny_encoder, method):
         torch.testing.assert_close(served, merged, atol=1e-4, rtol=0)
     assert load_file(run / "merged" / "model.safetensors")["classifier.weight"].abs().max() > 0
     assert not [path for path in run.rglob("*") if path.suffix in (".bin", ".pt") and "checkpoints" not in path.parts]
+
+
+def test_the_record_names_the_commit_of_an_unpinned_base(train_nlu, tiny_encoder, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    publish(tiny_encoder, tmp_path / "hub", name="someone/encoder", commit="c" * 40)
+    run = train_nlu("model.name=someone/encoder", "trainer.max_steps=1", "export.merged=false", method="lora")
+    facts = json.loads((run / "train.json").read_text())
+    assert facts["status"] == "ok" and facts["model"] == {"name": "someone/encoder", "revision": "c" * 40}
 
 
 def pipeline(words, root, *, kill_after_s=None):

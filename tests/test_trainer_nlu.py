@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, DataCollatorWithPadding, Trainer
 from ba_lora.classifier import Head, catch_pooled, live_head, run_head
 from ba_lora.config_nlu import NLURegularizersConfig
 from ba_lora.predict import predict
+from ba_lora.reference_cache_nlu import CachedFeatures
 from ba_lora.reference_nlu import fit_probe
 from ba_lora.regularizers_nlu import kl, normalized_mse
 from ba_lora.trainer_nlu import OFF, NLUTrainer
@@ -43,13 +44,13 @@ def rows(encoder):
 
 @pytest.fixture
 def build(encoder, rows, collate, tmp_path):
-    def make(regularizers=PAPER2024, *, model=None, method="pissa", data=rows, cache_path=None, **settings):
+    def make(regularizers=PAPER2024, *, model=None, method="pissa", data=rows, cache=None, **settings):
         settings = {"per_device_train_batch_size": 8, "learning_rate": 1e-2} | settings
         return NLUTrainer(
             tiny_classifier(encoder, method=method) if model is None else model,
             arguments(tmp_path, **settings),
             regularizers=regularizers,
-            cache_path=cache_path,
+            cache=cache,
             train_dataset=data,
             data_collator=collate,
         )
@@ -198,25 +199,25 @@ def test_a_probe_finds_a_line():
 def test_the_cache_changes_nothing_and_is_filled_once(build, tmp_path, head):
     """Against a pass in every step: 6 steps over two epochs, then once more from the file, by another method."""
     regularizers = dataclasses.replace(ICLR2026, reference_head=head)
-    path = tmp_path / "cache" / "reference.safetensors"
+    features = CachedFeatures(tmp_path / "cache", {"encoder": "tiny"})
     histories = []
-    for cache_path in (None, path):
-        trained = build(regularizers, max_steps=6, cache_path=cache_path)
+    for cache in (None, features):
+        trained = build(regularizers, max_steps=6, cache=cache)
         trained.train()
         histories.append([logs(trained, name) for name in ("loss", "consistency")])
     for got, want in zip(histories[1], histories[0], strict=True):
         assert got == pytest.approx(want, rel=1e-4, abs=1e-6)
-    written = path.stat().st_mtime_ns
-    again = build(regularizers, method="lora", max_steps=2, cache_path=path)
+    written = features.path.stat().st_mtime_ns
+    again = build(regularizers, method="lora", max_steps=2, cache=features)
     again.train()
-    assert path.stat().st_mtime_ns == written
+    assert features.path.stat().st_mtime_ns == written
     assert (logs(again, "consistency")[0] == pytest.approx(0, abs=1e-6)) == (head != "probe")  # another head from 0 on
 
 
 def test_a_cached_step_runs_the_encoder_once(build, tmp_path):
     counts = {}
-    for name, cache_path in (("pass", None), ("cache", tmp_path / "reference.safetensors")):
-        trained = build(PAPER2024, max_steps=3, cache_path=cache_path)
+    for name, cache in (("pass", None), ("cache", CachedFeatures(tmp_path / "cache", {"encoder": "tiny"}))):
+        trained = build(PAPER2024, max_steps=3, cache=cache)
         trained.reference_logits.prepare(trained.model, trained.train_dataset, trained.data_collator, batch_size=8)
         calls = []
         trained.model.get_base_model().bert.register_forward_hook(lambda *_, calls=calls: calls.append(1))
@@ -244,7 +245,7 @@ def test_two_processes_equal_accumulation_two(tmp_path, root, regularizers, cach
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     worker = str(root / "tests" / "workers" / "train_tiny_nlu.py")
     single, double = tmp_path / "single.pt", tmp_path / "double.pt"
-    ends = [[str(tmp_path / name / "reference.safetensors")] if cached else [] for name in ("one", "two")]
+    ends = [[str(tmp_path / name)] if cached else [] for name in ("one", "two")]
     subprocess.run(
         [sys.executable, worker, words, "2", str(single), *ends[0]], env=environment, check=True, timeout=300
     )

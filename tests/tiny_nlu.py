@@ -1,5 +1,6 @@
 """Tiny random classifiers of every architecture of configs/nlu, and rows for them."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,14 @@ def save_tiny_encoder(folder: Path, base: str = "toy", *, dropout: float | None 
     model.save_pretrained(folder)
     _tokenizer(kind).save_pretrained(folder)
     return folder
+
+
+def publish(folder: Path, hub: Path, *, name: str, commit: str) -> None:
+    """Lay the model in `folder` into the hub's cache `hub` as if `name` had been loaded there at its newest commit."""
+    repository = hub / f"models--{name.replace('/', '--')}"
+    shutil.copytree(folder, repository / "snapshots" / commit)
+    (repository / "refs").mkdir(exist_ok=True)
+    (repository / "refs" / "main").write_text(commit)
 
 
 def _tokenizer(kind: str) -> PreTrainedTokenizerFast:

@@ -1,6 +1,6 @@
 """Train a tiny classifier for 6 steps under python or torchrun and save log, weights and predictions.
 
-train_tiny_nlu.py REGULARIZERS ACCUMULATION OUT [CACHE]       CACHE: the file of the cached reference
+train_tiny_nlu.py REGULARIZERS ACCUMULATION OUT [CACHE]       CACHE: the folder of the cached reference
 """
 
 import json
@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, DataCollatorWithPadding
 from ba_lora.config_nlu import NLURegularizersConfig
 from ba_lora.errors import end_process
 from ba_lora.predict import predict
+from ba_lora.reference_cache_nlu import CachedFeatures
 from ba_lora.trainer_nlu import NLUTrainer
 from tests.tiny import adapter_weights, arguments
 from tests.tiny_nlu import save_tiny_encoder, tiny_classifier, tiny_pairs
@@ -34,7 +35,7 @@ trainer = NLUTrainer(
         warmup_steps=0,
     ),
     regularizers=regularizers,
-    cache_path=Path(sys.argv[4]) if len(sys.argv) > 4 else None,
+    cache=CachedFeatures(Path(sys.argv[4]), {"encoder": "tiny"}) if len(sys.argv) > 4 else None,
     train_dataset=rows,
     data_collator=DataCollatorWithPadding(AutoTokenizer.from_pretrained(folder)),
 )
