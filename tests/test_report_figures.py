@@ -181,6 +181,31 @@ def test_scatter_joins_the_pareto_front(known, canvases):
     assert list(front.get_ydata()) == pytest.approx([100 / 3, 70])
 
 
+def test_the_legend_names_a_pareto_front_that_is_drawn(known, canvases):
+    drawn(known, Figure("a", "scatter", ("gsm8k",), x="hours", methods=("lora", "full_ft")))
+    drawn(known, Figure("a", "scatter", ("gsm8k",), x="hours", methods=("pissa", "full_ft")))
+    for canvas, has_front in zip(canvases, (True, False), strict=True):  # PiSSA costs what full FT does and is worse
+        [axis] = canvas.axes
+        assert ("--" in [line.get_linestyle() for line in axis.lines]) == has_front
+        assert ("Pareto front" in [text.get_text() for text in canvas.legends[0].get_texts()]) == has_front
+
+
+def test_a_row_alone_has_no_panel_in_a_scatter(known, canvases):
+    known.add("pissa", 1, base="other")
+    rows = [Row("tiny", "lora"), Row("tiny", "pissa"), Row("other", "pissa")]
+    seeds = {"tiny": SEEDS, "other": (1,)}
+    runs = {
+        (row, name): tuple(known.run(row.method, seed, base=row.base) for seed in seeds[row.base])
+        for row in rows
+        for name in ("gsm8k", "hours")
+    }
+    figure = Figure("a", "scatter", ("gsm8k",), x="hours")
+    one, _ = drawn(known, figure, rows=tuple(rows), runs=runs)
+    assert [axis.get_title() for axis in canvases[0].axes] == ["tiny"] and one.caption.startswith("n = 3 seeds.")
+    one, files = drawn(known, figure, rows=tuple(rows[1:]), runs=runs)
+    assert (one.missing, files) == ("no two rows to compare have values yet", {})
+
+
 @pytest.mark.parametrize(
     ("points", "better", "front"),
     [

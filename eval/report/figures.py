@@ -4,6 +4,7 @@ They read in grey: each row has a marker, a hatch and a line style beside its co
 bars and bands are the standard deviation (n − 1) over seeds, hollow marks the paper's values. Every caption tells n.
 """
 
+import collections
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -159,6 +160,8 @@ def _scatter(table: ReportTable, figure: Figure, sources: Sources) -> tuple[Canv
     cost = spec.column(figure.x)
     panels = [(block, spec.column(name)) for name in figure.columns for block in blocks]
     canvas, axes = panel_grid(len(panels), across=len(blocks) if len(blocks) > 1 else len(figure.columns))
+    front_line = {"color": "0.4", "lw": 0.9, "ls": "--"}
+    has_front = False
     for axis, (block, column) in zip(axes, panels, strict=True):
         points = []
         for row in rows:
@@ -172,16 +175,17 @@ def _scatter(table: ReportTable, figure: Figure, sources: Sources) -> tuple[Canv
             if _has_paper_mark(x) and _has_paper_mark(y):
                 axis.plot(x.paper.mean, y.paper.mean, mfc="none", **look)
         front = pareto_front(points, better=(cost.better, column.better))
-        if front:
-            axis.plot(*zip(*front, strict=True), color="0.4", lw=0.9, ls="--", zorder=1)
+        if len(set(front)) > 1:  # one point is no line
+            axis.plot(*zip(*front, strict=True), zorder=1, **front_line)
+            has_front = True
         axis.margins(0.12)
         axis.locator_params(axis="x", nbins=6)
         axis.set_title(_written(spec, block))
         axis.set_xlabel(f"{axis_label(cost)}{ARROWS[cost.better]}")
         y_axis(axis, column)
     handles = [line_handle(style_of(position), _written(spec, one), line="") for position, one in enumerate(series)]
-    front_handle = Line2D([], [], color="0.4", lw=0.9, ls="--", label="Pareto front")
-    add_legend(canvas, [*handles, front_handle, *_paper_handle(table, figure)])
+    front_handles = [Line2D([], [], label="Pareto front", **front_line)] if has_front else []
+    add_legend(canvas, [*handles, *front_handles, *_paper_handle(table, figure)])
     return canvas, _caption(table, figure)
 
 
@@ -300,6 +304,11 @@ def _rows(table: ReportTable, figure: Figure) -> list[Row]:
     rows = [row for row in rows if figure.kind in ("training", "features") or has(row)]
     if not rows:
         raise NothingToDraw("no row has a value yet")
+    if figure.kind == "scatter":  # a row alone in its panel is compared with none
+        sizes = collections.Counter(table.spec.block(row) for row in rows)
+        rows = [row for row in rows if sizes[table.spec.block(row)] > 1]
+        if not rows:
+            raise NothingToDraw("no two rows to compare have values yet")
     return rows
 
 
