@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,33 @@ def test_every_base_takes_every_method(base: Path, method: str) -> None:
         config = load_config(base, method=method)
     assert isinstance(config, RunConfig)
     assert (config.name, config.method) == (base.stem, method)
+
+
+@pytest.mark.parametrize("version", ["", "_iclr2026"])
+@pytest.mark.parametrize(("kind", "task"), [("nlg", None), ("nlu", "toy_pairs")])
+def test_the_factorials_methods_are_the_whole_ones_cut_down(version: str, kind: str, task: str | None) -> None:
+    """A term alone is that of the whole method, the other two off; on LoRA only the adapter is another."""
+
+    def resolved(method: str) -> tuple[dict, dict]:
+        config = load_config(ROOT / "configs" / kind / "toy.yaml", method=method, task=task, kind=kind)
+        return asdict(config.adapter), asdict(config.regularizers)
+
+    pissa, whole = resolved(f"ba_lora{version}")
+    lora, _ = resolved("lora")
+    assert pissa["init"] == "pissa" and lora["init"] == "lora"
+    assert resolved(f"lora_ba{version}") == (lora, whole)
+    terms = {
+        "consistency": ("temperature", "consistency_schedule", "consistency_form"),
+        "diversity": ("diversity_top_k", "diversity_schedule", "diversity_form"),
+        "svd": ("svd_top_k", "svd_norm", "svd_schedule"),
+    }
+    for term, settings in terms.items():
+        for name, adapter in (("ba_lora", pissa), ("lora", lora)):
+            found, alone = resolved(f"{name}_{term}{version}")
+            assert found == adapter
+            weights = {other: alone[f"lambda_{other}"] for other in terms}
+            assert weights == dict.fromkeys(terms, 0) | {term: whole[f"lambda_{term}"]}
+            assert [alone.get(key) for key in settings] == [whole.get(key) for key in settings], (name, term)
 
 
 @pytest.mark.parametrize("base", BASES, ids=stem)
