@@ -44,7 +44,8 @@ def end_process(status: int = 0) -> NoReturn:
     """Exit; a member of torch's process group that has succeeded leaves without the interpreter's tear-down.
 
     DistributedDataParallel keeps the group's threads alive after the group is closed, and one that asks for the
-    interpreter while it is torn down aborts a process that has done all its work.
+    interpreter while it is torn down aborts a process that has done all its work. One that fails leaves by sys.exit:
+    loggers that look there for its status hear of it.
     """
     distributed = sys.modules.get("torch.distributed")
     grouped = distributed is not None and distributed.is_available() and distributed.is_initialized()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ba_lora.config import ModelConfig, RunConfig, resolve_path
 from ba_lora.errors import UserError
 from ba_lora.io import sha256_file, sha256_json
+from ba_lora.rows import is_commit
 
 if TYPE_CHECKING:
     import torch
@@ -31,23 +32,28 @@ def model_source(config: ModelConfig) -> str:
 
 
 def hub_commit(config: ModelConfig) -> str | None:
-    """Return the commit that the model's revision, the default branch without one, stands for now; None for a folder.
+    """Return the commit that the model's revision, the default branch without one, stands for now; None for a folder,
+    and where it cannot be told.
 
-    It is read off the place of config.json in the hub's cache: models and settings no longer carry it.
+    It is read off the place of config.json in the hub's cache, snapshots/COMMIT: models carry it no longer.
     """
-    from transformers.utils.hub import cached_file, extract_commit_hash
+    from transformers.utils.hub import cached_file
 
     source = model_source(config)
     if Path(source).is_dir():
         return None
+    if is_commit(config.revision):
+        return config.revision
     with hub_errors(config.name, "model"):
-        return extract_commit_hash(cached_file(source, "config.json", revision=config.revision), None)
+        folder = Path(cached_file(source, "config.json", revision=config.revision)).parent.name
+    return folder if is_commit(folder) else None
 
 
 def model_identity(config: ModelConfig) -> dict[str, Any]:
     """Return what tells a pre-trained model from any other, and the size of its vocabulary.
 
-    That is its hub id and commit, or the hash of a folder's weights and settings, all of which are read for it.
+    That is its hub id and commit, or the hash of a folder's weights, settings and code, all of which are read for it.
+    Raises UserError where the commit cannot be told.
     """
     from transformers import AutoConfig
 
@@ -58,8 +64,10 @@ def model_identity(config: ModelConfig) -> dict[str, Any]:
         )
     vocabulary = {"vocabulary": settings.get_text_config().vocab_size}
     if not Path(source).is_dir():
-        return {"model": config.name, "model.revision": hub_commit(config), "model.sha256": None} | vocabulary
-    files = sorted([*Path(source).glob("*.safetensors"), Path(source) / "config.json"])
+        if (commit := hub_commit(config)) is None:
+            raise UserError(f"{config.name}: its commit on the hub cannot be told, set model.revision to one")
+        return {"model": config.name, "model.revision": commit, "model.sha256": None} | vocabulary
+    files = sorted([*Path(source).glob("*.safetensors"), *Path(source).glob("*.py"), Path(source) / "config.json"])
     hashes = {file.name: sha256_file(file) for file in files}
     return {"model": "local", "model.revision": None, "model.sha256": sha256_json(hashes)} | vocabulary
 

@@ -2,11 +2,12 @@
 
     FOLDER/nlu-<key's hash>.safetensors     pooled [rows, hidden] in float32, in the order of the rows
 
-One file for each encoder and set of rows, which methods, heads and seeds share. The key says what the features depend
-on: the encoder's weights or commit, not just its name (model.model_identity), how it is loaded, and all that it reads.
-It stands in the file, with the features' hash: a file that is damaged or of something else is refused, never used.
+One file for each encoder and set of rows, which methods (in float32), heads and seeds share. The key says what the
+features depend on: the encoder's weights or commit, not just its name (model.model_identity), how it is loaded, and all
+that it reads. It stands in the file, with the features' hash: a file that is damaged or of something else is refused, never used.
 """
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,13 +75,20 @@ def cached_features(config: NLURunConfig, rows: "Dataset") -> CachedFeatures | N
 
 
 def features_key(config: NLURunConfig, rows: "Dataset") -> dict[str, Any]:
-    """Return what the features depend on. Labels and the rows' numbers are no part of it."""
+    """Return what the features depend on. Labels and the rows' numbers are no part of it.
+
+    In float32 the pre-trained encoder is the same however a method takes it apart; a rounded or quantised residual of
+    PiSSA with its factors put back is not quite LoRA's base: such features are shared by equal adapters alone.
+    """
+    exact = config.model.dtype == "float32" and config.model.quantization == "none"
+    adapter = {name: value for name, value in dataclasses.asdict(config.adapter).items() if name != "factors_cache"}
     return {
         "format": FORMAT,
         **model_identity(config.model),
         "model.dtype": config.model.dtype,
         "model.quantization": config.model.quantization,
         "model.attention": config.model.attention,
+        "adapter": None if exact else adapter,
         "rows": len(rows),
         **{f"rows.{name}": sha256_columns(rows, [name]) for name in input_columns(rows)},
     }

@@ -146,10 +146,10 @@ class HFEngine(Engine):
                     input_ids=ids_BT.to(self._model.device), attention_mask=mask_BT.to(self._model.device)
                 ).logits
                 targets_BT = ids_BT[:, 1:].masked_fill(mask_BT[:, 1:] == 0, -100).to(logits_BTV.device)
-                nll_BT = torch.nn.functional.cross_entropy(
-                    logits_BTV[:, :-1].transpose(1, 2).float(), targets_BT, reduction="none"
+                nll = torch.nn.functional.cross_entropy(
+                    logits_BTV[:, :-1].flatten(0, 1).float(), targets_BT.flatten(), reduction="none"
                 )
-                sums_B = nll_BT.sum(1, dtype=torch.float64).tolist()
+                sums_B = nll.view(targets_BT.shape).sum(1, dtype=torch.float64).tolist()
                 for place, row, total in zip(places, batch, sums_B, strict=True):
                     found[place] = (total, len(row) - 1)
         return found

