@@ -4,7 +4,8 @@
 
 One file for each encoder and set of rows, which methods (in float32), heads and seeds share. The key says what the
 features depend on: the encoder's weights or commit, not just its name (model.model_identity), how it is loaded, and all
-that it reads. It stands in the file, with the features' hash: a file that is damaged or of something else is refused, never used.
+that it reads. It stands in the file, with the features' hash: a file that is damaged or of something else is refused,
+never used.
 """
 
 import dataclasses
