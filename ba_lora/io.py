@@ -80,9 +80,11 @@ def finite(value: object) -> object:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def write_jsonl_atomic(path: str | Path, rows: Iterable[dict]) -> None:
-    """Write one JSON object a line."""
-    write_text_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+def write_jsonl_atomic(path: str | Path, rows: Iterable[dict]) -> str:
+    """Write one JSON object a line; return the hex sha256 of what was written."""
+    content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    write_bytes_atomic(path, content)
+    return hashlib.sha256(content).hexdigest()
 
 
 @contextlib.contextmanager

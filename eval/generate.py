@@ -36,10 +36,8 @@ commit as its revision always are: its branch may have moved.
 import argparse
 import collections
 import dataclasses
-import hashlib
 import importlib.metadata
 import itertools
-import json
 import re
 import sys
 import time
@@ -47,7 +45,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ba_lora.errors import CommandParser, UserError, run_entry_point
-from ba_lora.io import write_bytes_atomic, write_json_atomic
+from ba_lora.io import write_json_atomic, write_jsonl_atomic
 from ba_lora.prompts import build_conversation, prompt_hash
 from ba_lora.rows import portable_name
 from eval import engines
@@ -140,9 +138,7 @@ def write_completions(
     ]
     meta_path = folder / f"{work.task.name}.meta.json"
     meta_path.unlink(missing_ok=True)  # a reader may find completions without meta, never with another's
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
-    write_bytes_atomic(folder / f"{work.task.name}.jsonl", text)
-    meta = meta | {"completions_sha256": hashlib.sha256(text).hexdigest()}
+    meta = meta | {"completions_sha256": write_jsonl_atomic(folder / f"{work.task.name}.jsonl", rows)}
     write_json_atomic(meta_path, meta)
     return meta
 

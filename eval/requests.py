@@ -2,15 +2,13 @@
 just that already."""
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ba_lora.errors import UserError
-from ba_lora.io import sha256_file
+from ba_lora.io import sha256_file, sha256_json
 from ba_lora.prompts import build_conversation, build_prompt, template_stops
 from ba_lora.rows import is_commit
 from eval import engines
@@ -155,7 +153,7 @@ def request_sha256(job: Job, work: Work, kind: str, options: Options) -> str | N
         ],
         "samplings": [dataclasses.astuple(sampling) for sampling in work.samplings],
     }
-    return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
+    return sha256_json(request)
 
 
 def weights_state(job: Job) -> list[Any] | None:

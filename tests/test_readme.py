@@ -210,6 +210,38 @@ def test_the_toy_table_is_an_extract_of_its_report():
         assert row.split(" | ") == wanted, (base, label)
 
 
+def test_what_the_toy_says_is_what_its_comparisons_say():
+    """BA-LoRA (ICLR 2026) against PiSSA, clean and noisy base: differences, intervals, p after Holm."""
+    found = {
+        (one["column"], one["focus"]["setting"]): one
+        for one in json.loads(committed_text("results/toy/table.json"))["comparisons"]
+        if (one["focus"]["method"], one["other"]["method"]) == ("ba_lora_iclr2026", "pissa")
+    }
+
+    def number(key, column, base, decimals, sign="+"):
+        return f"{found[column, f'base={base}'][key]:{sign}.{decimals}f}".replace("-", "−")
+
+    def pair(column, decimals):
+        return " and ".join(number("difference", column, base, decimals) for base in ("clean", "noisy"))
+
+    def interval(column, base, decimals):
+        return " to ".join(number(key, column, base, decimals, sign="") for key in ("low", "high"))
+
+    text = " ".join(TEXT.split())
+    intervals = [interval("ppl_after", base, 2) for base in ("clean", "noisy")]
+    assert f"perplexity {pair('ppl_after', 2)}; 95 % intervals over texts {' and '.join(intervals)})" in text
+    intervals = [interval("distinct_2", base, 1) for base in ("clean", "noisy")]
+    shared_p = {
+        number("p_holm", column, base, 3, "") for column in ("ppl_after", "distinct_2") for base in ("clean", "noisy")
+    }
+    assert len(shared_p) == 1
+    assert f"distinct-2 {pair('distinct_2', 1)}, {' and '.join(intervals)}), p = {shared_p.pop()} each" in text
+    above, below = (number("difference", "strict", base, 2, "").lstrip("−") for base in ("clean", "noisy"))
+    p = number("p_holm", "strict", "clean", 2, "")
+    wanted = f"{above} points above it on the clean base ({interval('strict', 'clean', 1)}, p = {p}) and {below} below"
+    assert wanted in text
+
+
 def test_the_price_of_a_step_is_that_of_the_newest_bench_rows():
     newest = {}
     for row in csv.DictReader(committed_text("results/bench.csv").splitlines()):
