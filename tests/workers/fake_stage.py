@@ -2,6 +2,7 @@
 
 Every file is written beside its place and renamed. A line in $FAKE/ledger tells that the stage came to its end; its pid
 is in $FAKE/pids while it runs. $FAKE/fail holds lines "KIND WORD": such a stage of a run with WORD in its name fails.
+So does $FAKE/hold: such a stage runs until it is ended.
 """
 
 import json
@@ -23,16 +24,23 @@ def write(path, text):
 (fake / "pids").mkdir(exist_ok=True)
 pid_file = fake / "pids" / str(os.getpid())
 pid_file.write_text("")
-for line in (fake / "fail").read_text().splitlines() if (fake / "fail").exists() else []:
-    failing, word = line.split()
-    if failing == kind and any(word in run for run in runs):
-        print(f"Traceback …\nerror: {word} is broken: mend it")
-        sys.exit(2)
+
+
+def named_in(file):
+    """Return the first WORD of the file's lines that means this stage."""
+    lines = [line.split() for line in (fake / file).read_text().splitlines()] if (fake / file).exists() else []
+    return next((word for named, word in lines if named == kind and any(word in run for run in runs)), None)
+
+
+if word := named_in("fail"):
+    print(f"Traceback …\nerror: {word} is broken: mend it")
+    sys.exit(2)
+seconds = 600 if named_in("hold") else float(os.environ.get("FAKE_SECONDS", "0.03"))
 for run in map(Path, runs):
     print(f"{kind}:  10%\r{kind}:  50%\r\n", flush=True)
     if kind == "train":
         write(run / "config.yaml", "started")
-    time.sleep(float(os.environ.get("FAKE_SECONDS", "0.03")))
+    time.sleep(seconds)
     number = sum(map(ord, run.name)) % 100 / 100
     if kind == "train":
         (run / "adapter").mkdir(exist_ok=True)
