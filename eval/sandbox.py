@@ -23,10 +23,12 @@ one can lose.
 
 import contextlib
 import ctypes
+import errno
 import functools
 import os
 import platform
 import shutil
+import socket
 import stat
 import subprocess
 import sys
@@ -46,7 +48,7 @@ KNOWN_LIMITS = (
     "a program may inspect the checker's frames or memory, take what it finds there, speak its protocol and send the "
     "nonce",
 )
-FIRST_UID = 64_000  # as root: boxes run as one of these 1000 unprivileged users
+FIRST_UID, NUM_UIDS = 64_000, 1000  # the unprivileged users that boxes run as where the grader is root
 ENVIRONMENT = {"PATH": "/usr/bin", "HOME": "/tmp", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"}
 INSTALL = "Debian, Ubuntu: apt-get install bubblewrap; Fedora: dnf install bubblewrap; Arch: pacman -S bubblewrap"
 
@@ -72,6 +74,7 @@ class Sandbox:
         self._prefix = Path(sys.base_prefix).resolve()
         self._executable = Path(sys._base_executable).resolve()
         self._mounts: int | None = None  # descriptor of a mount namespace in which other users reach Python
+        self._users: dict[int, int] = {}  # slot → user, where the grader is root
         self._cleanup = contextlib.ExitStack()
 
     def describe(self) -> dict:
@@ -189,12 +192,35 @@ class Sandbox:
                 environment = ENVIRONMENT | {"LD_LIBRARY_PATH": "/python/lib"}
             arguments = {"cwd": "/", "env": environment, "pass_fds": (told, filter_), "information": information}
             if os.geteuid() == 0:
-                user = FIRST_UID + (os.getpid() * 16 + slot) % 1000
-                arguments["preexec_fn"] = functools.partial(_become, user, self._mounts, _libc())
+                arguments["preexec_fn"] = functools.partial(_become, self._user(slot), self._mounts, _libc())
             yield [*command, self._interpreter, *run_child], arguments
         finally:
             os.close(told)
             os.close(filter_)
+
+    def _user(self, slot: int) -> int:
+        """Return the unprivileged user of this slot, which no other box on this machine has while the sandbox is open.
+
+        Each user has one count of processes, so boxes of two graders must not share one. An abstract socket of the
+        user's name is the lock: it leaves no file and ends with its process.
+        """
+        if slot in self._users:
+            return self._users[slot]
+        claim = self._cleanup.enter_context(socket.socket(socket.AF_UNIX))
+        for step in range(NUM_UIDS):
+            user = FIRST_UID + (os.getpid() * 16 + slot + step) % NUM_UIDS
+            try:
+                claim.bind(f"\0ba-lora-sandbox-{user}")
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE:
+                    raise
+                continue
+            self._users[slot] = user
+            self._cleanup.callback(self._users.pop, slot)
+            return user
+        raise UserError(
+            f"{NUM_UIDS} boxes are open on this machine: wait for other graders to end, or use fewer workers"
+        )
 
 
 def _version() -> str | None:

@@ -45,7 +45,7 @@ def processes_of_boxes() -> list[str]:
     """Return the command lines of this test's processes that run in a box."""
     ours = {os.geteuid()}
     if 0 in ours:
-        ours = {sandbox.FIRST_UID + (os.getpid() * 16 + slot) % 1000 for slot in range(16)}
+        ours = {sandbox.FIRST_UID + (os.getpid() * 16 + slot) % sandbox.NUM_UIDS for slot in range(16)}
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:

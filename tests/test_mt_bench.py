@@ -7,6 +7,7 @@ import ast
 import json
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -384,21 +385,28 @@ def test_a_killed_scorer_pays_twice_for_nothing_but_the_calls_under_way(
     command += ["--data", str(folder), "judgements=3", "judge_parallel=2"]
     store = tmp_path / "run" / "judgements" / "mt_bench.jsonl"
     key = "key-7f3a9c"
+    killed = threading.Event()
+
+    def answer(number: int, body: dict) -> tuple:
+        if number >= 9:
+            killed.wait(60)
+        return completion("[[7]]")
+
     with (
-        JudgeServer(lambda number, body: completion("[[7]]", delay_s=0.05)) as server,
+        JudgeServer(answer) as server,
         open(tmp_path / "log", "w") as log,
     ):
         judged_by(server, JUDGE_API_KEY=key)
         scorer = subprocess.Popen(command, cwd=root, stdout=log, stderr=log)
         deadline = time.monotonic() + 60
-        while len(server.requests) < 9 and time.monotonic() < deadline:
+        while len(server.requests) < 11 and time.monotonic() < deadline:
             time.sleep(0.01)
         assert key not in Path(f"/proc/{scorer.pid}/cmdline").read_text()
         scorer.kill()
         scorer.wait()
-        time.sleep(0.2)  # the server ends the calls under way
+        killed.set()
         asked, kept = len(server.requests), len(store.read_text().splitlines())
-        assert 9 <= asked < 24 and asked - 2 <= kept <= asked
+        assert asked == 11 and 9 <= kept <= 11  # two calls were under way
         assert not (tmp_path / "run" / "scores").exists(), "nothing half-judged"
         done = subprocess.run(command, cwd=root, stdout=subprocess.PIPE, stderr=log, text=True)
         assert done.returncode == 0 and len(server.requests) == asked + 24 - kept

@@ -94,9 +94,7 @@ def test_first_call_installs_and_the_second_does_nothing(tree: Path) -> None:
     assert any("-m venv" in call for call in done) and done[-1].endswith("--no-build-isolation -e .")
     if os.uname().machine == "x86_64":
         assert any("--no-deps -r requirements-cpu.txt" in call for call in done)
-    started = time.monotonic()
     assert set_up(tree) == (0, "")
-    assert time.monotonic() - started < 2
     assert calls(tree) == done
 
     with open(tree / "requirements.txt", "a") as file:  # a changed pin sets up again, in the same environment

@@ -66,7 +66,7 @@ def test_pathological_items_do_not_stall() -> None:
     pairs = [("x+1", "1+x"), *towers, ("\\sqrt{8}", "2\\sqrt{2}"), ("x", "y+1")]
     done = []
     start = time.monotonic()
-    verdicts = compare(pairs, workers=1, timeout_s=1.0, progress=done.append)
+    verdicts = compare(pairs, workers=1, timeout_s=3.0, progress=done.append)
     assert verdicts == [EQUAL, TIMEOUT, TIMEOUT, EQUAL, DIFFERENT] and sum(done) == 5
     assert time.monotonic() - start < 45
 
