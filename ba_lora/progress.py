@@ -1,7 +1,7 @@
 """Training's log: a progress bar, the loss terms of each logging step on one line, real tokens per second."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -59,6 +59,48 @@ def terms_line(logs: dict[str, float], *, step: int, num_steps: int) -> str:
     if "learning_rate" in logs:
         parts.append(f"lr {logs['learning_rate']:.1e}")
     return " | ".join(parts)
+
+
+class TermMeter:
+    """The loss terms since the last log, averaged over optimizer steps; sums stay on the device until they are read."""
+
+    _NAMES = (*(f"{kind}{term}" for kind in ("", "weighted_") for term in LOGGED_TERMS), "covariances_skipped")
+
+    def __init__(self) -> None:
+        self._steps = 0.0
+        self.sums: dict[str, Tensor] = {}
+
+    def add(self, values: Mapping[str, Tensor], *, steps: float) -> None:
+        """Add a micro-batch, `steps` of an optimizer step: of each term its share of the step's value over all
+        processes and, as weighted_TERM, that times λ(t); and whether a covariance was skipped, as 0 or 1."""
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value.detach().double()
+        self._steps += steps
+
+    def read(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """Return what the log says of the terms and begin anew; {} without a micro-batch.
+
+        `reduce` sums over the processes, which all call. They need not have met the same terms: one that no covariance
+        could be taken for has no diversity.
+        """
+        if not self._steps:
+            return {}
+        some = next(iter(self.sums.values()))
+        sums = torch.stack([self.sums.get(name, torch.zeros_like(some)) for name in self._NAMES])
+        present = torch.tensor([float(name in self.sums) for name in self._NAMES], device=some.device).double()
+        sums, present = reduce(torch.stack([sums, present])).tolist()
+        met = {name: total for name, total, number in zip(self._NAMES, sums, present, strict=True) if number}
+        skipped = int(met.pop("covariances_skipped", 0))
+        averages = {name: total / self._steps for name, total in met.items()}
+        self.sums, self._steps = {}, 0.0
+        terms = [term for term in LOGGED_TERMS if term in averages]
+        whole = sum(abs(averages[f"weighted_{term}"]) for term in terms)
+        logs = {term: averages[term] for term in terms}
+        for term in terms:
+            if term != "task":  # whose weight is 1
+                logs[f"weighted_{term}"] = averages[f"weighted_{term}"]
+                logs[f"share_{term}"] = abs(averages[f"weighted_{term}"]) / whole if whole else 0.0
+        return logs | ({"covariances_skipped": skipped} if skipped else {})
 
 
 class TokenMeter:

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
-from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.utils import logging
 
 from ba_lora.adalora import AdaLoraCallback, adalora_orthogonality, adalora_orthogonality_weight
@@ -37,10 +36,11 @@ from ba_lora.losses import (
     nlg_loss,
     why_not_frozen_linear,
 )
-from ba_lora.progress import LOGGED_TERMS, TERMS, TermsCallback, TokenMeter
+from ba_lora.progress import LOGGED_TERMS, TERMS, TermMeter, TermsCallback, TokenMeter
 from ba_lora.reference import Reference, build_reference, gathered
 from ba_lora.reference_cache import CachedReference
 from ba_lora.regularizers import TopLogProbs, response_mask, response_targets
+from ba_lora.sampler import SeededLengthGroupedSampler
 from ba_lora.schedules import scheduled_weight
 
 logger = logging.get_logger(__name__)
@@ -89,10 +89,8 @@ class BALoRATrainer(Trainer):
         if isinstance(reference, CachedReference):
             reference.check(regularizers)
         self.model_accepts_loss_kwargs = True  # makes Trainer count the response positions of the effective batch
-        self._log_sums: dict[str, Tensor] = {}
-        self._logged_steps = 0.0
         self.loss_config = loss or LossConfig()
-        self._meter = TokenMeter()
+        self._term_meter, self._token_meter = TermMeter(), TokenMeter()
         self._svd_factor: Tensor | None | object = _NOT_YET
         self._head_checked = self._changes_logits = False
         self._why_plain: str | None | object = _NOT_YET
@@ -315,7 +313,7 @@ class BALoRATrainer(Trainer):
     # ---- the log ----
 
     def training_step(self, model: nn.Module, inputs: dict[str, Tensor], *arguments: Any, **settings: Any) -> Tensor:
-        self._meter.add(inputs)
+        self._token_meter.add(inputs)
         return super().training_step(model, inputs, *arguments, **settings)
 
     def throughput(self) -> dict[str, float]:
@@ -323,14 +321,17 @@ class BALoRATrainer(Trainer):
 
         Real tokens, over all processes, which all call it.
         """
-        return self._meter.overall(self._summed)
+        return self._token_meter.overall(self._summed)
 
     def _summed(self, tensor: Tensor) -> Tensor:
         return self.accelerator.reduce(tensor, reduction="sum")
 
-    def _record(self, terms: dict[str, Tensor], lambdas: dict[str, float], positions: Tensor | int) -> None:
-        """Add this micro-batch's share of each term's value to the running sums (on the device, no synchronisation)."""
+    def _record(
+        self, terms: dict[str, Tensor], lambdas: dict[str, float], positions: Tensor | int, **counts: Tensor
+    ) -> None:
+        """Give the micro-batch's share of each term's value to the log (on the device, no synchronisation)."""
         micro_batches = self.current_gradient_accumulation_steps * self.accelerator.num_processes
+        values = dict(counts)
         for term in LOGGED_TERMS:
             if term not in terms:
                 continue
@@ -341,27 +342,13 @@ class BALoRATrainer(Trainer):
                     weighted = weighted / self.accelerator.num_processes
             else:
                 weighted = share * lambdas.get(term, 1.0)
-            for name, value in ((term, share), (f"weighted_{term}", weighted)):
-                self._log_sums[name] = self._log_sums.get(name, 0.0) + value.detach().double()
-        self._logged_steps += 1 / self.current_gradient_accumulation_steps
+            values |= {term: share, f"weighted_{term}": weighted}
+        self._term_meter.add(values, steps=1 / self.current_gradient_accumulation_steps)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the terms, averaged over the optimizer steps since the last log and summed over all processes."""
-        if self._logged_steps and "loss" in logs:
-            names = sorted(self._log_sums)
-            sums = torch.stack([self._log_sums[name] for name in names])
-            values = self._summed(sums) / self._logged_steps
-            averages = dict(zip(names, values.tolist(), strict=True))
-            whole = sum(abs(averages[f"weighted_{term}"]) for term in LOGGED_TERMS if term in averages)
-            for term in LOGGED_TERMS:
-                if term in averages:
-                    logs[term] = averages[term]
-            for term in LOGGED_TERMS[1:]:
-                if term in averages:
-                    logs[f"weighted_{term}"] = averages[f"weighted_{term}"]
-                    logs[f"share_{term}"] = abs(averages[f"weighted_{term}"]) / whole if whole else 0.0
-            logs |= self._meter.read(self._summed)
-            self._log_sums, self._logged_steps = {}, 0.0
+        if "loss" in logs and (terms := self._term_meter.read(self._summed)):
+            logs |= terms | self._token_meter.read(self._summed)
         super().log(logs, start_time)
 
     # ---- checkpoints ----
@@ -406,22 +393,6 @@ class BALoRATrainer(Trainer):
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 write_checkpoint_manifest(folder)
-
-
-class SeededLengthGroupedSampler(LengthGroupedSampler):
-    """Rows of like length together, in an order that a resumed run finds again (Trainer's draws from global state)."""
-
-    def __init__(self, batch_size: int, *, lengths: list[int], seed: int) -> None:
-        super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
-        self.seed = seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[int]:
-        self.generator.manual_seed(self.seed + self.epoch)
-        return super().__iter__()
 
 
 def _identity(tensor: Tensor) -> Tensor:

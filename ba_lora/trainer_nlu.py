@@ -111,21 +111,16 @@ class NLUTrainer(BALoRATrainer):
             )
         total = total + self._orthogonality(model, terms, lambdas, training=training)
         if training:
-            self._record(terms, lambdas, rows)
-            if settings.lambda_diversity > 0:  # counted on every process, skipped or not: the log reduces it
-                skipped = torch.tensor(float("diversity" not in terms), device=total.device)
-                self._log_sums["covariances_skipped"] = self._log_sums.get("covariances_skipped", 0.0) + skipped
+            skipped = settings.lambda_diversity > 0 and "diversity" not in terms
+            self._record(terms, lambdas, rows, covariances_skipped=torch.tensor(float(skipped), device=total.device))
         return (total, {"loss": total}) if return_outputs else total
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Name the terms that were taken out, and count the micro-batches too small for a covariance."""
+        """Name the terms that were taken out."""
         if "loss" in logs:
             for term in TERMS:
                 if term in self.terms_off:
                     logs[term] = OFF
-            skipped = self._log_sums.pop("covariances_skipped", None)
-            if skipped is not None and (count := int(self.accelerator.reduce(skipped, reduction="sum").item())):
-                logs["covariances_skipped"] = count
         super().log(logs, start_time)
 
     def _set_signature_columns_if_needed(self) -> None:

@@ -115,7 +115,7 @@ def loss_terms_gradients(model, folder, batch, regularizers):
     loss.backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     assert gradients and all(gradient is not None for gradient in gradients.values())
-    return loss.detach(), {name: torch.as_tensor(value) for name, value in built._log_sums.items()}, gradients
+    return loss.detach(), {name: torch.as_tensor(value) for name, value in built._term_meter.sums.items()}, gradients
 
 
 def assert_same(got, want, tolerance=1e-6):

@@ -15,7 +15,7 @@ from ba_lora import BALoRAConfig, BALoRATrainer
 from ba_lora import regularizers as reg
 from ba_lora.adalora import adalora_orthogonality
 from ba_lora.config import LossConfig
-from ba_lora.progress import terms_line
+from ba_lora.progress import TermMeter, terms_line
 from ba_lora.reference import build_reference
 from tests.tiny import adapter_weights, arguments, collate, tiny_llama, tiny_peft, tiny_rows
 
@@ -318,3 +318,23 @@ def test_a_checkpoint_holds_the_trained_adapter_alone(tmp_path):
     folder = tmp_path / "checkpoint-2"
     assert not [path for path in folder.iterdir() if path.is_dir()]
     assert not [name for name in load_file(folder / "adapter_model.safetensors") if "reference" in name]
+
+
+def test_the_log_of_processes_that_met_different_terms():
+    """A process whose batches gave no covariance has no diversity; the sums over all still belong together."""
+    meters = [TermMeter(), TermMeter()]
+    for meter, values in zip(meters, ({"task": 1.0}, {"task": 3.0, "diversity": 5.0}), strict=True):
+        weighted = {f"weighted_{term}": 0.5 * value for term, value in values.items()}
+        skipped = {"covariances_skipped": float("diversity" not in values)}
+        for _ in range(4):  # two optimizer steps of two micro-batches
+            meter.add({name: torch.tensor(x) for name, x in (values | weighted | skipped).items()}, steps=0.5)
+    given = []
+    assert meters[1].read(lambda tensor: given.append(tensor) or tensor)["diversity"] == 10
+    assert meters[0].read(lambda tensor: tensor + given[0]) == {
+        "task": 8.0,
+        "diversity": 10.0,
+        "weighted_diversity": 5.0,
+        "share_diversity": 5 / 9,
+        "covariances_skipped": 4,
+    }
+    assert meters[0].read(lambda tensor: tensor) == {}  # it has begun anew
