@@ -1,4 +1,5 @@
-"""What AdaLoRA needs from a training loop (arXiv 2303.10512): pruning after each step, and its orthogonality term.
+"""What AdaLoRA needs from a training loop (arXiv 2303.10512): pruning after each step, its orthogonality term, and the
+ranks of what is saved.
 
 PEFT has the layers and the allocation; it leaves the calls to the loop.
 """
@@ -17,10 +18,31 @@ class AdaLoraCallback(TrainerCallback):
         getattr(model, "module", model).base_model.update_and_allocate(state.global_step)
 
 
+def is_adalora(model: nn.Module) -> bool:
+    """Return whether it is a PEFT model with an AdaLoRA adapter."""
+    config = getattr(model, "peft_config", {}).get("default")
+    return getattr(config, "peft_type", None) == "ADALORA"
+
+
+def set_saved_ranks(model: nn.Module) -> None:
+    """Let PEFT cut an AdaLoRA adapter that it saves by the weights it has now; nothing for any other model.
+
+    PEFT drops what the last allocation pruned. That is another model where the weights are those of an earlier epoch,
+    and between two allocations, when pruned directions move again. A direction whose singular value is 0 adds nothing:
+    to drop these alone, all of them, leaves the model as it is.
+    """
+    if not is_adalora(model):
+        return
+    model.peft_config["default"].rank_pattern = {
+        name: (values != 0).flatten().tolist()
+        for name, values in model.base_model.model.named_parameters()
+        if "lora_E.default" in name
+    }
+
+
 def adalora_orthogonality_weight(model: nn.Module) -> float | None:
     """Return the weight of AdaLoRA's orthogonality term, or None for any other model."""
-    config = getattr(model, "peft_config", {}).get("default")
-    return config.orth_reg_weight if getattr(config, "peft_type", None) == "ADALORA" else None
+    return model.peft_config["default"].orth_reg_weight if is_adalora(model) else None
 
 
 def adalora_orthogonality(model: nn.Module) -> Tensor:

@@ -65,10 +65,13 @@ def probe_batch(rows: list[dict[str, Any]], pad_token_id: int, *, num_rows: int 
 
 def save_trained(trainer: "BALoRATrainer", config: RunConfig, run_path: Path) -> None:
     """Write the trained weights: adapter/ for adapters, merged/ for full fine-tuning. Every process calls it."""
+    from ba_lora.adalora import set_saved_ranks
+
     target = run_path / ("merged" if config.adapter.trains_own_weights else "adapter")
     temporary = target.with_name(f".{target.name}.saving")
     main = trainer.accelerator.is_main_process
     trainer.model.config.use_cache = True  # what was off for training; generation wants it
+    set_saved_ranks(trainer.plain_model())
     if main:
         shutil.rmtree(temporary, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()

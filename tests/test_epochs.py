@@ -65,6 +65,27 @@ def test_the_exported_model_is_the_best_epochs(sst2, tmp_path, monkeypatch):
     assert not (run / "epochs").exists()
 
 
+@pytest.mark.parametrize(
+    ("schedule", "accuracies", "epoch"),
+    [
+        (["adapter.options.tinit=4"], (0.9, 0.5, 0.4, 0.3), 1),  # 3 steps an epoch: nothing is pruned before the fifth
+        (["adapter.options.deltaT=4"], (0.5, 0.9, 0.4, 0.3), 2),  # pruned at step 4, and once more at 8
+    ],
+    ids=["before the first allocation", "between two allocations"],
+)
+def test_adalora_exports_the_ranks_of_the_best_epoch(sst2, tmp_path, monkeypatch, schedule, accuracies, epoch):
+    """The last allocation is another one, and would cut directions that the kept weights use."""
+    values = iter(accuracies)
+    monkeypatch.setattr(script, "glue_scores", lambda *_: Scores({"accuracy": next(values)}))
+    run = sst2("trainer.num_train_epochs=4", "trainer.learning_rate=0.05", *schedule, method="adalora")
+    facts = read_json(run / "train.json")
+    assert facts["training"]["selection"]["best"]["epoch"] == epoch
+    assert max(facts["export"]["max_logit_difference"].values()) < 1e-5
+    best = torch.tensor([line["logits"] for line in lines_of(run, "best")])
+    texts = [row["sentence"] for row in read_jsonl(tmp_path / "data" / "dev.jsonl")]
+    torch.testing.assert_close(merged_logits(run, texts), best, atol=1e-5, rtol=0)
+
+
 def test_scores_are_those_of_the_predictions(sst2, tmp_path):
     run = sst2("data.class_shares.positive=0.25", "data.num_rows=16")
     lines = lines_of(run, "best")
