@@ -13,6 +13,7 @@ key=value changes every run (`data.num_rows=1000`), but for
     retry=true         redo what failed                 workers=N     at most N runs at a time
     seeds=[1,2]        instead of the table's seeds     gpus=N        GPUs for each run (default 1; more: accelerate)
     only=WORD[,WORD]   the rows of these bases, methods, settings: only=llama-2-7b,lora,pissa
+    output=DIR         of the report                allow=NAME    for the report; see eval/report/__main__.py
 """
 
 import argparse
@@ -391,7 +392,7 @@ def main() -> int:
     for path, error in grid.failed.items():
         _say(f"failed: {path.name}: {error}")
     seeds = [f"seeds={','.join(map(str, options.seeds))}"] if options.seeds else []
-    report = [sys.executable, "-m", "eval.report", parsed.table, *seeds, *overrides]
+    report = [sys.executable, "-m", "eval.report", parsed.table, *seeds, *options.report, *overrides]
     status = subprocess.run(report, cwd=PROJECT_ROOT).returncode
     return 1 if grid.failed else status
 

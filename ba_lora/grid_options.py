@@ -7,7 +7,8 @@ from ba_lora.config import nearest
 from ba_lora.errors import UserError
 from ba_lora.tables import Table
 
-OPTIONS = ("retry", "workers", "gpus", "seeds", "only")
+REPORT_OPTIONS = ("output", "allow")
+OPTIONS = ("retry", "workers", "gpus", "seeds", "only", *REPORT_OPTIONS)
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,7 @@ class GridOptions:
     gpus: int = 1
     seeds: tuple[int, ...] | None = None
     only: tuple[str, ...] = ()
+    report: tuple[str, ...] = ()  # words for the report alone, as they were typed
 
 
 def split_options(words: Sequence[str]) -> tuple[GridOptions, list[str]]:
@@ -28,9 +30,9 @@ def split_options(words: Sequence[str]) -> tuple[GridOptions, list[str]]:
         key, equals, text = word.partition("=")
         if not equals:
             raise UserError(f"cannot read {word!r}: one table, then key=value")
-        if key in ("output_dir", "overwrite", "seed"):
-            raise UserError(f"{key}= has no meaning for a whole table{nearest(key, OPTIONS)}")
-        if key in OPTIONS:
+        if key in REPORT_OPTIONS:
+            options = replace(options, report=(*options.report, word))
+        elif key in OPTIONS:
             options = replace(options, **{key: _option(key, text)})
         else:
             overrides.append(word)

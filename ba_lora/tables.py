@@ -34,7 +34,8 @@ A column:
     overrides  what this column's runs differ in, such as the training set; columns whose runs train alike share them
     mean_of    names of columns: the mean over them, seed by seed
 
-Rows and columns keep the file's order. The key=value of the command line come last and change every run.
+Rows and columns keep the file's order. The key=value of the command line come last and change every run; what tells the
+rows or columns of the table apart cannot be typed.
 """
 
 import dataclasses
@@ -184,6 +185,9 @@ def load_table(path: str | Path, *, overrides: Sequence[str] = (), seeds: Sequen
         settings = block.get("settings") or {"": []}
         if not isinstance(settings, dict):
             raise UserError(f"{where}: settings is a mapping, name: [key=value, …]")
+        own_words = [word for name, own in settings.items() for word in _list(own, where, f"settings.{name}")]
+        own_words += [*_list(block.get("overrides"), where, "overrides"), *(w for c in columns for w in c.overrides)]
+        _refuse_typed(overrides, own_words, kind=raw["kind"])
         for base in _list(block.get("bases"), where, "bases"):
             for method in _list(block.get("methods"), where, "methods"):
                 for setting, own in settings.items():
@@ -217,6 +221,17 @@ def load_table(path: str | Path, *, overrides: Sequence[str] = (), seeds: Sequen
         ours=tuple(ours),
         report=raw.get("report") or {},
     )
+
+
+def _refuse_typed(typed: Sequence[str], own: Sequence[str], *, kind: str) -> None:
+    """Raise UserError for a typed key that the table's `own` words set, too: it would win, and every row or column
+    would be what was typed, under the label of something else."""
+    varied = {"method", *(["task"] if kind == "nlu" else []), *(word.partition("=")[0] for word in own)}
+    for key in (word.partition("=")[0] for word in typed):
+        if key in ("output_dir", "overwrite", "seed"):
+            raise UserError(f"{key}= has no meaning for a whole table{nearest(key, ['seeds'])}")
+        if any(f"{key}.".startswith(f"{name}.") or f"{name}.".startswith(f"{key}.") for name in varied):
+            raise UserError(f"{key} is what this table varies; use only=… for some of its rows")
 
 
 def _row_cells(

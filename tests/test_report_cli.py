@@ -1,6 +1,7 @@
 """`python -m eval.report` on a table file: the files that it writes, and its errors in one line."""
 
 import json
+import re
 import sys
 
 import pytest
@@ -11,6 +12,7 @@ from ba_lora.errors import UserError
 from ba_lora.io import write_json_atomic
 from ba_lora.pipeline import UNTUNED
 from ba_lora.tables import load_table
+from eval.report import __main__ as report_main
 from eval.report.__main__ import main
 from eval.tasks import get_task
 from tests.report_world import result
@@ -76,8 +78,7 @@ def fill(table_path) -> None:
 
 def test_every_file_is_written_and_the_same_results_give_the_same_bytes(table_path, report, tmp_path, capsys):
     fill(table_path)
-    (tmp_path / "report" / "figures").mkdir(parents=True)
-    (tmp_path / "report" / "figures" / "loss.png").write_bytes(b"of an earlier report")
+    (tmp_path / "report").mkdir()
     (tmp_path / "report" / "notes.md").write_text("somebody's")
     assert report(table_path) == 0
     folder = tmp_path / "report"
@@ -96,6 +97,36 @@ def test_every_file_is_written_and_the_same_results_give_the_same_bytes(table_pa
     assert "52.00 (1)" in capsys.readouterr().out
     report(table_path)
     assert all((folder / name).read_bytes() == content for name, content in files.items())
+
+
+def test_a_figure_whose_logs_are_not_at_hand_keeps_its_file(table_path, report, tmp_path, capsys):
+    fill(table_path)
+    earlier = tmp_path / "report" / "figures" / "loss.png"
+    earlier.parent.mkdir(parents=True)
+    earlier.write_bytes(b"of an earlier report")
+    report(table_path)
+    assert earlier.read_bytes() == b"of an earlier report"
+    told = "not drawn, no run's log.jsonl is at hand; figures/loss.png is an earlier report's."
+    assert told in capsys.readouterr().out
+
+
+def test_a_table_with_other_words_has_another_folder(table_path, monkeypatch, tmp_path, capsys):
+    """The report of the table as configured is only ever written for the table as configured."""
+    fill(table_path)
+    monkeypatch.setattr(report_main, "RESULTS_PATH", tmp_path / "results")
+
+    def folder(*words):
+        monkeypatch.setattr(sys, "argv", ["eval.report", str(table_path), *words])
+        assert main() == 0
+        return capsys.readouterr().out.splitlines()[-1].removeprefix(f"report: {tmp_path / 'results'}/")
+
+    assert folder() == "two"
+    configured = (tmp_path / "results" / "two" / "table.json").read_bytes()
+    fewer = folder("seeds=[2]")
+    assert re.fullmatch(r"two-[0-9a-f]{8}", fewer) and folder("seeds=2") == fewer
+    words = ["eval.engine=hf", "eval.limit=5"]  # neither is part of what a run is called
+    assert folder(*words) == folder(*words[::-1]) not in ("two", fewer)
+    assert (tmp_path / "results" / "two" / "table.json").read_bytes() == configured
 
 
 def test_the_untuned_model_is_the_same_for_any_seeds(table_path, report, capsys):

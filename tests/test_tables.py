@@ -130,6 +130,31 @@ def test_the_command_line_changes_every_run(tmp_path):
     assert {config.seed for config in trained} == {7}
 
 
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("adapter.rank=8", "adapter.rank is what this table varies; use only=…"),  # a setting's
+        ("trainer.learning_rate=1.0e-3", "trainer.learning_rate is what this table varies"),  # some rows'
+        ("data.toy.label_noise=0.2", "data.toy.label_noise is what this table varies"),  # a column's
+        ("adapter={rank: 8}", "adapter is what this table varies"),
+        ("method=lora", "method is what this table varies"),
+        ("seed=1", "seed= has no meaning for a whole table .nearest: seeds"),
+        ("output_dir=there", "output_dir= has no meaning for a whole table"),
+    ],
+)
+def test_what_tells_rows_or_columns_apart_cannot_be_typed(tmp_path, word, message):
+    """It would win over the table's own words, and every row would be the same run under another label."""
+    with pytest.raises(UserError, match=message) as caught:
+        load_table(write(tmp_path), overrides=[word])
+    assert "\n" not in str(caught.value)
+
+
+def test_the_task_of_an_nlu_table_cannot_be_typed():
+    with pytest.raises(UserError, match="task is what this table varies"):
+        load_table(tables.find_table("diversity_form"), overrides=["task=rte"])
+    load_table(tables.find_table("compute"), overrides=["trainer.gradient_accumulation_steps=4"])  # of all rows
+
+
 def test_a_reference_cache_has_a_folder_for_each_base_and_data_set(tmp_path):
     """Methods, initialisations and seeds share it; what is trained without the term, or in NLU, needs none."""
     rows = [{"bases": ["toy"], "methods": ["ba_lora", "lora_ba", "lora", "ba_lora_iclr2026"]}]

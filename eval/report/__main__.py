@@ -3,15 +3,19 @@
     python -m eval.report TABLE [allow=NAME,…] [output=DIR] [seeds=[1,2]] [key=value …]
 
 TABLE is a file of configs/tables, by its name or path. `seeds` and `key=value` are those that its runs were made with
-(sh scripts/reproduce.sh TABLE key=value …), since they are part of what a run is called. Written to results/TABLE
-(or `output`): table.md, table.tex, table.csv, table.json and figures/<name>.png and .pdf. Read are the runs' results,
-grades and logs, the table's config and results/paper_reported; no model, no GPU.
+(sh scripts/reproduce.sh TABLE key=value …), since they are part of what a run is called. Written to `output`, by
+default results/TABLE, and with such words, which make it another table, results/TABLE-<their hash>: table.md,
+table.tex, table.csv, table.json and figures/<name>.png and .pdf. Read are the runs' results, grades and logs, the
+table's config and results/paper_reported; no model, no GPU.
 
 allow=engine,dtype admits results whose settings differ, footnoted; see eval/report/settings.py for the names.
 """
 
 import argparse
+import dataclasses
+import hashlib
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from ba_lora.config import PROJECT_ROOT
@@ -27,7 +31,6 @@ from eval.report.spec import TableSpec, table_spec
 from eval.report.table import ReportTable, build_table
 
 RESULTS_PATH = PROJECT_ROOT / "results"
-FIGURE_SUFFIXES = ("png", "pdf")
 
 
 def main() -> int:
@@ -50,10 +53,10 @@ def main() -> int:
     check_allowed(allow)
     seeds = _seeds(own["seeds"]) if "seeds" in own else None
     spec = table_spec(load_table(find_table(options.table), overrides=overrides, seeds=seeds))
-    made_with = [*overrides, *([f"seeds={own['seeds']}"] if seeds else [])]
+    made_with = [*overrides, *([f"seeds={','.join(map(str, seeds))}"] if seeds else [])]
     sources = read_sources(spec, command=" ".join(["sh scripts/reproduce.sh", options.table, *made_with]))
     table = build_table(spec, sources, allow=allow)
-    folder = Path(own["output"]) if own.get("output") else RESULTS_PATH / spec.name
+    folder = Path(own["output"]) if own.get("output") else default_folder(spec.name, made_with)
     figures = write_report(table, sources, folder)
     for figure in figures:
         if figure.missing:
@@ -70,6 +73,14 @@ def _seeds(text: str) -> tuple[int, ...]:
     return tuple(int(word) for word in words)
 
 
+def default_folder(name: str, words: Sequence[str]) -> Path:
+    """Return where the report of a table goes that was made with these seeds and key=value, in any order."""
+    if not words:
+        return RESULTS_PATH / name
+    digest = hashlib.sha256("\n".join(sorted(words)).encode()).hexdigest()[:8]
+    return RESULTS_PATH / f"{name}-{digest}"
+
+
 def read_sources(spec: TableSpec, *, command: str) -> Sources:
     """Read the results and the paper's numbers. Raises UserError, naming `command`, where no run has a result."""
     runs = spec.all_runs()
@@ -82,23 +93,28 @@ def read_sources(spec: TableSpec, *, command: str) -> Sources:
 def write_report(table: ReportTable, sources: Sources, folder: Path) -> list[Drawn]:
     """Write the table's files and figures, each atomically and none before all are made; return the figures.
 
-    A figure that is no longer drawn is removed, so that none stays that its results have left.
+    An earlier report's figure that cannot be drawn stays, and its caption says so: what it was drawn from (logs,
+    features) may lie on another machine.
     """
-    drawn = list(draw(table, sources))
+    drawn = [(_with_earlier(figure, folder), files) for figure, files in draw(table, sources)]
     figures = [figure for figure, _ in drawn]
     facts = to_json(table, figures)
     texts = {"tex": to_latex(table), "csv": to_csv(table), "md": to_markdown(table, figures)}
     for figure, files in drawn:
-        for suffix in FIGURE_SUFFIXES:
-            path = folder / "figures" / f"{figure.name}.{suffix}"
-            if suffix in files:
-                write_bytes_atomic(path, files[suffix])
-            else:
-                path.unlink(missing_ok=True)
+        for suffix, content in files.items():
+            write_bytes_atomic(folder / "figures" / f"{figure.name}.{suffix}", content)
     write_json_atomic(folder / "table.json", facts)
     for suffix, text in texts.items():
         write_text_atomic(folder / f"table.{suffix}", text)
     return figures
+
+
+def _with_earlier(figure: Drawn, folder: Path) -> Drawn:
+    """Return a figure, with a word on the file of an earlier report where it was not drawn now."""
+    name = f"figures/{figure.name}.png"
+    if figure.missing is None or not (folder / name).is_file():
+        return figure
+    return dataclasses.replace(figure, missing=f"{figure.missing}; {name} is an earlier report's")
 
 
 if __name__ == "__main__":
