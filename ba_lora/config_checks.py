@@ -21,8 +21,9 @@ from ba_lora.config import (
 from ba_lora.config_nlu import check_nlu
 from ba_lora.errors import UserError
 
-# TrainingArguments under which the loss or a resumed run would silently be another one.
+# TrainingArguments under which the method or a resumed run would silently be another one; the value that is safe, why.
 _UNSAFE_ARGUMENTS = {
+    "auto_find_batch_size": (False, "the micro-batch is part of the method: set trainer.per_device_train_batch_size"),
     "average_tokens_across_devices": (True, "the terms are means over the positions of all processes"),
     "label_smoothing_factor": (0, "the loss has no label smoothing"),
     "save_only_model": (False, "a killed run could not go on with its optimizer's state"),
@@ -102,15 +103,16 @@ def check(config: RunConfig) -> None:
 def _check_trainer(arguments: dict[str, Any]) -> None:
     from transformers import TrainingArguments
 
-    known = [entry.name for entry in dataclasses.fields(TrainingArguments) if entry.init]
+    defaults = {entry.name: entry.default for entry in dataclasses.fields(TrainingArguments) if entry.init}
     for name in arguments:
         if name in _RESERVED_ARGUMENTS:
             raise UserError(f"trainer.{name} is set by the run itself: use {_RESERVED_ARGUMENTS[name]}")
-        if name not in known:
-            raise UserError(f"unknown key trainer.{name}{nearest(name, known)} (a transformers.TrainingArguments name)")
+        if name not in defaults:
+            near = nearest(name, list(defaults))
+            raise UserError(f"unknown key trainer.{name}{near} (a transformers.TrainingArguments name)")
         if name == "accelerator_config" and dict(arguments[name] or {}).get("split_batches"):
             raise UserError("trainer.accelerator_config.split_batches=true is refused: the batch sizes are per process")
-        if name in _UNSAFE_ARGUMENTS and arguments[name] not in (_UNSAFE_ARGUMENTS[name][0], None):
+        if name in _UNSAFE_ARGUMENTS and arguments[name] not in (_UNSAFE_ARGUMENTS[name][0], defaults[name]):
             raise UserError(f"trainer.{name}={arguments[name]} is refused: {_UNSAFE_ARGUMENTS[name][1]}")
     for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
         if name in arguments and (not isinstance(arguments[name], int) or arguments[name] < 1):
