@@ -142,14 +142,16 @@ def svd(logits: Tensor, mask: Tensor, *, top_k: int, norm: str = "nuclear") -> T
     `norm` N: "nuclear", Σ_j σ_j (paper2024), or "frobenius", ‖Z‖_F (iclr2026). As published, the Frobenius form is
     largest for k EQUAL singular values, and neither form ignores a shift of a row's logits.
 
-    With the nuclear norm the ratio is −1 with a zero gradient while |M| ≤ k. Singular values at rounding level carry
-    arbitrary directions and are left out of the sum, so that the gradient of the norm is U₊ V₊ᵀ.
+    With the nuclear norm the ratio is −1 with a zero gradient while |M| ≤ k. Singular values at rounding level, below
+    √(|M| + V) ε σ₁, carry arbitrary directions and are left out of the sum, so that the gradient of the norm is U₊ V₊ᵀ.
     """
     matrix_MV = _select(logits, mask)
     if matrix_MV.shape[0] == 0:
         return matrix_MV.sum()
     sigma = torch.linalg.svdvals(matrix_MV)  # descending; its backward is stable for repeated values
-    smallest = sigma[0].detach() * max(matrix_MV.shape) * torch.finfo(sigma.dtype).eps
+    # Rounding grows with the root of the sides. The longer side itself, as in numpy's matrix_rank, would be 1.5 % of σ₁
+    # at V = 128,000 in float32, and a common offset of the logits leaves real singular values below that.
+    smallest = sigma[0].detach() * sum(matrix_MV.shape) ** 0.5 * torch.finfo(sigma.dtype).eps
     sigma = sigma[sigma > smallest]
     if sigma.numel() == 0:  # all logits 0: no direction to favour
         return matrix_MV.sum() * 0

@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 
 import torch
+from accelerate.data_loader import BatchSamplerShard
+from torch.utils.data import DataLoader
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 
@@ -20,3 +22,15 @@ class SeededLengthGroupedSampler(LengthGroupedSampler):
     def __iter__(self) -> Iterator[int]:
         self.generator.manual_seed(self.seed + self.epoch)
         return super().__iter__()
+
+
+def reachable_sampler(loader: DataLoader) -> DataLoader:
+    """Return the loader, its sampler where `set_epoch` finds it also after batches have been skipped.
+
+    On several processes accelerate's shard hides the sampler; a resumed training wraps the shard once more, and the
+    rest of any epoch would be taken from epoch 0's order.
+    """
+    shard = loader.batch_sampler
+    if isinstance(shard, BatchSamplerShard):
+        shard.sampler = shard.batch_sampler.sampler
+    return loader

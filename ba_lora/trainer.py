@@ -6,7 +6,9 @@ DeepSpeed hooks run; the hidden states are caught on their way into the head.
 
 Reductions: the task, consistency and diversity terms are sums divided by the number of response positions of the
 whole effective batch (all micro-batches, all processes); the svd term is one value per micro-batch, averaged over all
-micro-batches of all processes. So 2 processes × b equals 1 process × b × accumulation 2, term by term.
+micro-batches of all processes. So 2 processes × b equals 1 process × b × accumulation 2, term by term; but for an
+epoch's last batch where the rows run out: several processes fill it with the epoch's first rows (accelerate), one
+leaves it short.
 """
 
 import contextlib
@@ -18,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
@@ -40,7 +43,7 @@ from ba_lora.progress import LOGGED_TERMS, TERMS, TermMeter, TermsCallback, Toke
 from ba_lora.reference import Reference, build_reference, gathered
 from ba_lora.reference_cache import CachedReference
 from ba_lora.regularizers import TopLogProbs, response_mask, response_targets
-from ba_lora.sampler import SeededLengthGroupedSampler
+from ba_lora.sampler import SeededLengthGroupedSampler, reachable_sampler
 from ba_lora.schedules import scheduled_weight
 
 logger = logging.get_logger(__name__)
@@ -124,7 +127,7 @@ class BALoRATrainer(Trainer):
         labels_BT = inputs.pop("labels")
         mask_BT, targets_N = response_mask(labels_BT), response_targets(labels_BT)
         rows = inputs.pop("row", None)
-        reference = self._reference_at(model, inputs, mask_BT, rows, num_positions=targets_N.numel())
+        reference, reference_head = self._reference_at(model, inputs, mask_BT, rows, num_positions=targets_N.numel())
         hidden_ND, head = self._hidden(model, inputs, mask_BT)
 
         training = model.training and num_items_in_batch is not None
@@ -137,7 +140,7 @@ class BALoRATrainer(Trainer):
                 settings["chunk_memory_mb"] = self.loss_config.chunk_memory_mb
                 total, terms = fused_nlg_loss(*inputs_of_loss, **settings)
             else:
-                total, terms = nlg_loss(*inputs_of_loss, **settings)
+                total, terms = nlg_loss(*inputs_of_loss, **settings, reference_head=reference_head)
         total = total + self._orthogonality(model, terms, lambdas, training=training)
         if training:
             self._record(terms, lambdas, positions)
@@ -145,11 +148,12 @@ class BALoRATrainer(Trainer):
 
     def _reference_at(
         self, model: nn.Module, inputs: dict[str, Tensor], mask_BT: Tensor, rows: Tensor | None, *, num_positions: int
-    ) -> Tensor | TopLogProbs | None:
-        """Return the reference at the positions of the mask: its hidden states [N, D], or what the cache keeps of its
-        distributions in the batch's `rows`; None while the consistency term is out."""
+    ) -> tuple[Tensor | TopLogProbs | None, Callable[[Tensor], Tensor] | None]:
+        """Return the reference at the positions of the mask, its hidden states [N, D] and the head that they go into
+        (under full fine-tuning not the trained one), or what the cache keeps of its distributions in the batch's
+        `rows`, without a head; (None, None) while the consistency term is out."""
         if self.regularizers.lambda_consistency == 0:
-            return None
+            return None, None
         if isinstance(self.reference, CachedReference):
             if not model.training:
                 raise UserError("the reference cache holds the training rows alone: evaluate without regularizers")
@@ -158,14 +162,14 @@ class BALoRATrainer(Trainer):
                 raise UserError(
                     "the training rows are not those of the reference cache: give it that data set as it is"
                 )
-            return top
+            return top, None
         with (
             torch.no_grad(),
             self._without_dropout(model),
             self.accelerator.autocast(),  # which a frozen copy, unlike the prepared model, does not bring along
             self.reference.use(model) as module,
         ):
-            return self._hidden(module, inputs, mask_BT)[0]
+            return self._hidden(module, inputs, mask_BT)
 
     def _set_signature_columns_if_needed(self) -> None:
         """Keep the column that says where a row's reference lies; Trainer drops what the model does not take."""
@@ -305,10 +309,13 @@ class BALoRATrainer(Trainer):
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
         return SeededLengthGroupedSampler(
-            self.args.train_batch_size * self.args.gradient_accumulation_steps,
+            self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size,
             lengths=[len(ids) for ids in (train_dataset or self.train_dataset)["input_ids"]],
             seed=self.args.data_seed if self.args.data_seed is not None else self.args.seed,
         )
+
+    def get_train_dataloader(self) -> DataLoader:
+        return reachable_sampler(super().get_train_dataloader())
 
     # ---- the log ----
 

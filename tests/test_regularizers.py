@@ -283,6 +283,25 @@ def test_svd_from_hidden_states_is_the_svd_of_the_logits(norm, positions, vocabu
     torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("norm", ["nuclear", "frobenius"])
+@pytest.mark.parametrize("offset", [5.0, 30.0])
+def test_svd_of_a_large_vocabulary_keeps_the_small_singular_values(norm, offset):
+    """A common offset of the logits makes one singular value dominant; the others are far above rounding, and count.
+
+    Half of the rows stand twice: what float32 makes of their zero singular values must not count.
+    """
+    logits = torch.randn(64, 50_000, generator=torch.Generator().manual_seed(1)) + offset
+    logits[32:] = logits[:32]
+    mask = torch.ones(64, dtype=torch.bool)
+    values, gradients = [], []
+    for dtype in (torch.float32, torch.float64):
+        leaf = logits.to(dtype).requires_grad_()
+        values.append(reg.svd(leaf, mask, top_k=3, norm=norm))
+        gradients.append(torch.autograd.grad(values[-1], leaf)[0].double())
+    torch.testing.assert_close(values[0].double(), values[1], rtol=1e-5, atol=0)
+    assert (gradients[0] - gradients[1]).norm() < 1e-2 * gradients[1].norm()
+
+
 def test_heads_that_must_use_their_logits():
     from ba_lora.losses.svd import head_factor
 

@@ -79,8 +79,10 @@ def test_with_dropout_the_reference_is_still_the_pretrained_model(tmp_path):
 
 
 @VERSIONS
-def test_loss_of_one_batch_against_full_logits(tmp_path, regularizers):
-    model = tiny_peft("pissa")
+@pytest.mark.parametrize("init", ["pissa", "full"])
+def test_loss_of_one_batch_against_full_logits(tmp_path, init, regularizers):
+    """After a move of all that is trained; under full fine-tuning that is the head, too, and not the reference's."""
+    model = tiny_llama() if init == "full" else tiny_peft(init)
     built = trainer(model, tmp_path, regularizers)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -39,11 +39,13 @@ def nlg_loss(
     weights: TermWeights,
     config: BALoRAConfig,
     head_factor_DD: Tensor | None = None,
+    reference_head: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return (total, terms): the weighted sum with its gradient, and each term unweighted and detached.
 
     `head` maps hidden states to logits [N, V]. `reference` is the reference's hidden states [N, D], or what a cache
-    keeps of its distributions at the N positions, or None while the consistency term is out.
+    keeps of its distributions at the N positions, or None while the consistency term is out. `reference_head` is its
+    own head, where that is not `head` (a trained head would take the reference along).
     `head_factor_DD` (`losses.svd.head_factor`) takes the vocabulary out of the svd term; without it the logits serve.
     Terms: task, consistency and diversity as sums over the N positions, svd as the micro-batch's value, and
     `weighted_consistency`, which the adaptive λ1 makes more than a product. A term whose λ is 0 in `config` is absent.
@@ -56,7 +58,7 @@ def nlg_loss(
     total = task * weights.task
     terms = {"task": task.detach()}
     if config.lambda_consistency > 0:
-        divergence, weighted = _consistency(logits_NV, reference, head, every_N, config)
+        divergence, weighted = _consistency(logits_NV, reference, reference_head or head, every_N, config)
         weighted = weights.consistency * weighted
         total = total + weighted
         terms["consistency"] = divergence.detach()
@@ -76,7 +78,7 @@ def nlg_loss(
 def _consistency(
     logits_NV: Tensor,
     reference: Tensor | TopLogProbs,
-    head: Callable[[Tensor], Tensor],
+    reference_head: Callable[[Tensor], Tensor],
     every_N: Tensor,
     config: BALoRAConfig,
 ) -> tuple[Tensor, Tensor]:
@@ -85,7 +87,7 @@ def _consistency(
         term, entropy_N = regularizers.cached_consistency, reference.entropy
     else:
         with torch.no_grad():
-            reference = head(reference)
+            reference = reference_head(reference)
         term, entropy_N = regularizers.consistency, None
     settings = {"temperature": config.temperature, "reduction": "sum"}
     divergence = term(logits_NV, reference, every_N, **settings)
