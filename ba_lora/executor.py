@@ -4,7 +4,8 @@ A grid asks `free_slot()` for room, gives `submit()` a `Work`, and collects what
 ends what still runs. Another executor, for a cluster, needs these four.
 
 A stage inherits the locks of its work. So if the grid is killed with -9, a stage that lives on keeps its run (and its
-GPU) to itself until it ends, and the next grid waits for it.
+GPUs) to itself until it ends, and the next grid waits for it. What a stage has started ends with it: a child that it
+left behind would keep these locks, too.
 """
 
 import contextlib
@@ -31,12 +32,15 @@ GRACE_S = 30.0  # between SIGTERM and SIGKILL; a training records that it was ca
 
 @dataclass(frozen=True)
 class Slot:
-    """A worker's place: what its commands get into their environment, and the lock that makes a GPU its own."""
+    """A worker's place: what its commands get into their environment, and the lock of each of its GPUs."""
 
     name: str
     environment: dict[str, str]
-    num_gpus: int = 0
-    lock_path: Path | None = None
+    lock_paths: tuple[Path, ...] = ()
+
+    @property
+    def num_gpus(self) -> int:
+        return len(self.lock_paths)
 
 
 @dataclass(frozen=True)
@@ -65,16 +69,14 @@ class Work:
     seconds: float = 0.0
 
     def release(self) -> None:
-        for lock in self.locks:
-            lock.close()
-        self.locks = []
+        _release(self.locks)
 
 
 @dataclass
 class _Job:
     work: Work
     slot: Slot
-    slot_lock: IO[str] | None
+    slot_locks: list[IO[str]]
     waiting: list[Stage]
     stage: Stage | None = None
     process: subprocess.Popen | None = None
@@ -86,36 +88,39 @@ class LocalExecutor:
     def __init__(self, slots: Sequence[Slot]) -> None:
         self.slots = list(slots)
         self._jobs: list[_Job] = []
-        self._slot_lock: IO[str] | None = None
+        self._slot_locks: list[IO[str]] = []  # of the slot that `free_slot` has just given
+        self._held_elsewhere: dict[str, str] = {}  # slot → who has a GPU of it
 
     def free_slot(self) -> Slot | None:
-        """Return a slot that nobody uses, neither this grid nor, for a GPU, another one on this machine."""
+        """Return a slot that nobody uses, neither this grid nor, of its GPUs, another one on this machine."""
         used = {job.slot.name for job in self._jobs}
+        self._held_elsewhere = {}
         for slot in self.slots:
-            if slot.name in used:
-                continue
-            if slot.lock_path is None:
-                return slot
-            self._release_slot()
-            self._slot_lock = try_lock(slot.lock_path)
-            if self._slot_lock is not None:
+            if slot.name not in used and self._take(slot):
                 return slot
         return None
 
+    def _take(self, slot: Slot) -> bool:
+        """Take the locks of all the slot's GPUs, or none."""
+        self._release_slot()
+        for path in slot.lock_paths:
+            lock = try_lock(path)
+            if lock is None:
+                self._held_elsewhere[slot.name] = holder(path)
+                self._release_slot()
+                return False
+            self._slot_locks.append(lock)
+        return True
+
     def busy_elsewhere(self) -> list[str]:
-        """Return who holds the GPUs that this grid cannot have."""
-        used = {job.slot.name for job in self._jobs}
-        return [
-            f"{slot.name}: {holder(slot.lock_path)}"
-            for slot in self.slots
-            if slot.lock_path is not None and slot.name not in used
-        ]
+        """Return who held the GPUs that this grid could not have when it last asked for a slot."""
+        return [f"{name}: {who}" for name, who in self._held_elsewhere.items()]
 
     def submit(self, work: Work, slot: Slot) -> None:
         """Start the work on the slot that `free_slot` has just given."""
-        job = _Job(work, slot, self._slot_lock, list(work.stages))
+        job = _Job(work, slot, self._slot_locks, list(work.stages))
         work.started = time.monotonic()
-        self._slot_lock = None
+        self._slot_locks = []
         self._jobs.append(job)
         self._advance(job)
 
@@ -144,6 +149,8 @@ class LocalExecutor:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(timeout=max(0.0, deadline - time.monotonic()))
         for job in list(self._jobs):
+            if job.process is not None:
+                _end_children(job.process)
             self._close(job)
 
     def _advance(self, job: _Job) -> bool:
@@ -152,6 +159,7 @@ class LocalExecutor:
             status = job.process.poll()
             if status is None:
                 return False
+            _end_children(job.process)
             if status != 0:
                 for run_path in job.stage.run_paths:
                     job.work.failures.setdefault(run_path, Failure(job.stage.name, status, job.work.log_path))
@@ -162,7 +170,7 @@ class LocalExecutor:
                 continue
             log_name = f"{job.stage.run_paths[0].name}.{job.stage.name.replace(' ', '-')}.log"
             job.work.log_path = job.work.log_folder / log_name
-            locks = [*job.work.locks, *([job.slot_lock] if job.slot_lock else [])]
+            locks = [*job.work.locks, *job.slot_locks]
             with disk_errors(job.work.log_path), open(job.work.log_path, "wb") as log:
                 job.process = subprocess.Popen(
                     job.stage.command,
@@ -180,13 +188,22 @@ class LocalExecutor:
 
     def _close(self, job: _Job) -> None:
         self._jobs.remove(job)
-        if job.slot_lock is not None:
-            job.slot_lock.close()
+        _release(job.slot_locks)
 
     def _release_slot(self) -> None:
-        if self._slot_lock is not None:
-            self._slot_lock.close()
-            self._slot_lock = None
+        _release(self._slot_locks)
+
+
+def _release(locks: list[IO[str]]) -> None:
+    for lock in locks:
+        lock.close()
+    locks.clear()
+
+
+def _end_children(process: subprocess.Popen) -> None:
+    """End what an ended stage has left of its process group, such as an engine's workers after the OOM killer."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def log_lines(path: Path) -> list[str]:
@@ -204,18 +221,22 @@ def local_slots(
 ) -> list[Slot]:
     """Return one slot for each group of `gpus_per_run` GPUs that this process may see, else `workers` on the CPU.
 
-    Without a GPU there are two workers where there are two cores, and the cores are shared out among them.
+    A GPU has one lock whatever its group, so that grids with other groups do not meet on it. Without a GPU there are
+    two workers where there are two cores, and the cores are shared out among them. Raises UserError for more GPUs a run
+    than there are.
     """
     visible = _visible_gpus(environ)
+    if gpus_per_run > max(1, len(visible)):
+        raise UserError(
+            f"gpus={gpus_per_run}: only {len(visible)} GPU(s) can be seen here; lower gpus, or leave it out"
+        )
     if visible:
-        if gpus_per_run > len(visible):
-            raise UserError(f"gpus={gpus_per_run}: only {len(visible)} GPU(s) can be seen here")
         slots = []
         for start in range(0, len(visible) - gpus_per_run + 1, gpus_per_run):
-            members = ",".join(visible[start : start + gpus_per_run])
-            lock_path = lock_folder / f"gpu-{socket.gethostname()}-{members.replace(',', '-')}.lock"
-            environment = {"CUDA_VISIBLE_DEVICES": members, "MASTER_PORT": str(29500 + start)}
-            slots.append(Slot(f"GPU {members}", environment, gpus_per_run, lock_path))
+            members = visible[start : start + gpus_per_run]
+            lock_paths = tuple(lock_folder / f"gpu-{socket.gethostname()}-{member}.lock" for member in sorted(members))
+            named = ",".join(members)
+            slots.append(Slot(f"GPU {named}", {"CUDA_VISIBLE_DEVICES": named}, lock_paths))
         return slots[:workers]
     cores = os.cpu_count() or 1
     number = min(2, cores) if workers is None else workers

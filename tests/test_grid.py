@@ -12,10 +12,9 @@ import time
 import pytest
 
 from ba_lora import grid_state
-from ba_lora.config import PROJECT_ROOT
 from ba_lora.errors import UserError
 from ba_lora.evaluation_state import STATE_FILE
-from ba_lora.executor import LocalExecutor, local_slots, log_lines
+from ba_lora.executor import LocalExecutor
 from ba_lora.glue import HUB_REVISION
 from ba_lora.grid import Grid, dry_run
 from ba_lora.grid_options import select_rows, split_options
@@ -96,20 +95,6 @@ def test_what_begins_and_what_runs_long_is_told(folder, monkeypatch):
     assert f"evaluating: {first} and 1 more, for 0 min: generate:  50%" in running
     assert running[-1] == f"evaluating: {first} and 1 more, for 0 min: score:  50%"  # the log of the stage that runs
     assert len(running) <= (time.monotonic() - started) / 0.2
-
-
-@pytest.mark.parametrize(
-    ("text", "lines"),
-    [
-        ("", []),
-        ("step 1\r\n\n  \rstep 2\r", ["step 1", "step 2"]),
-        (" 10%|# |\r 50%|##|\n\x1b[A", ["10%|# |", "50%|##|"]),
-    ],
-)
-def test_lines_of_a_log(tmp_path, text, lines):
-    assert log_lines(tmp_path / "log") == []
-    (tmp_path / "log").write_bytes(text.encode())
-    assert log_lines(tmp_path / "log") == lines
 
 
 def test_what_is_done_is_skipped(folder):
@@ -417,26 +402,6 @@ def test_a_full_disk_is_told_in_one_line(folder, tmp_path):
         assert len(fake_grid.run(table, retry=True).done) == 6
     finally:
         subprocess.run(["umount", "--lazy", str(place)], check=True)
-
-
-def test_slots():
-    folder = PROJECT_ROOT / "outputs" / ".grid"
-    slots = local_slots(folder, environ={"CUDA_VISIBLE_DEVICES": "0,1,2,3"})
-    assert [slot.environment["CUDA_VISIBLE_DEVICES"] for slot in slots] == ["0", "1", "2", "3"]
-    slots = local_slots(folder, gpus_per_run=2, environ={"CUDA_VISIBLE_DEVICES": "4,5,6"})
-    assert [slot.environment["CUDA_VISIBLE_DEVICES"] for slot in slots] == ["4,5"] and slots[0].num_gpus == 2
-    with pytest.raises(UserError, match="gpus=4: only 2"):
-        local_slots(folder, gpus_per_run=4, environ={"CUDA_VISIBLE_DEVICES": "0,1"})
-    assert len(local_slots(folder, workers=3, environ={"CUDA_VISIBLE_DEVICES": ""})) == 3
-
-
-def test_two_grids_do_not_share_a_gpu(tmp_path):
-    slots = local_slots(tmp_path, environ={"CUDA_VISIBLE_DEVICES": "0,1"})
-    first, second = LocalExecutor(slots), LocalExecutor(slots)
-    held = first.free_slot()
-    assert held.name == "GPU 0" and second.free_slot().name == "GPU 1"
-    second.wait(0)
-    assert first.free_slot().name == "GPU 0"
 
 
 def test_the_real_table_has_real_commands(root, monkeypatch):
