@@ -167,6 +167,15 @@ def test_a_share_of_the_training_file_can_be_the_dev_set(load):
         load(sst2_rows(), dev=False)
 
 
+def test_a_dev_share_that_would_not_be_used_is_refused(load, tiny_encoder, tokenizer):
+    with pytest.raises(UserError, match="data.dev_share=0.2 would not be used, data.dev names the dev set"):
+        load(sst2_rows(50), "data.dev_share=0.2")
+    with pytest.raises(UserError, match="data.dev_share=0.2 would not be used, sst2 has a dev set of its own"):
+        load(sst2_rows(50), "data.dev_share=0.2", "data.source=null", dev=False)  # the hub's
+    with pytest.raises(UserError, match="data.dev_share=0.2 would not be used, toy_pairs has a dev set of its own"):
+        load_nlu_data(nlu_config(tiny_encoder, "data.dev_share=0.2"), tokenizer)
+
+
 def test_class_shares(load):
     rows = [{"premise": "p", "hypothesis": "h", "label": i % 3} for i in range(300)]
     data = load(rows, "data.class_shares={contradiction: 0.02}", "data.num_rows=150", task="mnli")
