@@ -14,7 +14,7 @@ from ba_lora.config import RUN_MEASURES, RunConfig, resolve_path
 from ba_lora.config_nlu import NLURunConfig
 from ba_lora.errors import UserError
 from ba_lora.glue import find_task, hub_source
-from ba_lora.io import read_json, sha256_file
+from ba_lora.io import read_object, sha256_file
 
 STATE_FILE = "evaluation.json"  # what the scores in a run's folder belong to
 
@@ -22,13 +22,34 @@ Graders = Mapping[str, Mapping[str, str | None]]  # what `python -m eval.score -
 
 
 def evaluation_state(config: RunConfig) -> dict[str, Any]:
-    """Return what the scores depend on: this very training, the settings, the local data files."""
+    """Return what the scores depend on: this very training, the settings, the local data files.
+
+    Of the settings those are left out that change no score: whether the pre-trained model is evaluated as well, and how
+    a run is served.
+    """
     files = {task: sha256_file(data_file(config, task)) for task in sorted(config.eval.data) if config.eval.tasks}
     return {
         "training": sha256_file(config.run_path / "train.json"),
-        "eval": dataclasses.asdict(config.eval),
+        "eval": _scoring_settings(dataclasses.asdict(config.eval)),
         "data_sha256": files,
     }
+
+
+def read_state(config: RunConfig) -> dict[str, Any] | None:
+    """Return the state that the scores in the run's folder were noted to belong to, comparable to `evaluation_state`
+    whatever settings it was noted with; None where no file, or none that can be read, tells it."""
+    found = read_object(config.run_path / STATE_FILE) or {}
+    settings = found.get("eval")
+    if not isinstance(settings, dict) or not isinstance(settings.get("tasks"), list):
+        return None
+    return found | {"eval": _scoring_settings(settings)}
+
+
+def _scoring_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    kept = {name: value for name, value in settings.items() if name != "untuned"}
+    if isinstance(options := kept.get("options"), dict):
+        kept["options"] = {name: value for name, value in options.items() if name != "serve"}
+    return kept
 
 
 def data_file(config: RunConfig, task: str) -> Path:
@@ -72,11 +93,11 @@ def evaluation_fault(config: RunConfig, state: dict[str, Any], *, graders: Grade
 def _task_faults(config: RunConfig, state: dict[str, Any], graders: Graders) -> Iterator[Fault]:
     if not config.eval.tasks:
         return
-    path = config.run_path / STATE_FILE
-    if not path.is_file():
-        yield Fault("not evaluated", stale=False)
+    found = read_state(config)
+    if found is None:
+        damaged = (config.run_path / STATE_FILE).is_file()
+        yield Fault(f"{STATE_FILE} cannot be read" if damaged else "not evaluated", stale=damaged)
         return
-    found = read_json(path)
     scored = found["eval"]["tasks"]
     found["eval"]["tasks"] = state["eval"]["tasks"]  # another table's run may have been scored on more, or on others
     if found != state:
@@ -90,7 +111,9 @@ def _task_faults(config: RunConfig, state: dict[str, Any], graders: Graders) -> 
             yield Fault(f"no score of {task}", stale=False)
         elif isinstance(config, NLURunConfig) and task in dev_sources(config):
             continue  # MNLI's mismatched set, which training has scored
-        elif fault := _score_fault(task, read_json(path), graders.get(task, {})):
+        elif (score := read_object(path)) is None:
+            yield Fault(f"the score of {task} cannot be read", regrade=True)
+        elif fault := _score_fault(task, score, graders.get(task, {})):
             yield fault
 
 
@@ -100,7 +123,10 @@ def _dev_faults(config: NLURunConfig, graders: Graders) -> Iterator[Fault]:
         path = config.run_path / "scores" / f"{name}.json"
         if not path.is_file():
             continue
-        score = read_json(path)
+        score = read_object(path)
+        if score is None:
+            yield Fault(f"the score of {name} cannot be read", regrade=True)
+            continue
         version = graders.get(name, {}).get("version")
         if fault := _score_fault(name, score, {"version": version, "hub": pinned}):
             yield dataclasses.replace(fault, regrade=True)

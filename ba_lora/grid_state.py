@@ -20,7 +20,7 @@ from ba_lora.errors import UserError
 from ba_lora.evaluation_state import evaluation_fault, evaluation_state
 from ba_lora.executor import Failure, log_lines
 from ba_lora.glue import HUB, HUB_REVISION
-from ba_lora.io import read_json, write_json_atomic, write_text_atomic
+from ba_lora.io import read_json, read_object, write_json_atomic, write_text_atomic
 from ba_lora.pipeline import Spec
 from ba_lora.rows import is_commit
 from ba_lora.run import CLAIM, is_trained, source_sha256
@@ -50,9 +50,7 @@ class RunState:
 def inspect(spec: Spec, graders: Mapping[str, Mapping[str, str | None]]) -> RunState:
     """Return the state of a run, its failure included."""
     state = _inspect_files(spec, graders)
-    failure = failure_path(spec.config)
-    if state.status != DONE and failure.is_file():
-        record = read_json(failure)
+    if state.status != DONE and (record := read_object(failure_path(spec.config))):
         reason = f"{record['stage']}: {record['error']} (log: {record['log']})"
         return dataclasses.replace(state, status=FAILED, reason=reason)
     return state
@@ -71,9 +69,22 @@ def _inspect_files(spec: Spec, graders: Mapping[str, Mapping[str, str | None]]) 
     fault = evaluation_fault(config, evaluation_state(config), graders=graders)
     if fault is not None:
         return RunState(STALE if fault.stale else UNFINISHED, fault.reason, regrade=fault.regrade)
-    if not config.result_path.is_file():
-        return RunState(UNFINISHED, "no result file", record=True)
+    if reason := _result_fault(config):
+        return RunState(UNFINISHED, reason, record=True)
     return RunState(DONE)
+
+
+def _result_fault(config: RunConfig) -> str | None:
+    """Return why the result file is not this training's, None where it is."""
+    if not config.result_path.is_file():
+        return "no result file"
+    result = read_object(config.result_path)
+    if result is None:
+        return f"{config.result_path.name} cannot be read"
+    trained = read_json(config.run_path / "train.json")
+    if any(result.get(key) != trained.get(key) for key in ("status", "finished_at")):
+        return f"{config.result_path.name} is of another training"
+    return None
 
 
 def _training_fault(config: RunConfig) -> str | None:

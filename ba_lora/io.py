@@ -138,6 +138,18 @@ def read_json(path: str | Path) -> object:
             raise UserError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from error
 
 
+def read_object(path: str | Path) -> dict | None:
+    """Return the JSON object in `path`; None where there is none, or none that can be read: cut off, empty, no object.
+
+    For files that can be made again.
+    """
+    try:
+        value = read_json(path)
+    except UserError:
+        return None
+    return value if isinstance(value, dict) else None
+
+
 def read_jsonl(path: str | Path) -> list[dict]:
     """Return the objects of a jsonl file, blank lines skipped. Raises UserError for a broken line or an empty file."""
     path = Path(path)

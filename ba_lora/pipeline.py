@@ -27,9 +27,9 @@ from typing import Any
 from ba_lora.config import JUDGED_TASKS, PROJECT_ROOT, RUN_MEASURES, RunConfig, resolve_path, to_yaml
 from ba_lora.config_layers import load_config
 from ba_lora.errors import UserError, run_entry_point
-from ba_lora.evaluation_state import STATE_FILE, data_file, evaluation_fault, evaluation_state
+from ba_lora.evaluation_state import STATE_FILE, data_file, evaluation_fault, evaluation_state, read_state
 from ba_lora.export import push_to_hub, write_model_card
-from ba_lora.io import read_json, write_json_atomic, write_text_atomic
+from ba_lora.io import write_json_atomic, write_text_atomic
 from ba_lora.judge_endpoint import endpoint_from_environment
 from ba_lora.locks import locked, work_lock_path
 from ba_lora.model import model_source
@@ -218,14 +218,12 @@ def record_evaluation(config: RunConfig, state: dict[str, Any]) -> dict[str, Any
     Scores of other tasks that were made in the same way stay valid: tables with other columns share the run.
     """
     result = record_result(config)
-    path = config.run_path / STATE_FILE
     tasks = list(state["eval"]["tasks"])
-    if path.is_file():
-        earlier = read_json(path)
+    if earlier := read_state(config):
         others = [task for task in earlier["eval"]["tasks"] if task not in tasks]
         earlier["eval"]["tasks"] = state["eval"]["tasks"]
         tasks += others if earlier == state else []
-    write_json_atomic(path, state | {"eval": state["eval"] | {"tasks": tasks}})
+    write_json_atomic(config.run_path / STATE_FILE, state | {"eval": state["eval"] | {"tasks": tasks}})
     return result
 
 

@@ -1,5 +1,7 @@
 """Which of several faults counts, and that the command which it asks for mends it."""
 
+import dataclasses
+
 import pytest
 
 from ba_lora.config_layers import load_config
@@ -7,7 +9,7 @@ from ba_lora.errors import UserError
 from ba_lora.evaluation_state import STATE_FILE, Fault, evaluation_fault, evaluation_state
 from ba_lora.glue import hub_source
 from ba_lora.io import read_json, write_json_atomic, write_jsonl_atomic
-from ba_lora.pipeline import evaluation_stages
+from ba_lora.pipeline import evaluation_stages, record_evaluation
 from eval import nlu
 from eval.score import grader_versions
 from tests.tiny_nlu import scored_run
@@ -53,6 +55,38 @@ def test_without_completions_nothing_is_graded_again(evaluated, tmp_path):
     assert fault == Fault(f"{reason}; no completions of gsm8k") and stages(config, fault) == ["generate", "score gsm8k"]
 
 
+@pytest.mark.parametrize("text", ["", "{}", '{"eval": {"tas', '{"eval": []}', "[1]"])
+def test_a_damaged_state_is_no_state(evaluated, tmp_path, text):
+    """It is told, and the next evaluation writes it anew."""
+    config = evaluated("gsm8k")
+    (tmp_path / STATE_FILE).write_text(text)
+    assert evaluation_fault(config, evaluation_state(config)) == Fault("evaluation.json cannot be read")
+    write_json_atomic(tmp_path / "scores" / "gsm8k.json", {"version": "1", "n": 1, "metrics": {}})
+    config.results_dir, config.export.merged = str(tmp_path / "results"), False
+    record_evaluation(config, evaluation_state(config))
+    assert evaluation_fault(config, evaluation_state(config)) is None
+
+
+def test_a_damaged_score_is_graded_again(evaluated, tmp_path):
+    (tmp_path / "scores" / "gsm8k.json").write_text('{"version')
+    fault = evaluation_fault(evaluated("gsm8k"), evaluation_state(evaluated("gsm8k")))
+    assert fault == Fault("the score of gsm8k cannot be read", regrade=True)
+
+
+def test_what_changes_no_score_is_no_fault(evaluated, tmp_path):
+    """Also where the state was noted with it, as it once was."""
+    config = evaluated("gsm8k")
+    state = evaluation_state(config)
+    older = {**dataclasses.asdict(config.eval), "options": {"serve": "hot"}, "untuned": False}
+    assert config.eval.untuned and "untuned" not in state["eval"]
+    write_json_atomic(tmp_path / STATE_FILE, state | {"eval": older})
+    assert evaluation_fault(config, state) is None
+    config.eval.untuned, config.eval.options = False, {"serve": "merged"}
+    assert evaluation_fault(config, evaluation_state(config)) is None
+    config.eval.options = {"temperature": 1.0}
+    assert evaluation_fault(config, evaluation_state(config)).reason == "evaluated with another eval.options"
+
+
 def fault_of(config):
     return evaluation_fault(config, evaluation_state(config), graders=grader_versions())
 
@@ -67,6 +101,7 @@ def evaluate(config, fault):
     [
         ({"version": "0"}, "rte: graded by version 0, the grader is at version"),
         ({"stale": "its grader changed"}, "rte: its grader changed"),
+        (None, "the score of rte cannot be read"),
         ({"data_sha256": {"hub": OLD}}, f"rte: made from {OLD}, pinned is {hub_source()}"),
     ],
 )
@@ -76,7 +111,7 @@ def test_an_own_dev_set_is_scored_again_from_what_training_predicted(tmp_path, c
     path = tmp_path / "run" / "scores" / "rte.json"
     score = read_json(path)
     assert fault_of(config) is None and score["metrics"] == {"accuracy": 0.5}
-    write_json_atomic(path, score | changes)
+    write_json_atomic(path, changes and score | changes)
     fault = fault_of(config)
     assert fault.reason.startswith(reason) and fault.regrade
     evaluate(config, fault)

@@ -108,11 +108,15 @@ def test_what_is_done_is_skipped(folder):
     assert sum(counted(folder).values()) == sum(before.values()) + 2 * 3  # the two runs of the new seed
 
 
-def test_a_lost_result_is_written_again_without_a_stage(folder):
-    table = fake_grid.table(folder)
+@pytest.mark.parametrize("text", [None, "", '{"half', "[]", '{"status": "failed", "finished_at": "2020-01-01"}'])
+def test_a_result_that_is_lost_or_no_result_of_the_run_is_written_again_without_a_stage(folder, text):
+    table = fake_grid.table(folder, seeds=[1])
     fake_grid.run(table)
     before = counted(folder)
-    table.specs()[0].config.result_path.unlink()
+    path = table.specs()[0].config.result_path
+    path.unlink() if text is None else path.write_text(text)
+    state = inspect(table.specs()[0], fake_grid.GRADERS)
+    assert state.status == "unfinished" and state.record and state.reason
     fake_grid.run(table)
     check_complete(table)
     assert counted(folder) == before
@@ -132,6 +136,18 @@ def test_another_grader_means_scoring_alone(folder):
     redone = counted(folder) - before
     assert redone[f"score {one.run_path.name}"] == 1 and not any(line.startswith(("gen", "tr")) for line in redone)
     assert any(line.startswith(f"stale: {one.run_path.name}: toy: graded by version 0") for line in lines)
+
+
+@pytest.mark.parametrize("text", ["", "{}"])
+def test_a_damaged_state_of_one_run_is_made_again(folder, text):
+    table = fake_grid.table(folder, seeds=[1])
+    fake_grid.run(table)
+    before, lines = counted(folder), []
+    run_path = paths_of(table)[0]
+    (run_path / STATE_FILE).write_text(text)
+    grid = fake_grid.run(table, say=lines.append)
+    assert len(grid.done) == 2 and f"stale: {run_path.name}: evaluation.json cannot be read" in lines
+    assert counted(folder) - before == {f"generate {run_path.name}": 1, f"score {run_path.name}": 1}
 
 
 def test_another_evaluation_generates_again_but_trains_nothing(folder):
