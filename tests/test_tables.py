@@ -1,6 +1,7 @@
 """Table files: every one loads and resolves; a broken one is told in one line."""
 
 import csv
+import dataclasses
 import re
 
 import pytest
@@ -11,9 +12,11 @@ from ba_lora.config import PROJECT_ROOT
 from ba_lora.config_layers import read_yaml
 from ba_lora.errors import UserError
 from ba_lora.glue import find_task
-from ba_lora.pipeline import Spec, training_stage
+from ba_lora.pipeline import Spec, evaluation_stages, training_stage
 from ba_lora.tables import Row, load_table
+from eval import generate, score
 from eval.report.spec import table_spec
+from eval.tasks import TASKS, get_task
 
 FILES = sorted((PROJECT_ROOT / "configs" / "tables").glob("*.yaml"))
 
@@ -216,3 +219,29 @@ def test_paper_files_name_the_columns_they_have():
         with open(path, newline="") as file:
             header = next(csv.reader(file))
         assert header == ["table", "model", "method", "setting", "task", "metric", "mean", "std", "source"], path
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_every_evaluation_is_one_that_the_evaluators_take(path, monkeypatch):
+    """A word that eval.generate or eval.score refuses would show only after the trainings."""
+    asked = []
+    monkeypatch.setattr(generate, "run", lambda models, tasks, **settings: asked.append(set(tasks)))
+    table = load_table(path, seeds=[1])
+    for spec in table.specs():
+        for stage in evaluation_stages([spec.config]):
+            module, words = stage.command[2], stage.command[3:]
+            if module == "eval.generate":
+                generate.main(words)
+                assert asked.pop() == set(spec.config.eval.tasks) & set(TASKS)
+            elif module == "eval.score":
+                tasks = [get_task(word) for word in words if word in TASKS]
+                assert tasks and score.read_options([word for word in words if "=" in word], tasks)
+
+
+def test_tables_that_share_a_run_evaluate_it_alike():
+    """But for the tasks; else each would call the other's evaluation stale."""
+    evaluations = {}
+    for path in FILES:
+        for spec in load_table(path, seeds=[42]).specs():
+            settings = dataclasses.replace(spec.config.eval, tasks=[])
+            assert evaluations.setdefault(spec.config.run_path, settings) == settings, (path.stem, spec.config.run_id)
