@@ -54,7 +54,7 @@ def load_nlu_data(config: NLURunConfig, tokenizer: "PreTrainedTokenizerBase") ->
     Training rows with an empty text are left out, dev rows are kept whatever they hold; both are counted, and so are
     texts and pairs cut to `data.max_length` tokens (the longer of a pair first).
     Raises UserError for absent or empty files, wrong columns, labels out of range or missing, training rows of one
-    class alone, shares that the rows cannot fill, and a length that the model cannot take.
+    class alone, a dev share beside a dev set, shares that the rows cannot fill, and a length above the model's.
     """
     task = find_task(config.nlu.task)
     if config.data.max_length > tokenizer.model_max_length:
@@ -98,6 +98,9 @@ def load_nlu_data(config: NLURunConfig, tokenizer: "PreTrainedTokenizerBase") ->
 def _read(config: NLURunConfig, task: GlueTask) -> tuple[list[_Row], dict[str, list[_Row]], dict[str, dict]]:
     """Return training rows, the rows of each dev set, and where each of them came from."""
     data = config.data
+    if data.dev_share is not None and (data.dev or data.source is None):
+        other = "data.dev names the dev set" if data.dev else f"{config.nlu.task} has a dev set of its own"
+        raise UserError(f"data.dev_share={data.dev_share:g} would not be used, {other}: leave data.dev_share out")
     if config.nlu.task == "toy_pairs" and data.source is None:
         return _generate(config, task)
     train, origin = _read_set(data.source, config, task, split=data.split)
@@ -107,7 +110,7 @@ def _read(config: NLURunConfig, task: GlueTask) -> tuple[list[_Row], dict[str, l
             dev[name], origins[name] = _read_set(data.dev[name], config, task, split=split)
         elif data.source is None:
             dev[name], origins[name] = _read_set(None, config, task, split=split)
-    if not dev and data.dev_share is not None:
+    if data.dev_share is not None:
         name = next(iter(task.dev_sets))
         train, dev[name] = _split(train, data.dev_share, data.split_seed)
         origins[name] = origin | {"split": f"{data.dev_share:g} of the training rows, seed {data.split_seed}"}
