@@ -14,7 +14,7 @@ from ba_lora.tables import Row, available_tables, find_table
 from eval.metrics.bootstrap import weighted_metric
 from eval.metrics.scores import METRICS
 from eval.nlu_scores import score_predictions
-from eval.report import stats, table
+from eval.report import comparisons, stats
 from eval.report.render import to_json, to_markdown
 from eval.report.spec import Column
 from eval.report.table import build_table
@@ -89,7 +89,7 @@ def sixty_draws(monkeypatch) -> list[np.ndarray]:
     """Have tests draw 60 times; return where their counts of each kind are going to be."""
     draws = []
     drawn = stats.resampled
-    monkeypatch.setattr(table, "resamples_for", lambda num_tests: 60)
+    monkeypatch.setattr(comparisons, "resamples_for", lambda num_tests: 60)
     monkeypatch.setattr(stats, "resampled", lambda *words: draws.extend(drawn(*words)) or iter(draws))
     return draws
 
@@ -143,7 +143,7 @@ def test_metrics_over_all_items_by_a_slow_loop_on_the_same_draws(world, monkeypa
     assert (test.low, test.high) == pytest.approx(tuple(np.percentile(differences, [2.5, 97.5])))
     smaller = min(sum(x <= 0 for x in differences), sum(x >= 0 for x in differences))
     assert test.p == pytest.approx(min(1.0, 2 * (1 + smaller) / 61))
-    assert (test.num_items, test.num_seeds, test.num_undefined, test.untested) == (90, 3, 0, None)
+    assert (test.num_items, len(test.seeds), test.num_undefined, test.untested) == (90, 3, 0, None)
     assert test.low < test.difference < test.high
 
 
@@ -179,7 +179,7 @@ def test_perplexity_by_a_slow_loop_on_the_same_draws(world, monkeypatch):
         differences.append(np.mean(values[:3]) - np.mean(values[3:]))
     assert len(differences) == 60 and len(texts) == 80
     assert (test.low, test.high) == pytest.approx(tuple(np.percentile(differences, [2.5, 97.5])))
-    assert (test.num_items, test.num_seeds, test.untested) == (80, 3, None)
+    assert (test.num_items, len(test.seeds), test.untested) == (80, 3, None)
     assert test.low < test.difference < test.high < 0
 
 

@@ -7,6 +7,7 @@ from statsmodels.stats.multitest import multipletests
 
 from ba_lora import tables
 from ba_lora.tables import available_tables, find_table, load_table
+from eval.report.comparisons import planned_comparisons
 from eval.report.spec import table_spec
 from eval.report.stats import (
     LEAST_RESAMPLES,
@@ -19,7 +20,6 @@ from eval.report.stats import (
     paired_bootstrap,
     resamples_for,
 )
-from eval.report.table import planned_comparisons
 
 
 def of_differences(differences) -> Interval:

@@ -30,7 +30,7 @@ from eval.report.table import ReportTable
 LATEX_WIDTH = 12  # columns of numbers abreast, as many as can be read when they are made to fit
 LATEX_HEIGHT = 0.65  # of the text's height, which leaves room for caption and legend
 # The table of comparisons: lines break in its names, and in the interval's place, where a reason may stand.
-COMPARISONS = 3 * "p{0.115\\linewidth}" + "rp{0.2\\linewidth}rrrr"
+COMPARISONS = 3 * "p{0.11\\linewidth}" + "rp{0.13\\linewidth}p{0.13\\linewidth}rrr"
 
 
 def to_markdown(table: ReportTable, figures: Sequence[Drawn] = ()) -> str:
@@ -117,7 +117,7 @@ def to_json(table: ReportTable, figures: Sequence[Drawn] = ()) -> dict[str, Any]
         "note": spec.note,
         "columns": [dataclasses.asdict(column) for column in spec.columns],
         "cells": [cell_facts(table, row, column) for row in spec.rows for column in spec.columns],
-        "comparisons": [dataclasses.asdict(comparison) for comparison in table.comparisons],
+        "comparisons": [{**dataclasses.asdict(one), "is_significant": one.is_significant} for one in table.comparisons],
         "bootstrap_resamples": table.num_resamples,
         "footnotes": list(table.footnotes),
         "also_reported": [dataclasses.asdict(line) for line in table.unmatched_paper],

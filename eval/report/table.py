@@ -1,4 +1,4 @@
-"""From results to a table's cells, marks, comparisons and footnotes."""
+"""From results to a table's cells, marks and footnotes; its comparisons are in comparisons.py."""
 
 import dataclasses
 from collections import Counter
@@ -8,11 +8,11 @@ from typing import Any
 
 from ba_lora.results import hardware_name
 from ba_lora.tables import Row
-from eval.report.paired import PairedTests, Untested
+from eval.report.comparisons import Comparison, compare
 from eval.report.settings import Used, differences
 from eval.report.sources import PaperRow, PaperValue, Sources
 from eval.report.spec import Column, PlannedRun, TableSpec, metric_value, why_missing
-from eval.report.stats import first_and_second, holm, mean_std, resamples_for
+from eval.report.stats import first_and_second, mean_std
 
 CellKey = tuple[Row, str]  # the row and the column's name
 
@@ -68,29 +68,6 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """A focus row against another one of its block, in one column; test is None where `untested` says why.
-
-    difference: focus − other, of the means over seeds; low, high: its 95 % interval over items; all on the column's
-    scale. num_undefined: resamples left out because the column's metric is undefined on them. p_holm: p corrected over
-    all tests of the table.
-    """
-
-    column: str
-    focus: Row
-    other: Row
-    difference: float
-    num_seeds: int
-    num_items: int | None = None
-    num_undefined: int = 0
-    low: float | None = None
-    high: float | None = None
-    p: float | None = None
-    p_holm: float | None = None
-    untested: str | None = None
-
-
-@dataclass(frozen=True)
 class ReportTable:
     """A table, ready to be written down. num_resamples: of each comparison's bootstrap."""
 
@@ -131,17 +108,11 @@ def build_table(spec: TableSpec, sources: Sources, *, allow: Iterable[str] = ())
             )
     rows = _chosen_rows(spec, cells, notes)
     _mark(spec, cells, rows)
-    compared = [
-        (column, focus, other)
-        for column, focus, other in planned_comparisons(spec, rows)
-        if cells[focus, column.name].values and cells[other, column.name].values
-    ]
-    num_resamples = resamples_for(len(compared))
-    tests = PairedTests(spec, sources, cells, num_resamples=num_resamples)
+    comparisons, num_resamples = compare(spec, sources, cells, rows)
     return ReportTable(
         spec=spec,
         cells=cells,
-        comparisons=_corrected([_compare(tests, cells, *one) for one in compared]),
+        comparisons=tuple(comparisons),
         num_resamples=num_resamples,
         footnotes=tuple(notes.texts),
         unmatched_paper=_unmatched(spec, sources),
@@ -256,41 +227,6 @@ def _mark(spec: TableSpec, cells: dict[CellKey, Cell], rows: Sequence[Row]) -> N
                 for index in indices:
                     key = (ranked[index], column.name)
                     cells[key] = dataclasses.replace(cells[key], mark=mark)
-
-
-def planned_comparisons(spec: TableSpec, rows: Sequence[Row]) -> list[tuple[Column, Row, Row]]:
-    """Return (column, focus, other) of every comparison among `rows`, whether or not they have values."""
-    pairs = [
-        (focus, other)
-        for block in spec.blocks()
-        for focus in block
-        if focus in rows and focus.method in spec.ours
-        for other in block
-        if other in rows and other.method not in spec.ours and (not spec.against or other.method in spec.against)
-    ]
-    columns = [column for column in spec.columns if column.better != "none" and (column.task or column.mean_of)]
-    return [(column, focus, other) for column in columns for focus, other in pairs]
-
-
-def _compare(tests: PairedTests, cells: Mapping[CellKey, Cell], column: Column, focus: Row, other: Row) -> Comparison:
-    ours, theirs = cells[focus, column.name], cells[other, column.name]
-    num_seeds = min(len(ours.seeds), len(theirs.seeds))
-    comparison = Comparison(column.name, focus, other, ours.mean - theirs.mean, num_seeds)
-    try:
-        test = tests.test(column, focus, other)
-    except Untested as reason:
-        return dataclasses.replace(comparison, untested=str(reason))
-    facts = {key: getattr(test, key) for key in ("num_items", "num_undefined", "low", "high", "p")}
-    return dataclasses.replace(comparison, **facts)
-
-
-def _corrected(comparisons: list[Comparison]) -> tuple[Comparison, ...]:
-    """Add Holm's correction over all tests of the table."""
-    adjusted = iter(holm([comparison.p for comparison in comparisons if comparison.p is not None]))
-    return tuple(
-        comparison if comparison.p is None else dataclasses.replace(comparison, p_holm=next(adjusted))
-        for comparison in comparisons
-    )
 
 
 def _unmatched(spec: TableSpec, sources: Sources) -> tuple[PaperRow, ...]:
