@@ -7,7 +7,7 @@ Pooled features [N, hidden]: what the last hidden states hand to the head, at [C
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -117,10 +117,10 @@ def encoder_linear_names(model: nn.Module) -> list[str]:
 
 
 class Head:
-    """A copy of a classifier's head that can be run on pooled features, frozen as it was when it was made."""
+    """A copy of a head's modules that can be run on pooled features, frozen as they were when it was made."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.modules = nn.ModuleList(copy.deepcopy(module).eval().requires_grad_(False) for module in live_head(model))
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self.modules = nn.ModuleList(copy.deepcopy(module).eval().requires_grad_(False) for module in modules)
 
     def __call__(self, pooled_ND: Tensor) -> Tensor:
         """[N, hidden] → logits [N, D]."""
@@ -145,8 +145,10 @@ def run_head(modules: list[nn.Module] | nn.ModuleList, pooled_ND: Tensor) -> Ten
     """Return the head's logits [N, D] for pooled features [N, hidden].
 
     Modules that are no plain linear layer (DeBERTa's pooler, RoBERTa's classifier) take a sequence and use its first
-    position: they get one of length 1.
+    position: they get one of length 1. Features of another dtype than the head's weights (those of a cache, or a bf16
+    encoder's under a float32 probe) are cast to it.
     """
+    pooled_ND = pooled_ND.to(next(modules[0].parameters()).dtype)
     for module in modules:
         pooled_ND = module(pooled_ND) if isinstance(module, nn.Linear) else module(pooled_ND[:, None])
     return pooled_ND
@@ -192,13 +194,14 @@ def _last_token(inputs: dict[str, Tensor], pad_token_id: int) -> Tensor:
 
 
 def check_head(model: nn.Module, inputs: dict[str, Tensor]) -> None:
-    """Raise UserError where the head, run by itself on the pooled features, does not give the model's own logits."""
-    training = model.training
-    model.eval()
+    """Raise UserError where the head, run by itself on the pooled features, does not give the model's own logits.
+
+    `model` is in evaluation mode, and the autocast that it trains under, if any, is on: its own forward brings that
+    along, its head by itself does not.
+    """
     with torch.no_grad(), catch_pooled(model, inputs) as caught:
         logits = model(**inputs).logits
         ours = run_head(live_head(model), caught["pooled"])
-    model.train(training)
     if ours.shape != logits.shape or not torch.allclose(ours.float(), logits.float(), atol=1e-2, rtol=1e-2):
         kind = unwrapped(model).config.model_type
         raise UserError(f"the classification head of this {kind} model is of an unknown form: BA-LoRA cannot run it")

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ba_lora.classifier import Head, live_head, run_head, unwrapped
+from ba_lora.errors import UserError
 from ba_lora.predict import predict
 from ba_lora.reference import Reference
 from ba_lora.reference_cache_nlu import CachedFeatures
@@ -33,20 +34,26 @@ class ReferenceLogits:
     def __init__(self, model: nn.Module, reference: Reference, *, head: str, cache: CachedFeatures | None) -> None:
         self._reference = reference
         self._kind = head
-        self._head: Callable[[Tensor], Tensor] | None = Head(model) if head == "initial" else None
+        self._head = Head(live_head(model)) if head == "initial" else None
         self._cache = cache
         self._cached: Tensor | None = None  # logits for heads that stay as they are, features for the shared one
-        self._place_of_row: Tensor | None = None
+        self._place_of_row: dict[int, int] = {}
+
+    @property
+    def is_cached(self) -> bool:
+        """Whether the cache serves: then only the rows that `prepare` was given have a reference."""
+        return self._cached is not None
 
     def prepare(self, model: nn.Module, rows: "Dataset", collate: Callable, *, batch_size: int) -> None:
-        """Fit the probe and fill the cache, where they are asked for; every process calls it."""
+        """Fit the probe and fill the cache, where they are asked for; every process calls it, under the autocast that
+        training will run under."""
         if self._kind == "probe" and self._head is None:
             chosen = rows.select(range(0, len(rows), -(-len(rows) // PROBE_ROWS)))
             with self._reference.use(model) as module:
                 pooled_NH = predict(module, chosen, collate, batch_size=batch_size).pooled
-            num_labels, device = unwrapped(model).config.num_labels, next(model.parameters()).device
-            self._head = fit_probe(pooled_NH, torch.tensor(chosen["labels"]), num_labels=num_labels).to(device)
-        elif isinstance(self._head, Head):
+            num_labels = unwrapped(model).config.num_labels
+            self._head = Head([fit_probe(pooled_NH, torch.tensor(chosen["labels"]), num_labels=num_labels)])
+        if self._head is not None:
             self._head.to(next(model.parameters()).device)
         if self._cache is not None and self._cached is None:
             self._read_or_fill(model, rows, collate, batch_size=batch_size)
@@ -54,15 +61,23 @@ class ReferenceLogits:
     def __call__(self, model: nn.Module, rows_N: Tensor | None, pooled: Callable[[nn.Module], Tensor]) -> Tensor:
         """Return Z_P [N, D] of the rows numbered `rows_N`; `pooled(module)` runs a pass over them. No gradient.
 
-        `model` is in evaluation mode; `pooled` is called only where the cache does not serve.
+        `model` is in evaluation mode; `pooled` is called only where the cache does not serve. Raises UserError for rows
+        that the cache does not hold.
         """
         with torch.no_grad():
             if self._cached is not None:
-                known = self._cached[self._place_of_row[rows_N]]
+                known = self._cached[self._places(rows_N)]
                 return known if self._head is not None else run_head(live_head(model), known)
             with self._reference.use(model) as module:
                 pooled_NH = pooled(module)
             return self._head(pooled_NH) if self._head is not None else run_head(live_head(model), pooled_NH)
+
+    def _places(self, rows_N: Tensor | None) -> Tensor:
+        """Return where in the cache the rows lie, [N]."""
+        places = [None] if rows_N is None else [self._place_of_row.get(row) for row in rows_N.tolist()]
+        if None in places:
+            raise UserError("the training rows are not those of the reference cache: give it that data set as it is")
+        return torch.tensor(places, device=self._cached.device)
 
     def _read_or_fill(self, model: nn.Module, rows: "Dataset", collate: Callable, *, batch_size: int) -> None:
         """Read the features where a run has written them already, else compute and write them."""
@@ -82,10 +97,8 @@ class ReferenceLogits:
         if self._head is not None:
             with torch.no_grad():
                 values = torch.cat([self._head(part.to(device)) for part in values.split(1024)])
-        numbers = torch.tensor(rows["row"])
-        self._place_of_row = torch.full((int(numbers.max()) + 1,), -1)
-        self._place_of_row[numbers] = torch.arange(len(numbers))
-        self._place_of_row, self._cached = self._place_of_row.to(device), values.to(device)
+        self._place_of_row = {row: place for place, row in enumerate(rows["row"])}
+        self._cached = values.to(device)
 
 
 def fit_probe(pooled_NH: Tensor, labels_N: Tensor, *, num_labels: int) -> nn.Linear:

@@ -14,6 +14,7 @@ from transformers import TrainingArguments
 
 from ba_lora.classifier import catch_pooled, check_head, unwrapped
 from ba_lora.config_nlu import NLURegularizersConfig
+from ba_lora.errors import UserError
 from ba_lora.losses.nlu import nlu_loss
 from ba_lora.progress import TERMS
 from ba_lora.reference_cache_nlu import CachedFeatures
@@ -73,9 +74,10 @@ class NLUTrainer(BALoRATrainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Prepare the reference on the untrained model, then train."""
         if self.reference_logits is not None:
-            self.reference_logits.prepare(
-                self.model, self.train_dataset, self.data_collator, batch_size=self.args.per_device_eval_batch_size
-            )
+            with self.accelerator.autocast():  # which the model's own forward brings along only once it is prepared
+                self.reference_logits.prepare(
+                    self.model, self.train_dataset, self.data_collator, batch_size=self.args.per_device_eval_batch_size
+                )
         return super().train(*args, **kwargs)
 
     def compute_loss(
@@ -92,13 +94,7 @@ class NLUTrainer(BALoRATrainer):
         inputs = dict(inputs)
         labels_N, rows_N = inputs.pop("labels"), inputs.pop("row", None)
         settings = self.regularizers
-        reference_logits_ND = None
-        if settings.lambda_consistency > 0:
-            if not self._head_known:
-                check_head(model, inputs)
-                self._head_known = True
-            with self._without_dropout(model), self.accelerator.autocast():
-                reference_logits_ND = self.reference_logits(model, rows_N, lambda module: _pooled(module, inputs))
+        reference_logits_ND = self._reference_of(model, inputs, rows_N)
         with catch_pooled(model, inputs) as caught:
             logits_ND = model(**inputs).logits
 
@@ -114,6 +110,18 @@ class NLUTrainer(BALoRATrainer):
             skipped = settings.lambda_diversity > 0 and "diversity" not in terms
             self._record(terms, lambdas, rows, covariances_skipped=torch.tensor(float(skipped), device=total.device))
         return (total, {"loss": total}) if return_outputs else total
+
+    def _reference_of(self, model: nn.Module, inputs: dict[str, Tensor], rows_N: Tensor | None) -> Tensor | None:
+        """Return the micro-batch's Z_P [N, D], None while the consistency term is out."""
+        if self.regularizers.lambda_consistency == 0:
+            return None
+        if self.reference_logits.is_cached and not model.training:
+            raise UserError("the reference cache holds the training rows alone: evaluate without regularizers")
+        with self._without_dropout(model), self.accelerator.autocast():
+            if not self._head_known:
+                check_head(model, inputs)
+                self._head_known = True
+            return self.reference_logits(model, rows_N, lambda module: _pooled(module, inputs))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Name the terms that were taken out."""
