@@ -17,7 +17,7 @@ from pathlib import Path
 from accelerate import PartialState
 from transformers import DataCollatorWithPadding, set_seed
 
-from ba_lora.arguments import build_arguments, count_steps
+from ba_lora.arguments import autocast_precision, build_arguments, count_steps
 from ba_lora.config_layers import load_config
 from ba_lora.config_nlu import NLURunConfig
 from ba_lora.epochs import EpochEvaluation
@@ -90,7 +90,7 @@ def train(config: NLURunConfig, run_path: Path, process: PartialState) -> None:
         model,
         arguments,
         regularizers=config.regularizers,
-        cache=cached_features(config, data.train),
+        cache=cached_features(config, data.train, autocast=autocast_precision(arguments)),
         train_dataset=data.train,
         data_collator=DataCollatorWithPadding(tokenizer),
         processing_class=tokenizer,

@@ -1,4 +1,4 @@
-"""transformers' TrainingArguments from a configuration, and the number of optimizer steps they lead to."""
+"""transformers' TrainingArguments from a configuration, and what follows from them: autocast, number of steps."""
 
 import math
 from pathlib import Path
@@ -46,6 +46,14 @@ def build_arguments(config: RunConfig, run_path: Path) -> "TrainingArguments":
         )
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(f"trainer: {str(error).splitlines()[0]}") from error
+
+
+def autocast_precision(arguments: "TrainingArguments") -> str:
+    """Return the precision of the autocast that forward passes run under: bf16, fp16, or no.
+
+    Under DeepSpeed there is none: it casts the weights themselves.
+    """
+    return "no" if arguments.deepspeed_plugin is not None else arguments.mixed_precision
 
 
 def count_steps(arguments: "TrainingArguments", num_rows: int) -> int:

@@ -3,9 +3,9 @@
     FOLDER/nlu-<key's hash>.safetensors     pooled [rows, hidden] in float32, in the order of the rows
 
 One file for each encoder and set of rows, which methods (in float32), heads and seeds share. The key says what the
-features depend on: the encoder's weights or commit, not just its name (model.model_identity), how it is loaded, and all
-that it reads. It stands in the file, with the features' hash: a file that is damaged or of something else is refused,
-never used.
+features depend on: the encoder's weights or commit, not just its name (model.model_identity), how it is loaded, the
+autocast it runs under, and all that it reads. It stands in the file, with the features' hash: a file that is damaged or
+of something else is refused, never used.
 """
 
 import dataclasses
@@ -66,22 +66,27 @@ class CachedFeatures:
         return tensors["pooled"]
 
 
-def cached_features(config: NLURunConfig, rows: "Dataset") -> CachedFeatures | None:
-    """Return `reference.cache` for a run's encoder and training rows, None without a cache; every process calls it."""
+def cached_features(config: NLURunConfig, rows: "Dataset", *, autocast: str = "no") -> CachedFeatures | None:
+    """Return `reference.cache` for a run's encoder and training rows, None without a cache; every process calls it.
+
+    `autocast` is the precision that training runs under: no, bf16 or fp16.
+    """
     if not config.uses_reference_cache:
         return None
-    key = [features_key(config, rows) if PartialState().is_main_process else None]  # weights are read by one alone
+    is_main = PartialState().is_main_process  # weights are read by one alone
+    key = [features_key(config, rows, autocast=autocast) if is_main else None]
     broadcast_object_list(key)
     return CachedFeatures(resolve_path(config.reference.cache), key[0])
 
 
-def features_key(config: NLURunConfig, rows: "Dataset") -> dict[str, Any]:
+def features_key(config: NLURunConfig, rows: "Dataset", *, autocast: str = "no") -> dict[str, Any]:
     """Return what the features depend on. Labels and the rows' numbers are no part of it.
 
     In float32 the pre-trained encoder is the same however a method takes it apart; a rounded or quantised residual of
-    PiSSA with its factors put back is not quite LoRA's base: such features are shared by equal adapters alone.
+    PiSSA with its factors put back, or their products under autocast, are not quite LoRA's base: such features are
+    shared by equal adapters alone.
     """
-    exact = config.model.dtype == "float32" and config.model.quantization == "none"
+    exact = config.model.dtype == "float32" and config.model.quantization == "none" and autocast == "no"
     adapter = {name: value for name, value in dataclasses.asdict(config.adapter).items() if name != "factors_cache"}
     return {
         "format": FORMAT,
@@ -89,6 +94,7 @@ def features_key(config: NLURunConfig, rows: "Dataset") -> dict[str, Any]:
         "model.dtype": config.model.dtype,
         "model.quantization": config.model.quantization,
         "model.attention": config.model.attention,
+        **({} if autocast == "no" else {"autocast": autocast}),
         "adapter": None if exact else adapter,
         "rows": len(rows),
         **{f"rows.{name}": sha256_columns(rows, [name]) for name in input_columns(rows)},

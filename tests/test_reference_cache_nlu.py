@@ -7,10 +7,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
+from ba_lora.arguments import autocast_precision
 from ba_lora.cache_files import write_claimed
 from ba_lora.errors import UserError
 from ba_lora.reference_cache_nlu import CachedFeatures, cached_features, features_key
 from data.nlu import load_nlu_data
+from tests.tiny import arguments
 from tests.tiny_nlu import nlu_config, publish
 
 
@@ -83,6 +85,17 @@ def test_a_file_belongs_to_all_that_the_encoder_reads(encoder):
     assert features_key(config, rows.select(range(23, -1, -1)))["rows.input_ids"] != key["rows.input_ids"]
     for word in ("model.dtype=bfloat16", "model.attention=eager"):
         assert features_key(nlu_config(encoder, word), rows) != key
+
+
+def test_a_file_belongs_to_its_autocast(encoder, tmp_path):
+    """Which rounds the products of an adapter, so that the adapter counts, too; without it nothing says so."""
+    rows = rows_of(nlu_config(encoder), encoder)
+    pissa, lora = (nlu_config(encoder, method=method) for method in ("ba_lora", "lora_ba"))
+    without, under = (features_key(pissa, rows, autocast=precision) for precision in ("no", "bf16"))
+    assert "autocast" not in without and without == features_key(lora, rows)
+    assert {name for name in under if under[name] != without.get(name)} == {"autocast", "adapter"}
+    assert under != features_key(lora, rows, autocast="bf16") != features_key(lora, rows, autocast="fp16")
+    assert [autocast_precision(arguments(tmp_path, bf16=on)) for on in (True, False)] == ["bf16", "no"]
 
 
 # ---- what a file must be ----
@@ -177,7 +190,7 @@ def test_any_other_file_is_refused_and_left_alone(features, pooled, spoil, cause
 
 
 def test_runs_share_a_file_until_the_weights_change(train_nlu, encoder, tmp_path):
-    """Two methods and seeds, one file; the encoder changed in place, another; a damaged one ends the run."""
+    """Two methods and seeds, one file; changed weights, or autocast, another; a damaged one ends the run."""
     cache = tmp_path / "cache"
     words = [f"reference.cache={cache}", "trainer.num_train_epochs=1", "export.merged=false"]
     train_nlu(*words, model=encoder, name="first")
@@ -189,6 +202,8 @@ def test_runs_share_a_file_until_the_weights_change(train_nlu, encoder, tmp_path
     change_weights(encoder)
     train_nlu(*words, model=encoder, name="third")
     (other,) = set(cache.iterdir()) - {file}
+    train_nlu(*words, "trainer.bf16=true", model=encoder, name="autocast")
+    assert len(set(cache.iterdir()) - {file, other}) == 1
     other.write_bytes(other.read_bytes()[:-10])
     with pytest.raises(UserError, match=f"{other} is missing or damaged"):
         train_nlu(*words, "seed=8", model=encoder, name="fourth")

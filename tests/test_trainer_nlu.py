@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, DataCollatorWithPadding, Trainer
 
 from ba_lora.classifier import Head, catch_pooled, live_head, run_head
 from ba_lora.config_nlu import NLURegularizersConfig
+from ba_lora.errors import UserError
 from ba_lora.predict import predict
 from ba_lora.reference_cache_nlu import CachedFeatures
 from ba_lora.reference_nlu import fit_probe
@@ -142,7 +143,7 @@ def test_the_head_run_alone_gives_the_models_logits(base, tmp_path):
         with torch.no_grad(), catch_pooled(model, batch) as caught:
             logits = model(**batch).logits
             torch.testing.assert_close(run_head(live_head(model), caught["pooled"]), logits)
-            torch.testing.assert_close(Head(model)(caught["pooled"]), logits)
+            torch.testing.assert_close(Head(live_head(model))(caught["pooled"]), logits)
 
 
 def tiny_pairs_for(folder, collate):
@@ -212,6 +213,41 @@ def test_the_cache_changes_nothing_and_is_filled_once(build, tmp_path, head):
     again.train()
     assert features.path.stat().st_mtime_ns == written
     assert (logs(again, "consistency")[0] == pytest.approx(0, abs=1e-6)) == (head != "probe")  # another head from 0 on
+
+
+@pytest.mark.parametrize("head", ["initial", "shared", "probe"])
+@pytest.mark.parametrize("precision", ["bfloat16", "autocast"])
+def test_every_reference_in_low_precision(build, encoder, tmp_path, precision, head):
+    """Bf16 weights, or float32 ones under autocast: the pass in every step and the cache agree, and the pre-trained
+    model is at distance 0 from itself."""
+    regularizers = dataclasses.replace(PAPER2024, reference_head=head)
+    words = ["model.dtype=bfloat16"] if precision == "bfloat16" else []
+    histories = []
+    for cache in (None, CachedFeatures(tmp_path / "cache", {"encoder": "tiny"})):
+        model = tiny_classifier(encoder, *words)
+        trained = build(regularizers, model=model, max_steps=2, cache=cache, bf16=precision == "autocast")
+        trained.train()
+        histories.append(logs(trained, "consistency"))
+    assert histories[1] == pytest.approx(histories[0], rel=1e-6)
+    assert (histories[0][0] == 0) == (head != "probe") and histories[0][1] > 0
+
+
+def test_a_cache_has_no_other_rows(build, rows, collate, tmp_path):
+    """Rows that it was not filled with, rows without a number, and rows of evaluation, whose numbers mean others."""
+    known = rows.select([0, 1, 2, 3, 4, 5, 6, 20])  # the numbers of a sample, or beside held-out rows, have gaps
+    trained = build(data=known, cache=CachedFeatures(tmp_path / "cache", {"encoder": "tiny"}))
+    trained.reference_logits.prepare(trained.model, known, collate, batch_size=8)
+
+    def loss(data):
+        return trained.compute_loss(trained.model, collate(data.to_list()))
+
+    assert loss(known).isfinite()
+    for unknown in (rows.select(range(8)), rows.select(range(20, 24)), known.remove_columns("row")):
+        with pytest.raises(UserError, match="not those of the reference cache"):
+            loss(unknown)
+    trained.model.eval()
+    with pytest.raises(UserError, match="holds the training rows alone"):
+        loss(known)
 
 
 def test_a_cached_step_runs_the_encoder_once(build, tmp_path):
