@@ -231,15 +231,17 @@ def test_what_the_toy_says_is_what_its_comparisons_say():
     intervals = [interval("ppl_after", base, 2) for base in ("clean", "noisy")]
     assert f"perplexity {pair('ppl_after', 2)}; 95 % intervals over texts {' and '.join(intervals)})" in text
     intervals = [interval("distinct_2", base, 1) for base in ("clean", "noisy")]
-    shared_p = {
-        number("p_holm", column, base, 3, "") for column in ("ppl_after", "distinct_2") for base in ("clean", "noisy")
-    }
+    clear = [(column, base) for column in ("ppl_after", "distinct_2") for base in ("clean", "noisy")]
+    shared_p = {number("p_holm", *one, 3, "") for one in clear}
     assert len(shared_p) == 1
-    assert f"distinct-2 {pair('distinct_2', 1)}, {' and '.join(intervals)}), p = {shared_p.pop()} each" in text
+    distinct = f"distinct-2 {pair('distinct_2', 1)}, {' and '.join(intervals)}), p = {shared_p.pop()} each after Holm"
+    assert f"{distinct} and every seed alike" in text
+    assert all(found[column, f"base={base}"]["is_significant"] for column, base in clear)
+    by_seed = ", ".join(f"{value:+.2f}".replace("-", "−") for value in found["strict", "base=clean"]["by_seed"])
     above, below = (number("difference", "strict", base, 2, "").lstrip("−") for base in ("clean", "noisy"))
     p = number("p_holm", "strict", "clean", 2, "")
-    wanted = f"{above} points above it on the clean base ({interval('strict', 'clean', 1)}, p = {p}) and {below} below"
-    assert wanted in text
+    wanted = f"{above} points above it on the clean base ({interval('strict', 'clean', 1)}, p = {p}; by seed {by_seed})"
+    assert f"{wanted} and {below} below" in text
 
 
 def test_the_price_of_a_step_is_that_of_the_newest_bench_rows():
