@@ -56,12 +56,13 @@ def every_row(logits_ND: Tensor) -> Tensor:
 
 
 def constant_terms(
-    num_logits: int, *, features: str, hidden_size: int, micro_batch: int, svd_top_k: int
+    num_logits: int, *, features: str, hidden_size: int, micro_batch: int, svd_top_k: int, svd_norm: str
 ) -> dict[str, str]:
     """Return the terms that are constant whatever the model does, with the reason: they have no gradient.
 
     One logit (regression): normalised rows are ±1, softmax over one logit is 1, one feature has no off-diagonal. The
-    svd ratio is 1 as soon as min(N, D) ≤ k.
+    svd ratio is 1 under the nuclear norm as soon as there are at most k singular values, min(N, D) ≤ k; under the
+    Frobenius norm, where Σσ / ‖σ‖ lies between 1 and √min(N, D), only if there is but one.
     """
     width = num_logits if features == "logits" else hidden_size
     constant = {}
@@ -69,9 +70,9 @@ def constant_terms(
         constant["consistency"] = "one logit has no direction and no distribution"
     if width == 1:
         constant["diversity"] = "one logit has no off-diagonal covariance"
-    if min(width, micro_batch) <= svd_top_k:
-        what = "logits" if features == "logits" else "pooled features"
-        constant["svd"] = (
-            f"{what} of shape [{micro_batch}, {width}] have at most {svd_top_k} = k singular values: the ratio is 1"
-        )
+    what = f"{'logits' if features == 'logits' else 'pooled features'} of shape [{micro_batch}, {width}]"
+    if min(width, micro_batch) == 1:
+        constant["svd"] = f"{what} have one singular value: the ratio is 1"
+    elif svd_norm == "nuclear" and min(width, micro_batch) <= svd_top_k:
+        constant["svd"] = f"{what} have at most {svd_top_k} = k singular values: the ratio is 1"
     return constant

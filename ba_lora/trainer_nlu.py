@@ -52,6 +52,7 @@ class NLUTrainer(BALoRATrainer):
             hidden_size=base.config.hidden_size,
             micro_batch=args.per_device_train_batch_size,
             svd_top_k=regularizers.svd_top_k,
+            svd_norm=regularizers.svd_norm,
         )
         if regularizers.diversity_form == "entropy" and base.config.num_labels == 1:
             constant["diversity"] = "one logit has no distribution"

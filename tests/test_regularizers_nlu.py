@@ -140,27 +140,32 @@ def test_one_row_has_no_covariance_but_every_other_term():
 
 
 @pytest.mark.parametrize(
-    ("num_logits", "features", "micro_batch", "off"),
+    ("num_logits", "features", "micro_batch", "norm", "off"),
     [
-        (1, "logits", 16, {"consistency", "diversity", "svd"}),
-        (1, "pooled", 16, {"consistency"}),
-        (2, "logits", 16, {"svd"}),
-        (3, "logits", 16, {"svd"}),
-        (6, "logits", 16, set()),
-        (3, "pooled", 16, set()),
-        (3, "pooled", 5, {"svd"}),  # 5 rows have 5 singular values
+        (1, "logits", 16, "nuclear", {"consistency", "diversity", "svd"}),
+        (1, "logits", 16, "frobenius", {"consistency", "diversity", "svd"}),
+        (1, "pooled", 16, "nuclear", {"consistency"}),
+        (2, "logits", 16, "nuclear", {"svd"}),
+        (2, "logits", 16, "frobenius", set()),
+        (3, "logits", 16, "nuclear", {"svd"}),
+        (6, "logits", 16, "nuclear", set()),
+        (3, "pooled", 16, "nuclear", set()),
+        (3, "pooled", 5, "nuclear", {"svd"}),  # 5 rows have 5 singular values
+        (3, "pooled", 5, "frobenius", set()),
     ],
 )
-def test_constant_terms(num_logits, features, micro_batch, off):
+def test_constant_terms(num_logits, features, micro_batch, norm, off):
     """And what is named has no gradient, what is not named has one."""
-    constant = constant_terms(num_logits, features=features, hidden_size=32, micro_batch=micro_batch, svd_top_k=5)
+    constant = constant_terms(
+        num_logits, features=features, hidden_size=32, micro_batch=micro_batch, svd_top_k=5, svd_norm=norm
+    )
     assert set(constant) == off and all(constant.values())
     logits = random(micro_batch, num_logits).requires_grad_()
     seen = logits if features == "logits" else random(micro_batch, 32, seed=1).requires_grad_()
     values = {
         "consistency": normalized_mse(logits, random(micro_batch, num_logits, seed=2)),
         "diversity": covariance(seen),
-        "svd": regularizers.svd(seen, every_row(seen), top_k=5),
+        "svd": regularizers.svd(seen, every_row(seen), top_k=5, norm=norm),
     }
     for name, value in values.items():
         source = logits if name == "consistency" else seen
