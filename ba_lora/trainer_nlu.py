@@ -1,8 +1,9 @@
 """NLUTrainer: BALoRATrainer for classifiers.
 
-The reference, λ(t), the log and the checkpoints are BALoRATrainer's; the loss is on logits [N, D] of whole rows. Task
-and consistency are means over the rows of the effective batch; diversity (a covariance) and svd are values of a
-micro-batch, averaged over all micro-batches of all processes. So 2 processes × b equals 1 process × b × accumulation 2.
+The reference, λ(t), the log and the checkpoints are BALoRATrainer's; the loss is on logits [N, D] of whole rows. Task,
+consistency and the diversity's entropy form are means over the rows of the effective batch; a covariance and svd are
+values of a micro-batch, averaged over all micro-batches of all processes. So 2 processes × b equals 1 process × b ×
+accumulation 2.
 """
 
 import dataclasses
@@ -61,6 +62,8 @@ class NLUTrainer(BALoRATrainer):
         }
         regularizers = dataclasses.replace(regularizers, **{f"lambda_{term}": 0.0 for term in self.terms_off})
         super().__init__(model, args, regularizers=regularizers, **kwargs)
+        if regularizers.diversity_form == "entropy":
+            self.mean_terms = (*self.mean_terms, "diversity")
         self._loss_shifts_labels = False  # rows are counted, not tokens: a row's label stands alone
         self._head_known = False
         self.reference_logits: ReferenceLogits | None = None

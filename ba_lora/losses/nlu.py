@@ -21,9 +21,9 @@ def nlu_loss(
     """Return (total, terms): the weighted sum with its gradient, and each term unweighted and detached.
 
     The task is cross-entropy, or with one logit the squared error. `reference_logits_ND` may be None while the
-    consistency term is out, `pooled_NH` while `config.features` is logits. Terms: task and consistency as sums over the
-    rows, diversity and svd as the micro-batch's values, and `weighted_consistency`. A term whose λ is 0 in `config`
-    is absent; so is the covariance of fewer than two rows.
+    consistency term is out, `pooled_NH` while `config.features` is logits. Terms: task, consistency and the diversity's
+    entropy form as sums over the rows, its covariance form and svd as the micro-batch's values, and
+    `weighted_consistency`. A term whose λ is 0 in `config` is absent; so is the covariance of fewer than two rows.
     """
     logits_ND = regularizers.at_least_float32(logits_ND)
     if logits_ND.shape[1] == 1:
@@ -46,7 +46,7 @@ def nlu_loss(
     with torch.autocast(logits_ND.device.type, enabled=False):  # which would round the products to bf16
         if config.lambda_diversity > 0 and (config.diversity_form == "entropy" or len(features) > 1):
             if config.diversity_form == "entropy":
-                spread = regularizers.diversity(logits_ND, regularizers_nlu.every_row(logits_ND))
+                spread = regularizers.diversity(logits_ND, regularizers_nlu.every_row(logits_ND), reduction="sum")
             else:
                 spread = regularizers_nlu.covariance(features)
             total = total + weights.diversity * spread
