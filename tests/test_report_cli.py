@@ -1,7 +1,7 @@
 """`python -m eval.report` on a table file: the files that it writes, and its errors in one line."""
 
+import hashlib
 import json
-import re
 import sys
 
 import pytest
@@ -13,7 +13,9 @@ from ba_lora.io import write_json_atomic
 from ba_lora.pipeline import UNTUNED
 from ba_lora.tables import load_table
 from eval.report import __main__ as report_main
-from eval.report.__main__ import main
+from eval.report.__main__ import default_folder, main
+from eval.report.sources import FailedStage
+from eval.report.spec import Column
 from eval.tasks import get_task
 from tests.report_world import result
 
@@ -114,19 +116,12 @@ def test_a_table_with_other_words_has_another_folder(table_path, monkeypatch, tm
     """The report of the table as configured is only ever written for the table as configured."""
     fill(table_path)
     monkeypatch.setattr(report_main, "RESULTS_PATH", tmp_path / "results")
-
-    def folder(*words):
+    for words, wanted in (([], "two"), (["seeds=[2]"], f"two-{hashlib.sha256(b'seeds=2').hexdigest()[:8]}")):
         monkeypatch.setattr(sys, "argv", ["eval.report", str(table_path), *words])
         assert main() == 0
-        return capsys.readouterr().out.splitlines()[-1].removeprefix(f"report: {tmp_path / 'results'}/")
-
-    assert folder() == "two"
-    configured = (tmp_path / "results" / "two" / "table.json").read_bytes()
-    fewer = folder("seeds=[2]")
-    assert re.fullmatch(r"two-[0-9a-f]{8}", fewer) and folder("seeds=2") == fewer
-    words = ["eval.engine=hf", "eval.limit=5"]  # neither is part of what a run is called
-    assert folder(*words) == folder(*words[::-1]) not in ("two", fewer)
-    assert (tmp_path / "results" / "two" / "table.json").read_bytes() == configured
+        assert capsys.readouterr().out.endswith(f"report: {tmp_path / 'results' / wanted}\n")
+    assert len(json.loads((tmp_path / "results" / "two" / "table.json").read_text())["runs"]) == 4
+    assert default_folder("two", ["a=1", "b=2"]) == default_folder("two", ["b=2", "a=1"]) != default_folder("two", [])
 
 
 def test_the_untuned_model_is_the_same_for_any_seeds(table_path, report, capsys):
@@ -162,6 +157,32 @@ def test_a_failed_evaluation_says_so(table_path, report, tmp_path, monkeypatch, 
     printed = capsys.readouterr().out
     assert "| toy | LoRA | failed<sup>a</sup> | 102 ± 1 (2) |" in printed  # its time is known
     assert "2 of 2 runs failed: score toy: the judge is not reachable" in printed
+
+
+def test_a_failed_re_evaluation_is_told_beside_the_older_value(table_path, report, tmp_path, monkeypatch, capsys):
+    fill(table_path)
+    monkeypatch.setattr(grid_state, "GRID_PATH", tmp_path / "grid")
+    [first, *_] = load_table(table_path).cells
+    write_json_atomic(grid_state.failure_path(first.config), {"stage": "score toy", "error": "no sandbox"})
+    report(table_path)
+    printed = capsys.readouterr().out
+    assert "| toy | LoRA | 51.50 ± 0.71 (2)<sup>a</sup> | 102 ± 1 (2) |" in printed
+    assert "<sup>a</sup> 1 of 2 runs with an older value: its re-evaluation failed: score toy: no sandbox" in printed
+
+
+@pytest.mark.parametrize(
+    ("stage", "concerned"),
+    [
+        ("train", {"toy", "mbpp", "inheritance", None}),
+        ("generate", {"toy", "mbpp", "inheritance"}),
+        ("evaluate", {"toy", "mbpp", "inheritance"}),
+        ("score mbpp", {"mbpp"}),
+        ("inheritance", {"inheritance"}),
+    ],
+)
+def test_which_columns_a_failed_stage_concerns(stage, concerned):
+    columns = [Column("x", "x", task=task, metric="x") for task in ("toy", "mbpp", "inheritance", None)]
+    assert {column.task for column in columns if FailedStage(stage, "").concerns(column)} == concerned
 
 
 def test_a_seed_counts_once(table_path, report):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ba_lora import grid_state
-from ba_lora.config import nearest
+from ba_lora.config import RUN_MEASURES, nearest
 from ba_lora.errors import UserError
 from ba_lora.io import read_json, read_jsonl
 from ba_lora.pipeline import UNTUNED
@@ -43,22 +43,43 @@ class PaperRow:
 
 
 @dataclass(frozen=True)
+class FailedStage:
+    """The stage of a run that failed last in a grid, named as in ba_lora/pipeline.py, and its error, one line."""
+
+    name: str
+    error: str
+
+    def concerns(self, column: Column) -> bool:
+        """Whether the stage was to give the column's value: a training all of them, `score TASK` and a measure of the
+        runs those of their task, any other stage of an evaluation those of all tasks."""
+        if self.name == "train":
+            return True
+        task = self.name if self.name in RUN_MEASURES else self.name.partition("score ")[2]
+        return column.task is not None and task in ("", column.task)
+
+
+@dataclass(frozen=True)
 class Sources:
     """The files of a report, read.
 
     results: run_id → result, of the runs that have one; sha256: run_id → hash of that file; failures: run_id → the
-    stage that failed last in a grid and its error, one line, of the runs that are not done since. Grades and logs are
-    read from the runs' own folders when they are asked for.
+    stage that failed last in a grid, of the runs that are not done since. Grades and logs are read from the runs' own
+    folders when they are asked for.
     """
 
     results: Mapping[str, dict[str, Any]]
     paper: tuple[PaperRow, ...] = ()
     sha256: Mapping[str, str] = field(default_factory=dict)
-    failures: Mapping[str, str] = field(default_factory=dict)
+    failures: Mapping[str, FailedStage] = field(default_factory=dict)
 
     def result(self, run: PlannedRun) -> dict[str, Any] | None:
         """Return a run's result, None where there is none yet."""
         return self.results.get(run.run_id)
+
+    def failure(self, run: PlannedRun, column: Column) -> str | None:
+        """Return "stage: error" where a stage failed that was to give a run's value in this column."""
+        failed = self.failures.get(run.run_id)
+        return f"{failed.name}: {failed.error}" if failed is not None and failed.concerns(column) else None
 
     def grades(self, run: PlannedRun, items: Items) -> dict[str, tuple[float, int]] | None:
         """Return item → (sum, number) of the grades of its turns, of the items that are asked for.
@@ -159,8 +180,8 @@ def read_results(runs: Iterable[PlannedRun]) -> tuple[dict[str, dict[str, Any]],
     return results, hashes
 
 
-def read_failures(runs: Iterable[PlannedRun]) -> dict[str, str]:
-    """Return run_id → "stage: error" of the runs in which a stage failed and that are not done since.
+def read_failures(runs: Iterable[PlannedRun]) -> dict[str, FailedStage]:
+    """Return run_id → the stage that failed, of the runs that are not done since.
 
     A result tells how the training ended; that the evaluation failed, or a training that could not say so, is in the
     grid's record alone.
@@ -170,7 +191,7 @@ def read_failures(runs: Iterable[PlannedRun]) -> dict[str, str]:
         path = grid_state.GRID_PATH / f"{run.run_path.name}.failed.json"
         if path.is_file():
             record = read_json(path)
-            failures[run.run_id] = f"{record['stage']}: {record['error']}"
+            failures[run.run_id] = FailedStage(record["stage"], record["error"])
     return failures
 
 

@@ -143,22 +143,26 @@ def _value(result: Mapping[str, Any], column: Column) -> float | None:
 
 def _measured_cell(spec: TableSpec, sources: Sources, row: Row, column: Column, notes: _Footnotes) -> Cell:
     found: list[tuple[PlannedRun, float]] = []
-    failures, texts = [], {}
+    failures, outdated, texts = [], [], {}
     planned = spec.planned(row, column)
     for run in planned:
         result = sources.result(run)
         value = None if result is None else _value(result, column)
+        failed = sources.failure(run, column)
         if value is not None:
             found.append((run, value))
+            outdated += [failed] if failed else []
             texts.update(dict.fromkeys(notes.by_run.get((run.run_id, column.name), ())))
         elif result is not None and result["status"] != "ok":
             failures.append(Failure(run.run_id, result["status"], result.get("error")))
-        elif run.run_id in sources.failures:
-            failures.append(Failure(run.run_id, "failed", sources.failures[run.run_id]))
+        elif failed:
+            failures.append(Failure(run.run_id, "failed", failed))
         elif result is not None and (missing := why_missing(result, column)):
             failures.append(Failure(run.run_id, *missing))
     for (status, error), count in Counter((failure.status, failure.error) for failure in failures).items():
         texts[f"{count} of {len(planned)} runs {status}: {error or 'no error was written'}"] = None
+    for error, count in Counter(outdated).items():
+        texts[f"{count} of {len(planned)} runs with an older value: its re-evaluation failed: {error}"] = None
     return Cell(
         values=tuple(value for _, value in found),
         seeds=tuple(run.seed for run, _ in found),
