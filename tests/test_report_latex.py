@@ -56,7 +56,7 @@ def test_latex_is_balanced_and_says_the_same(known):
         len(body) == 6 and {line.count(" & ") for line in body} == {8} and all(line.endswith("\\\\") for line in body)
     )
     assert "LoRA \\& 100\\% \\_x\\_ & 33.33 $\\pm$ 5.77 (3) & 34.33 $\\pm$ 0.50 & $-$1.00" in text
-    assert "\\textbf{66.67 $\\pm$ 5.77 (3)}" in text and "\\underline{3.0 $\\pm$ 0.0 (3)}" in text
+    assert "\\underline{66.67 $\\pm$ 5.77 (3)}" in text and "\\underline{3.0 $\\pm$ 0.0 (3)}" in text
     assert "failed\\textsuperscript{b}" in text and "−" not in text and "±" not in text
 
 

@@ -8,7 +8,9 @@ import pytest
 
 from ba_lora.errors import UserError
 from ba_lora.io import write_jsonl_atomic
+from ba_lora.pipeline import UNTUNED
 from ba_lora.tables import Row
+from eval.report.comparisons import planned_comparisons
 from eval.report.render import to_csv, to_json, to_markdown
 from eval.report.settings import NEVER_ALLOWED, SETTINGS
 from eval.report.sheets import letter, number, probability, signed
@@ -21,16 +23,16 @@ WHOLE = """\
 
 | model | method | GSM8K (%) ↑: ours (n) | paper | Δ | Average ↑: ours (n) | time (h) ↓: ours (n) | paper | Δ |
 | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
-| tiny | Full FT | 70.00 ± 0.00 (2)<sup>a</sup> |  |  | 36.5 ± 0.0 (2)<sup>a</sup> | 3.0 ± 0.0 (2)<sup>a</sup> \
-| > 24.0 |  |
+| tiny | Full FT | **70.00 ± 0.00 (2)**<sup>a</sup> |  |  | **36.5 ± 0.0 (2)**<sup>a</sup> \
+| *3.0 ± 0.0 (2)*<sup>a</sup> | > 24.0 |  |
 | tiny | lora | 33.33 ± 5.77 (3) | 34.33 ± 0.50 | −1.00 | 17.7 ± 2.9 (3) | **2.0 ± 0.0 (3)** |  |  |
 | tiny | dora | failed<sup>b</sup> |  |  | failed<sup>b</sup> | failed<sup>b</sup> |  |  |
 | tiny | loha |  |  |  |  |  |  |  |
-| tiny | PiSSA | **66.67 ± 5.77 (3)** |  |  | **34.8 ± 2.9 (3)** | *3.0 ± 0.0 (3)* |  |  |
-| tiny | BA-LoRA | **66.67 ± 5.77 (3)** | 66.17 | +0.50 | **34.8 ± 2.9 (3)** | *3.0 ± 0.0 (3)* |  |  |
+| tiny | PiSSA | *66.67 ± 5.77 (3)* |  |  | *34.8 ± 2.9 (3)* | *3.0 ± 0.0 (3)* |  |  |
+| tiny | BA-LoRA | *66.67 ± 5.77 (3)* | 66.17 | +0.50 | *34.8 ± 2.9 (3)* | *3.0 ± 0.0 (3)* |  |  |
 
 Ours: mean ± standard deviation (n − 1) over n seeds; blank: no result. **Bold**: best, *italic*: second best of one \
-model, among the rows with most seeds.
+model, the untuned model aside.
 
 Paper: paper, table 1; paper, text. Δ: ours − paper.
 
@@ -103,14 +105,46 @@ def test_csv_and_json_say_the_same(known):
     assert plain["also_reported"][0]["value"]["mean"] == 12.5
 
 
-def test_rows_with_fewer_seeds_are_not_ranked(world):
+def test_whoever_was_trained_is_ranked_with_any_number_of_seeds(world):
+    """A smaller n is told; the untuned model takes no place, although it has the best time of all."""
     for seed in SEEDS:
         world.add("lora", seed)
-    world.add("ba_lora", 1)  # 70 % with one seed against 33 % with three
-    table = build(world)
-    assert {row.method: table.cells[row, "gsm8k"].mark for row in table.spec.rows} == dict.fromkeys(
-        [row.method for row in table.spec.rows], ""
+    world.add("ba_lora", 1)
+    world.add(UNTUNED, 1, grades=[1.0] * 10)
+    rows = tuple(Row("tiny", method) for method in (UNTUNED, "lora", "ba_lora"))
+    for seeds in (SEEDS, (1,)):
+        runs = {(row, "gsm8k"): tuple(world.run(row.method, seed) for seed in seeds) for row in rows}
+        runs[rows[0], "gsm8k"] = runs[rows[0], "gsm8k"][:1]
+        column = Column("gsm8k", "GSM8K", task="gsm8k", metric="strict")
+        table = build(world, rows=rows, columns=(column,), runs=runs, paper=())
+        cells = [table.cell(row, column) for row in rows]
+        assert [cell.mark for cell in cells] == ["", "second", "best"]
+        told = [[table.footnotes[note] for note in cell.notes] for cell in cells]
+        assert told == ([[], [], ["1 seed where others have 3"]] if seeds == SEEDS else [[], [], []])
+
+
+@pytest.mark.parametrize(
+    ("pairs", "tested"),
+    [
+        ((("ba_lora", "lora"),), [("ba_lora rank=1", "lora rank=1"), ("ba_lora rank=2", "lora rank=2")]),
+        ((("ba_lora", "full_ft"),), [("ba_lora rank=1", "full_ft"), ("ba_lora rank=2", "full_ft")]),
+        ((("rank=2", "rank=1"),), [("lora rank=2", "lora rank=1"), ("ba_lora rank=2", "ba_lora rank=1")]),
+        ((), [(f"ba_lora rank={one}", two) for one in (1, 2) for two in ("full_ft", "lora rank=1", "lora rank=2")]),
+    ],
+)
+def test_a_table_can_name_what_it_compares(world, pairs, tested):
+    """Two methods in one setting, two settings with one method; without names, all of its own with all others."""
+    rows = (
+        Row("tiny", "full_ft"),
+        *(Row("tiny", method, f"rank={n}") for method in ("lora", "ba_lora") for n in (1, 2)),
     )
+    column = Column("gsm8k", "GSM8K", task="gsm8k", metric="strict")
+    spec = world.spec(rows=rows, columns=(column,), runs={}, compare=pairs)
+    planned = [
+        (f"{a.method} {a.setting}".strip(), f"{b.method} {b.setting}".strip())
+        for _, a, b in planned_comparisons(spec, rows)
+    ]
+    assert planned == tested
 
 
 @pytest.mark.parametrize(
@@ -153,10 +187,10 @@ def test_settings_are_blocks_of_their_own(world):
     together = build(world, rows=tuple(rows), columns=columns, runs=runs)
     assert [together.cells[row, "gsm8k"].mark for row in rows] == ["", "best", "", "best"]  # two share the first place
     assert len(together.comparisons) == 4
-    assert "second best of one model, among" in to_markdown(together)
+    assert "second best of one model, the untuned" in to_markdown(together)
     rest = build(world, rows=tuple(rows), columns=columns, runs=runs, compare_within=())
     assert [rest.cells[row, "gsm8k"].mark for row in rows] == ["", "best", "", "best"]
-    assert "second best of the table, among" in to_markdown(rest)
+    assert "second best of the table, the untuned" in to_markdown(rest)
 
 
 @pytest.mark.parametrize(
@@ -499,13 +533,16 @@ def test_setting_values():
     assert setting_value("low_rank=3", "rank") is None
 
 
+ROWS = [Row("tiny", "lora", "rank=1"), Row("tiny", "ba_lora", "rank=1"), Row("tiny", "ba_lora", "rank=2")]
+
+
 def test_report_blocks_are_checked():
     columns = [Column("gsm8k", "GSM8K")]
     good = {
         "columns": {"gsm8k": {"scale": "1e-6", "decimals": 0}},
         "figures": {"a": {"kind": "bars", "columns": ["gsm8k"]}},
     }
-    values = parse_report(good, columns=columns, source="t")
+    values = parse_report(good, rows=ROWS, columns=columns, source="t")
     assert (values["columns"][0].scale, values["columns"][0].decimals) == (1e-6, 0)
     assert values["figures"][0].kind == "bars"
     wrong = {
@@ -525,10 +562,13 @@ def test_report_blocks_are_checked():
             "figures": {"a": {"kind": "training", "terms": ["loss (nats)", "svdd"]}}
         },
         "must be a mapping": {"figures": ["bars"]},
+        r"compare must be a list of pairs, \[\[a, b\], …\], found \['lora'\]": {"compare": ["lora"]},
+        "compare: lorra is unknown.*nearest: lora": {"compare": [["ba_lora", "lorra"]]},
+        "compare: lora is unknown: choose one of rank=1, rank=2": {"compare": [["rank=1", "lora"]]},
     }
     for message, block in wrong.items():
         with pytest.raises(UserError, match=message):
-            parse_report(block, columns=columns, source="t")
+            parse_report(block, rows=ROWS, columns=columns, source="t")
 
 
 def test_numbers_as_they_are_written():
@@ -548,17 +588,31 @@ def test_of_each_method_the_best_setting_by_the_chosen_column_is_compared(world)
             rows.append(row)
             grades = [float(item < share * 10) for item in range(10)]
             runs[row, "gsm8k"] = tuple(world.add(method, seed, setting=rate, grades=grades) for seed in SEEDS)
-    column = Column("gsm8k", "GSM8K", task="gsm8k", metric="strict")
-    table = build(world, rows=tuple(rows), columns=(column,), runs=runs, paper=(), choose="gsm8k")
+            runs[row, "judged"] = runs[row, "gsm8k"]
+    column, judged = (Column(name, name, task="gsm8k", metric="strict") for name in ("gsm8k", "judged"))
+
+    def built():
+        return build(world, rows=tuple(rows), columns=(column, judged), runs=runs, paper=(), choose="gsm8k")
+
+    table = built()
     lora, best = Row("tiny", "lora", "lr=2"), Row("tiny", "ba_lora", "lr=3")
-    assert [(one.focus, one.other) for one in table.comparisons] == [(best, lora)]
-    assert {row: table.cell(row, column).mark for row in rows if table.cell(row, column).mark} == {
-        best: "best",
-        lora: "second",
-    }
-    texts = {row: [table.footnotes[note] for note in table.cell(row, column).notes] for row in rows}
-    assert texts[lora] == ["chosen by GSM8K of 3 settings"]
-    assert texts[best] == ["chosen by GSM8K of 3 settings, at an edge of what was tried: try further"]
-    assert not any(texts[row] for row in rows if row not in (lora, best))
+    assert [(one.column, one.focus, one.other) for one in table.comparisons] == [("judged", best, lora)]
+    marks = {(row, one.name): mark for row in rows for one in (column, judged) if (mark := table.cell(row, one).mark)}
+    assert marks == {(best, "judged"): "best", (lora, "judged"): "second"}  # the column of the choice flatters it
+
+    def texts(row):
+        return [table.footnotes[note] for note in table.cell(row, column).notes]
+
+    assert texts(lora) == ["chosen by gsm8k of 3 settings"]
+    assert texts(best) == ["chosen by gsm8k of 3 settings, at an edge of what was tried: try further"]
+    assert not any(texts(row) for row in rows if row not in (lora, best))
+
+    world.edit(runs[best, "gsm8k"][0], status="failed", error="diverged")
+    table = built()  # tried, but not with every seed: another one is chosen, of the same budget
+    assert texts(Row("tiny", "ba_lora", "lr=2")) == ["chosen by gsm8k of 3 settings, of which 1 failed"]
+    runs[lora, "gsm8k"][0].result_path.unlink()
+    table = built()  # not tried yet: no choice
+    assert texts(Row("tiny", "lora", "lr=1")) == ["not chosen yet: 2 of 3 settings have all seeds"]
+    assert not table.comparisons and not any(cell.mark for cell in table.cells.values())
     with pytest.raises(UserError, match="report.choose: gsm9k is unknown"):
-        parse_report({"choose": "gsm9k"}, columns=[column], source="table x")
+        parse_report({"choose": "gsm9k"}, rows=rows, columns=[column], source="table x")

@@ -58,12 +58,30 @@ def planned_comparisons(spec: TableSpec, rows: Sequence[Row]) -> list[tuple[Colu
         (focus, other)
         for block in spec.blocks()
         for focus in block
-        if focus in rows and focus.method in spec.ours
         for other in block
-        if other in rows and other.method not in spec.ours and (not spec.against or other.method in spec.against)
+        if focus in rows and other in rows and _is_asked(spec, focus, other)
     ]
-    columns = [column for column in spec.columns if column.better != "none" and (column.task or column.mean_of)]
+    columns = [
+        column
+        for column in spec.columns
+        if column.better != "none" and (column.task or column.mean_of) and column.name != spec.choose
+    ]
     return [(column, focus, other) for column in columns for focus, other in pairs]
+
+
+def _is_asked(spec: TableSpec, focus: Row, other: Row) -> bool:
+    """Whether the table tests these two rows of one block.
+
+    Of a pair of methods, in one setting (a method without settings stands for all); of a pair of settings, with one
+    method.
+    """
+    if not spec.compare:
+        is_other = other.method not in spec.ours and (not spec.against or other.method in spec.against)
+        return focus.method in spec.ours and is_other
+    if focus.method == other.method:
+        return (focus.setting, other.setting) in spec.compare
+    alike = focus.setting == other.setting or not (focus.setting and other.setting)
+    return alike and (focus.method, other.method) in spec.compare
 
 
 def compare(spec: TableSpec, sources: Sources, cells: "Cells", rows: Sequence[Row]) -> tuple[list[Comparison], int]:

@@ -122,7 +122,7 @@ def legend(table: ReportTable, *, best: str = "**Bold**", second: str = "*italic
     within = f"of one {within}" if within else "of the table"
     lines = [
         "Ours: mean ± standard deviation (n − 1) over n seeds; blank: no result. "
-        f"{best}: best, {second}: second best {within}, among the rows with most seeds."
+        f"{best}: best, {second}: second best {within}, the untuned model aside."
     ]
     sources = sorted({cell.paper.source for cell in table.cells.values() if cell.paper is not None})
     if sources:

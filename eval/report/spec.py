@@ -3,8 +3,10 @@
     report:
       allow: [engine]                  # settings that may differ, footnoted where they do (settings.py)
       against: [lora, pissa]           # the rows that the table's `ours` are tested against; default: all other methods
+      compare: [[ba_lora, pissa], [rank=8, rank=4]]      # or: these methods and settings, the first against the second
       compare_within: [base]           # what ranked and compared rows have in common: base, setting, both or none
-      choose: heldout                  # of rows that differ in their setting, the best in this column is compared
+      choose: heldout                  # of rows that differ in their setting, the best in this column is compared, in
+                                       # the other columns
       names: {not stated: roberta-large}                 # the paper file's name of a model, method or setting → ours
       columns: {parameters: {scale: 1.0e-6, decimals: 1}}     # how a column's numbers are shown
       figures:
@@ -127,7 +129,8 @@ class TableSpec:
     """A table as the report needs it.
 
     runs: (row, column's name) → the runs whose mean fills the cell, one a seed; none for columns that are a mean of
-    others. ours: the methods that are tested against `against` (all others where empty). labels: name → how written.
+    others. ours: the methods that are tested against `against` (all others where empty); compare: pairs of methods or
+    settings that are tested instead. labels: name → how written.
     """
 
     name: str
@@ -140,6 +143,7 @@ class TableSpec:
     paper: tuple[str, ...] = ()
     ours: tuple[str, ...] = ()
     against: tuple[str, ...] = ()
+    compare: tuple[tuple[str, str], ...] = ()
     compare_within: tuple[str, ...] = ("base",)
     allow: tuple[str, ...] = ()
     choose: str | None = None
@@ -218,16 +222,16 @@ def table_spec(table: Table) -> TableSpec:
         paper=table.paper,
         ours=table.ours,
         labels=table.labels,
-        **parse_report(table.report, columns=columns, source=f"table {table.id}"),
+        **parse_report(table.report, rows=table.rows, columns=columns, source=f"table {table.id}"),
     )
 
 
-def parse_report(block: Any, *, columns: Sequence[Column], source: str) -> dict[str, Any]:
-    """Check a `report:` block and return `TableSpec`'s fields that it sets; `columns`: as they are without it.
+def parse_report(block: Any, *, rows: Sequence[Row], columns: Sequence[Column], source: str) -> dict[str, Any]:
+    """Check a `report:` block and return `TableSpec`'s fields that it sets; `rows`, `columns`: as they are without it.
 
     Raises UserError, naming `source` and the key, for what is wrong.
     """
-    known = ("allow", "against", "compare_within", "choose", "names", "columns", "figures")
+    known = ("allow", "against", "compare", "compare_within", "choose", "names", "columns", "figures")
     block = _mapping(block, known, where=f"{source}: report")
     values: dict[str, Any] = {
         key: _words(block[key], where=f"{source}: report.{key}")
@@ -239,6 +243,7 @@ def parse_report(block: Any, *, columns: Sequence[Column], source: str) -> dict[
     values["names"] = {
         key: str(name) for key, name in _mapping(block.get("names") or {}, where=f"{source}: report.names").items()
     }
+    values["compare"] = _pairs(block.get("compare") or [], rows, where=f"{source}: report.compare")
     names = [column.name for column in columns]
     if "choose" in block:
         values["choose"] = _choice(block["choose"], names, where=f"{source}: report.choose")
@@ -372,6 +377,17 @@ def _words(value: Any, *, where: str) -> tuple[str, ...]:
     if not isinstance(value, list | tuple) or not all(isinstance(word, str) for word in value):
         raise UserError(f"{where} must be a list of words, found {value!r}")
     return tuple(value)
+
+
+def _pairs(value: Any, rows: Sequence[Row], *, where: str) -> tuple[tuple[str, str], ...]:
+    """Check pairs of what rows are called by, two methods or two settings each."""
+    if not isinstance(value, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in value):
+        raise UserError(f"{where} must be a list of pairs, [[a, b], …], found {value!r}")
+    methods, settings = (list(dict.fromkeys(getattr(row, key) for row in rows)) for key in ("method", "setting"))
+    for first, second in value:
+        _choice(first, [*methods, *settings], where=where)
+        _choice(second, methods if first in methods else settings, where=where)
+    return tuple((first, second) for first, second in value)
 
 
 def _choice(value: Any, choices: Sequence[str], *, where: str) -> Any:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ba_lora.pipeline import UNTUNED
 from ba_lora.results import hardware_name
 from ba_lora.tables import Row
 from eval.report.comparisons import Comparison, compare
@@ -107,7 +108,7 @@ def build_table(spec: TableSpec, sources: Sources, *, allow: Iterable[str] = ())
                 else _measured_cell(spec, sources, row, column, notes)
             )
     rows = _chosen_rows(spec, cells, notes)
-    _mark(spec, cells, rows)
+    _mark(spec, cells, rows, notes)
     comparisons, num_resamples = compare(spec, sources, cells, rows)
     return ReportTable(
         spec=spec,
@@ -192,7 +193,12 @@ def _mean_cell(spec: TableSpec, sources: Sources, row: Row, column: Column, cell
 
 def _chosen_rows(spec: TableSpec, cells: dict[CellKey, Cell], notes: _Footnotes) -> tuple[Row, ...]:
     """Return the rows that are ranked and compared: where the table chooses, of each base and method the setting whose
-    mean is best in that column, which is footnoted; an edge of the settings in the table's order, too."""
+    mean is best in that column.
+
+    Budgets are equal only where every setting was tried with every seed: a method has no choice before each of its runs
+    has a value or has failed, and a setting that lost a run is not chosen. A footnote says of how many settings it was
+    chosen, and whether at an edge of them in the table's order.
+    """
     if spec.choose is None:
         return spec.rows
     column = spec.column(spec.choose)
@@ -201,36 +207,51 @@ def _chosen_rows(spec: TableSpec, cells: dict[CellKey, Cell], notes: _Footnotes)
         groups.setdefault((row.base, row.method), []).append(row)
     chosen = []
     for group in groups.values():
-        filled = [row for row in group if cells[row, column.name].values]
-        if not filled:
+        in_column = {row: cells[row, column.name] for row in group}
+        whole = [row for row, cell in in_column.items() if len(cell.values) == cell.num_planned]
+        ended = [
+            len(cell.values) + sum(failure.status != "cancelled" for failure in cell.failures) == cell.num_planned
+            for cell in in_column.values()
+        ]
+        if not all(ended) or not whole:
+            text = f"not chosen yet: {len(whole)} of {len(group)} settings have all seeds"
+            _add_note(cells, (group[0], column.name), notes.number(text))
             continue
         sign = -1.0 if column.better == "lower" else 1.0
-        best = max(filled, key=lambda row: sign * cells[row, column.name].mean)
+        best = max(whole, key=lambda row: sign * in_column[row].mean)
         chosen.append(best)
         if len(group) > 1:
-            at_edge = best in (group[0], group[-1])
-            text = f"chosen by {column.label} of {len(filled)} settings"
-            text += ", at an edge of what was tried: try further" if at_edge else ""
-            key = (best, column.name)
-            cells[key] = dataclasses.replace(cells[key], notes=(*cells[key].notes, notes.number(text)))
+            text = f"chosen by {column.label} of {len(group)} settings"
+            text += f", of which {len(group) - len(whole)} failed" if len(whole) < len(group) else ""
+            text += ", at an edge of what was tried: try further" if best in (group[0], group[-1]) else ""
+            _add_note(cells, (best, column.name), notes.number(text))
     return tuple(chosen)
 
 
-def _mark(spec: TableSpec, cells: dict[CellKey, Cell], rows: Sequence[Row]) -> None:
-    """Mark best and second of each block and column, among those of the rows that have the largest n there."""
+def _mark(spec: TableSpec, cells: dict[CellKey, Cell], rows: Sequence[Row], notes: _Footnotes) -> None:
+    """Mark best and second of each block and column, among those of `rows` that were trained; footnotes tell where
+    one of them has fewer seeds than another. The column that the rows were chosen by would flatter the choice."""
     for column in spec.columns:
-        if column.better == "none":
+        if column.better == "none" or column.name == spec.choose:
             continue
         for block in spec.blocks():
-            filled = [row for row in block if row in rows and cells[row, column.name].values]
-            most = max((len(cells[row, column.name].values) for row in filled), default=0)
-            ranked = [row for row in filled if len(cells[row, column.name].values) == most]
+            ranked = [row for row in block if row in rows and row.method != UNTUNED and cells[row, column.name].values]
+            most = max((len(cells[row, column.name].values) for row in ranked), default=0)
+            for row in ranked:
+                cell = cells[row, column.name]
+                if (count := len(cell.values)) < most and not cell.failures:  # whose footnotes tell it already
+                    text = f"{count} seed{'s' if count > 1 else ''} where others have {most}"
+                    _add_note(cells, (row, column.name), notes.number(text))
             means = [cells[row, column.name].mean or 0.0 for row in ranked]
             best, second = first_and_second(means, better=column.better, decimals=column.decimals)
             for mark, indices in (("best", best), ("second", second)):
                 for index in indices:
                     key = (ranked[index], column.name)
                     cells[key] = dataclasses.replace(cells[key], mark=mark)
+
+
+def _add_note(cells: dict[CellKey, Cell], key: CellKey, note: int) -> None:
+    cells[key] = dataclasses.replace(cells[key], notes=(*cells[key].notes, note))
 
 
 def _unmatched(spec: TableSpec, sources: Sources) -> tuple[PaperRow, ...]:
