@@ -15,9 +15,12 @@ def build_arguments(config: RunConfig, run_path: Path) -> "TrainingArguments":
     """Return the arguments: `config.trainer` by name, and what the run itself decides.
 
     Make them before the model: DeepSpeed ZeRO-3 splits the model while it is loaded only if it knows by then.
+    Raises UserError for arguments that Trainer refuses or this machine cannot run, and for an NLU run under ZeRO-3,
+    whether the config or `accelerate launch` asks for it.
     """
     import torch
     from transformers import TrainingArguments
+    from transformers.integrations import is_deepspeed_zero3_enabled
 
     chosen = {"logging_steps": 10, "save_strategy": "steps", "save_total_limit": 2} | config.trainer
     if chosen.get("fp16") and not torch.cuda.is_available():
@@ -36,7 +39,7 @@ def build_arguments(config: RunConfig, run_path: Path) -> "TrainingArguments":
 
         deepspeed.init_distributed(dist_backend="gloo")
     try:
-        return TrainingArguments(
+        arguments = TrainingArguments(
             output_dir=str(run_path / "checkpoints"),
             seed=config.seed,
             data_seed=config.seed,
@@ -46,6 +49,9 @@ def build_arguments(config: RunConfig, run_path: Path) -> "TrainingArguments":
         )
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(f"trainer: {str(error).splitlines()[0]}") from error
+    if config.kind == "nlu" and is_deepspeed_zero3_enabled():
+        raise UserError("NLU runs do not support ZeRO-3: use DDP or configs/deepspeed/zero2.json")
+    return arguments
 
 
 def autocast_precision(arguments: "TrainingArguments") -> str:

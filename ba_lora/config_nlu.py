@@ -152,5 +152,3 @@ def check_nlu(config: NLURunConfig) -> None:
         raise UserError(f"features.steps={config.features.steps}: steps count from 0")
     if config.nlu.task == "toy_pairs" and data.source is None and data.num_rows is None:
         raise UserError("data.num_rows=null means all rows of a set, and the toy's are made on demand: give a number")
-    if config.trainer.get("deepspeed") and "zero3" in str(config.trainer["deepspeed"]):
-        raise UserError("NLU runs do not support ZeRO-3: use DDP or configs/deepspeed/zero2.json")

@@ -131,7 +131,6 @@ def test_what_is_left_out_says_why(method):
         ({"overrides": ["data.name=glue"]}, "unknown key data.name"),
         ({"overrides": ["eval.tasks=[imbd]"]}, "nearest: imdb"),
         ({"method": "bitfitt"}, "nearest: bitfit"),
-        ({"overrides": ["trainer.deepspeed=configs/deepspeed/zero3.json"]}, "do not support ZeRO-3"),
     ],
 )
 def test_one_line_errors(words, message):

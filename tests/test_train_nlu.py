@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from ba_lora.config_layers import available_methods
+from ba_lora.errors import UserError
 from ba_lora.export import serving_adapter
 from tests.tiny_nlu import publish, tiny_overrides, write_sst2
 
@@ -70,6 +71,20 @@ def pipeline(words, root, *, kill_after_s=None):
         return None
     assert process.returncode == 0, errors[-3000:]
     return output
+
+
+def test_zero3_is_refused_whoever_asks_for_it(train_nlu, request):
+    """`accelerate launch` sets it without a word in the config; so does a file of settings of any name."""
+    pytest.importorskip("deepspeed")
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+
+    request.addfinalizer(unset_hf_deepspeed_config)
+    alive = HfDeepSpeedConfig({"zero_optimization": {"stage": 2}})  # while it is, transformers goes by it
+    train_nlu("trainer.max_steps=1", "export.merged=false", name="zero2")
+    alive = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}})
+    with pytest.raises(UserError, match="NLU runs do not support ZeRO-3: use DDP or") as error:
+        train_nlu(name="zero3")
+    assert alive.is_zero3() and "\n" not in str(error.value)
 
 
 @pytest.mark.slow
