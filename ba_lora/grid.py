@@ -11,7 +11,7 @@ state is read from its files after the lock is taken (locks.py, grid_state.py).
 
 key=value changes every run (`data.num_rows=1000`), but for
     retry=true         redo what failed                 workers=N     at most N runs at a time
-    seeds=[1,2]        instead of the table's seeds     gpus=N        GPUs for each run (default 1; more: accelerate)
+    seeds=[1,2]        instead of the table's seeds     gpus=N        the rows set for N GPUs a run (default: 1)
     only=WORD[,WORD]   the rows of these bases, methods, settings: only=llama-2-7b,lora,pissa
     output=DIR         of the report                allow=NAME    for the report; see eval/report/__main__.py
 """
@@ -33,7 +33,7 @@ from ba_lora.errors import UserError, run_entry_point
 from ba_lora.estimates import estimate_lines
 from ba_lora.evaluation_state import evaluation_state
 from ba_lora.executor import LocalExecutor, Slot, Work, local_slots, log_lines
-from ba_lora.grid_options import select_rows, split_options
+from ba_lora.grid_options import rows_for_gpus, select_rows, split_options
 from ba_lora.grid_state import (
     DONE,
     FAILED,
@@ -379,12 +379,15 @@ def main() -> int:
         print("\n".join(dry_run(table, graders)))
         return 0
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    executor = LocalExecutor(local_slots(GRID_PATH, gpus_per_run=options.gpus, workers=options.workers))
+    table, gpus, left_out = rows_for_gpus(table, options.gpus)
+    executor = LocalExecutor(local_slots(GRID_PATH, gpus_per_run=gpus, workers=options.workers))
     for cell in table.cells:
         if inspect(cell.spec, graders).status == MISSING and (changed := changed_config(table, cell)):
             print(f"stale: {changed}; {cell.config.run_path.name} takes its place")
     if missing := missing_judge((spec.config for spec in table.specs()), os.environ):
         _say(missing)
+    for line in left_out:
+        _say(line)
     grid = Grid(table, executor, graders=graders, retry=options.retry, say=_say)
     _say(f"{table.id}: {len(table.specs())} runs on {', '.join(slot.name for slot in executor.slots)}")
     grid.run()

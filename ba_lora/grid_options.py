@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from ba_lora.config import nearest
 from ba_lora.errors import UserError
-from ba_lora.tables import Table
+from ba_lora.tables import Row, Table
 
 REPORT_OPTIONS = ("output", "allow")
 OPTIONS = ("retry", "workers", "gpus", "seeds", "only", *REPORT_OPTIONS)
@@ -17,7 +17,7 @@ class GridOptions:
 
     retry: bool = False
     workers: int | None = None
-    gpus: int = 1
+    gpus: int | None = None
     seeds: tuple[int, ...] | None = None
     only: tuple[str, ...] = ()
     report: tuple[str, ...] = ()  # words for the report alone, as they were typed
@@ -69,6 +69,32 @@ def select_rows(table: Table, words: Sequence[str]) -> Table:
     rows = tuple(row for row in table.rows if all(not c or getattr(row, key) in c for key, c in chosen.items()))
     if not rows:
         raise UserError(f"only={','.join(words)}: no row is all of that")
+    return _with_rows(table, rows)
+
+
+def rows_for_gpus(table: Table, gpus: int | None) -> tuple[Table, int, list[str]]:
+    """Return the table with the rows that are set for so many GPUs a run, that number, and a line on each row left out.
+
+    None: one GPU, or the fewest that a row is set for. Raises UserError where no row is set for `gpus`: on another
+    number of GPUs the effective batch would be another.
+    """
+    numbers = sorted({row.gpus for row in table.rows})
+    chosen = numbers[0] if gpus is None else gpus
+    rows = tuple(row for row in table.rows if row.gpus == chosen)
+    if not rows:
+        raise UserError(
+            f"gpus={chosen}: the rows of {table.id} are set for {' or '.join(map(str, numbers))} GPU(s) a run; for "
+            "another number set gpus and trainer.gradient_accumulation_steps of the row in the table's file"
+        )
+    left_out: dict[tuple[str, int], int] = {}
+    for cells in table.cells_of_runs.values():
+        if (row := cells[0].row).gpus != chosen:
+            left_out[row.method, row.gpus] = left_out.get((row.method, row.gpus), 0) + 1
+    lines = [f"left out: {number} runs of {method}: they take gpus={n}" for (method, n), number in left_out.items()]
+    return _with_rows(table, rows), chosen, lines
+
+
+def _with_rows(table: Table, rows: tuple[Row, ...]) -> Table:
     cells = tuple(cell for cell in table.cells if cell.row in rows)
     ours = tuple(name for name in table.ours if any(row.method == name for row in rows))
     return replace(table, rows=rows, cells=cells, ours=ours)

@@ -13,6 +13,7 @@
         methods: [lora, pissa]          files of configs/methods, or `untuned`: the pre-trained model itself
         settings: {rank=8: [adapter.rank=8]}     the paper's name of a setting → its overrides; absent: one, ""
         overrides: […]
+        gpus: 8                         GPUs of each run, whose batch its overrides divide among them; absent: 1
         suffix: vllm                    a run folder of its own (outputs/<run_id>-vllm) where nothing that is trained
                                         differs from another row's; also part of the setting's name
     columns:                            name → what is read from a run's result
@@ -43,7 +44,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -62,17 +63,21 @@ BETTER = ("higher", "lower", "none")
 _TABLE_KEYS = (
     "title", "source", "paper", "note", "kind", "seeds", "overrides", "rows", "columns", "labels", "ours", "report",
 )  # fmt: skip
-_BLOCK_KEYS = ("bases", "methods", "settings", "overrides", "suffix")
+_BLOCK_KEYS = ("bases", "methods", "settings", "overrides", "gpus", "suffix")
 _COLUMN_KEYS = ("task", "metric", "unit", "better", "paper", "paper_task", "overrides", "mean_of")
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table: base × method × setting ("" where there is one setting alone)."""
+    """A line of the table: base × method × setting ("" where there is one setting alone).
+
+    `gpus`: how many GPUs each of its runs is set for.
+    """
 
     base: str
     method: str
     setting: str = ""
+    gpus: int = field(default=1, compare=False)
 
 
 @dataclass(frozen=True)
@@ -182,6 +187,9 @@ def load_table(path: str | Path, *, overrides: Sequence[str] = (), seeds: Sequen
         _known(block, _BLOCK_KEYS, where)
         suffix = str(block.get("suffix") or "")
         common = [*_list(raw.get("overrides"), path, "overrides"), *_list(block.get("overrides"), where, "overrides")]
+        gpus = block.get("gpus", 1)
+        if not isinstance(gpus, int) or isinstance(gpus, bool) or gpus < 1:
+            raise UserError(f"{where}: gpus: {gpus}: a whole number of at least 1 is needed")
         settings = block.get("settings") or {"": []}
         if not isinstance(settings, dict):
             raise UserError(f"{where}: settings is a mapping, name: [key=value, …]")
@@ -191,7 +199,7 @@ def load_table(path: str | Path, *, overrides: Sequence[str] = (), seeds: Sequen
         for base in _list(block.get("bases"), where, "bases"):
             for method in _list(block.get("methods"), where, "methods"):
                 for setting, own in settings.items():
-                    row = Row(base, method, " ".join(word for word in (str(setting), suffix) if word))
+                    row = Row(base, method, " ".join(word for word in (str(setting), suffix) if word), gpus)
                     if row in rows:
                         raise UserError(f"{where}: {base}, {method}, {row.setting!r} stands in the table twice")
                     rows.append(row)

@@ -17,7 +17,7 @@ from ba_lora.evaluation_state import STATE_FILE
 from ba_lora.executor import LocalExecutor
 from ba_lora.glue import HUB_REVISION
 from ba_lora.grid import Grid, dry_run
-from ba_lora.grid_options import select_rows, split_options
+from ba_lora.grid_options import rows_for_gpus, select_rows, split_options
 from ba_lora.grid_state import inspect
 from ba_lora.locks import try_lock, work_lock_path
 from ba_lora.pipeline import Spec, evaluation_stages
@@ -425,3 +425,24 @@ def test_the_real_table_has_real_commands(root, monkeypatch):
     table = load_table(root / "configs" / "tables" / "toy.yaml", seeds=[42])
     grid = Grid(table, LocalExecutor([]), graders={})
     assert len(grid.specs) == len(table.specs()) and grid.progress() == f"0 of {len(grid.specs)} done"
+
+
+def test_only_rows_that_are_set_for_so_many_gpus_are_run(folder):
+    """On another number the same words would mean another effective batch."""
+    block = {"bases": ["toy"], "methods": ["lora"]}
+    blocks = [
+        block | {"settings": {"rank=2": ["adapter.rank=2"]}},
+        {"bases": ["toy"], "methods": ["full_ft"], "gpus": 8},
+    ]
+    table = fake_grid.table(folder, rows=blocks)
+    one, gpus, left_out = rows_for_gpus(table, None)
+    assert gpus == 1 and {cell.row.method for cell in one.cells} == {row.method for row in one.rows} == {"lora"}
+    assert left_out == ["left out: 3 runs of full_ft: they take gpus=8"]
+    eight, gpus, left_out = rows_for_gpus(table, 8)
+    assert gpus == 8 and [row.method for row in eight.rows] == ["full_ft"] and len(eight.specs()) == 3
+    assert left_out == ["left out: 3 runs of lora: they take gpus=1"]
+    with pytest.raises(UserError, match="gpus=4: the rows of fake are set for 1 or 8 GPU"):
+        rows_for_gpus(table, 4)
+    assert rows_for_gpus(fake_grid.table(folder, rows=blocks[1:]), None)[1:] == (8, [])
+    with pytest.raises(UserError, match="rows, entry 1: gpus: 0"):
+        fake_grid.table(folder, rows=[block | {"gpus": 0}])
