@@ -55,6 +55,16 @@ def file_atomic(path: str | Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def remove_leftovers(path: Path) -> None:
+    """Remove what killed writers of the file `path` left beside it. For a path that has one writer at a time."""
+    for stale in _temporaries(path):
+        stale.unlink(missing_ok=True)
+
+
+def _temporaries(path: Path) -> Iterator[Path]:
+    return path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 8}.tmp")
+
+
 def write_bytes_atomic(path: str | Path, content: bytes) -> None:
     """Write `content` to `path`, whole or not at all; see `file_atomic`."""
     with file_atomic(path) as temporary:
@@ -96,7 +106,7 @@ def folder_atomic(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        for stale in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 8}.tmp"):
+        for stale in _temporaries(path):
             shutil.rmtree(stale)
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
         temporary.mkdir()

