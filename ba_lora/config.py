@@ -230,7 +230,7 @@ class RunConfig:
 
 
 # What a run's weights do not depend on (on `loss` by rounding alone): these may change without training again.
-_NOT_TRAINING = ("loss", "export", "eval", "hub", "output_dir", "results_dir", "overwrite")
+NOT_TRAINING = ("loss", "export", "eval", "hub", "output_dir", "results_dir", "overwrite")
 # TrainingArguments that change no weight.
 _COSMETIC_ARGUMENTS = (
     "logging_steps", "logging_first_step", "logging_strategy", "report_to", "run_name", "disable_tqdm", "log_level",
@@ -266,10 +266,10 @@ def to_yaml(config: RunConfig) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(plain))
 
 
-def training_hash(config: RunConfig) -> str:
-    """Return 10 hex digits over everything the trained weights depend on."""
+def training_settings(config: RunConfig) -> dict[str, Any]:
+    """Return everything the trained weights depend on, as plain values."""
     plain = dataclasses.asdict(config)
-    for key in _NOT_TRAINING:
+    for key in NOT_TRAINING:
         plain.pop(key)
     reference = plain.pop("reference")
     if config.uses_reference_cache:  # where it lies changes no weight, what it keeps does
@@ -281,5 +281,10 @@ def training_hash(config: RunConfig) -> str:
         plain["adapter"]["svd_rank"] = svd_rank
     if not plain["data"].get("packing"):  # packed, dropout draws other numbers
         plain["data"].pop("packing", None)
-    text = json.dumps(plain, sort_keys=True, default=str)
+    return plain
+
+
+def training_hash(config: RunConfig) -> str:
+    """Return 10 hex digits over `training_settings`."""
+    text = json.dumps(training_settings(config), sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:10]

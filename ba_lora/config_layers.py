@@ -78,6 +78,14 @@ def load_config(
     return config
 
 
+def config_of_result(plain: dict[str, Any], *, kind: str) -> RunConfig:
+    """Return the config that a result keeps (ba_lora/results.py). Raises UserError for what no config may hold."""
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(_structured(SCHEMAS[kind]), plain))
+    except OmegaConfBaseException as error:
+        raise UserError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """Return the mapping in a YAML config. Raises UserError for a missing, broken or empty file."""
     if not path.is_file():

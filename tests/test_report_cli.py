@@ -1,5 +1,6 @@
 """`python -m eval.report` on a table file: the files that it writes, and its errors in one line."""
 
+import dataclasses
 import hashlib
 import json
 import sys
@@ -14,10 +15,10 @@ from ba_lora.pipeline import UNTUNED
 from ba_lora.tables import load_table
 from eval.report import __main__ as report_main
 from eval.report.__main__ import default_folder, main
-from eval.report.sources import FailedStage
-from eval.report.spec import Column
+from eval.report.sources import FailedStage, read_results
+from eval.report.spec import Column, table_spec
 from eval.tasks import get_task
-from tests.report_world import result
+from tests.report_world import changed, result
 
 
 @pytest.fixture
@@ -59,7 +60,8 @@ def report(monkeypatch, tmp_path):
 def fill(table_path) -> None:
     for cell in load_table(table_path).cells:
         config = cell.config
-        made = result(config.method, config.seed, run_id=config.result_path.stem, grades=None)
+        made = result(config.method, config.seed, run_id=config.result_path.stem, grades=None, base=config.name)
+        made["config"] = dataclasses.asdict(config)
         made["evaluation"]["toy"] = {
             "task": "toy",
             "version": get_task("toy").version,
@@ -140,6 +142,40 @@ def test_a_table_without_results_names_the_command(table_path, report, tmp_path)
     ):
         report(table_path, "data.num_rows=3", "seeds=7")
     assert not (tmp_path / "report").exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "value", "message"),
+    [
+        ("lora", "config/trainer/learning_rate", 1.0, "trainer.learning_rate is 1.0, not 0.002"),
+        ("lora", "config/trainer/max_steps", 3, "trainer.max_steps is 3, not None"),
+        ("lora", "config/adapter/rank", 3, "adapter.rank is 3, not 8"),
+        ("lora", "config/data/num_rows", 3, "data.num_rows is 3, not 17"),
+        ("lora", "config/model/name", "elsewhere", "model.name is elsewhere, not data/toy/clean"),
+        ("lora", "config/colour", "red", "colour: Key 'colour' not in 'RunConfig'"),
+        ("lora", "base", "llama", "base is llama, not toy"),
+        (UNTUNED, "config/model/name", "elsewhere", "model.name is elsewhere, not data/toy/clean"),
+        ("lora", "config/trainer/logging_steps", 3, None),  # changes no weight
+        (UNTUNED, "config/data/num_rows", 3, None),  # nothing was trained
+    ],
+)
+def test_a_result_that_was_trained_otherwise_is_refused(table_path, method, path, value, message):
+    """Its name, its method and its seed are those that are asked for."""
+    table = yaml.safe_load(table_path.read_text())
+    table["rows"][0]["methods"] = [UNTUNED, "lora"]
+    table_path.write_text(yaml.safe_dump(table, sort_keys=False))
+    fill(table_path)
+    runs = table_spec(load_table(table_path)).all_runs()
+    run = next(run for run in runs if run.method == method)
+    write_json_atomic(run.result_path, changed(json.loads(run.result_path.read_text()), {path: value}))
+    if message is None:
+        assert len(read_results(runs)[0]) == 3
+    else:
+        with pytest.raises(
+            UserError, match=f"{run.run_id}.json is another run than its name says: {message}"
+        ) as refused:
+            read_results(runs)
+        assert "\n" not in str(refused.value)
 
 
 def test_a_failed_evaluation_says_so(table_path, report, tmp_path, monkeypatch, capsys):

@@ -1,6 +1,7 @@
 """A table from made-up results with known answers, compared whole; what may not stand side by side; broken input."""
 
 import csv
+import dataclasses
 import io
 import json
 
@@ -279,8 +280,18 @@ def test_an_unknown_setting_is_told_with_the_nearest(known):
 
 
 def test_what_the_config_allows_is_allowed(known):
+    """In the whole table, or in one column alone."""
     known.edit(known.run("lora", 2), **{"evaluation/gsm8k/generation/engine": "vllm"})
     assert "engine: vllm" in build(known, config_allows=("engine",)).footnotes
+    gsm8k, *others = known.spec().columns
+    again = dataclasses.replace(gsm8k, name="again")
+    runs = {(row, "again" if name == "gsm8k" else name): runs for (row, name), runs in known.spec().runs.items()}
+    columns = (dataclasses.replace(gsm8k, allow=("engine",)), again, *others)
+    assert "engine: vllm" in build(known, columns=(columns[0], *others)).footnotes
+    with pytest.raises(UserError, match="engine differs in column again"):
+        build(known, columns=columns, runs=runs | dict(known.spec().runs))
+    with pytest.raises(UserError, match="allow=engin is no setting"):
+        build(known, columns=(dataclasses.replace(gsm8k, allow=("engin",)), *others))
 
 
 @pytest.mark.parametrize("change", ["absent", "other items", "other grades", "no metric"])
@@ -539,11 +550,12 @@ ROWS = [Row("tiny", "lora", "rank=1"), Row("tiny", "ba_lora", "rank=1"), Row("ti
 def test_report_blocks_are_checked():
     columns = [Column("gsm8k", "GSM8K")]
     good = {
-        "columns": {"gsm8k": {"scale": "1e-6", "decimals": 0}},
+        "columns": {"gsm8k": {"scale": "1e-6", "decimals": 0, "allow": ["engine"]}},
         "figures": {"a": {"kind": "bars", "columns": ["gsm8k"]}},
     }
     values = parse_report(good, rows=ROWS, columns=columns, source="t")
     assert (values["columns"][0].scale, values["columns"][0].decimals) == (1e-6, 0)
+    assert values["columns"][0].allow == ("engine",)
     assert values["figures"][0].kind == "bars"
     wrong = {
         "unknown key colums": {"colums": {}},

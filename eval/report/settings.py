@@ -1,7 +1,7 @@
 """Which settings must agree before results may stand side by side in a column.
 
-A difference is refused; `allow` (in the table's config, or allow=NAME on the command line) admits it, and the cells
-that differ from the rest are footnoted. What a footnote says is "<setting>: <value>".
+A difference is refused; `allow` (in the table's config, there for the table or a column, or allow=NAME on the command
+line) admits it, and the cells that differ from the rest are footnoted. What a footnote says is "<setting>: <value>".
 """
 
 import json
@@ -104,7 +104,7 @@ def differences(spec: TableSpec, used: Sequence[Used], *, allow: Iterable[str]) 
     Raises UserError, naming the first setting that differs without being allowed, its values and a run of each.
     """
     allow = tuple(allow)
-    check_allowed(allow)
+    check_allowed([*allow, *(name for column in spec.columns for name in column.allow)])
     notes: dict[tuple[str, str], list[str]] = {}
     refused: list[tuple[str, str]] = []  # (setting, what is the matter)
     for name, group in _groups(spec, used):
@@ -112,7 +112,7 @@ def differences(spec: TableSpec, used: Sequence[Used], *, allow: Iterable[str]) 
         counts = Counter(values.values())
         if len(counts) < 2:
             continue
-        if name not in allow:
+        if name not in (*allow, *group[0].column.allow):
             shown = "; ".join(
                 f"{value} ({next(one.run.run_id for one in group if values[id(one)] == value)})" for value in counts
             )
@@ -127,7 +127,7 @@ def differences(spec: TableSpec, used: Sequence[Used], *, allow: Iterable[str]) 
             fault = read(one)
             if fault is None:
                 continue
-            if name not in allow:
+            if name not in (*allow, *one.column.allow):
                 refused.append((name, f"{one.run.run_id} {one.column.task} is {name}: {fault}"))
             notes.setdefault((one.run.run_id, one.column.name), []).append(f"{name}: {fault}")
     if refused:

@@ -4,12 +4,13 @@ import csv
 import hashlib
 import statistics
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ba_lora import grid_state
-from ba_lora.config import RUN_MEASURES, nearest
+from ba_lora.config import NOT_TRAINING, RUN_MEASURES, RunConfig, nearest, training_settings
+from ba_lora.config_layers import config_of_result
 from ba_lora.errors import UserError
 from ba_lora.io import read_json, read_jsonl
 from ba_lora.pipeline import UNTUNED
@@ -170,14 +171,48 @@ def read_results(runs: Iterable[PlannedRun]) -> tuple[dict[str, dict[str, Any]],
         if not isinstance(result, dict) or result.get("status") not in STATUSES:
             raise UserError(f"{path} is no result: it has no status of {', '.join(STATUSES)}; make it again")
         wanted_facts = {"run_id": run.run_id, "method": run.method, "seed": run.seed}
+        wanted_facts |= {"base": run.config.name} if run.config is not None else {}
         if run.method == UNTUNED:  # one result for all seeds
             del wanted_facts["seed"]
         for key, wanted in wanted_facts.items():
             if result.get(key) != wanted:
                 raise UserError(f"{path} is another run than its name says: {key} is {result.get(key)}, not {wanted}")
+        if run.config is not None and (change := _other_training(result.get("config") or {}, run.config)):
+            raise UserError(f"{path} is another run than its name says: {change}")
         results[run.run_id] = result
         hashes[run.run_id] = hashlib.sha256(path.read_bytes()).hexdigest()
     return results, hashes
+
+
+def _other_training(kept: Mapping[str, Any], planned: RunConfig) -> str | None:
+    """Return a setting of the training (of the untuned model: the model) in which a result's config is another than the
+    planned one; None where it is the same training."""
+    try:
+        config = config_of_result(
+            {key: value for key, value in kept.items() if key not in NOT_TRAINING}, kind=planned.kind
+        )
+    except UserError as error:
+        return str(error)
+    pair = (config, planned)
+    found, wanted = (
+        {"model": asdict(one.model)} if planned.method == UNTUNED else training_settings(one) for one in pair
+    )
+    found, wanted = _flat(found), _flat(wanted)
+    for key in {**wanted, **found}:
+        if found.get(key) != wanted.get(key):
+            return f"{key} is {found.get(key)}, not {wanted.get(key)}"
+    return None
+
+
+def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
+    """Return dotted key → value of nested mappings."""
+    if not isinstance(node, Mapping):
+        return {prefix: node}
+    return {
+        key: value
+        for name, child in node.items()
+        for key, value in _flat(child, f"{prefix}.{name}" if prefix else str(name)).items()
+    }
 
 
 def read_failures(runs: Iterable[PlannedRun]) -> dict[str, FailedStage]:

@@ -8,7 +8,7 @@
       choose: heldout                  # of rows that differ in their setting, the best in this column is compared, in
                                        # the other columns
       names: {not stated: roberta-large}                 # the paper file's name of a model, method or setting → ours
-      columns: {parameters: {scale: 1.0e-6, decimals: 1}}     # how a column's numbers are shown
+      columns: {parameters: {scale: 1.0e-6, decimals: 1}}     # how a column's numbers are shown; `allow`: in it alone
       figures:
         ablation: {kind: bars, columns: [gsm8k, math]}
         ranks: {kind: lines, columns: [gsm8k], x: rank, log_x: true}      # x: a key of the settings' names
@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from ba_lora import tables
-from ba_lora.config import nearest
+from ba_lora.config import RunConfig, nearest
 from ba_lora.errors import UserError
 from ba_lora.tables import Row, Table
 
@@ -47,12 +47,16 @@ _PERCENT = 100.0
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """A run that the table asks for: the file of its result, and its own folder, which holds grades and log."""
+    """A run that the table asks for: the file of its result, and its own folder, which holds grades and log.
+
+    config: what its result must have been trained with; None: anything.
+    """
 
     method: str
     seed: int
     result_path: Path
     run_path: Path
+    config: RunConfig | None = field(default=None, compare=False, repr=False)
 
     @property
     def run_id(self) -> str:
@@ -76,7 +80,7 @@ class Column:
     task: the evaluation that holds it (None: the result itself); metric: a name among the task's metrics, or a dotted
     path (see `metric_value`); mean_of: the columns whose mean it is, instead; scale: the value shown is the stored one
     times this; better: the direction that is ranked, "none" for no ranking and no test; paper: (task, metric) in the
-    paper's file.
+    paper's file; allow: the settings that may differ in this column.
     """
 
     name: str
@@ -89,6 +93,7 @@ class Column:
     decimals: int = 2
     better: str = "higher"
     paper: tuple[str, str] | None = None
+    allow: tuple[str, ...] = ()
 
     @property
     def items(self) -> Items | None:
@@ -210,7 +215,7 @@ def table_spec(table: Table) -> TableSpec:
     for cell in table.cells:
         key = (cell.row, cell.column.name)
         config = cell.config
-        run = PlannedRun(config.method, config.seed, config.result_path, config.run_path)
+        run = PlannedRun(config.method, config.seed, config.result_path, config.run_path, config)
         runs[key] = (*runs.get(key, ()), run)
     return TableSpec(
         name=table.id,
@@ -332,7 +337,8 @@ def setting_value(setting: str, key: str) -> float | None:
 
 
 def _show(column: Column, entry: Any, *, where: str) -> Column:
-    entry = _mapping(entry, ("scale", "decimals"), where=where)
+    entry = _mapping(entry, ("scale", "decimals", "allow"), where=where)
+    allow = _words(entry.get("allow", []), where=f"{where}: allow")
     scale, decimals = entry.get("scale", column.scale), entry.get("decimals", column.decimals)
     try:
         scale = float(scale)  # YAML 1.1 reads 1e-6 as text
@@ -342,7 +348,7 @@ def _show(column: Column, entry: Any, *, where: str) -> Column:
         raise UserError(f"{where}: scale must be above 0, found {scale:g}")
     if not isinstance(decimals, int) or not 0 <= decimals <= 10:
         raise UserError(f"{where}: decimals must be a whole number from 0 to 10, found {decimals!r}")
-    return dataclasses.replace(column, scale=scale, decimals=decimals)
+    return dataclasses.replace(column, scale=scale, decimals=decimals, allow=allow)
 
 
 def _figure(name: str, entry: Any, *, columns: Sequence[str], where: str) -> Figure:
