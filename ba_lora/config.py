@@ -288,3 +288,15 @@ def training_hash(config: RunConfig) -> str:
     """Return 10 hex digits over `training_settings`."""
     text = json.dumps(training_settings(config), sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+def setting_differences(old: Any, new: Any, prefix: str = "") -> list[str]:
+    """Return `key old → new` for each dotted key whose value differs between two settings of plain values."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = dict.fromkeys([*old, *new])
+        return [
+            change
+            for key in keys
+            for change in setting_differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else key)
+        ]
+    return [] if old == new else [f"{prefix} {old} → {new}"]

@@ -12,9 +12,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from ba_lora.config import PROJECT_ROOT, RunConfig, training_hash
+from ba_lora.config import PROJECT_ROOT, RunConfig, setting_differences, training_hash, training_settings
 from ba_lora.config_layers import load_config, read_yaml
 from ba_lora.errors import UserError
 from ba_lora.evaluation_state import evaluation_fault, evaluation_state
@@ -161,19 +160,6 @@ def changed_config(table: Table, cell: Cell) -> str | None:
         return f"config changed since {before}"
     if training_hash(old) == training_hash(cell.config):
         return None
-    changes = _differences(dataclasses.asdict(old), dataclasses.asdict(cell.config))
+    changes = setting_differences(training_settings(old), training_settings(cell.config))
     shown = ", ".join(changes[:3]) + (f" and {len(changes) - 3} more" if len(changes) > 3 else "")
     return f"config changed since {before}: {shown}"
-
-
-def _differences(old: Any, new: Any, prefix: str = "") -> list[str]:
-    if prefix.split(".")[0] in ("eval", "export", "hub", "output_dir", "results_dir", "overwrite"):
-        return []
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = list(dict.fromkeys([*old, *new]))
-        return [
-            change
-            for key in keys
-            for change in _differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else key)
-        ]
-    return [] if old == new else [f"{prefix} {old} → {new}"]

@@ -1,8 +1,9 @@
 """What an NLU run adds to its result, and tables of such results.
 
-    python -m ba_lora.results_nlu results/runs/minilm-*.json
+    python -m ba_lora.results_nlu results/runs/minilm-sst2-*.json
 
 prints Markdown, one line a set, metric and method over the seeds: the dev sets, then out-of-domain sets with the drop.
+Runs that would share a line must be of different seeds and alike in everything else.
 """
 
 import argparse
@@ -12,6 +13,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ba_lora.config import NOT_TRAINING, setting_differences, training_settings
+from ba_lora.config_layers import config_of_result
 from ba_lora.config_nlu import NLURunConfig
 from ba_lora.errors import UserError, run_entry_point
 from ba_lora.glue import find_task
@@ -68,7 +71,10 @@ def run_table(results: list[dict[str, Any]]) -> str:
 
 
 def seeds_table(results: list[dict[str, Any]]) -> str:
-    """Return a Markdown table: one line a base, task, method and protocol; mean ± standard deviation over the seeds."""
+    """Return a Markdown table: one line a base, task, method and protocol; mean ± standard deviation over the seeds.
+
+    Raises UserError for runs of one line that are no repetitions of each other with another seed.
+    """
     groups: dict[tuple, list[dict[str, Any]]] = defaultdict(list)
     for result in results:
         selection = result["training"]["selection"]
@@ -82,6 +88,7 @@ def seeds_table(results: list[dict[str, Any]]) -> str:
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for (base, name, metric, protocol, method), runs in sorted(groups.items()):
+        _check_repetitions(runs, name)
         best = _spread([run["evaluation"][name]["metrics"][metric] for run in runs])
         last = [run["training"]["selection"]["last"]["metrics"][name] for run in runs]
         cells = [best, _spread([scores[metric] for scores in last]) if metric in last[0] else ""]
@@ -94,29 +101,68 @@ def seeds_table(results: list[dict[str, Any]]) -> str:
 
 
 def out_of_domain_table(results: list[dict[str, Any]]) -> str:
-    """Return a Markdown table: one line a base, task, out-of-domain set and method; mean ± standard deviation over the
-    seeds of the task's first metric on the dev set and on that set, and of the drop. Empty where no run has such a set.
+    """Return a Markdown table: one line a base, task, out-of-domain set, protocol and method; mean ± standard deviation
+    over the seeds of the task's first metric on the dev set and on that set, and of the drop. Empty where no run has
+    such a set. Raises UserError as `seeds_table` does.
     """
     groups: dict[tuple, list[dict[str, Any]]] = defaultdict(list)
     for result in results:
         for name, score in result["evaluation"].items():
             if "drop" in score:
-                groups[result["base"], score["of_task"], name, result["method"]].append(result)
+                protocol = result["training"]["selection"]["protocol"]
+                groups[result["base"], score["of_task"], name, protocol, result["method"]].append(result)
     if not groups:
         return ""
     lines = [
-        "| base | task | metric | set | method | in domain | out of domain | drop | n | seeds |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| base | task | metric | set | selection | method | in domain | out of domain | drop | n | seeds |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for (base, task, name, method), runs in sorted(groups.items()):
+    for (base, task, name, protocol, method), runs in sorted(groups.items()):
+        _check_repetitions(runs, name)
         metric = find_task(task).metrics[0]
         scores = [run["evaluation"][name] for run in runs]
         values = [[s["in_domain"] for s in scores], [s["metrics"][metric] for s in scores], [s["drop"] for s in scores]]
         sizes = "/".join(sorted({str(score["n"]) for score in scores}))
         seeds = ", ".join(str(seed) for seed in sorted(run["seed"] for run in runs))
         cells = " | ".join(_spread(column) for column in values)
-        lines.append(f"| {base} | {task} | {metric} | {name} | {method} | {cells} | {sizes} | {seeds} |")
+        lines.append(f"| {base} | {task} | {metric} | {name} | {protocol} | {method} | {cells} | {sizes} | {seeds} |")
     return "\n".join(lines)
+
+
+def _check_repetitions(runs: list[dict[str, Any]], name: str) -> None:
+    """Raise UserError unless the runs differ in their seed and in nothing else that the score on `name` depends on."""
+    first, *others = runs
+    for other in others:
+        if changes := setting_differences(_settings(first, name), _settings(other, name)):
+            more = f" and {len(changes) - 1} more" if len(changes) > 1 else ""
+            raise UserError(
+                f"{first['run_id']} and {other['run_id']} would be averaged and differ in more than the seed: "
+                f"{changes[0]}{more}; give results of one setting for each method"
+            )
+    by_seed: dict[int, str] = {}
+    for run in runs:
+        if run["seed"] in by_seed:
+            raise UserError(
+                f"{by_seed[run['seed']]} and {run['run_id']} would be averaged and are both of seed {run['seed']}: "
+                "give one of them"
+            )
+        by_seed[run["seed"]] = run["run_id"]
+
+
+def _settings(result: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return what runs that are averaged on the set `name` have in common: rows count by what they are, not where."""
+    kept = {key: value for key, value in result["config"].items() if key not in NOT_TRAINING}
+    settings = training_settings(config_of_result(kept, kind="nlu"))
+    for key in ("seed", "features", "reference"):  # for figures; a pass or a cache, the same to rounding
+        settings.pop(key, None)
+    rows, score = result["data"], result["evaluation"][name]
+    for key in ("source", "dev"):
+        settings["data"].pop(key)
+    settings["data"]["sha256"] = rows["sha256"] or rows["revision"]
+    settings["model"]["commit"] = result["model"]["revision"]
+    settings["num_processes"] = result["training"]["num_processes"]  # the effective batch grows with it
+    settings["evaluation"] = {"version": score.get("version"), "data_sha256": score.get("data_sha256")}
+    return settings
 
 
 def _percent(value: float | None) -> str:
@@ -138,9 +184,8 @@ def main() -> None:
     results = [read_json(file) for file in files]
     if wrong := [str(f) for f, r in zip(files, results, strict=True) if not (r.get("training") or {}).get("selection")]:
         raise UserError(f"{wrong[0]} is no result of a finished NLU run")
-    print(seeds_table(results))
-    if table := out_of_domain_table(results):
-        print(f"\n{table}")
+    tables = [seeds_table(results), out_of_domain_table(results)]
+    print("\n\n".join(table for table in tables if table))
 
 
 if __name__ == "__main__":
