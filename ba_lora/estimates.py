@@ -2,7 +2,8 @@
 
 Time of a run, from the results below results/: the median seconds of runs of the same recipe (other seeds count),
 else tokens over the median tokens a second of the same model and method; only of the hardware that most results of that
-model were measured on, which is named. Generation is added where its tasks have been measured for the model.
+model were measured on, which is named. Generation is added where its tasks have been measured for the model on it.
+What is trained already costs no training; what is only scored again counts as nothing.
 """
 
 import dataclasses
@@ -16,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from ba_lora.config import PROJECT_ROOT
-from ba_lora.io import read_json
+from ba_lora.grid_state import RunState
+from ba_lora.io import read_object
 from ba_lora.pipeline import Spec
 from ba_lora.results import hardware_name
 
@@ -24,22 +26,37 @@ RESULTS_PATH = PROJECT_ROOT / "results"
 _RECIPE = ("max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps")
 
 
-def estimate_lines(specs: Sequence[Spec], *, results_path: Path = RESULTS_PATH) -> list[str]:
-    """Return the lines of --dry-run on time and disk for runs that are yet to be done."""
-    measured = Measured([read_json(path) for path in sorted(results_path.rglob("runs/*.json"))])
+_USED = {"model", "method", "adapter", "data", "trainer"}  # of a result's config
+
+
+def estimate_lines(left: Sequence[tuple[Spec, RunState]], *, results_path: Path = RESULTS_PATH) -> list[str]:
+    """Return the lines of --dry-run on time and disk for runs that are yet to be done, each with its state.
+
+    A file among the results that is none, or cannot be read, is left out and named.
+    """
+    found = {path: read_object(path) for path in sorted(results_path.rglob("runs/*.json"))}
+    results = {path: result for path, result in found.items() if result and _is_usable(result)}
+    measured = Measured(list(results.values()))
+    costly = [(spec, state) for spec, state in left if state.generates]
     hours: dict[str, float] = defaultdict(float)
     known = 0
-    for spec in specs:
-        found = measured.seconds(dataclasses.asdict(spec.config), trained=spec.trained)
-        if found is not None:
-            hours[found[1]] += found[0] / 3600
+    for spec, state in costly:
+        cost = measured.seconds(dataclasses.asdict(spec.config), train=state.train)
+        if cost is not None:
+            hours[cost[1]] += cost[0] / 3600
             known += 1
-    lines = []
+    lines = [f"time: {path} is no result, or damaged: left out" for path in found if path not in results]
     for hardware, number in sorted(hours.items()):
         lines.append(f"time: about {_duration(number)} of {hardware}, for one run at a time")
-    if known < len(specs):
-        lines.append(f"time: not known for {len(specs) - known} of {len(specs)} runs: none like them has been measured")
-    return lines + _disk_lines(specs)
+    if known < len(costly):
+        unknown = f"{len(costly) - known} of {len(costly)} runs"
+        lines.append(f"time: not known for {unknown}: none like them has been measured")
+    return lines + _disk_lines([spec for spec, state in left if state.train])
+
+
+def _is_usable(result: dict[str, Any]) -> bool:
+    config = result.get("config")
+    return isinstance(config, dict) and config.keys() >= _USED
 
 
 def _duration(hours: float) -> str:
@@ -61,14 +78,16 @@ class Measured:
         self._generation: dict[tuple[str, str], list[float]] = defaultdict(list)
         for result in results:
             config, data = result["config"], result.get("data") or {}
+            if data.get("tokens") and data.get("rows_used"):
+                self._row_tokens[_rows(config)].append(data["tokens"] / data["rows_used"])
+            if not self._is_of_the_hardware(result):
+                continue
             for task, entry in (result.get("evaluation") or {}).items():
                 if seconds := (entry.get("generation") or {}).get("seconds"):
                     self._generation[_model(config), task].append(seconds)
-            if data.get("tokens") and data.get("rows_used"):
-                self._row_tokens[_rows(config)].append(data["tokens"] / data["rows_used"])
         for result in trained:
             config, seconds = result["config"], result["training"]["seconds"]
-            if hardware_name(result.get("environment") or {}) != self._hardware[_model(config)]:
+            if not self._is_of_the_hardware(result):
                 continue
             self._recipes[_recipe(config)].append(seconds)
             tokens = (result.get("data") or {}).get("tokens")
@@ -76,13 +95,17 @@ class Measured:
                 epochs = config["trainer"].get("num_train_epochs", 3)
                 self._speeds[_model(config), config["method"]].append(tokens * epochs / seconds)
 
-    def seconds(self, config: dict[str, Any], *, trained: bool = True) -> tuple[float, str] | None:
-        """Return (seconds, hardware) of training and generation, None where neither recipe nor speed is known."""
+    def _is_of_the_hardware(self, result: dict[str, Any]) -> bool:
+        return hardware_name(result.get("environment") or {}) == self._hardware.get(_model(result["config"]))
+
+    def seconds(self, config: dict[str, Any], *, train: bool = True) -> tuple[float, str] | None:
+        """Return (seconds, hardware) of training and generation, without `train` of generation alone; None where
+        neither recipe nor speed is known, or nothing of the generation that is all there is to do."""
         hardware = self._hardware.get(_model(config))
-        training = self._training_seconds(config) if trained else 0.0
-        if hardware is None or training is None:
+        training = self._training_seconds(config) if train else 0.0
+        generation = [self._generation.get((_model(config), task)) for task in config["eval"]["tasks"]]
+        if hardware is None or training is None or not (train or any(generation)):
             return None
-        generation = (self._generation.get((_model(config), task)) for task in config["eval"]["tasks"])
         return training + sum(statistics.median(seconds) for seconds in generation if seconds), hardware
 
     def _training_seconds(self, config: dict[str, Any]) -> float | None:
@@ -114,7 +137,7 @@ def _recipe(config: dict[str, Any]) -> str:
 
 
 def _disk_lines(specs: Sequence[Spec]) -> list[str]:
-    """Return what the runs that are left will need: the median size of finished runs of the same kind."""
+    """Return what the runs that are yet to be trained will need: the median size of finished runs of the same kind."""
     sizes: dict[str, list[int]] = defaultdict(list)
     for train_file in (PROJECT_ROOT / "outputs").glob("*/train.json"):
         sizes[_without_seed(train_file.parent.name)].append(_folder_bytes(train_file.parent))

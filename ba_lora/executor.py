@@ -47,7 +47,7 @@ class Slot:
 class Failure:
     """A stage that ended with another status than 0."""
 
-    stage: str
+    stage: Stage
     status: int
     log_path: Path
 
@@ -56,17 +56,22 @@ class Failure:
 class Work:
     """Stages to run one after another, their output into `log_folder`; `locks` are held until `release`.
 
-    A stage is left out once all runs that it serves have failed in an earlier one. `failures`: run folder → where;
-    `log_path`: of the stage that runs; `started`: by the monotonic clock; `seconds`: of all stages.
+    A stage is left out once all runs that it serves have failed in an earlier one that it needs: in any but another
+    task's scoring. `failures`: run folder → where, in their order; `log_path`: of the stage that runs; `started`: by
+    the monotonic clock; `seconds`: of all stages.
     """
 
     stages: list[Stage]
     log_folder: Path
     locks: list[IO[str]] = field(default_factory=list)
-    failures: dict[Path, Failure] = field(default_factory=dict)
+    failures: dict[Path, list[Failure]] = field(default_factory=dict)
     log_path: Path | None = None
     started: float = 0.0
     seconds: float = 0.0
+
+    def goes_on(self, run_path: Path) -> bool:
+        """Whether nothing has failed that the run's next stages need."""
+        return all(failure.stage.task is not None for failure in self.failures.get(run_path, []))
 
     def release(self) -> None:
         _release(self.locks)
@@ -162,11 +167,12 @@ class LocalExecutor:
             _end_children(job.process)
             if status != 0:
                 for run_path in job.stage.run_paths:
-                    job.work.failures.setdefault(run_path, Failure(job.stage.name, status, job.work.log_path))
+                    failure = Failure(job.stage, status, job.work.log_path)
+                    job.work.failures.setdefault(run_path, []).append(failure)
             job.process = None
         while job.waiting:
             job.stage = job.waiting.pop(0)
-            if all(run_path in job.work.failures for run_path in job.stage.run_paths):
+            if not any(map(job.work.goes_on, job.stage.run_paths)):
                 continue
             log_name = f"{job.stage.run_paths[0].name}.{job.stage.name.replace(' ', '-')}.log"
             job.work.log_path = job.work.log_folder / log_name
@@ -228,7 +234,7 @@ def local_slots(
     visible = _visible_gpus(environ)
     if gpus_per_run > max(1, len(visible)):
         raise UserError(
-            f"gpus={gpus_per_run}: only {len(visible)} GPU(s) can be seen here; lower gpus, or leave it out"
+            f"gpus={gpus_per_run}: only {len(visible)} GPU(s) can be seen here; run it where there are more"
         )
     if visible:
         slots = []

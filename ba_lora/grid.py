@@ -17,32 +17,28 @@ key=value changes every run (`data.num_rows=1000`), but for
 """
 
 import argparse
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 from ba_lora.config import PROJECT_ROOT, RunConfig
 from ba_lora.errors import UserError, run_entry_point
-from ba_lora.estimates import estimate_lines
 from ba_lora.evaluation_state import evaluation_state
 from ba_lora.executor import LocalExecutor, Slot, Work, local_slots, log_lines
 from ba_lora.grid_options import rows_for_gpus, select_rows, split_options
+from ba_lora.grid_plan import dry_run, grader_versions, plan
 from ba_lora.grid_state import (
     DONE,
     FAILED,
     GRID_PATH,
-    MISSING,
-    RUNNING,
     STALE,
     RunState,
-    changed_config,
     failure_path,
     inspect,
     record_failure,
@@ -88,7 +84,7 @@ class _Running:
 
 
 class Grid:
-    """Takes the runs of a table through their stages."""
+    """Takes the runs of a table through their stages. refused: run folder → why it is not even to be trained."""
 
     def __init__(
         self,
@@ -96,6 +92,7 @@ class Grid:
         executor: LocalExecutor,
         *,
         graders: Mapping[str, Mapping[str, str | None]],
+        refused: Mapping[Path, str] | None = None,
         retry: bool = False,
         say: Callable[[str], None] = print,
     ) -> None:
@@ -107,7 +104,7 @@ class Grid:
         self._said_at = time.monotonic()
         self.specs = {spec.config.run_path: spec for spec in table.specs()}
         self.done: set[Path] = set()
-        self.failed: dict[Path, str] = {}
+        self.failed: dict[Path, str] = dict(refused or {})
         self._elsewhere: dict[Path, str] = {}  # runs that another process holds, and who
         self._running: list[_Running] = []
         self._alone: set[Path] = set()  # runs that failed in company
@@ -187,11 +184,17 @@ class Grid:
             specs.append(self.specs[path])
         if not specs:
             return bool(together)  # all of them have been taken or finished meanwhile: look again
-        for spec in specs:
-            prepare_evaluation(spec.config)
         configs = [spec.config for spec in specs]
-        stages = evaluation_stages(configs, generate=not regrade)
-        states = [evaluation_state(config) for config in configs]
+        try:
+            for config in configs:
+                prepare_evaluation(config)
+            stages = evaluation_stages(configs, generate=not regrade)
+            states = [evaluation_state(config) for config in configs]
+        except UserError as error:  # of what they have in common
+            for spec, lock in zip(specs, locks, strict=True):
+                self._fail(spec, str(error))
+                lock.close()
+            return True
         self._submit(slot, "evaluating", specs, states, stages, locks)
         return True
 
@@ -203,17 +206,20 @@ class Grid:
 
     def _look(self, spec: Spec) -> RunState | None:
         """Return the state of a run whose lock is held; None where nothing is to be done for it (any more)."""
-        state = inspect(spec, self.graders)
         path = spec.config.run_path
-        if state.record:
-            record_result(spec.config)
+        try:
             state = inspect(spec, self.graders)
+            if state.record:
+                record_result(spec.config)
+                state = inspect(spec, self.graders)
+        except UserError as error:
+            self._fail(spec, str(error))
+            return None
         if state.status == DONE:
             self._finish(spec)
             return None
         if state.status == FAILED and (not self.retry or path in self._tried):
-            self.failed[path] = state.reason
-            self.say(f"failed: {path.name}: {state.reason}; retry=true tries again")
+            self._fail(spec, state.reason, "; retry=true tries again")
             return None
         if state.status == STALE and path not in self._named:
             self._named.add(path)
@@ -246,24 +252,33 @@ class Grid:
         work = running.work
         for index, spec in enumerate(running.specs):
             path = spec.config.run_path
-            failure = work.failures.get(path)
-            if failure is not None and len(running.specs) > 1:
+            failures = work.failures.get(path, [])
+            if len(running.specs) > 1 and any(len(failure.stage.run_paths) > 1 for failure in failures):
                 self._alone.add(path)  # whose fault it was shows when each is tried alone
                 continue
-            if failure is not None:
-                error = record_failure(spec.config, failure)
-                self._tried.add(path)
-                self.failed[path] = f"{failure.stage}: {error}"
-                self._tell(f"failed: {path.name}: {failure.stage}: {error} (log: {failure.log_path})")
+            if not failures:
+                failure_path(spec.config).unlink(missing_ok=True)
+            try:
+                if running.doing == "evaluating" and work.goes_on(path):
+                    failed = [failure.stage.task for failure in failures]
+                    record_evaluation(spec.config, running.states[index], failed=failed)
+            except UserError as error:
+                self._fail(spec, str(error))
                 continue
-            failure_path(spec.config).unlink(missing_ok=True)
-            if running.doing == "training":
+            if failures:
+                self._tried.add(path)
+                self._fail(spec, record_failure(spec.config, failures), f" (log: {failures[0].log_path})")
+            elif running.doing == "training":
                 self._train_seconds.append(work.seconds)
                 self._tell(f"trained: {path.name} in {work.seconds:.0f} s")
-                continue
-            record_evaluation(spec.config, running.states[index])
-            self._finish(spec)
-            self._tell(f"done: {path.name}, evaluated in {work.seconds / len(running.specs):.0f} s")
+            else:
+                self._finish(spec)
+                self._tell(f"done: {path.name}, evaluated in {work.seconds / len(running.specs):.0f} s")
+
+    def _fail(self, spec: Spec, error: str, more: str = "") -> None:
+        """Give a run up, and say so; the others go on."""
+        self.failed[spec.config.run_path] = error
+        self._tell(f"failed: {spec.config.run_path.name}: {error}{more}")
 
     def _finish(self, spec: Spec) -> None:
         path = spec.config.run_path
@@ -328,43 +343,6 @@ def _evaluated_alike(first: RunConfig, second: RunConfig) -> bool:
 # ---- the command line
 
 
-def grader_versions() -> dict[str, dict[str, str | None]]:
-    """Ask eval.score, in its own process, which version each grader is at."""
-    command = [sys.executable, "-m", "eval.score", "--versions"]
-    done = subprocess.run(command, cwd=PROJECT_ROOT, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise UserError(f"eval.score --versions failed: {(done.stderr.strip().splitlines() or ['no output'])[-1]}")
-    return json.loads(done.stdout)
-
-
-def dry_run(table: Table, graders: Mapping[str, Mapping[str, str | None]]) -> list[str]:
-    """Return what would be done: one line a run, then the whole, its time and disk."""
-    lines, counts, left = [], {}, []
-    for path, cells in table.cells_of_runs.items():
-        spec = cells[0].spec
-        state = inspect(spec, graders)
-        reason = state.reason
-        lock_path = work_lock_path(path)
-        if lock_path.is_file():  # a dry run leaves no file behind
-            if (lock := try_lock(lock_path)) is None:
-                state, reason = replace(state, status=RUNNING), holder(lock_path)
-            else:
-                lock.close()
-        if state.status == MISSING and (changed := changed_config(table, cells[0])):
-            state, reason = replace(state, status=STALE), changed
-        counts[state.status] = counts.get(state.status, 0) + 1
-        left += [spec] if state.status != DONE else []
-        row = " ".join(word for word in (cells[0].row.base, cells[0].row.method, cells[0].row.setting) if word)
-        columns = ",".join(cell.column.name for cell in cells)
-        lines.append(f"{state.status:10} {row} seed {spec.config.seed} → {columns}: {path.name}")
-        lines += [f"           {reason}"] if reason else []
-    total = ", ".join(f"{number} {status}" for status, number in counts.items())
-    lines.append(f"{table.id}: {len(table.cells)} cells from {len(table.specs())} runs: {total}")
-    if missing := missing_judge((spec.config for spec in table.specs()), os.environ):
-        lines.append(missing)
-    return lines + estimate_lines(left)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", help="a file in configs/tables, by its name or path")
@@ -376,19 +354,24 @@ def main() -> int:
     table = select_rows(table, options.only)
     graders = grader_versions()
     if parsed.dry_run:
-        print("\n".join(dry_run(table, graders)))
+        print("\n".join(dry_run(table, plan(table, graders), retry=options.retry)))
         return 0
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     table, gpus, left_out = rows_for_gpus(table, options.gpus)
     executor = LocalExecutor(local_slots(GRID_PATH, gpus_per_run=gpus, workers=options.workers))
-    for cell in table.cells:
-        if inspect(cell.spec, graders).status == MISSING and (changed := changed_config(table, cell)):
-            print(f"stale: {changed}; {cell.config.run_path.name} takes its place")
+    planned = plan(table, graders)
+    for entry in planned:
+        if entry.changed:
+            _say(f"stale: {entry.changed}; {entry.name} takes its place")
     if missing := missing_judge((spec.config for spec in table.specs()), os.environ):
         _say(missing)
     for line in left_out:
         _say(line)
-    grid = Grid(table, executor, graders=graders, retry=options.retry, say=_say)
+    refused = {entry.spec.config.run_path: entry.refused for entry in planned if entry.refused}
+    for error in dict.fromkeys(refused.values()):
+        number = list(refused.values()).count(error)
+        _say(f"failed: {number} runs cannot be evaluated and are not trained: {error}")
+    grid = Grid(table, executor, graders=graders, refused=refused, retry=options.retry, say=_say)
     _say(f"{table.id}: {len(table.specs())} runs on {', '.join(slot.name for slot in executor.slots)}")
     grid.run()
     _say(grid.progress())

@@ -57,7 +57,9 @@ def _option(key: str, text: str) -> object:
 
 def select_rows(table: Table, words: Sequence[str]) -> Table:
     """Return the table with only the named rows: of these bases, with these methods, in these settings, as far as the
-    words name any. Raises UserError for a word that names none, and where no row is left."""
+    words name any. Raises UserError for a word that names none, and where no row is left, or was there before."""
+    if not table.cells:
+        raise UserError(f"{table.id}: the table has no run: every entry of rows needs bases and methods")
     if not words:
         return table
     names = {key: {getattr(row, key) for row in table.rows} - {""} for key in ("base", "method", "setting")}

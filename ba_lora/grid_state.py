@@ -1,6 +1,7 @@
 """What state a run of a grid is in: done, stale, failed, unfinished or missing; read from its files alone.
 
-outputs/.grid/<run>.failed.json       the stage that failed last, its error, its log; gone once the run is done
+outputs/.grid/<run>.failed.json       the stage that failed last, its error, its log, and, where all else of the run is
+                                      well, the tasks that it failed for; gone once the run is done
               <table>/<cell>.txt      the run that last filled the cell, so that a changed config can be named
               logs/                   the output of every stage
 """
@@ -9,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,6 +45,11 @@ class RunState:
     overwrite: bool = False
     regrade: bool = False
     record: bool = False
+
+    @property
+    def generates(self) -> bool:
+        """Whether completions or predictions are to be made."""
+        return self.status != DONE and not (self.regrade or self.record)
 
 
 def inspect(spec: Spec, graders: Mapping[str, Mapping[str, str | None]]) -> RunState:
@@ -113,16 +119,21 @@ def failure_path(config: RunConfig) -> Path:
     return GRID_PATH / f"{config.run_path.name}.failed.json"
 
 
-def record_failure(config: RunConfig, failure: Failure) -> str:
-    """Write down a stage's failure and return its error, one line."""
-    error = _error(config, failure)
-    log = str(failure.log_path)
-    record = {"stage": failure.stage, "status": failure.status, "error": error, "log": log}
-    write_json_atomic(failure_path(config), record)
-    return error
+def record_failure(config: RunConfig, failures: Sequence[Failure]) -> str:
+    """Write down the failures of a run's stages; return what failed and its error, one line.
+
+    The record is that of the first failure. Where scorers alone failed, its "tasks" are these scorers' tasks, each with
+    its error: all other scores of the run are good.
+    """
+    errors = [_error(failure) for failure in failures]
+    first = failures[0]
+    record = {"stage": first.stage.name, "status": first.status, "error": errors[0], "log": str(first.log_path)}
+    tasks = {failure.stage.task: error for failure, error in zip(failures, errors, strict=True)}
+    write_json_atomic(failure_path(config), record if None in tasks else record | {"tasks": tasks})
+    return "; ".join(f"{failure.stage.name}: {error}" for failure, error in zip(failures, errors, strict=True))
 
 
-def _error(config: RunConfig, failure: Failure) -> str:
+def _error(failure: Failure) -> str:
     """Return the last line of the stage's log that reads like an error, else its last line, else the exit status."""
     lines = log_lines(failure.log_path)
     found = [match[1] for line in lines if (match := _ERROR_LINE.match(line))]

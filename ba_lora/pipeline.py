@@ -19,7 +19,7 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,11 +59,13 @@ class Spec:
 
 @dataclass(frozen=True)
 class Stage:
-    """One command, and the folders of the runs that it serves."""
+    """One command, and the folders of the runs that it serves. task: the one whose score it gives, and nothing else:
+    no other stage needs it; None: what comes after it in these runs does."""
 
     name: str
     command: list[str]
     run_paths: tuple[Path, ...]
+    task: str | None = None
 
 
 def main() -> int:
@@ -212,15 +214,18 @@ def prepare_evaluation(config: RunConfig) -> None:
         write_json_atomic(config.run_path / "train.json", facts)
 
 
-def record_evaluation(config: RunConfig, state: dict[str, Any]) -> dict[str, Any]:
+def record_evaluation(config: RunConfig, state: dict[str, Any], *, failed: Collection[str] = ()) -> dict[str, Any]:
     """Write the result and, last, note what the scores in the run's folder belong to; return the result.
 
-    Scores of other tasks that were made in the same way stay valid: tables with other columns share the run.
+    Scores of other tasks that were made in the same way stay valid: tables with other columns share the run. failed:
+    the tasks whose scoring failed; a score of them from before is taken away, it may be of other completions.
     """
+    for task in failed:
+        (config.run_path / "scores" / f"{task}.json").unlink(missing_ok=True)
     result = record_result(config)
-    tasks = list(state["eval"]["tasks"])
+    tasks = [task for task in state["eval"]["tasks"] if task not in failed]
     if earlier := read_state(config):
-        others = [task for task in earlier["eval"]["tasks"] if task not in tasks]
+        others = [task for task in earlier["eval"]["tasks"] if task not in state["eval"]["tasks"]]
         earlier["eval"]["tasks"] = state["eval"]["tasks"]
         tasks += others if earlier == state else []
     write_json_atomic(config.run_path / STATE_FILE, state | {"eval": state["eval"] | {"tasks": tasks}})
@@ -278,7 +283,7 @@ def evaluation_stages(configs: Sequence[RunConfig], *, generate: bool = True) ->
             score += ["--completions", str(config.run_path / "completions" / f"{task}.jsonl")]
             score += ["--data", files[task]] if task in files else []
             score += ["allow_partial=true"] if first.eval.limit is not None else []
-            stages.append(Stage(f"score {task}", score, (config.run_path,)))
+            stages.append(Stage(f"score {task}", score, (config.run_path,), task))
     for measure in first.eval.tasks:
         if measure in RUN_MEASURES:
             if measure not in files or not tasks:
@@ -286,7 +291,7 @@ def evaluation_stages(configs: Sequence[RunConfig], *, generate: bool = True) ->
             command = [sys.executable, "-m", f"eval.{measure}", "--run", *map(str, run_paths)]
             command += ["--texts", files[measure], "--task", tasks[0]]
             command += ["--data", files[tasks[0]]] if tasks[0] in files else []
-            stages.append(Stage(measure, command, run_paths))
+            stages.append(Stage(measure, command, run_paths, measure))
     return stages
 
 

@@ -41,8 +41,9 @@ import itertools
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ba_lora.errors import CommandParser, UserError, run_entry_point
 from ba_lora.io import write_json_atomic, write_jsonl_atomic
@@ -51,9 +52,10 @@ from ba_lora.rows import portable_name
 from eval import engines
 from eval.engines import Completion, Engine, EngineOptions, Sampling, open_engine
 from eval.options import parse_options, read_data, split_options
-from eval.requests import Options, Work, held_record, load_work, request_sha256
+from eval.requests import Options, Work, held_record, load_work, request_sha256, template_and_stops
 from eval.serving import Job, plan
 from eval.tasks import TASKS, get_task
+from eval.tasks.base import Task
 
 
 def output_paths(jobs: Sequence[Job], output: str | None) -> list[Path]:
@@ -187,6 +189,14 @@ def describe_sampling(work: Work) -> dict:
     return record
 
 
+def choose_tasks(names: Sequence[str], choices: Mapping[str, str]) -> list[Task]:
+    """Return the tasks, each once, with those of the choices that are its own."""
+    return [
+        task.configured({key: value for key, value in choices.items() if key in task.choices})
+        for task in map(get_task, dict.fromkeys(names))
+    ]
+
+
 def run(
     models: Sequence[str],
     tasks: Sequence[str],
@@ -204,10 +214,7 @@ def run(
     """
     options = options if options is not None else Options()
     kind = engines.choose_engine(engine)
-    chosen = [
-        task.configured({key: value for key, value in (choices or {}).items() if key in task.choices})
-        for task in map(get_task, dict.fromkeys(tasks))
-    ]
+    chosen = choose_tasks(tasks, choices or {})
     jobs = plan(models, serve=options.serve, revision=options.revision)
     folders = dict(zip(jobs, output_paths(jobs, output), strict=True))
     works = [load_work(task, (data or {}).get(task.name), options) for task in chosen]
@@ -256,8 +263,8 @@ def summary(record: dict, folder: Path) -> str:
     )
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Read the command line and generate."""
+def read_command(arguments: Sequence[str] | None) -> dict[str, Any]:
+    """Return what a command line asks of `run`. Raises UserError."""
     parser = CommandParser(
         prog="python -m eval.generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -276,7 +283,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     own = {key for name in tasks for key in get_task(name).choices}
     options, choices = parse_options([*parsed.options, *moved], Options, further=own)
     files = read_data(data, tasks)
-    run(models, tasks, engine=parsed.engine, data=files, output=parsed.output, options=options, choices=choices)
+    asked = {"models": models, "tasks": tasks, "engine": parsed.engine, "data": files, "output": parsed.output}
+    return asked | {"options": options, "choices": choices}
+
+
+def check(arguments: Sequence[str]) -> None:
+    """Raise the UserError that the command would end with, as far as no model and no data of the hub is needed."""
+    asked = read_command(arguments)
+    engines.choose_engine(asked["engine"])
+    for task in choose_tasks(asked["tasks"], asked["choices"]):
+        template_and_stops(task, asked["options"])
+        if (data := asked["data"].get(task.name)) is not None and Path(data).exists():
+            load_work(task, data, asked["options"])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Read the command line and generate."""
+    run(**read_command(arguments))
     return 0
 
 

@@ -302,8 +302,7 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see python -m eval.nlu --help")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; see the module."""
+def _read_command(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = _Parser(prog="python -m eval.nlu", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", type=Path, nargs="+", required=True, metavar="RUN_DIR")
     parser.add_argument("--task", nargs="+", metavar="NAME")
@@ -311,11 +310,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path)
     parser.add_argument("--max-rows", type=int)
     parsed = parser.parse_args(arguments)
-    task, names = (parsed.task[0], parsed.task[1:]) if parsed.task else (None, None)
-    if task is not None:
-        find_task(task)
+    if parsed.task:
+        find_task(parsed.task[0])
     if parsed.max_rows is not None and parsed.max_rows < 1:
         raise UserError(f"--max-rows {parsed.max_rows}: a number of at least 1 is needed")
+    return parsed
+
+
+def check(arguments: Sequence[str]) -> None:
+    """Raise the UserError that the command, with its --task, would end with, as far as no model and no data of the hub
+    is needed."""
+    parsed = _read_command(arguments)
+    task, *names = parsed.task
+    sets = Sets(_read_data_words(parsed.data, {task}), max_rows=parsed.max_rows)
+    for name in names:
+        find_set(task, name)
+    for name, data in sets.given.items():
+        if Path(data).exists():
+            sets.get(task, name)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; see the module."""
+    parsed = _read_command(arguments)
+    task, names = (parsed.task[0], parsed.task[1:]) if parsed.task else (None, None)
     folders = list(dict.fromkeys(folder.resolve() for folder in parsed.model))
     if parsed.output and len({folder.name for folder in folders}) < len(folders):
         raise UserError("--output: two of the models' folders have the same name; evaluate them one by one")

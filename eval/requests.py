@@ -103,15 +103,21 @@ class Work:
         ]
 
 
-def load_work(task: Task, data: str | None, options: Options) -> Work:
-    """Load a task's items and decide on their prompts and sampling."""
-    items, source = task.load(data)
-    items = task.select(items)[: options.limit]
+def template_and_stops(task: Task, options: Options) -> tuple[str, tuple[str, ...]]:
+    """Return the template and the strings that end an answer. Raises UserError for an unknown template."""
     template = options.template if options.template is not None else task.template
     stop = template_stops(template)
     if stop is None:
         build_prompt("", template=template)  # an unknown template is told before a model is loaded
         stop = tuple(task.stop)
+    return template, stop
+
+
+def load_work(task: Task, data: str | None, options: Options) -> Work:
+    """Load a task's items and decide on their prompts and sampling."""
+    items, source = task.load(data)
+    items = task.select(items)[: options.limit]
+    template, stop = template_and_stops(task, options)
     places = {item.task_id: place for place, item in enumerate(items)}
     earlier: list[list[int]] = []
     for item in items:

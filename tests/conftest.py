@@ -47,6 +47,27 @@ def tiny_model(tmp_path_factory) -> Path:
     return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
+@pytest.fixture
+def grid_folder(tmp_path, monkeypatch, root) -> Path:
+    """A folder for a grid's files, its stages replaced by those of tests/workers/fake_grid.py."""
+    from tests.workers import fake_grid
+
+    monkeypatch.chdir(root)
+    for module, names in (
+        ("config", ["PROJECT_ROOT"]),
+        ("pipeline", ["PROJECT_ROOT"]),
+        ("grid", ["GRID_PATH", "training_stage", "evaluation_stages", "evaluation_state"]),
+        ("grid_plan", ["evaluation_stages"]),
+        ("grid_state", ["GRID_PATH", "evaluation_state"]),
+    ):
+        for name in names:  # so that monkeypatch puts back what `use` changes
+            path = f"ba_lora.{module}.{name}"
+            monkeypatch.setattr(path, getattr(__import__(f"ba_lora.{module}", fromlist=[name]), name))
+    monkeypatch.setenv("FAKE", str(tmp_path))
+    fake_grid.use(tmp_path)
+    return tmp_path
+
+
 @pytest.fixture(scope="session")
 def box():
     """Run one program in a box with quick limits: `box(program, tests)` → its verdict."""

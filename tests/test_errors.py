@@ -7,11 +7,11 @@ import sys
 import pytest
 
 from ba_lora import errors, grid_state
-from ba_lora.config_layers import load_config
 from ba_lora.executor import Failure
+from ba_lora.pipeline import Stage
 
 RESUMING = {"train_nlg", "train_nlu", "ba_lora.pipeline", "ba_lora.pipeline_nlu", "ba_lora.grid", "eval.generate"}
-OTHERS = {"eval.score", "eval.nlu", "eval.report", "eval.inheritance", "ba_lora.results_nlu", "data.toy"}
+OTHERS = {"eval.check", "eval.score", "eval.nlu", "eval.report", "eval.inheritance", "ba_lora.results_nlu", "data.toy"}
 GOES_ON = "the same command goes on from what is saved"
 
 
@@ -29,7 +29,7 @@ def test_an_interrupted_command_says_so_below_its_progress_bar(resumes, said, mo
     assert printed.splitlines() == ["step 3: 12 %", said]
     log = tmp_path / "train.log"
     log.write_text(printed + "resource_tracker: cleaned up at the end\n", encoding="utf-8")
-    found = grid_state._error(load_config("configs/nlg/toy.yaml"), Failure("train", 130, log))
+    found = grid_state._error(Failure(Stage("train", [], ()), 130, log))
     assert found == said.removeprefix("error: ")
 
 

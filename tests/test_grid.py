@@ -11,13 +11,14 @@ import time
 
 import pytest
 
-from ba_lora import grid_state
+from ba_lora import grid, grid_state
 from ba_lora.errors import UserError
 from ba_lora.evaluation_state import STATE_FILE
 from ba_lora.executor import LocalExecutor
 from ba_lora.glue import HUB_REVISION
-from ba_lora.grid import Grid, dry_run
+from ba_lora.grid import Grid
 from ba_lora.grid_options import rows_for_gpus, select_rows, split_options
+from ba_lora.grid_plan import dry_run, plan
 from ba_lora.grid_state import inspect
 from ba_lora.locks import try_lock, work_lock_path
 from ba_lora.pipeline import Spec, evaluation_stages
@@ -29,20 +30,8 @@ from tests.workers import fake_grid
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch, root):
-    monkeypatch.chdir(root)
-    for module, names in (
-        ("config", ["PROJECT_ROOT"]),
-        ("pipeline", ["PROJECT_ROOT"]),
-        ("grid", ["GRID_PATH", "training_stage", "evaluation_stages", "evaluation_state"]),
-        ("grid_state", ["GRID_PATH", "evaluation_state"]),
-    ):
-        for name in names:  # so that monkeypatch puts back what `use` changes
-            path = f"ba_lora.{module}.{name}"
-            monkeypatch.setattr(path, getattr(__import__(f"ba_lora.{module}", fromlist=[name]), name))
-    monkeypatch.setenv("FAKE", str(tmp_path))
-    fake_grid.use(tmp_path)
-    return tmp_path
+def folder(grid_folder):
+    return grid_folder
 
 
 def counted(folder):
@@ -220,14 +209,6 @@ def test_what_training_scored_goes_stale_with_the_graders_version(folder, tasks)
         assert inspect(spec, graders).reason == "no result file"
 
 
-def test_another_config_is_named(folder):
-    fake_grid.run(fake_grid.table(folder))
-    changed = fake_grid.table(folder, overrides=["data.num_rows=7"])
-    text = "\n".join(dry_run(changed, fake_grid.GRADERS))
-    assert text.count("stale ") == 6 and "config changed since toy-lora-s1-" in text
-    assert "6 stale" in text and "18 cells" not in text and "12 cells from 6 runs" in text
-
-
 def test_a_failure_is_shown_and_retried_on_request(folder):
     table = fake_grid.table(folder)
     bad = table.specs()[0].config.run_path
@@ -239,7 +220,7 @@ def test_a_failure_is_shown_and_retried_on_request(folder):
     again = fake_grid.run(table, say=lines.append)
     assert set(again.failed) == {bad} and f"train {bad.name}" not in counted(folder)
     assert any("is broken: mend it" in line and "retry=true" in line for line in lines)
-    assert "failed " in "\n".join(dry_run(table, fake_grid.GRADERS))
+    assert "failed " in "\n".join(dry_run(table, plan(table, fake_grid.GRADERS)))
     assert not fake_grid.run(table, retry=True).failed
     check_complete(table)
 
@@ -251,6 +232,63 @@ def test_one_bad_run_does_not_spoil_the_others_it_was_served_with(folder):
     grid = fake_grid.run(table, workers=1)
     assert set(grid.failed) == {bad} and len(grid.done) == 5
     assert grid.failed[bad].startswith("generate: ")
+
+
+@pytest.mark.parametrize("doing", ["inspect", "evaluation_stages"])
+def test_what_is_wrong_with_one_run_fails_that_run_alone(folder, monkeypatch, doing):
+    """Nothing of it is left behind that would keep it from being done once it is mended."""
+    table = fake_grid.table(folder, seeds=[1])
+    bad, good = paths_of(table)
+    real = getattr(grid, doing)
+
+    def raising(asked, *words, **settings):
+        spec = asked if doing == "inspect" else asked[0]
+        if bad in (getattr(spec, "run_path", None), getattr(getattr(spec, "config", None), "run_path", None)):
+            raise UserError("its data are gone: bring them back")
+        return real(asked, *words, **settings)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(grid, doing, raising)
+        lines = []
+        filled = fake_grid.run(table, workers=2, say=lines.append)
+    assert filled.failed == {bad: "its data are gone: bring them back"} and filled.done == {good}
+    assert any(line.startswith(f"failed: {bad.name}: its data are gone: bring them back ") for line in lines)
+    assert len(fake_grid.run(table).done) == 2
+
+
+def test_one_failed_scorer_leaves_the_runs_other_scores(folder):
+    """Also those after it; a score of the failed task from before, of other completions, is taken away."""
+    columns = {task: {"task": task, "metric": "strict"} for task in ("gsm8k", "toy")}
+    table = fake_grid.table(folder, seeds=[1], columns=columns)
+    fake_grid.run(table)
+    changed = fake_grid.table(folder, seeds=[1], columns=columns, overrides=["eval.limit=5"])
+    bad, good = changed.specs()
+    (folder / "fail").write_text(f"score-gsm8k {bad.config.run_path.name}\n")
+    before, name = counted(folder), bad.config.run_path.name
+    filled = fake_grid.run(changed, workers=1)
+    error = f"{name} is broken: mend it"
+    assert filled.failed == {bad.config.run_path: f"score gsm8k: {error}"} and filled.done == {good.config.run_path}
+    assert (counted(folder) - before)[f"generate {name}"] == 1  # whose fault it was is known
+    record = json.loads(grid_state.failure_path(bad.config).read_text())
+    assert (record["stage"], record["error"], record["tasks"]) == ("score gsm8k", error, {"gsm8k": error})
+    result = json.loads(bad.config.result_path.read_text())
+    assert list(result["evaluation"]) == ["toy"] and result["config"]["eval"]["limit"] == 5
+    toy = fake_grid.table(folder, seeds=[1], columns={"toy": columns["toy"]}, overrides=["eval.limit=5"])
+    grid_state.failure_path(bad.config).unlink()
+    assert [inspect(spec, fake_grid.GRADERS).status for spec in toy.specs()] == ["done", "done"]
+    assert inspect(bad, fake_grid.GRADERS).reason == "no score of gsm8k"
+    (folder / "fail").unlink()
+    assert len(fake_grid.run(changed).done) == 2
+
+
+@pytest.mark.parametrize("kind", ["train", "generate"])
+def test_a_failure_of_the_whole_run_names_no_task(folder, kind):
+    table = fake_grid.table(folder, seeds=[1])
+    bad = table.specs()[0].config
+    (folder / "fail").write_text(f"{kind} {bad.run_path.name}\n")
+    fake_grid.run(table)
+    assert "tasks" not in json.loads(grid_state.failure_path(bad).read_text())
+    assert not (bad.run_path / "scores").exists()
 
 
 def test_a_run_that_is_held_is_waited_for(folder):
@@ -370,16 +408,6 @@ def test_the_words_of_the_command_line():
     }.items():
         with pytest.raises(UserError, match=message):
             split_options([word])
-
-
-def test_a_missing_judge_is_told_before_the_first_training(folder, monkeypatch):
-    for name in ("JUDGE_MODEL", "JUDGE_API_KEY", "OPENAI_API_KEY"):
-        monkeypatch.delenv(name, raising=False)
-    column = {"task": "mt_bench", "metric": "rating", "unit": "points"}
-    judged = fake_grid.table(folder, columns={"mt_bench": column})
-    told = [line for line in dry_run(judged, {}) if line.startswith("warning: JUDGE_MODEL is not set")]
-    assert len(told) == 1
-    assert not any("JUDGE" in line for line in dry_run(fake_grid.table(folder), {}))
 
 
 def test_rows_can_be_chosen(folder):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from ba_lora import config, grid, grid_state, pipeline
+from ba_lora import config, grid, grid_plan, grid_state, pipeline
 from ba_lora.executor import LocalExecutor, Slot
 from ba_lora.io import sha256_file
 from ba_lora.tables import load_table
@@ -31,7 +31,7 @@ def use(folder):
     config.PROJECT_ROOT = pipeline.PROJECT_ROOT = folder
     grid.GRID_PATH = grid_state.GRID_PATH = folder / "outputs" / ".grid"
     grid.training_stage = _training_stage
-    grid.evaluation_stages = _evaluation_stages
+    grid.evaluation_stages = grid_plan.evaluation_stages = _evaluation_stages
     grid.evaluation_state = grid_state.evaluation_state = lambda config: {
         "training": sha256_file(config.run_path / "train.json"),
         "eval": {"tasks": config.eval.tasks, "limit": config.eval.limit},
@@ -45,7 +45,12 @@ def _training_stage(spec, launch, *, overwrite=False):
 def _evaluation_stages(configs, *, generate=True):
     paths = [config.run_path for config in configs]
     stages = [pipeline.Stage("generate", [*STAGE, "generate", *map(str, paths)], tuple(paths))] if generate else []
-    return stages + [pipeline.Stage("score toy", [*STAGE, "score", str(path)], (path,)) for path in paths]
+    kinds = {task: "score" if task == "toy" else f"score-{task}" for task in configs[0].eval.tasks}
+    return stages + [
+        pipeline.Stage(f"score {task}", [*STAGE, kind, str(path)], (path,), task)
+        for path in paths
+        for task, kind in kinds.items()
+    ]
 
 
 def table(folder, *, overrides=(), **changes):
@@ -55,10 +60,10 @@ def table(folder, *, overrides=(), **changes):
     return load_table(path, overrides=list(overrides))
 
 
-def run(loaded, *, workers=2, graders=GRADERS, retry=False, say=lambda line: None):
+def run(loaded, *, workers=2, graders=GRADERS, say=lambda line: None, **settings):
     """Fill the table; return the grid."""
     slots = [Slot(f"worker {number}", {}) for number in range(workers)]
-    filled = grid.Grid(loaded, LocalExecutor(slots), graders=graders, retry=retry, say=say)
+    filled = grid.Grid(loaded, LocalExecutor(slots), graders=graders, say=say, **settings)
     filled.run()
     return filled
 

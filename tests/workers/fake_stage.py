@@ -1,4 +1,5 @@
 """A stage that does nothing but leave the files of a real one: KIND RUN … ; no imports beyond the standard library.
+KIND is train, generate, score (of toy) or score-TASK.
 
 Every file is written beside its place and renamed. A line in $FAKE/ledger tells that the stage came to its end; its pid
 is in $FAKE/pids while it runs. $FAKE/fail holds lines "KIND WORD": such a stage of a run with WORD in its name fails.
@@ -49,7 +50,7 @@ for run in map(Path, runs):
         write(run / "completions" / "toy.jsonl", "{}\n")
     else:
         score = {"version": "1", "n": 1, "invalid": 0, "metrics": {"strict": number}}
-        write(run / "scores" / "toy.json", json.dumps(score))
+        write(run / "scores" / f"{kind.partition('-')[2] or 'toy'}.json", json.dumps(score))
 with open(fake / "ledger", "a") as ledger:
     ledger.write("".join(f"{kind} {Path(run).name}\n" for run in runs))
 pid_file.unlink()

@@ -1,0 +1,34 @@
+"""Check evaluations before the trainings that they are for: no model is loaded, nothing is downloaded or written.
+
+    python -m eval.check < COMMANDS.json
+
+reads a JSON list of commands of eval.generate and eval.nlu, each a list of words from the module's name on, and prints
+a JSON list: for each command the error, one line, that it would end with, or null. That covers its options, its engine
+and the local data files; what only the hub or the model tells shows later.
+"""
+
+import importlib
+import json
+import sys
+from collections.abc import Sequence
+
+from ba_lora.errors import UserError, run_entry_point
+
+
+def find_error(module: str, arguments: Sequence[str]) -> str | None:
+    """Return the error that the command would end with, None where none is found."""
+    try:
+        importlib.import_module(module).check(arguments)
+    except UserError as error:
+        return " ".join(str(error).split())
+    return None
+
+
+def main() -> int:
+    """The command line; see the module."""
+    print(json.dumps([find_error(module, arguments) for module, *arguments in json.load(sys.stdin)]))
+    return 0
+
+
+if __name__ == "__main__":
+    run_entry_point(main)
