@@ -93,6 +93,7 @@ class BALoRATrainer(Trainer):
             reference.check(regularizers)
         self.model_accepts_loss_kwargs = True  # makes Trainer count the response positions of the effective batch
         self.loss_config = loss or LossConfig()
+        self._num_items: tuple[Tensor | int | None, Tensor | int | None] = (None, None)  # on the device, on the host
         self._term_meter, self._token_meter = TermMeter(), TokenMeter()
         self._svd_factor: Tensor | None | object = _NOT_YET
         self._head_checked = self._changes_logits = False
@@ -131,7 +132,7 @@ class BALoRATrainer(Trainer):
         hidden_ND, head = self._hidden(model, inputs, mask_BT)
 
         training = model.training and num_items_in_batch is not None
-        positions = num_items_in_batch if training else max(targets_N.numel(), 1)
+        positions = self._on_host(num_items_in_batch) if training else max(targets_N.numel(), 1)
         weights, lambdas = self._weights(positions, training=training)
         with self.accelerator.autocast(), self._whole(head):
             inputs_of_loss = (hidden_ND, reference, head, targets_N)
@@ -188,6 +189,13 @@ class BALoRATrainer(Trainer):
         orthogonality = adalora_orthogonality(model)
         terms["orthogonality"], lambdas["orthogonality"] = orthogonality.detach(), self._orthogonality_weight
         return self._orthogonality_weight / micro_batches * orthogonality
+
+    def _on_host(self, num_items: Tensor | int) -> Tensor | int:
+        """Return the count of the effective batch without a wait for the device in every micro-batch: it is fetched
+        once an optimizer step."""
+        if self._num_items[0] is not num_items:
+            self._num_items = (num_items, num_items.cpu() if isinstance(num_items, Tensor) else num_items)
+        return self._num_items[1]
 
     def _weights(self, positions: Tensor | int, *, training: bool) -> tuple[TermWeights, dict[str, float]]:
         """Return the factors of the terms and λ(t). DDP and DeepSpeed average gradients over the processes, hence
