@@ -218,16 +218,18 @@ def record_evaluation(config: RunConfig, state: dict[str, Any], *, failed: Colle
     """Write the result and, last, note what the scores in the run's folder belong to; return the result.
 
     Scores of other tasks that were made in the same way stay valid: tables with other columns share the run. failed:
-    the tasks whose scoring failed; a score of them from before is taken away, it may be of other completions.
+    the tasks whose scoring failed; their scores from before do not hold, and those made in another way are taken away.
     """
-    for task in failed:
+    asked = state["eval"]["tasks"]
+    scored: list[str] = []
+    if earlier := read_state(config):
+        scored, earlier["eval"]["tasks"] = earlier["eval"]["tasks"], asked
+    made_alike = earlier == state
+    for task in () if made_alike else failed:
         (config.run_path / "scores" / f"{task}.json").unlink(missing_ok=True)
     result = record_result(config)
-    tasks = [task for task in state["eval"]["tasks"] if task not in failed]
-    if earlier := read_state(config):
-        others = [task for task in earlier["eval"]["tasks"] if task not in state["eval"]["tasks"]]
-        earlier["eval"]["tasks"] = state["eval"]["tasks"]
-        tasks += others if earlier == state else []
+    tasks = [task for task in asked if task not in failed]
+    tasks += [task for task in scored if made_alike and task not in asked]
     write_json_atomic(config.run_path / STATE_FILE, state | {"eval": state["eval"] | {"tasks": tasks}})
     return result
 

@@ -205,6 +205,24 @@ def test_tables_with_other_columns_share_a_run(tmp_path):
     )
 
 
+@pytest.mark.parametrize(("changes", "kept"), [([], ["gsm8k", "toy"]), (["eval.limit=5"], ["toy"])])
+def test_a_failed_scoring_takes_away_what_was_scored_in_another_way(tmp_path, changes, kept):
+    """An older grader's score stays in the result; it does not hold either way."""
+    words = [f"output_dir={tmp_path / 'run'}", f"results_dir={tmp_path}", "export.merged=false"]
+    words += ["eval.tasks=[toy,gsm8k]"]
+    (tmp_path / "run" / "scores").mkdir(parents=True)
+    (tmp_path / "run" / "train.json").write_text('{"status": "ok"}')
+    for task in ("toy", "gsm8k"):
+        (tmp_path / "run" / "scores" / f"{task}.json").write_text('{"version": "1", "n": 1, "metrics": {}}')
+    before = load_config("configs/nlg/toy.yaml", overrides=words)
+    pipeline.record_evaluation(before, pipeline.evaluation_state(before))
+    config = load_config("configs/nlg/toy.yaml", overrides=[*words, *changes])
+    state = pipeline.evaluation_state(config)
+    result = pipeline.record_evaluation(config, state, failed=["gsm8k"])
+    assert sorted(result["evaluation"]) == kept
+    assert pipeline.evaluation_fault(config, state).reason == "no score of gsm8k"
+
+
 def test_the_table_of_results():
     score = {"n": 4, "invalid": 1, "metrics": {"strict": 0.5, "flexible": 0.75}, "generation": {"seconds": 3.2}}
     results = [
