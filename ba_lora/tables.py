@@ -205,6 +205,7 @@ def load_table(path: str | Path, *, overrides: Sequence[str] = (), seeds: Sequen
                     rows.append(row)
                     words = [*common, *_list(own, where, f"settings.{setting}")]
                     cells += _row_cells(row, columns, raw["kind"], seeds, words, overrides, suffix, where)
+    _refuse_two_evaluations(cells, path)
     labels = raw.get("labels") or {}
     methods = list(dict.fromkeys(row.method for row in rows))
     ours = _list(raw.get("ours"), path, "ours") or [name for name in methods if name.startswith("ba_lora")]
@@ -229,6 +230,16 @@ def load_table(path: str | Path, *, overrides: Sequence[str] = (), seeds: Sequen
         ours=tuple(ours),
         report=raw.get("report") or {},
     )
+
+
+def _refuse_two_evaluations(cells: Sequence[Cell], path: Path) -> None:
+    """Raise UserError where two rows or columns share a run, since they train alike, and ask to evaluate it unlike."""
+    first: dict[Path, Cell] = {}
+    for cell in cells:
+        other = first.setdefault(cell.config.run_path, cell)
+        if cell.config.eval != other.config.eval:
+            told = " and ".join(repr(f"{c.row.method} {c.row.setting} {c.column.name}") for c in (other, cell))
+            raise UserError(f"{path}: {told} are one run with two evaluations: give the rows of one a suffix")
 
 
 def _refuse_typed(typed: Sequence[str], own: Sequence[str], *, kind: str) -> None:

@@ -186,13 +186,14 @@ def test_a_failed_evaluation_says_so(table_path, report, tmp_path, monkeypatch, 
         made = json.loads(cell.config.result_path.read_text())
         if cell.config.method == "lora":
             made["evaluation"] = {}
-            record = {"stage": "score toy", "error": "the judge is not reachable"}
+            error = "the judge is not reachable"
+            record = {"stage": "score toy", "error": error, "tasks": {"toy": error}}
             write_json_atomic(grid_state.failure_path(cell.config), record)
             write_json_atomic(cell.config.result_path, made)
     report(table_path)
     printed = capsys.readouterr().out
     assert "| toy | LoRA | failed<sup>a</sup> | 102 ± 1 (2) |" in printed  # its time is known
-    assert "2 of 2 runs failed: score toy: the judge is not reachable" in printed
+    assert "2 of 2 runs failed: toy: the judge is not reachable" in printed
 
 
 def test_a_failed_re_evaluation_is_told_beside_the_older_value(table_path, report, tmp_path, monkeypatch, capsys):
@@ -207,18 +208,17 @@ def test_a_failed_re_evaluation_is_told_beside_the_older_value(table_path, repor
 
 
 @pytest.mark.parametrize(
-    ("stage", "concerned"),
+    ("failed", "told"),
     [
-        ("train", {"toy", "mbpp", "inheritance", None}),
-        ("generate", {"toy", "mbpp", "inheritance"}),
-        ("evaluate", {"toy", "mbpp", "inheritance"}),
-        ("score mbpp", {"mbpp"}),
-        ("inheritance", {"inheritance"}),
+        (FailedStage("train", "a"), dict.fromkeys(["toy", "mbpp", "inheritance", None], "train: a")),
+        (FailedStage("generate", "b"), dict.fromkeys(["toy", "mbpp", "inheritance"], "generate: b")),
+        (FailedStage("score toy", "c", {"toy": "c", "mbpp": "d"}), {"toy": "toy: c", "mbpp": "mbpp: d"}),
+        (FailedStage("inheritance", "e", {"inheritance": "e"}), {"inheritance": "inheritance: e"}),
     ],
 )
-def test_which_columns_a_failed_stage_concerns(stage, concerned):
+def test_which_columns_a_failed_stage_concerns(failed, told):
     columns = [Column("x", "x", task=task, metric="x") for task in ("toy", "mbpp", "inheritance", None)]
-    assert {column.task for column in columns if FailedStage(stage, "").concerns(column)} == concerned
+    assert {column.task: line for column in columns if (line := failed.told(column))} == told
 
 
 def test_a_seed_counts_once(table_path, report):

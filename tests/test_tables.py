@@ -245,3 +245,16 @@ def test_tables_that_share_a_run_evaluate_it_alike():
         for spec in load_table(path, seeds=[42]).specs():
             settings = dataclasses.replace(spec.config.eval, tasks=[])
             assert evaluations.setdefault(spec.config.run_path, settings) == settings, (path.stem, spec.config.run_id)
+
+
+def test_one_run_is_not_evaluated_in_two_ways(tmp_path):
+    settings = {"greedy": [], "warm": ["eval.options.temperature=0.5"]}
+    rows = [{"bases": ["toy"], "methods": ["lora"], "settings": settings}]
+    columns = {"strict": SMALL["columns"]["strict"]}
+    with pytest.raises(UserError, match="'lora greedy strict' and 'lora warm strict' are one run with two evaluations"):
+        load_table(write(tmp_path, rows=rows, columns=columns))
+    rows = [
+        rows[0] | {"settings": {"greedy": []}},
+        {**rows[0], "settings": {"": settings["warm"]}, "suffix": "warm"},
+    ]
+    assert len(load_table(write(tmp_path, rows=rows, columns=columns)).specs()) == 4

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ba_lora import grid_state
-from ba_lora.config import NOT_TRAINING, RUN_MEASURES, RunConfig, nearest, training_settings
+from ba_lora.config import NOT_TRAINING, RunConfig, nearest, training_settings
 from ba_lora.config_layers import config_of_result
 from ba_lora.errors import UserError
 from ba_lora.io import read_json, read_jsonl
@@ -45,18 +45,21 @@ class PaperRow:
 
 @dataclass(frozen=True)
 class FailedStage:
-    """The stage of a run that failed last in a grid, named as in ba_lora/pipeline.py, and its error, one line."""
+    """The stage of a run that failed last in a grid, named as in ba_lora/pipeline.py, and its error, one line.
+
+    `tasks`: where scorers alone failed, the task of each and its error.
+    """
 
     name: str
     error: str
+    tasks: Mapping[str, str] = field(default_factory=dict)
 
-    def concerns(self, column: Column) -> bool:
-        """Whether the stage was to give the column's value: a training all of them, `score TASK` and a measure of the
-        runs those of their task, any other stage of an evaluation those of all tasks."""
-        if self.name == "train":
-            return True
-        task = self.name if self.name in RUN_MEASURES else self.name.partition("score ")[2]
-        return column.task is not None and task in ("", column.task)
+    def told(self, column: Column) -> str | None:
+        """Return "stage or task: error" where the failure concerns the column's value, else None: a failed training
+        concerns all columns, any other stage those of all tasks, failed scorers those of their tasks."""
+        if self.tasks:
+            return f"{column.task}: {self.tasks[column.task]}" if column.task in self.tasks else None
+        return f"{self.name}: {self.error}" if self.name == "train" or column.task is not None else None
 
 
 @dataclass(frozen=True)
@@ -78,9 +81,9 @@ class Sources:
         return self.results.get(run.run_id)
 
     def failure(self, run: PlannedRun, column: Column) -> str | None:
-        """Return "stage: error" where a stage failed that was to give a run's value in this column."""
+        """Return what failed that was to give a run's value in this column, and its error; None: nothing did."""
         failed = self.failures.get(run.run_id)
-        return f"{failed.name}: {failed.error}" if failed is not None and failed.concerns(column) else None
+        return None if failed is None else failed.told(column)
 
     def grades(self, run: PlannedRun, items: Items) -> dict[str, tuple[float, int]] | None:
         """Return item → (sum, number) of the grades of its turns, of the items that are asked for.
@@ -226,7 +229,7 @@ def read_failures(runs: Iterable[PlannedRun]) -> dict[str, FailedStage]:
         path = grid_state.GRID_PATH / f"{run.run_path.name}.failed.json"
         if path.is_file():
             record = read_json(path)
-            failures[run.run_id] = FailedStage(record["stage"], record["error"])
+            failures[run.run_id] = FailedStage(record["stage"], record["error"], record.get("tasks") or {})
     return failures
 
 
