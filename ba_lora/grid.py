@@ -11,7 +11,7 @@ state is read from its files after the lock is taken (locks.py, grid_state.py).
 
 key=value changes every run (`data.num_rows=1000`), but for
     retry=true         redo what failed                 workers=N     at most N runs at a time
-    seeds=[1,2]        instead of the table's seeds     gpus=N        the rows set for N GPUs a run (default: 1)
+    seeds=[1,2]        instead of the table's seeds     gpus=N        rows set for N GPUs a run (default: the fewest)
     only=WORD[,WORD]   the rows of these bases, methods, settings: only=llama-2-7b,lora,pissa
     output=DIR         of the report                allow=NAME    for the report; see eval/report/__main__.py
 """
@@ -352,12 +352,12 @@ def main() -> int:
     options, overrides = split_options(parsed.words)
     table = load_table(find_table(parsed.table), overrides=overrides, seeds=options.seeds)
     table = select_rows(table, options.only)
+    table, gpus, left_out = rows_for_gpus(table, options.gpus)
     graders = grader_versions()
     if parsed.dry_run:
-        print("\n".join(dry_run(table, plan(table, graders), retry=options.retry)))
+        print("\n".join([*dry_run(table, plan(table, graders), retry=options.retry), *left_out]))
         return 0
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    table, gpus, left_out = rows_for_gpus(table, options.gpus)
     executor = LocalExecutor(local_slots(GRID_PATH, gpus_per_run=gpus, workers=options.workers))
     planned = plan(table, graders)
     for entry in planned:

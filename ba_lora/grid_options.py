@@ -80,9 +80,9 @@ def rows_for_gpus(table: Table, gpus: int | None) -> tuple[Table, int, list[str]
     None: one GPU, or the fewest that a row is set for. Raises UserError where no row is set for `gpus`: on another
     number of GPUs the effective batch would be another.
     """
-    numbers = sorted({row.gpus for row in table.rows})
+    numbers = sorted({table.gpus[row] for row in table.rows})
     chosen = numbers[0] if gpus is None else gpus
-    rows = tuple(row for row in table.rows if row.gpus == chosen)
+    rows = tuple(row for row in table.rows if table.gpus[row] == chosen)
     if not rows:
         raise UserError(
             f"gpus={chosen}: the rows of {table.id} are set for {' or '.join(map(str, numbers))} GPU(s) a run; for "
@@ -90,8 +90,9 @@ def rows_for_gpus(table: Table, gpus: int | None) -> tuple[Table, int, list[str]
         )
     left_out: dict[tuple[str, int], int] = {}
     for cells in table.cells_of_runs.values():
-        if (row := cells[0].row).gpus != chosen:
-            left_out[row.method, row.gpus] = left_out.get((row.method, row.gpus), 0) + 1
+        row = cells[0].row
+        if (needed := table.gpus[row]) != chosen:
+            left_out[row.method, needed] = left_out.get((row.method, needed), 0) + 1
     lines = [f"left out: {number} runs of {method}: they take gpus={n}" for (method, n), number in left_out.items()]
     return _with_rows(table, rows), chosen, lines
 

@@ -161,7 +161,7 @@ def _settings(result: dict[str, Any], name: str) -> dict[str, Any]:
     settings["data"]["sha256"] = rows["sha256"] or rows["revision"]
     settings["model"]["commit"] = result["model"]["revision"]
     settings["num_processes"] = result["training"]["num_processes"]  # the effective batch grows with it
-    settings["evaluation"] = {"version": score.get("version"), "data_sha256": score.get("data_sha256")}
+    settings["evaluation"] = {key: score.get(key) for key in ("version", "data_sha256", "n")}
     return settings
 
 

@@ -44,7 +44,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -69,15 +69,11 @@ _COLUMN_KEYS = ("task", "metric", "unit", "better", "paper", "paper_task", "over
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table: base × method × setting ("" where there is one setting alone).
-
-    `gpus`: how many GPUs each of its runs is set for.
-    """
+    """A line of the table: base × method × setting ("" where there is one setting alone)."""
 
     base: str
     method: str
     setting: str = ""
-    gpus: int = field(default=1, compare=False)
 
 
 @dataclass(frozen=True)
@@ -134,6 +130,7 @@ class Table:
     cells: tuple[Cell, ...]  # columns that are a mean of others have none
     labels: dict[str, str]
     ours: tuple[str, ...]
+    gpus: dict[Row, int]  # how many GPUs each run of a row is set for
     report: dict[str, Any]
 
     @functools.cached_property
@@ -180,7 +177,7 @@ def load_table(path: str | Path, *, overrides: Sequence[str] = (), seeds: Sequen
     for seed in seeds:
         if seeds.count(seed) > 1:  # each of its runs would count more than once in a mean
             raise UserError(f"{path}: seed {seed} is asked for more than once: name each seed once")
-    rows: list[Row] = []
+    rows: dict[Row, int] = {}  # row → GPUs
     cells: list[Cell] = []
     for number, block in enumerate(_list(raw["rows"], path, "rows"), start=1):
         where = f"{path}: rows, entry {number}"
@@ -199,10 +196,10 @@ def load_table(path: str | Path, *, overrides: Sequence[str] = (), seeds: Sequen
         for base in _list(block.get("bases"), where, "bases"):
             for method in _list(block.get("methods"), where, "methods"):
                 for setting, own in settings.items():
-                    row = Row(base, method, " ".join(word for word in (str(setting), suffix) if word), gpus)
+                    row = Row(base, method, " ".join(word for word in (str(setting), suffix) if word))
                     if row in rows:
                         raise UserError(f"{where}: {base}, {method}, {row.setting!r} stands in the table twice")
-                    rows.append(row)
+                    rows[row] = gpus
                     words = [*common, *_list(own, where, f"settings.{setting}")]
                     cells += _row_cells(row, columns, raw["kind"], seeds, words, overrides, suffix, where)
     _refuse_two_evaluations(cells, path)
@@ -228,6 +225,7 @@ def load_table(path: str | Path, *, overrides: Sequence[str] = (), seeds: Sequen
         cells=tuple(cells),
         labels={str(key): str(value) for key, value in labels.items()},
         ours=tuple(ours),
+        gpus=rows,
         report=raw.get("report") or {},
     )
 
@@ -250,7 +248,7 @@ def _refuse_typed(typed: Sequence[str], own: Sequence[str], *, kind: str) -> Non
         if key in ("output_dir", "overwrite", "seed"):
             raise UserError(f"{key}= has no meaning for a whole table{nearest(key, ['seeds'])}")
         if any(f"{key}.".startswith(f"{name}.") or f"{name}.".startswith(f"{key}.") for name in varied):
-            raise UserError(f"{key} is what this table varies; use only=… for some of its rows")
+            raise UserError(f"{key} is what this table varies; use only=… for some of its rows, or change its file")
 
 
 def _row_cells(

@@ -253,6 +253,13 @@ class BALoRATrainer(Trainer):
             self._why_plain = why_not_frozen_linear(head)
             if self._why_plain is not None:
                 logger.warning(f"the loss is taken from all logits, at their price: {self._why_plain}")
+        if (
+            isinstance(self.reference, Reference)
+            and self.reference.frozen_model is None
+            and self.regularizers.lambda_consistency > 0
+            and any(parameter.requires_grad for parameter in head.parameters())
+        ):
+            raise UserError("the reference would follow a trained output head: leave it out of the adapter's modules")
 
     def loss_report(self) -> dict[str, Any]:
         """Return how the loss was computed, for the run's result; {} before the first micro-batch."""

@@ -221,6 +221,31 @@ def test_which_columns_a_failed_stage_concerns(failed, told):
     assert {column.task: line for column in columns if (line := failed.told(column))} == told
 
 
+def test_tests_are_not_lost_where_the_grades_are_elsewhere(table_path, report, tmp_path):
+    """The earlier report was made on another machine, which has the runs' grades."""
+    fill(table_path)
+    assert report(table_path) == 0  # there was nothing to lose
+    path = tmp_path / "report" / "table.json"
+    facts = json.loads(path.read_text())
+    facts["comparisons"][0]["p"] = 0.01
+    write_json_atomic(path, facts)
+    before = path.read_bytes()
+    with pytest.raises(UserError, match="has 1 tests whose grades are not at hand here: bring the runs' outputs along"):
+        report(table_path)
+    assert path.read_bytes() == before
+
+
+def test_a_result_of_another_number_of_processes_is_refused(table_path, report):
+    """Its effective batch is another than its row's."""
+    fill(table_path)
+    [first, *_] = load_table(table_path).cells
+    made = json.loads(first.config.result_path.read_text())
+    made["training"]["num_processes"] = 4
+    write_json_atomic(first.config.result_path, made)
+    with pytest.raises(UserError, match="trained by 4 process.es., its row is set for 1: set the row's gpus"):
+        report(table_path)
+
+
 def test_a_seed_counts_once(table_path, report):
     fill(table_path)
     with pytest.raises(UserError, match="seed 1 is asked for more than once"):

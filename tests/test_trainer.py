@@ -8,13 +8,14 @@ import sys
 
 import pytest
 import torch
-from peft import AdaLoraConfig, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from transformers import Gemma2Config, Gemma2ForCausalLM, Trainer
 
 from ba_lora import BALoRAConfig, BALoRATrainer
 from ba_lora import regularizers as reg
 from ba_lora.adalora import adalora_orthogonality
 from ba_lora.config import LossConfig
+from ba_lora.errors import UserError
 from ba_lora.progress import TermMeter, terms_line
 from ba_lora.reference import build_reference
 from tests.tiny import adapter_weights, arguments, collate, tiny_llama, tiny_peft, tiny_rows
@@ -105,6 +106,14 @@ def test_loss_of_one_batch_against_full_logits(tmp_path, init, regularizers):
         + lambdas[2] * reg.svd(logits, mask, top_k=regularizers.svd_top_k, norm=regularizers.svd_norm)
     )
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_trained_output_head_is_refused_where_the_reference_would_follow_it(tmp_path):
+    model = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj", "lm_head"]))
+    batch = collate(list(tiny_rows(2)))
+    with pytest.raises(UserError, match="the reference would follow a trained output head"):
+        trainer(model, tmp_path).compute_loss(model, dict(batch))
+    assert trainer(model, tmp_path, OFF).compute_loss(model, dict(batch)) > 0
 
 
 def test_soft_capped_logits_are_taken_as_the_model_gives_them(tmp_path):

@@ -14,15 +14,18 @@ allow=engine,dtype admits results whose settings differ, footnoted; see eval/rep
 import argparse
 import dataclasses
 import hashlib
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ba_lora.config import PROJECT_ROOT
 from ba_lora.errors import CommandParser, UserError, run_entry_point
-from ba_lora.io import write_bytes_atomic, write_json_atomic, write_text_atomic
+from ba_lora.io import read_object, write_bytes_atomic, write_json_atomic, write_text_atomic
 from ba_lora.tables import find_table, load_table
 from eval.report.figures import draw
+from eval.report.paired import NO_GRADES
 from eval.report.render import to_csv, to_json, to_latex, to_markdown
 from eval.report.settings import check_allowed
 from eval.report.sheets import Drawn
@@ -93,12 +96,13 @@ def read_sources(spec: TableSpec, *, command: str) -> Sources:
 def write_report(table: ReportTable, sources: Sources, folder: Path) -> list[Drawn]:
     """Write the table's files and figures, each atomically and none before all are made; return the figures.
 
-    An earlier report's figure that cannot be drawn stays, and its caption says so: what it was drawn from (logs,
-    features) may lie on another machine.
+    What an earlier report was made from (logs, features, grades) may lie on another machine. Its figure that cannot be
+    drawn stays, and its caption says so; a report that would lose tests raises UserError.
     """
     drawn = [(_with_earlier(figure, folder), files) for figure, files in draw(table, sources)]
     figures = [figure for figure, _ in drawn]
     facts = to_json(table, figures)
+    _refuse_lost_tests(facts, folder / "table.json")
     texts = {"tex": to_latex(table), "csv": to_csv(table), "md": to_markdown(table, figures)}
     for figure, files in drawn:
         for suffix, content in files.items():
@@ -115,6 +119,23 @@ def _with_earlier(figure: Drawn, folder: Path) -> Drawn:
     if figure.missing is None or not (folder / name).is_file():
         return figure
     return dataclasses.replace(figure, missing=f"{figure.missing}; {name} is an earlier report's")
+
+
+def _refuse_lost_tests(facts: Mapping[str, Any], path: Path) -> None:
+    """Raise UserError where comparisons that the earlier report has tested have no grades any more."""
+
+    def chosen(report: Mapping[str, Any], found: Callable[[Any], bool]) -> set[str]:
+        return {json.dumps([c["column"], c["focus"], c["other"]]) for c in report["comparisons"] if found(c)}
+
+    earlier = read_object(path)
+    if earlier is None:
+        return
+    lost = chosen(earlier, lambda c: c["p"] is not None) & chosen(facts, lambda c: c["untested"] == NO_GRADES)
+    if lost:
+        raise UserError(
+            f"{path} has {len(lost)} tests whose grades are not at hand here: bring the runs' outputs along, or write "
+            "elsewhere with output=DIR"
+        )
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from eval.report.stats import Array, Interval, Sample, paired_bootstrap
 if TYPE_CHECKING:
     from eval.report.table import Cell
 
+NO_GRADES = "no grades at hand"
 ROUNDING = 1e-6  # between the value in a result and that of the run's items, relative above 1
 
 
@@ -134,7 +135,7 @@ class PairedTests:
             raise Untested("no mean over items")
         grades = self._sources.grades(run, column.items)
         if grades is None:
-            raise Untested("no grades at hand")
+            raise Untested(NO_GRADES)
         ids = sorted(grades)
         sums_N, rated_N = np.array([grades[item] for item in ids]).T
         if (rated_N == rated_N[0]).all():

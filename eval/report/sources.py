@@ -182,6 +182,12 @@ def read_results(runs: Iterable[PlannedRun]) -> tuple[dict[str, dict[str, Any]],
                 raise UserError(f"{path} is another run than its name says: {key} is {result.get(key)}, not {wanted}")
         if run.config is not None and (change := _other_training(result.get("config") or {}, run.config)):
             raise UserError(f"{path} is another run than its name says: {change}")
+        trained_on = (result.get("training") or {}).get("num_processes")
+        if run.gpus is not None and trained_on not in (None, run.gpus):  # the effective batch grows with it
+            raise UserError(
+                f"{path} was trained by {trained_on} process(es), its row is set for {run.gpus}: set the row's "
+                f"gpus, or delete {run.run_path} and train it anew"
+            )
         results[run.run_id] = result
         hashes[run.run_id] = hashlib.sha256(path.read_bytes()).hexdigest()
     return results, hashes

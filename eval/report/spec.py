@@ -49,7 +49,7 @@ _PERCENT = 100.0
 class PlannedRun:
     """A run that the table asks for: the file of its result, and its own folder, which holds grades and log.
 
-    config: what its result must have been trained with; None: anything.
+    config: what its result must have been trained with; gpus: on how many processes; None: anything.
     """
 
     method: str
@@ -57,6 +57,7 @@ class PlannedRun:
     result_path: Path
     run_path: Path
     config: RunConfig | None = field(default=None, compare=False, repr=False)
+    gpus: int | None = None
 
     @property
     def run_id(self) -> str:
@@ -215,7 +216,7 @@ def table_spec(table: Table) -> TableSpec:
     for cell in table.cells:
         key = (cell.row, cell.column.name)
         config = cell.config
-        run = PlannedRun(config.method, config.seed, config.result_path, config.run_path, config)
+        run = PlannedRun(config.method, config.seed, config.result_path, config.run_path, config, table.gpus[cell.row])
         runs[key] = (*runs.get(key, ()), run)
     return TableSpec(
         name=table.id,
