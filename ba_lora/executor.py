@@ -5,7 +5,7 @@ ends what still runs. Another executor, for a cluster, needs these four.
 
 A stage inherits the locks of its work. So if the grid is killed with -9, a stage that lives on keeps its run (and its
 GPUs) to itself until it ends, and the next grid waits for it. What a stage has started ends with it: a child that it
-left behind would keep these locks, too.
+left behind would keep these locks, and its GPU's memory, too.
 """
 
 import contextlib
@@ -20,6 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
+import psutil
+
 from ba_lora.config import PROJECT_ROOT
 from ba_lora.errors import UserError
 from ba_lora.io import disk_errors
@@ -28,6 +30,8 @@ from ba_lora.pipeline import Stage
 
 POLL_S = 0.05
 GRACE_S = 30.0  # between SIGTERM and SIGKILL; a training records that it was cancelled
+CHILDREN_GRACE_S = 2.0  # for what an ended stage leaves behind: multiprocessing's tracker unlinks shared memory
+KILLED_S = 30.0  # for killed children to be gone; no signal ends one that hangs in a driver
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,7 @@ class _Job:
     waiting: list[Stage]
     stage: Stage | None = None
     process: subprocess.Popen | None = None
+    stage_ended: float | None = None  # by the monotonic clock; its children may live on
 
 
 class LocalExecutor:
@@ -153,23 +158,23 @@ class LocalExecutor:
             for process in alive:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(timeout=max(0.0, deadline - time.monotonic()))
+        started = [job for job in self._jobs if job.process is not None]
+        while not all([_children_ended(job) for job in started]):
+            time.sleep(POLL_S)
         for job in list(self._jobs):
-            if job.process is not None:
-                _end_children(job.process)
             self._close(job)
 
     def _advance(self, job: _Job) -> bool:
         """Start the job's next stage if the one before has ended; return whether there is none left."""
         if job.process is not None:
             status = job.process.poll()
-            if status is None:
+            if status is None or not _children_ended(job):
                 return False
-            _end_children(job.process)
             if status != 0:
                 for run_path in job.stage.run_paths:
                     failure = Failure(job.stage, status, job.work.log_path)
                     job.work.failures.setdefault(run_path, []).append(failure)
-            job.process = None
+            job.process = job.stage_ended = None
         while job.waiting:
             job.stage = job.waiting.pop(0)
             if not any(map(job.work.goes_on, job.stage.run_paths)):
@@ -206,10 +211,38 @@ def _release(locks: list[IO[str]]) -> None:
     locks.clear()
 
 
-def _end_children(process: subprocess.Popen) -> None:
-    """End what an ended stage has left of its process group, such as an engine's workers after the OOM killer."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+def _children_ended(job: _Job) -> bool:
+    """Return whether an ended stage has left nothing of its process group, such as an engine's workers after the OOM
+    killer; call it until then.
+
+    What is left is killed after a while. True also for a killed child that does not go: the grid goes on without it.
+    """
+    now = time.monotonic()
+    if job.stage_ended is None:
+        job.stage_ended = now
+    if not _group_lives(job.process.pid):
+        return True
+    overdue_s = now - job.stage_ended - CHILDREN_GRACE_S
+    if overdue_s >= 0:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(job.process.pid, signal.SIGKILL)
+    return overdue_s >= KILLED_S
+
+
+def _group_lives(group: int) -> bool:
+    """Return whether a process of the group still holds anything. A zombie does not, once its other threads are gone:
+    in a container whose first process reaps none, it stays for good."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    for pid in psutil.pids():
+        with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
+            if os.getpgid(pid) == group:
+                member = psutil.Process(pid)
+                if member.status() != psutil.STATUS_ZOMBIE or member.num_threads() > 1:
+                    return True
+    return False
 
 
 def log_lines(path: Path) -> list[str]:

@@ -1,10 +1,12 @@
 """Workers: whose GPU it is, and that a stage leaves nothing behind that would keep its locks."""
 
+import os
+import subprocess
 import sys
-import time
 
 import pytest
 
+from ba_lora import executor
 from ba_lora.errors import UserError
 from ba_lora.executor import LocalExecutor, Slot, Work, local_slots, log_lines
 from ba_lora.locks import holder, try_lock
@@ -58,21 +60,44 @@ def test_no_two_groups_are_given_one_port(tmp_path):
     assert command[command.index("--main_process_port") + 1] == "0"
 
 
-@pytest.mark.parametrize("then", ["os.kill(os.getpid(), 9)", "sys.exit(0)"])
-def test_a_child_that_a_stage_left_behind_frees_its_locks(tmp_path, then):
-    """An engine's worker process, say, after the OOM killer has ended the stage itself."""
-    path = tmp_path / ".run.lock"
-    program = f"import os, sys, time; os.fork() or time.sleep(600); {then}"
-    work = Work([Stage("generate", [sys.executable, "-c", program], (tmp_path,))], tmp_path, [try_lock(path)])
-    executor = LocalExecutor([Slot("worker", {})])
-    executor.submit(work, executor.free_slot())
-    assert executor.wait(60) == [work]
+def run_stage(program, folder, locks=()):
+    work = Work([Stage("generate", [sys.executable, "-c", program], (folder,))], folder, list(locks))
+    local = LocalExecutor([Slot("worker", {})])
+    local.submit(work, local.free_slot())
+    assert local.wait(60) == [work]
     work.release()
-    deadline = time.monotonic() + 10
-    while (lock := try_lock(path)) is None:
-        assert time.monotonic() < deadline, "the child lives on"
-        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("then", ["os.kill(os.getpid(), 9)", "sys.exit(0)"])
+def test_a_child_that_a_stage_left_behind_is_gone_with_its_locks(tmp_path, monkeypatch, then):
+    """An engine's worker process, say, after the OOM killer has ended the stage itself. Its memory takes a while to go,
+    and the next stage needs it."""
+    monkeypatch.setattr(executor, "CHILDREN_GRACE_S", 0.0)
+    path = tmp_path / ".run.lock"
+    child = "held = bytearray(b'x') * 2**28; os.write(w, b'x'); time.sleep(600)"
+    program = f"import os, sys, time; r, w = os.pipe()\nif os.fork() == 0: {child}\nos.read(r, 1); {then}"
+    run_stage(program, tmp_path, [try_lock(path)])
+    lock = try_lock(path)
+    assert lock is not None, "the child lives on"
     lock.close()
+
+
+def test_what_a_crashed_stage_left_behind_may_clean_up(tmp_path, monkeypatch):
+    """As multiprocessing's resource tracker, which unlinks the shared memory once all others have closed its pipe."""
+    monkeypatch.setattr(executor, "CHILDREN_GRACE_S", 60.0)
+    tracker = f"os.close(w); os.read(r, 1); time.sleep(0.5); open({str(tmp_path / 'unlinked')!r}, 'w')"
+    program = f"import os, time; r, w = os.pipe()\nif os.fork() == 0: {tracker}\nelse: os.kill(os.getpid(), 9)"
+    run_stage(program, tmp_path)
+    assert (tmp_path / "unlinked").is_file()
+
+
+def test_a_zombie_that_nobody_reaps_is_waited_for_no_longer():
+    """As in a container whose first process reaps nothing."""
+    zombie = subprocess.Popen([sys.executable, "-c", ""], start_new_session=True)
+    os.waitid(os.P_PID, zombie.pid, os.WEXITED | os.WNOWAIT)
+    os.killpg(zombie.pid, 0)  # the group is still there
+    assert not executor._group_lives(zombie.pid)
+    zombie.wait()
 
 
 @pytest.mark.parametrize(
