@@ -29,7 +29,7 @@ from ba_lora.config_layers import load_config
 from ba_lora.errors import UserError, run_entry_point
 from ba_lora.evaluation_state import STATE_FILE, data_file, evaluation_fault, evaluation_state, read_state
 from ba_lora.export import push_to_hub, write_model_card
-from ba_lora.io import write_json_atomic, write_text_atomic
+from ba_lora.io import read_object, sha256_file, write_json_atomic, write_text_atomic
 from ba_lora.judge_endpoint import endpoint_from_environment
 from ba_lora.locks import locked, work_lock_path
 from ba_lora.model import model_source
@@ -218,20 +218,30 @@ def record_evaluation(config: RunConfig, state: dict[str, Any], *, failed: Colle
     """Write the result and, last, note what the scores in the run's folder belong to; return the result.
 
     Scores of other tasks that were made in the same way stay valid: tables with other columns share the run. failed:
-    the tasks whose scoring failed; their scores from before do not hold, and those made in another way are taken away.
+    the tasks whose scoring failed; their scores from before do not hold, and those made in another way, or from other
+    completions than are there now, are taken away.
     """
     asked = state["eval"]["tasks"]
     scored: list[str] = []
     if earlier := read_state(config):
         scored, earlier["eval"]["tasks"] = earlier["eval"]["tasks"], asked
     made_alike = earlier == state
-    for task in () if made_alike else failed:
-        (config.run_path / "scores" / f"{task}.json").unlink(missing_ok=True)
+    for task in failed:
+        score_path = config.run_path / "scores" / f"{task}.json"
+        if not (made_alike and (task in RUN_MEASURES or _is_of_its_completions(score_path))):
+            score_path.unlink(missing_ok=True)
     result = record_result(config)
     tasks = [task for task in asked if task not in failed]
     tasks += [task for task in scored if made_alike and task not in asked]
     write_json_atomic(config.run_path / STATE_FILE, state | {"eval": state["eval"] | {"tasks": tasks}})
     return result
+
+
+def _is_of_its_completions(score_path: Path) -> bool:
+    """Return whether a score in a run's folder was made from the completions of its task that are there now."""
+    completions_path = score_path.parent.with_name("completions") / f"{score_path.stem}.jsonl"
+    score = read_object(score_path) or {}
+    return completions_path.is_file() and sha256_file(completions_path) == score.get("completions_sha256")
 
 
 def record_result(config: RunConfig) -> dict[str, Any]:

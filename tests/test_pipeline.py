@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import hashlib
 import json
 import os
 import subprocess
@@ -205,20 +206,35 @@ def test_tables_with_other_columns_share_a_run(tmp_path):
     )
 
 
-@pytest.mark.parametrize(("changes", "kept"), [([], ["gsm8k", "toy"]), (["eval.limit=5"], ["toy"])])
-def test_a_failed_scoring_takes_away_what_was_scored_in_another_way(tmp_path, changes, kept):
-    """An older grader's score stays in the result; it does not hold either way."""
+@pytest.mark.parametrize(
+    ("changes", "completions", "kept"),
+    [
+        ([], "the same", ["gsm8k", "inheritance", "toy"]),
+        ([], "others", ["inheritance", "toy"]),
+        ([], None, ["inheritance", "toy"]),
+        (["eval.limit=5"], "the same", ["toy"]),
+    ],
+)
+def test_a_failed_scoring_takes_away_what_was_scored_in_another_way(tmp_path, changes, completions, kept):
+    """An older grader's score of the same completions stays in the result, as does a measure, which has none; none
+    holds."""
     words = [f"output_dir={tmp_path / 'run'}", f"results_dir={tmp_path}", "export.merged=false"]
-    words += ["eval.tasks=[toy,gsm8k]"]
+    words += ["eval.tasks=[toy,gsm8k,inheritance]", "eval.data.inheritance=README.md"]
     (tmp_path / "run" / "scores").mkdir(parents=True)
     (tmp_path / "run" / "train.json").write_text('{"status": "ok"}')
-    for task in ("toy", "gsm8k"):
-        (tmp_path / "run" / "scores" / f"{task}.json").write_text('{"version": "1", "n": 1, "metrics": {}}')
+    score = {"version": "1", "n": 1, "metrics": {}}
+    graded = score | {"completions_sha256": hashlib.sha256(b"the same").hexdigest()}
+    for task in ("toy", "gsm8k", "inheritance"):
+        made = score if task == "inheritance" else graded
+        (tmp_path / "run" / "scores" / f"{task}.json").write_text(json.dumps(made))
+    if completions is not None:
+        (tmp_path / "run" / "completions").mkdir()
+        (tmp_path / "run" / "completions" / "gsm8k.jsonl").write_text(completions)
     before = load_config("configs/nlg/toy.yaml", overrides=words)
     pipeline.record_evaluation(before, pipeline.evaluation_state(before))
     config = load_config("configs/nlg/toy.yaml", overrides=[*words, *changes])
     state = pipeline.evaluation_state(config)
-    result = pipeline.record_evaluation(config, state, failed=["gsm8k"])
+    result = pipeline.record_evaluation(config, state, failed=["gsm8k", "inheritance"])
     assert sorted(result["evaluation"]) == kept
     assert pipeline.evaluation_fault(config, state).reason == "no score of gsm8k"
 
