@@ -257,7 +257,7 @@ class Grid:
                 self._alone.add(path)  # whose fault it was shows when each is tried alone
                 continue
             if not failures:
-                failure_path(spec.config).unlink(missing_ok=True)
+                failure_path(path).unlink(missing_ok=True)
             try:
                 if running.doing == "evaluating" and work.goes_on(path):
                     failed = [failure.stage.task for failure in failures]
@@ -285,7 +285,7 @@ class Grid:
         if path in self.done:
             return
         self.done.add(path)
-        failure_path(spec.config).unlink(missing_ok=True)
+        failure_path(path).unlink(missing_ok=True)
         for cell in self.table.cells_of_runs[path]:
             remember_run(self.table, cell)
 

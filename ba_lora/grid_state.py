@@ -13,6 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ba_lora.config import PROJECT_ROOT, RunConfig, setting_differences, training_hash, training_settings
 from ba_lora.config_layers import load_config, read_yaml
@@ -55,7 +56,7 @@ class RunState:
 def inspect(spec: Spec, graders: Mapping[str, Mapping[str, str | None]]) -> RunState:
     """Return the state of a run, its failure included."""
     state = _inspect_files(spec, graders)
-    if state.status != DONE and (record := read_object(failure_path(spec.config))):
+    if state.status != DONE and (record := read_failure(spec.config.run_path)):
         reason = f"{record['stage']}: {record['error']} (log: {record['log']})"
         return dataclasses.replace(state, status=FAILED, reason=reason)
     return state
@@ -114,9 +115,19 @@ def _pinned_revisions() -> dict[str, str]:
     return {name: entry["revision"] for name, entry in entries.items() if entry.get("revision")}
 
 
-def failure_path(config: RunConfig) -> Path:
+def failure_path(run_path: Path) -> Path:
     """Return the record of a run's last failure."""
-    return GRID_PATH / f"{config.run_path.name}.failed.json"
+    return GRID_PATH / f"{run_path.name}.failed.json"
+
+
+def read_failure(run_path: Path) -> dict[str, Any] | None:
+    """Return what `record_failure` has written of a run; None where there is no record, or a damaged one."""
+    record = read_object(failure_path(run_path)) or {}
+    tasks = record.get("tasks", {})
+    if not isinstance(tasks, dict):
+        return None
+    texts = [*(record.get(key) for key in ("stage", "error", "log")), *tasks.values()]
+    return record if all(isinstance(text, str) for text in texts) else None
 
 
 def record_failure(config: RunConfig, failures: Sequence[Failure]) -> str:
@@ -129,7 +140,7 @@ def record_failure(config: RunConfig, failures: Sequence[Failure]) -> str:
     first = failures[0]
     record = {"stage": first.stage.name, "status": first.status, "error": errors[0], "log": str(first.log_path)}
     tasks = {failure.stage.task: error for failure, error in zip(failures, errors, strict=True)}
-    write_json_atomic(failure_path(config), record if None in tasks else record | {"tasks": tasks})
+    write_json_atomic(failure_path(config.run_path), record if None in tasks else record | {"tasks": tasks})
     return "; ".join(f"{failure.stage.name}: {error}" for failure, error in zip(failures, errors, strict=True))
 
 

@@ -269,12 +269,12 @@ def test_one_failed_scorer_leaves_the_runs_other_scores(folder):
     error = f"{name} is broken: mend it"
     assert filled.failed == {bad.config.run_path: f"score gsm8k: {error}"} and filled.done == {good.config.run_path}
     assert (counted(folder) - before)[f"generate {name}"] == 1  # whose fault it was is known
-    record = json.loads(grid_state.failure_path(bad.config).read_text())
+    record = json.loads(grid_state.failure_path(bad.config.run_path).read_text())
     assert (record["stage"], record["error"], record["tasks"]) == ("score gsm8k", error, {"gsm8k": error})
     result = json.loads(bad.config.result_path.read_text())
     assert list(result["evaluation"]) == ["toy"] and result["config"]["eval"]["limit"] == 5
     toy = fake_grid.table(folder, seeds=[1], columns={"toy": columns["toy"]}, overrides=["eval.limit=5"])
-    grid_state.failure_path(bad.config).unlink()
+    grid_state.failure_path(bad.config.run_path).unlink()
     assert [inspect(spec, fake_grid.GRADERS).status for spec in toy.specs()] == ["done", "done"]
     assert inspect(bad, fake_grid.GRADERS).reason == "no score of gsm8k"
     (folder / "fail").unlink()
@@ -287,7 +287,7 @@ def test_a_failure_of_the_whole_run_names_no_task(folder, kind):
     bad = table.specs()[0].config
     (folder / "fail").write_text(f"{kind} {bad.run_path.name}\n")
     fake_grid.run(table)
-    assert "tasks" not in json.loads(grid_state.failure_path(bad).read_text())
+    assert "tasks" not in json.loads(grid_state.failure_path(bad.run_path).read_text())
     assert not (bad.run_path / "scores").exists()
 
 

@@ -187,8 +187,8 @@ def test_a_failed_evaluation_says_so(table_path, report, tmp_path, monkeypatch, 
         if cell.config.method == "lora":
             made["evaluation"] = {}
             error = "the judge is not reachable"
-            record = {"stage": "score toy", "error": error, "tasks": {"toy": error}}
-            write_json_atomic(grid_state.failure_path(cell.config), record)
+            record = {"stage": "score toy", "error": error, "log": "score-toy.log", "tasks": {"toy": error}}
+            write_json_atomic(grid_state.failure_path(cell.config.run_path), record)
             write_json_atomic(cell.config.result_path, made)
     report(table_path)
     printed = capsys.readouterr().out
@@ -200,11 +200,30 @@ def test_a_failed_re_evaluation_is_told_beside_the_older_value(table_path, repor
     fill(table_path)
     monkeypatch.setattr(grid_state, "GRID_PATH", tmp_path / "grid")
     [first, *_] = load_table(table_path).cells
-    write_json_atomic(grid_state.failure_path(first.config), {"stage": "score toy", "error": "no sandbox"})
+    record = {"stage": "score toy", "error": "no sandbox", "log": "score-toy.log"}
+    write_json_atomic(grid_state.failure_path(first.config.run_path), record)
     report(table_path)
     printed = capsys.readouterr().out
     assert "| toy | LoRA | 51.50 ± 0.71 (2)<sup>a</sup> | 102 ± 1 (2) |" in printed
     assert "<sup>a</sup> 1 of 2 runs with an older value: its re-evaluation failed: score toy: no sandbox" in printed
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    ["", '{"stage": "train", "er', "[]", '{"error": "a", "log": "b"}', '{"stage": "train", "error": null, "log": "b"}']
+    + [f'{{"stage": "score toy", "error": "a", "log": "b", "tasks": {tasks}}}' for tasks in ('["toy"]', '{"toy": 1}')],
+)
+def test_a_damaged_record_of_a_failure_tells_nothing(table_path, report, tmp_path, monkeypatch, capsys, damaged):
+    """Neither the report nor the grid ends by it."""
+    monkeypatch.setattr(grid_state, "GRID_PATH", tmp_path / "grid")
+    (tmp_path / "grid").mkdir()
+    [first, *_] = load_table(table_path).specs()
+    path = grid_state.failure_path(first.config.run_path)
+    path.write_text(damaged)
+    assert grid_state.inspect(first, {}).status == grid_state.MISSING
+    fill(table_path)
+    report(table_path)
+    assert "| toy | LoRA | 51.50 ± 0.71 (2) | 102 ± 1 (2) |" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

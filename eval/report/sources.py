@@ -228,14 +228,12 @@ def read_failures(runs: Iterable[PlannedRun]) -> dict[str, FailedStage]:
     """Return run_id → the stage that failed, of the runs that are not done since.
 
     A result tells how the training ended; that the evaluation failed, or a training that could not say so, is in the
-    grid's record alone.
+    grid's record alone. A damaged record tells nothing: the run is missing, or its older values stand.
     """
     failures = {}
     for run in runs:
-        path = grid_state.GRID_PATH / f"{run.run_path.name}.failed.json"
-        if path.is_file():
-            record = read_json(path)
-            failures[run.run_id] = FailedStage(record["stage"], record["error"], record.get("tasks") or {})
+        if record := grid_state.read_failure(run.run_path):
+            failures[run.run_id] = FailedStage(record["stage"], record["error"], record.get("tasks", {}))
     return failures
 
 
