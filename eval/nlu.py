@@ -321,6 +321,8 @@ def check(arguments: Sequence[str]) -> None:
     """Raise the UserError that the command, with its --task, would end with, as far as no model and no data of the hub
     is needed."""
     parsed = _read_command(arguments)
+    if not parsed.task:
+        raise UserError("--task is needed to check the command without its runs; see python -m eval.nlu --help")
     task, *names = parsed.task
     sets = Sets(_read_data_words(parsed.data, {task}), max_rows=parsed.max_rows)
     for name in names:

@@ -314,6 +314,11 @@ def test_errors_in_one_line(classifier: Path, tmp_path: Path, words: list[str], 
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
 
 
+def test_a_check_without_a_task_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="^--task is needed to check the command without its runs"):
+        eval.nlu.check(["--model", str(tmp_path)])
+
+
 @pytest.fixture
 def run(train_nlu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A finished SST-2 run on made-up files; few of its training rows are positive."""
