@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import IO
 
 from ba_lora.config import PROJECT_ROOT, RunConfig
-from ba_lora.errors import UserError, run_entry_point
+from ba_lora.errors import CommandParser, UserError, run_entry_point
 from ba_lora.evaluation_state import evaluation_state
 from ba_lora.executor import LocalExecutor, Slot, Work, local_slots, log_lines
 from ba_lora.grid_options import rows_for_gpus, select_rows, split_options
@@ -58,7 +58,7 @@ from ba_lora.pipeline import (
     record_result,
     training_stage,
 )
-from ba_lora.tables import Table, find_table, load_table
+from ba_lora.tables import Table, available_tables, find_table, load_table
 
 __all__ = ["Grid", "Table", "load_table", "main"]
 
@@ -344,11 +344,15 @@ def _evaluated_alike(first: RunConfig, second: RunConfig) -> bool:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", help="a file in configs/tables, by its name or path")
+    parser = CommandParser(
+        prog="python -m ba_lora.grid", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("table", nargs="?", help="a file in configs/tables, by its name or path")
     parser.add_argument("--dry-run", action="store_true", help="print runs, their state, time and disk; run nothing")
     parser.add_argument("words", nargs="*", metavar="key=value")
     parsed = parser.parse_intermixed_args()
+    if parsed.table is None:
+        raise UserError(f"which table? {', '.join(available_tables())}")
     options, overrides = split_options(parsed.words)
     table = load_table(find_table(parsed.table), overrides=overrides, seeds=options.seeds)
     table = select_rows(table, options.only)

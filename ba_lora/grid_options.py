@@ -44,14 +44,17 @@ def _option(key: str, text: str) -> object:
         if key == "retry":
             return {"true": True, "false": False}[text.lower()]
         if key == "only":
-            return tuple(word for word in text.split(",") if word)
+            if not all(words := text.split(",")):  # an empty variable of a shell would choose every row
+                raise ValueError
+            return tuple(words)
         if key == "seeds":
             return tuple(int(word) for word in text.strip("[]").split(","))
         if int(text) < 1:
             raise ValueError
         return int(text)
     except (KeyError, ValueError) as error:
-        wanted = {"retry": "true or false", "seeds": "whole numbers, [1,2]"}.get(key, "a whole number of at least 1")
+        wanted = {"retry": "true or false", "seeds": "whole numbers, [1,2]", "only": "WORD[,WORD]"}
+        wanted = wanted.get(key, "a whole number of at least 1")
         raise UserError(f"{key}={text}: {wanted} is needed") from error
 
 

@@ -64,7 +64,8 @@ def output_paths(jobs: Sequence[Job], output: str | None) -> list[Path]:
     for job in jobs:
         if output is None:
             if job.run is None:
-                raise UserError(f"{job.name} is no run folder: say with --output DIR where its completions go")
+                found = "is no run folder" if Path(job.name).is_dir() else "is no folder, and so no run"
+                raise UserError(f"{job.name} {found}: of any other model say with --output DIR where completions go")
             paths.append(job.run / "completions")
         else:
             name = re.sub(r"[^\w.-]+", "-", job.name.strip("/")).strip("-.") or "model"

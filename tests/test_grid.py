@@ -404,6 +404,7 @@ def test_the_words_of_the_command_line():
         "workers=0": "workers=0: a whole number of at least 1 is needed",
         "retry=yes": "retry=yes: true or false is needed",
         "seeds=[a]": "whole numbers",
+        "only=": "only=: WORD.,WORD. is needed",
         "toy": "cannot read 'toy'",
     }.items():
         with pytest.raises(UserError, match=message):
