@@ -199,10 +199,10 @@ class Sandbox:
             os.close(filter_)
 
     def _user(self, slot: int) -> int:
-        """Return the unprivileged user of this slot, which no other box on this machine has while the sandbox is open.
+        """Return the unprivileged user of this slot, which no other box has while the sandbox is open.
 
         Each user has one count of processes, so boxes of two graders must not share one. An abstract socket of the
-        user's name is the lock: it leaves no file and ends with its process.
+        user's name is the lock: it leaves no file, ends with its process, and is seen within the network namespace.
         """
         if slot in self._users:
             return self._users[slot]

@@ -147,14 +147,14 @@ def test_a_table_without_results_names_the_command(table_path, report, tmp_path)
 @pytest.mark.parametrize(
     ("method", "path", "value", "message"),
     [
-        ("lora", "config/trainer/learning_rate", 1.0, "trainer.learning_rate is 1.0, not 0.002"),
-        ("lora", "config/trainer/max_steps", 3, "trainer.max_steps is 3, not None"),
-        ("lora", "config/adapter/rank", 3, "adapter.rank is 3, not 8"),
-        ("lora", "config/data/num_rows", 3, "data.num_rows is 3, not 17"),
-        ("lora", "config/model/name", "elsewhere", "model.name is elsewhere, not data/toy/clean"),
+        ("lora", "config/trainer/learning_rate", 1.0, "trainer.learning_rate 1.0 → 0.002"),
+        ("lora", "config/trainer/max_steps", 3, "trainer.max_steps 3 → None"),
+        ("lora", "config/adapter/rank", 3, "adapter.rank 3 → 8"),
+        ("lora", "config/data/num_rows", 3, "data.num_rows 3 → 17"),
+        ("lora", "config/model/name", "elsewhere", "model.name elsewhere → data/toy/clean"),
         ("lora", "config/colour", "red", "colour: Key 'colour' not in 'RunConfig'"),
         ("lora", "base", "llama", "base is llama, not toy"),
-        (UNTUNED, "config/model/name", "elsewhere", "model.name is elsewhere, not data/toy/clean"),
+        (UNTUNED, "config/model/name", "elsewhere", "model.name elsewhere → data/toy/clean"),
         ("lora", "config/trainer/logging_steps", 3, None),  # changes no weight
         (UNTUNED, "config/data/num_rows", 3, None),  # nothing was trained
     ],

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ba_lora import grid_state
-from ba_lora.config import NOT_TRAINING, RunConfig, nearest, training_settings
+from ba_lora.config import NOT_TRAINING, RunConfig, nearest, setting_differences, training_settings
 from ba_lora.config_layers import config_of_result
 from ba_lora.errors import UserError
 from ba_lora.io import read_json, read_jsonl
@@ -195,7 +195,7 @@ def read_results(runs: Iterable[PlannedRun]) -> tuple[dict[str, dict[str, Any]],
 
 def _other_training(kept: Mapping[str, Any], planned: RunConfig) -> str | None:
     """Return a setting of the training (of the untuned model: the model) in which a result's config is another than the
-    planned one; None where it is the same training."""
+    planned one, as `key found → wanted`; None where it is the same training."""
     try:
         config = config_of_result(
             {key: value for key, value in kept.items() if key not in NOT_TRAINING}, kind=planned.kind
@@ -206,22 +206,7 @@ def _other_training(kept: Mapping[str, Any], planned: RunConfig) -> str | None:
     found, wanted = (
         {"model": asdict(one.model)} if planned.method == UNTUNED else training_settings(one) for one in pair
     )
-    found, wanted = _flat(found), _flat(wanted)
-    for key in {**wanted, **found}:
-        if found.get(key) != wanted.get(key):
-            return f"{key} is {found.get(key)}, not {wanted.get(key)}"
-    return None
-
-
-def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
-    """Return dotted key → value of nested mappings."""
-    if not isinstance(node, Mapping):
-        return {prefix: node}
-    return {
-        key: value
-        for name, child in node.items()
-        for key, value in _flat(child, f"{prefix}.{name}" if prefix else str(name)).items()
-    }
+    return next(iter(setting_differences(found, wanted)), None)
 
 
 def read_failures(runs: Iterable[PlannedRun]) -> dict[str, FailedStage]:

@@ -242,7 +242,7 @@ def _mark(spec: TableSpec, cells: dict[CellKey, Cell], rows: Sequence[Row], note
                 if (count := len(cell.values)) < most and not cell.failures:  # whose footnotes tell it already
                     text = f"{count} seed{'s' if count > 1 else ''} where others have {most}"
                     _add_note(cells, (row, column.name), notes.number(text))
-            means = [cells[row, column.name].mean or 0.0 for row in ranked]
+            means = [cells[row, column.name].mean for row in ranked]
             best, second = first_and_second(means, better=column.better, decimals=column.decimals)
             for mark, indices in (("best", best), ("second", second)):
                 for index in indices:
