@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ba_lora.errors import UserError
-from ba_lora.io import sha256_file
+from ba_lora.io import check_readable, sha256_file
 from ba_lora.rows import Source
 from eval.tasks.base import Item, require_columns, require_text
 from eval.tasks.code import CodeTask, defined_names, loaded_names
@@ -64,11 +64,10 @@ class HumanEval(CodeTask):
         if data is not None and not str(data).startswith(PACKAGE) and not str(data).endswith(".gz"):
             return super().load(data)
         path = package_file() if data is None or str(data).startswith(PACKAGE) else Path(data)
+        check_readable(path)
         try:
-            with gzip.open(path, "rt", encoding="utf-8") as file:
+            with gzip.open(path, "rt", encoding="utf-8-sig") as file:
                 rows = [json.loads(line) for line in file if line.strip()]
-        except FileNotFoundError as error:
-            raise UserError(f"no such file: {path}; check the path") from error
         except (OSError, EOFError, ValueError) as error:
             raise UserError(f"{path} is not a readable jsonl.gz file ({error})") from error
         name = f"{PACKAGE}=={importlib.metadata.version(PACKAGE)}" if path == package_file() else str(path)
