@@ -235,7 +235,9 @@ def read_jsonl(path: str | Path) -> list[dict]:
 
 
 def sha256_file(path: str | Path) -> str:
-    """Return the hex sha256 of a file's bytes."""
+    """Return the hex sha256 of a file's bytes. Raises UserError for a pipe or a device, which have no end."""
+    if (path := Path(path)).exists() and not path.is_file():
+        raise UserError(f"{path} is {_kind_of_file(path)}, a file is needed")
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -118,7 +118,7 @@ def _main() -> None:
             if of.__flags__ & 0x300 == 0x200:  # made at run time, and not immutable
                 types.append((thing, of))
                 waiting.append(of)
-            if isinstance(thing, dict):
+            if issubclass(of, dict):
                 dictionaries.append((thing, dict(thing)))
                 waiting += thing.values()
             elif of in (list, set):
@@ -130,7 +130,7 @@ def _main() -> None:
                 types.append((thing, of))
                 seen |= {id(vars(thing).get(name)) for name in ("__spec__", "__loader__")} - {id(None)}
                 waiting.append(vars(thing))
-            elif isinstance(thing, type):
+            elif issubclass(of, type):
                 if thing.__flags__ & 0x300 == 0x200:
                     attributes.append((thing, "__bases__", thing.__bases__))
                     classes.append((thing, dict(vars(thing))))
@@ -145,17 +145,19 @@ def _main() -> None:
                         waiting.append(cell.cell_contents)
                     except ValueError:  # empty
                         pass
-            elif of in (staticmethod, classmethod, property, lru_cache) or hasattr(thing, "__self__"):
-                if of is lru_cache:
-                    caches.append(thing.cache_clear)
-                inner = ("__func__", "fget", "fset", "fdel", "__wrapped__", "__self__")
-                waiting += [getattr(thing, name) for name in inner if hasattr(thing, name)]
-            elif hasattr(thing, "__dict__"):
-                waiting.append(vars(thing))
+            elif of is lru_cache:
+                caches.append(thing.cache_clear)
+                waiting.append(thing.__wrapped__)
+            elif of in (staticmethod, classmethod, property) or hasattr(of, "__self__"):  # methods
+                inner = ("__func__", "fget", "fset", "fdel", "__self__")
+                waiting += [getattr(thing, name) for name in inner if hasattr(of, name)]
+            else:
                 try:
-                    set_on_object(thing, "__dict__", vars(thing))
-                    attributes.append((thing, "__dict__", vars(thing)))
-                except (AttributeError, TypeError):  # one that cannot be given another
+                    content = get_on_object(thing, "__dict__")
+                    waiting.append(content)
+                    set_on_object(thing, "__dict__", content)
+                    attributes.append((thing, "__dict__", content))
+                except (AttributeError, TypeError):  # it has none, or cannot be given another
                     pass
 
     def remember_modules(names: tuple) -> dict:

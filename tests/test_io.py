@@ -8,7 +8,7 @@ import pytest
 
 from ba_lora import io
 from ba_lora.errors import UserError
-from ba_lora.io import file_atomic, folder_atomic, read_json, read_jsonl, read_object
+from ba_lora.io import file_atomic, folder_atomic, read_json, read_jsonl, read_object, sha256_file
 
 
 def test_a_folder_takes_the_place_of_the_old_one(tmp_path):
@@ -47,7 +47,7 @@ def special_files(folder):
     return {kind: folder / name for kind, name in names.items()} | {"device": "/dev/zero"}
 
 
-@pytest.mark.parametrize("read", [read_json, read_jsonl])
+@pytest.mark.parametrize("read", [read_json, read_jsonl, sha256_file])
 def test_only_regular_files_are_read(tmp_path, read):
     for kind, path in special_files(tmp_path).items():
         with pytest.raises(UserError, match=f"{kind}, a file is needed") as error:

@@ -230,10 +230,10 @@ def test_modules_are_put_back_without_harm(box) -> None:
         "    return collections.Counter('a' * y)['a']"
     )
     tests = (
-        "import collections, concurrent, json, random, re, typing\nassert f(1) == 2\nassert isinstance(Point(), collections.UserList)\n"
+        "import collections, concurrent, json, random, re, typing\nfrom unittest import mock\nassert f(1) == 2\nassert isinstance(Point(), collections.UserList)\n"
         "assert collections.OrderedDict(a=1) == {'a': 1} and collections.namedtuple('P', 'x')(2).x == f(1)"
     )
-    modules = ("collections", "concurrent", "json", "random", "re", "typing")
+    modules = ("collections", "concurrent", "json", "random", "re", "typing", "unittest.mock")
     assert str(box(program, tests, modules=modules)) == PASSED
 
 
