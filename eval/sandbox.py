@@ -46,8 +46,8 @@ from eval.seccomp import MACHINES, seccomp_filter
 KINDS = ("bubblewrap", "unsafe")
 KNOWN_LIMITS = (
     "a program may return objects whose comparisons always say yes",
-    "a program may inspect the checker's frames or memory, take what it finds there, speak its protocol and send the "
-    "nonce",
+    "a program may inspect the frames and memory of checker and tests, change what it finds there, or speak the "
+    "checker's protocol and send the nonce",
     "a program may change what the tests' modules keep in C (the classes registered with an abc), or modules that they "
     "import only when they are called",
 )

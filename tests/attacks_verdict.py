@@ -211,6 +211,14 @@ def f(x):
 """
 
 
+GLOBALS = """
+import sys
+def f(x):
+    sys._getframe(1).f_globals['abs'] = lambda x: 0
+    return 5
+"""
+
+
 PROTOCOL = """
 import os, sys, marshal
 frame = sys._getframe()

@@ -21,7 +21,7 @@ from eval.sandbox import KNOWN_LIMITS, Sandbox
 from eval.sandbox_box import EXITED, FAILED, PASSED, TIMEOUT, Job
 from eval.sandbox_usage import Usage
 from tests.attacks import ATTACKS, DENIED, HARM, PRELUDE
-from tests.attacks_verdict import FRAMES, LAZY, PASSES, PATCHES, PROTOCOL, REGISTER, SCAN, YES_OBJECT
+from tests.attacks_verdict import FRAMES, GLOBALS, LAZY, PASSES, PATCHES, PROTOCOL, REGISTER, SCAN, YES_OBJECT
 from tests.boxes import MARK, QUICK, RIGHT, TESTS, needs_bubblewrap, processes_of_boxes
 
 WHY = {"disk fill": "No space left on device", "one large file": "File too large"}
@@ -244,8 +244,9 @@ def test_known_limit_objects_equal_to_everything_pass(box) -> None:
 
 
 @needs_bubblewrap
-def test_known_limit_reading_the_checkers_frames_passes(box) -> None:
+def test_known_limit_reading_and_changing_frames_passes(box) -> None:
     assert box(FRAMES).passed
+    assert box(GLOBALS, "y = f(1)\nassert abs(y - 2) < 1").passed
     assert box(PROTOCOL).passed
     # Without the protocol there is nothing to find before the tests run.
     assert not box(FRAMES + "\nf(1)\nos._exit(0)").passed
