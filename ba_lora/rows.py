@@ -95,11 +95,11 @@ def _local_rows(path: Path) -> list[dict]:
         raise UserError(f"{path} is not a data file: give one of {', '.join(LOCAL_SUFFIXES)}, or a hub name")
     if not rows:
         raise UserError(f"{path} is empty: at least one row is needed")
-    _refuse_surrogates(rows, path)
+    refuse_surrogates(rows, path)
     return rows
 
 
-def _refuse_surrogates(rows: list[dict], path: Path) -> None:
+def refuse_surrogates(rows: list[dict], path: Path) -> None:
     """Raise UserError for a text with half of a character, as JSON's \\ud83d without its other half gives."""
 
     def is_whole(value: object) -> bool:

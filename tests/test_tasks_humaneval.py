@@ -389,6 +389,8 @@ def test_damaged_data(tmp_path: Path) -> None:
     with gzip.open(tmp_path / "mark.jsonl.gz", "wt", encoding="utf-8-sig") as file:
         file.write(json.dumps(good))
     assert len(TASK.load_items(str(tmp_path / "mark.jsonl.gz"))) == 1
+    with gzip.open(tmp_path / "half.jsonl.gz", "wt") as file:
+        file.write(json.dumps(good | {"prompt": "# \ud800\n" + good["prompt"]}))
     for change, message in [
         ({"entry_point": "g"}, "does not define the entry point g"),
         ({"test": ""}, "column test must be non-empty text"),
@@ -401,6 +403,7 @@ def test_damaged_data(tmp_path: Path) -> None:
         (tmp_path / "a.jsonl.gz", "not a readable"),
         (tmp_path / "b.jsonl.gz", "no such file"),
         (tmp_path / "pipe.gz", "is a pipe, a file is needed"),
+        (tmp_path / "half.jsonl.gz", "row 0: 'prompt' holds half of a character"),
     ]:
         with pytest.raises(UserError, match=message):
             TASK.load_items(str(data))
