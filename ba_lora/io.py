@@ -8,11 +8,16 @@ import json
 import math
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TextIO
 
 from ba_lora.errors import UserError
+
+BOM = "\ufeff"  # the byte order mark, which some editors put in front
+MAX_FILE_BYTES = 4 * 2**30  # files of text are read whole
 
 
 @contextlib.contextmanager
@@ -45,6 +50,8 @@ def file_atomic(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     with disk_errors(path):
+        if path.exists() and not path.is_file():
+            raise UserError(f"cannot write {path}: it is {_kind_of_file(path)}; choose another output")
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield temporary
@@ -105,6 +112,8 @@ def folder_atomic(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     with disk_errors(path):
+        if path.exists() and not path.is_dir():
+            raise UserError(f"cannot write {path}: it is {_kind_of_file(path)}; choose another output folder")
         path.parent.mkdir(parents=True, exist_ok=True)
         for stale in _temporaries(path):
             shutil.rmtree(stale)
@@ -125,27 +134,71 @@ def folder_atomic(path: str | Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _open_text(path: Path):
-    if path.is_dir():
-        raise UserError(f"{path} is a folder, a file is needed")
+def _kind_of_file(path: Path) -> str:
+    kinds = {
+        stat.S_IFREG: "a file",
+        stat.S_IFDIR: "a folder",
+        stat.S_IFIFO: "a pipe",
+        stat.S_IFSOCK: "a socket",
+    }
+    return kinds.get(stat.S_IFMT(path.stat().st_mode), "a device")
+
+
+def check_readable(path: Path) -> None:
+    """Raise UserError unless `path` is a regular file of at most MAX_FILE_BYTES.
+
+    Nothing is opened: a pipe would wait for a writer, and some devices have no end.
+    """
     try:
-        return open(path, encoding="utf-8")
+        size = path.stat().st_size
+        if not path.is_file():
+            raise UserError(f"{path} is {_kind_of_file(path)}, a file is needed")
     except FileNotFoundError as error:
         raise UserError(f"no such file: {path}; check the path") from error
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror.lower()}") from error
+    if size > MAX_FILE_BYTES:
+        raise UserError(
+            f"{path} has {size / 2**30:.1f} GiB, and at most {MAX_FILE_BYTES // 2**30} GiB are read: give a part of it"
+        )
+
+
+def _open_text(path: Path) -> TextIO:
+    check_readable(path)
+    try:
+        return open(path, encoding="utf-8")
     except PermissionError as error:
         raise UserError(f"cannot read {path}: permission denied") from error
 
 
-def read_json(path: str | Path) -> object:
-    """Return the JSON value in `path`. Raises UserError naming the file, and the line where it breaks."""
+def _parse(text: str, path: Path, *, line: int | None = None, finite: bool = False) -> object:
+    """Return the JSON value of a text, of this line of `path` where it is not all of it."""
+    where = str(path) if line is None else f"{path}, line {line}"
+
+    def refuse(constant: str) -> None:
+        raise UserError(f"{where}: {constant} is no number that JSON knows")
+
+    try:
+        return json.loads(text, parse_constant=refuse if finite else None)
+    except UserError:
+        raise
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}, line {line or error.lineno}: not valid JSON ({error.msg})") from error
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, nesting without end
+        raise UserError(f"{where}: not readable JSON ({error})") from error
+
+
+def read_json(path: str | Path, *, finite: bool = False) -> object:
+    """Return the JSON value in `path`. Raises UserError naming the file, and the line where it breaks.
+
+    finite: refuse NaN and ±∞, which none of our own files holds.
+    """
     path = Path(path)
     with _open_text(path) as file:
         try:
-            return json.load(file)
+            return _parse(file.read().removeprefix(BOM), path, finite=finite)
         except UnicodeDecodeError as error:
             raise UserError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from error
 
 
 def read_object(path: str | Path) -> dict | None:
@@ -154,7 +207,7 @@ def read_object(path: str | Path) -> dict | None:
     For files that can be made again.
     """
     try:
-        value = read_json(path)
+        value = read_json(path, finite=True)
     except UserError:
         return None
     return value if isinstance(value, dict) else None
@@ -167,12 +220,10 @@ def read_jsonl(path: str | Path) -> list[dict]:
     with _open_text(path) as file:
         try:
             for number, line in enumerate(file, start=1):
-                if not line.strip():
+                text = line.removeprefix(BOM)  # joined files have several
+                if not text.strip():
                     continue
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise UserError(f"{path}, line {number}: not valid JSON ({error.msg})") from error
+                row = _parse(text, path, line=number)
                 if not isinstance(row, dict):
                     raise UserError(f"{path}, line {number}: a JSON object is needed, found {type(row).__name__}")
                 rows.append(row)
@@ -184,7 +235,9 @@ def read_jsonl(path: str | Path) -> list[dict]:
 
 
 def sha256_file(path: str | Path) -> str:
-    """Return the hex sha256 of a file's bytes."""
+    """Return the hex sha256 of a file's bytes. Raises UserError for a pipe or a device, which have no end."""
+    if (path := Path(path)).exists() and not path.is_file():
+        raise UserError(f"{path} is {_kind_of_file(path)}, a file is needed")
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

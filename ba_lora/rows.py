@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from ba_lora.config import PROJECT_ROOT
 from ba_lora.errors import UserError
-from ba_lora.io import read_json, read_jsonl, sha256_file
+from ba_lora.io import check_readable, read_json, read_jsonl, sha256_file
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -77,11 +77,10 @@ def portable_name(path: Path) -> str:
 
 
 def _local_rows(path: Path) -> list[dict]:
+    check_readable(path)
     if path.suffix == ".parquet":
         import pyarrow.parquet
 
-        if not path.is_file():
-            raise UserError(f"no such file: {path}; check the path")
         try:
             rows = pyarrow.parquet.read_table(path).to_pylist()
         except (pyarrow.ArrowException, OSError) as error:
@@ -96,19 +95,40 @@ def _local_rows(path: Path) -> list[dict]:
         raise UserError(f"{path} is not a data file: give one of {', '.join(LOCAL_SUFFIXES)}, or a hub name")
     if not rows:
         raise UserError(f"{path} is empty: at least one row is needed")
+    refuse_surrogates(rows, path)
     return rows
+
+
+def refuse_surrogates(rows: list[dict], path: Path) -> None:
+    """Raise UserError for a text with half of a character, as JSON's \\ud83d without its other half gives."""
+
+    def is_whole(value: object) -> bool:
+        if isinstance(value, str):
+            return value.isascii() or not re.search("[\ud800-\udfff]", value)
+        if isinstance(value, dict):
+            return all(is_whole(part) for item in value.items() for part in item)
+        return all(is_whole(part) for part in value) if isinstance(value, list) else True
+
+    for number, row in enumerate(rows):
+        for column, value in row.items():
+            if not is_whole([column, value]):
+                raise UserError(
+                    f"{path}, row {number}: {column!a} holds half of a character (a lone surrogate, \\ud800 to "
+                    "\\udfff), which no tokenizer takes: remove it"
+                )
 
 
 def _table_rows(path: Path) -> list[dict]:
     """Return the lines under the header, every value as text. In .tsv files a quotation mark is an ordinary letter."""
-    if not path.is_file():
-        raise UserError(f"no such file: {path}; check the path")
+    csv.field_size_limit(2**31 - 1)  # Python's default, 131,072 characters, is less than some texts have
     form = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {"strict": True}
     rows = []
     with open(path, encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, **form)
         try:
             header = next(reader, [])
+            if twice := [name for name in header if name and header.count(name) > 1]:
+                raise UserError(f"{path}: the column {twice[0]!r} comes twice; rename or remove one of them")
             for values in reader:
                 if len(values) != len(header) and values:
                     raise UserError(
@@ -128,11 +148,11 @@ def _json_rows(path: Path) -> list[dict]:
     try:
         rows = read_json(path)
     except UserError:
-        with open(path, encoding="utf-8", errors="replace") as file:
+        with open(path, encoding="utf-8-sig", errors="replace") as file:
             first = next((line for line in file if line.strip()), "")
         try:
             one_object_a_line = isinstance(json.loads(first), dict)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             one_object_a_line = False
         if not one_object_a_line:
             raise

@@ -28,13 +28,8 @@ class Completion:
 
 def read_completions(path: Path) -> list[Completion]:
     """Read a completions file, checking keys, types and that no (task_id, sample) comes twice; else UserError."""
-    try:
-        _check_lines(path)
-        rows = read_jsonl(path)
-    except UserError:
-        raise
-    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, nesting without end
-        raise UserError(f"{path}: not readable JSON ({error})") from error
+    _check_lines(path)
+    rows = read_jsonl(path)
     completions, seen = [], set()
     for number, row in enumerate(rows, start=1):
         where = f"{path}, entry {number}"
@@ -138,7 +133,7 @@ def read_meta(completions: Path) -> dict:
     path = completions.with_name(f"{completions.stem}.meta.json")
     if not path.exists():
         return {}
-    meta = read_json(path)
+    meta = read_json(path, finite=True)
     if not isinstance(meta, dict):
         raise UserError(f"{path}: a JSON object is needed, found {type(meta).__name__}")
     return meta

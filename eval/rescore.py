@@ -69,7 +69,7 @@ def _refresh(run: Path, results: Path | None) -> bool:
 def _mark_one(score_path: Path, completions: Path) -> None:
     """Mark the score that stays because its completions could not be graded again, if it no longer holds."""
     try:
-        score = read_json(score_path)
+        score = read_json(score_path, finite=True)
     except UserError:
         return  # there is none, or none that could be read as one
     if isinstance(score, dict) and (reason := stale_reason(score, completions=completions)):
@@ -80,7 +80,7 @@ def _scorer(score: Mapping) -> str:
     """Return what makes a score anew."""
     if "of_task" in score:
         return "eval.nlu --model RUN scores the run again"
-    if score["task"] == inheritance.NAME:
+    if score.get("task") == inheritance.NAME:
         return "eval.inheritance --run RUN measures the run again"
     return "eval.score --runs DIR re-scores it"
 
@@ -95,7 +95,7 @@ def mark_stale(folder: Path) -> int:
     checked, stale = 0, []
     for path in sorted(folder.rglob("*.json")):
         is_score = path.parent.name == "scores"
-        content = read_json(path) if is_score or path.parent.name == "runs" else None
+        content = read_json(path, finite=True) if is_score or path.parent.name == "runs" else None
         entries = {"": content} if is_score else content.get("evaluation") if isinstance(content, dict) else None
         changed = False
         for task, entry in entries.items() if isinstance(entries, dict) else ():

@@ -3,9 +3,10 @@
 A box has its own user, pid, ipc, network, mount, uts and cgroup namespaces; no network but an unconnected loopback; a
 read-only Python and /usr, no home, no repository; one small tmpfs, /tmp, as the only writable place; an environment of
 four fixed variables; no_new_privs, no capabilities, and a seccomp filter for what namespaces do not cover (ptrace,
-System V and other memory outside the accounts, nested namespaces, keys, bpf, …). Limits: CPU seconds, wall seconds,
-memory (address space of a process, resident memory of the box), processes, file size, disk, open files, output. A box
-ends by SIGKILL of its first process, which takes every process in it along, and with the death of this one.
+System V, shared and other memory outside the accounts, nested namespaces, sockets but Unix, TCP and UDP ones, keys,
+bpf, …). Limits: CPU seconds and memory of the box (address space of each process, resident memory of all), wall
+seconds, processes, file size, disk, open files, sockets, output. A box ends by SIGKILL of its first process, which
+takes every process in it along, and with the death of this one.
 
 The verdict: the program is loaded, then the tests and a random nonce are sent, and only the nonce, returned after the
 last test, means "passed" (see eval/sandbox_child.py). A program that leaves threads or processes running, when it has
@@ -13,8 +14,8 @@ been loaded or after the tests, has failed. What a checker inside the program's 
 `KNOWN_LIMITS`, and shown by tests.
 
 Control groups are not used, since they need rights that users rarely have: a look at each box every tenth of a second
-(eval/sandbox_pool.py) sums the resident memory of its processes and ends the box that is over its limit. Within that
-tenth a box can be over it, by what its processes can touch in that time, and up to the limit of each process.
+(eval/sandbox_usage.py) sums CPU and resident memory of its processes, and a box that is over a limit is ended. Within
+that tenth it can be over it, by what its processes can do in that time, and up to the limits of each process.
 
 Where bubblewrap or user namespaces are missing nothing runs: `Sandbox` raises UserError with the way to mend it.
 `unsafe` runs programs as plain child processes with the same limits but processes and disk; it is for machines that
@@ -45,8 +46,10 @@ from eval.seccomp import MACHINES, seccomp_filter
 KINDS = ("bubblewrap", "unsafe")
 KNOWN_LIMITS = (
     "a program may return objects whose comparisons always say yes",
-    "a program may inspect the checker's frames or memory, take what it finds there, speak its protocol and send the "
-    "nonce",
+    "a program may inspect the frames and memory of checker and tests, change what it finds there, or speak the "
+    "checker's protocol and send the nonce",
+    "a program may change what the tests' modules keep in C (the classes registered with an abc), or modules that they "
+    "import only when they are called",
 )
 FIRST_UID, NUM_UIDS = 64_000, 1000  # the unprivileged users that boxes run as where the grader is root
 ENVIRONMENT = {"PATH": "/usr/bin", "HOME": "/tmp", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"}

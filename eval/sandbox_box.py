@@ -3,6 +3,7 @@
 import contextlib
 import json
 import marshal
+import math
 import os
 import secrets
 import select
@@ -12,10 +13,10 @@ import socket
 import subprocess
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ba_lora.errors import UserError
+from eval.sandbox_usage import Usage
 
 if TYPE_CHECKING:
     from eval.sandbox import Sandbox
@@ -25,6 +26,9 @@ PASSED, FAILED, EXITED, TIMEOUT, MEMORY, OUTPUT = "passed", "failed", "exited ea
 MIB = 2**20
 START_LIMIT_S = 60.0
 END_LIMIT_S = 2
+MAX_FILES = 10_000  # in the tmpfs: empty files cost kernel memory that no size limit counts
+MAX_SOCKETS = 32  # so do their buffers
+PATIENCE = 10  # the longest that a box may take, in wall_s
 UNSAFE = "on a machine you can lose, sandbox=unsafe runs them without isolation"
 
 
@@ -32,8 +36,10 @@ UNSAFE = "on a machine you can lose, sandbox=unsafe runs them without isolation"
 class Limits:
     """What one program may use. They change scores, so every result stores them.
 
-    cpu_s counts the program's own seconds (rounded up to whole ones), so that a busy machine fails nobody; wall_s ends
-    what sleeps. memory_bytes: address space of each process, and resident memory of all processes of a box together.
+    cpu_s counts the seconds of all processes of a box together (rounded up to whole ones). wall_s ends what sleeps:
+    time in which a thread of the box was ready to run and had no processor is added to it, up to `PATIENCE` times
+    wall_s in all, so that a busy machine fails nobody. memory_bytes: address space of each process, and resident memory
+    of all processes of a box together.
     """
 
     cpu_s: float = 5.0
@@ -44,6 +50,10 @@ class Limits:
     disk_bytes: int = 64 * MIB
     open_files: int = 64
     output_bytes: int = MIB
+
+    @property
+    def whole_cpu_s(self) -> int:
+        return max(1, math.ceil(self.cpu_s))
 
 
 @dataclass(frozen=True)
@@ -88,6 +98,8 @@ class Box:
         self.output_size = 0
         self.first_output = b""
         self.deadline = time.monotonic() + START_LIMIT_S
+        self.begun = 0.0
+        self.usage: Usage | None = None  # from the beginning of its job
         self.nonce = self.key = b""
         self.first_process: int | None = None  # pidfd of the box's pid 1
         self.first_pid: int | None = None
@@ -133,52 +145,44 @@ class Box:
         self.learn()
         self.job = index
         self.key, self.nonce = (secrets.token_hex(16).encode() for _ in range(2))
-        cpu_s = max(1, -int(-limits.cpu_s // 1))
+        cpu_s = limits.whole_cpu_s
         table = {
             "RLIMIT_CPU": (cpu_s, cpu_s + 1),
             "RLIMIT_AS": (limits.memory_bytes,) * 2,
             "RLIMIT_FSIZE": (limits.file_bytes,) * 2,
             "RLIMIT_NOFILE": (limits.open_files,) * 2,
             "RLIMIT_CORE": (0, 0),
+            "RLIMIT_MEMLOCK": (0, 0),  # pages that a socket holds without a copy count as locked
         }
         if self.sandbox.kind != "unsafe":  # there it would count all of the user's processes
             table["RLIMIT_NPROC"] = (limits.processes,) * 2
         frame = {"program": job.program, "modules": job.modules, "names": job.names, "key": self.key}
         # without a process namespace of its own the child cannot tell the program's processes from others
         self.send(frame | {"limits": table, "own_processes": self.sandbox.kind != "unsafe"})
-        self.deadline = time.monotonic() + limits.wall_s
+        self.usage = Usage(
+            self.first_pid or self.process.pid,
+            memory_limit=limits.memory_bytes,
+            boxed=self.first_pid is not None,
+        )
+        self.begun = time.monotonic()
+        self.deadline = self.begun + limits.wall_s
 
-    def memory_bytes(self) -> int:
-        """Return the resident memory of all processes in the box (shared pages once, where the sum matters)."""
-        pids, waiting = [], [self.first_pid or self.process.pid]
-        while waiting:
-            pid = waiting.pop()
-            pids.append(pid)
-            with contextlib.suppress(OSError):  # it has ended meanwhile
-                for thread in os.listdir(f"/proc/{pid}/task"):
-                    waiting += map(int, Path(f"/proc/{pid}/task/{thread}/children").read_text().split())
-        resident = 0
-        for pid in pids:
-            with contextlib.suppress(OSError, IndexError):
-                resident += int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-        if resident <= self.sandbox.limits.memory_bytes:
-            return resident
-        proportional = 0
-        for pid in pids:
-            with contextlib.suppress(OSError, StopIteration):
-                lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-                proportional += next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
-        return proportional
-
-    def num_files(self) -> int:
-        """Return how many files the box's tmpfs holds."""
-        if self.first_pid is None:
-            return 0
-        try:
-            space = os.statvfs(f"/proc/{self.first_pid}/root/tmp")
-        except OSError:  # it has ended meanwhile
-            return 0
-        return space.f_files - space.f_ffree
+    def look(self) -> Verdict | None:
+        """Return the verdict on a box that uses too much, None for the others. Sets the deadline anew."""
+        limits, usage = self.sandbox.limits, self.usage
+        usage.look()
+        self.deadline = self.begun + min(limits.wall_s + usage.waited_s, PATIENCE * limits.wall_s)
+        if usage.memory_bytes > limits.memory_bytes:
+            return Verdict(MEMORY)
+        if usage.num_files > MAX_FILES:
+            return Verdict(OUTPUT, f"more than {MAX_FILES} files")
+        if usage.num_sockets > MAX_SOCKETS:
+            return Verdict(OUTPUT, f"more than {MAX_SOCKETS} sockets")
+        if usage.cpu_s > limits.whole_cpu_s:
+            return Verdict(TIMEOUT, f"{limits.cpu_s:g} s of CPU")
+        if time.monotonic() > self.deadline:
+            return Verdict(TIMEOUT, f"{limits.wall_s:g} s of time")
+        return None
 
     def stop(self) -> int:
         """Kill everything in the box, wait for its end, and return the exit status as bubblewrap tells it."""

@@ -17,8 +17,7 @@ from eval.sandbox_box import EXITED, FAILED, MEMORY, OUTPUT, PASSED, TIMEOUT, UN
 if TYPE_CHECKING:
     from eval.sandbox import Sandbox
 
-MAX_FILES = 10_000  # in the tmpfs: empty files cost kernel memory that no size limit counts
-WATCH_S = 0.1  # between looks at a box's memory
+WATCH_S = 0.1  # between looks at what a box uses
 
 
 class Pool:
@@ -79,15 +78,14 @@ class Pool:
                 if handler in handlers and box in self.boxes:
                     handler(box)
         now = time.monotonic()
-        for box in [box for box in self.boxes if now > box.deadline]:
-            self._settle(box, Verdict(TIMEOUT, f"{self.sandbox.limits.wall_s:g} s of time"))
-        if now > self.next_watch:
+        watch = now > self.next_watch
+        if watch:
             self.next_watch = now + WATCH_S
-            for box in [box for box in self.boxes if box.job is not None]:
-                if box.memory_bytes() > self.sandbox.limits.memory_bytes:
-                    self._settle(box, Verdict(MEMORY))
-                elif box.num_files() > MAX_FILES:
-                    self._settle(box, Verdict(OUTPUT, f"more than {MAX_FILES} files"))
+        for box in [box for box in self.boxes if now > box.deadline or (watch and box.job is not None)]:
+            if box.job is None:
+                self._settle(box, Verdict(TIMEOUT))  # it has not started
+            elif verdict := box.look():
+                self._settle(box, verdict)
 
     def _watch_writes(self, box: Box) -> None:
         """Send what can be sent, and listen for room for the rest."""

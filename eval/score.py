@@ -204,7 +204,7 @@ def choose(task: Task, meta: Mapping, options: Options) -> Task:
 
 def stale_reason(score: Mapping, *, completions: Path | None = None) -> str | None:
     """Return why a score no longer holds, None where it does: its grader's version, or the completions, changed."""
-    name, version = score.get("task"), score.get("version")
+    name, version = str(score.get("task")), score.get("version")
     now = grader_versions().get(name, {}).get("version", version)
     if version != now:
         return f"graded by version {version} of {name}, which is at version {now} now"

@@ -1,4 +1,4 @@
-"""Programs that attack the sandbox, for tests/test_sandbox_attacks.py."""
+"""Programs that attack the sandbox, for tests/test_sandbox_attacks.py; those that attack its verdict: attacks_verdict.py."""
 # ruff: noqa: E501 (an attack reads best as the one string it is)
 
 from eval.sandbox_box import EXITED, FAILED, MEMORY, OUTPUT, TIMEOUT
@@ -207,6 +207,26 @@ ATTACKS = {
         "x = " + "(" * 150 + "0" + ")" * 150 + "\n" + "-" * 200_000 + "1",
         {FAILED, EXITED, TIMEOUT, MEMORY},
     ),
+    "shared memory that it lets go": (
+        "import mmap, time\nm = mmap.mmap(-1, 200 * 2**20)\nfor i in range(0, len(m), 2**20):\n    m[i:i + 2**20] = b'x' * 2**20\n    m.madvise(mmap.MADV_DONTNEED)\ntime.sleep(99)",
+        {FAILED},
+    ),
+    "sockets full of bytes in many processes": (
+        "import os, socket, time\nfor i in range(9):\n    if os.fork() == 0: break\nkept = []\ntry:\n    while True:\n"
+        "        a, b = socket.socketpair(); kept += [a, b]; a.setblocking(False)\n        try:\n            while True: a.send(b'x' * 65536)\n"
+        "        except BlockingIOError: pass\nexcept OSError: time.sleep(99)",
+        {OUTPUT},
+    ),
+    "children in sessions of their own take the processors": (
+        "import os, time\nfor i in range(12):\n    if os.fork() == 0:\n        os.setsid()\n        while True: pass\ntime.sleep(99)",
+        {TIMEOUT},
+    ),
+    "children that nobody waits for take the processors": (
+        "import os, signal, time\nsignal.signal(signal.SIGCHLD, signal.SIG_IGN)\nwhile True:\n    try:\n        if os.fork() == 0:\n"
+        "            end = time.process_time() + 0.02\n            while time.process_time() < end: pass\n            os._exit(0)\n"
+        "    except OSError: time.sleep(0.01)",
+        {TIMEOUT},
+    ),
 }
 
 
@@ -297,6 +317,22 @@ DENIED = {
         "    except OSError: continue\n    import re\n    assert not re.search(rb'(?<![0-9a-f])[0-9a-f]{32}(?![0-9a-f])', text), name"
     ),
     "memory of no process": "import os\ndenied(lambda: os.memfd_create('x'))\nimport ctypes\nassert ctypes.CDLL(None).shmget(0, 4096, 0o1666) == -1",
+    "memory that is shared": (
+        "import mmap\ndenied(lambda: mmap.mmap(-1, 4096))\nzero = open('/dev/zero', 'r+b')\ndenied(lambda: mmap.mmap(zero.fileno(), 4096))\n"
+        "denied(lambda: mmap.mmap(zero.fileno(), 4096, access=mmap.ACCESS_READ))\n"
+        "denied(lambda: mmap.mmap(-1, 2**21, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x40000))\n"
+        "m = mmap.mmap(-1, 4096, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)\nm[:] = b'x' * 4096"
+    ),
+    "memory given to a pipe": (
+        "import ctypes, os, platform\nnumber = {'x86_64': 278, 'aarch64': 75}[platform.machine()]\nlibc = ctypes.CDLL(None, use_errno=True)\n"
+        "a, b = os.pipe()\nassert libc.syscall(number, b, 0, 0, 0) == -1 and ctypes.get_errno() == 1"
+    ),
+    "families of sockets": (
+        "import socket\nfor family, kind, protocol in ((40, 1, 0), (16, 3, 0), (17, 3, 0), (38, 5, 0), (2, 5, 132), (2, 1, 262), (2, 2, 1)):\n"
+        "    try: socket.socket(family, kind, protocol)\n    except PermissionError: continue\n    raise SystemExit((family, kind, protocol))\n"
+        "for family in (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6):\n    for kind in (1, 2): socket.socket(family, kind).close()\n"
+        "a, b = socket.socketpair()\na.send(b'x')\nassert b.recv(1) == b'x'"
+    ),
     "tmp is its own": "import os\nassert os.listdir('/tmp') == []\nopen('/tmp/left', 'w').close()",
 }
 PRELUDE = """
@@ -305,90 +341,4 @@ def denied(act):
     try: act()
     except (OSError, ValueError): return
     raise SystemExit('it worked')
-"""
-
-
-# What a program may do to the modules that the tests use, before they use them: name → program, tests, modules.
-PATCHES = {
-    "method of a class": (
-        "from collections import Counter\nCounter.__eq__ = lambda *a: True\nCounter.__ne__ = lambda *a: False\ndef f(x): return 'a'",
-        "from collections import Counter\nassert Counter(f(1)) == Counter('b')",
-        ("collections",),
-    ),
-    "method added to a class": (
-        "import random\nrandom.Random.__getattribute__ = lambda *a: lambda *b: 5\ndef f(x): return 5",
-        "import random\nassert f(1) == random.Random(0).randint(1, 3)",
-        ("random",),
-    ),
-    "code of a function": (
-        "import copy\ncopy.deepcopy.__code__ = (lambda x, memo=None, _nil=[]: 5).__code__\ndef f(x): return 5",
-        "import copy\nassert f(1) == copy.deepcopy(2)",
-        ("copy",),
-    ),
-    "defaults of a function": (
-        "import statistics\nstatistics.quantiles.__kwdefaults__['n'] = 2\nstatistics.quantiles.__kwdefaults__ = {'n': 2, 'method': 'exclusive'}\n"
-        "def f(x): return 1",
-        "import statistics\nassert f(1) == len(statistics.quantiles([1, 2, 3, 4]))",
-        ("statistics",),
-    ),
-    "module of its own in the place of one that is missing": (
-        "import sys, types\nsys.modules['no_such_module'] = types.SimpleNamespace(same=lambda *a: True)\ndef f(x): return 5",
-        "import no_such_module\nassert no_such_module.same(f(1), 2)",
-        ("no_such_module",),
-    ),
-    "finder of modules": (
-        "import importlib.machinery, sys, types\nclass Finder:\n    def find_spec(*a): return importlib.machinery.ModuleSpec(a[1], Finder)\n"
-        "    def create_module(spec): return types.ModuleType('m')\n    def exec_module(m): m.same = lambda *a: True\n"
-        "sys.meta_path.insert(0, Finder())\nsys.modules.pop('no_such_module', None)\ndef f(x): return 5",
-        "import no_such_module\nassert no_such_module.same(f(1), 2)",
-        ("no_such_module",),
-    ),
-}
-
-
-# ---- what a checker in the program's own process cannot stop: shown, so that nobody believes otherwise
-
-YES_OBJECT = "class Yes:\n    def __eq__(self, other): return True\n    def __ne__(self, other): return False\ndef f(x): return Yes()"
-FRAMES = """
-import os, sys
-def f(x):
-    frame = sys._getframe()
-    while frame:
-        proof, control = frame.f_locals.get('proof'), frame.f_locals.get('control')
-        if proof and control is not None:
-            os.write(control, b'P ' + proof['nonce'] + b'\\n')
-            os._exit(0)
-        frame = frame.f_back
-"""
-
-
-PROTOCOL = """
-import os, sys, marshal
-frame = sys._getframe()
-while 'key' not in frame.f_locals:
-    frame = frame.f_back
-control, key = frame.f_locals['control'], frame.f_locals['key']
-os.write(control, b'L ' + key + b'\\n')
-size = int.from_bytes(os.read(control, 8), 'big')
-os.write(control, b'P ' + marshal.loads(os.read(control, size))['nonce'] + b'\\n')
-os._exit(0)
-"""
-
-
-SCAN = """
-import os, re
-def scan():
-    memory, found = open('/proc/self/mem', 'rb', 0), set()
-    for line in open('/proc/self/maps').read().splitlines():
-        place, rights = line.split()[:2]
-        start, end = (int(number, 16) for number in place.split('-'))
-        if 'w' in rights and end - start < 2**25:
-            memory.seek(start)
-            found |= set(re.findall(rb'(?<![0-9a-f])[0-9a-f]{32}(?![0-9a-f])', memory.read(end - start)))
-    return found
-before = scan()
-def f(x):
-    for nonce in scan() - before:
-        os.write(3, b'P ' + nonce + b'\\n')
-    return 5
 """

@@ -197,6 +197,11 @@ def test_first_rows_or_a_seeded_sample(tokenizer, tmp_path):
         ("hole.jsonl", '{"query": "a", "response": "b"}\n{"query": "a"}\n', "row 1 lacks a column"),
         ("long.jsonl", json.dumps({"query": "x" * 500, "response": "b"}), "no row of .* raise data.max_length"),
         ("void.jsonl", '{"query": "a", "response": ""}\n', "no row of .* is left to train on"),
+        (
+            "half.jsonl",
+            '{"query": "a", "response": "b"}\n{"query": "\\ud800", "response": "b"}\n',
+            "half.jsonl, row 1: ",
+        ),
         ("bad.parquet", "not parquet", "not a readable parquet file"),
     ],
 )

@@ -1,8 +1,14 @@
-"""Folders written whole or not at all."""
+"""Files read with errors of one line; files and folders written whole or not at all."""
+
+import json
+import os
+import socket
 
 import pytest
 
-from ba_lora.io import folder_atomic
+from ba_lora import io
+from ba_lora.errors import UserError
+from ba_lora.io import file_atomic, folder_atomic, read_json, read_jsonl, read_object, sha256_file
 
 
 def test_a_folder_takes_the_place_of_the_old_one(tmp_path):
@@ -29,3 +35,70 @@ def test_only_its_own_leftovers_are_removed(tmp_path, name):
     with folder_atomic(tmp_path / name):
         pass
     assert not stale.exists() and all(folder.is_dir() for folder in others)
+
+
+def special_files(folder):
+    """Yield kind → path of a pipe, a socket, a device without end, and a link to it."""
+    os.mkfifo(folder / "pipe")
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(folder / "socket"))
+    (folder / "link").symlink_to("/dev/zero")
+    names = {"a pipe": "pipe", "a socket": "socket", "a device": "link", "a folder": "."}
+    return {kind: folder / name for kind, name in names.items()} | {"device": "/dev/zero"}
+
+
+@pytest.mark.parametrize("read", [read_json, read_jsonl, sha256_file])
+def test_only_regular_files_are_read(tmp_path, read):
+    for kind, path in special_files(tmp_path).items():
+        with pytest.raises(UserError, match=f"{kind}, a file is needed") as error:
+            read(path)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("read", [read_json, read_jsonl])
+def test_files_above_the_limit_are_refused_unread(tmp_path, read):
+    with open(tmp_path / "large", "wb") as file:
+        file.truncate(io.MAX_FILE_BYTES + 1)  # a hole: no disk space is needed
+    with pytest.raises(UserError, match="has 4.0 GiB, and at most 4 GiB are read"):
+        read(tmp_path / "large")
+
+
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path):
+    (tmp_path / "a.json").write_text('[{"a": "é"}]', encoding="utf-8-sig")
+    lines = '{"a": 1}\n\n'
+    (tmp_path / "a.jsonl").write_bytes(2 * lines.encode("utf-8-sig"))  # two files joined
+    assert read_json(tmp_path / "a.json") == [{"a": "é"}]
+    assert read_jsonl(tmp_path / "a.jsonl") == [{"a": 1}] * 2
+
+
+@pytest.mark.parametrize("text", ["9" * 5000, "[" * 100_000, '{"a": '])
+def test_what_is_no_json_is_one_line(tmp_path, text):
+    (tmp_path / "a").write_text(text)
+    for read in (read_json, read_jsonl):
+        with pytest.raises(UserError, match="/a.*: not .* JSON") as error:
+            read(tmp_path / "a")
+        assert "\n" not in str(error.value)
+    assert read_object(tmp_path / "a") is None
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity"])
+def test_numbers_that_json_does_not_have(tmp_path, number):
+    """Data of others may hold them; our own files never do, and what is read from them is written again."""
+    (tmp_path / "a").write_text(f'{{"a": {number}}}')
+    assert json.dumps(read_json(tmp_path / "a")) == json.dumps(read_jsonl(tmp_path / "a")[0])
+    with pytest.raises(UserError, match=f"/a: {number} is no number that JSON knows"):
+        read_json(tmp_path / "a", finite=True)
+    assert read_object(tmp_path / "a") is None
+
+
+def test_nothing_takes_the_place_of_a_pipe_or_a_device(tmp_path):
+    """As root, a rename over /dev/null would replace it for the whole machine."""
+    files = special_files(tmp_path)
+    before = {path: os.stat(path) for path in files.values()}
+    for path in [tmp_path / "pipe", tmp_path / "socket", tmp_path / "link"]:
+        for write in (file_atomic, folder_atomic):
+            with pytest.raises(UserError, match=f"cannot write {path}: it is a"), write(path):
+                raise AssertionError
+    with pytest.raises(UserError, match="it is a folder"), file_atomic(tmp_path):
+        raise AssertionError
+    assert {path: os.stat(path) for path in files.values()} == before

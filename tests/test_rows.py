@@ -1,11 +1,15 @@
-"""ba_lora/rows.py: what is recorded of where the hub's rows came from."""
+"""ba_lora/rows.py: files as people have them, and what is recorded of where the hub's rows came from."""
+
+import csv
+import json
+import os
 
 import datasets
 import pytest
 from datasets.arrow_writer import ArrowWriter
 
 from ba_lora.errors import UserError
-from ba_lora.rows import load_rows
+from ba_lora.rows import LOCAL_SUFFIXES, load_rows
 from eval.score import grader_versions
 from eval.tasks.glue_x import SETS
 
@@ -58,3 +62,55 @@ def test_sets_on_a_branch_are_not_published_as_pinned():
     hubs = {name: grader["hub"] for name, grader in grader_versions().items() if name in SETS}
     assert {name for name, of in SETS.items() if of.revision and hubs[name] is None} == {"sick", "hans", "scitail"}
     assert all(hub is None or len(hub.split("@")[1]) == 40 for hub in hubs.values())
+
+
+ROWS = [{"text": "Größe", "label": "1"}, {"text": "é", "label": "0"}]
+FORMS = {
+    "array.json": json.dumps(ROWS),
+    "lines.json": "\n".join(map(json.dumps, ROWS)),
+    "a.jsonl": "\n".join(map(json.dumps, ROWS)),
+    "a.csv": "text,label\nGröße,1\né,0\n",
+    "a.tsv": "text\tlabel\nGröße\t1\né\t0\n",
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_files_with_and_without_a_byte_order_mark(tmp_path, name, encoding):
+    (tmp_path / name).write_text(FORMS[name], encoding=encoding)
+    assert load_rows(str(tmp_path / name))[0] == ROWS
+
+
+@pytest.mark.parametrize("suffix", LOCAL_SUFFIXES)
+def test_pipes_and_devices_are_no_data_files(tmp_path, suffix):
+    os.mkfifo(tmp_path / f"a{suffix}")
+    (tmp_path / f"b{suffix}").symlink_to("/dev/zero")
+    for name, kind in (("a", "a pipe"), ("b", "a device")):
+        with pytest.raises(UserError, match=f"{name}{suffix} is {kind}, a file is needed"):
+            load_rows(str(tmp_path / f"{name}{suffix}"))
+
+
+def test_long_cells_of_tables(tmp_path):
+    text = "word " * 100_000
+    with open(tmp_path / "a.csv", "w", newline="") as file:
+        csv.writer(file).writerows([["text", "label"], [text, 1]])
+    (tmp_path / "a.tsv").write_text(f"text\tlabel\n{text}\t1\n")
+    for name in ("a.csv", "a.tsv"):
+        assert load_rows(str(tmp_path / name))[0] == [{"text": text, "label": "1"}]
+
+
+def test_a_column_that_comes_twice_is_refused(tmp_path):
+    (tmp_path / "a.csv").write_text(",text,text,\n0,a,b,\n")
+    with pytest.raises(UserError, match="a.csv: the column 'text' comes twice"):
+        load_rows(str(tmp_path / "a.csv"))
+
+
+@pytest.mark.parametrize(
+    "row", [{"a": "x\ud800"}, {"b": "", "a": [{"c": "\udfff"}]}, {"a": {"\udc00": 1}}, {"\ud83d": "x", "a": "x"}]
+)
+def test_half_of_a_character_is_named_with_its_row(tmp_path, row):
+    for name, text in (("a.jsonl", f'{{"a": "🐈"}}\n{json.dumps(row)}\n'), ("a.json", json.dumps([{"a": "🐈"}, row]))):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        with pytest.raises(UserError, match=rf"{name}, row 1: '.*' holds half of a character") as error:
+            load_rows(str(tmp_path / name))
+        assert str(error.value).isascii() and "\n" not in str(error.value)

@@ -6,9 +6,12 @@ import dataclasses
 import os
 import resource
 import secrets
+import signal
 import socket
 import subprocess
+import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,7 +19,9 @@ import pytest
 
 from eval.sandbox import KNOWN_LIMITS, Sandbox
 from eval.sandbox_box import EXITED, FAILED, PASSED, TIMEOUT, Job
-from tests.attacks import ATTACKS, DENIED, FRAMES, HARM, PATCHES, PRELUDE, PROTOCOL, SCAN, YES_OBJECT
+from eval.sandbox_usage import Usage
+from tests.attacks import ATTACKS, DENIED, HARM, PRELUDE
+from tests.attacks_verdict import FRAMES, GLOBALS, LAZY, PASSES, PATCHES, PROTOCOL, REGISTER, SCAN, YES_OBJECT
 from tests.boxes import MARK, QUICK, RIGHT, TESTS, needs_bubblewrap, processes_of_boxes
 
 WHY = {"disk fill": "No space left on device", "one large file": "File too large"}
@@ -166,6 +171,40 @@ def test_daemons_end_with_the_box_and_are_no_pass(box) -> None:
 
 
 @needs_bubblewrap
+def test_one_that_takes_the_processors_fails_nobody_else(box) -> None:
+    """The right programs need half of their CPU limit; the others want all of the machine."""
+    thieves = [name for name in ATTACKS if name.endswith("take the processors")]
+    work = "import time\nwhile time.process_time() < 0.5: pass\n" + RIGHT
+    jobs = [Job(ATTACKS[name][0], TESTS) for name in thieves] + [Job(work, TESTS)] * 3
+    with Sandbox(limits=QUICK) as sandbox:
+        verdicts = sandbox.run(jobs, workers=len(jobs))
+    assert [str(verdict) for verdict in verdicts] == ["timeout: 1 s of CPU"] * len(thieves) + [PASSED] * 3
+
+
+def test_the_cpu_of_all_processes_is_counted() -> None:
+    """Of those that were waited for, of those that were not, and of those that still run."""
+    burn = "import time\nwhile time.process_time() < 0.3: pass\n"
+    code = (
+        f"import os, signal, sys, time\nfor kind in range(3):\n    if kind == 1: signal.signal(signal.SIGCHLD, signal.SIG_IGN)\n"
+        f"    if os.fork() == 0:\n        exec({burn!r})\n        time.sleep(0.5 if kind < 2 else 99)\n        os._exit(0)\n"
+        "    if kind == 0: os.wait()\n    else: time.sleep(2)\nprint('done', flush=True)\ntime.sleep(99)"
+    )
+    process = subprocess.Popen([sys.executable, "-S", "-c", code], stdout=subprocess.PIPE, start_new_session=True)
+    usage = Usage(process.pid, memory_limit=2**40, boxed=False)
+    try:
+        os.set_blocking(process.stdout.fileno(), False)
+        while not process.stdout.read():
+            usage.look()
+            time.sleep(0.05)
+        usage.look()
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert usage.cpu_s >= 0.6, "two of three at least by either count"
+    assert usage.memory_bytes > 2**20 and usage.num_sockets == 0
+
+
+@needs_bubblewrap
 @pytest.mark.parametrize("name", PATCHES)
 def test_the_tests_modules_are_as_they_were(box, name: str) -> None:
     program, tests, modules = PATCHES[name]
@@ -173,14 +212,41 @@ def test_the_tests_modules_are_as_they_were(box, name: str) -> None:
 
 
 @needs_bubblewrap
+@pytest.mark.parametrize("name", PASSES)
+def test_nothing_passes_that_is_not_solved(box, name: str) -> None:
+    program, tests = PASSES[name]
+    assert not box(program, tests).passed
+
+
+@needs_bubblewrap
+def test_modules_are_put_back_without_harm(box) -> None:
+    """What right programs do to modules that the tests use as well: caches, submodules, settings, classes."""
+    program = (
+        "import collections, concurrent.futures, json, json.tool, os, random, re, sys, types, typing\nfrom dataclasses import dataclass\n"
+        "sys.setrecursionlimit(5000)\nos.environ['KEY'] = 'x'\nrandom.seed(1)\nrandom.gauss(0, 1)\nre.compile('a+').match('aa')\n"
+        "@dataclass\nclass Point(collections.UserList):\n    x: int = 1\n"
+        "def f(x):\n    with concurrent.futures.ThreadPoolExecutor(1) as pool: y = pool.submit(lambda: x + 1).result()\n"
+        "    assert json.loads('2') == y and json.tool and re.sub('a', 'b', 'a') == 'b' and typing.Optional[int]\n"
+        "    return collections.Counter('a' * y)['a']"
+    )
+    tests = (
+        "import collections, concurrent, json, random, re, typing\nfrom unittest import mock\nassert f(1) == 2\nassert isinstance(Point(), collections.UserList)\n"
+        "assert collections.OrderedDict(a=1) == {'a': 1} and collections.namedtuple('P', 'x')(2).x == f(1)"
+    )
+    modules = ("collections", "concurrent", "json", "random", "re", "typing", "unittest.mock")
+    assert str(box(program, tests, modules=modules)) == PASSED
+
+
+@needs_bubblewrap
 def test_known_limit_objects_equal_to_everything_pass(box) -> None:
-    assert len(KNOWN_LIMITS) == 2
+    assert len(KNOWN_LIMITS) == 3
     assert box(YES_OBJECT).passed
 
 
 @needs_bubblewrap
-def test_known_limit_reading_the_checkers_frames_passes(box) -> None:
+def test_known_limit_reading_and_changing_frames_passes(box) -> None:
     assert box(FRAMES).passed
+    assert box(GLOBALS, "y = f(1)\nassert abs(y - 2) < 1").passed
     assert box(PROTOCOL).passed
     # Without the protocol there is nothing to find before the tests run.
     assert not box(FRAMES + "\nf(1)\nos._exit(0)").passed
@@ -189,3 +255,10 @@ def test_known_limit_reading_the_checkers_frames_passes(box) -> None:
 @needs_bubblewrap
 def test_known_limit_scanning_ones_own_memory_passes(box) -> None:
     assert box(SCAN).passed
+
+
+@needs_bubblewrap
+def test_known_limit_changing_what_lies_in_c_or_is_imported_late_passes(box) -> None:
+    assert box(REGISTER, "import numbers\nassert isinstance(f(1), numbers.Number)", modules=("numbers",)).passed
+    late = "import datetime\nassert f(1) == datetime.datetime.strptime('2020', '%Y')"
+    assert box(LAZY, late, modules=("datetime",)).passed

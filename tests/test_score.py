@@ -1,6 +1,7 @@
 """eval.score: what it prints and writes, and one line for each kind of bad input."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -255,6 +256,39 @@ def test_damaged_meta_is_named(tmp_path: Path, data: Path) -> None:
     (tmp_path / "mine.meta.json").write_text("[]", encoding="utf-8")
     with pytest.raises(UserError, match="a JSON object is needed, found list"):
         score_file(get_task("gsm8k"), completions, data=str(data))
+    (tmp_path / "mine.meta.json").write_text('{"prompt_hash": NaN}', encoding="utf-8")
+    with pytest.raises(UserError, match="mine.meta.json: NaN is no number that JSON knows"):
+        score_file(get_task("gsm8k"), completions, data=str(data))
+
+
+@pytest.mark.parametrize("name", ["pipe", "device"])
+def test_files_that_are_named_are_regular_files(tmp_path: Path, data: Path, name: str) -> None:
+    """A pipe would wait for a writer, and /dev/zero has no end."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "device").symlink_to("/dev/zero")
+    for arguments in (
+        ("--completions", tmp_path / name, "--data", data),
+        ("--completions", write(tmp_path / "mine.jsonl", lines(TEXTS)), "--data", tmp_path / name),
+        ("--completions", tmp_path / "mine.jsonl", "--data", data, "--output", tmp_path / name),
+    ):
+        with pytest.raises(UserError, match=f"{tmp_path / name}:? .*is a {name}"):
+            main(["--task", "gsm8k", *map(str, arguments)])
+
+
+def test_damaged_scores_are_one_line_or_none(tmp_path: Path, data: Path, capsys: pytest.CaptureFixture) -> None:
+    make_run(tmp_path / "run", data, TEXTS)
+    path = tmp_path / "run" / "scores" / "gsm8k.json"
+    path.parent.mkdir()
+    for text in ("{}", "[]", '{"version": "1"}', '{"version": ["1"], "task": []}', '{"version": 1, "task": {}}'):
+        path.write_text(text)
+        assert main(["--stale", str(tmp_path)]) == 0
+        assert json.loads(capsys.readouterr().out.splitlines()[-1])["checked"] == ("version" in text)
+    for text, fault in (("{", "not valid JSON"), ("", "not valid JSON"), ('{"version": NaN}', "NaN is no number")):
+        path.write_text(text)
+        with pytest.raises(UserError, match=f"scores/gsm8k.json.*{fault}"):
+            main(["--stale", str(tmp_path)])
+        capsys.readouterr()
+        assert main(["--runs", str(tmp_path)]) == 0, "scored anew"
 
 
 def test_data_that_changed_since_is_refused(tmp_path: Path, data: Path) -> None:

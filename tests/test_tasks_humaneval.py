@@ -1,6 +1,8 @@
 """HumanEval: every canonical solution passes; real model text becomes the program it means; pass@k by hand."""
 
+import gzip
 import json
+import os
 import textwrap
 import time
 from itertools import combinations
@@ -384,6 +386,11 @@ def test_bad_choices_and_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_damaged_data(tmp_path: Path) -> None:
     good = {"task_id": "HumanEval/0", "prompt": "def f():\n", "canonical_solution": "    return 1\n", "test": "def check(c): pass", "entry_point": "f"}  # fmt: skip # noqa: E501
     assert len(TASK.load_items(write(tmp_path / "a.jsonl", [good]))) == 1
+    with gzip.open(tmp_path / "mark.jsonl.gz", "wt", encoding="utf-8-sig") as file:
+        file.write(json.dumps(good))
+    assert len(TASK.load_items(str(tmp_path / "mark.jsonl.gz"))) == 1
+    with gzip.open(tmp_path / "half.jsonl.gz", "wt") as file:
+        file.write(json.dumps(good | {"prompt": "# \ud800\n" + good["prompt"]}))
     for change, message in [
         ({"entry_point": "g"}, "does not define the entry point g"),
         ({"test": ""}, "column test must be non-empty text"),
@@ -391,7 +398,13 @@ def test_damaged_data(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=message):
             TASK.load_items(write(tmp_path / "a.jsonl", [good | change]))
     (tmp_path / "a.jsonl.gz").write_bytes(b"no gzip")
-    for data, message in [(tmp_path / "a.jsonl.gz", "not a readable"), (tmp_path / "b.jsonl.gz", "no such file")]:
+    os.mkfifo(tmp_path / "pipe.gz")
+    for data, message in [
+        (tmp_path / "a.jsonl.gz", "not a readable"),
+        (tmp_path / "b.jsonl.gz", "no such file"),
+        (tmp_path / "pipe.gz", "is a pipe, a file is needed"),
+        (tmp_path / "half.jsonl.gz", "row 0: 'prompt' holds half of a character"),
+    ]:
         with pytest.raises(UserError, match=message):
             TASK.load_items(str(data))
 

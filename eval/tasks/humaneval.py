@@ -20,8 +20,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ba_lora.errors import UserError
-from ba_lora.io import sha256_file
-from ba_lora.rows import Source
+from ba_lora.io import check_readable, sha256_file
+from ba_lora.rows import Source, refuse_surrogates
 from eval.tasks.base import Item, require_columns, require_text
 from eval.tasks.code import CodeTask, defined_names, loaded_names
 from eval.tasks.code_extraction import extract_program
@@ -64,16 +64,16 @@ class HumanEval(CodeTask):
         if data is not None and not str(data).startswith(PACKAGE) and not str(data).endswith(".gz"):
             return super().load(data)
         path = package_file() if data is None or str(data).startswith(PACKAGE) else Path(data)
+        check_readable(path)
         try:
-            with gzip.open(path, "rt", encoding="utf-8") as file:
+            with gzip.open(path, "rt", encoding="utf-8-sig") as file:
                 rows = [json.loads(line) for line in file if line.strip()]
-        except FileNotFoundError as error:
-            raise UserError(f"no such file: {path}; check the path") from error
-        except (OSError, EOFError, ValueError) as error:
+        except (OSError, EOFError, ValueError, RecursionError) as error:
             raise UserError(f"{path} is not a readable jsonl.gz file ({error})") from error
         name = f"{PACKAGE}=={importlib.metadata.version(PACKAGE)}" if path == package_file() else str(path)
         if not rows or not all(isinstance(row, dict) for row in rows):
             raise UserError(f"{path}: one JSON object a line is needed")
+        refuse_surrogates(rows, path)
         require_columns(rows, self.columns, source=name, task=self.name)
         return self.items_from_rows(rows, source=name), Source(name=name, sha256=sha256_file(path))
 
