@@ -20,7 +20,7 @@ from ba_lora.arguments import build_arguments, count_steps
 from ba_lora.config import RunConfig
 from ba_lora.config_layers import load_config
 from ba_lora.errors import run_entry_point
-from ba_lora.export import export_run, probe_batch, push_to_hub, save_trained, write_model_card
+from ba_lora.export import export_run, probe_batch, push_to_hub, report, save_trained, write_model_card
 from ba_lora.io import finite, write_jsonl_atomic
 from ba_lora.methods import build_model, parameter_counts, probe_logits
 from ba_lora.model import hub_commit, load_tokenizer
@@ -132,7 +132,7 @@ def train(config: RunConfig, run_path: Path, process: PartialState) -> None:
     del trainer
     gc.collect()
     if process.is_main_process:
-        differences = export_run(config, run_path, probe, trained_logits, pretrained_logits=step0.pretrained_logits)
+        parities = export_run(config, run_path, probe, trained_logits, initial_logits=step0.initial_logits)
         result = finish(
             run_path,
             config,
@@ -140,12 +140,12 @@ def train(config: RunConfig, run_path: Path, process: PartialState) -> None:
                 "model": {"name": config.model.name, "revision": model_commit},
                 "data": data.report,
                 "training": finite(training),
-                "export": {"max_logit_difference": differences},
+                "export": report(parities),
                 "environment": environment(num_processes=process.num_processes),
             },
         )
         write_model_card(run_path, config, result)
-        compared = ", ".join(f"{name} {value:.2g}" for name, value in differences.items())
+        compared = ", ".join(f"{name} {parity}" for name, parity in parities.items())
         print(f"exported to {run_path}: largest logit difference to the trained model: {compared}")
 
 

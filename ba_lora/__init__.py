@@ -1,16 +1,19 @@
 """BA-LoRA: bias-alleviating low-rank adaptation (arXiv 2408.04556).
 
-from ba_lora import BALoRAConfig, BALoRATrainer
+from ba_lora import BALoRAConfig, BALoRATrainer, export_lora
 trainer = BALoRATrainer(peft_model, training_arguments, regularizers=BALoRAConfig(), train_dataset=…)
+trainer.train()
+export_lora(trainer, "outputs/lora")  # a plain LoRA on the untouched base, for any PEFT or vLLM
 """
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ba_lora.config import BALoRAConfig
+    from ba_lora.plain_lora import export_lora
     from ba_lora.trainer import BALoRATrainer
 
-__all__ = ["BALoRAConfig", "BALoRATrainer"]
+__all__ = ["BALoRAConfig", "BALoRATrainer", "export_lora"]
 
 
 def __getattr__(name: str) -> Any:
@@ -23,4 +26,8 @@ def __getattr__(name: str) -> Any:
         from ba_lora.config import BALoRAConfig
 
         return BALoRAConfig
+    if name == "export_lora":
+        from ba_lora.plain_lora import export_lora
+
+        return export_lora
     raise AttributeError(f"module 'ba_lora' has no attribute {name!r}")

@@ -24,6 +24,17 @@ def is_adalora(model: nn.Module) -> bool:
     return getattr(config, "peft_type", None) == "ADALORA"
 
 
+def freeze_rank_counts(model: nn.Module) -> None:
+    """Keep the optimizer from training AdaLoRA's `ranknum`, a divisor in the forward pass; nothing for other models.
+
+    PEFT freezes it, then casts it to a half-precision base's dtype, which makes a new, trainable parameter, and leaves
+    it out of what it saves.
+    """
+    for name, parameter in model.named_parameters() if is_adalora(model) else ():
+        if ".ranknum." in name:
+            parameter.requires_grad_(False)
+
+
 def set_saved_ranks(model: nn.Module) -> None:
     """Let PEFT cut an AdaLoRA adapter that it saves by the weights it has now; nothing for any other model.
 

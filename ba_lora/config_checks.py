@@ -46,6 +46,29 @@ _RESERVED_ARGUMENTS = {
     "load_best_model_at_end": "eval.tasks (evaluation comes after training)",
 }
 
+# adapter.options: what PEFT's config of a tuner takes beyond the keys of `adapter` and what leaves reference, loss and
+# export as they are. The rest is refused: PEFT has variants that train other weights, add a loss or change the base.
+_LAYERS = ("exclude_modules", "layers_to_transform", "layers_pattern")
+_OPTIONS = {
+    "lora": _LAYERS,
+    "adalora": (*_LAYERS, "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight"),
+    "loha": (*_LAYERS, "rank_dropout"),
+}
+_OTHER_WEIGHTS = "it trains weights unknown to reference and export"
+_REFUSED_OPTIONS = {
+    **dict.fromkeys(
+        ("modules_to_save", "bias", "lora_bias", "trainable_token_indices", "target_parameters"), _OTHER_WEIGHTS
+    ),
+    "monteclora_config": "its KL term would not be in the loss",
+    "kasa_config": "it changes the base's weights, which reference and export take for the pre-trained ones",
+    **dict.fromkeys(
+        ("r", "init_r", "target_r", "alpha", "lora_alpha", "lora_dropout", "module_dropout", "use_rslora", "use_dora",
+         "init_lora_weights", "target_modules", "task_type", "peft_type", "revision", "inference_mode", "rank_pattern",
+         "alpha_pattern", "total_step"),
+        "it is set by the run itself: use the keys of adapter",
+    ),
+}  # fmt: skip
+
 
 def check(config: RunConfig) -> None:
     """Raise UserError for the first value that is unknown, out of range or does not fit another one."""
@@ -79,6 +102,7 @@ def check(config: RunConfig) -> None:
     for name in ("svd_rank", "factors_cache"):
         if config.adapter.init == "corda" and getattr(config.adapter, name) is not None:
             raise UserError(f"adapter.{name} is PiSSA's, CorDA's factors depend on the rows: leave it out (null)")
+    _check_options(config.adapter.tuner, config.adapter.options)
     if config.reference.top_k < 1:
         raise UserError(f"reference.top_k is {config.reference.top_k}: it must be at least 1")
     check_choice("reference.dtype", config.reference.dtype, ("float16", "float32"))
@@ -98,6 +122,17 @@ def check(config: RunConfig) -> None:
     if config.hub.push and not config.hub.repo_id:
         raise UserError("hub.push=true needs hub.repo_id=<user>/<name>")
     _check_trainer(config.trainer)
+
+
+def _check_options(tuner: str, options: dict[str, Any]) -> None:
+    known = _OPTIONS.get(tuner, ())
+    for name in options:
+        if name in known:
+            continue
+        if name in _REFUSED_OPTIONS:
+            raise UserError(f"adapter.options.{name} is refused: {_REFUSED_OPTIONS[name]}")
+        choices = f"choose from {', '.join(known)}{nearest(name, list(known))}" if known else "there is none"
+        raise UserError(f"unknown key adapter.options.{name} for adapter.tuner={tuner}: {choices}")
 
 
 def _check_trainer(arguments: dict[str, Any]) -> None:

@@ -1,25 +1,28 @@
 """What a trained run leaves to the world: adapter, plain LoRA, merged model; each compared with the trained model.
 
     adapter/   the trained PEFT adapter as it is. That of PiSSA or CorDA belongs to the residual base W − B₀A₀, so:
-    lora/      these two only: a plain LoRA of rank 2r on the untouched base, [B, −B₀] [A; A₀] = BA − B₀A₀; any PEFT or
+    lora/      these two only: a plain LoRA of rank 2r on the untouched base (plain_lora.py), in float32; any PEFT or
                vLLM loads it without knowing where it comes from
-    merged/    an ordinary model folder, W + BA − B₀A₀
+    merged/    an ordinary model folder, W + BA − B₀A₀, in the base's dtype
 
 Each is written beside its final place and renamed, so a killed export leaves nothing half-written, and each is loaded
-again and its logits compared with the trained model's.
+again and its logits compared with the trained model's. In float32 they are equal but for rounding. A half-precision
+base costs a share of what was learned, which is measured, reported, and refused above `MAX_SHARE`: training rounded the
+residual W − B₀A₀ to the base's dtype, lora/ stands on W itself, and merged/ rounds W + BA − B₀A₀.
 """
 
 import json
+import math
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ba_lora.config import RunConfig
 from ba_lora.errors import UserError
 from ba_lora.io import disk_errors, folder_atomic
 from ba_lora.methods import probe_logits
 from ba_lora.model import load_base, load_tokenizer, model_source
-from ba_lora.pissa import adapter_scaling, factors_path
+from ba_lora.pissa import factors_path
 
 if TYPE_CHECKING:
     import torch
@@ -27,11 +30,32 @@ if TYPE_CHECKING:
 
     from ba_lora.trainer import BALoRATrainer
 
-# The largest |Δ logit| allowed between the trained model and what was exported: in float32 this number; in half
-# precision, which rounds W + ΔW, a tenth of what training changed plus a few units in the last place.
-FLOAT32_TOLERANCE = 1e-3
-SHARE_OF_CHANGE = 0.1
-ULPS = 4
+FLOAT32_TOLERANCE = 1e-3  # the largest |Δ logit| allowed in float32
+# Above this share of what training changed an export is refused: ‖Δ logits‖ ÷ ‖trained − step 0‖ on the probe.
+MAX_SHARE = 0.1
+# What training changed less than so many units in the last place of the logits is too little to take a share of.
+ULPS = {"float32": 64, "bfloat16": 4, "float16": 4}
+
+
+class Parity(NamedTuple):
+    """How far an export's logits are from the trained model's: the largest |Δ|, and its share of what training changed
+    (None where that is unknown or too little)."""
+
+    difference: float
+    share: float | None
+
+    def __str__(self) -> str:
+        if self.share is None:
+            return f"{self.difference:.2g}"
+        return f"{self.difference:.2g} ({100 * self.share:.2g} % of what training changed)"
+
+
+def report(parities: dict[str, Parity]) -> dict[str, dict[str, float | None]]:
+    """Return what a result says of the exports."""
+    return {
+        "max_logit_difference": {name: parity.difference for name, parity in parities.items()},
+        "share_of_learned_change": {name: parity.share for name, parity in parities.items()},
+    }
 
 
 def adapter_files(config: RunConfig) -> tuple[str, str]:
@@ -91,91 +115,52 @@ def save_trained(trainer: "BALoRATrainer", config: RunConfig, run_path: Path) ->
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def tolerance(config: RunConfig, trained_logits: "torch.Tensor", pretrained_logits: "torch.Tensor | None") -> float:
-    """Return the largest |Δ logit| allowed; infinite for a quantised base, whose exports are of the unquantised one."""
-    import torch
-
-    from ba_lora.model import torch_dtype
-
-    if config.export.tolerance is not None:
-        return config.export.tolerance
-    if config.model.quantization != "none":
-        return float("inf")
-    if config.model.dtype == "float32":
-        return FLOAT32_TOLERANCE
-    learned = 0.0
-    if pretrained_logits is not None:
-        learned = (trained_logits - pretrained_logits).abs().max().item()
-    last_place = torch.finfo(torch_dtype(config.model.dtype)).eps * trained_logits.abs().max().item()
-    return SHARE_OF_CHANGE * learned + ULPS * last_place
-
-
 def export_run(
     config: RunConfig,
     run_path: Path,
     probe: dict,
     trained_logits: "torch.Tensor",
     *,
-    pretrained_logits: "torch.Tensor | None" = None,
-) -> dict[str, float]:
-    """Write lora/ and merged/ from adapter/, compare each with the trained model; return name → largest |Δ logit|.
+    initial_logits: "torch.Tensor | None" = None,
+) -> dict[str, Parity]:
+    """Write lora/ and merged/ from adapter/, compare each with the trained model; return name → `Parity`.
 
-    Raises UserError where a difference exceeds `tolerance`; the folder in question is kept as <name>.rejected.
+    `initial_logits` are the trained model's at step 0. Raises UserError where an export is too far off (`_compare`);
+    the folder in question is kept as <name>.rejected.
     """
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     unset_hf_deepspeed_config()  # or ZeRO-3 would split the models loaded here, on this process alone
-    differences = {}
-    allowed = tolerance(config, trained_logits, pretrained_logits)
+    if not bool(trained_logits.isfinite().all()):
+        raise UserError("the trained model gives NaN or infinite logits: lower trainer.learning_rate")
+
+    def compare(name: str, model: "nn.Module") -> Parity:
+        return _compare(name, probe_logits(model, probe), trained_logits, initial_logits, config, run_path)
+
     if config.adapter.trains_own_weights:
-        merged = _load_merged(config, run_path / "merged")
-        return {"merged": _compare("merged", merged, probe, trained_logits, allowed, run_path)}
+        return {"merged": compare("merged", _load_merged(config, run_path / "merged"))}
     if config.adapter.init != "lora":
         convert_to_lora(run_path / "adapter", factors_path(run_path), run_path / "lora", config=config)
-    model = _on_device(_with_adapter(config, serving_adapter(run_path)))
     name = serving_adapter(run_path).name
-    differences[name] = _compare(name, model, probe, trained_logits, allowed, run_path)
+    model = _on_device(_with_adapter(config, serving_adapter(run_path)))
+    parities = {name: compare(name, model)}
     if config.export.merged:
         merge(model, run_path / "merged", config=config)
         del model
-        model = _on_device(_load_merged(config, run_path / "merged"))
-        differences["merged"] = _compare("merged", model, probe, trained_logits, allowed, run_path)
-    return differences
+        parities["merged"] = compare("merged", _load_merged(config, run_path / "merged"))
+    return parities
 
 
 def convert_to_lora(adapter_path: Path, initial_factors: Path, output_path: Path, *, config: RunConfig) -> None:
-    """Write the plain LoRA equal to an adapter on a residual base: A' = [A; A₀], B' = [B, −B₀], rank 2r, same scaling.
+    """Write the plain LoRA equal to an adapter on a residual base."""
+    from safetensors.torch import load_file
 
-    B'A' = BA − B₀A₀ exactly, so W + s B'A' = (W − s B₀A₀) + s BA, the trained model.
-    """
-    import torch
-    from safetensors.torch import load_file, save_file
+    from ba_lora.plain_lora import write_plain_lora
 
     weights_name, settings_name = adapter_files(config)
-    trained = load_file(adapter_path / weights_name)
-    initial = load_file(initial_factors)
-    if sorted(initial) != sorted(name for name in trained if ".lora_" in name):
-        raise UserError(f"{adapter_path} and {initial_factors} hold different layers: they are of different runs")
-    converted = {}
-    for name, tensor in trained.items():
-        if name not in initial:  # a classification head
-            converted[name] = tensor
-            continue
-        first = initial[name].to(tensor.dtype)
-        pair, axis = ([tensor, first], 0) if ".lora_A." in name else ([tensor, -first], 1)
-        converted[name] = torch.cat(pair, dim=axis).contiguous()
     settings = json.loads((adapter_path / settings_name).read_text())
-    rank = 2 * config.adapter.rank
-    alpha = adapter_scaling(config.adapter) * rank
-    settings |= {
-        "r": rank,
-        "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
-        "use_rslora": False,
-        "init_lora_weights": True,
-    }
     with folder_atomic(output_path) as folder:
-        save_file(converted, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+        write_plain_lora(folder, adapter_path / weights_name, load_file(initial_factors), settings)
 
 
 def merge(model: "nn.Module", output_path: Path, *, config: RunConfig) -> None:
@@ -293,15 +278,47 @@ def _on_device(model: "nn.Module") -> "nn.Module":
 
 
 def _compare(
-    name: str, model: "nn.Module", probe: dict, trained_logits: "torch.Tensor", allowed: float, run_path: Path
-) -> float:
-    difference = (probe_logits(model, probe) - trained_logits).abs().max().item()
-    if not difference <= allowed:  # NaN fails too
+    name: str,
+    exported: "torch.Tensor",
+    trained: "torch.Tensor",
+    initial: "torch.Tensor | None",
+    config: RunConfig,
+    run_path: Path,
+) -> Parity:
+    """Return how far an export's logits are from the trained model's. Raises UserError where that is too far.
+
+    Allowed are `export.tolerance` where it is given; in float32 `FLOAT32_TOLERANCE`; and everywhere `MAX_SHARE` of what
+    training changed, or, where that is hardly anything, `ULPS`. Exports of a quantised base belong to the unquantised
+    one and are measured, not judged.
+    """
+    import torch
+
+    from ba_lora.model import torch_dtype
+
+    difference = (exported - trained).abs().max().item()
+    rounding = ULPS[config.model.dtype] * torch.finfo(torch_dtype(config.model.dtype)).eps * trained.abs().max().item()
+    share = None
+    if initial is not None and (trained - initial).abs().max().item() > rounding:
+        share = ((exported - trained).norm() / (trained - initial).norm()).item()
+    parity = Parity(difference, share)
+    if config.export.tolerance is not None:
+        allowed, is_near = f"{config.export.tolerance:.3g}", difference <= config.export.tolerance
+    elif config.model.quantization != "none":
+        allowed, is_near = "any", not math.isnan(difference)
+    elif share is not None and share > MAX_SHARE:
+        allowed, is_near = f"{MAX_SHARE:.0%} of that change", False
+    else:
+        largest = math.inf if share is not None else rounding
+        if config.model.dtype == "float32":
+            largest = FLOAT32_TOLERANCE
+        allowed, is_near = f"{largest:.3g}", difference <= largest
+    if not is_near:  # NaN fails too
         rejected = run_path / f"{name}.rejected"
         shutil.rmtree(rejected, ignore_errors=True)
         (run_path / name).rename(rejected)
+        remedy = "" if config.model.dtype == "float32" else "model.dtype=float32 loses nothing, and "
         raise UserError(
-            f"the exported {name}/ differs from the trained model by {difference:.3g} in a logit, allowed are "
-            f"{allowed:.3g}: it is kept as {rejected.name}/; a larger export.tolerance accepts it"
+            f"the exported {name}/ differs from the trained model by {parity} in its logits, allowed are {allowed}: "
+            f"it is kept as {rejected.name}/; {remedy}a larger export.tolerance (in logits) accepts it"
         )
-    return difference
+    return parity

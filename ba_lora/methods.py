@@ -30,7 +30,7 @@ class StepZero:
     """
 
     difference: float | None
-    pretrained_logits: "torch.Tensor | None" = None
+    initial_logits: "torch.Tensor | None" = None  # the untrained model's own on the probe
 
     def __str__(self) -> str:
         if self.difference is None:
@@ -64,8 +64,8 @@ def build_model(
     model = _build(config, run_path, num_steps, measure, rows)
     if "logits" not in before:
         return model, StepZero(None)
-    difference = (probe_logits(model, probe) - before["logits"]).abs().max().item()
-    return model, StepZero(difference, before["logits"])
+    initial = probe_logits(model, probe)
+    return model, StepZero((initial - before["logits"]).abs().max().item(), initial)
 
 
 def probe_logits(model: "nn.Module", probe: dict) -> "torch.Tensor":
@@ -247,23 +247,7 @@ def _linear_modules(model: "nn.Module", *, kind: str) -> dict[str, tuple[int, in
     return found
 
 
-_OWN_OPTIONS = (
-    "peft_type", "task_type", "target_modules", "init_lora_weights", "inference_mode", "rank_pattern", "alpha_pattern",
-)  # fmt: skip
-_OTHER_WEIGHTS = ("modules_to_save", "bias", "lora_bias", "trainable_token_indices", "target_parameters")
-
-
 def _peft_options(config_class: type, adapter: AdapterConfig, **settings: Any) -> Any:
-    known = [entry.name for entry in dataclasses.fields(config_class) if entry.init]
-    for name in adapter.options:
-        if name in settings or name in _OWN_OPTIONS:
-            raise UserError(f"adapter.options.{name} is set by the run itself: use the keys of adapter")
-        if name in _OTHER_WEIGHTS:
-            raise UserError(f"adapter.options.{name} trains weights unknown to reference and export: leave it out")
-        if name not in known:
-            raise UserError(
-                f"unknown key adapter.options.{name}{nearest(name, known)} (a {config_class.__name__} name)"
-            )
     targets = adapter.target_modules
     targets = (
         targets

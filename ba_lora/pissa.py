@@ -158,12 +158,6 @@ def factors_path(run_path: Path) -> Path:
     return run_path / "initial" / FACTORS_FILE
 
 
-def adapter_scaling(config: "AdapterConfig") -> float:
-    """Return the factor of B A in the forward pass: alpha / rank, or alpha / √rank for rsLoRA."""
-    alpha = config.rank if config.alpha is None else config.alpha
-    return alpha / (config.rank**0.5 if config.rslora else config.rank)
-
-
 def _subtract(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, *, transposed: bool) -> None:
     """W ← W − s B A in W's dtype, layout and place, computed in float32 on the process's device."""
     float_weight, float_a, float_b = (

@@ -115,6 +115,10 @@ class TokenMeter:
         self._totals = [0.0, 0.0]
         self._seconds = 0.0
 
+    @property
+    def has_begun(self) -> bool:
+        return self._since is not None
+
     def add(self, inputs: dict[str, Any]) -> None:
         """Count a micro-batch; call it before its forward pass. Without an attention mask every token is real."""
         if self._since is None:

@@ -2,10 +2,14 @@
 
 The reference is the tuned model as it was at step 0, so the consistency term is exactly 0 there in any dtype:
 
-    PiSSA, CorDA   the base holds the residual W − B₀A₀; a frozen copy of (A₀, B₀) on the same base gives W again.
-                   (Disabling the adapter would give the residual alone: not the pre-trained model.)
-    LoRA and kin   B = 0 at the start: disabling the adapter gives W.
-    full           a frozen copy of all weights.
+    PiSSA and kin   the base holds the residual W − B₀A₀; a frozen copy of (A₀, B₀) on the same base gives W again.
+                    (Disabling the adapter would give the residual alone: not the pre-trained model.)
+    DoRA            a frozen copy of factors and magnitude: W m / ‖W‖ is W but for rounding.
+    LoRA and kin    B A = 0 at the start: disabling the adapter gives W.
+    full            a frozen copy of all weights.
+
+That holds where nothing but the adapter is trained and its initialisation is one of these; anything else is refused
+here, and the trainer compares reference and tuned model once, at step 0.
 
 The switch sets one attribute on each adapter layer. It must be left before `backward`, so that gradient checkpointing
 recomputes with the trained adapter; `Reference.use` is a context manager around the no-grad pass alone.
@@ -13,13 +17,19 @@ recomputes with the trained adapter; `Reference.use` is a context manager around
 
 import contextlib
 import copy
+import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from ba_lora.errors import UserError
 
 ADAPTER_NAME = "reference"
+RESIDUAL_INITS = ("pissa", "corda", "olora", "lora_ga")  # for these PEFT takes s B₀A₀ from the base
+ZERO_INITS = ("True", "gaussian", "eva", "mica")  # the base stays as it is, and B₀A₀ = 0
+LARGEST_DIFFERENCE = {4: 1e-3, 2: 0.03}  # at step 0, by bytes a number, as a share of the largest logit
 
 
 class Reference:
@@ -47,10 +57,12 @@ class Reference:
                 vars(layer)[attribute] = old
 
 
-def build_reference(model: nn.Module) -> Reference:
+def build_reference(model: nn.Module, *, trained_apart: Iterable[str] = ()) -> Reference:
     """Return the reference of `model`, a PEFT model or a plain one, in its present (untrained) state.
 
-    For PiSSA and CorDA a frozen second adapter is added to the layers, which `model.save_pretrained` leaves out.
+    `trained_apart` names modules that are trained beside the adapter and that the reference does not need to hold (a
+    classifier's new head). For PiSSA and kin, and DoRA, a frozen second adapter is added to the layers, which
+    `model.save_pretrained` leaves out. Raises UserError where the reference would not be the pre-trained model.
     """
     from peft import PeftModel
 
@@ -58,20 +70,24 @@ def build_reference(model: nn.Module) -> Reference:
         frozen = copy.deepcopy(model).eval().requires_grad_(False)
         return Reference([], frozen_factors=False, frozen_model=frozen)
     layers = adapter_layers(model)
+    if set(model.peft_config) != {"default"}:
+        raise UserError(f"one adapter is needed, called default; this model has {', '.join(model.peft_config)}")
+    _check_trained(model, layers, trained_apart)
     config = model.peft_config["default"]
-    if not str(getattr(config, "init_lora_weights", "")).startswith(("pissa", "corda")):
+    _check_init(config)
+    if not (has_residual_base(config) or getattr(config, "use_dora", False)):
         return Reference(layers, frozen_factors=False)
     frozen_config = copy.deepcopy(config)
     frozen_config.init_lora_weights = True  # "pissa" would run again, on the residual
     frozen_config.inference_mode = True
     frozen_config.lora_dropout = 0.0
-    keeps_dtype = all(p.dtype == torch.float32 for p in factor_parameters(layers[0], "default"))
+    keeps_dtype = all(p.dtype == torch.float32 for p in adapter_parameters(layers[0], "default"))
     with torch.random.fork_rng():
         model.add_adapter(ADAPTER_NAME, frozen_config, autocast_adapter_dtype=keeps_dtype)
     # A checkpoint that also held this adapter would be loaded wrongly: Trainer would skip the trained one silently.
     model.save_pretrained = functools.partial(model.save_pretrained, selected_adapters=["default"])
     for layer in layers:
-        trained, frozen = factor_parameters(layer, "default"), factor_parameters(layer, ADAPTER_NAME)
+        trained, frozen = adapter_parameters(layer, "default"), adapter_parameters(layer, ADAPTER_NAME)
         with gathered([*trained, *frozen]), torch.no_grad():
             for source, target in zip(trained, frozen, strict=True):
                 target.data = target.data.to(source.dtype)
@@ -80,11 +96,69 @@ def build_reference(model: nn.Module) -> Reference:
     return Reference(layers, frozen_factors=True)
 
 
+def _check_trained(model: nn.Module, layers: list[nn.Module], trained_apart: Iterable[str]) -> None:
+    """Raise UserError where a trained parameter is not the adapter's own: the reference would follow it."""
+    own = {id(parameter) for layer in layers for parameter in adapter_parameters(layer, "default")}
+    apart = [f".{name}." for name in trained_apart]
+    others = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and id(parameter) not in own and not any(part in f".{name}" for part in apart)
+    ]
+    if others:
+        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+        raise UserError(
+            f"the reference would follow {others[0]}{more}, trained beside the adapter: leave modules_to_save and bias "
+            "out of the adapter's config, or set lambda_consistency=0"
+        )
+
+
+def _check_init(config: object) -> None:
+    """Raise UserError for an adapter of which it is not known how to get the pre-trained model back."""
+    remedy = "use init_lora_weights=True or 'pissa', or set lambda_consistency=0"
+    for entry in dataclasses.fields(config):
+        is_variant = entry.metadata.get("is_lora_variant") and entry.name != "use_dora"
+        if is_variant and getattr(config, entry.name):
+            raise UserError(f"the reference of an adapter with {entry.name} is not known: leave it out")
+    init = getattr(config, "init_lora_weights", True)
+    if not has_residual_base(config) and str(init) not in ZERO_INITS:
+        raise UserError(f"the reference of an adapter with init_lora_weights={init!r} is not known: {remedy}")
+
+
+def has_residual_base(config: object) -> bool:
+    """Return whether PEFT took the adapter's first product from the base when it made this adapter."""
+    return str(getattr(config, "init_lora_weights", "")).lower().startswith(RESIDUAL_INITS)
+
+
+def check_step_zero(tuned: Tensor, reference: Tensor) -> None:
+    """Raise UserError where logits (or a classifier's features) of the untrained model are not the reference's."""
+    if not tuned.numel():
+        return
+    share = LARGEST_DIFFERENCE[min(4, tuned.dtype.itemsize, reference.dtype.itemsize)]
+    difference = (tuned.float() - reference.float()).abs().max()
+    if difference > share * reference.abs().max().clamp(min=1.0):
+        raise UserError(
+            f"at step 0 the model differs from its reference by {difference.item():.2g}: it is not the pre-trained "
+            "model any more. Give the trainer an adapter as get_peft_model made it; resume by resume_from_checkpoint"
+        )
+
+
 def adapter_layers(model: nn.Module) -> list[nn.Module]:
     """Return the model's PEFT layers."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+
+
+def adapter_parameters(layer: nn.Module, adapter: str) -> list[nn.Parameter]:
+    """Return all parameters of one adapter in a PEFT layer: factors (an embedding's too), DoRA's magnitude, …"""
+    found = []
+    for name in dict.fromkeys(layer.adapter_layer_names):  # PEFT lists DoRA's magnitude twice
+        entries = getattr(layer, name, {})
+        if adapter in entries:
+            entry = entries[adapter]
+            found += list(entry.parameters()) if isinstance(entry, nn.Module) else [entry]
+    return found
 
 
 def factor_parameters(layer: nn.Module, adapter: str) -> list[nn.Parameter]:

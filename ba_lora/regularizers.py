@@ -148,6 +148,8 @@ def svd(logits: Tensor, mask: Tensor, *, top_k: int, norm: str = "nuclear") -> T
     matrix_MV = _select(logits, mask)
     if matrix_MV.shape[0] == 0:
         return matrix_MV.sum()
+    if not bool(matrix_MV.isfinite().all()):  # of a diverged model: LAPACK would raise an error of its own
+        return matrix_MV.sum() * math.nan
     sigma = torch.linalg.svdvals(matrix_MV)  # descending; its backward is stable for repeated values
     # Rounding grows with the root of the sides. The longer side itself, as in numpy's matrix_rank, would be 1.5 % of σ₁
     # at V = 128,000 in float32, and a common offset of the logits leaves real singular values below that.

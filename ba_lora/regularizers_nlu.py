@@ -11,22 +11,31 @@ mask, and so is the entropy form of the diversity (`regularizers.diversity`).
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ba_lora import regularizers
+
+SHORTEST_ROW = 1e-6  # a row of logits below this norm has no direction
 
 
 def normalized_mse(logits_ND: Tensor, reference_logits_ND: Tensor, *, reduction: str = "mean") -> Tensor:
     """Mean over rows and columns of (ẑ_F − ẑ_P)², each row divided by its L2 norm: `paper2024`'s consistency.
 
     `reduction="sum"` sums over the rows the means over their columns, for callers that divide by the rows of a larger
-    batch. The reference receives no gradient.
+    batch. The reference receives no gradient, nor does a tuned row of length 0 (under a head that starts at zero):
+    it has no direction, and what F.normalize does there is a gradient of 1e11.
     """
-    tuned = F.normalize(regularizers.at_least_float32(logits_ND), dim=-1)
-    reference = F.normalize(regularizers.at_least_float32(reference_logits_ND.detach()), dim=-1)
+    tuned = _directions(regularizers.at_least_float32(logits_ND))
+    reference = _directions(regularizers.at_least_float32(reference_logits_ND.detach()))
     squares_N = (tuned - reference).square().mean(-1)
     return squares_N.mean() if reduction == "mean" else squares_N.sum()
+
+
+def _directions(rows_ND: Tensor) -> Tensor:
+    """Return each row divided by its L2 norm, or 0 for a row that is too short."""
+    length_N1 = rows_ND.norm(dim=-1, keepdim=True)
+    is_short_N1 = length_N1 < SHORTEST_ROW
+    return (rows_ND / length_N1.masked_fill(is_short_N1, 1.0)).masked_fill(is_short_N1, 0.0)
 
 
 def kl(logits_ND: Tensor, reference_logits_ND: Tensor, *, temperature: float = 1.0, reduction: str = "mean") -> Tensor:

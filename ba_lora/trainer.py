@@ -16,7 +16,7 @@ import inspect
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,12 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
 from transformers.utils import logging
 
-from ba_lora.adalora import AdaLoraCallback, adalora_orthogonality, adalora_orthogonality_weight
+from ba_lora.adalora import (
+    AdaLoraCallback,
+    adalora_orthogonality,
+    adalora_orthogonality_weight,
+    freeze_rank_counts,
+)
 from ba_lora.checkpoints import find_checkpoint, step_of, write_checkpoint_manifest
 from ba_lora.config import BALoRAConfig, LossConfig
 from ba_lora.errors import UserError
@@ -39,8 +44,9 @@ from ba_lora.losses import (
     nlg_loss,
     why_not_frozen_linear,
 )
+from ba_lora.plain_lora import check_initial_factors, initial_factors, write_fingerprint
 from ba_lora.progress import LOGGED_TERMS, TERMS, TermMeter, TermsCallback, TokenMeter
-from ba_lora.reference import Reference, build_reference, gathered
+from ba_lora.reference import Reference, build_reference, check_step_zero, gathered
 from ba_lora.reference_cache import CachedReference
 from ba_lora.regularizers import TopLogProbs, response_mask, response_targets
 from ba_lora.sampler import SeededLengthGroupedSampler, reachable_sampler
@@ -49,6 +55,7 @@ from ba_lora.schedules import scheduled_weight
 logger = logging.get_logger(__name__)
 
 _NOT_YET = object()
+STEP_ZERO_POSITIONS = 64  # of the first micro-batch, at which tuned model and reference are compared
 
 
 class BALoRATrainer(Trainer):
@@ -58,9 +65,13 @@ class BALoRATrainer(Trainer):
 
     Args beyond Trainer's: `regularizers`, the terms and their weights (all λ = 0 is plain fine-tuning, for PiSSA, LoRA
     or full alike); `loss`, how it is computed (default: fused); `reference`, the frozen pre-trained model, built here
-    from the untrained `model` when left out, or its cache, which needs the data set's column `row`.
+    from the untrained `model` when left out, or its cache, which needs the data set's column `row`. Reference and tuned
+    model are compared once, at step 0: UserError where they differ.
     Logs per logging step, averaged over its optimizer steps: `task`, `consistency`, `diversity`, `svd` (unweighted),
     `weighted_*` (times λ(t)) and `share_*` (|weighted| / Σ |weighted|); and `tokens_per_second`, `padding_share`.
+    Evaluation logs `eval_loss`, the whole loss under the λ of that step (Trainer's mean over batches, by rows), and
+    `eval_task`, the task's loss by itself (the mean over all response positions): compare methods by the latter.
+    A loss that is inf or NaN, or weights that are after the last step, end the training with a UserError.
     """
 
     loss_is_scaled_for_ga = True  # compute_loss divides by the whole effective batch itself
@@ -77,8 +88,10 @@ class BALoRATrainer(Trainer):
         reference: Reference | CachedReference | None = None,
         **kwargs: Any,
     ) -> None:
+        freeze_rank_counts(model)
+        self.initial_factors = initial_factors(model)  # before the reference's frozen ones lie beside them
         if reference is None and regularizers.lambda_consistency > 0:
-            reference = build_reference(model)
+            reference = self._build_reference(model)
         frozen_model = reference.frozen_model if isinstance(reference, Reference) else None
         if is_deepspeed_zero3_enabled() and frozen_model is not None:
             raise UserError("full fine-tuning with the consistency term cannot run under ZeRO-3: use ZeRO-2")
@@ -96,6 +109,8 @@ class BALoRATrainer(Trainer):
         self._num_items: tuple[Tensor | int | None, Tensor | int | None] = (None, None)  # on the device, on the host
         self._term_meter, self._token_meter = TermMeter(), TokenMeter()
         self._svd_factor: Tensor | None | object = _NOT_YET
+        self._evaluated: Tensor | int = 0  # [the task's loss, its positions], summed over an evaluation
+        self._begins = False  # whether this is the training's very first micro-batch, on every process alike
         self._head_checked = self._changes_logits = False
         self._why_plain: str | None | object = _NOT_YET
         self._spares_logits: bool | None = None
@@ -107,6 +122,9 @@ class BALoRATrainer(Trainer):
         for callback in (ProgressCallback, PrinterCallback):  # one line of loss terms instead of a dictionary
             if self.pop_callback(callback) is not None:
                 self.add_callback(TermsCallback(show_bar=callback is ProgressCallback))
+
+    def _build_reference(self, model: nn.Module) -> Reference:
+        return build_reference(model)
 
     # ---- the loss ----
 
@@ -145,6 +163,8 @@ class BALoRATrainer(Trainer):
         total = total + self._orthogonality(model, terms, lambdas, training=training)
         if training:
             self._record(terms, lambdas, positions)
+        elif not model.training:
+            self._record_evaluation(terms, targets_N.numel())
         return (total, {"loss": total}) if return_outputs else total
 
     def _reference_at(
@@ -168,9 +188,14 @@ class BALoRATrainer(Trainer):
             torch.no_grad(),
             self._without_dropout(model),
             self.accelerator.autocast(),  # which a frozen copy, unlike the prepared model, does not bring along
-            self.reference.use(model) as module,
         ):
-            return self._hidden(module, inputs, mask_BT)
+            with self.reference.use(model) as module:
+                found = self._hidden(module, inputs, mask_BT)
+            if self._begins:
+                tuned, reference = self._hidden(model, inputs, mask_BT), found
+                with self._whole(reference[1]):
+                    check_step_zero(*(head(states[:STEP_ZERO_POSITIONS]) for states, head in (tuned, reference)))
+            return found
 
     def _set_signature_columns_if_needed(self) -> None:
         """Keep the column that says where a row's reference lies; Trainer drops what the model does not take."""
@@ -332,11 +357,35 @@ class BALoRATrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         return reachable_sampler(super().get_train_dataloader())
 
-    # ---- the log ----
+    # ---- a diverged run ----
 
     def training_step(self, model: nn.Module, inputs: dict[str, Tensor], *arguments: Any, **settings: Any) -> Tensor:
+        """Trainer's, after which a loss of inf or NaN ends the training (Trainer would keep it out of the log)."""
+        self._begins = self.state.global_step == 0 and not self._token_meter.has_begun
         self._token_meter.add(inputs)
-        return super().training_step(model, inputs, *arguments, **settings)
+        loss = super().training_step(model, inputs, *arguments, **settings)
+        self._begins = False
+        if not bool(loss.isfinite()):  # no further wait for the device: Trainer asks the same
+            self._stop_diverged("loss is", self.state.global_step + 1)
+        return loss
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's; raises UserError where the weights are inf or NaN after the last step."""
+        output = super().train(*args, **kwargs)
+        self._check_weights()
+        return output
+
+    def _check_weights(self) -> None:
+        if not all(bool(p.isfinite().all()) for p in self.model.parameters() if p.requires_grad):
+            self._stop_diverged("the weights are", self.state.global_step)
+
+    def _stop_diverged(self, what: str, step: int) -> NoReturn:
+        remedy = "lower trainer.learning_rate"
+        if step <= 1 and what == "loss is":  # nothing has been learned yet
+            remedy = "look at adapter.alpha, the weights of regularizers and the data (nothing was updated yet)"
+        raise UserError(f"{what} not finite at step {step}: {remedy}")
+
+    # ---- the log ----
 
     def throughput(self) -> dict[str, float]:
         """Return `tokens_per_second` and `padding_share` of the whole training; {} where no step was taken here.
@@ -366,6 +415,19 @@ class BALoRATrainer(Trainer):
                 weighted = share * lambdas.get(term, 1.0)
             values |= {term: share, f"weighted_{term}": weighted}
         self._term_meter.add(values, steps=1 / self.current_gradient_accumulation_steps)
+
+    def _record_evaluation(self, terms: dict[str, Tensor], positions: int) -> None:
+        self._evaluated = self._evaluated + torch.stack([terms["task"], terms["task"].new_tensor(positions)]).double()
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's, with the task's loss by itself beside the loss; every process calls it."""
+        self._evaluated = 0
+        output = super().evaluation_loop(*args, **kwargs)
+        loss_name = next((name for name in output.metrics or {} if name.endswith("_loss")), None)
+        if loss_name is not None and isinstance(self._evaluated, Tensor):
+            total, positions = self._summed(self._evaluated).tolist()
+            output.metrics[loss_name.removesuffix("loss") + "task"] = total / max(positions, 1)
+        return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the terms, averaged over the optimizer steps since the last log and summed over all processes."""
@@ -399,11 +461,19 @@ class BALoRATrainer(Trainer):
                     shutil.rmtree(path)
         self.accelerator.wait_for_everyone()
         if checkpoint is not None and step_of(checkpoint) >= num_steps:
+            check_initial_factors(self.initial_factors, checkpoint)
             self._load_from_checkpoint(str(checkpoint))
+            self._check_weights()
             self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         else:
             self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         return checkpoint
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Trainer's, on the way of every resumed training, DeepSpeed's too; see `check_initial_factors`."""
+        if checkpoint is not None:
+            check_initial_factors(self.initial_factors, Path(checkpoint))
+        super()._load_optimizer_and_scheduler(checkpoint)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
@@ -414,6 +484,7 @@ class BALoRATrainer(Trainer):
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
+                write_fingerprint(self.initial_factors, folder)
                 write_checkpoint_manifest(folder)
 
 

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
-from ba_lora.classifier import catch_pooled, check_head, unwrapped
+from ba_lora.classifier import catch_pooled, check_head, head_names, unwrapped
 from ba_lora.config_nlu import NLURegularizersConfig
 from ba_lora.errors import UserError
 from ba_lora.losses.nlu import nlu_loss
 from ba_lora.progress import TERMS
+from ba_lora.reference import Reference, build_reference, check_step_zero
 from ba_lora.reference_cache_nlu import CachedFeatures
 from ba_lora.reference_nlu import ReferenceLogits
 from ba_lora.regularizers_nlu import constant_terms
@@ -75,6 +76,9 @@ class NLUTrainer(BALoRATrainer):
                 cache=cache,
             )
 
+    def _build_reference(self, model: nn.Module) -> Reference:
+        return build_reference(model, trained_apart=head_names(unwrapped(model)))
+
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Prepare the reference on the untrained model, then train."""
         if self.reference_logits is not None:
@@ -113,6 +117,8 @@ class NLUTrainer(BALoRATrainer):
         if training:
             skipped = settings.lambda_diversity > 0 and "diversity" not in terms
             self._record(terms, lambdas, rows, covariances_skipped=torch.tensor(float(skipped), device=total.device))
+        elif not model.training:
+            self._record_evaluation(terms, len(labels_N))
         return (total, {"loss": total}) if return_outputs else total
 
     def _reference_of(self, model: nn.Module, inputs: dict[str, Tensor], rows_N: Tensor | None) -> Tensor | None:
@@ -125,7 +131,17 @@ class NLUTrainer(BALoRATrainer):
             if not self._head_known:
                 check_head(model, inputs)
                 self._head_known = True
-            return self.reference_logits(model, rows_N, lambda module: _pooled(module, inputs))
+            frozen: list[Tensor] = []  # the reference's features, unless a cache has them
+
+            def run(module: nn.Module) -> Tensor:
+                frozen.append(_pooled(module, inputs))
+                return frozen[0]
+
+            logits_ND = self.reference_logits(model, rows_N, run)
+            if self._begins and frozen:
+                with torch.no_grad():
+                    check_step_zero(_pooled(model, inputs), frozen[0])
+            return logits_ND
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Name the terms that were taken out."""

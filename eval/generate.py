@@ -12,7 +12,8 @@ A model is
   refused: it belongs to changed base weights;
 - a model folder or a hub id.
 
-The rule does not look at the engine, so that both engines answer with the same weights.
+The rule does not look at the engine, so that both engines answer with the same weights (served hot in half precision,
+vLLM rounds the adapter: 0.2 % of the learned update in bfloat16).
 
 --data is a file for a single task, or TASK=FILE for several. The completions of a run go to
 RUN/completions/<task>.jsonl, those of other models to --output DIR/<task>.jsonl (DIR/<model>/<task>.jsonl for several

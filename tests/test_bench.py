@@ -20,7 +20,7 @@ from tests.conftest import ROOT
 def bench(results, *words, shape="toy"):
     command = [sys.executable, "scripts/bench.py", "--device", "cpu", "--shape", shape, "--results", str(results)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run([*command, *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+    return subprocess.run([*command, *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=3600)
 
 
 def check(folder, cases, *words, shape="toy"):

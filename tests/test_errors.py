@@ -76,4 +76,4 @@ def test_a_process_of_a_group_that_fails_tells_its_status(tmp_path, root):
 
 
 def _run(program, root):
-    return subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, timeout=100)
+    return subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, timeout=3600)

@@ -4,13 +4,17 @@ import json
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
+from ba_lora import BALoRAConfig, BALoRATrainer, export, export_lora
+from ba_lora.config import ModelConfig, RunConfig
 from ba_lora.config_layers import available_methods, load_config
 from ba_lora.errors import UserError
-from ba_lora.export import serving_adapter
+from ba_lora.export import MAX_SHARE, serving_adapter
+from ba_lora.plain_lora import plain_lora
+from tests import tiny
 from tests.tiny import save_tiny_model
 
 TEXT = "Tom has 3 apples and buys 4 more."
@@ -91,15 +95,16 @@ def test_half_precision_bases_export_within_their_tolerance(train, dtype):
     run = train(f"model.dtype={dtype}", "trainer.max_steps=2")
     merged = load_file(run / "merged" / "model.safetensors")
     assert {tensor.dtype for tensor in merged.values()} == {getattr(torch, dtype)}
-    adapter = load_file(run / "adapter" / "adapter_model.safetensors")
-    assert {tensor.dtype for tensor in adapter.values()} == {torch.float32}
+    for name in ("adapter", "lora"):
+        adapter = load_file(run / name / "adapter_model.safetensors")
+        assert {tensor.dtype for tensor in adapter.values()} == {torch.float32}
+    shares = json.loads((run / "train.json").read_text())["export"]["share_of_learned_change"]
+    assert shares.keys() == {"lora", "merged"} and 0 < max(shares.values()) <= MAX_SHARE
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_parity_check_notices_an_export_without_the_training(train, monkeypatch, dtype):
     """lora/ emptied to zeros is the pre-trained model itself."""
-    from ba_lora import export
-
     convert = export.convert_to_lora
 
     def emptied(*arguments, **settings):
@@ -248,3 +253,102 @@ def test_transposed_layers_are_exported_right(train, tmp_path, method):
     if method == "ba_lora":
         served = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), run / "lora")
         torch.testing.assert_close(logits(served, folder), merged, atol=1e-4, rtol=0)
+
+
+# ---- what half precision loses of the learned update
+
+
+@pytest.mark.parametrize("spread", [1e-3, 3e-4])
+@pytest.mark.parametrize(
+    ("dtype", "hot", "merged"), [(torch.float32, 1e-6, 1e-4), (torch.bfloat16, 4e-3, 0.5)], ids=["float32", "bfloat16"]
+)
+def test_the_share_of_the_learned_update_that_an_export_loses(spread, dtype, hot, merged):
+    """Served hot, factors rounded to `dtype`: 0.23 % in bf16 whatever the size of the update, as for any LoRA. Merged:
+    the rounding of W + ΔW, which in bf16 no method is spared. [B, −B₀] [A; A₀] would lose 15 % and more in bf16."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape, scale):
+        return scale * torch.randn(*shape, generator=generator)
+
+    def lost(got, want):
+        return ((got - want).norm() / want.norm()).item()
+
+    def product(b, a):
+        return b.to(dtype).double() @ a.to(dtype).double()
+
+    weight = random(256, 256, scale=0.05).to(dtype)
+    left, values, right = torch.linalg.svd(weight.float())
+    first_a, first_b = values[:32].sqrt()[:, None] * right[:32], left[:, :32] * values[:32].sqrt()
+    lora_a, lora_b = first_a + random(32, 256, scale=spread), first_b + random(256, 32, scale=spread)
+    learned = lora_b.double() @ lora_a.double() - first_b.double() @ first_a.double()
+    plain = plain_lora({"x.lora_A.weight": lora_a, "x.lora_B.weight": lora_b},
+                       {"x.lora_A.weight": first_a, "x.lora_B.weight": first_b})  # fmt: skip
+    factors = plain["x.lora_B.weight"], plain["x.lora_A.weight"]
+    assert [factor.shape for factor in factors] == [(256, 64), (64, 256)]
+    assert lost(factors[0].double() @ factors[1].double(), learned) < 1e-6
+    assert lost(product(*factors), learned) < hot
+    whole = (weight.double() + learned).to(dtype).double() - weight.double()
+    assert lost(whole, learned) < merged
+    if dtype == torch.bfloat16:
+        naive = torch.cat([lora_b, -first_b], 1), torch.cat([lora_a, first_a])
+        assert lost(product(*naive), learned) > 0.1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("lost", "passes"), [(0.05, True), (0.2, False)])
+def test_an_export_that_loses_more_than_a_tenth_of_the_change_is_refused(tmp_path, dtype, lost, passes):
+    """Relative to what training changed, however small that is beside the logits."""
+    config = RunConfig(model=ModelConfig(name="x", dtype=dtype))
+    initial = 10 * torch.randn(20, 50, generator=torch.Generator().manual_seed(0))
+    change = 2e-3 if dtype == "float32" else 2.0  # what is lost is below the absolute limit, or below 4 bf16 ulp of 30
+    trained = initial + change * torch.ones_like(initial)
+    (tmp_path / "lora").mkdir()
+    arguments = ("lora", trained - lost * change, trained, initial, config, tmp_path)
+    if passes:
+        assert export._compare(*arguments).share == pytest.approx(lost, rel=1e-2)
+        return
+    with pytest.raises(UserError, match="20 % of what training changed.* allowed are 10% of that change"):
+        export._compare(*arguments)
+    assert (tmp_path / "lora.rejected").is_dir() and not (tmp_path / "lora").exists()
+
+
+# ---- the library's own export
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"init_lora_weights": "pissa"},
+        {"init_lora_weights": "pissa_niter_1", "lora_alpha": 8, "use_rslora": True},
+        {"init_lora_weights": "olora"},
+        {"init_lora_weights": "pissa", "use_dora": True},
+        {"init_lora_weights": "pissa", "target_modules": ["q_proj", "embed_tokens"]},
+        {"init_lora_weights": "pissa", "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 6}},
+    ],
+    ids=lambda settings: "-".join(map(str, settings.values())) or "lora",
+)
+@pytest.mark.parametrize("regularized", [True, False])
+def test_a_library_user_gets_a_lora_for_the_untouched_base(tmp_path, settings, regularized):
+    base = tiny.tiny_llama()
+    torch.manual_seed(1)
+    settings = {"r": 4, "lora_alpha": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | settings
+    weights = {} if regularized else {f"lambda_{term}": 0.0 for term in ("consistency", "diversity", "svd")}
+    trainer = BALoRATrainer(
+        get_peft_model(base, LoraConfig(**settings)),
+        tiny.arguments(tmp_path, max_steps=2, learning_rate=0.02),
+        regularizers=BALoRAConfig(**weights),
+        train_dataset=tiny.tiny_rows(8),
+        data_collator=tiny.collate,
+    )
+    trainer.train()
+    folder = export_lora(trainer, tmp_path / "lora")
+    ids = torch.arange(3, 40)[None]
+    served = PeftModel.from_pretrained(tiny.tiny_llama(), folder).eval()
+    with torch.no_grad():
+        trained, pretrained = trainer.model.eval()(ids).logits, tiny.tiny_llama()(ids).logits
+        torch.testing.assert_close(served(ids).logits, trained, atol=1e-4, rtol=0)
+    assert (trained - pretrained).abs().max() > 0.01
+    names = {file.name for file in folder.iterdir()}
+    assert names == {"adapter_model.safetensors", "adapter_config.json"}
+    assert not list(tmp_path.glob(".*"))

@@ -30,7 +30,7 @@ OF_RUNS = [line for line in COMMANDS if "outputs/RUN_ID" in line]  # run as they
 TOY = [line for line in LAUNCHES if "configs/nlg/toy.yaml" in line or line.endswith("ba-lora.sh")]
 
 
-def shell(line, timeout_s=900):
+def shell(line, timeout_s=3600):
     environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
     environment["HF_HUB_OFFLINE"] = "1"
     return subprocess.run(

@@ -231,10 +231,12 @@ def test_two_processes_with_a_cache_are_accumulation_two_without(tmp_path, root)
     settings = json.dumps(vars(VERSIONS["adaptive"]))
     worker = str(root / "tests" / "workers" / "train_tiny.py")
     single, double = tmp_path / "single.pt", tmp_path / "double.pt"
-    subprocess.run([sys.executable, worker, settings, "2", str(single)], env=environment(root), check=True, timeout=300)
+    subprocess.run(
+        [sys.executable, worker, settings, "2", str(single)], env=environment(root), check=True, timeout=3600
+    )
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     words = [worker, settings, "1", str(double), "packed", str(tmp_path / "cache")]
-    subprocess.run([*launch, *words], env=environment(root), check=True, timeout=300)
+    subprocess.run([*launch, *words], env=environment(root), check=True, timeout=3600)
     one, two = torch.load(single), torch.load(double)
     assert one["processes"] == 1 and two["processes"] == 2
     for name in ("loss", "task", "consistency", "weighted_consistency", "diversity", "svd"):
@@ -298,7 +300,7 @@ def contents(folder):
 def whole(root, tmp_path_factory):
     """A cache written without interruption."""
     folder = tmp_path_factory.mktemp("cache") / "whole"
-    subprocess.run(fill_command(root, folder), env=environment(root), check=True, timeout=120)
+    subprocess.run(fill_command(root, folder), env=environment(root), check=True, timeout=3600)
     assert len(contents(folder)) > 10
     return contents(folder)
 
@@ -308,7 +310,7 @@ def test_a_killed_writer_goes_on_to_the_same_bytes(whole, root, tmp_path):
     save = "ba_lora.cache_files.save_file"
     points = ["os.replace:1", "os.replace:2", "os.replace:6", f"{save}:1", f"{save}:5"]
     command = fill_command(root, tmp_path / "killed", *points)
-    done = subprocess.run(command, env=environment(root), capture_output=True, text=True, check=True, timeout=120)
+    done = subprocess.run(command, env=environment(root), capture_output=True, text=True, check=True, timeout=3600)
     assert json.loads(done.stdout.splitlines()[-1]) == [signal.SIGKILL] * len(points)
     for number in range(len(points)):
         assert contents(tmp_path / "killed" / str(number)) == whole
@@ -321,7 +323,7 @@ def test_several_writers_share_the_work(whole, root, tmp_path):
         subprocess.Popen(fill_command(root, folder), env=environment(root), stdout=subprocess.PIPE, text=True)
         for _ in range(3)
     ]
-    computed = [int(writer.communicate(timeout=120)[0].splitlines()[-1]) for writer in writers]
+    computed = [int(writer.communicate(timeout=3600)[0].splitlines()[-1]) for writer in writers]
     assert [writer.returncode for writer in writers] == [0, 0, 0]
     assert sum(computed) == len(whole) - 1  # all but the key
     assert contents(folder) == whole
@@ -338,7 +340,7 @@ def test_a_writer_waits_for_a_file_that_another_holds(whole, root, tmp_path):
     assert "waiting for 1 files" in lines[1]
     assert sorted([*contents(folder), held]) == sorted(whole)  # it has done all else meanwhile
     locks.close()
-    writer.communicate(timeout=120)
+    writer.communicate(timeout=3600)
     assert writer.returncode == 0 and contents(folder) == whole
 
 

@@ -35,6 +35,16 @@ def test_normalized_mse_by_hand():
     assert normalized_mse(logits, reference, reduction="sum").item() == pytest.approx(0.2)
 
 
+def test_a_row_of_zero_logits_has_no_direction_and_no_gradient():
+    """A head that starts at zero: (0 − ẑ_P)² = 1 over D = 2 columns, and no gradient of 1 / 1e-12."""
+    logits = tensor([0, 0], [3, 4]).float().requires_grad_()
+    distance = normalized_mse(logits, tensor([0, 2], [0, 2]), reduction="sum")
+    assert distance.item() == pytest.approx(0.5 + 0.2)
+    (gradient,) = torch.autograd.grad(distance, logits)
+    assert torch.equal(gradient[0], torch.zeros(2)) and 0 < gradient[1].abs().max() < 1
+    assert normalized_mse(logits.detach(), logits).item() == 0
+
+
 def test_kl_by_hand():
     """softmax([0, 0]) = ½, ½ against softmax([ln 3, 0]) = ¾, ¼: ½ ln(½ / ¾) + ½ ln(½ / ¼); at T = 2 times 4."""
     logits, reference = tensor([math.log(3), 0]), tensor([0, 0])

@@ -37,7 +37,7 @@ def data(tmp_path: Path) -> Path:
 
 def run(root: Path, *arguments: object) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "eval.score", *map(str, arguments)]
-    return subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=3600, check=False)
 
 
 def test_command_line(root: Path, tmp_path: Path, data: Path) -> None:

@@ -214,9 +214,9 @@ def test_two_processes_equal_accumulation_two(tmp_path, root, regularizers):
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     worker = str(root / "tests" / "workers" / "train_tiny.py")
     single, double = tmp_path / "single.pt", tmp_path / "double.pt"
-    subprocess.run([sys.executable, worker, settings, "2", str(single)], env=environment, check=True, timeout=300)
+    subprocess.run([sys.executable, worker, settings, "2", str(single)], env=environment, check=True, timeout=3600)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    subprocess.run([*launch, worker, settings, "1", str(double)], env=environment, check=True, timeout=300)
+    subprocess.run([*launch, worker, settings, "1", str(double)], env=environment, check=True, timeout=3600)
     one, two = torch.load(single), torch.load(double)
     assert one["processes"] == 1 and two["processes"] == 2
     for name in ("loss", "task", "consistency", "diversity", "svd", "weighted_consistency", "share_svd"):
@@ -349,3 +349,55 @@ def test_the_log_of_processes_that_met_different_terms():
         "covariances_skipped": 4,
     }
     assert meters[0].read(lambda tensor: tensor) == {}  # it has begun anew
+
+
+# ---- diverged runs, evaluation
+
+
+@pytest.mark.parametrize("regularizers", [PAPER2024, OFF], ids=["paper2024", "off"])
+def test_a_diverged_training_stops_with_one_line(tmp_path, regularizers):
+    """No LinAlgError of the svd term, no NaN kept out of the log, no end as if all were well."""
+    with pytest.raises(UserError, match=r"^loss is not finite at step [2-6]: lower trainer.learning_rate$"):
+        trainer(tiny_peft("pissa"), tmp_path, regularizers, learning_rate=1e30, max_steps=6).train()
+
+
+def test_weights_that_the_last_step_made_infinite_are_no_result(tmp_path):
+    with pytest.raises(UserError, match="^the weights are not finite at step 1: lower trainer.learning_rate$"):
+        trainer(tiny_peft("pissa"), tmp_path, OFF, learning_rate=1e39, max_steps=1).train()
+
+
+def test_a_loss_that_is_nan_before_any_update_is_not_the_learning_rates_fault(tmp_path):
+    model = tiny_peft("pissa")
+    with torch.no_grad():
+        model.get_base_model().lm_head.weight[0, 0] = torch.nan
+    with pytest.raises(UserError, match="^loss is not finite at step 1: look at adapter.alpha"):
+        trainer(model, tmp_path, dataclasses.replace(PAPER2024, lambda_consistency=0)).train()
+
+
+def test_evaluation_logs_the_tasks_loss_by_itself(tmp_path):
+    """eval_task is the mean over all response positions; eval_loss Trainer's mean of the batches' whole loss."""
+    rows = tiny_rows(5, seed=1)
+    model = tiny_peft("pissa")
+    built = trainer(model, tmp_path, per_device_eval_batch_size=2)
+    metrics = built.evaluate(rows)
+    batch = collate(list(rows))
+    labels, _ = batch.pop("labels"), batch.pop("row")
+    logits = model.eval()(**batch).logits
+    expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    assert metrics["eval_task"] == pytest.approx(expected.item(), rel=1e-5)
+    assert abs(metrics["eval_loss"] - metrics["eval_task"]) > 0.01
+    assert built.evaluate(rows)["eval_task"] == pytest.approx(expected.item(), rel=1e-5)  # each evaluation by itself
+    assert {"test_task", "test_loss"} <= built.evaluate(rows, metric_key_prefix="test").keys()
+
+
+# ---- AdaLoRA in half precision
+
+
+def test_adalora_does_not_train_its_rank_counts(tmp_path):
+    model = get_peft_model(
+        tiny_llama(dtype=torch.bfloat16),
+        AdaLoraConfig(init_r=6, target_r=4, total_step=10, target_modules="all-linear", task_type="CAUSAL_LM"),
+    )
+    trainer(model, tmp_path, max_steps=4, learning_rate=0.1).train()
+    counts = [p for name, p in model.named_parameters() if ".ranknum." in name]
+    assert counts and all(p.item() == 6 and not p.requires_grad for p in counts)

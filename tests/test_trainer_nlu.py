@@ -260,7 +260,7 @@ def test_a_cached_step_runs_the_encoder_once(build, tmp_path):
         trained._head_known = True
         trained.train()
         counts[name] = len(calls)
-    assert counts == {"pass": 6, "cache": 3}
+    assert counts == {"pass": 7, "cache": 3}  # one more at step 0, to compare reference and tuned model
 
 
 # ---- reductions ----
@@ -283,10 +283,10 @@ def test_two_processes_equal_accumulation_two(tmp_path, root, regularizers, cach
     single, double = tmp_path / "single.pt", tmp_path / "double.pt"
     ends = [[str(tmp_path / name)] if cached else [] for name in ("one", "two")]
     subprocess.run(
-        [sys.executable, worker, words, "2", str(single), *ends[0]], env=environment, check=True, timeout=300
+        [sys.executable, worker, words, "2", str(single), *ends[0]], env=environment, check=True, timeout=3600
     )
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    subprocess.run([*launch, worker, words, "1", str(double), *ends[1]], env=environment, check=True, timeout=300)
+    subprocess.run([*launch, worker, words, "1", str(double), *ends[1]], env=environment, check=True, timeout=3600)
     one, two = torch.load(single), torch.load(double)
     assert one["processes"] == 1 and two["processes"] == 2
     for name in ("loss", "task", "consistency", "diversity", "svd", "weighted_consistency", "share_svd"):
@@ -366,3 +366,33 @@ def test_predictions_do_not_depend_on_the_batches(build, rows, collate):
     torch.testing.assert_close(one.pooled, other.pooled, rtol=1e-4, atol=1e-5)
     assert one.logits.shape == (24, 3) and one.pooled.shape == (24, 32)
     assert model.training
+
+
+# ---- diverged runs, a wrong start, evaluation ----
+
+
+@pytest.mark.parametrize("regularizers", [PAPER2024, NONE], ids=["paper2024", "none"])
+def test_a_diverged_training_stops_with_one_line(build, regularizers):
+    with pytest.raises(UserError, match=r"^loss is not finite at step [2-6]: lower trainer.learning_rate$"):
+        build(regularizers, learning_rate=1e30, max_steps=6).train()
+
+
+def test_a_model_that_is_no_longer_the_pretrained_one_is_refused_at_step_zero(build, encoder):
+    trainer = build(max_steps=1)
+    with torch.no_grad():
+        for name, parameter in trainer.model.named_parameters():
+            if "lora_B.default" in name:
+                parameter.add_(0.1)
+    with pytest.raises(UserError, match="at step 0 the model differs from its reference"):
+        trainer.train()
+
+
+def test_evaluation_logs_the_tasks_loss_by_itself(build, rows, collate):
+    trainer = build(per_device_eval_batch_size=5)
+    metrics = trainer.evaluate(rows)
+    batch = batch_of(rows, collate, len(rows))
+    labels = batch.pop("labels")
+    with torch.no_grad():
+        expected = torch.nn.functional.cross_entropy(trainer.model.eval()(**batch).logits, labels)
+    assert metrics["eval_task"] == pytest.approx(expected.item(), rel=1e-4)
+    assert metrics["eval_loss"] != pytest.approx(metrics["eval_task"], rel=1e-3)

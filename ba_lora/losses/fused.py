@@ -259,8 +259,9 @@ def _terms_and_gradient(
     top_k = config.diversity_top_k
     whole = config.lambda_diversity > 0 and (top_k is None or top_k >= vocabulary)
     if whole:
-        expected_B = z_BV.mul_(p_BV).sum(-1)  # Σ p z; z is p z from here on
-        values[3] = expected_B - peak_B - rest_B
+        # Σ p (z − m), m the largest logit; z is p (z − m) from here on. Without − m a large common offset would cancel.
+        expected_B = z_BV.sub_(peak_B[:, None]).mul_(p_BV).sum(-1)
+        values[3] = expected_B - rest_B
         p_factor = p_factor - diversity_factor * expected_B[:, None]
     elif config.lambda_diversity > 0:
         top_BK, indices_BK = z_BV.topk(top_k, dim=-1)
@@ -315,9 +316,9 @@ def _split_at_top(p_BV: Tensor, kept_log_p_BK: Tensor, top: TopLogProbs) -> tupl
 
 
 def _entropy(logits_BV: Tensor, *, scratch: Tensor) -> Tensor:
-    """Return the entropy of softmax z [B], in nats: log Σ exp z − Σ p z."""
+    """Return the entropy of softmax z [B], in nats: log Σ exp (z − m) − Σ p (z − m), m the largest logit."""
     peak_B, rest_B = _softmax(logits_BV, out=scratch)
-    return peak_B + rest_B - scratch.mul_(logits_BV).sum(-1)
+    return rest_B - scratch.mul_(logits_BV - peak_B[:, None]).sum(-1)
 
 
 def _softmax(logits_BV: Tensor, *, out: Tensor) -> tuple[Tensor, Tensor]:
