@@ -244,7 +244,7 @@ def write_model_card(run_path: Path, config: RunConfig, result: dict[str, Any]) 
 
 def push_to_hub(run_path: Path, config: RunConfig) -> str:
     """Upload the adapter that serves on the untouched base, and merged/ as a sub-folder; return the address."""
-    from httpx import HTTPError
+    from httpx2 import HTTPError
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 

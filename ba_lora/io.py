@@ -183,6 +183,13 @@ def read_jsonl(path: str | Path) -> list[dict]:
     return rows
 
 
+def is_pickle(path: str | Path) -> bool:
+    """Return whether a file begins as what torch.save or pickle writes."""
+    with open(path, "rb") as file:
+        head = file.read(2)
+    return head == b"PK" or head[:1] == b"\x80"
+
+
 def sha256_file(path: str | Path) -> str:
     """Return the hex sha256 of a file's bytes."""
     with open(path, "rb") as file:

@@ -2,12 +2,13 @@
 
 import contextlib
 import importlib.util
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ba_lora.config import ModelConfig, RunConfig, resolve_path
-from ba_lora.errors import UserError
+from ba_lora.errors import UserError, in_one_line
+from ba_lora.hub import hub_obstacle
 from ba_lora.io import sha256_file, sha256_json
 from ba_lora.rows import is_commit
 
@@ -153,17 +154,30 @@ def load_model(config: ModelConfig, *, source: str | None = None, quantize: bool
     if quantize:
         options |= quantization_options(config)
     with hub_errors(config.name, "model"):
-        model = AutoModelForCausalLM.from_pretrained(
+        model, report = AutoModelForCausalLM.from_pretrained(
             source or model_source(config),
             revision=None if source else config.revision,
             dtype=torch_dtype(config.dtype),
             attn_implementation=config.attention,
             trust_remote_code=config.trust_remote_code,
             use_safetensors=True,
+            output_loading_info=True,
             **options,
         )
+    require_weights(report, source or config.name)
     model.config.use_cache = False  # a training model keeps no keys and values; generation loads its own
     return model
+
+
+def require_weights(report: Mapping[str, Any], name: str) -> None:
+    """Raise UserError where from_pretrained's loading info tells of weights that the files lack or have in another
+    shape: transformers makes those up at random."""
+    missing = sorted(report["missing_keys"])
+    missing += sorted(str(key[0] if isinstance(key, tuple) else key) for key in report["mismatched_keys"])
+    if missing:
+        found = sorted(report["unexpected_keys"])
+        other = f"; it has others, such as {found[0]}" if found else ""
+        raise UserError(f"{name} lacks {len(missing)} weights of its model, such as {missing[0]}{other}: save it again")
 
 
 def quantization_options(config: ModelConfig, *, skip: list[str] | None = None) -> dict:
@@ -219,10 +233,15 @@ def flash_attention_lacks(dtype: str) -> str | None:
 def hub_errors(name: str, what: str) -> Iterator[None]:
     """Turn the hub's and transformers' long messages about `name` into one line."""
     from huggingface_hub.errors import GatedRepoError
+    from safetensors import SafetensorError
 
+    local = name.startswith(PACKAGE) or Path(name).exists() or resolve_path(name).is_dir()
+    obstacle = None if local else hub_obstacle()
     try:
         yield
-    except (OSError, ValueError) as error:
+    except SafetensorError as error:
+        raise UserError(f"a weights file of {name} is damaged or cut short ({error}): copy it again") from error
+    except (OSError, ValueError, RuntimeError) as error:
         if isinstance(error, UserError):
             raise
         text = str(error)
@@ -236,10 +255,10 @@ def hub_errors(name: str, what: str) -> Iterator[None]:
             mend = "read that code, then type model.trust_remote_code=true"
             raise UserError(f"{name} runs Python code of its own repository: {mend}") from error
         if "model type" in text or "Unrecognized" in text or "model_type" in text:
-            raise UserError(f"{name} has an unknown model type: {text.splitlines()[0]}") from error
+            raise UserError(f"{name} has an unknown model type: {in_one_line(error)}") from error
         if getattr(error, "errno", None) is not None:  # a real file system error, no hub answer
             raise
-        if Path(name).is_dir() or resolve_path(name).is_dir():
-            raise UserError(f"cannot load the {what} in {name}: {text.splitlines()[0]}") from error
-        mend = "check the name, the network and HF_HUB_OFFLINE"
+        if local or isinstance(error, RuntimeError):
+            raise UserError(f"cannot load the {what} in {name}: {in_one_line(error)}") from error
+        mend = f"check the name{f' and the network ({obstacle}, and it is not in the cache)' if obstacle else ''}"
         raise UserError(f"cannot load the {what} {name}: no such folder, and not found on the hub: {mend}") from error

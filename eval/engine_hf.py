@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ba_lora.errors import UserError
-from ba_lora.model import hub_errors
+from ba_lora.errors import UserError, in_one_line
+from ba_lora.model import hub_errors, require_weights
 from eval.engines import Engine, EngineOptions, Sampling, encode_prompts
 
 if TYPE_CHECKING:
@@ -47,15 +47,17 @@ class HFEngine(Engine):
             raise UserError("attention=flash_attention_2 needs flash-attn: pip install flash-attn, or use sdpa")
         cuda = torch.cuda.is_available()
         with hub_errors(base, "model"):
-            self._model = AutoModelForCausalLM.from_pretrained(
+            self._model, report = AutoModelForCausalLM.from_pretrained(
                 base,
                 revision=options.revision,
                 dtype=getattr(torch, self.dtype),
                 attn_implementation=options.attention,
                 trust_remote_code=options.trust_remote_code,
                 use_safetensors=True,
+                output_loading_info=True,
                 device_map="auto" if cuda else None,
             )
+        require_weights(report, base)
         self._model.config.use_cache = True
         self._model.generation_config = GenerationConfig()  # no hidden sampling defaults of the model's
         for name, folder in self.adapters.items():
@@ -76,7 +78,7 @@ class HFEngine(Engine):
             else:
                 self._model = PeftModel.from_pretrained(self._model, folder, adapter_name=name)
         except (RuntimeError, ValueError) as error:
-            raise UserError(f"{folder} does not fit the base {self.base}: {str(error).splitlines()[0]}") from error
+            raise UserError(f"{folder} does not fit the base {self.base}: {in_one_line(error)}") from error
 
     def _generate_ids(
         self,

@@ -49,6 +49,7 @@ from ba_lora.errors import CommandParser, UserError, run_entry_point
 from ba_lora.io import write_json_atomic, write_jsonl_atomic
 from ba_lora.prompts import build_conversation, prompt_hash
 from ba_lora.rows import portable_name
+from ba_lora.sizes import check_tokens
 from eval import engines
 from eval.engines import Completion, Engine, EngineOptions, Sampling, open_engine
 from eval.options import parse_options, read_data, split_options
@@ -76,8 +77,12 @@ def output_paths(jobs: Sequence[Job], output: str | None) -> list[Path]:
 
 
 def needed_length(base: str, works: Sequence[Work], options: EngineOptions) -> int | None:
-    """Return the context that these prompts can use at most (less than the model's own saves vLLM memory)."""
-    limit = engines.context_length(engines.load_config(base, options))
+    """Return the context that these prompts can use at most (less than the model's own saves vLLM memory).
+
+    Raises UserError for a prompt with a token that the model has no row for.
+    """
+    config = engines.load_config(base, options)
+    limit = engines.context_length(config)
     if options.max_model_len is not None:
         limit = min(options.max_model_len, limit or options.max_model_len)
     tokenizer = engines.load_tokenizer(base, options)
@@ -87,9 +92,9 @@ def needed_length(base: str, works: Sequence[Work], options: EngineOptions) -> i
             build_conversation(instructions, [""] * (len(instructions) - 1), template=work.template)
             for instructions in work.instructions
         ]
-        for ids, instructions, sampling in zip(
-            engines.encode_prompts(tokenizer, unanswered), work.instructions, work.samplings, strict=True
-        ):
+        encoded = engines.encode_prompts(tokenizer, unanswered)
+        check_tokens(tokenizer, config.vocab_size, base, encoded)
+        for ids, instructions, sampling in zip(encoded, work.instructions, work.samplings, strict=True):
             # an answer's text may take a few tokens more in the next prompt than when it was made
             again = (len(instructions) - 1) * (sampling.max_new_tokens + 32)
             longest = max(longest, len(ids) + again + sampling.max_new_tokens)
