@@ -31,7 +31,7 @@ from ba_lora.results import environment, peak_memory_mb, reset_peak_memory, tota
 from ba_lora.run import claim_folder, finish, is_trained, recorded
 from ba_lora.sizes import check_sizes
 from ba_lora.trainer import BALoRATrainer
-from data.nlg import load_training_data
+from data.nlg import check_source, load_training_data
 
 
 def main() -> None:
@@ -42,6 +42,7 @@ def main() -> None:
     options = parser.parse_intermixed_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cancelled job is recorded as cancelled
     config = load_config(options.config, method=options.method, overrides=options.overrides, kind="nlg")
+    check_source(config.data)
 
     process = start_processes(config)
     run_path = config.run_path

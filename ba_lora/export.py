@@ -176,6 +176,7 @@ def convert_to_lora(adapter_path: Path, initial_factors: Path, output_path: Path
     with folder_atomic(output_path) as folder:
         save_file(converted, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+        load_tokenizer(config.model, generates=config.kind == "nlg").save_pretrained(folder)
 
 
 def merge(model: "nn.Module", output_path: Path, *, config: RunConfig) -> None:
@@ -268,7 +269,8 @@ def _mend_adapter_files(folder: Path, config: RunConfig) -> None:
     """Name the untouched base in the settings, and give both files the names of `adapter_files`."""
     path = folder / "adapter_config.json"
     settings = json.loads(path.read_text())
-    settings["base_model_name_or_path"] = model_source(config.model)
+    base = model_source(config.model)  # a relative path would be found from this folder only
+    settings["base_model_name_or_path"] = str(Path(base).resolve()) if Path(base).is_dir() else base
     settings["revision"] = config.model.revision
     path.write_text(json.dumps(settings, indent=2) + "\n")
     weights_name, settings_name = adapter_files(config)

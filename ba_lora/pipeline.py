@@ -80,6 +80,11 @@ def main() -> int:
 
     training = training_stage(spec, launch_command(os.environ))
     evaluation = evaluation_stages([config])  # checks files, too
+    if not (config.run_path / "train.json").is_file():
+        from ba_lora.grid_plan import refused_evaluations
+
+        for reason in refused_evaluations([config]).values():
+            raise UserError(reason)
     if missing := missing_judge([config], os.environ):
         print(missing, file=sys.stderr, flush=True)
     if options.dry_run:

@@ -49,7 +49,7 @@ def adapter_base(path: str | Path) -> str:
     if not base:
         raise UserError(f"{path}/adapter_config.json names no base_model_name_or_path: write the base into it")
     local = resolve_path(base)
-    return str(local) if local.is_dir() else str(base)
+    return str(local.resolve()) if local.is_dir() else str(base)
 
 
 def adapter_rank(settings: Mapping[str, Any]) -> int:

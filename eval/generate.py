@@ -299,7 +299,8 @@ def check(arguments: Sequence[str]) -> None:
     engines.choose_engine(asked["engine"])
     for task in choose_tasks(asked["tasks"], asked["choices"]):
         template_and_stops(task, asked["options"])
-        if (data := asked["data"].get(task.name)) is not None and Path(data).exists():
+        data = asked["data"].get(task.name) or task.default_data()
+        if task.name in asked["data"] and Path(data).exists():
             load_work(task, data, asked["options"])
 
 
