@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ba_lora.config import RunConfig
 from ba_lora.errors import UserError
-from ba_lora.io import disk_errors, folder_atomic
+from ba_lora.io import disk_errors, folder_atomic, load_tensors
 from ba_lora.methods import probe_logits
 from ba_lora.model import load_base, load_tokenizer, model_source
 from ba_lora.pissa import adapter_scaling, factors_path
@@ -149,11 +149,11 @@ def convert_to_lora(adapter_path: Path, initial_factors: Path, output_path: Path
     B'A' = BA − B₀A₀ exactly, so W + s B'A' = (W − s B₀A₀) + s BA, the trained model.
     """
     import torch
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import save_file
 
     weights_name, settings_name = adapter_files(config)
-    trained = load_file(adapter_path / weights_name)
-    initial = load_file(initial_factors)
+    trained = load_tensors(adapter_path / weights_name)
+    initial = load_tensors(initial_factors)
     if sorted(initial) != sorted(name for name in trained if ".lora_" in name):
         raise UserError(f"{adapter_path} and {initial_factors} hold different layers: they are of different runs")
     converted = {}

@@ -11,8 +11,12 @@ import shutil
 import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ba_lora.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @contextlib.contextmanager
@@ -188,6 +192,20 @@ def is_pickle(path: str | Path) -> bool:
     with open(path, "rb") as file:
         head = file.read(2)
     return head == b"PK" or head[:1] == b"\x80"
+
+
+def load_tensors(path: str | Path) -> "dict[str, Tensor]":
+    """Return the tensors of a safetensors file. Raises UserError where it is gone, damaged, or a pickle."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except FileNotFoundError as error:
+        raise UserError(f"no such file: {path}; restore it, or train again with overwrite=true") from error
+    except SafetensorError as error:
+        fault = "is a pickle, not a safetensors file" if is_pickle(path) else f"is damaged or cut short ({error})"
+        raise UserError(f"{path} {fault}: restore it, or train again with overwrite=true") from error
 
 
 def sha256_file(path: str | Path) -> str:

@@ -258,6 +258,9 @@ def hub_errors(name: str, what: str) -> Iterator[None]:
             raise UserError(f"{name} has an unknown model type: {in_one_line(error)}") from error
         if getattr(error, "errno", None) is not None:  # a real file system error, no hub answer
             raise
+        if what == "model" and "safetensors" in text and not isinstance(error, RuntimeError):
+            mend = "convert it (save_pretrained writes them), or set model.revision to a commit that has them"
+            raise UserError(f"{name} has no safetensors weights, and pickles may run code: {mend}") from error
         if local or isinstance(error, RuntimeError):
             raise UserError(f"cannot load the {what} in {name}: {in_one_line(error)}") from error
         mend = f"check the name{f' and the network ({obstacle}, and it is not in the cache)' if obstacle else ''}"

@@ -167,3 +167,12 @@ def test_a_damaged_base_is_one_line(base: Path, tmp_path: Path, damage: Callable
     with pytest.raises(UserError, match="damaged or cut short") as error, open_engine("hf", folder):
         pass
     assert "\n" not in str(error.value)
+
+
+def test_a_base_of_pickles_is_one_line(base: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(base, tmp_path / "base")
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="no safetensors weights.*convert") as error, open_engine("hf", folder):
+        pass
+    assert "\n" not in str(error.value)

@@ -1,8 +1,13 @@
-"""Folders written whole or not at all."""
+"""Folders written whole or not at all; damaged files of tensors are one line."""
+
+from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from ba_lora.io import folder_atomic
+from ba_lora.errors import UserError
+from ba_lora.io import folder_atomic, load_tensors
 
 
 def test_a_folder_takes_the_place_of_the_old_one(tmp_path):
@@ -29,3 +34,23 @@ def test_only_its_own_leftovers_are_removed(tmp_path, name):
     with folder_atomic(tmp_path / name):
         pass
     assert not stale.exists() and all(folder.is_dir() for folder in others)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: torch.save({"a": torch.ones(2)}, path), "is a pickle"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "damaged or cut short"),
+        (lambda path: path.write_bytes(b""), "damaged or cut short"),
+        (Path.unlink, "no such file"),
+    ],
+    ids=["pickle", "cut", "empty", "gone"],
+)
+def test_files_of_tensors_that_are_none_are_one_line(tmp_path, damage, message):
+    path = tmp_path / "initial_factors.safetensors"
+    save_file({"a": torch.ones(2)}, path)
+    assert load_tensors(path)["a"].tolist() == [1, 1]
+    damage(path)
+    with pytest.raises(UserError, match=f"initial_factors.safetensors.*{message}|{message}.*initial_factors") as error:
+        load_tensors(path)
+    assert "\n" not in str(error.value)
