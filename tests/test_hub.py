@@ -70,7 +70,8 @@ def test_a_gated_base_and_a_data_set_without_network_are_a_line_each(root: Path,
         from ba_lora.errors import UserError
         from ba_lora.model import load_model
         from ba_lora.rows import load_rows
-        for ask in (lambda: load_model(ModelConfig(name="meta-llama/Llama-2-7b-hf")), lambda: load_rows("openai/gsm8k")):
+        base = ModelConfig(name="meta-llama/Llama-2-7b-hf")
+        for ask in (lambda: load_model(base), lambda: load_rows("openai/gsm8k")):
             try:
                 ask()
             except UserError as error:
