@@ -34,7 +34,7 @@ def load_skeleton(
 
     hub = {"revision": revision, "trust_remote_code": trust_remote_code}
     code = {"trust_remote_code": True, "code_revision": revision} if trust_remote_code else {}
-    with hub_errors(source, "configuration"), _without_zero3(), torch.device("meta"):
+    with hub_errors(source, "configuration"), _without_zero3(), torch.random.fork_rng([]), torch.device("meta"):
         config = AutoConfig.from_pretrained(source, **hub)
         return (AutoModelForCausalLM if causal else AutoModel).from_config(config, **code)
 

@@ -7,9 +7,10 @@ adapters of a base.
 A model is
 - a run folder (it has a config.yaml). Runs of one base that are asked for together are served hot, as adapters on that
   base: lora/ where PiSSA made one, else adapter/. A run alone, and one whose adapter vLLM cannot serve (full
-  fine-tuning, DoRA, AdaLoRA, LoHa, a 4-bit base), is served from merged/. `serve=merged` or `serve=hot` overrides;
+  fine-tuning, DoRA, AdaLoRA, LoHa, an adapter of fused experts, a 4-bit base), is served from merged/. `serve=merged`
+  or `serve=hot` overrides;
 - a PEFT adapter folder, served hot on the base that its adapter_config.json names. The adapter/ of a PiSSA run is
-  refused: it belongs to changed base weights;
+  refused: it belongs to changed base weights. So is an adapter whose weights are not those of the layers it names;
 - a model folder or a hub id.
 
 The rule does not look at the engine, so that both engines answer with the same weights.
