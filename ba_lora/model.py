@@ -242,9 +242,10 @@ def hub_errors(name: str, what: str) -> Iterator[None]:
     except SafetensorError as error:
         raise UserError(f"a weights file of {name} is damaged or cut short ({error}): copy it again") from error
     except (OSError, ValueError, RuntimeError) as error:
-        if isinstance(error, UserError):
-            raise
         text = str(error)
+        mismatch = isinstance(error, RuntimeError) and "mismatch" in text  # others: out of memory, our own faults
+        if isinstance(error, UserError) or (isinstance(error, RuntimeError) and not mismatch):
+            raise
         cause = error
         while cause is not None and not isinstance(cause, GatedRepoError):
             cause = cause.__cause__ or cause.__context__
@@ -258,10 +259,10 @@ def hub_errors(name: str, what: str) -> Iterator[None]:
             raise UserError(f"{name} has an unknown model type: {in_one_line(error)}") from error
         if getattr(error, "errno", None) is not None:  # a real file system error, no hub answer
             raise
-        if what == "model" and "safetensors" in text and not isinstance(error, RuntimeError):
+        if "file named" in text and "safetensors" in text:
             mend = "convert it (save_pretrained writes them), or set model.revision to a commit that has them"
             raise UserError(f"{name} has no safetensors weights, and pickles may run code: {mend}") from error
-        if local or isinstance(error, RuntimeError):
+        if local or mismatch:
             raise UserError(f"cannot load the {what} in {name}: {in_one_line(error)}") from error
         mend = f"check the name{f' and the network ({obstacle}, and it is not in the cache)' if obstacle else ''}"
         raise UserError(f"cannot load the {what} {name}: no such folder, and not found on the hub: {mend}") from error

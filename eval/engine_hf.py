@@ -135,6 +135,7 @@ class HFEngine(Engine):
 
         eos = [self.tokenizer.eos_token_id]
         encoded = [[*ids, *eos][: self.context] for ids in encode_prompts(self.tokenizer, texts)]
+        self.check_tokens(encoded)
         order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
         found = [(0.0, 0)] * len(encoded)
         with self._active(adapter), torch.inference_mode():
