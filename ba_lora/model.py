@@ -153,7 +153,7 @@ def load_model(config: ModelConfig, *, source: str | None = None, quantize: bool
     options = {"code_revision": config.revision} if config.trust_remote_code else {}
     if quantize:
         options |= quantization_options(config)
-    with hub_errors(config.name, "model"):
+    with hub_errors(config.name, "model"), without_load_report():
         model, report = AutoModelForCausalLM.from_pretrained(
             source or model_source(config),
             revision=None if source else config.revision,
@@ -162,6 +162,7 @@ def load_model(config: ModelConfig, *, source: str | None = None, quantize: bool
             trust_remote_code=config.trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # `require_weights` names them
             **options,
         )
     require_weights(report, source or config.name)
@@ -178,6 +179,19 @@ def require_weights(report: Mapping[str, Any], name: str) -> None:
         found = sorted(report["unexpected_keys"])
         other = f"; it has others, such as {found[0]}" if found else ""
         raise UserError(f"{name} lacks {len(missing)} weights of its model, such as {missing[0]}{other}: save it again")
+
+
+@contextlib.contextmanager
+def without_load_report() -> Iterator[None]:
+    """Keep transformers from its table of missing weights: a new head's are missing rightly, others are an error."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def quantization_options(config: ModelConfig, *, skip: list[str] | None = None) -> dict:

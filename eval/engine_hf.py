@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ba_lora.errors import UserError, in_one_line
-from ba_lora.model import hub_errors, require_weights
+from ba_lora.model import hub_errors, require_weights, without_load_report
 from eval.engines import Engine, EngineOptions, Sampling, encode_prompts
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class HFEngine(Engine):
         if options.attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
             raise UserError("attention=flash_attention_2 needs flash-attn: pip install flash-attn, or use sdpa")
         cuda = torch.cuda.is_available()
-        with hub_errors(base, "model"):
+        with hub_errors(base, "model"), without_load_report():
             self._model, report = AutoModelForCausalLM.from_pretrained(
                 base,
                 revision=options.revision,
@@ -55,6 +55,7 @@ class HFEngine(Engine):
                 trust_remote_code=options.trust_remote_code,
                 use_safetensors=True,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # `require_weights` names them
                 device_map="auto" if cuda else None,
             )
         require_weights(report, base)
