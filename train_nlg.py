@@ -22,15 +22,16 @@ from ba_lora.config_layers import load_config
 from ba_lora.errors import run_entry_point
 from ba_lora.export import export_run, probe_batch, push_to_hub, report, save_trained, write_model_card
 from ba_lora.io import finite, write_jsonl_atomic
-from ba_lora.methods import build_model, parameter_counts, probe_logits
+from ba_lora.methods import build_model, left_out_experts, parameter_counts, probe_logits
 from ba_lora.model import hub_commit, load_tokenizer
 from ba_lora.packing import build_collator, faster_attention, prepare_packing
 from ba_lora.processes import on_main_process, start_processes
 from ba_lora.reference_build import cached_reference
 from ba_lora.results import environment, peak_memory_mb, reset_peak_memory, total_peak_memory_mb
 from ba_lora.run import claim_folder, finish, is_trained, recorded
+from ba_lora.sizes import check_sizes
 from ba_lora.trainer import BALoRATrainer
-from data.nlg import load_training_data
+from data.nlg import check_source, load_training_data
 
 
 def main() -> None:
@@ -41,6 +42,7 @@ def main() -> None:
     options = parser.parse_intermixed_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cancelled job is recorded as cancelled
     config = load_config(options.config, method=options.method, overrides=options.overrides, kind="nlg")
+    check_source(config.data)
 
     process = start_processes(config)
     run_path = config.run_path
@@ -67,6 +69,8 @@ def train(config: RunConfig, run_path: Path, process: PartialState) -> None:
         "(nothing of the response left), {rows_empty} empty".format(**data.report, max_length=config.data.max_length)
     )
 
+    check_sizes(config, tokenizer, data.dataset)
+
     # Reference: the pre-trained model's own distributions. Without a cache on disk the trainer makes them in every
     # step, by a pass of the model as it is at step 0.
     cache = None
@@ -84,6 +88,8 @@ def train(config: RunConfig, run_path: Path, process: PartialState) -> None:
         prepare_packing(model, data.dataset["input_ids"][:2])
         if hint := faster_attention(config.model, process.device):
             process.print(hint)
+    if note := left_out_experts(model):
+        process.print(note)
     process.print(f"model: {config.model.name}, {trainable:,} of {everything:,} parameters trained; {step0}")
 
     # Trainer: L = L_task + λ1 L_consistency + λ2 L_diversity + λ3 L_svd.

@@ -32,6 +32,7 @@ from ba_lora.reference_cache_nlu import cached_features
 from ba_lora.results import environment, peak_memory_mb, reset_peak_memory, total_peak_memory_mb
 from ba_lora.results_nlu import selection_report
 from ba_lora.run import claim_folder, finish, is_trained, recorded
+from ba_lora.sizes import check_sizes
 from ba_lora.trainer_nlu import NLUTrainer
 from data.nlu import load_nlu_data
 from eval.metrics import glue_scores
@@ -75,6 +76,8 @@ def train(config: NLURunConfig, run_path: Path, process: PartialState) -> None:
         "data: {name}, {rows_used} of {rows_read} rows, {rows_cut} cut to {max_length} tokens, {rows_empty} empty, "
         "{rows_heldout} held out, classes {classes}".format(**data.report, max_length=config.data.max_length)
     )
+
+    check_sizes(config, tokenizer, data.train)
 
     # Model: the pre-trained one, with a new head and the method's adapter. The logits of two rows, the probe, tell how
     # far step 0 is from the pre-trained model, and later each export from the trained one.

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ba_lora.config_nlu import NLURunConfig
 from ba_lora.errors import UserError
 from ba_lora.glue import GlueTask, find_task
-from ba_lora.model import hub_errors, model_source, quantization_options, torch_dtype
+from ba_lora.model import hub_errors, model_source, quantization_options, torch_dtype, without_load_report
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -36,7 +36,7 @@ def load_classifier(config: NLURunConfig, *, source: str | None = None, quantize
     options = quantization_options(settings, skip=["pooler", "classifier", "score"]) if quantize else {}
     where = source or model_source(settings)
     revision = None if source else settings.revision
-    with hub_errors(settings.name, "model"), _without_load_report():
+    with hub_errors(settings.name, "model"), without_load_report():
         model_config = AutoConfig.from_pretrained(
             where, revision=revision, trust_remote_code=settings.trust_remote_code
         )
@@ -61,19 +61,6 @@ def load_classifier(config: NLURunConfig, *, source: str | None = None, quantize
     if missing:
         raise UserError(f"{settings.name} lacks weights of the pre-trained model: {', '.join(missing[:3])}, …")
     return model
-
-
-@contextlib.contextmanager
-def _without_load_report() -> Iterator[None]:
-    """Keep transformers from reporting the new head as missing, which would alarm for nothing."""
-    from transformers.utils import logging
-
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
 
 
 def _set_labels(model_config: "PretrainedConfig", task: GlueTask) -> None:

@@ -24,7 +24,7 @@ from transformers import TrainerCallback
 from ba_lora.config_nlu import NLURunConfig
 from ba_lora.errors import UserError
 from ba_lora.glue import find_task
-from ba_lora.io import disk_errors, read_jsonl, write_jsonl_atomic
+from ba_lora.io import disk_errors, load_tensors, read_jsonl, write_jsonl_atomic
 from ba_lora.predict import Predictions, predict, predicted_values, prediction_lines
 
 if TYPE_CHECKING:
@@ -222,11 +222,9 @@ class EpochEvaluation(TrainerCallback):
             temporary.replace(path)
 
     def _load_weights(self, path: Path) -> None:
-        from safetensors.torch import load_file
-
         if not path.is_file():
             raise UserError(f"{path.parent} lacks the weights of the best epoch: overwrite=true trains again")
-        weights = load_file(path)
+        weights = load_tensors(path)
         with torch.no_grad():
             for name, parameter in self._trained_parameters().items():
                 parameter.copy_(weights[name])

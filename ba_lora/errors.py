@@ -20,6 +20,13 @@ class CommandParser(argparse.ArgumentParser):
         raise UserError(f"{message}; see {self.prog} --help")
 
 
+def in_one_line(error: Exception, *, limit: int = 400) -> str:
+    """Return what a library says in one line, without the headline that stands before a list of details."""
+    headline, _, details = str(error).strip().partition("\n")
+    text = " ".join((details or headline).split()) or type(error).__name__
+    return text if len(text) <= limit else f"{text[:limit]} …"
+
+
 def run_entry_point(main: Callable[[], int | None], *, resumes: bool = False) -> NoReturn:
     """Call `main()` and leave the process: its status, or 2 with one line on stderr after a `UserError`.
 

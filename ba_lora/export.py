@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ba_lora.config import RunConfig
 from ba_lora.errors import UserError
-from ba_lora.io import disk_errors, folder_atomic
+from ba_lora.io import disk_errors, folder_atomic, load_tensors
 from ba_lora.methods import probe_logits
 from ba_lora.model import load_base, load_tokenizer, model_source
 from ba_lora.pissa import factors_path
@@ -152,15 +152,14 @@ def export_run(
 
 
 def convert_to_lora(adapter_path: Path, initial_factors: Path, output_path: Path, *, config: RunConfig) -> None:
-    """Write the plain LoRA equal to an adapter on a residual base."""
-    from safetensors.torch import load_file
-
+    """Write the plain LoRA equal to an adapter on a residual base, with its tokenizer."""
     from ba_lora.plain_lora import write_plain_lora
 
     weights_name, settings_name = adapter_files(config)
     settings = json.loads((adapter_path / settings_name).read_text())
     with folder_atomic(output_path) as folder:
-        write_plain_lora(folder, adapter_path / weights_name, load_file(initial_factors), settings)
+        write_plain_lora(folder, adapter_path / weights_name, load_tensors(initial_factors), settings)
+        load_tokenizer(config.model, generates=config.kind == "nlg").save_pretrained(folder)
 
 
 def merge(model: "nn.Module", output_path: Path, *, config: RunConfig) -> None:
@@ -229,7 +228,7 @@ def write_model_card(run_path: Path, config: RunConfig, result: dict[str, Any]) 
 
 def push_to_hub(run_path: Path, config: RunConfig) -> str:
     """Upload the adapter that serves on the untouched base, and merged/ as a sub-folder; return the address."""
-    from httpx import HTTPError
+    from httpx2 import HTTPError
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
@@ -253,7 +252,8 @@ def _mend_adapter_files(folder: Path, config: RunConfig) -> None:
     """Name the untouched base in the settings, and give both files the names of `adapter_files`."""
     path = folder / "adapter_config.json"
     settings = json.loads(path.read_text())
-    settings["base_model_name_or_path"] = model_source(config.model)
+    base = model_source(config.model)  # a relative path would be found from this folder only
+    settings["base_model_name_or_path"] = str(Path(base).resolve()) if Path(base).is_dir() else base
     settings["revision"] = config.model.revision
     path.write_text(json.dumps(settings, indent=2) + "\n")
     weights_name, settings_name = adapter_files(config)

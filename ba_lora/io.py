@@ -12,9 +12,12 @@ import stat
 import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from ba_lora.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 BOM = "\ufeff"  # the byte order mark, which some editors put in front
 MAX_FILE_BYTES = 4 * 2**30  # files of text are read whole
@@ -232,6 +235,27 @@ def read_jsonl(path: str | Path) -> list[dict]:
     if not rows:
         raise UserError(f"{path} is empty: at least one line is needed")
     return rows
+
+
+def is_pickle(path: str | Path) -> bool:
+    """Return whether a file begins as what torch.save or pickle writes."""
+    with open(path, "rb") as file:
+        head = file.read(2)
+    return head == b"PK" or head[:1] == b"\x80"
+
+
+def load_tensors(path: str | Path) -> "dict[str, Tensor]":
+    """Return the tensors of a safetensors file. Raises UserError where it is gone, damaged, or a pickle."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except FileNotFoundError as error:
+        raise UserError(f"no such file: {path}; restore it, or train again with overwrite=true") from error
+    except SafetensorError as error:
+        fault = "is a pickle, not a safetensors file" if is_pickle(path) else f"is damaged or cut short ({error})"
+        raise UserError(f"{path} {fault}: restore it, or train again with overwrite=true") from error
 
 
 def sha256_file(path: str | Path) -> str:

@@ -4,6 +4,7 @@ The first factors of PiSSA (ba_lora/pissa.py) and CorDA (ba_lora/corda.py) are s
 the very same residual from them.
 """
 
+import copy
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ba_lora import pissa
 from ba_lora.config import AdapterConfig, RunConfig, nearest, resolve_path
-from ba_lora.errors import UserError
+from ba_lora.errors import UserError, in_one_line
 from ba_lora.model import load_base
 
 if TYPE_CHECKING:
@@ -184,6 +185,7 @@ def _with_adapter(model: "nn.Module", config: RunConfig, num_steps: int) -> "nn.
         peft_config.task_type = "SEQ_CLS"  # by which PEFT trains `classifier` and `score` of itself
         peft_config.modules_to_save = [n for n in head_names(model) if n not in ("classifier", "score")] or None
         peft_config.target_modules = set(targets)
+    _leave_experts_out(model, peft_config, adapter)
     peft_config.revision = config.model.revision
     model = get_peft_model(model, peft_config, autocast_adapter_dtype=adapter.dtype == "float32")
     if adapter.dtype == "base":
@@ -194,6 +196,40 @@ def _with_adapter(model: "nn.Module", config: RunConfig, num_steps: int) -> "nn.
     if config.trainer.get("gradient_checkpointing"):
         model.enable_input_require_grads()
     return model
+
+
+def _leave_experts_out(model: "nn.Module", peft_config: Any, adapter: AdapterConfig) -> None:
+    """Keep PEFT from training fused experts and routers, which it adds where it finds `all-linear` or their old names.
+
+    PiSSA and CorDA have no factors for those three-dimensional weights, and LoRA is to be compared with them on the
+    same layers. Raises UserError where the configuration names such layers itself.
+    """
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    found = copy.deepcopy(peft_config)
+    try:
+        convert_peft_config_for_transformers(found, model, None)
+    except ValueError as error:
+        raise UserError(f"adapter.target_modules: {in_one_line(error)}: leave the experts' layers out") from error
+    if not getattr(found, "target_parameters", None):
+        return
+    if adapter.target_modules != "all-linear":
+        taken = ", ".join(sorted(set(peft_config.target_modules) - set(found.target_modules)))
+        raise UserError(
+            f"adapter.target_modules: PEFT would train the fused experts of this {model.config.model_type} model for "
+            f"{taken}, and PiSSA has no factors for them: name other layers, or all-linear, which leaves them out"
+        )
+    peft_config.target_modules = found.target_modules
+
+
+def left_out_experts(model: "nn.Module") -> str | None:
+    """Return the line that says which layers of a model with fused experts have an adapter; None for other models."""
+    settings = getattr(model, "peft_config", {}).get("default")
+    experts = [parameter for name, parameter in model.named_parameters() if ".experts." in name and parameter.ndim == 3]
+    if settings is None or not experts:
+        return None
+    adapted = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in settings.target_modules}))
+    return f"adapter: on {adapted}; the fused experts and the routers stay as they are, in every method"
 
 
 def _check_targets(model: "nn.Module", config: RunConfig) -> list[str]:
@@ -257,7 +293,7 @@ def _peft_options(config_class: type, adapter: AdapterConfig, **settings: Any) -
     try:
         return config_class(task_type="CAUSAL_LM", target_modules=targets, **settings, **adapter.options)
     except (TypeError, ValueError) as error:
-        raise UserError(f"adapter.options: {str(error).splitlines()[0]}") from error
+        raise UserError(f"adapter.options: {in_one_line(error)}") from error
 
 
 def _alpha(adapter: AdapterConfig) -> float:

@@ -2,12 +2,13 @@
 
 import contextlib
 import importlib.util
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ba_lora.config import ModelConfig, RunConfig, resolve_path
-from ba_lora.errors import UserError
+from ba_lora.errors import UserError, in_one_line
+from ba_lora.hub import hub_obstacle
 from ba_lora.io import sha256_file, sha256_json
 from ba_lora.rows import is_commit
 
@@ -152,18 +153,45 @@ def load_model(config: ModelConfig, *, source: str | None = None, quantize: bool
     options = {"code_revision": config.revision} if config.trust_remote_code else {}
     if quantize:
         options |= quantization_options(config)
-    with hub_errors(config.name, "model"):
-        model = AutoModelForCausalLM.from_pretrained(
+    with hub_errors(config.name, "model"), without_load_report():
+        model, report = AutoModelForCausalLM.from_pretrained(
             source or model_source(config),
             revision=None if source else config.revision,
             dtype=torch_dtype(config.dtype),
             attn_implementation=config.attention,
             trust_remote_code=config.trust_remote_code,
             use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # `require_weights` names them
             **options,
         )
+    require_weights(report, source or config.name)
     model.config.use_cache = False  # a training model keeps no keys and values; generation loads its own
     return model
+
+
+def require_weights(report: Mapping[str, Any], name: str) -> None:
+    """Raise UserError where from_pretrained's loading info tells of weights that the files lack or have in another
+    shape: transformers makes those up at random."""
+    missing = sorted(report["missing_keys"])
+    missing += sorted(str(key[0] if isinstance(key, tuple) else key) for key in report["mismatched_keys"])
+    if missing:
+        found = sorted(report["unexpected_keys"])
+        other = f"; it has others, such as {found[0]}" if found else ""
+        raise UserError(f"{name} lacks {len(missing)} weights of its model, such as {missing[0]}{other}: save it again")
+
+
+@contextlib.contextmanager
+def without_load_report() -> Iterator[None]:
+    """Keep transformers from its table of missing weights: a new head's are missing rightly, others are an error."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def quantization_options(config: ModelConfig, *, skip: list[str] | None = None) -> dict:
@@ -219,13 +247,19 @@ def flash_attention_lacks(dtype: str) -> str | None:
 def hub_errors(name: str, what: str) -> Iterator[None]:
     """Turn the hub's and transformers' long messages about `name` into one line."""
     from huggingface_hub.errors import GatedRepoError
+    from safetensors import SafetensorError
 
+    local = name.startswith(PACKAGE) or Path(name).exists() or resolve_path(name).is_dir()
+    obstacle = None if local else hub_obstacle()
     try:
         yield
-    except (OSError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
+    except SafetensorError as error:
+        raise UserError(f"a weights file of {name} is damaged or cut short ({error}): copy it again") from error
+    except (OSError, ValueError, RuntimeError) as error:
         text = str(error)
+        mismatch = isinstance(error, RuntimeError) and "mismatch" in text  # others: out of memory, our own faults
+        if isinstance(error, UserError) or (isinstance(error, RuntimeError) and not mismatch):
+            raise
         cause = error
         while cause is not None and not isinstance(cause, GatedRepoError):
             cause = cause.__cause__ or cause.__context__
@@ -236,10 +270,13 @@ def hub_errors(name: str, what: str) -> Iterator[None]:
             mend = "read that code, then type model.trust_remote_code=true"
             raise UserError(f"{name} runs Python code of its own repository: {mend}") from error
         if "model type" in text or "Unrecognized" in text or "model_type" in text:
-            raise UserError(f"{name} has an unknown model type: {text.splitlines()[0]}") from error
+            raise UserError(f"{name} has an unknown model type: {in_one_line(error)}") from error
         if getattr(error, "errno", None) is not None:  # a real file system error, no hub answer
             raise
-        if Path(name).is_dir() or resolve_path(name).is_dir():
-            raise UserError(f"cannot load the {what} in {name}: {text.splitlines()[0]}") from error
-        mend = "check the name, the network and HF_HUB_OFFLINE"
+        if "file named" in text and "safetensors" in text:
+            mend = "convert it (save_pretrained writes them), or set model.revision to a commit that has them"
+            raise UserError(f"{name} has no safetensors weights, and pickles may run code: {mend}") from error
+        if local or mismatch:
+            raise UserError(f"cannot load the {what} in {name}: {in_one_line(error)}") from error
+        mend = f"check the name{f' and the network ({obstacle}, and it is not in the cache)' if obstacle else ''}"
         raise UserError(f"cannot load the {what} {name}: no such folder, and not found on the hub: {mend}") from error

@@ -80,6 +80,8 @@ def main() -> int:
 
     training = training_stage(spec, launch_command(os.environ))
     evaluation = evaluation_stages([config])  # checks files, too
+    if not (config.run_path / "train.json").is_file():
+        check_evaluation(evaluation)
     if missing := missing_judge([config], os.environ):
         print(missing, file=sys.stderr, flush=True)
     if options.dry_run:
@@ -103,6 +105,15 @@ def main() -> int:
     print(results_table(results))
     print(f"result: {config.result_path}")
     return 0
+
+
+def check_evaluation(stages: Iterable[Stage]) -> None:
+    """Raise the UserError that an evaluation would end with after the training, as far as it shows before."""
+    from eval.check import find_error
+
+    for stage in stages:
+        if stage.name in ("generate", "evaluate") and (error := find_error(stage.command[2], stage.command[3:])):
+            raise UserError(error)
 
 
 def missing_judge(configs: Iterable[RunConfig], environ: Mapping[str, str]) -> str | None:

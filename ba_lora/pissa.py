@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from accelerate import PartialState
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ba_lora.io import folder_atomic
+from ba_lora.io import folder_atomic, load_tensors
 from ba_lora.pissa_cache import SKETCH_SEED, SVD, Components, FactorsCache, digest
 from ba_lora.reference import adapter_layers, factor_parameters, gathered
 
@@ -130,7 +130,7 @@ def save_factors(model: nn.Module, path: Path, components: Mapping[str, Componen
 
 def load_factors(model: nn.Module, path: Path, *, subtract: bool) -> None:
     """Put A₀, B₀ of the file into the trained adapter and, with `subtract`, take s B₀A₀ from the base."""
-    factors = load_file(path)
+    factors = load_tensors(path)
     for name, layer in named_adapter_layers(model):
         base = layer.get_base_layer()
         parameters = factor_parameters(layer, "default")

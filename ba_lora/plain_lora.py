@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ba_lora.adalora import set_saved_ranks
 from ba_lora.errors import UserError
-from ba_lora.io import disk_errors, folder_atomic
+from ba_lora.io import disk_errors, folder_atomic, load_tensors
 from ba_lora.reference import adapter_layers, gathered, has_residual_base
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def write_plain_lora(folder: Path, trained: Path, initial: Mapping[str, Tensor],
 
     Raises UserError where it is not of the layers that `initial` is of.
     """
-    weights = load_file(trained)
+    weights = load_tensors(trained)
     factors = [name for name in weights if "lora_A" in name or "lora_B" in name or "lora_embedding" in name]
     if sorted(initial) != sorted(name for name in factors if not name.endswith(".bias")):
         raise UserError(f"{trained} and the first factors are of different layers: they are of different runs")
@@ -144,7 +144,7 @@ def check_initial_factors(initial: Mapping[str, Tensor], checkpoint: Path) -> No
     path = checkpoint / FINGERPRINT
     if not initial or not path.is_file():
         return
-    mine, theirs = _fingerprint(initial), load_file(path)
+    mine, theirs = _fingerprint(initial), load_tensors(path)
     for name in sorted(mine.keys() | theirs.keys()):
         if name in mine and name in theirs and mine[name].shape == theirs[name].shape:
             if (mine[name] - theirs[name]).norm() <= FINGERPRINT_TOLERANCE * theirs[name].norm():

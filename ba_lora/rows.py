@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import random
 import re
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from ba_lora.config import PROJECT_ROOT
 from ba_lora.errors import UserError
+from ba_lora.hub import hub_obstacle
 from ba_lora.io import check_readable, read_json, read_jsonl, sha256_file
 
 if TYPE_CHECKING:
@@ -169,6 +169,7 @@ def _hub_rows(data: str, *, split: str, configs: Callable[[str], tuple[str | Non
     mend = "give a local file (--data FILE, data.source=FILE), or make the hub reachable"
     import datasets
 
+    obstacle = hub_obstacle()
     rows: list[dict] = []
     fingerprints, commits = [], set()
     for config in configs(name):
@@ -176,7 +177,7 @@ def _hub_rows(data: str, *, split: str, configs: Callable[[str], tuple[str | Non
             part = datasets.load_dataset(name, config, split=split, revision=revision or None)
         except Exception as error:  # the hub client raises many kinds: absent, gated, offline, wrong config
             cause = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-            offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") == "1" else ""
+            offline = f" ({obstacle})" if obstacle else ""
             raise UserError(f"cannot load {data} from the hub{offline}: {cause[:300]}; {mend}") from error
         rows.extend(part)
         fingerprints.append(part._fingerprint)

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ba_lora.errors import UserError
-from ba_lora.model import hub_errors
+from ba_lora.errors import UserError, in_one_line
+from ba_lora.model import hub_errors, require_weights, without_load_report
 from eval.engines import Engine, EngineOptions, Sampling, encode_prompts
 
 if TYPE_CHECKING:
@@ -46,16 +46,19 @@ class HFEngine(Engine):
         if options.attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
             raise UserError("attention=flash_attention_2 needs flash-attn: pip install flash-attn, or use sdpa")
         cuda = torch.cuda.is_available()
-        with hub_errors(base, "model"):
-            self._model = AutoModelForCausalLM.from_pretrained(
+        with hub_errors(base, "model"), without_load_report():
+            self._model, report = AutoModelForCausalLM.from_pretrained(
                 base,
                 revision=options.revision,
                 dtype=getattr(torch, self.dtype),
                 attn_implementation=options.attention,
                 trust_remote_code=options.trust_remote_code,
                 use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # `require_weights` names them
                 device_map="auto" if cuda else None,
             )
+        require_weights(report, base)
         self._model.config.use_cache = True
         self._model.generation_config = GenerationConfig()  # no hidden sampling defaults of the model's
         for name, folder in self.adapters.items():
@@ -76,7 +79,7 @@ class HFEngine(Engine):
             else:
                 self._model = PeftModel.from_pretrained(self._model, folder, adapter_name=name)
         except (RuntimeError, ValueError) as error:
-            raise UserError(f"{folder} does not fit the base {self.base}: {str(error).splitlines()[0]}") from error
+            raise UserError(f"{folder} does not fit the base {self.base}: {in_one_line(error)}") from error
 
     def _generate_ids(
         self,
@@ -133,6 +136,7 @@ class HFEngine(Engine):
 
         eos = [self.tokenizer.eos_token_id]
         encoded = [[*ids, *eos][: self.context] for ids in encode_prompts(self.tokenizer, texts)]
+        self.check_tokens(encoded)
         order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
         found = [(0.0, 0)] * len(encoded)
         with self._active(adapter), torch.inference_mode():

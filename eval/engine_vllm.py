@@ -8,8 +8,9 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from ba_lora.errors import UserError
-from eval.engines import VLLM_LORA_RANKS, Engine, EngineOptions, Sampling, adapter_rank, hot_obstacle, read_adapter
+from ba_lora.errors import UserError, in_one_line
+from eval.adapters import VLLM_LORA_RANKS, adapter_rank, hot_obstacle, read_adapter
+from eval.engines import Engine, EngineOptions, Sampling
 
 VLLM_CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # others kill it at the first request
 
@@ -57,7 +58,7 @@ class VLLMEngine(Engine):
         try:
             self._llm = vllm.LLM(**arguments)
         except (RuntimeError, ValueError, OSError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            reason = in_one_line(error)
             raise UserError(
                 f"vLLM could not start on {base}: {reason} (VLLM_LOGGING_LEVEL=INFO tells more); --engine hf may serve"
             ) from error

@@ -23,10 +23,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ba_lora.config import resolve_path
 from ba_lora.errors import UserError
-from ba_lora.io import read_json
 from ba_lora.model import hub_errors
+from ba_lora.sizes import check_tokens
+from eval.adapters import check_adapter, read_adapter
 from eval.completions import PROMPT_TOO_LONG
 
 if TYPE_CHECKING:
@@ -35,10 +35,6 @@ if TYPE_CHECKING:
 KINDS = ("auto", "vllm", "hf")
 GENERATION_VERSION = 1  # counts up when a change of this code changes answers: those kept are then made anew
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-
-VLLM_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the values vLLM takes for max_lora_rank
-# Initialisations that take the adapter's first product out of the base: such an adapter is wrong on the base itself.
-BASE_CHANGING = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
 
 @dataclass(frozen=True)
@@ -132,49 +128,6 @@ def package_versions(kind: str) -> list[str]:
     modules = ("vllm" if kind == "vllm" else "transformers", "torch", "peft", "tokenizers")
     names = [installed[module][0] for module in modules if module in installed]
     return [f"{name}=={importlib.metadata.version(name)}" for name in names]
-
-
-def read_adapter(path: str | Path) -> dict[str, Any]:
-    """Return the adapter_config.json of a PEFT adapter that fits its base as published.
-
-    Raises UserError where there is none, or where the adapter belongs to changed base weights (PiSSA and its kin).
-    """
-    path = Path(path)
-    settings = read_json(path / "adapter_config.json")
-    initialisation = str(settings.get("init_lora_weights", ""))
-    if initialisation.lower().startswith(BASE_CHANGING):
-        raise UserError(
-            f"{path} was trained on a changed base (init_lora_weights={initialisation}) and is wrong on the base "
-            f"itself: serve its conversion, {path.parent / 'lora'}, or the merged model"
-        )
-    return settings
-
-
-def adapter_base(path: str | Path) -> str:
-    """Return the base that a PEFT adapter folder names. Raises UserError where it names none."""
-    base = read_adapter(path).get("base_model_name_or_path")
-    if not base:
-        raise UserError(f"{path}/adapter_config.json names no base_model_name_or_path: write the base into it")
-    local = resolve_path(base)
-    return str(local) if local.is_dir() else str(base)
-
-
-def hot_obstacle(settings: Mapping[str, Any]) -> str | None:
-    """Return why an adapter with these settings cannot be served hot by vLLM, or None."""
-    if settings.get("peft_type") != "LORA":
-        return f"vLLM serves LoRA adapters, not {settings.get('peft_type')}"
-    if settings.get("use_dora"):
-        return "vLLM does not serve DoRA"
-    if settings.get("modules_to_save"):
-        return "vLLM does not serve adapters with modules_to_save"
-    if adapter_rank(settings) > VLLM_LORA_RANKS[-1]:
-        return f"vLLM serves ranks up to {VLLM_LORA_RANKS[-1]}"
-    return None
-
-
-def adapter_rank(settings: Mapping[str, Any]) -> int:
-    """Return the largest rank of a LoRA adapter's layers."""
-    return max([int(settings.get("r", 1)), *map(int, (settings.get("rank_pattern") or {}).values())])
 
 
 def load_config(base: str, options: EngineOptions = EngineOptions()) -> "PretrainedConfig":
@@ -303,11 +256,16 @@ class Engine:
         self.startup_seconds = 0.0
         self.tokenizer = load_tokenizer(base, options)
         self.config = load_config(base, options)
+        self.check_tokens()
         self.dtype = resolve_dtype(options.dtype, self.config)
         limits = [n for n in (context_length(self.config), options.max_model_len) if n is not None]
         self.context = min(limits, default=None)
         hub = {} if options.revision is None else {"revision": options.revision}
         self.ends = end_tokens(base, self.tokenizer, self.config, **hub)
+
+    def check_tokens(self, encoded: Sequence[Sequence[int]] = ()) -> None:
+        """Raise UserError where the padding token, or a token of `encoded`, has no row in the embedding."""
+        check_tokens(self.tokenizer, self.config.vocab_size, self.base, encoded)
 
     def generate(
         self,
@@ -326,6 +284,7 @@ class Engine:
         if adapter is not None and adapter not in self.adapters:
             raise UserError(f"unknown adapter {adapter!r}: this engine has {', '.join(self.adapters) or 'none'}")
         encoded = encode_prompts(self.tokenizer, prompts)
+        self.check_tokens(encoded)
         room = [settings.max_new_tokens if self.context is None else self.context - len(ids) for ids in encoded]
         fitting = [index for index, ids in enumerate(encoded) if room[index] >= 1 and ids]
         limits = {index: min(room[index], settings.max_new_tokens) for index in fitting}
@@ -379,12 +338,13 @@ def open_engine(
 ) -> Iterator[Engine]:
     """Load `base` (a folder or a hub id) and `adapters` (name → PEFT adapter folder) once, and close them at the end.
 
-    Raises UserError for a missing model or engine, and for an adapter that cannot be served on this base.
+    Raises UserError for a missing model or engine, and for an adapter that does not belong on this base.
     """
     chosen = choose_engine(kind)
     folders = {name: str(Path(path).resolve()) for name, path in (adapters or {}).items()}
     for folder in folders.values():
         read_adapter(folder)
+        check_adapter(folder, str(base), options)
     started = time.monotonic()
     if chosen == "vllm":
         from eval.engine_vllm import VLLMEngine as Chosen

@@ -7,9 +7,10 @@ adapters of a base.
 A model is
 - a run folder (it has a config.yaml). Runs of one base that are asked for together are served hot, as adapters on that
   base: lora/ where PiSSA made one, else adapter/. A run alone, and one whose adapter vLLM cannot serve (full
-  fine-tuning, DoRA, AdaLoRA, LoHa, a 4-bit base), is served from merged/. `serve=merged` or `serve=hot` overrides;
+  fine-tuning, DoRA, AdaLoRA, LoHa, an adapter of fused experts, a 4-bit base), is served from merged/. `serve=merged`
+  or `serve=hot` overrides;
 - a PEFT adapter folder, served hot on the base that its adapter_config.json names. The adapter/ of a PiSSA run is
-  refused: it belongs to changed base weights;
+  refused: it belongs to changed base weights. So is an adapter whose weights are not those of the layers it names;
 - a model folder or a hub id.
 
 The rule does not look at the engine, so that both engines answer with the same weights (served hot in half precision,
@@ -50,6 +51,7 @@ from ba_lora.errors import CommandParser, UserError, run_entry_point
 from ba_lora.io import write_json_atomic, write_jsonl_atomic
 from ba_lora.prompts import build_conversation, prompt_hash
 from ba_lora.rows import portable_name
+from ba_lora.sizes import check_tokens
 from eval import engines
 from eval.engines import Completion, Engine, EngineOptions, Sampling, open_engine
 from eval.options import parse_options, read_data, split_options
@@ -77,8 +79,12 @@ def output_paths(jobs: Sequence[Job], output: str | None) -> list[Path]:
 
 
 def needed_length(base: str, works: Sequence[Work], options: EngineOptions) -> int | None:
-    """Return the context that these prompts can use at most (less than the model's own saves vLLM memory)."""
-    limit = engines.context_length(engines.load_config(base, options))
+    """Return the context that these prompts can use at most (less than the model's own saves vLLM memory).
+
+    Raises UserError for a prompt with a token that the model has no row for.
+    """
+    config = engines.load_config(base, options)
+    limit = engines.context_length(config)
     if options.max_model_len is not None:
         limit = min(options.max_model_len, limit or options.max_model_len)
     tokenizer = engines.load_tokenizer(base, options)
@@ -88,9 +94,9 @@ def needed_length(base: str, works: Sequence[Work], options: EngineOptions) -> i
             build_conversation(instructions, [""] * (len(instructions) - 1), template=work.template)
             for instructions in work.instructions
         ]
-        for ids, instructions, sampling in zip(
-            engines.encode_prompts(tokenizer, unanswered), work.instructions, work.samplings, strict=True
-        ):
+        encoded = engines.encode_prompts(tokenizer, unanswered)
+        check_tokens(tokenizer, config.vocab_size, base, encoded)
+        for ids, instructions, sampling in zip(encoded, work.instructions, work.samplings, strict=True):
             # an answer's text may take a few tokens more in the next prompt than when it was made
             again = (len(instructions) - 1) * (sampling.max_new_tokens + 32)
             longest = max(longest, len(ids) + again + sampling.max_new_tokens)
@@ -295,7 +301,8 @@ def check(arguments: Sequence[str]) -> None:
     engines.choose_engine(asked["engine"])
     for task in choose_tasks(asked["tasks"], asked["choices"]):
         template_and_stops(task, asked["options"])
-        if (data := asked["data"].get(task.name)) is not None and Path(data).exists():
+        data = asked["data"].get(task.name) or task.default_data()
+        if task.name in asked["data"] and Path(data).exists():
             load_work(task, data, asked["options"])
 
 

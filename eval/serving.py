@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ba_lora.errors import UserError
-from eval import engines
+from eval import adapters, engines
 
 SERVE = ("auto", "hot", "merged")
 
@@ -49,7 +49,7 @@ def plan(models: Sequence[str], *, serve: str = "auto", revision: str | None = N
             else:
                 raise UserError(f"{name} holds neither merged/ nor an adapter to serve: finish its training and export")
         elif (path / "adapter_config.json").is_file():
-            jobs.append(Job(name, engines.adapter_base(path), "adapter", adapter=path, revision=revision))
+            jobs.append(Job(name, adapters.adapter_base(path), "adapter", adapter=path, revision=revision))
         else:
             engines.require_model(name)
             jobs.append(Job(name, name, "model", revision=None if path.is_dir() else revision))
@@ -61,7 +61,7 @@ def run_base(run: Path) -> tuple[str | None, str | None]:
     adapter = _hot_adapter(run)
     if not (adapter / "adapter_config.json").is_file():
         return None, None
-    return engines.adapter_base(adapter), _run_model(run)[1]
+    return adapters.adapter_base(adapter), _run_model(run)[1]
 
 
 def _hot_adapter(run: Path) -> Path:
@@ -81,4 +81,4 @@ def _hot_base(run: Path) -> str | None:
     adapter = _hot_adapter(run)
     if not (run / "config.yaml").is_file() or not (adapter / "adapter_config.json").is_file() or _run_model(run)[0]:
         return None
-    return None if engines.hot_obstacle(engines.read_adapter(adapter)) else engines.adapter_base(adapter)
+    return None if adapters.hot_obstacle(adapters.read_adapter(adapter)) else adapters.adapter_base(adapter)

@@ -1,6 +1,7 @@
 """Training rows: labels only on the response and its EOS, what is cut or dropped is counted, bad files say why."""
 
 import copy
+import dataclasses
 import json
 
 import pytest
@@ -11,6 +12,7 @@ from ba_lora.config import DataConfig, ModelConfig
 from ba_lora.errors import UserError
 from ba_lora.model import load_tokenizer
 from ba_lora.prompts import build_prompt
+from data import nlg
 from data.nlg import encode, load_training_data
 from tests.tiny import save_tiny_model
 
@@ -232,3 +234,11 @@ def test_toy_rows_follow_their_settings(tokenizer):
 
 def test_the_tokenizer_of_the_fixture_is_byte_level(tiny_model):
     assert len(AutoTokenizer.from_pretrained(tiny_model)) == 259
+
+
+def test_a_set_without_a_place_on_the_hub_needs_a_file(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setitem(nlg.SOURCES, "metamathqa", dataclasses.replace(nlg.SOURCES["metamathqa"], hub=None))
+    for ask in (nlg.check_source, lambda config: load_training_data(config, tokenizer)):
+        with pytest.raises(UserError, match="data.name=metamathqa is no set of the hub.*data.source=FILE"):
+            ask(DataConfig(name="metamathqa"))
+    nlg.check_source(DataConfig(name="metamathqa", source=write(tmp_path / "rows.jsonl", ROWS)))

@@ -229,18 +229,6 @@ def test_adapters_of_a_changed_base_are_refused(tmp_path: Path, base: Path) -> N
         pass
 
 
-def test_what_vllm_cannot_serve_hot() -> None:
-    assert engines.hot_obstacle({"peft_type": "LORA", "r": 256}) is None
-    for settings in (
-        {"peft_type": "LOHA"},
-        {"peft_type": "ADALORA"},
-        {"peft_type": "LORA", "use_dora": True},
-        {"peft_type": "LORA", "r": 8, "rank_pattern": {"layers.0": 600}},
-        {"peft_type": "LORA", "r": 8, "modules_to_save": ["lm_head"]},
-    ):
-        assert engines.hot_obstacle(settings)
-
-
 def test_engine_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert engines.choose_engine("auto") == "hf"

@@ -1,6 +1,7 @@
 """The whole training command on a tiny model, and what it leaves: every export equals the trained model."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -54,6 +55,20 @@ def test_pissa_becomes_a_plain_lora_of_twice_the_rank(train, tiny_model):
     converted = logits(PeftModel.from_pretrained(base(tiny_model), run / "lora"), tiny_model)
     as_trained = logits(PeftModel.from_pretrained(base(tiny_model), run / "adapter"), tiny_model)
     torch.testing.assert_close(converted, as_trained, atol=1e-4, rtol=0)  # exact PiSSA: PEFT rebuilds the residual
+
+
+def test_lora_is_whole_and_names_its_base_for_every_folder(train, tiny_model, tmp_path, monkeypatch):
+    """A base named by a relative path is found from elsewhere; the tokenizer lies beside the adapter."""
+    monkeypatch.chdir(tiny_model.parent)
+    run = train(f"model.name={tiny_model.name}", method="pissa")
+    monkeypatch.chdir(tmp_path)
+    for name in ("adapter", "lora"):
+        named = json.loads((run / name / "adapter_config.json").read_text())["base_model_name_or_path"]
+        assert Path(named).is_absolute() and Path(named).samefile(tiny_model)
+        assert (
+            AutoTokenizer.from_pretrained(run / name)("abc")["input_ids"]
+            == AutoTokenizer.from_pretrained(named)("abc")["input_ids"]
+        )
 
 
 def test_rslora_scaling_survives_the_conversion(train, tiny_model):

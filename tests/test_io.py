@@ -3,12 +3,15 @@
 import json
 import os
 import socket
+from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from ba_lora import io
 from ba_lora.errors import UserError
-from ba_lora.io import file_atomic, folder_atomic, read_json, read_jsonl, read_object, sha256_file
+from ba_lora.io import file_atomic, folder_atomic, load_tensors, read_json, read_jsonl, read_object, sha256_file
 
 
 def test_a_folder_takes_the_place_of_the_old_one(tmp_path):
@@ -102,3 +105,23 @@ def test_nothing_takes_the_place_of_a_pipe_or_a_device(tmp_path):
     with pytest.raises(UserError, match="it is a folder"), file_atomic(tmp_path):
         raise AssertionError
     assert {path: os.stat(path) for path in files.values()} == before
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: torch.save({"a": torch.ones(2)}, path), "is a pickle"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "damaged or cut short"),
+        (lambda path: path.write_bytes(b""), "damaged or cut short"),
+        (Path.unlink, "no such file"),
+    ],
+    ids=["pickle", "cut", "empty", "gone"],
+)
+def test_files_of_tensors_that_are_none_are_one_line(tmp_path, damage, message):
+    path = tmp_path / "initial_factors.safetensors"
+    save_file({"a": torch.ones(2)}, path)
+    assert load_tensors(path)["a"].tolist() == [1, 1]
+    damage(path)
+    with pytest.raises(UserError, match=f"initial_factors.safetensors.*{message}|{message}.*initial_factors") as error:
+        load_tensors(path)
+    assert "\n" not in str(error.value)

@@ -153,6 +153,15 @@ def test_a_missing_data_file_is_told_before_anything_is_loaded():
         pipeline.evaluation_stages([config])
 
 
+def test_a_task_without_data_of_its_own_is_told_before_the_training(tmp_path, monkeypatch):
+    words = ["pipeline", "configs/nlg/toy.yaml", "eval.tasks=[heldout]", f"output_dir={tmp_path / 'run'}", "--dry-run"]
+    monkeypatch.setattr(sys, "argv", words)
+    monkeypatch.setattr(TASKS["heldout"], "hub", None)
+    with pytest.raises(UserError, match="heldout has no data of its own.*eval.data.heldout=FILE"):
+        pipeline.main()
+    assert not (tmp_path / "run").exists()
+
+
 def test_why_scores_no_longer_hold(tmp_path):
     config = load_config("configs/nlg/toy.yaml", overrides=[f"output_dir={tmp_path}", "eval.limit=5"])
     (tmp_path / "train.json").write_text('{"status": "ok"}')

@@ -147,3 +147,29 @@ def save_tiny_model(folder: Path, *, model: torch.nn.Module | None = None) -> Pa
     model.save_pretrained(folder)
     fast.save_pretrained(folder)
     return folder
+
+
+def tiny_moe(*, dense_layers: tuple[int, ...] = ()) -> torch.nn.Module:
+    """Return a random Qwen3-MoE of 2 layers, whose experts are fused; `dense_layers` have an ordinary MLP instead."""
+    from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=259,
+        hidden_size=64,
+        intermediate_size=96,
+        moe_intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=32,  # vLLM on a CPU has no smaller one
+        num_experts=4,
+        num_experts_per_tok=2,
+        mlp_only_layers=list(dense_layers),
+        max_position_embeddings=1024,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        initializer_range=0.2,
+    )
+    return AutoModelForCausalLM.from_config(config)

@@ -110,9 +110,9 @@ class Task:
         return (None,)
 
     def default_data(self) -> str:
-        """Return the data used where no `data` is given: a hub name or a path."""
+        """Return the data used where no `data` is given: a hub name or a path. Raises UserError where there is none."""
         if self.hub is None:
-            raise NotImplementedError(f"{self.name} has no default data")
+            raise UserError(f"{self.name} has no data of its own: give --data FILE or eval.data.{self.name}=FILE")
         return f"{self.hub}@{self.hub_revision}" if self.hub_revision else self.hub
 
     def load(self, data: str | None = None) -> tuple[list[Item], Source]:
