@@ -61,6 +61,8 @@ TEXTS = {
     "forgotten decorator": (f"@lru_cache(None)\n{RIGHT}", True),
     "import that may fail": (f"try:\n    import numpy as np\nexcept ImportError:\n    np = None\n{RIGHT}", True),
     "match": (f"{SIGNATURE}\n    match number:\n        case _:\n            return number % 1.0\n", True),
+    "signature again, without a body": (f"{RIGHT}\n{SIGNATURE}\n    pass\n", True),
+    "broken again at the end": (f"{RIGHT}\n{SIGNATURE}\n    return number\n", False),
     # wrong, and never mended into something right
     "corrected in a second block": (
         f"```python\n{SIGNATURE}\n    return number\n```\nBetter:\n```python\n{RIGHT}```",
@@ -71,7 +73,6 @@ TEXTS = {
         False,
     ),
     "coroutine": (f"async {RIGHT}", False),
-    "broken again at the end": (f"{RIGHT}\n{SIGNATURE}\n    pass\n", False),
     "pass": ("    pass\n", False),
     "nothing but a comment": (f"{SIGNATURE}\n    # your code here\n", False),
     "line numbers": (f"1 {SIGNATURE}\n2 {BODY}\n", False),
