@@ -212,7 +212,7 @@ def _reason(error: Exception, endpoint: Endpoint) -> str:
     import openai
 
     def said_by(error: BaseException, length: int = 300) -> str:
-        return " ".join(str(error).replace(endpoint.api_key, "***").split())[:length]
+        return " ".join(str(error).replace(endpoint.api_key, "***").split())[:length] or type(error).__name__
 
     status = getattr(error, "status_code", None)
     said = said_by(error)

@@ -1,10 +1,15 @@
 """eval/judge.py against a server of the test's own: ratings, retries, refusals, resuming, and never two judges."""
 
-import email.utils
+import contextlib
+import dataclasses
+import gzip
 import json
 import multiprocessing
+import resource
+import socket
 import threading
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -12,17 +17,17 @@ import pytest
 from ba_lora.errors import UserError
 from ba_lora.io import read_jsonl
 from ba_lora.judge_endpoint import Endpoint, endpoint_from_environment
-from eval import judge_client, judge_store
+from eval import judge_store
 from eval.judge import estimate, judge, one_judge
-from eval.judge_client import NO_RATING, JudgeOptions, read_rating
+from eval.judge_client import _RATINGS, NO_RATING, JudgeOptions, read_rating
 from eval.judge_store import Request
 from tests.judge_server import JudgeServer, completion, failure
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(judge_client, "FIRST_WAIT_S", 0.01)
-    monkeypatch.setattr(judge_client, "LONGEST_WAIT_S", 0.05)
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
+    monkeypatch.setattr("openai._base_client.MAX_RETRY_DELAY", 0.05)
     for name in ("JUDGE_MODEL", "JUDGE_BASE_URL", "JUDGE_API_KEY", "OPENAI_API_KEY", "OPENAI_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
@@ -55,10 +60,40 @@ ONE = JudgeOptions(judgements=1, parallel=2, timeout_s=5, attempts=4)
         ("as shown in [2023]", NO_RATING),
         ("[[" + "9" * 5000 + "]]", NO_RATING),
         ("[[7.]]", 7),
+        (r"Rating: \[\[8\]\]", 8),
+        (r"As in [3], the rating is \[\[8.5\]\]", 8.5),
+        (r"\[\[2\]\] but [[9]]", 9),
+        ("<think>[[3]] or [[4]]</think> Rating: [[9]]", 9),
+        ("Hm, [[3]]?</think>Rating: [[9]]", 9),
+        ("<think>[[3]] perhaps", NO_RATING),
+        ("[[" + "9" * 200_000, NO_RATING),
+        ("[[" * 100_000 + "7", NO_RATING),
     ],
 )
 def test_ratings_are_read_as_published_and_within_the_scale(text: str, rating: float) -> None:
     assert read_rating(text) == rating
+
+
+def test_several_ratings_are_counted_and_listed(tmp_path: Path) -> None:
+    texts = ["The rubric: [[1]] is bad. Rating: [[9]]", "[[7]], so: Rating: [[7]]", "as [1] and [2] say"]
+    with JudgeServer(lambda number, body: completion(texts[int(body["messages"][1]["content"][-1])])) as server:
+        judged = judge(requests(), store=tmp_path / "j", options=ONE, environ=server.environ)
+    assert judged.ratings == [[1], [7], [1]]  # FastChat's rule: the first
+    assert judged.record["num_several_ratings"] == 2 and judged.record["num_invalid_judgements"] == 0
+    assert judged.record["several_ratings"] == [
+        {"question_id": 81, "turn": 1, "index": 0, "ratings": [1, 9]},
+        {"question_id": 83, "turn": 1, "index": 0, "ratings": [1, 2]},
+    ]
+
+
+def test_the_judges_marks_of_thinking_can_be_named(tmp_path: Path) -> None:
+    text = "<reason>[[3]]</reason>[[8]]"
+    with JudgeServer(lambda number, body: completion(text)) as server:
+        judge(requests(1), store=tmp_path / "j", options=ONE, environ=server.environ)
+        own = dataclasses.replace(ONE, thinking="<reason> </reason>")
+        judged = judge(requests(1), store=tmp_path / "j", options=own, environ=server.environ)
+    assert judged.ratings == [[8]] and len(server.requests) == 1  # the text on file is read anew
+    assert judged.record["thinking"] == "<reason> </reason>"
 
 
 def test_reading_agrees_with_the_published_patterns() -> None:
@@ -68,10 +103,8 @@ def test_reading_agrees_with_the_published_patterns() -> None:
 
     source = Path(importlib.util.find_spec("fastchat").origin).parent / "llm_judge" / "common.py"
     published = dict(re.findall(r'^(one_score_pattern\w*) = re\.compile\("(.*)"\)$', source.read_text(), re.MULTILINE))
-    assert [pattern.pattern for pattern in judge_client._RATINGS] == [
-        published["one_score_pattern"],
-        published["one_score_pattern_backup"],
-    ]
+    ours = [pattern.pattern.replace("++", "+").replace("?+", "?").replace("*+", "*") for pattern in _RATINGS]
+    assert [ours[0], ours[2]] == [published["one_score_pattern"], published["one_score_pattern_backup"]]
 
 
 def test_exact_ratings_and_the_record(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -168,7 +201,8 @@ def test_time_outs_are_tried_again(tmp_path: Path) -> None:
 
 
 def test_retry_after_is_obeyed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(judge_client, "FIRST_WAIT_S", 60.0)
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 60.0)
+    monkeypatch.setattr("openai._base_client.MAX_RETRY_DELAY", 60.0)
     times = []
 
     def answer(number: int, body: dict) -> tuple:
@@ -178,9 +212,6 @@ def test_retry_after_is_obeyed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     with JudgeServer(answer) as server:
         judge(requests(1), store=tmp_path / "j", options=ONE, environ=server.environ)
     assert 0.4 <= times[1] - times[0] < 30
-    soon = email.utils.format_datetime(email.utils.localtime())
-    assert judge_client._retry_after({"retry-after": soon}) == 0.0
-    assert judge_client._retry_after({"retry-after": "nan"}) is judge_client._retry_after({}) is None
 
 
 @pytest.mark.parametrize(
@@ -315,8 +346,8 @@ def test_two_processes_do_not_pay_for_the_same_judgements(tmp_path: Path) -> Non
 
 
 def test_an_interrupt_ends_the_waiting_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(judge_client, "FIRST_WAIT_S", 60.0)
-    monkeypatch.setattr(judge_client, "LONGEST_WAIT_S", 60.0)
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 60.0)
+    monkeypatch.setattr("openai._base_client.MAX_RETRY_DELAY", 60.0)
     waiting = threading.Event()
 
     def answer(number: int, body: dict) -> tuple:
@@ -366,3 +397,154 @@ def test_other_openai_settings_of_the_environment_stay_home(tmp_path: Path, monk
 def test_estimate_without_a_bound() -> None:
     line = estimate(requests(2), "j", JudgeOptions(max_tokens=None), num_wanted=2)
     assert line.endswith("no bound of judgements") and "2 calls" in line
+
+
+# ---- an endpoint that is not to be trusted
+
+
+class RawServer:
+    """Answers each connection with the parts that `parts` gives, as they are, each after its delay in seconds."""
+
+    def __init__(self, parts: Iterable[tuple[float, bytes]]) -> None:
+        self._parts = parts
+        self._socket = socket.create_server(("127.0.0.1", 0))
+        self.connections = 0
+
+    def __enter__(self) -> "RawServer":
+        threading.Thread(target=self._serve, daemon=True).start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._socket.close()
+
+    @property
+    def environ(self) -> dict[str, str]:
+        url = f"http://127.0.0.1:{self._socket.getsockname()[1]}/v1"
+        return {"JUDGE_MODEL": "judge-1", "JUDGE_BASE_URL": url, "JUDGE_API_KEY": "secret-key"}
+
+    def _serve(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = self._socket.accept()
+                self.connections += 1
+                threading.Thread(target=self._answer, args=(connection,), daemon=True).start()
+
+    def _answer(self, connection: socket.socket) -> None:
+        with contextlib.suppress(OSError), connection:
+            connection.recv(100_000)
+            for delay_s, part in self._parts:
+                time.sleep(delay_s)
+                connection.sendall(part)
+            connection.shutdown(socket.SHUT_WR)
+            while connection.recv(100_000):  # else a reset would overtake the reply
+                pass
+
+
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 999999999\r\n"
+DRIPS = {
+    "headers": [(0.0, b"HTTP/1.1 200 OK\r\nX: "), *[(0.2, b"x")] * 300],
+    "body": [(0.0, HEAD + b"\r\n"), *[(0.2, b" ")] * 300],
+}
+
+
+@pytest.mark.parametrize("drips", DRIPS.values(), ids=DRIPS)
+def test_the_time_limit_holds_for_the_whole_reply(tmp_path: Path, drips: list) -> None:
+    """One byte every 0.2 s, for a minute: no single read is ever late."""
+    options = JudgeOptions(judgements=1, timeout_s=1.0, attempts=2)
+    with RawServer(drips) as server:
+        with pytest.raises(UserError, match=r"failed 2 times, at last: did not answer in time \(judge_timeout_s\)"):
+            judge(requests(1), store=tmp_path / "j", options=options, environ=server.environ)
+        assert server.connections == 2
+
+
+@pytest.mark.parametrize(
+    ("parts", "said"),
+    [
+        ([(0.0, HEAD + b"\r\n"), *[(0.0, b" " * 1_000_000)] * 900], "longer than 10 MB"),
+        ([(0.0, HEAD + b"Content-Encoding: gzip\r\n\r\n" + gzip.compress(b" " * 10**8))], "compressed"),
+        ([(0.0, HEAD.replace(b"200 OK", b"500 E") + b"\r\n"), *[(0.0, b" " * 1_000_000)] * 900], "longer than 10 MB"),
+        ([(0.0, b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n" + b"[" * 200_000)], "no chat completion"),
+        ([(0.0, b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n" + b'{"model": ' + b"9" * 9999)], "no chat completion"),
+    ],
+)
+def test_the_size_of_a_reply_is_limited(tmp_path: Path, parts: list, said: str) -> None:
+    options = JudgeOptions(judgements=1, timeout_s=20, attempts=2)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with RawServer(parts) as server, pytest.raises(UserError, match=said):
+        judge(requests(1), store=tmp_path / "j", options=options, environ=server.environ)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300 * 1024  # KiB
+
+
+@pytest.mark.parametrize("status", [301, 302, 307, 308])
+def test_no_redirect_is_followed(tmp_path: Path, status: int) -> None:
+    with JudgeServer(lambda number, body: completion("[[5]]")) as other:
+        redirect = (status, {"Location": other.url + "/chat/completions"}, b"")
+        with JudgeServer(lambda number, body: redirect) as server:
+            with pytest.raises(UserError, match=rf"sends on to http://127\S+ \({status}\), which is not followed"):
+                judge(requests(1), store=tmp_path / "j", options=ONE, environ=server.environ)
+    assert other.requests == [] and len(server.requests) == 1
+
+
+def test_odd_types_in_a_reply_are_not_stored(tmp_path: Path) -> None:
+    usage = {"prompt_tokens": [1], "completion_tokens": -3, "total_tokens": True}
+    with JudgeServer(lambda number, body: completion("[[5]]", usage=usage, system_fingerprint={"a": 1})) as server:
+        judged = judge(requests(1), store=tmp_path / "j", options=ONE, environ=server.environ)
+        assert judge(requests(1), store=tmp_path / "j", options=ONE, environ={}) == judged
+    (row,) = read_jsonl(tmp_path / "j")
+    assert judged.ratings == [[5]] and row["prompt_tokens"] is row["completion_tokens"] is row["fingerprint"] is None
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"model": 3},
+        {"model": ""},
+        {"choices": [{"message": {"content": ["[[5]]"]}, "finish_reason": "stop"}]},
+        {"choices": [{"message": {"content": "[[5]]"}, "finish_reason": 7}]},
+        {"choices": [{"message": None, "finish_reason": "stop"}]},
+        {"choices": {}},
+    ],
+)
+def test_a_reply_of_odd_types_is_a_broken_one(tmp_path: Path, more: dict) -> None:
+    with JudgeServer(lambda number, body: completion("[[5]]", **({"model": "m"} | more))) as server:
+        with pytest.raises(UserError, match="failed 4 times, at last: sent a broken reply .*no chat completion"):
+            judge(requests(1), store=tmp_path / "j", options=ONE, environ=server.environ)
+    assert not (tmp_path / "j").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"rating": 1000}, "the rating 1000 is not on the scale of 1 to 10"),
+        ({"rating": float("nan")}, "the rating nan is not on the scale"),
+        ({"rating": "9"}, "rating is '9'"),
+        ({"rating": True}, "rating is True"),
+        ({"prompt_tokens": [1]}, r"prompt_tokens is \[1\]"),
+        ({"judge": None}, "judge is None"),
+        ({"judgement": 5}, "judgement is 5"),
+        ({"question_id": "81"}, "question_id is '81'"),
+        ({"question_id": {}}, "question_id is {}"),
+        ({"index": -1}, "index is -1"),
+    ],
+)
+def test_an_edited_store_is_one_line(tmp_path: Path, change: dict, said: str) -> None:
+    store = tmp_path / "j.jsonl"
+    with JudgeServer(lambda number, body: completion("[[6]]")) as server:
+        judge(requests(1), store=store, options=ONE, environ=server.environ)
+    (row,) = read_jsonl(store)
+    store.write_text(json.dumps(row | change) + "\n")
+    with pytest.raises(UserError, match=f"line 1: no judgement .*{said}.*; remove the line or the file"):
+        judge(requests(1), store=store, options=ONE, environ={})
+
+
+def test_a_far_host_without_encryption_is_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for url, host in {
+        "http://judge.example:8000/v1": "judge.example", "http://10.0.0.7/v1": "10.0.0.7", "https://a.b/v1": None,
+        "http://localhost:1/v1": None, "http://127.0.0.5/v1": None, "http://[::1]:8000/v1": None,
+    }.items():  # fmt: skip
+        assert Endpoint("m", url, "key").unencrypted_host == host, url
+    environ = {"JUDGE_MODEL": "m", "JUDGE_BASE_URL": "http://nowhere.invalid/v1", "JUDGE_API_KEY": "secret-key"}
+    with pytest.raises(UserError, match="cannot be reached"):
+        judge(requests(1), store=tmp_path / "j", options=dataclasses.replace(ONE, attempts=1), environ=environ)
+    warned = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert len(warned) == 1 and "nowhere.invalid is not encrypted" in warned[0] and "secret-key" not in warned[0]
