@@ -195,6 +195,7 @@ async def _ask_all(
                     if task not in client.exchanging:  # calls under way end, and are stored
                         task.cancel()
                 await asyncio.wait(pending, timeout=0.05)
+            await asyncio.gather(*tasks, return_exceptions=True)  # the first trouble is the one that is told
             if not isinstance(error, UserError):
                 raise
             num_left = sum(key not in stored.rows for key in missing)

@@ -8,7 +8,7 @@ Candidates, in this order; the first that gives each wanted function a body is t
 
 1. the whole text, behind the prompt where there is one, then without it;
 2. a whole block between fences (or before the first, or behind the last);
-3. the longest stretch of Python in a block, in the blocks that belong together, in the whole text;
+3. the longest stretch of Python in the whole text, in a block, in the blocks that belong together;
 4. a block that goes on where the prompt ends;
 5. the same, split at every three backticks, wherever they stand.
 
@@ -43,7 +43,7 @@ from eval.tasks.code_pruning import (
 # 3: whole texts and blocks first; stubs are no answer; what may change a needed object is kept; thinking is cut off
 POST_PROCESSING = "3"
 MAX_CHARS = 100_000  # of a completion, twenty times a long one; the rest is cut off
-MAX_PARSED_CHARS = 2_000_000  # of all attempts at one completion: seconds at worst
+MAX_PARSED_CHARS = 1_000_000  # of all attempts at one completion: seconds at worst
 MAX_SECONDS = 10.0  # of CPU, for one completion
 INDENT = "    "
 WHOLE, STUB, NOTHING = 2, 1, 0  # what a candidate has of the wanted functions
@@ -169,7 +169,8 @@ class _Search:
                     break
         blocks = [self.text[start:end] for start, end in spans]
         together = ["\n".join(blocks[0::2]), "\n".join(blocks[1::2])] if len(blocks) > 1 else []
-        for text in dict.fromkeys((*blocks, *together, self.text)):
+        whole_text = _FENCE.sub(lambda fence: f"\n{fence[0]}", self.text)  # a fence is no Python, and ends a stretch
+        for text in dict.fromkeys((whole_text, *blocks, *together)):
             found = [[self.head + part for part in self.reader.stretches(reading)] for reading in _readings(text)]
             whole = [next((s for s in sources if self._completeness(parse(s)) == WHOLE), "") for sources in found]
             if any(whole):  # of the readings the one that lost fewest lines
@@ -289,8 +290,9 @@ def _continue(prompt: str, block: str, name: str, reader: _Reader) -> str | None
         block.expandtabs(4).split("\n"),
         [INDENT + lines[0].strip(), *"\n".join(lines[1:]).expandtabs(4).split("\n")],  # its first indentation was lost
         textwrap.indent(textwrap.dedent("\n".join(lines).expandtabs(4)), INDENT).split("\n"),  # all of it was lost
-        lines[first_code:],  # a sentence first
     ]
+    if not any(_begins_code(line) for line in lines[:first_code]):  # a sentence first, and no other function's head
+        variants.append(lines[first_code:])
     given = prompt if prompt.endswith("\n") else prompt + "\n"
     num_given = given.count("\n")
     best, best_end = None, 0

@@ -182,7 +182,9 @@ class _Needed:
         self._standing_for: dict[str, set[str]] = defaultdict(set)  # a name → names that may change its object
         statements = [_Statement(node) for node in body if not _is_main_guard(node)]
         definitions = [s.node for s in statements if isinstance(s.node, _Definition)]
-        self._data = {name for s in statements if not isinstance(s.node, _Definition) for name in s.binds}
+        data = {name for s in statements if not isinstance(s.node, _Definition) for name in s.binds}
+        # not followed: functions, of which calls alone change nothing, and builtins
+        self._constant = ({node.name for node in definitions} | set(dir(builtins))) - data
         self._outside = {id(s.node): _outside_names(s.node) for s in statements}
         modules = self._index_imports(statements)
         examples = self._index_definitions(definitions, roots)
@@ -219,7 +221,8 @@ class _Needed:
                 if isinstance(inner, ast.Name | ast.Subscript | ast.Attribute) and not isinstance(inner.ctx, ast.Load):
                     changed.add(root_name(inner))
                 elif isinstance(inner, ast.Call):
-                    changed |= {root_name(part) for part in (inner.func, *inner.args)}
+                    method = [inner.func] if isinstance(inner.func, ast.Attribute) else []
+                    changed |= {root_name(part) for part in (*method, *inner.args)}
                 if _is_example(inner) and not isinstance(inner, ast.Assert):
                     pending.append(node.name)
             for name in outside:
@@ -264,7 +267,7 @@ class _Needed:
         for statement in self._touchers[name]:
             if not statement.is_example:
                 self._keep(statement)
-        if name in self._data:
+        if name not in self._constant:
             self._watch(name)
 
     def _watch(self, name: str) -> None:
@@ -363,8 +366,8 @@ def _keep_lines(source: str, body: Sequence[ast.stmt], kept: Sequence[ast.stmt])
             for number in range(min([node.lineno, *decorators]), node.end_lineno + 1):
                 lines[number - 1] = ""
     program = re.sub(r"\n{4,}", "\n\n\n", "\n".join(lines)).strip("\n") + "\n"
-    tree = parse(program)
-    if tree is not None and [ast.dump(node) for node in tree.body] == [ast.dump(node) for node in kept]:
+    tree, places = parse(program), [node.lineno for node in kept]
+    if tree is not None and len(tree.body) == len(kept) and places == sorted(places):
         return program
     return ast.unparse(ast.Module(list(kept), [])) + "\n"  # statements shared a line, or stand in another order
 
