@@ -390,6 +390,8 @@ def test_damaged_data(tmp_path: Path) -> None:
     ]:
         with pytest.raises(UserError, match=message):
             TASK.load_items(write(tmp_path / "a.jsonl", [good | change]))
+    with pytest.raises(UserError, match="row 1: HumanEval/0 comes twice"):
+        TASK.load_items(write(tmp_path / "a.jsonl", [good, good]))
     (tmp_path / "a.jsonl.gz").write_bytes(b"no gzip")
     for data, message in [(tmp_path / "a.jsonl.gz", "not a readable"), (tmp_path / "b.jsonl.gz", "no such file")]:
         with pytest.raises(UserError, match=message):
