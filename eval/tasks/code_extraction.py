@@ -193,7 +193,7 @@ class _Search:
 
     def _finish(self, source: str, tree: ast.Module) -> str:
         """Return the program, with what it lacks from the other blocks."""
-        missing = unbound_names(tree) - set(MODULES) - set(NAMES)
+        missing = unbound_names(tree) - set(MODULES) - set(NAMES) | self.roots - bound_names(tree)
         others = [part for block in self.blocks for part in self.reader.stretches(block)] if missing else []
         added: list[str] = []
         for part in others:
