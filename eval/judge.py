@@ -12,28 +12,26 @@ key is the question, the turn, the hash of the answers shown, the judge, the has
 the number of the judgement. What is on file is scored without an endpoint, too.
 
 Ratings are read as FastChat reads them: the first [[number]], else the first [number], else −1 (`NO_RATING`), which is
-counted and never averaged. A number off the scale of 1 to 10 counts as no rating, too: FastChat would average it, but
-from a weak judge it is a year or a footnote.
+counted and never averaged. Ours: the judge's thinking is cut off before; \\[\\[8\\]\\] is read before a lone [8]; one
+off the scale of 1 to 10 counts as no rating (FastChat would average it, but from a weak judge it is a year or a
+footnote); a reply with several different ratings is counted and listed in the result. The rating is read from the
+judgement's text on file each time.
 """
 
+import asyncio
 import datetime
 import os
 import sys
-import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ba_lora.errors import UserError
 from ba_lora.judge_endpoint import Endpoint, endpoint_from_environment
 from eval.completions import PROMPT_TOO_LONG
-from eval.judge_client import NO_RATING, JudgeOptions, ask, open_client
+from eval.judge_client import NO_RATING, JudgeOptions, ask, open_client, read_rating, read_ratings
 from eval.judge_store import KEY, Request, Store
-
-if TYPE_CHECKING:
-    import openai
 
 CHARACTERS_PER_TOKEN = 4  # English text, for the estimate
 
@@ -75,10 +73,20 @@ def judge(
         if missing:
             print(estimate(list(missing.values()), name, options, num_wanted=len(wanted)), file=sys.stderr, flush=True)
             endpoint = endpoint_from_environment(environ)
-            _ask_all(missing, endpoint, stored, options, next(iter(versions), None), progress)
+            if endpoint.unencrypted_host:
+                print(
+                    f"warning: the way to the judge at {endpoint.unencrypted_host} is not encrypted: others on it can "
+                    "read the key and all texts; use https, or a tunnel to 127.0.0.1",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            asyncio.run(_ask_all(missing, endpoint, stored, options, next(iter(versions), None), progress))
         rows = {key: stored.rows[key] for key in wanted}
     ratings = [
-        [rows[request.key(name, index, options)]["rating"] for index in range(options.judgements)]
+        [
+            read_rating(rows[request.key(name, index, options)]["judgement"], options.thinking)
+            for index in range(options.judgements)
+        ]
         for request in requests
     ]
     return Judged(ratings, _record(name, rows.values(), options))
@@ -112,6 +120,12 @@ def _versions(rows: Iterable[Mapping[str, Any]]) -> list[str]:
 
 def _record(name: str, rows: Iterable[Mapping[str, Any]], options: JudgeOptions) -> dict[str, Any]:
     rows = list(rows)
+    ratings = [read_ratings(row["judgement"], options.thinking) for row in rows]
+    several = [
+        {name: row[name] for name in ("question_id", "turn", "index")} | {"ratings": found}
+        for row, found in zip(rows, ratings, strict=True)
+        if len(found) > 1
+    ]
     return {
         "model": name,
         "version": next(iter(_versions(rows)), None),
@@ -121,7 +135,10 @@ def _record(name: str, rows: Iterable[Mapping[str, Any]], options: JudgeOptions)
         "max_tokens": options.max_tokens,
         "judgements_per_answer": options.judgements,
         "num_judgements": len(rows),
-        "num_invalid_judgements": sum(row["rating"] == NO_RATING for row in rows),
+        "thinking": options.thinking,
+        "num_invalid_judgements": sum(found[:1] in ([], [NO_RATING]) for found in ratings),
+        "num_several_ratings": len(several),
+        "several_ratings": several,
         "num_prompt_too_long": sum(row["finish_reason"] == PROMPT_TOO_LONG for row in rows),
         "prompt_tokens": sum(row["prompt_tokens"] or 0 for row in rows),
         "completion_tokens": sum(row["completion_tokens"] or 0 for row in rows),
@@ -130,7 +147,7 @@ def _record(name: str, rows: Iterable[Mapping[str, Any]], options: JudgeOptions)
     }
 
 
-def _ask_all(
+async def _ask_all(
     missing: Mapping[tuple, Request],
     endpoint: Endpoint,
     stored: Store,
@@ -142,20 +159,20 @@ def _ask_all(
 
     version: what the endpoint must answer as, None where no judgement is on file yet.
     """
-    stop, guard = threading.Event(), threading.Lock()
+    places = asyncio.Semaphore(options.parallel)
 
     def check_version(answered: str) -> None:
         nonlocal version
-        with guard:
-            version = version or answered
+        version = version or answered
         if answered != version:
             raise UserError(
                 f"{endpoint.model} answers as {answered} now, but judged as {version} before, and two judges are not "
                 "mixed: name a dated version in JUDGE_MODEL, or move the judgements away"
             )
 
-    def one(client: "openai.OpenAI", key: tuple, request: Request) -> None:
-        answer = ask(client, endpoint, request.messages, options=options, stop=stop)
+    async def one(key: tuple, request: Request) -> None:
+        async with places:
+            answer = await ask(client, endpoint, request.messages, options=options)
         if answer["finish_reason"] != PROMPT_TOO_LONG:
             check_version(answer["judge_version"])
         moment = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
@@ -164,15 +181,21 @@ def _ask_all(
             progress(1)
 
     items = list(missing.items())
-    with open_client(endpoint, options) as client, ThreadPoolExecutor(max_workers=options.parallel) as pool:
+    async with open_client(endpoint, options) as client:
+        tasks: list[asyncio.Task] = []
         try:
             # the first alone: a wrong key or name costs one call, and the judge's version is known for the others
             for batch in (items[:1], items[1:]):
-                for future in as_completed([pool.submit(one, client, key, request) for key, request in batch]):
-                    future.result()
+                tasks = [asyncio.create_task(one(key, request)) for key, request in batch]
+                for task in asyncio.as_completed(tasks):
+                    await task
         except BaseException as error:
-            stop.set()
-            pool.shutdown(cancel_futures=True)  # calls under way end, and are stored
+            while pending := [task for task in tasks if not task.done()]:
+                for task in pending:
+                    if task not in client.exchanging:  # calls under way end, and are stored
+                        task.cancel()
+                await asyncio.wait(pending, timeout=0.05)
+            await asyncio.gather(*tasks, return_exceptions=True)  # the first trouble is the one that is told
             if not isinstance(error, UserError):
                 raise
             num_left = sum(key not in stored.rows for key in missing)

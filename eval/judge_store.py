@@ -4,7 +4,6 @@ import fcntl
 import hashlib
 import json
 import os
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +11,16 @@ from typing import Any
 
 from ba_lora.errors import UserError
 from ba_lora.io import disk_errors
-from eval.judge_client import JudgeOptions
+from eval.judge_client import NO_RATING, SCALE, JudgeOptions
 
 KEY = ("question_id", "turn", "answer_hash", "judge", "prompt_hash", "index")
-_ROW_KEYS = (
-    "judge_version", "fingerprint", "endpoint", "rating", "finish_reason", "prompt_tokens", "completion_tokens", "time",
-)  # fmt: skip
+_TYPES: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("question_id", "turn", "index"), (int,)),
+    **dict.fromkeys(("answer_hash", "judge", "prompt_hash", "endpoint", "judgement", "time"), (str,)),
+    **dict.fromkeys(("judge_version", "fingerprint", "finish_reason"), (str, type(None))),
+    **dict.fromkeys(("prompt_tokens", "completion_tokens"), (int, type(None))),
+    "rating": (int, float),
+}
 
 
 @dataclass(frozen=True)
@@ -51,13 +54,27 @@ def digest(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:16]
 
 
+def check_row(row: object) -> None:
+    """Raise ValueError unless `row` is a judgement: every key of its type, the rating on the scale or none."""
+    if not isinstance(row, dict):
+        raise ValueError(f"a JSON object is needed, found {type(row).__name__}")
+    for name, types in _TYPES.items():
+        if name not in row:
+            raise ValueError(f"{name} is missing")
+        if not isinstance(row[name], types) or isinstance(row[name], bool):
+            raise ValueError(f"{name} is {row[name]!r:.40}")
+        if int in types and row[name] is not None and row[name] < 0 and name != "rating":
+            raise ValueError(f"{name} is {row[name]}")
+    if row["rating"] != NO_RATING and not SCALE[0] <= row["rating"] <= SCALE[1]:
+        raise ValueError(f"the rating {row['rating']!r:.40} is not on the scale of {SCALE[0]:g} to {SCALE[1]:g}")
+
+
 class Store:
     """The judgements on file, by key; open for one process at a time."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.rows: dict[tuple, dict[str, Any]] = {}
-        self._writing = threading.Lock()
 
     def __enter__(self) -> "Store":
         with disk_errors(self.path):
@@ -88,16 +105,18 @@ class Store:
         for number, line in enumerate(whole.splitlines(), start=1):
             try:
                 row = json.loads(line)
-                self.rows[tuple(row[name] for name in KEY)] = row
-                for name in _ROW_KEYS:
-                    row[name]
-            except (ValueError, KeyError, TypeError) as error:
-                raise UserError(f"{self.path}, line {number}: no judgement; remove the line or the file") from error
+                check_row(row)
+            except (ValueError, RecursionError) as error:
+                raise UserError(
+                    f"{self.path}, line {number}: no judgement ({str(error)[:100]}); remove the line or the file"
+                ) from error
+            self.rows[tuple(row[name] for name in KEY)] = row
 
     def add(self, row: dict[str, Any]) -> None:
         """Append a judgement, and let it reach the disk."""
+        check_row(row)  # what is written must be read again
         line = json.dumps(row, ensure_ascii=True) + "\n"
-        with self._writing, disk_errors(self.path):
+        with disk_errors(self.path):
             self._file.write(line.encode())
             self._file.flush()
             os.fsync(self._file.fileno())

@@ -15,13 +15,16 @@ are written beside it, one JSON object a line: task_id, sample, metrics, extract
 (its family, its subject) where the task has some.
 
 Keys: allow_partial=true scores what is there although tasks or samples are missing; workers=N and timeout_s=SECONDS
-set the processes and the limit per completion of graders that compute. Tasks have choices of their own: humaneval and
-mbpp sandbox=unsafe (run programs without bubblewrap; the result says so), mbpp challenge=true and setup=false.
+set the processes and the limit per completion of graders that compute. What a reasoning model writes before its answer
+is cut off: thinking='<think> </think>' names the marks around it (none: nothing is cut). Tasks have choices of their
+own: humaneval and mbpp sandbox=unsafe (run programs without bubblewrap; the result says so), mbpp challenge=true and
+setup=false.
 
 MT-Bench is graded by a judge model (see eval/judge.py for JUDGE_MODEL, JUDGE_BASE_URL, JUDGE_API_KEY); what it is going
 to cost is printed first, and its judgements are kept in RUN/judgements/mt_bench.jsonl, or <name>.judgements.jsonl
 beside the completions. Its keys: judgements=3 (of each answer), judge_parallel=4 (calls at a time),
-judge_timeout_s=120, judge_attempts=8 (for one judgement), judge_temperature=0, judge_max_tokens=2048 (none: not sent).
+judge_timeout_s=120, judge_attempts=8 (for one judgement), judge_temperature=0, judge_max_tokens=2048 (none: not sent),
+judge_thinking='<think> </think>' (the marks around the judge's own thinking).
 """
 
 import argparse
@@ -52,6 +55,7 @@ from eval.judge_client import JudgeOptions
 from eval.options import parse_options
 from eval.tasks import TASKS, get_task
 from eval.tasks.base import Grade, Item, Source, Task
+from eval.thinking import THINKING, check_marks
 
 
 @dataclass(frozen=True)
@@ -61,12 +65,14 @@ class Options:
     allow_partial: bool = False
     workers: int | None = None
     timeout_s: float = 5.0
+    thinking: str = THINKING
     judgements: int = JudgeOptions.judgements
     judge_parallel: int = JudgeOptions.parallel
     judge_timeout_s: float = JudgeOptions.timeout_s
     judge_attempts: int = JudgeOptions.attempts
     judge_temperature: float | None = JudgeOptions.temperature
     judge_max_tokens: int | None = JudgeOptions.max_tokens
+    judge_thinking: str = JudgeOptions.thinking
     choices: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -79,6 +85,8 @@ class Options:
                 raise UserError(f"{name}={getattr(self, name):g}: a number of seconds above 0 is needed")
         if self.judge_temperature is not None and not 0 <= self.judge_temperature <= 10:
             raise UserError(f"judge_temperature={self.judge_temperature:g}: a number from 0 to 10, or none, is needed")
+        check_marks("thinking", self.thinking)
+        check_marks("judge_thinking", self.judge_thinking)
 
     def judge(self) -> JudgeOptions:
         """Return what a judge is told."""
@@ -164,6 +172,7 @@ def score_file(
         "completions_sha256": completions_sha256,
         "prompt_hash": meta.get("prompt_hash"),
         "packages": {name: importlib.metadata.version(name) for name in task.packages},
+        "thinking": options.thinking,
         **task.conditions(timeout_s=options.timeout_s),
         "grader_seconds": round(grader_seconds, 3),
     }
@@ -199,7 +208,9 @@ def choose(task: Task, meta: Mapping, options: Options) -> Task:
     if not isinstance(made, dict):
         raise UserError(f"the meta file's choices must be a JSON object, found {type(made).__name__}")
     typed = {key: value for key, value in options.choices.items() if key in task.choices or key in task.grading_choices}
-    return task.configured({**{key: value for key, value in made.items() if key in task.choices}, **typed})
+    chosen = task.configured({**{key: value for key, value in made.items() if key in task.choices}, **typed})
+    chosen.thinking = options.thinking
+    return chosen
 
 
 def stale_reason(score: Mapping, *, completions: Path | None = None) -> str | None:

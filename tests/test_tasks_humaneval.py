@@ -18,7 +18,7 @@ from eval.score import Options, main, score_file
 from eval.tasks import get_task
 from eval.tasks.base import Grade, cut_at_stops
 from eval.tasks.code import imported_modules, pass_at_k
-from eval.tasks.code_extraction import MAX_CHARS, extract_program
+from eval.tasks.code_extraction import MAX_CHARS, POST_PROCESSING, extract_program
 from eval.tasks.humaneval import package_file
 from tests.boxes import missing, needs_bubblewrap
 
@@ -343,7 +343,7 @@ def test_eval_score(items: list, tmp_path: Path, capsys: pytest.CaptureFixture) 
     score = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert score["metrics"] == pytest.approx({"strict": 0.8, "pass@1": 0.8, "pass@5": 1.0})
     assert score["interval_95"]["pass@1"] == [0.8, 0.8]
-    assert score["choices"] == {"protocol": "paper2024"} and score["post_processing"] == "2"
+    assert score["choices"] == {"protocol": "paper2024"} and score["post_processing"] == POST_PROCESSING
     assert score["sandbox"]["kind"] == "bubblewrap" and score["sandbox"]["version"]
     limits = score["sandbox"]["limits"]
     assert (limits["cpu_s"], limits["wall_s"]) == (4, 16)
@@ -397,6 +397,8 @@ def test_damaged_data(tmp_path: Path) -> None:
     ]:
         with pytest.raises(UserError, match=message):
             TASK.load_items(write(tmp_path / "a.jsonl", [good | change]))
+    with pytest.raises(UserError, match="row 1: HumanEval/0 comes twice"):
+        TASK.load_items(write(tmp_path / "a.jsonl", [good, good]))
     (tmp_path / "a.jsonl.gz").write_bytes(b"no gzip")
     os.mkfifo(tmp_path / "pipe.gz")
     for data, message in [

@@ -39,7 +39,7 @@ class Used:
 
     def grader(self) -> dict[str, Any]:
         """What a grade depends on beside the task's version: package versions, choices, the sandbox and its limits."""
-        return {key: self.entry.get(key) for key in ("packages", "post_processing", "choices", "sandbox")}
+        return {key: self.entry.get(key) for key in ("packages", "post_processing", "thinking", "choices", "sandbox")}
 
     def training_data(self) -> list[Any]:
         """Return what identifies the training rows: their hash, or the hub's commit where none was taken; how many."""

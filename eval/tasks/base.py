@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from ba_lora.errors import UserError
 from ba_lora.rows import Source, load_rows
+from eval.thinking import THINKING, cut_thinking
 
 if TYPE_CHECKING:
     import numpy as np
@@ -79,6 +80,7 @@ class Task:
     # and are recorded beside the completions; `grading_choices` belong to eval.score alone.
     choices: Mapping[str, tuple[str, ...]] = {}
     grading_choices: Mapping[str, tuple[str, ...]] = {}
+    thinking: str = THINKING  # the marks around what a reasoning model writes before its answer; set by eval.score
     chosen: Mapping[str, str] = {}  # set by `configured`; what is absent has its default
 
     def configured(self, values: Mapping[str, str]) -> "Task":
@@ -135,6 +137,10 @@ class Task:
     def items_from_rows(self, rows: Sequence[dict], *, source: str) -> list[Item]:
         """Turn data rows into items, in order. Raises UserError naming `source` and the row that does not fit."""
         raise NotImplementedError
+
+    def answer(self, completion: str) -> str:
+        """Return the part of a completion that is graded: behind the model's thinking, before a stop string."""
+        return cut_at_stops(cut_thinking(completion, self.thinking), self.stop)
 
     def temperature(self, item: Item) -> float:
         """Return the temperature to generate with where none is asked for; 0 is greedy."""

@@ -1,8 +1,8 @@
 """What HumanEval and MBPP share: programs run in the sandbox against tests, and pass@k.
 
 Two verdicts a completion: "pass@1", of the program that post-processing finds in the text (code_extraction.py), and
-"strict", of the completion as it stands. `pass@k` is the unbiased estimate of Chen et al. 2021 (Codex), equation 1, for
-each k of `KS` up to the number of samples; "strict" is the strict pass@1.
+"strict", of the completion as it stands (behind a reasoning model's thinking). `pass@k` is the unbiased estimate of
+Chen et al. 2021 (Codex), equation 1, for each k of `KS` up to the number of samples; "strict" is the strict pass@1.
 
 Programs see Python's standard library alone, no third-party package.
 """
@@ -12,8 +12,10 @@ from collections.abc import Callable, Sequence
 
 from eval.sandbox import Sandbox
 from eval.sandbox_box import TIMEOUT, Job, Limits, Verdict
-from eval.tasks.base import Grade, Item, Task, cut_at_stops
-from eval.tasks.code_extraction import POST_PROCESSING, parse
+from eval.tasks.base import Grade, Item, Task
+from eval.tasks.code_extraction import POST_PROCESSING, TooLong
+from eval.tasks.code_pruning import parse
+from eval.thinking import cut_thinking
 
 KS = (1, 5, 10, 100)
 WALL_TO_CPU = 4  # wall seconds allowed for each CPU second: a busy machine must not fail anybody
@@ -61,6 +63,7 @@ class CodeTask(Task):
         """
         places: dict[Job, int] = {}
         asked: list[tuple[str | None, int | None, int]] = []  # program, its job, the strict job
+        too_long: set[int] = set()  # of `asked`
         for item, completion in pairs:
             tests, names = self.tests(item)
             modules = imported_modules(tests)
@@ -68,8 +71,12 @@ class CodeTask(Task):
             def place(program: str, fixed: tuple = (tests, modules, names)) -> int:
                 return places.setdefault(Job(program.rstrip() + "\n", *fixed), len(places))
 
-            program = self.program(item, cut_at_stops(completion, self.stop))
-            strict = place(self.strict_program(item, completion))
+            try:
+                program = self.program(item, self.answer(completion))
+            except TooLong:
+                program = None
+                too_long.add(len(asked))
+            strict = place(self.strict_program(item, cut_thinking(completion, self.thinking)))
             asked.append((program, None if program is None else place(program), strict))
         done = [0]
 
@@ -81,8 +88,10 @@ class CodeTask(Task):
         with Sandbox(kind=self.choice("sandbox"), limits=limits_for(timeout_s)) as sandbox:
             verdicts = sandbox.run(list(places), workers=workers, progress=advance if progress else None)
         return [
-            make_grade(program, None if place is None else verdicts[place], verdicts[strict])
-            for program, place, strict in asked
+            make_grade(
+                program, None if place is None else verdicts[place], verdicts[strict], too_long=index in too_long
+            )
+            for index, (program, place, strict) in enumerate(asked)
         ]
 
     def per_item(self, grades: Sequence[Sequence[Grade]]) -> list[dict[str, float]]:
@@ -97,8 +106,8 @@ class CodeTask(Task):
         return rows
 
 
-def make_grade(program: str | None, verdict: Verdict | None, strict: Verdict) -> Grade:
-    """Return the grade; verdict is None where no program was found."""
+def make_grade(program: str | None, verdict: Verdict | None, strict: Verdict, *, too_long: bool = False) -> Grade:
+    """Return the grade; verdict is None where no program was found. too_long: the search for it took too long."""
     return Grade(
         metrics={"strict": float(strict.passed), "pass@1": float(verdict is not None and verdict.passed)},
         extracted={
@@ -107,7 +116,7 @@ def make_grade(program: str | None, verdict: Verdict | None, strict: Verdict) ->
             "strict_outcome": str(strict),
         },
         invalid=program is None,
-        timeout=verdict is not None and verdict.status == TIMEOUT,
+        timeout=too_long or (verdict is not None and verdict.status == TIMEOUT),
     )
 
 

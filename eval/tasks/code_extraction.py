@@ -1,150 +1,277 @@
 """From a model's text to a program: the versioned post-processing of HumanEval and MBPP.
 
-It mends form and nothing else: code fences, prose before and after, the signature repeated or left out, imports that
+It corrects form and nothing else: code fences, prose before and after, the signature repeated or left out, imports that
 the prompt has or that were forgotten, a lost indentation, tabs, CRLF, a truncated end; it leaves out what is not the
-answer: examples, asserts, prints, `if __name__ == "__main__"`. A statement at the top level is kept if the wanted
-functions need it, directly or through others. What a function does is never touched.
+answer (code_pruning.py). What a function does is never touched.
+
+Candidates, in this order; the first that gives each wanted function a body is taken, from its first statement:
+
+1. the whole text, behind the prompt where there is one, then without it;
+2. a whole block between fences (or before the first, or behind the last);
+3. the longest stretch of Python in the whole text, in a block, in the blocks that belong together;
+4. a block that goes on where the prompt ends;
+5. the same, split at every three backticks, wherever they stand.
+
+A body of a docstring, `pass`, `...` or NotImplementedError is none: it is taken only where no candidate has more. Then
+comes a whole text that names a wanted function, and last code that defines something else. Names that the candidate
+lacks are taken from the other blocks.
 
 Any change here that turns some text into another program needs a new `POST_PROCESSING`.
 """
 
 import ast
-import builtins
+import codeop
+import itertools
 import re
-import symtable
 import textwrap
+import time
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
-POST_PROCESSING = "2"  # 2: end-of-text marks are cut off; what fills a needed table is kept
-MAX_CHARS = 40_000  # of a completion, ten times a long one; the rest is cut off
-MAX_PARSED_CHARS = 600_000  # of all attempts at one completion: seconds at worst
+from eval.tasks.code_pruning import (
+    MODULES,
+    NAMES,
+    bound_names,
+    finish,
+    is_stub,
+    parse,
+    parse_or_line,
+    unbound_names,
+)
+
+# 2: end-of-text marks are cut off; what fills a needed table is kept
+# 3: whole texts and blocks first; stubs are no answer; what may change a needed object is kept; thinking is cut off
+POST_PROCESSING = "3"
+MAX_CHARS = 100_000  # of a completion, twenty times a long one; the rest is cut off
+MAX_PARSED_CHARS = 1_000_000  # of all attempts at one completion: seconds at worst
+MAX_SECONDS = 10.0  # of CPU, for one completion
 INDENT = "    "
+WHOLE, STUB, NOTHING = 2, 1, 0  # what a candidate has of the wanted functions
 
-# Forgotten imports: a name that nothing binds, and where it comes from.
-_MODULES = (
-    "bisect", "cmath", "collections", "copy", "datetime", "decimal", "fractions", "functools", "hashlib", "heapq",
-    "itertools", "json", "math", "operator", "random", "re", "statistics", "string", "sys", "typing",
-)  # fmt: skip
-_NAMES = {
-    **dict.fromkeys(
-        "Any Callable Deque Dict FrozenSet Generator Iterable Iterator List Mapping NamedTuple Optional Sequence Set "
-        "Tuple Type TypeVar Union".split(),
-        "typing",
-    ),
-    **dict.fromkeys("Counter OrderedDict defaultdict deque namedtuple".split(), "collections"),
-    **dict.fromkeys("lru_cache reduce".split(), "functools"),
-}
-_CODE_START = re.compile(r"(from|import|def|async def|class|@|[A-Za-z_]\w*\s*(:[^=\n]+)?=(?!=))\s*\S")
-# Texts of the tokens at which chat models end, where a decoder left them in, at the end of a line.
-_END = re.compile(r"(?:<\|(?:endoftext|end_of_text|im_end|eot_id|end)\|>|</s>|<eos>|<end_of_turn>)[ \t]*(?=\n|$)")
-_FENCE = re.compile(r"(?:```+|~~~+)(?:[ \t]*[\w+#.-]*[ \t]*(?=\n|$))?")
+# A fence begins its line, or ends it: three backticks within a line stand in a string as often.
+_FENCE = re.compile(r"^[ \t]*+(?:`{3,}+|~{3,}+)[^`\n]*+$|`{3,}+[\w+#.-]*+[ \t]*+$", re.MULTILINE)
+_ANY_FENCE = re.compile(r"`{3,}+(?:[ \t]*+[\w+#.-]*+[ \t]*+$)?", re.MULTILINE)
+# The marks at which models end, begin and pad, where a decoder left them in.
+_MARK = re.compile(r"<\|[\w ./-]{1,40}\|>|<\uff5c[^\uff5c\n]{1,40}\uff5c>|</?s>|<(?:eos|bos|pad|end_of_turn)>")
+
+
+class TooLong(Exception):
+    """The search for a program took more than `MAX_SECONDS`."""
 
 
 def extract_program(
     completion: str, *, wanted: Sequence[str], helpers: Iterable[str] = (), prompt: str = ""
 ) -> str | None:
-    """Return the program in `completion`, or None where no code can be found in it.
+    """Return the program in `completion`, or None where no code can be found in it. Raises TooLong.
 
     wanted: the functions that the tests call; helpers: further names that the tests use, kept if they are there;
     prompt: code that the completion continues, or whose last function it repeats ("" where there is none).
     """
-    text = completion[:MAX_CHARS].replace("\r\n", "\n").replace("\r", "\n").replace("\0", "").replace("\ufeff", "")
-    text = text.replace("\u00a0", " ").encode("utf-8", "ignore").decode("utf-8")
-    text = _END.split(text, maxsplit=1)[0]
+    text = completion[:MAX_CHARS].replace("\r\n", "\n").replace("\r", "\n")
     try:
-        return _extract(text, set(wanted), {*wanted, *helpers}, wanted[0], prompt)
+        return _Search(text, wanted, helpers, prompt).program()
     except (RecursionError, MemoryError):  # nesting without end
         return None
 
 
-def _extract(text: str, wanted: set[str], roots: set[str], name: str, prompt: str) -> str | None:
-    reader = _Reader()
-    parts = [part for part in _FENCE.split(text) if part.strip()]
-    head = _before_function(prompt, name) if prompt else ""
-    whole = [*parts, "\n".join(parts[0::2]), "\n".join(parts[1::2])] if len(parts) > 1 else parts
-    for part in whole:  # a part that defines all that is wanted
-        # of each reading the first block that will do; of these the one that lost fewest lines
-        found = [
-            next((block for block in _blocks(text, reader) if wanted <= _defined(parse(head + block))), "")
-            for text in _readings(part)
-        ]
-        if any(found):
-            return _finish(head + max(found, key=lambda block: block.count("\n")), roots)
-    if prompt:
-        for part in parts:  # a part that goes on where the prompt ends
-            if program := _continue(prompt, part, name, reader):
-                return _finish(program, roots)
-    for part in whole:  # code, if not what was asked for
-        for block in _blocks(part, reader):
-            if defined := _defined(parse(block)):
-                return _finish(head + block, roots | defined)
-    return None
-
-
-def parse(source: str) -> ast.Module | None:
-    """Return the syntax tree, or None where there is none."""
-    return _parse(source)[0]
-
-
 class _Reader:
-    """Finds where Python ends, with a limit on its attempts at one completion."""
+    """Parses, with a limit on all attempts at one completion."""
 
     def __init__(self) -> None:
-        self.left = MAX_PARSED_CHARS
+        self._left = MAX_PARSED_CHARS
+        self._end = time.thread_time() + MAX_SECONDS
+
+    def parse(self, source: str) -> tuple[ast.Module | None, int]:
+        """Return the tree, or None and the line of the error (from 1; 0 where the limit is reached)."""
+        if time.thread_time() > self._end:
+            raise TooLong(f"post-processing took more than {MAX_SECONDS:g} s")
+        self._left -= len(source)
+        return parse_or_line(source) if self._left >= 0 else (None, 0)
 
     def longest_prefix(self, lines: Sequence[str], *, at_least: int = 1) -> str | None:
         """Return the lines up to where they stop being Python; None where fewer than `at_least` are left."""
         count = len(lines)
         while count >= at_least:
             source = "\n".join(lines[:count]) + "\n"
-            self.left -= len(source)
-            if self.left < 0:
-                return None
-            tree, wrong_line = _parse(source)
+            tree, wrong_line = self.parse(source)
             if tree is not None:
                 return source
-            count = min(count, max(wrong_line, 1)) - 1
+            if not wrong_line:
+                return None
+            count = min(count, wrong_line) - 1
         return None
 
+    def stretches(self, text: str) -> Iterator[str]:
+        """Yield stretches of Python in a text, each beginning with a line at its left edge that may begin one."""
+        lines = text.split("\n")
+        end = 0
+        for start, line in enumerate(lines):
+            if start >= end and _begins_code(line):
+                block = self.longest_prefix(lines[start:])
+                if block is not None:
+                    end = start + block.count("\n")
+                    yield block
 
-def _parse(source: str) -> tuple[ast.Module | None, int]:
-    """Return the tree, or None and the line of the error (from 1)."""
+
+class _Search:
+    def __init__(self, text: str, wanted: Sequence[str], helpers: Iterable[str], prompt: str) -> None:
+        self.raw = text
+        self.text = _before_end_mark(_tidy(text))
+        self.wanted, self.roots, self.prompt = set(wanted), {*wanted, *helpers}, prompt
+        self.name = wanted[0]
+        self.head = _before_function(prompt, self.name) if prompt else ""
+        self.given = set(_definitions(parse(self.head).body)) if self.head else set()
+        self.reader = _Reader()
+        self.blocks = [self.text[start:end] for start, end in _split(_FENCE, self.text)]
+
+    def program(self) -> str | None:
+        stub = other = None
+        for source in self._candidates():
+            tree = parse(source)
+            found = self._completeness(tree)
+            if found == WHOLE:
+                return self._finish(source, tree)
+            if found == STUB and stub is None:
+                stub = source
+            if found == NOTHING and other is None:
+                bodies = {name for name, have_body in _definitions(tree.body).items() if any(have_body)}
+                if defined := bodies - self.given:
+                    other = finish(source, self.roots | defined)
+        if stub is not None:
+            return finish(stub, self.roots)
+        tree, _ = self.reader.parse(self.raw)
+        if tree is not None and any(re.search(rf"\b{re.escape(name)}\b", self.raw) for name in self.wanted):
+            if not all(isinstance(node, ast.Expr) and not isinstance(node.value, ast.Call) for node in tree.body):
+                return self.raw  # exec("def f(): …") and its like
+        return other
+
+    def _candidates(self) -> Iterator[str]:
+        """Yield sources that parse, in the order that the head of this file states."""
+        for text in dict.fromkeys((self.raw, self.text)):
+            if self.prompt and self.reader.parse(self.prompt + text)[0] is not None:
+                if _end_of_body(parse(self.prompt + text), self.name, after=self.prompt.count("\n")):
+                    yield self.prompt + text
+            if self.reader.parse(self.head + text)[0] is not None:
+                yield self.head + text
+        yield from self._in_blocks(_split(_FENCE, self.text))
+        if self.prompt:
+            for block in self.blocks:
+                if program := _continue(self.prompt, block, self.name, self.reader):
+                    yield program
+        if "```" in self.text:
+            yield from self._in_blocks(_split(_ANY_FENCE, self.text))
+
+    def _in_blocks(self, spans: Sequence[tuple[int, int]]) -> Iterator[str]:
+        for index, (start, _) in enumerate(spans):
+            for _, end in spans[index : index + 5 : 2]:  # to the block's end; else fences in a string had cut it
+                if source := self._as_it_stands(self.text[start:end]):
+                    yield source
+                    break
+        blocks = [self.text[start:end] for start, end in spans]
+        together = ["\n".join(blocks[0::2]), "\n".join(blocks[1::2])] if len(blocks) > 1 else []
+        whole_text = _FENCE.sub(lambda fence: f"\n{fence[0]}", self.text)  # a fence is no Python, and ends a stretch
+        for text in dict.fromkeys((whole_text, *blocks, *together)):
+            found = [[self.head + part for part in self.reader.stretches(reading)] for reading in _readings(text)]
+            whole = [next((s for s in sources if self._completeness(parse(s)) == WHOLE), "") for sources in found]
+            if any(whole):  # of the readings the one that lost fewest lines
+                yield max(whole, key=lambda source: source.count("\n"))
+            for sources in found:
+                yield from sources
+
+    def _as_it_stands(self, block: str) -> str | None:
+        for reading in _readings(block):
+            if self.reader.parse(self.head + reading)[0] is not None:
+                return self.head + reading
+        return None
+
+    def _completeness(self, tree: ast.Module | None) -> int:
+        """Return what the program has of the functions that are wanted."""
+        found = _definitions(tree.body) if tree is not None else {}
+        if not self.wanted <= set(found):
+            return NOTHING
+        return WHOLE if all(any(found[name]) for name in self.wanted) else STUB
+
+    def _finish(self, source: str, tree: ast.Module) -> str:
+        """Return the program, with what it lacks from the other blocks."""
+        missing = unbound_names(tree) - set(MODULES) - set(NAMES) | self.roots - bound_names(tree)
+        others = [part for block in self.blocks for part in self.reader.stretches(block)] if missing else []
+        added: list[str] = []
+        for part in others:
+            other = parse(part)
+            if part not in source and self._completeness(other) == NOTHING and bound_names(other) & missing:
+                added.append(part)
+                missing |= unbound_names(other)
+        return finish("".join(added) + source, self.roots)
+
+
+def _tidy(text: str) -> str:
+    text = text.replace("\0", "").replace("\ufeff", "").replace("\u200b", "").replace("\u00a0", " ")
+    return text.encode("utf-8", "ignore").decode("utf-8")
+
+
+def _before_end_mark(text: str) -> str:
+    """Return the text before the first mark of a model's end that stands in no string; marks at its head are cut."""
+    start = 0
+    for mark in _MARK.finditer(text):
+        before = text[text.rfind("\n", 0, mark.start()) + 1 : mark.start()]
+        if not text[start : mark.start()].strip():
+            start = mark.end()
+        elif not before.count('"') % 2 and not before.count("'") % 2:
+            return text[start : mark.start()]
+    return text[start:]
+
+
+def _split(fence: re.Pattern, text: str) -> list[tuple[int, int]]:
+    """Return where what stands between the fences begins and ends."""
+    cuts = [(0, 0), *(match.span() for match in fence.finditer(text)), (len(text), len(text))]
+    spans = [(start, end) for (_, start), (end, _) in itertools.pairwise(cuts)]
+    return [(start, end) for start, end in spans if text[start:end].strip()]
+
+
+def _begins_code(line: str) -> bool:
+    """Whether a line can begin a statement that does something; words and values alone may be prose."""
+    if not line or line[0] in " \t#":
+        return False
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # invalid escapes and the like
+        warnings.simplefilter("ignore")
         try:
-            return ast.parse(source), 0
-        except SyntaxError as error:
-            return None, error.lineno or 1
-        except (ValueError, MemoryError, RecursionError):
-            return None, 1
+            codeop.compile_command(line)
+        except (SyntaxError, ValueError, OverflowError, MemoryError, RecursionError):
+            return False
+    tree = parse(line)
+    if tree is None or not tree.body:
+        return True  # it goes on in the next line
+    node = tree.body[0]
+    is_value = isinstance(node, ast.Expr) and not isinstance(node.value, ast.Call)
+    return not (is_value and not (isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)))
 
 
-def _readings(part: str) -> list[str]:
+def _readings(block: str) -> list[str]:
     """Return the text as it stands, and without a common indentation, its tabs as they are or as four columns."""
-    return list(dict.fromkeys((part, textwrap.dedent(part), textwrap.dedent(part.expandtabs(4)))))
+    return list(dict.fromkeys((block, textwrap.dedent(block), textwrap.dedent(block.expandtabs(4)))))
 
 
-def _blocks(text: str, reader: _Reader) -> Iterable[str]:
-    """Yield stretches of Python in a text, each beginning with a line that looks like code at its left edge."""
-    lines = text.split("\n")
-    end = 0
-    for start, line in enumerate(lines):
-        if start >= end and _CODE_START.match(line):
-            block = reader.longest_prefix(lines[start:])
-            if block is not None:
-                end = start + block.count("\n")
-                yield block
-
-
-def _defined(tree: ast.Module | None) -> set[str]:
-    """Return the names of functions and classes, and of functions bound by an assignment, at the top level."""
-    found: set[str] = set()
-    for node in tree.body if tree is not None else ():
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            found.add(node.name)
-        elif isinstance(node, ast.Assign) and isinstance(node.value, ast.Lambda | ast.Name | ast.Call | ast.Attribute):
-            found.update(target.id for target in node.targets if isinstance(target, ast.Name))
+def _definitions(body: Sequence[ast.stmt]) -> dict[str, list[bool]]:
+    """Return name → whether each of its definitions has a body, for functions, classes and what may be one of them."""
+    found: dict[str, list[bool]] = {}
+    pending = list(body)
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            found.setdefault(node.name, []).append(not is_stub(node))
+        elif isinstance(node, ast.ClassDef):
+            found.setdefault(node.name, []).append(True)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            is_function = isinstance(node.value, ast.Lambda | ast.Name | ast.Call | ast.Attribute)
+            for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+                if isinstance(target, ast.Name) and is_function:
+                    found.setdefault(target.id, []).append(True)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            for alias in node.names:
+                found.setdefault(alias.asname or alias.name, []).append(False)
+        else:  # if, try, with, for, while
+            for name in ("body", "orelse", "finalbody", "handlers"):
+                pending += getattr(node, name, [])
     return found
 
 
@@ -154,17 +281,18 @@ def _before_function(prompt: str, name: str) -> str:
     return prompt[: found.start()] if found else ""
 
 
-def _continue(prompt: str, part: str, name: str, reader: _Reader) -> str | None:
+def _continue(prompt: str, block: str, name: str, reader: _Reader) -> str | None:
     """Return prompt and continuation as far as they are Python and give the function a body, or None."""
-    lines = part.strip("\n").split("\n")
+    lines = block.strip("\n").split("\n")
     first_code = next((i for i, line in enumerate(lines) if line[:1] in (" ", "\t") and line.strip()), 0)
     variants = [
-        part.split("\n"),
-        part.expandtabs(4).split("\n"),
+        block.split("\n"),
+        block.expandtabs(4).split("\n"),
         [INDENT + lines[0].strip(), *"\n".join(lines[1:]).expandtabs(4).split("\n")],  # its first indentation was lost
         textwrap.indent(textwrap.dedent("\n".join(lines).expandtabs(4)), INDENT).split("\n"),  # all of it was lost
-        lines[first_code:],  # a sentence first
     ]
+    if not any(_begins_code(line) for line in lines[:first_code]):  # a sentence first, and no other function's head
+        variants.append(lines[first_code:])
     given = prompt if prompt.endswith("\n") else prompt + "\n"
     num_given = given.count("\n")
     best, best_end = None, 0
@@ -175,134 +303,14 @@ def _continue(prompt: str, part: str, name: str, reader: _Reader) -> str | None:
     return best
 
 
-def _end_of_body(tree: ast.Module, name: str) -> int:
-    """Return the last line of the function; 0 where it has no body, but a docstring or constants at most."""
-    found = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name]
+def _end_of_body(tree: ast.Module, name: str, *, after: int = 0) -> int:
+    """Return the last line of the function; 0 where its body is docstring and definitions, or ends before `after`."""
+    found = [
+        node for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name == name
+    ]
     body = found[-1].body if found else []
-    empty = all(isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) for node in body)
-    return 0 if empty else found[-1].end_lineno
-
-
-# ---- what belongs to the answer
-
-
-def _finish(source: str, roots: set[str]) -> str:
-    """Return the program without what the roots do not need, and with the imports that were forgotten."""
-    tree = parse(source)
-    kept = _needed_statements(tree.body, roots)
-    program = _cut_lines(source, tree.body, kept)
-    return _forgotten_imports(ast.Module(kept, [])) + program
-
-
-def _needed_statements(body: Sequence[ast.stmt], roots: set[str]) -> list[ast.stmt]:
-    # functions that a call at the top level may prepare something with, and what; those that use the roots are examples
-    functions = [node for node in body if isinstance(node, ast.FunctionDef) and node.name not in roots]
-    changes = {node.name: _changed(node) & names for node in functions if not (names := _outside_names(node)) & roots}
-    needed = set(roots)
-    kept: set[int] = set()
-    grown = True
-    while grown:
-        grown = False
-        for index, node in enumerate(body):
-            if index not in kept and _is_needed(node, needed, changes):
-                kept.add(index)
-                needed |= _outside_names(node)
-                grown = True
-    return [node for index, node in enumerate(body) if index in kept]
-
-
-def _outside_names(node: ast.stmt) -> set[str]:
-    """Return the module's names that a statement refers to; the local names of functions are not among them."""
-    try:
-        tables = [symtable.symtable(ast.unparse(node), "program", "exec")]
-    except SyntaxError:  # "return" outside of a function and its like: any name will do
-        return {name.id for name in ast.walk(node) if isinstance(name, ast.Name)}
-    found: set[str] = set()
-    while tables:
-        table = tables.pop()
-        tables += table.get_children()
-        top = table.get_type() == "module"
-        found |= {symbol.get_name() for symbol in table.get_symbols() if top or symbol.is_global()}
-    return found
-
-
-def _is_needed(node: ast.stmt, needed: set[str], changes: Mapping[str, set[str]]) -> bool:
-    """Whether a statement at the top level is needed. changes: function → the module's names that a call changes."""
-    if isinstance(node, ast.ImportFrom) and (node.module == "__future__" or node.names[0].name == "*"):
-        return True
-    if isinstance(node, ast.If) and any(isinstance(n, ast.Name) and n.id == "__name__" for n in ast.walk(node.test)):
-        return False
-    if isinstance(node, ast.Expr):
-        called = node.value.func if isinstance(node.value, ast.Call) else None
-        if isinstance(called, ast.Name):  # fill_table()
-            return not node.value.args and bool(changes.get(called.id, set()) & needed)
-        return isinstance(called, ast.Attribute) and (
-            ast.unparse(called) == "sys.setrecursionlimit"
-            or _owner(called) in needed - set(_MODULES)  # table.append(…)
-        )
-    return bool(_bound(node) & needed)
-
-
-def _bound(node: ast.AST) -> set[str]:
-    """Return the names that a statement binds or changes at its own level."""
-    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-        return {node.name}
-    if isinstance(node, ast.Import | ast.ImportFrom):
-        return {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
-    return _changed(node) if not isinstance(node, ast.Expr | ast.Assert) else set()
-
-
-def _changed(node: ast.AST) -> set[str]:
-    """Return the names that are bound, or whose object may be changed, anywhere inside."""
-    found: set[str | None] = set()
-    for inner in ast.walk(node):
-        if isinstance(inner, ast.Name | ast.Subscript | ast.Attribute) and isinstance(inner.ctx, ast.Store | ast.Del):
-            found.add(_owner(inner))
-        elif isinstance(inner, ast.Expr) and isinstance(inner.value, ast.Call):
-            found |= {_owner(inner.value.func)} - set(_MODULES)  # table.append(…), whose value nobody takes
-        elif inner is not node and isinstance(inner, ast.FunctionDef | ast.ClassDef | ast.Import | ast.ImportFrom):
-            found |= _bound(inner)
-    return {name for name in found if name is not None}
-
-
-def _owner(node: ast.expr) -> str | None:
-    """Return the name at the root of `name.attribute[index]…`, None for other expressions."""
-    while isinstance(node, ast.Subscript | ast.Attribute):
-        node = node.value
-    return node.id if isinstance(node, ast.Name) else None
-
-
-def _cut_lines(source: str, body: Sequence[ast.stmt], kept: Sequence[ast.stmt]) -> str:
-    """Return the source without the lines of the other statements; comments stay."""
-    if len(kept) == len(body):
-        return source
-    lines = source.split("\n")
-    for node in body:
-        if node not in kept:
-            decorators = [decorator.lineno for decorator in getattr(node, "decorator_list", ())]
-            for number in range(min([node.lineno, *decorators]), node.end_lineno + 1):
-                lines[number - 1] = ""
-    program = re.sub(r"\n{4,}", "\n\n\n", "\n".join(lines)).strip("\n") + "\n"
-    tree = parse(program)
-    if tree is not None and len(tree.body) == len(kept):
-        return program
-    return ast.unparse(ast.Module(list(kept), [])) + "\n"  # several statements shared a line
-
-
-def _forgotten_imports(tree: ast.Module) -> str:
-    """Return import lines for the well-known names that the program uses and nothing in it binds."""
-    used, bound = set(), set(dir(builtins))
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Name):
-            (used if isinstance(node.ctx, ast.Load) else bound).add(node.id)
-        elif isinstance(node, ast.arg):
-            bound.add(node.arg)
-        elif isinstance(node, ast.ExceptHandler) and node.name:
-            bound.add(node.name)
-        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Import | ast.ImportFrom):
-            bound |= _bound(node)
-        if isinstance(node, ast.ImportFrom) and (node.names[0].name == "*" or node.module == "__future__"):
-            return ""  # anything may come from there; and nothing may stand before a future import
-    missing = sorted(used - bound)
-    lines = [f"import {name}\n" for name in missing if name in _MODULES]
-    return "".join(lines + [f"from {_NAMES[name]} import {name}\n" for name in missing if name in _NAMES])
+    empty = all(
+        (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)) or isinstance(node, ast.FunctionDef)
+        for node in body
+    )
+    return 0 if empty or found[-1].end_lineno <= after else found[-1].end_lineno

@@ -10,14 +10,14 @@ from collections.abc import Sequence
 from ba_lora.errors import UserError
 from eval.answers import flexible_number, strict_number
 from eval.rationals import parse_number
-from eval.tasks.base import Grade, Item, Task, cut_at_stops, require_text
+from eval.tasks.base import Grade, Item, Task, require_text
 
 
 class NumberTask(Task):
     """Grading shared by the tasks whose answer is one number; `item.gold` is its text."""
 
     def grade(self, item: Item, completion: str) -> Grade:
-        text = cut_at_stops(completion, self.stop)
+        text = self.answer(completion)
         gold = parse_number(item.gold)
         strict, flexible = strict_number(text), flexible_number(text)
         return Grade(

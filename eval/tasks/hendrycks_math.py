@@ -12,7 +12,7 @@ from eval.answers import last_boxed
 from eval.equality import EQUAL, FAILED, TIMEOUT, EqualityError, compare
 from eval.latex import MAX_EXPRESSION, flexible_expression, same_string, strict_expression, tidy
 from eval.rationals import parse_number
-from eval.tasks.base import Grade, Item, Task, cut_at_stops, require_text
+from eval.tasks.base import Grade, Item, Task, require_text
 
 SUBJECTS = (
     "algebra",
@@ -70,7 +70,7 @@ class HendrycksMath(Task):
         answers = []  # (strict text, flexible text) of each completion
         verdicts: list[float | None] = []  # of flexible; None: strings do not decide
         for item, completion in pairs:
-            text = cut_at_stops(completion, self.stop)
+            text = self.answer(completion)
             strict, flexible = strict_expression(text), flexible_expression(text)
             answers.append((strict, flexible))
             verdicts.append(decide_by_strings(item.gold, flexible))

@@ -39,7 +39,7 @@ PROTOCOLS = {"paper2024": (0.8, 0.95, 5), "iclr2026": (0.0, 1.0, 1)}
 
 class HumanEval(CodeTask):
     name = "humaneval"
-    version = "2"  # 2: threads or processes that the program leaves running are no pass
+    version = "3"  # 2: threads or processes left running are no pass; 3: thinking is cut off, post-processing 3
     template = "alpaca_code_block"
     max_new_tokens = 1024
     columns = ("task_id", "prompt", "canonical_solution", "test", "entry_point")
@@ -78,9 +78,12 @@ class HumanEval(CodeTask):
         return self.items_from_rows(rows, source=name), Source(name=name, sha256=sha256_file(path))
 
     def items_from_rows(self, rows: Sequence[dict], *, source: str) -> list[Item]:
-        items = []
+        items, seen = [], set()
         for index, row in enumerate(rows):
             texts = {key: require_text(row, key, source=source, index=index) for key in self.columns}
+            if texts["task_id"] in seen:
+                raise UserError(f"{source}, row {index}: {texts['task_id']} comes twice; remove one of the rows")
+            seen.add(texts["task_id"])
             if texts["entry_point"] not in defined_names(texts["prompt"] + texts["canonical_solution"]):
                 raise UserError(
                     f"{source}, row {index}: its code does not define the entry point {texts['entry_point']}"

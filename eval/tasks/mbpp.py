@@ -26,7 +26,7 @@ REQUEST = "{text}\nYour code should satisfy these tests:\n{tests}"
 
 class MBPP(CodeTask):
     name = "mbpp"
-    version = "2"  # 2: threads or processes that the program leaves running are no pass
+    version = "3"  # 2: threads or processes left running are no pass; 3: thinking is cut off, post-processing 3
     template = "alpaca"
     max_new_tokens = 1024
     columns = ("task_id", "code", "test_list")

@@ -31,6 +31,7 @@ from eval.judge import Judged, judge
 from eval.judge_client import NO_RATING, SCALE, JudgeOptions
 from eval.judge_store import Request, digest
 from eval.tasks.base import Grade, Item, Task, require_columns, summarise
+from eval.thinking import cut_thinking
 
 REPOSITORY, REVISION = "lm-sys/FastChat", "587d5cfa1609a43d192cedb8441cac3c17db105d"
 # role -> (path in FastChat's repository below fastchat/llm_judge/data, sha256 at REVISION, other names on disk)
@@ -69,7 +70,7 @@ DOWNLOAD_TIMEOUT_S = 60
 
 class MTBench(Task):
     name = "mt_bench"
-    version = "1"
+    version = "2"  # 2: thinking is cut from answers and judgements; \[\[8\]\] is a rating
     template = "alpaca"
     max_new_tokens = 1024
     # with the colon: answers may well have a heading "### Response time"
@@ -141,7 +142,11 @@ class MTBench(Task):
         """
         files = answers[0][0].meta["files"]
         prompts, references = read_judge_prompts(files["judge_prompts"]), read_references(files["references"])
-        texts = {(item.task_id, sample): text.strip() for item, samples in answers for sample, text in samples}
+        texts = {
+            (item.task_id, sample): cut_thinking(text, self.thinking).strip()
+            for item, samples in answers
+            for sample, text in samples
+        }
         requests = [
             make_request(item, sample, texts, prompts=prompts, references=references)
             for item, samples in answers
