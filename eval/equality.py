@@ -55,7 +55,7 @@ class Node:
     parts: nodes; of a "value" one tree.
     mark: what must be the same besides: brackets, relation signs, a matrix's shape.
     unit: the one behind or the currency before.
-    name: the tokens before the = of `x = …`.
+    name: the tokens `x =` of `x = …`, `x \\in` of `x \\in …`.
     decimals: of a plain decimal number.
     letters: whether it is a letter, or a sum of such, as on the left of `m + n = 5`.
     """
@@ -145,7 +145,7 @@ def _relation(parts: list[list[str]], marks: list[str], depth: int) -> Node:
     if all(mark in _TURNED for mark in marks):
         parts, marks = parts[::-1], [_TURNED[mark] for mark in marks[::-1]]
     if marks == ["="] and is_symbol(parts[1]):  # 5 = x
-        return replace(read(parts[0], depth + 1), name=tuple(parts[1]))
+        return replace(read(parts[0], depth + 1), name=(*parts[1], "="))
     nodes = [read(part, depth + 1) for part in parts]
     if any(node.kind != "value" or node.unit for node in nodes[:-1]):
         raise Unreadable("a relation of no values")
@@ -228,8 +228,9 @@ def _matrix(found: list[str]) -> Node:
 
 def _alike(gold: Node, answer: Node) -> tuple[Node, Node]:
     """Return the two in a common form where one of them says in another form what the other says."""
-    if gold.kind == answer.kind == "value" and gold.name and answer.name and gold.name != answer.name:
-        return _equation(gold), _equation(answer)  # x = 2y, y = x/2
+    if gold.name and answer.name and gold.name != answer.name:
+        values = gold.kind == answer.kind == "value"
+        return (_equation(gold), _equation(answer)) if values else (gold, Node("none"))  # x = 2y, y = x/2
     if gold.kind == "list" and answer.kind == "list":
         names = [{part.name for part in node.parts if part.name} for node in (gold, answer)]
         if names[0] != names[1] and len(names[0] | names[1]) > 1:  # x = 1, y = 2 is not 2, 1
@@ -257,7 +258,8 @@ def _alike(gold: Node, answer: Node) -> tuple[Node, Node]:
 
 def _equation(node: Node) -> Node:
     """Return `x = …` as a relation."""
-    return Node("relation", (Node("value", (read_formula(list(node.name)),)), replace(node, name=None)), mark=("=",))
+    name = Node("value", (read_formula(list(node.name[:-1])),))
+    return Node("relation", (name, replace(node, name=None)), mark=("=",))
 
 
 def _said(node: Node, kind: str, *, letters: bool) -> Node:

@@ -75,8 +75,10 @@ def value_at(tree: Tree, point: int) -> Value:
 
 def close(one: Value, two: Value) -> bool:
     """Return whether two values are equal: exactly where both are fractions or infinite, else to 40 digits."""
-    if (isinstance(one, Fraction) and isinstance(two, Fraction)) or one == two:
+    if all(isinstance(value, Fraction) or mpmath.isinf(value) for value in (one, two)):
         return bool(one == two)
+    if any(not isinstance(value, Fraction) and mpmath.isinf(value) for value in (one, two)):
+        return False
     with mpmath.workdps(DIGITS):
         left, right = _number(one), _number(two)
         return bool(abs(left - right) <= max(abs(left), abs(right)) * mpmath.mpf(10) ** -40)

@@ -52,8 +52,11 @@ def strict_expression(text: str) -> str | None:
     return answer.strip().removesuffix(".").strip() or None
 
 
-def _displayed(text: str) -> str | None:
-    """Return the formula that `text` begins with on lines of its own, None where it begins otherwise."""
+def _displayed(text: str, depth: int = 0) -> str | None:
+    """Return the formula that `text` begins with on lines of its own, None where it begins otherwise.
+
+    It may stand in three such marks, as in a code fence around an `aligned` between \\[ and \\].
+    """
     opener = _DISPLAY.match(text)
     if not opener:
         return None
@@ -64,7 +67,7 @@ def _displayed(text: str) -> str | None:
         formula = formula.strip().split("\n", 1)[0]
     if environment and environment.startswith(("align", "gather")):
         formula = formula.strip().removesuffix("\\\\").rpartition("\\\\")[2].replace("&", "")  # the last row
-    inner = _displayed(formula.strip())
+    inner = _displayed(formula.strip(), depth + 1) if depth < 2 else None
     return formula.strip().removesuffix(".").strip() if inner is None else inner
 
 

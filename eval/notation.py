@@ -313,12 +313,12 @@ def _currency(token: str) -> str | None:
 
 
 def split_name(found: list[str]) -> tuple[list[str], list[str] | None]:
-    """Return the right-hand side and the left one of `x = …` or `x \\in …`; the left is a letter or `f(x)`."""
+    """Return the right-hand side and the rest of `x = …` or `x \\in …`, where x is a letter or `f(x)`."""
     for place in (1, 5):  # `x_{1}` has five tokens
         if found[place : place + 1] in (["="], ["\\in"]) and is_symbol(found[:place]):
-            return found[place + 1 :], found[:place]
+            return found[place + 1 :], found[: place + 1]
     if found[4:5] == ["="] and (found[1], found[3]) == ("(", ")") and is_symbol(found[:1]) and is_symbol(found[2:3]):
-        return found[5:], found[:4]
+        return found[5:], found[:5]
     return found, None
 
 
