@@ -9,6 +9,7 @@ An answer that is not understood as a whole is equal to nothing here: the string
 decide. So bases, congruences, derivatives, set builders and words are compared as they are written.
 """
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -41,10 +42,12 @@ def equal(gold: str, answer: str) -> bool:
 
 
 def _same_words(left: list[str], right: list[str]) -> bool:
-    """Return whether both are words of several letters that differ in nothing but capitals."""
-    words = [" ".join(part) for part in (left, right)]
-    lowered = [word.replace("\\text{", "").replace("}", "").lower() for word in words]
-    return lowered[0] == lowered[1] and all(word.startswith("\\text{") for word in words) and len(lowered[0]) > 3
+    """Return whether both are words, one of four letters at least, that differ in nothing but capitals and blanks."""
+    texts = []
+    for part in (left, right):
+        words = [re.sub(r"\\text\{(.*)\}", r"\1", token) for token in part]
+        texts.append("".join(words).replace(" ", "").lower() if max(map(len, words), default=0) > 3 else None)
+    return texts[0] == texts[1] is not None and texts[0].isalnum()
 
 
 @dataclass(frozen=True)
@@ -165,6 +168,8 @@ def _single(found: list[str], depth: int) -> Node:
         return Node("list", tuple(read(variant, depth + 1) for variant in _signed(found)), mark="\\pm", unit=unit)
     parts, marks = split(found, (":",))
     if marks:
+        if len(parts) == 2 and all(len(part) == 1 for part in parts) and len(parts[1][0]) == 2:
+            raise Unreadable("a time of the day")
         return Node("ratio", tuple(Node("value", (read_formula(part),)) for part in parts), unit=unit)
     if any(token.startswith("\\begin{") for token in found):
         return _matrix(found)

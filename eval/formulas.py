@@ -1,7 +1,7 @@
 """Formulas without =, < and commas: tokens (eval/notation.py) -> a tree -> its value at a point.
 
-A formula is read whole or not at all: a token that the grammar below does not know raises Unreadable, so that nothing is
-ever skipped. Ambiguous forms are not read either: `1/2x`, `x2`, `2 3`.
+A formula is read whole or not at all: a token that the grammar below does not know raises Unreadable, so that nothing
+is ever skipped. Ambiguous forms are not read either: `1/2x`, `x2`, `2 3`.
 Read: numbers (exact fractions), letters, \\pi, e, i, \\infty, + - * / \\cdot \\times \\div, products without a sign,
 mixed numbers, powers, \\frac, \\sqrt, \\binom, !, |x|, floor and ceiling, degrees, repeating decimals, and FUNCTIONS.
 \\log is to base 10, as in the competitions that MATH comes from.
@@ -178,9 +178,16 @@ def _factorial(value: Value) -> Value:
 
 
 def _binomial(top: Value, bottom: Value) -> Value:
-    if not all(isinstance(value, Fraction) and value.denominator == 1 and 0 <= value <= 3000 for value in (top, bottom)):
-        raise Unreadable("a binomial of no small whole numbers")
-    return _bounded(Fraction(math.comb(top.numerator, bottom.numerator)))
+    if not (isinstance(bottom, Fraction) and bottom.denominator == 1 and 0 <= bottom <= 3000):
+        raise Unreadable("a binomial over no small whole number")
+    if isinstance(top, Fraction) and top.denominator == 1 and 0 <= top <= 3000:
+        return _bounded(Fraction(math.comb(top.numerator, bottom.numerator)))
+    if bottom > 100:
+        raise Unreadable("a binomial over no small whole number")
+    result = Fraction(1)
+    for step in range(bottom.numerator):
+        result = _divide(_multiply(result, _add(top, Fraction(-step))), Fraction(step + 1))
+    return result
 
 
 def _rounded(value: Value, how: Callable) -> Fraction:
@@ -189,6 +196,10 @@ def _rounded(value: Value, how: Callable) -> Fraction:
             raise Unreadable("a whole part of no real number")
         return Fraction(int(how(mpmath.re(value))))
     return Fraction(how(value))
+
+
+def _absolute(value: Value) -> Value:
+    return abs(value) if isinstance(value, Fraction) else mpmath.mpc(abs(value))
 
 
 def _apply(function: Callable, value: Value) -> Value:
@@ -310,7 +321,7 @@ class _Reader:
         if token in ("(", "[", "{"):
             return self.inside({"(": ")", "[": "]", "{": "}"}[token])
         if token == "|":
-            return _of(self.inside("|"), lambda value: abs(value) if isinstance(value, Fraction) else mpmath.mpc(abs(value)))
+            return _of(self.inside("|"), _absolute)
         if token == "\\lfloor":
             return _of(self.inside("\\rfloor"), lambda value: _rounded(value, math.floor))
         if token == "\\lceil":

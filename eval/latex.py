@@ -34,11 +34,12 @@ _REMARK = re.compile(r"(?<=\w)\s\([^()]*=[^()]*\)\Z")  # `24 (n = 2)`
 # A formula on lines of its own: what opens it, and what closes it.
 _DISPLAY = re.compile(r"(\$\$)|(\\\[)|(```)\w*\n|\\begin\{((?:equation|align|aligned|gather|displaymath)\*?)\}")
 
+
 def strict_expression(text: str) -> str | None:
     """Return what follows the last "The answer is:", up to a full stop at a line's end or a blank line; or None.
 
-    Several lines are kept together only inside an environment (a matrix). A formula on lines of its own ($$, \\[, a code
-    fence, an equation) is given without what stands around it.
+    Several lines are kept together only inside an environment (a matrix). A formula on lines of its own ($$, \\[, a
+    code fence, an equation) is given without what stands around it.
     """
     tail = strict_tail(text)
     if tail is None:

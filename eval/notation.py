@@ -32,8 +32,8 @@ _WORDS = {
     "or": ",",
 }
 _LAYOUT = set(
-    "left right middle big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr displaystyle textstyle scriptstyle "
-    "limits nolimits quad qquad thinspace hline strut mathstrut".split()
+    "left right middle big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr displaystyle textstyle "
+    "scriptstyle limits nolimits quad qquad thinspace hline strut mathstrut".split()
 )
 _ALIASES = {
     **dict.fromkeys(("dfrac", "tfrac", "cfrac"), "\\frac"),
@@ -76,8 +76,10 @@ _UNICODE = str.maketrans(
         "°": "^{\\circ}",
         "√": "\\sqrt ",
         "π": "\\pi ",
-        **{unicodedata.lookup(f"GREEK SMALL LETTER {name.upper()}"): f"\\{name} " for name in _GREEK if name != "lambda"},
-        "λ": "\\lambda ",
+        **{
+            unicodedata.lookup(f"GREEK SMALL LETTER {name.upper().replace('LAMBDA', 'LAMDA')}"): f"\\{name} "
+            for name in _GREEK
+        },
         **{superscript: f"^{{{digit}}}" for superscript, digit in zip("⁰¹²³⁴⁵⁶⁷⁸⁹", "0123456789", strict=True)},
     }
 )
@@ -161,7 +163,7 @@ def _spelled(kind: str, token: str, dollars: bool) -> list[str]:
 
 def _text(token: str) -> list[str]:
     command, _, content = token[:-1].partition("{")
-    content = re.sub(r"[\s~]+", " ", content.replace("\\", "")).strip()
+    content = re.sub(r"[\s~]+", " ", re.sub(r"\\|\.(?!\d)", "", content)).strip()
     if content in ("and", "or", ", and", ", or", ",and", ",or"):
         return [","]
     if not content:
@@ -211,7 +213,9 @@ def _tidied(found: list[str]) -> list[str]:
             token = token.rstrip("0").rstrip(".")
         if token not in ("\\boxed", "\\fbox") and (token != "," or result[-1:] != [","]):
             result.append(token)
-    while result and result[-1] in (".", ","):
+        if result[-3:] in (["a", ".", "m"], ["p", ".", "m"]):
+            result[-3:] = [f"\\text{{{result[-3]}m}}"]
+    while result and result[-1] in (".", ",", "\\\\"):
         result.pop()
     result = _braced(result)
     while len(result) > 1 and result[0] == "{" and closing(result, 0) == len(result) - 1:
@@ -236,14 +240,17 @@ def opens(token: str) -> int:
     return -(token in (")", "]", "}", "\\}", "\\rfloor", "\\rceil") or token.startswith("\\end{"))
 
 
-_NUM_ARGUMENTS = {"\\frac": 2, "\\binom": 2, "\\sqrt": 1, "^": 1, "_": 1}
+_NUM_ARGUMENTS = {"\\frac": 2, "\\binom": 2, "^": 1, "_": 1} | dict.fromkeys(
+    "\\sqrt \\pmod \\overline \\overrightarrow \\vec \\bar \\hat".split(), 1
+)
 _MAX_DEPTH = 40
 
 
 def _braced(found: list[str], depth: int = 0) -> list[str]:
     """Return the tokens with braces around each argument: `\\frac12` is `\\frac{1}{2}`, `x^2` is `x^{2}`.
 
-    An exponent or index of several digits without braces (`x^12`, `52_12`) is taken as it is meant, whole.
+    Several digits without braces as an exponent, an index or under a root (`x^12`, `\\sqrt12`) are taken as they are
+    meant, whole.
     """
     found, result, place = list(found), [], 0
     while place < len(found):
@@ -269,7 +276,7 @@ def _take_arguments(found: list[str], place: int, result: list[str], depth: int)
             result += ["{", *_braced(found[place + 1 : end], depth + 1), "}"]
             place = end + 1
             continue
-        if len(first) > 1 and first[0].isdigit() and command not in ("^", "_"):
+        if len(first) > 1 and first[0].isdigit() and command in ("\\frac", "\\binom"):
             found[place : place + 1] = [first[0], first[1:]]
         result += ["{", found[place]]
         if found[place] == "-" and command == "^" and place + 1 < len(found):
