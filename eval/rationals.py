@@ -96,7 +96,8 @@ def _spelled(text: str) -> str:
 def clean(text: str) -> str:
     """Return prose with one spelling for each thing and a blank for every LaTeX command but \\frac.
 
-    What a command holds stays. This loses meaning (`\\sqrt{2}` becomes `{2}`): it serves to find numbers, never to tell whether two are equal.
+    What a command holds stays. This loses meaning (`\\sqrt{2}` becomes `{2}`): it serves to find numbers, never to tell
+    whether two are equal.
     """
     return _BLANKS.sub(" ", _COMMAND.sub(" ", _spelled(text)))
 

@@ -61,8 +61,8 @@ _NAMES = {
     **dict.fromkeys(
         "apple ball book boy card coin combination cookie digit dog egg face game girl integer item light marble "
         "member mark number page pair part path pencil permutation piece plant play point prime problem question "
-        "revolution root rotation route row seat set side solution square step stone student subset term ticket time toy tree "
-        "triangle value vote way word zero".split(),
+        "revolution root rotation route row seat set side solution square step stone student subset term ticket "
+        "time toy tree triangle value vote way word zero".split(),
         "",
     ),
     "person": "people persons",
