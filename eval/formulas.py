@@ -49,6 +49,8 @@ _OVER = ("/", "\\div")
 
 def read_formula(tokens: list[str]) -> Tree:
     """Return the tree of `tokens`. Raises Unreadable."""
+    if "\\infty" in tokens and tokens[tokens[0] in ("+", "-") :] != ["\\infty"]:
+        raise Unreadable("a formula with \\infty in it")
     reader = _Reader(tokens)
     tree = reader.sum()
     if reader.place < len(tokens):

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -146,8 +145,7 @@ def judged(grader: Callable[[str, str], bool], gold: str, answer: str) -> bool:
 
 
 def verified(math_verify: ModuleType, gold: str, answer: str) -> bool:
-    answer = answer if re.match(r"\$|\\[(\[]", answer) else f"${answer}$"
-    return math_verify.verify(math_verify.parse(f"${gold}$"), math_verify.parse(answer))
+    return math_verify.verify(math_verify.parse(f"${gold}$"), math_verify.parse(f"${bare(answer.removesuffix('.'))}$"))
 
 
 def test_math_costs_little_enough(math500: Path, tmp_path: Path) -> None:
