@@ -335,7 +335,7 @@ def test_stale_scores_are_marked(tmp_path: Path, data: Path, monkeypatch: pytest
     write(runs / "two" / "completions" / "gsm8k.jsonl", lines(TEXTS[:1]))  # cannot be scored again: tasks are missing
     assert main(["--runs", str(runs)]) == 2
     assert "stale" not in json.loads(score_path.read_text()), "re-scored by the present version"
-    assert json.loads(other.read_text())["stale"].startswith("graded by version 1")
+    assert json.loads(other.read_text())["stale"].startswith("graded by version 2")
 
     monkeypatch.undo()
     assert mark(runs)["stale"] == ["one/scores/gsm8k.json", "two/scores/gsm8k.json"]
