@@ -16,10 +16,13 @@ STRICT_MARKER = "The answer is:"
 _ANSWER_IS = re.compile(r"\banswer\s+is\b\s*:?", re.IGNORECASE)
 _FINAL_ANSWER = re.compile(r"\bfinal\s+answer\b(?:\s+is\b)?\W{0,3}?:?|\banswer\b\**\s*[:=]", re.IGNORECASE)
 _HASHES = re.compile(r"####")
-_OPENERS = re.compile(r"^(?:\s|\*|:|\$(?=\s*[\\\[]|\$)|\\\[|\\\()+")
+_OPENERS = re.compile(r"(?:\s|\*|:|\$(?=[\s\\\[$])|\\\[|\\\(|```\w*|\\begin\{[a-z]+\*?\})*+")
 _BOX_TOKENS = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*(?:(?P<box>\{)|(?P<bare>[^\s{}$]+))|\\.|[{}]", re.DOTALL)
-MAX_LINE = 2000  # characters read after a marker, and
-MAX_PLACES = 20  # places looked at per form: runaway repetitions must not make grading slow
+_BLANKS = re.compile(r"[\s:*]*+")
+_DASH = re.compile(r"\A[-•]\s+")
+MAX_TEXT = 100_000  # characters of a completion that are read, the last ones;
+MAX_LINE = 2000  # of them after a marker, and
+MAX_PLACES = 8  # places looked at per form: runaway repetitions must not make grading slow
 
 
 def strict_tail(text: str) -> str | None:
@@ -49,9 +52,19 @@ def final_answer_tails(text: str) -> Iterator[str]:
     return tails(text, _FINAL_ANSWER)
 
 
+def answer_start(tail: str) -> str:
+    """Return the text behind a marker without the blanks, colons and bold marks before it, nor a list's dash.
+
+    The dash is a list's where it begins a line of its own and a blank follows: `:\n- 18` is 18, `: - 18` is -18.
+    """
+    rest = tail[_BLANKS.match(tail).end() :]
+    return _DASH.sub("", rest) if "\n" in tail[: len(tail) - len(rest)] else rest
+
+
 def first_line(text: str) -> str:
-    """Return the first line with something on it, past bold marks and opening math delimiters."""
-    return _OPENERS.sub("", text).split("\n", 1)[0][:MAX_LINE]
+    """Return the first line with something on it, past bold marks, a code fence and opening math delimiters."""
+    text = answer_start(text)
+    return text[_OPENERS.match(text).end() :].split("\n", 1)[0][:MAX_LINE]
 
 
 def boxed_contents(text: str) -> list[str]:

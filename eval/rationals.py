@@ -7,6 +7,7 @@ scientific notation (`1.5e6`, `1.5 \\times 10^6`, `3×10⁴`).
 Not read as part of the number: units, percent signs (50 % is 50, by GSM8K's convention; no factor 100 is ever
 forgiven), trailing full stops. Choices: a comma that does not separate groups of three ends the number (`1,5` is 1);
 `x/0` and numbers of more than 1000 digits or |exponent| > 300 are not numbers; number words ("eighteen") are not read.
+Every pattern here takes time linear in the text: runs of blanks are made one first, and no repetition has two ways.
 """
 
 import re
@@ -19,10 +20,15 @@ MAX_EXPONENT = 300
 MAX_LINE = 20_000  # characters looked at from a line's end
 
 _SPACE = " \u00a0\u2009\u202f"
-_GROUPED = (
-    rf"[1-9]\d{{0,2}}(?:,\d{{3}})+(?!\d)|[1-9]\d?(?:,\d{{2}})+,\d{{3}}(?!\d)|[1-9]\d{{0,2}}(?:[{_SPACE}]\d{{3}})+(?!\d)"
+_GROUPED = "|".join(
+    rf"[1-9]{few}{{1,{MAX_DIGITS // 3}}}{end}(?!\d)"
+    for few, end in (
+        (r"\d{0,2}(?:,\d{3})", ""),
+        (r"\d?(?:,\d{2})", r",\d{3}"),
+        (rf"\d{{0,2}}(?:[{_SPACE}]\d{{3}})", ""),
+    )
 )
-_PLAIN = rf"(?:(?:{_GROUPED}|\d+)(?:\.\d+)?|\.\d+)"
+_PLAIN = rf"(?:(?:{_GROUPED}|\d++)(?:\.\d++)?|\.\d++)"
 _ARGUMENT = rf"(?:\s*\{{\s*[-+]?{_PLAIN}\s*\}}|\s*\d)"
 _FRAC = rf"\\frac{_ARGUMENT}{_ARGUMENT}"
 _CURRENCY = r"(?:(?:US|A|C|NZ|HK)?\$|[€£¥₹₽₩₪₫]|(?:Rs\.?|USD|EUR|GBP|INR|AUD|CAD))"
@@ -34,19 +40,20 @@ _NUMBER = re.compile(
     (?:{_CURRENCY}\s*)?
     (?P<inner_sign>(?<=\$)[-+])?                  # $-5
     (?:
-        (?P<whole>\d+)\s*(?P<mixed_frac>{_FRAC})
+        (?P<whole>\d++)\s*(?P<mixed_frac>{_FRAC})
       | (?P<frac>{_FRAC})
-      | (?P<mixed>\d+)\s+(?P<mixed_top>\d+)\s?/\s?(?P<mixed_bottom>\d+)(?![\d/]|\.\d)
+      | (?P<mixed>\d++)\s+(?P<mixed_top>\d++)\s?/\s?(?P<mixed_bottom>\d++)(?![\d/]|\.\d)
       | (?P<top>{_PLAIN})\s?/\s?\$?(?P<bottom>{_PLAIN})(?![\d/])
-      | (?P<mantissa>{_PLAIN})\s*[×x*]\s*10\s*(?:\^|\*\*)\s*\{{?\s*(?P<power>[-+]?\d+)\s*\}}?
-      | (?P<power_of_ten>10)\s*\^\s*\{{?\s*(?P<ten_power>[-+]?\d+)\s*\}}?
-      | (?P<e_mantissa>{_PLAIN})[eE](?P<e_power>[-+]?\d+)(?!\w)
+      | (?P<mantissa>{_PLAIN})\s*[×x*]\s*10\s*(?:\^|\*\*)\s*\{{?\s*(?P<power>[-+]?\d++)\s*\}}?
+      | (?P<power_of_ten>10)\s*\^\s*\{{?\s*(?P<ten_power>[-+]?\d++)\s*\}}?
+      | (?P<e_mantissa>{_PLAIN})[eE](?P<e_power>[-+]?\d++)(?!\w)
       | (?P<plain>{_PLAIN})
     )
     """,
     re.VERBOSE,
 )
 
+_BLANKS = re.compile(r"\s{2,}")
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+")
 _CLEANING = [
     (re.compile(r"[\u2212\u2012\u2013\ufe63\uff0d]"), "-"),
@@ -56,12 +63,16 @@ _CLEANING = [
     (re.compile(r"\{,\}"), ","),
     (re.compile(r",\s*\\!\s*"), ","),
     (re.compile(r"(?<=\d)\\[,;: !](?=\d{3})"), "\u2009"),
-    (re.compile(r"\\[,;:! ]"), " "),
+    (re.compile(r"(?<!\\)\\[,;:! ]"), " "),  # not the second half of a row break
     (re.compile(r"\\(?:times|cdot)(?![a-zA-Z])"), "×"),
-    (re.compile(r"\\(?!frac(?![a-zA-Z]))[a-zA-Z]+"), " "),  # \text, \boxed, \left, \approx, …: what they hold stays
     (re.compile(r"(?<!\d)\*\*|\*\*(?!\d)"), ""),  # bold
+    (re.compile(r"(?<!\\)\\[()\[\]]|\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|boxed)(?![a-zA-Z])"), " "),
 ]
-_EQUATION_SIDE = re.compile(r"(?:[\d\s+\-*/×÷·^().,$€£%{}]|\\[a-zA-Z]+|\\[$%,!]|[A-Za-z](?![A-Za-z]))*")
+_COMMAND = re.compile(r"\\(?!frac(?![a-zA-Z]))[a-zA-Z]+")
+_JOINING = re.compile(
+    r"\b(?:since|because|as|where|when|if|for|with|given|while|so|and|or|which|that)\b", re.IGNORECASE
+)
+_OPERATOR = re.compile(r"\s*[-+*/×÷^]|\s*x\s*\d")
 
 
 @dataclass(frozen=True)
@@ -72,13 +83,23 @@ class Found:
     text: str
 
 
-def clean(text: str) -> str:
+def _spelled(text: str) -> str:
     """Return `text` with one spelling for each thing that has several (minus signs, fractions, LaTeX spacing)."""
     if not text.isascii():
         text = "".join(_vulgar_fraction(character) for character in text)
+    text = _BLANKS.sub(" ", text)
     for pattern, replacement in _CLEANING:
         text = pattern.sub(replacement, text)
-    return text
+    return _BLANKS.sub(" ", text)
+
+
+def clean(text: str) -> str:
+    """Return prose with one spelling for each thing and a blank for every LaTeX command but \\frac.
+
+    What a command holds stays. This loses meaning (`\\sqrt{2}` becomes `{2}`): it serves to find numbers, never to tell
+    whether two are equal.
+    """
+    return _BLANKS.sub(" ", _COMMAND.sub(" ", _spelled(text)))
 
 
 def _vulgar_fraction(character: str) -> str:
@@ -145,22 +166,59 @@ def _found(match: re.Match) -> Found | None:
 def first_number(text: str) -> Found | None:
     """Return the number that `text`, the words right after an answer marker, states.
 
-    That is the first number, except after an equation: of `5 + 3 = 8` and of `x = 8` it is 8. A sign may stand apart
-    (`- 5`) at the start.
+    That is the first number, except after an equation: of `5 + 3 = 8` and of `x = 8` it is 8. A right-hand side counts
+    only when it is one number (`15 = 3*5` is 15), and when its equation is not in brackets, behind a comma or a stop
+    (`24 (n=2)` is 24). A sign may stand apart (`- 5`) at the start.
     """
     text = clean(text).strip()
-    while "=" in text:
-        left, _, right = text.partition("=")
-        if re.search(r"\d", left) and not _EQUATION_SIDE.fullmatch(left):
-            break
-        if not _NUMBER.search(right):
-            break
-        text = right.strip()
-    text = re.sub(r"^([$({\s]*)-\s+(?=[\d$.\\])", r"\1-", text)
-    for match in _NUMBER.finditer(text):
+    sides = _sides(text)
+    for place in range(len(sides) - 1, 0, -1):
+        numbers = _numbers(sides[place], 2)
+        if numbers and (len(numbers) == 1 or len(_numbers(sides[place - 1], 2)) != 1):
+            found, end = numbers[0]
+            if not _OPERATOR.match(sides[place], end):
+                return found
+    return next((found for found, _ in _numbers(text, 1)), None)
+
+
+def _numbers(text: str, limit: int) -> list[tuple[Found, int]]:
+    """Return the first numbers of cleaned text with the places where they end in it, at most `limit`."""
+    numbers: list[tuple[Found, int]] = []
+    for match in _NUMBER.finditer(_joined_sign(text)):
         if found := _found(match):
-            return found
-    return None
+            numbers.append((found, match.end() + len(text) - len(_joined_sign(text))))
+            if len(numbers) == limit:
+                break
+    return numbers
+
+
+def _joined_sign(text: str) -> str:
+    return re.sub(r"^([$({\s]*)-\s(?=[\d$.\\])", r"\1-", text)
+
+
+def _sides(text: str) -> list[str]:
+    """Return what stands between the = signs of the equation that cleaned `text` begins with, all of it without one.
+
+    Brackets, commas and stops end or hide it once a number has been seen: `f(3) = 9` and `So, x = 8` are equations.
+    """
+    sides, start, depth, digit = [], 0, 0, None
+    for place, character in enumerate(text):
+        if digit is None and character.isdecimal():
+            digit = place
+        if digit is None and character != "=":
+            continue
+        if character in "([":
+            depth += 1
+        elif character in ")]":
+            depth = max(0, depth - 1)
+        elif depth == 0 and character in ",;." and not text[place + 1 : place + 2].isdecimal():
+            return [*sides, text[start:place]]
+        elif depth == 0 and character == "=":
+            if digit is not None and _JOINING.search(text, max(start, digit), place):
+                return [*sides, text[start:place]]
+            sides.append(text[start:place])
+            start = place + 1
+    return [*sides, text[start:]]
 
 
 def last_number(text: str) -> Found | None:
@@ -185,8 +243,13 @@ def leading_number(text: str) -> Found | None:
 
 
 def parse_number(text: str) -> Fraction | None:
-    """Return the value of `text` if it is one number and nothing else but a trailing full stop or percent sign."""
-    text = re.sub(r"^-\s+", "-", clean(text).strip()).rstrip(".").strip()
+    """Return the value of `text` if it is one number and nothing else but a trailing full stop or percent sign.
+
+    A LaTeX command that is not layout makes it another thing: `9\\pi`, `\\sqrt2` and `\\pm 5` are no plain numbers.
+    """
+    text = re.sub(r"^-\s", "-", _spelled(text).strip()).rstrip(".").strip()
+    while len(text) > 1 and text[0] + text[-1] in ("{}", "$$"):
+        text = text[1:-1].strip()
     text = text.removesuffix("%").strip()
     match = _NUMBER.fullmatch(text)
     return _value(match) if match else None

@@ -117,7 +117,8 @@ def score_file(
     loaded: items already read, by (task name, data), shared between calls. The result: task, version, n (items
     scored), num_completions, invalid (completions from which no answer could be read), metrics (fractions),
     interval_95 (bootstrap over items), groups, what the task's `conditions` tell (sandbox, limits, choices),
-    partial, num_missing (items), num_truncated (finish_reason "length"), num_prompt_too_long, timeouts, data,
+    partial, num_missing (items), num_truncated (finish_reason "length"), num_prompt_too_long, timeouts,
+    grader_errors (completions on which the grader failed; both count as wrong), data,
     data_sha256, completions_sha256, prompt_hash (None where the meta file does not tell), packages (versions the
     grader depends on), grader_seconds; from a judge also ratings and judge (eval/tasks/mt_bench.py).
     Raises UserError; nothing is written then, but judgements, which are paid for.
@@ -165,6 +166,7 @@ def score_file(
         "num_truncated": reasons.count(TRUNCATED),
         "num_prompt_too_long": reasons.count(PROMPT_TOO_LONG),
         "timeouts": sum(grade.timeout for grade in grades),
+        "grader_errors": sum(grade.error is not None for grade in grades),
         "partial": len(matched) < len(items) or len({len(samples) for _, samples in matched}) > 1,
         "num_missing": len(items) - len(matched),
         "data": source.name,
@@ -185,6 +187,7 @@ def score_file(
             "gold": item.gold,
             "invalid": grade.invalid,
             **({"timeout": True} if grade.timeout else {}),
+            **({"error": _writable(grade.error)} if grade.error else {}),
             **_groups(task, item),
         }
         for (item, samples), item_grades in zip(matched, per_item, strict=True)
@@ -304,6 +307,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     score = score_file(
         get_task(parsed.task), parsed.completions, data=parsed.data, output=parsed.output, options=options
     )
+    if score["grader_errors"]:
+        print(
+            f"note: the grader failed on {score['grader_errors']} completions, which count as wrong; "
+            'the grades file says why under "error"',
+            file=sys.stderr,
+        )
     if score["partial"]:
         print(
             f"note: partial: {score['num_missing']} of {score['n'] + score['num_missing']} tasks have no completion; "

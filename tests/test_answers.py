@@ -1,12 +1,12 @@
-"""Reading answers out of text: numbers as exact rationals, the strict and flexible forms, boxes, LaTeX strings."""
+"""Reading answers out of text: numbers as exact rationals, the strict and flexible forms, boxes, expressions."""
 
-import time
 from fractions import Fraction
 
 import pytest
 
 from eval.answers import boxed_contents, flexible_number, last_boxed, strict_number
-from eval.latex import flexible_expression, normalize, same_string, strict_expression
+from eval.latex import flexible_expression, strict_expression
+from eval.limits import cpu_limit
 from eval.rationals import first_number, last_number, leading_number, parse_number
 
 MATRIX = "\\begin{pmatrix} 1 \\\\\n 2 \\end{pmatrix}"
@@ -84,6 +84,14 @@ def test_parse_number_reads(text: str, value: int | str) -> None:
         "1e999",
         "9" * 2000,
         "\\sqrt{2}",
+        "\\sqrt2",
+        "9\\pi",
+        "\\pm 5",
+        "\\ge 5",
+        "\\sin 30",
+        "\\log 5",
+        "\\frac13\\pi",
+        "\\begin{pmatrix} 6 \\\\ 7 \\end{pmatrix}",
     ],
 )
 def test_parse_number_refuses(text: str) -> None:
@@ -117,6 +125,21 @@ def test_numbers_are_exact() -> None:
         (" \\text{Janet has } 7 \\text{ eggs}", 7),
         (" 1,234,567.", 1234567),
         (" 3/0 or 4", 4),
+        (" 15 = 3*5", 15),
+        (" 60 = 100 - 40", 60),
+        (" 24 = 4 times 6", 24),
+        (" 24 (n=2)", 24),
+        (" 18, where 9 * 3 = 27", 18),
+        (" 18. Check: 2 * 10 = 20", 18),
+        (" 18 since x = 3", 18),
+        (" 2(9) = 18", 18),
+        (" f(3) = 9", 9),
+        (" (5 + 13 = 18)", 18),
+        (" 9 eggs * $2 = $18", 18),
+        (" 5 + 3 = 8 in 2 days", 8),
+        (" x = 8 and y = 3", 8),
+        (" = 8", 8),
+        (" \\boxed{5 + 3 = 8}", 8),
     ],
 )
 def test_first_number(text: str, value: int) -> None:
@@ -151,6 +174,13 @@ def test_no_number() -> None:
         ("The answer is: 1,234,567 people", 1234567, 1234567),
         ("The answer is:\n\n18", 18, 18),
         ("The answer is:\n\\[\n18\n\\]", 18, 18),
+        ("The answer is:\n$$\n18\n$$", 18, 18),
+        ("The answer is:\n```\n18\n```", 18, 18),
+        ("The answer is:\n\\begin{equation}\n18\n\\end{equation}", 18, 18),
+        ("The answer is:\n- 18", 18, 18),  # a list's dash
+        ("The answer is:\n  - 18", 18, 18),
+        ("The answer is:\n-18", -18, -18),
+        ("The answer is: - 18", -18, -18),
         ("The answer is: 5. Wait. The answer is: 7", 7, 7),  # the last one counts
         ("The answer is: 5\nThe answer is:", None, 5),  # nothing after the last one
         ("The answer is 18", None, 18),  # no colon
@@ -187,22 +217,55 @@ def test_boxes() -> None:
     assert last_boxed("no box }") is None
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "-" * 100_000 + "\\boxed{" * 5_000 + "=1" * 20_000,
-        "1,234" * 20_000 + "answer = answer is: {" * 1_000,
-        "The answer is: " * 5_000 + "1" * 100_000,
-        "\\frac{" * 20_000,
-        "$" * 20_000 + "The answer is: " + "$ " * 20_000,
-        "answer " * 20_000,
-        "The answer is: " + " " * 100_000 + "x",
-    ],
-)
-def test_runaway_texts_are_read_in_no_time(text: str) -> None:
-    start = time.process_time()
-    strict_number(text), flexible_number(text), strict_expression(text), flexible_expression(text)
-    assert time.process_time() - start < 2.0
+PIECES = [
+    "\\frac{1}{2}",
+    "\\boxed{",
+    "\\begin{a}",
+    "The answer is: ",
+    "answer ",
+    "answer is: {",
+    "####",
+    "1,234",
+    "1 000",
+    "10⁴",
+    "½",
+    "1/0\n",
+    "=1/0",
+    "=1",
+    "2e",
+    "$",
+    "$ ",
+    "\\[",
+    "\\(",
+    "(",
+    "{",
+    "}",
+    "|",
+    "*",
+    "- ",
+    "^ ",
+    "\n",
+    " ",
+    "a",
+    "word ",
+    ". ",
+    "```",
+]
+
+
+@pytest.mark.parametrize("piece", PIECES)
+def test_runaway_texts_are_read_in_no_time(piece: str) -> None:
+    starts = ("", "The answer is: ", "The answer is: 1", "5\\text{", "\\boxed{5^", "the answer is\\displaystyle")
+    for text in (start + piece * (60_000 // len(piece)) + end for start in starts for end in ("", " apples = 5", "}x")):
+        for read in (strict_number, flexible_number, strict_expression, flexible_expression):
+            with cpu_limit(2.0):
+                read(text)
+
+
+def test_found_by_attack() -> None:
+    with cpu_limit(2.0):
+        assert strict_number("The answer is: 1" + "\\frac{1}{2}" * 40 + " apples = 5") is not None
+        flexible_number(("the answer is" + "=" * 1980 + "1/0\n") * 20)
 
 
 @pytest.mark.parametrize(
@@ -224,67 +287,3 @@ def test_runaway_texts_are_read_in_no_time(text: str) -> None:
 )
 def test_expressions(text: str, strict: str | None, flexible: str | None) -> None:
     assert (strict_expression(text), flexible_expression(text)) == (strict, flexible)
-
-
-@pytest.mark.parametrize(
-    ("gold", "answer"),
-    [
-        ("\\left( 3, \\frac{\\pi}{2} \\right)", "(3,\\frac{\\pi}{2})"),
-        ("\\frac{3}{4}", "\\dfrac{3}{4}"),
-        ("\\frac43", "\\frac{4}{3}"),
-        ("\\frac 59", "\\frac{5}{9}"),
-        ("\\frac{270}7\\text{ degrees}", "\\frac{270}{7}"),
-        ("\\frac{1}{2}", "1/2"),
-        ("\\frac{1}{2}", "0.5"),
-        ("11\\sqrt2", "11\\sqrt{2}"),
-        ("90^\\circ", "90"),
-        ("90^{\\circ}", "90°"),
-        ("\\$32,\\!348", "32348"),
-        ("10,\\!080", "10,080"),
-        ("58,500", "58500"),
-        ("50\\%", "50"),
-        (".35625", "0.35625"),
-        ("x=5", "5"),
-        ("5", "x = 5."),
-        ("y = 2x + 3", "2x+3"),
-        ("5.4 \\text{ cents}", "5.4"),
-        ("15\\mbox{ cm}^2", "15"),
-        ("864 \\mbox{ inches}^2", "864"),
-        ("\\text{(C)}", "(C)"),
-        ("\\text{(C)}", "C"),
-        ("\\text{Evelyn}", "Evelyn"),
-        ("4210_{5}", "4210_5"),
-        ("x^2", "$x^{2}$"),
-        ("5", "\\boxed{5}"),
-        ("5", "\\(5\\)."),
-        ("(3,4]", "( 3 , 4 ]"),
-        ("6 - 5i", "6-5i"),
-        ("\\pi", "π"),
-    ],
-)
-def test_string_rule_equal(gold: str, answer: str) -> None:
-    assert same_string(gold, answer)
-
-
-@pytest.mark.parametrize(
-    ("gold", "answer"),
-    [
-        ("5", "-5"),
-        ("50", "0.5"),
-        ("50\\%", "0.5"),
-        ("(3,4]", "(3,4)"),
-        ("x+1", "1+x"),  # no algebra here
-        ("\\frac{1}{3}", "0.333"),
-        ("x=5", "y=5+x"),
-        ("\\sqrt{2}", "\\sqrt[3]{2}"),
-        ("12", "1,2"),
-        ("\\text{east}", "west"),
-    ],
-)
-def test_string_rule_different(gold: str, answer: str) -> None:
-    assert not same_string(gold, answer)
-
-
-def test_normalize_keeps_its_own_result() -> None:
-    for answer in ("\\dfrac 12", "x = \\sqrt 3", "\\left[ 0, 1 \\right)", "1{,}000\\text{ cm}^2"):
-        assert normalize(normalize(answer)) == normalize(answer)

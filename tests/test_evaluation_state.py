@@ -12,6 +12,7 @@ from ba_lora.io import read_json, write_json_atomic, write_jsonl_atomic
 from ba_lora.pipeline import evaluation_stages, record_evaluation
 from eval import nlu
 from eval.score import grader_versions
+from eval.tasks.gsm8k import GSM8K
 from tests.tiny_nlu import scored_run
 
 OLD = hub_source("a" * 40)
@@ -61,7 +62,7 @@ def test_a_damaged_state_is_no_state(evaluated, tmp_path, text):
     config = evaluated("gsm8k")
     (tmp_path / STATE_FILE).write_text(text)
     assert evaluation_fault(config, evaluation_state(config)) == Fault("evaluation.json cannot be read")
-    write_json_atomic(tmp_path / "scores" / "gsm8k.json", {"version": "1", "n": 1, "metrics": {}})
+    write_json_atomic(tmp_path / "scores" / "gsm8k.json", {"version": GSM8K().version, "n": 1, "metrics": {}})
     config.results_dir, config.export.merged = str(tmp_path / "results"), False
     record_evaluation(config, evaluation_state(config))
     assert evaluation_fault(config, evaluation_state(config)) is None

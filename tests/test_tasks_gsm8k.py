@@ -1,6 +1,8 @@
 """The tasks whose answer is one number, gsm8k and toy: their items, their grades, and the registry."""
 
 import json
+import re
+import signal
 from pathlib import Path
 
 import pytest
@@ -154,6 +156,24 @@ def test_samples_are_averaged_never_the_best() -> None:
     items = [Item(f"t/{index}", "", "1") for index in range(2)]
     right, wrong = Grade({"strict": 1.0}), Grade({"strict": 0.0})
     assert Task().aggregate(items, [[right, wrong, wrong, wrong], [wrong] * 4])["metrics"] == {"strict": 0.125}
+
+
+def test_a_bad_item_is_counted_and_never_the_end() -> None:
+    class Fragile(type(get_task("gsm8k"))):
+        def grade(self, item: Item, completion: str) -> Grade:
+            if completion == "breaks":
+                raise KeyError("no such thing")
+            while completion == "hangs":
+                re.match(r"(a|a)*b", "a" * 26)  # a pattern that takes exponential time
+            return super().grade(item, completion)
+
+    before = signal.getsignal(signal.SIGPROF)
+    texts = ["The answer is: 18", "breaks", "hangs", "The answer is: 18"]
+    grades = Fragile().grade_all([(GOLD_18, text) for text in texts], timeout_s=0.3)
+    assert [grade.metrics["strict"] for grade in grades] == [1, 0, 0, 1]
+    assert [grade.timeout for grade in grades] == [False, False, True, False]
+    assert [grade.error for grade in grades] == [None, "KeyError: 'no such thing'", None, None]
+    assert signal.getsignal(signal.SIGPROF) == before and signal.getitimer(signal.ITIMER_PROF) == (0.0, 0.0)
 
 
 def test_stops() -> None:

@@ -8,12 +8,14 @@ one completion.
 """
 
 import copy
+import dataclasses
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ba_lora.errors import UserError
 from ba_lora.rows import Source, load_rows
+from eval.limits import TimeLimit, cpu_limit
 from eval.thinking import THINKING, cut_thinking
 
 if TYPE_CHECKING:
@@ -51,12 +53,14 @@ class Grade:
     extracted: name -> the text taken as the answer, or None.
     invalid: no answer could be read at all (such a completion is also wrong).
     timeout: the grader's time limit was hit; counted, and the completion is wrong by that metric.
+    error: why the grader failed on this completion; counted, and the completion is wrong.
     """
 
     metrics: dict[str, float]
     extracted: dict[str, str | None] = field(default_factory=dict)
     invalid: bool = False
     timeout: bool = False
+    error: str | None = None
 
 
 class Task:
@@ -147,7 +151,7 @@ class Task:
         return 0.0
 
     def grade(self, item: Item, completion: str) -> Grade:
-        """Grade one completion; never raises for any text."""
+        """Grade one completion."""
         raise NotImplementedError
 
     def grade_all(
@@ -158,14 +162,26 @@ class Task:
         timeout_s: float = 5.0,
         progress: Callable[[int], object] | None = None,
     ) -> list[Grade]:
-        """Grade many completions, in order. A task whose grader may hang overrides this with a pool of processes.
+        """Grade many completions, in order. A task whose grader needs processes of its own overrides this.
 
+        A completion on which the grader fails or takes too long is graded as an empty one, and says so: a bad item is
+        counted and never ends the scoring.
         workers: processes to use at most (None: as many as cores); timeout_s: limit for one completion;
         progress: called with the number of completions newly done.
         """
         grades = []
         for item, completion in pairs:
-            grades.append(self.grade(item, completion))
+            try:
+                with cpu_limit(timeout_s):
+                    grade = self.grade(item, completion)
+            except TimeLimit:
+                grade = dataclasses.replace(self.grade(item, ""), timeout=True)
+            except (UserError, NotImplementedError):
+                raise
+            except Exception as error:
+                reason = f"{type(error).__name__}: {error}"[:200]
+                grade = dataclasses.replace(self.grade(item, ""), error=reason)
+            grades.append(grade)
             if progress:
                 progress(1)
         return grades

@@ -8,7 +8,7 @@ leniency about percent (50 % is 50, never 0.5) and no rounding.
 from collections.abc import Sequence
 
 from ba_lora.errors import UserError
-from eval.answers import flexible_number, strict_number
+from eval.answers import MAX_TEXT, flexible_number, strict_number
 from eval.rationals import parse_number
 from eval.tasks.base import Grade, Item, Task, require_text
 
@@ -17,7 +17,7 @@ class NumberTask(Task):
     """Grading shared by the tasks whose answer is one number; `item.gold` is its text."""
 
     def grade(self, item: Item, completion: str) -> Grade:
-        text = self.answer(completion)
+        text = self.answer(completion)[-MAX_TEXT:]
         gold = parse_number(item.gold)
         strict, flexible = strict_number(text), flexible_number(text)
         return Grade(
@@ -35,7 +35,7 @@ class NumberTask(Task):
 
 class GSM8K(NumberTask):
     name = "gsm8k"
-    version = "1"
+    version = "2"
     template = "alpaca_step_by_step"
     max_new_tokens = 1024
     columns = ("question", "answer")

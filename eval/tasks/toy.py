@@ -14,7 +14,7 @@ from eval.tasks.gsm8k import NumberTask
 
 class Toy(NumberTask):
     name = "toy"
-    version = "1"
+    version = "2"
     template = "alpaca"
     max_new_tokens = 128
     groups = ("family",)
