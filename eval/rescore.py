@@ -1,6 +1,6 @@
 """A folder of runs: score all of it again, or mark what is stale; and bring the runs' results up to date.
 
-    python -m eval.score --runs DIR        python -m eval.score --stale DIR
+python -m eval.score --runs DIR        python -m eval.score --stale DIR
 """
 
 import json
