@@ -57,7 +57,7 @@ def load_config(
         for name, wanted in (("method", method), ("task", task)):
             if wanted not in (None, saved[name]):
                 raise UserError(
-                    f"{config_path} is the resolved config of {name} {saved[name]}: "
+                    f"{path} is the resolved config of {name} {saved[name]}: "
                     f"leave {name} {wanted} out, or start from a base in configs/{kind}"
                 )
         layers = [base]
@@ -71,12 +71,12 @@ def load_config(
     layers.append(_override_layer(overrides))
     schema = SCHEMAS[kind]
     for layer in layers:
-        _refuse_unknown(layer, config_path, schema, schema)
+        _refuse_unknown(layer, path, schema, schema)
     try:
         merged = OmegaConf.merge(_structured(schema), functools.reduce(_overlay, layers))
     except OmegaConfBaseException as error:
         typed_there = any(text.startswith(f"{error.full_key}=") for text in overrides)
-        source = "the command line" if typed_there else config_path
+        source = "the command line" if typed_there else path
         several = "; one seed a run: scripts/ba-lora.sh and nlu.sh take seed=1,2, reproduce.sh takes seeds=[1,2]"
         raise UserError(
             f"{error.full_key} in {source}: {str(error).splitlines()[0]}{several if error.full_key == 'seed' else ''}"
