@@ -130,6 +130,11 @@ def export_run(
     """
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+    if not trained_logits.isfinite().all():
+        raise UserError(
+            "the trained model's logits are not finite: training has diverged; lower trainer.learning_rate, "
+            "adapter.alpha or the regularizers' λ"
+        )
     unset_hf_deepspeed_config()  # or ZeRO-3 would split the models loaded here, on this process alone
     if not bool(trained_logits.isfinite().all()):
         raise UserError("the trained model gives NaN or infinite logits: lower trainer.learning_rate")
@@ -173,11 +178,11 @@ def merge(model: "nn.Module", output_path: Path, *, config: RunConfig) -> None:
 
 def write_model_card(run_path: Path, config: RunConfig, result: dict[str, Any]) -> None:
     """Write README.md into every exported folder: what it is, config, data, scores, how to load it."""
-    from ba_lora.config import to_yaml
+    from ba_lora.config import public, to_yaml
     from ba_lora.glue import find_task
     from ba_lora.io import write_text_atomic
 
-    source = config.model.name
+    source = public(config.model.name)
     data = result.get("data") or {}
     scores = [
         f"| {task} | {name} | {'undefined' if value is None else format(100 * value, '.2f')} | {entry['n']} |"
@@ -220,9 +225,9 @@ def write_model_card(run_path: Path, config: RunConfig, result: dict[str, Any]) 
             f"---\nbase_model: {source}\nlibrary_name: {library}\ntags: [ba-lora, {config.method}]\n---\n\n"
             f"# {source} tuned with {config.method}\n{note}{how}\n"
             f"Trained on {data.get('rows_used', '?')} rows of {data.get('name', '?')} "
-            f"({data.get('source', '?')}, revision {data.get('revision')}, sha256 {data.get('sha256')}).\n\n"
+            f"({public(data.get('source', '?'))}, revision {data.get('revision')}, sha256 {data.get('sha256')}).\n\n"
             f"## Scores\n\n{table if scores else 'Not evaluated yet.'}\n\n"
-            f"## Configuration\n\n```yaml\n{to_yaml(config)}```\n",
+            f"## Configuration\n\n```yaml\n{to_yaml(config, for_others=True)}```\n",
         )
 
 

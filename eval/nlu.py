@@ -30,11 +30,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ba_lora.config import resolve_data
+from ba_lora.config_checks import check_place
 from ba_lora.config_layers import load_config
 from ba_lora.config_nlu import NLURunConfig
 from ba_lora.errors import UserError, run_entry_point
 from ba_lora.evaluation_state import dev_sources, hub_of
-from ba_lora.export import write_model_card
 from ba_lora.glue import find_task
 from ba_lora.io import read_json, sha256_file, write_json_atomic, write_jsonl_atomic
 from ba_lora.results import refresh_result
@@ -250,6 +251,8 @@ def evaluate_run(plan: Plan) -> dict[str, Any]:
     if run.config and run.output == run.config.run_path:
         result = refresh_result(run.output, run.config.result_path)
         if result is not None:
+            from ba_lora.export import write_model_card
+
             write_model_card(run.output, run.config, result)
     return {
         "run": run.name,
@@ -340,6 +343,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if parsed.output and len({folder.name for folder in folders}) < len(folders):
         raise UserError("--output: two of the models' folders have the same name; evaluate them one by one")
     several = parsed.output is not None and len(folders) > 1
+    if parsed.output:
+        check_place(parsed.output, "--output")
     runs = [
         find_run(folder, task=task, output=parsed.output / folder.name if several else parsed.output)
         for folder in folders
@@ -363,7 +368,7 @@ def _read_data_words(words: Sequence[str], tasks: set[str]) -> dict[str, str]:
             raise UserError(
                 f"--data {word}: {name} is no set of {' or '.join(sorted(tasks))}: {', '.join(sorted(known))}"
             )
-        files[name] = data
+        files[name] = resolve_data(data)
     return files
 
 
