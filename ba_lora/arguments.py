@@ -32,6 +32,11 @@ def build_arguments(config: RunConfig, run_path: Path) -> "TrainingArguments":
         chosen.setdefault("dataloader_pin_memory", False)
     if not torch.accelerator.is_available():
         chosen.setdefault("use_cpu", True)  # else, under DeepSpeed, each process would take itself for the only one
+    if config.early_stopping.patience is not None:
+        chosen.setdefault("restore_callback_states_from_checkpoint", True)  # a resumed run goes on counting
+    if config.early_stopping.patience is not None or chosen.get("load_best_model_at_end"):
+        chosen.setdefault("metric_for_best_model", "loss")
+        chosen.setdefault("greater_is_better", False)  # of eval_loss and eval_task
     if chosen.get("gradient_checkpointing"):
         chosen.setdefault("gradient_checkpointing_kwargs", {"use_reentrant": False})
     if chosen.get("deepspeed") and not torch.cuda.is_available():
@@ -48,7 +53,7 @@ def build_arguments(config: RunConfig, run_path: Path) -> "TrainingArguments":
             **chosen,
         )
     except (ValueError, TypeError, ImportError) as error:
-        raise UserError(f"trainer: {str(error).splitlines()[0]}") from error
+        raise UserError(f"trainer: {' '.join(str(error).split())}") from error
     if config.kind == "nlu" and is_deepspeed_zero3_enabled():
         raise UserError("NLU runs do not support ZeRO-3: use DDP or configs/deepspeed/zero2.json")
     return arguments

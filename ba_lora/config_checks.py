@@ -18,6 +18,7 @@ from ba_lora.config import (
     check_choice,
     nearest,
 )
+from ba_lora.config_heldout import check_heldout
 from ba_lora.config_nlu import check_nlu
 from ba_lora.errors import UserError
 
@@ -38,12 +39,9 @@ _RESERVED_ARGUMENTS = {
     "push_to_hub": "hub.push",
     "hub_model_id": "hub.repo_id",
     "resume_from_checkpoint": "(resuming is automatic)",
-    "prediction_loss_only": "(evaluation comes after training)",
+    "prediction_loss_only": "(held-out rows have no predictions, only a loss)",
     "label_names": "(the rows are made by the run)",
     "remove_unused_columns": "(the rows are made by the run)",
-    "eval_on_start": "eval.tasks (evaluation comes after training)",
-    "eval_strategy": "eval.tasks (evaluation comes after training)",
-    "load_best_model_at_end": "eval.tasks (evaluation comes after training)",
 }
 
 
@@ -98,6 +96,7 @@ def check(config: RunConfig) -> None:
     if config.hub.push and not config.hub.repo_id:
         raise UserError("hub.push=true needs hub.repo_id=<user>/<name>")
     _check_trainer(config.trainer)
+    check_heldout(config)
 
 
 def _check_trainer(arguments: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ none the training runs under plain python; on several, or several machines, unde
 """
 
 import argparse
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -24,19 +25,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ba_lora.config import JUDGED_TASKS, PROJECT_ROOT, RUN_MEASURES, RunConfig, resolve_path, to_yaml
+from ba_lora.config import JUDGED_TASKS, PROJECT_ROOT, RUN_MEASURES, UNTUNED, RunConfig, resolve_path, to_yaml
 from ba_lora.config_layers import load_config
 from ba_lora.errors import UserError, run_entry_point
 from ba_lora.evaluation_state import STATE_FILE, data_file, evaluation_fault, evaluation_state, read_state
-from ba_lora.export import push_to_hub, write_model_card
 from ba_lora.io import read_object, sha256_file, write_json_atomic, write_text_atomic
 from ba_lora.judge_endpoint import endpoint_from_environment
 from ba_lora.locks import locked, work_lock_path
 from ba_lora.model import model_source
+from ba_lora.model_card import write_model_card
 from ba_lora.results import environment, now, results_table, write_result
+from ba_lora.run import claim_folder, is_finished
 
 DEFAULT_CONFIG = "configs/nlg/toy.yaml"
-UNTUNED = "untuned"  # the method name of the pre-trained model itself
 
 
 @dataclass(frozen=True)
@@ -78,26 +79,27 @@ def main() -> int:
     spec = Spec.resolve(config_path, options.method, overrides)
     config = spec.config
 
-    training = training_stage(spec, launch_command(os.environ))
     evaluation = evaluation_stages([config])  # checks files, too
     if missing := missing_judge([config], os.environ):
         print(missing, file=sys.stderr, flush=True)
     if options.dry_run:
-        for stage in [training, *evaluation]:
+        for stage in [training_stage(spec, launch_command(os.environ)), *evaluation]:
             print(shlex.join(stage.command))
         return 0
     if int(os.environ.get("MACHINE_RANK", "0")) != 0:
-        run_stage(training)
+        train_run(spec)
         return 0  # machine 0 evaluates
-    with locked(work_lock_path(config.run_path), doing=f"works on {config.run_path.name}"):
-        run_stage(training)
+    with working_on(config):
+        train_run(spec)
         results = []
         if config.eval.untuned and config.eval.tasks:
             untuned = untuned_config(config)
-            with locked(work_lock_path(untuned.run_path), doing=f"works on {untuned.run_path.name}"):
+            with working_on(untuned):
                 results.append(evaluate_run(untuned))
         results.append(evaluate_run(config))
     if config.hub.push:
+        from ba_lora.export import push_to_hub
+
         print(f"pushed to {push_to_hub(config.run_path, config)}")
     print()
     print(results_table(results))
@@ -177,6 +179,26 @@ def training_stage(spec: Spec, launch: Sequence[str], *, overwrite: bool = False
     return Stage("train", command, (spec.config.run_path,))
 
 
+def working_on(config: RunConfig) -> contextlib.AbstractContextManager[None]:
+    """Hold the lock of whoever takes the run through its stages."""
+    path = config.run_path
+    return locked(work_lock_path(path), doing=f"works on {path.name}", run_path=path)
+
+
+def train_run(spec: Spec) -> None:
+    """Run the training's stage; where the run is trained already, say so without the seconds that torch takes.
+
+    Of several machines each starts its own stage: none may stay away from the others.
+    """
+    config = spec.config
+    several = _whole_number(os.environ, "NUM_MACHINES", 1) > 1
+    if config.overwrite or several or not is_finished(config):
+        run_stage(training_stage(spec, launch_command(os.environ)))
+    else:
+        claim_folder(config)  # takes over what may change of its config
+        print(f"{config.run_path.name} is trained already (overwrite=true redoes it)", flush=True)
+
+
 def run_stage(stage: Stage) -> None:
     """Run one stage from the project's root; leave with its status if it fails (it has said why).
 
@@ -202,7 +224,7 @@ def evaluate_run(config: RunConfig) -> dict[str, Any]:
 
 def prepare_evaluation(config: RunConfig) -> None:
     """Give the pre-trained model a folder like a run's, once: its scores belong to the very train.json there."""
-    if config.method == UNTUNED and not (config.run_path / "train.json").is_file():
+    if config.method == UNTUNED and read_object(config.run_path / "train.json") is None:
         write_text_atomic(config.run_path / "config.yaml", to_yaml(config))
         facts = {
             "status": "ok",
