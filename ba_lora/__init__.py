@@ -4,7 +4,11 @@ from ba_lora import BALoRAConfig, BALoRATrainer
 trainer = BALoRATrainer(peft_model, training_arguments, regularizers=BALoRAConfig(), train_dataset=…)
 """
 
+import logging
 from typing import TYPE_CHECKING, Any
+
+# Other libraries import DeepSpeed wherever it is installed, and without a GPU it warns in every run.
+logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
 
 if TYPE_CHECKING:
     from ba_lora.config import BALoRAConfig

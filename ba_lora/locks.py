@@ -4,8 +4,8 @@ A lock is `flock` on a file beside the folder (`.RUN.lock`, `.RUN.work.lock`; in
 The kernel frees it when its last holder dies, kill -9 included, so none is ever left behind. The file stays as long as
 the run's folder does, and lies beside the folder itself, not beside a link to it. What it says of its holder is for the
 reader only. On shared file systems: NFS carries these locks between machines (since Linux 2.6.12, with the server's
-lock service running), a machine that goes down keeps its locks until the server's lease ends, about 90 s; Lustre and GPFS do
-where they are mounted with flock. Where a file system has none, a warning says so.
+lock service running), a machine that goes down keeps its locks until the server's lease ends, about 90 s; Lustre and
+GPFS do where they are mounted with flock. Where a file system has none, a warning says so.
 """
 
 import contextlib

@@ -30,10 +30,12 @@ PACKAGES = (
 )  # fmt: skip
 
 
-def assemble(run_path: Path, config: RunConfig) -> dict[str, Any]:
-    """Return the result of a run from what its folder holds: train.json, scores/, completions/*.meta.json."""
-    trained = {"status": "failed", "error": "not trained"}
-    if (run_path / "train.json").is_file():
+def assemble(run_path: Path, config: RunConfig, trained: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Return the result of a run from what its folder holds: train.json (or `trained`, where a full disk did not take
+    it), scores/, completions/*.meta.json."""
+    if trained is None and not (run_path / "train.json").is_file():
+        trained = {"status": "failed", "error": "not trained"}
+    if trained is None:
         trained = read_record(run_path / "train.json", "status", fix="run the same command again")
     plain = dataclasses.asdict(config)
     for key in ("output_dir", "results_dir", "overwrite"):
@@ -64,7 +66,7 @@ def evaluation(run_path: Path) -> dict[str, Any]:
     """
     found = {}
     for path in sorted((run_path / "scores").glob("*.json")):
-        score = read_record(path, "metrics", "n", "invalid", fix="delete it, and score the run again")
+        score = read_record(path, "metrics", "n", fix="delete it, and score the run again")
         meta_path = run_path / "completions" / f"{path.stem}.meta.json"
         meta = read_record(meta_path, fix="delete it, and generate again") if meta_path.is_file() else None
         found[path.stem] = {"generation": meta} | score
@@ -122,12 +124,12 @@ def result_fault(config: RunConfig) -> str | None:
     return None
 
 
-def write_result(run_path: Path, config: RunConfig) -> dict[str, Any]:
+def write_result(run_path: Path, config: RunConfig, trained: dict[str, Any] | None = None) -> dict[str, Any]:
     """Assemble the result, write it to `config.result_path` and return it. The caller holds the run's lock.
 
     Raises UserError where that file is of another config (`overwrite` has removed it before the training).
     """
-    result = assemble(run_path, config)
+    result = assemble(run_path, config, trained)
     if config.method != UNTUNED:  # whose name says what it is of
         _refuse_foreign(config)
     remove_leftovers(config.result_path)

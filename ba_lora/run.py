@@ -248,7 +248,8 @@ def complete_result(config: RunConfig) -> None:
     """Write the result and the model cards of a trained run that was killed before it had. On one process only."""
     from ba_lora.model_card import write_model_card
 
-    if result_fault(config) is not None:
+    if fault := result_fault(config):
+        print(f"{fault}: written from {config.run_path}")
         write_model_card(config.run_path, config, write_result(config.run_path, config))
 
 
@@ -270,13 +271,7 @@ def recorded(run_path: Path, config: RunConfig, *, main: bool) -> Iterator[None]
             elif isinstance(error, torch.OutOfMemoryError | MemoryError):
                 status = "oom"
             text = f"{type(error).__name__}: {error}".splitlines()[0]
-            with contextlib.suppress(OSError, UserError):  # the first error is the one to report, on a full disk too
-                if (run_path / "checkpoints").is_dir():
-                    write_json_atomic(run_path / "train.json", {"status": status, "error": text, "finished_at": now()})
-                    write_result(run_path, config)
-                else:
-                    remove_run(run_path)
-                    training_lock_path(run_path).unlink()
+            _record_end(run_path, config, {"status": status, "error": text, "finished_at": now()})
         if isinstance(error, torch.OutOfMemoryError):
             raise UserError(
                 "out of GPU memory: lower trainer.per_device_train_batch_size (and raise "
@@ -284,3 +279,19 @@ def recorded(run_path: Path, config: RunConfig, *, main: bool) -> Iterator[None]
             ) from error
         with disk_errors(run_path):
             raise
+
+
+def _record_end(run_path: Path, config: RunConfig, ended: dict[str, Any]) -> None:
+    """Write the end down, as far as the disk takes it: the error that came first is the one to report.
+
+    The result of a run that has succeeded stays, whichever folder it was made in.
+    """
+    with contextlib.suppress(OSError, UserError):
+        if not (run_path / "checkpoints").is_dir():
+            remove_run(run_path)
+            training_lock_path(run_path).unlink()
+            return
+        write_json_atomic(run_path / "train.json", ended)
+    with contextlib.suppress(OSError, UserError):
+        if (read_object(config.result_path) or {}).get("status") != "ok":
+            write_result(run_path, config, ended)

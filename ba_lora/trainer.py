@@ -423,10 +423,15 @@ class BALoRATrainer(Trainer):
             if folder.exists() and self.args.should_save:  # left half-written by a killed run
                 shutil.rmtree(folder)
             self.accelerator.wait_for_everyone()
-            super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                write_checkpoint_manifest(folder)
+            try:
+                super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    write_checkpoint_manifest(folder)
+            except Exception:  # a full disk: half a checkpoint helps nobody, and the record of the failure needs room
+                if self.args.should_save:
+                    shutil.rmtree(folder, ignore_errors=True)
+                raise
 
 
 def _identity(tensor: Tensor) -> Tensor:

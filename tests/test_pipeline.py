@@ -273,7 +273,8 @@ def test_the_default_lifts_accuracy_and_is_not_redone(root, tmp_path):
     assert ours >= 40 and ours - untuned >= 20
     assert " | task " in done.stdout and " | svd " in done.stdout and " | consistency " in done.stdout
 
-    result = json.loads((tmp_path / "results" / "run.json").read_text())
+    (path,) = (tmp_path / "results").glob("toy-ba_lora-s42-*.json")
+    result = json.loads(path.read_text())
     assert result["status"] == "ok" and result["method"] == "ba_lora"
     assert 100 * result["evaluation"]["toy"]["metrics"]["strict"] == pytest.approx(ours, abs=0.01)
     assert result["evaluation"]["toy"]["n"] == 400
