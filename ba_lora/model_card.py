@@ -37,11 +37,11 @@ def write_model_card(run_path: Path, config: RunConfig, result: dict[str, Any]) 
             continue
         note = _note(name, config)
         library = "transformers" if name == "merged" else "peft"
-        head = {"base_model": source, "library_name": library, "tags": ["ba-lora", config.method]}
+        head = {"base_model": _words(source), "library_name": library, "tags": ["ba-lora", _words(config.method)]}
         how = "" if note else f"\n```python\n{_loading(name, source, config)}\n```\n"
         write_text_atomic(
             folder / "README.md",
-            f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---\n\n"
+            f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True, width=1000)}---\n\n"
             f"# {_line(source)} tuned with {_line(config.method)}\n{note}{how}\n"
             f"Trained on {data.get('rows_used', '?')} rows of {_line(data.get('name', '?'))} "
             f"({_line(_without_folder(data.get('source', '?')))}, revision {_line(data.get('revision'))}, "
@@ -82,7 +82,11 @@ def _loading(name: str, source: str, config: RunConfig) -> str:
 
 def _line(text: object) -> str:
     """Return a name as one line in which nothing is HTML or ends a table's cell."""
-    return html.escape(" ".join(str(text).split()), quote=False).replace("|", "\\|")
+    return html.escape(_words(text), quote=False).replace("|", "\\|")
+
+
+def _words(text: object) -> str:
+    return " ".join(str(text).split())
 
 
 def _without_folder(text: object) -> str:
