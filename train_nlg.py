@@ -6,20 +6,24 @@
 config → data → model → trainer → export. The same command again goes on where a killed run stopped, and does nothing
 when it is done. `sh scripts/ba-lora.sh` adds generation, scoring and the table.
 """
+# ruff: noqa: E402
 
-import argparse
 import gc
 import signal
 import time
 from pathlib import Path
 
+from ba_lora.command_line import read_run
+from ba_lora.errors import check_first, run_entry_point
+
+if __name__ == "__main__":  # what is wrong in the command line is told before the imports below, which take seconds
+    check_first(lambda: read_run("nlg", __doc__))
+
 from accelerate import PartialState
-from transformers import EarlyStoppingCallback, set_seed
+from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 
 from ba_lora.arguments import build_arguments, count_steps
 from ba_lora.config import RunConfig
-from ba_lora.config_layers import load_config
-from ba_lora.errors import run_entry_point
 from ba_lora.export import export_run, probe_batch, push_to_hub, save_trained
 from ba_lora.io import finite, write_jsonl_atomic
 from ba_lora.methods import build_model, parameter_counts, probe_logits
@@ -35,16 +39,12 @@ from data.nlg import load_training_data
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, help="a base in configs/nlg, or a run's own config.yaml")
-    parser.add_argument("--method", help="a file in configs/methods (default ba_lora)")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as trainer.max_steps=20")
-    options = parser.parse_intermixed_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cancelled job is recorded as cancelled
-    config = load_config(options.config, method=options.method, overrides=options.overrides, kind="nlg")
+    config = read_run("nlg", __doc__)
 
     process = start_processes(config)
     run_path = config.run_path
+    arguments = build_arguments(config, run_path)  # first: what they refuse leaves no folder
     # One process makes the run's folder, or refuses it to another config; its error is everybody's.
     on_main_process(process, claim_folder, config, num_processes=process.num_processes)
     if is_trained(run_path, config):
@@ -52,16 +52,15 @@ def main() -> None:
         process.print(f"{run_path.name} is trained already (overwrite=true redoes it)")
     else:
         with recorded(run_path, config, main=process.is_main_process):
-            train(config, run_path, process)
+            train(config, run_path, process, arguments)
     if config.hub.push and process.is_main_process:
         print(f"pushed to {push_to_hub(run_path, config)}")
 
 
-def train(config: RunConfig, run_path: Path, process: PartialState) -> None:
+def train(config: RunConfig, run_path: Path, process: PartialState, arguments: TrainingArguments) -> None:
     """Train and export one run; every process of a distributed run calls it."""
     # Data: rows → prompt + response, labels on the response alone.
     set_seed(config.seed)
-    arguments = build_arguments(config, run_path)
     tokenizer = load_tokenizer(config.model)
     data = load_training_data(config.data, tokenizer)
     process.print(

@@ -7,21 +7,25 @@ config → data → model → trainer, evaluated each epoch → export of the be
 killed run stopped, and does nothing when it is done. `sh scripts/nlu.sh` compares methods; `python -m eval.nlu`
 evaluates a finished run out of its domain.
 """
+# ruff: noqa: E402
 
-import argparse
 import gc
 import signal
 import time
 from pathlib import Path
 
+from ba_lora.command_line import read_run
+from ba_lora.errors import check_first, run_entry_point
+
+if __name__ == "__main__":  # what is wrong in the command line is told before the imports below, which take seconds
+    check_first(lambda: read_run("nlu", __doc__))
+
 from accelerate import PartialState
-from transformers import DataCollatorWithPadding, set_seed
+from transformers import DataCollatorWithPadding, TrainingArguments, set_seed
 
 from ba_lora.arguments import autocast_precision, build_arguments, count_steps
-from ba_lora.config_layers import load_config
 from ba_lora.config_nlu import NLURunConfig
 from ba_lora.epochs import EpochEvaluation
-from ba_lora.errors import run_entry_point
 from ba_lora.export import export_run, probe_batch, push_to_hub, save_trained
 from ba_lora.glue import find_task
 from ba_lora.io import finite, write_json_atomic, write_jsonl_atomic
@@ -40,19 +44,12 @@ from eval.nlu_scores import dev_scores
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, help="a base in configs/nlu, or a run's own config.yaml")
-    parser.add_argument("--task", help="a GLUE task; the base may name one")
-    parser.add_argument("--method", help="a file in configs/methods (default ba_lora)")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as trainer.max_steps=20")
-    options = parser.parse_intermixed_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cancelled job is recorded as cancelled
-    config = load_config(
-        options.config, method=options.method, task=options.task, overrides=options.overrides, kind="nlu"
-    )
+    config = read_run("nlu", __doc__)
 
     process = start_processes(config)
     run_path = config.run_path
+    arguments = build_arguments(config, run_path)  # first: what they refuse leaves no folder
     # One process makes the run's folder, or refuses it to another config; its error is everybody's.
     on_main_process(process, claim_folder, config, num_processes=process.num_processes)
     if is_trained(run_path, config):
@@ -60,17 +57,16 @@ def main() -> None:
         process.print(f"{run_path.name} is trained already (overwrite=true redoes it)")
     else:
         with recorded(run_path, config, main=process.is_main_process):
-            train(config, run_path, process)
+            train(config, run_path, process, arguments)
     if config.hub.push and process.is_main_process:
         print(f"pushed to {push_to_hub(run_path, config)}")
 
 
-def train(config: NLURunConfig, run_path: Path, process: PartialState) -> None:
+def train(config: NLURunConfig, run_path: Path, process: PartialState, arguments: TrainingArguments) -> None:
     """Train and export one run; every process of a distributed run calls it."""
     # Data: sentences or pairs with their labels.
     set_seed(config.seed)
     task = find_task(config.nlu.task)
-    arguments = build_arguments(config, run_path)
     tokenizer = load_tokenizer(config.model, generates=False)
     data = load_nlu_data(config, tokenizer)
     process.print(

@@ -9,13 +9,14 @@ import dataclasses
 import difflib
 import hashlib
 import json
-import math
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 from omegaconf import OmegaConf
 
+from ba_lora.config_ranges import check_numbers
 from ba_lora.errors import UserError
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
@@ -28,6 +29,11 @@ SCHEDULES = ("constant", "two_phase")
 NLG_TASKS = ("toy", "gsm8k", "math", "heldout", "humaneval", "mbpp", "mt_bench")  # eval/tasks has a class for each
 JUDGED_TASKS = ("mt_bench",)  # of these, those that a judge model grades
 LOSS_IMPLEMENTATIONS = ("fused", "plain")
+# What eval.options may hold: settings of eval.generate that change no other part of the run, and choices of the tasks.
+GENERATION_OPTIONS = (
+    "max_new_tokens", "temperature", "top_p", "num_samples", "seed", "template", "batch_size", "dtype", "max_model_len",
+    "attention", "tensor_parallel_size", "gpu_memory_utilization", "serve", "protocol", "subset",
+)  # fmt: skip
 RUN_MEASURES = ("inheritance",)  # measured on the run itself, not on completions: eval/<name>.py
 DATASETS = ("toy", "metamathqa", "codefeedback", "wizardlm", "gsm8k")
 UNTUNED = "untuned"  # the method name of the pre-trained model itself
@@ -42,7 +48,7 @@ class ModelConfig:
     dtype: str = "bfloat16"  # of the base's weights
     attention: str = "sdpa"
     quantization: str = "none"  # none | nf4 (bitsandbytes, needs CUDA)
-    trust_remote_code: bool = False  # runs the model repository's own Python code
+    trust_remote_code: bool = False  # runs the model repository's own Python code; counts only when it is typed
 
 
 @dataclass
@@ -87,15 +93,7 @@ class BALoRAConfig:
     svd_schedule: str = "constant"
 
     def __post_init__(self) -> None:
-        for name in ("lambda_consistency", "lambda_diversity", "lambda_svd"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
-                raise UserError(f"regularizers.{name} is {getattr(self, name)}: it must be a number of at least 0")
-        if self.temperature <= 0:
-            raise UserError(f"regularizers.temperature is {self.temperature}: it must be above 0")
-        for name in ("diversity_top_k", "svd_top_k"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"regularizers.{name} is {value}: it must be at least 1")
+        check_numbers(self, "regularizers.")
         check_choice("regularizers.svd_norm", self.svd_norm, ("nuclear", "frobenius"))
         check_choice("regularizers.consistency_schedule", self.consistency_schedule, CONSISTENCY_SCHEDULES)
         check_choice("regularizers.diversity_schedule", self.diversity_schedule, SCHEDULES)
@@ -111,8 +109,7 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         check_choice("loss.implementation", self.implementation, LOSS_IMPLEMENTATIONS)
-        if self.chunk_memory_mb is not None and not self.chunk_memory_mb > 0:
-            raise UserError(f"loss.chunk_memory_mb is {self.chunk_memory_mb}: it must be above 0, or null")
+        check_numbers(self, "loss.")
 
 
 @dataclass
@@ -212,7 +209,7 @@ class RunConfig:
     hub: HubConfig = field(default_factory=HubConfig)
     output_dir: str | None = None  # None: outputs/<run_id>
     results_dir: str = "results/runs"
-    overwrite: bool = False
+    overwrite: bool = False  # counts only when it is typed
 
     @property
     def uses_reference_cache(self) -> bool:
@@ -227,7 +224,7 @@ class RunConfig:
     @property
     def run_path(self) -> Path:
         """The run's folder."""
-        return PROJECT_ROOT / (self.output_dir or Path("outputs") / self.run_id)
+        return PROJECT_ROOT / (Path(self.output_dir).expanduser() if self.output_dir else Path("outputs", self.run_id))
 
     @property
     def result_path(self) -> Path:
@@ -264,19 +261,36 @@ def nearest(word: str, choices: tuple[str, ...] | list[str]) -> str:
     return f" (nearest: {', '.join(found)})" if found else ""
 
 
+def user_folder() -> Path:
+    """Return the folder that the user's relative paths count from: BA_LORA_FOLDER, which scripts and stages set since
+    they work in the project's root, else the current one."""
+    return Path(os.environ.get("BA_LORA_FOLDER") or Path.cwd())
+
+
+def stage_environment() -> dict[str, str]:
+    """Return the environment of a child process to which relative paths mean what they mean here."""
+    return os.environ | {"BA_LORA_FOLDER": str(user_folder())}
+
+
 def resolve_path(path: str | Path) -> Path:
-    """Return `path` as it stands, or below the project's root where only that exists or neither does."""
-    path = Path(path)
-    if path.is_absolute() or path.exists():
-        return path
-    return PROJECT_ROOT / path
+    """Return `path`, absolute: below the user's folder, or below the project's root where it is not there."""
+    path = Path(path).expanduser()
+    own = (user_folder() / path).absolute()
+    return own if own.exists() else PROJECT_ROOT / path
+
+
+def resolve_data(data: str) -> str:
+    """Return the absolute path of a data file that exists (see `resolve_path`); a hub's name as it is."""
+    path = resolve_path(data)
+    return str(path) if path.exists() else data
 
 
 def to_yaml(config: RunConfig) -> str:
-    """Return the resolved configuration as YAML; the folder, `overwrite` and the results' place are left out."""
+    """Return the resolved configuration as YAML, without what is not the run's own or counts only when it is typed."""
     plain = dataclasses.asdict(config)
     for key in ("output_dir", "overwrite", "results_dir"):
         plain.pop(key)
+    plain["model"].pop("trust_remote_code")
     return OmegaConf.to_yaml(OmegaConf.create(plain))
 
 
@@ -289,6 +303,7 @@ def training_settings(config: RunConfig) -> dict[str, Any]:
     if config.uses_reference_cache:  # where it lies changes no weight, what it keeps does
         plain["reference"] = {name: value for name, value in reference.items() if name != "cache"}
     plain["trainer"] = {k: v for k, v in plain["trainer"].items() if k not in _COSMETIC_ARGUMENTS}
+    plain["model"]["trust_remote_code"] = False  # who trusts the code gets the same weights
     plain["adapter"].pop("factors_cache")
     svd_rank = plain["adapter"].pop("svd_rank") or config.adapter.rank
     if config.adapter.init.startswith("pissa_niter"):  # an exact SVD has the same leading components at any rank

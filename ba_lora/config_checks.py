@@ -3,52 +3,35 @@
 Sections that are also made by hand, without a file (`BALoRAConfig`, `LossConfig`), check themselves in config.py.
 """
 
-import dataclasses
 import re
-from typing import Any
+import tempfile
+from pathlib import Path
 
 from ba_lora.config import (
     ATTENTION,
     DATASETS,
     DTYPES,
+    GENERATION_OPTIONS,
     NLG_TASKS,
+    PROJECT_ROOT,
     RUN_MEASURES,
     TUNERS,
     RunConfig,
     check_choice,
     nearest,
+    resolve_path,
 )
 from ba_lora.config_heldout import check_heldout
 from ba_lora.config_nlu import check_nlu
+from ba_lora.config_ranges import check_numbers
+from ba_lora.config_trainer import check_trainer
 from ba_lora.errors import UserError
-
-# TrainingArguments under which the method or a resumed run would silently be another one; the value that is safe, why.
-_UNSAFE_ARGUMENTS = {
-    "auto_find_batch_size": (False, "the micro-batch is part of the method: set trainer.per_device_train_batch_size"),
-    "average_tokens_across_devices": (True, "the terms are means over the positions of all processes"),
-    "label_smoothing_factor": (0, "the loss has no label smoothing"),
-    "save_only_model": (False, "a killed run could not go on with its optimizer's state"),
-    "ignore_data_skip": (False, "a resumed run would see other rows"),
-    "fsdp": ("", "FSDP is not supported: use DDP or DeepSpeed"),
-}
-# TrainingArguments that the run itself sets.
-_RESERVED_ARGUMENTS = {
-    "output_dir": "output_dir",
-    "seed": "seed",
-    "data_seed": "seed",
-    "push_to_hub": "hub.push",
-    "hub_model_id": "hub.repo_id",
-    "resume_from_checkpoint": "(resuming is automatic)",
-    "prediction_loss_only": "(held-out rows have no predictions, only a loss)",
-    "label_names": "(the rows are made by the run)",
-    "remove_unused_columns": "(the rows are made by the run)",
-}
 
 
 def check(config: RunConfig) -> None:
     """Raise UserError for the first value that is unknown, out of range or does not fit another one."""
-    if not config.model.name:
-        raise UserError("model.name is missing: name a hub id or a folder")
+    check_numbers(config)
+    _check_names(config)
     check_choice("model.dtype", config.model.dtype, DTYPES)
     check_choice("model.attention", config.model.attention, ATTENTION)
     check_choice("model.quantization", config.model.quantization, ("none", "nf4"))
@@ -56,18 +39,10 @@ def check(config: RunConfig) -> None:
     check_choice("adapter.dtype", config.adapter.dtype, ("float32", "base"))
     if not re.fullmatch(r"lora|pissa|pissa_niter_[1-9]\d*|corda", config.adapter.init):
         raise UserError(f"adapter.init={config.adapter.init} is unknown: choose lora, pissa, pissa_niter_N or corda")
-    if config.adapter.rank < 1:
-        raise UserError(f"adapter.rank is {config.adapter.rank}: it must be at least 1")
-    if config.adapter.alpha is not None and config.adapter.alpha <= 0:
-        raise UserError(f"adapter.alpha is {config.adapter.alpha}: it must be above 0")
     if config.adapter.svd_rank is not None and config.adapter.svd_rank < config.adapter.rank:
         raise UserError(
             f"adapter.svd_rank is {config.adapter.svd_rank}: it must be at least adapter.rank={config.adapter.rank}"
         )
-    if not 0 <= config.seed < 2**32:
-        raise UserError(f"seed is {config.seed}: it must lie between 0 and 2^32 - 1")
-    if not 0 <= config.adapter.dropout < 1:
-        raise UserError(f"adapter.dropout is {config.adapter.dropout}: it must lie in [0, 1)")
     if config.adapter.init != "lora" and (config.adapter.tuner != "lora" or config.adapter.dora):
         raise UserError(f"adapter.init={config.adapter.init} needs adapter.tuner=lora and adapter.dora=false")
     if config.model.quantization == "nf4" and config.adapter.tuner != "lora":
@@ -77,11 +52,7 @@ def check(config: RunConfig) -> None:
     for name in ("svd_rank", "factors_cache"):
         if config.adapter.init == "corda" and getattr(config.adapter, name) is not None:
             raise UserError(f"adapter.{name} is PiSSA's, CorDA's factors depend on the rows: leave it out (null)")
-    if config.reference.top_k < 1:
-        raise UserError(f"reference.top_k is {config.reference.top_k}: it must be at least 1")
     check_choice("reference.dtype", config.reference.dtype, ("float16", "float32"))
-    if config.data.num_rows is not None and config.data.num_rows < 1:
-        raise UserError(f"data.num_rows is {config.data.num_rows}: it must be at least 1, or null for all")
     if config.kind == "nlu":
         check_nlu(config)
     else:
@@ -90,33 +61,62 @@ def check(config: RunConfig) -> None:
             raise UserError("data.num_rows=null means all rows of a set, the toy's are made on demand: give a number")
         for task in (*config.eval.tasks, *config.eval.data):
             check_choice("eval.tasks", task, (*NLG_TASKS, *RUN_MEASURES))
-    if config.data.max_length < 2:
-        raise UserError(f"data.max_length is {config.data.max_length}: it must be at least 2")
     check_choice("eval.engine", config.eval.engine, ("auto", "vllm", "hf"))
     if config.hub.push and not config.hub.repo_id:
         raise UserError("hub.push=true needs hub.repo_id=<user>/<name>")
-    _check_trainer(config.trainer)
+    check_trainer(config.trainer)
     check_heldout(config)
 
 
-def _check_trainer(arguments: dict[str, Any]) -> None:
-    from transformers import TrainingArguments
+def _check_names(config: RunConfig) -> None:
+    """Raise UserError for a name that would become another path or another command than the one meant."""
+    if not config.model.name:
+        raise UserError("model.name is missing: name a hub id or a folder")
+    for key, name in (("model.name", config.model.name), ("model.revision", config.model.revision or "main")):
+        if name.startswith("-") or not name.isprintable():
+            raise UserError(f"{key}={name!r} is no name: it starts with a dash or holds a control character")
+    for key in ("name", "method"):  # parts of the run's folder
+        value = getattr(config, key)
+        if not value.isprintable() or value.startswith((".", "-")) or "/" in value or "\\" in value:
+            raise UserError(
+                f"{key}={value!r} becomes part of a folder's name: it may hold no slash and no control character, and "
+                "must not begin with a dot or dash"
+            )
+    modules = config.adapter.target_modules
+    if not (isinstance(modules, str) or (isinstance(modules, list) and all(isinstance(m, str) for m in modules))):
+        raise UserError(f"adapter.target_modules={modules}: it must be all-linear or a list of module names")
+    for key, value in config.eval.options.items():
+        if key not in GENERATION_OPTIONS:
+            raise UserError(
+                f"unknown key eval.options.{key}{nearest(str(key), GENERATION_OPTIONS)}; there are "
+                f"{', '.join(GENERATION_OPTIONS)}"
+            )
+        if not isinstance(value, str | int | float | bool | None):
+            raise UserError(f"eval.options.{key}={value}: a single value is needed")
 
-    defaults = {entry.name: entry.default for entry in dataclasses.fields(TrainingArguments) if entry.init}
-    for name in arguments:
-        if name in _RESERVED_ARGUMENTS:
-            raise UserError(f"trainer.{name} is set by the run itself: use {_RESERVED_ARGUMENTS[name]}")
-        if name not in defaults:
-            near = nearest(name, list(defaults))
-            raise UserError(f"unknown key trainer.{name}{near} (a transformers.TrainingArguments name)")
-        if name == "accelerator_config" and dict(arguments[name] or {}).get("split_batches"):
-            raise UserError("trainer.accelerator_config.split_batches=true is refused: the batch sizes are per process")
-        if name in _UNSAFE_ARGUMENTS and arguments[name] not in (_UNSAFE_ARGUMENTS[name][0], defaults[name]):
-            raise UserError(f"trainer.{name}={arguments[name]} is refused: {_UNSAFE_ARGUMENTS[name][1]}")
-    for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
-        if name in arguments and (not isinstance(arguments[name], int) or arguments[name] < 1):
-            raise UserError(f"trainer.{name}={arguments[name]} must be a whole number of at least 1")
-    if arguments.get("save_total_limit") == 1:
-        raise UserError(
-            "trainer.save_total_limit=1 leaves nothing to fall back to if the last checkpoint is damaged: use 2"
-        )
+
+def check_places(config: RunConfig) -> None:
+    """Raise UserError where the run could not write, now and not after the work. What is tried leaves no trace."""
+    path = config.run_path.resolve()
+    if path == Path.home() or path in (PROJECT_ROOT, *PROJECT_ROOT.parents):
+        raise UserError(f"output_dir={config.output_dir}: {path} is no place for a run; name a folder of its own")
+    check_place(path, "output_dir")
+    check_place(config.result_path.parent, "results_dir")
+    caches = {"reference.cache": config.reference.cache, "adapter.factors_cache": config.adapter.factors_cache}
+    for key, folder in caches.items():
+        if folder is not None:
+            check_place(resolve_path(folder), key)
+
+
+def check_place(folder: Path, key: str) -> None:
+    """Raise UserError unless files can be made in a folder, which itself may still have to be made."""
+    there = folder.absolute()
+    try:
+        while not there.exists():
+            there = there.parent
+        if not there.is_dir():
+            raise UserError(f"{key}: {there} is a file, and a folder is needed")
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise UserError(f"{key}: cannot write in {there}: {error.strerror or error}") from error

@@ -22,8 +22,6 @@ def check_heldout(config: RunConfig) -> None:
             raise UserError(f"{typed[0]}: an NLU run is evaluated after every epoch; nlu.selection says which is kept")
         return
     share = config.data.heldout_share
-    if share is not None and not 0 < share < 1:
-        raise UserError(f"data.heldout_share is {share}: it must lie between 0 and 1")
     if strategy == "no":
         if typed:
             raise UserError(f"{typed[0]} needs trainer.eval_strategy=steps or epoch, and data.heldout_share")
@@ -34,7 +32,3 @@ def check_heldout(config: RunConfig) -> None:
         raise UserError(f"trainer.eval_strategy={strategy} needs rows: set data.heldout_share, such as 0.05")
     if config.uses_reference_cache:
         raise UserError("reference.cache holds the training rows only: with trainer.eval_strategy leave it out (null)")
-    if patience is not None and patience < 1:
-        raise UserError(f"early_stopping.patience is {patience}: it must be at least 1 evaluation, or null")
-    if not config.early_stopping.threshold >= 0:
-        raise UserError(f"early_stopping.threshold is {config.early_stopping.threshold}: it must be at least 0")

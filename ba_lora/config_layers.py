@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from ba_lora.config import PROJECT_ROOT, RunConfig, check_choice, nearest, resolve_path
 from ba_lora.config_checks import check
 from ba_lora.config_nlu import LEFT_OUT, NLURunConfig, task_layer
+from ba_lora.config_trainer import ALIASES, argument_types, nearest_argument, normalized
 from ba_lora.errors import UserError
 
 METHODS_PATH = PROJECT_ROOT / "configs" / "methods"
@@ -41,11 +42,16 @@ def load_config(
     already names its method). `kind`, nlg or nlu, picks the method's block of that name; None: as the file says.
     Raises UserError for anything wrong.
     """
-    base = read_yaml(resolve_path(config_path))
-    kind = _kind_of(base, kind, config_path)
+    path = find_config(config_path, kind=kind)
+    base = read_yaml(path)
+    kind = _kind_of(base, kind, path)
     typed, overrides = _take_typed(overrides, ("method", "task", "nlu.task"))
+    if method is not None and typed.get("method", method) != method:
+        raise UserError(f"method={typed['method']} and --method {method} are two methods: give one")
     method = typed.get("method", method)
     task = typed.get("nlu.task", typed.get("task", task))
+    if kind == "nlg" and task is not None:
+        raise UserError(f"task={task} is for NLU (sh scripts/nlu.sh); what is evaluated here is eval.tasks=[NAME]")
     if "method" in base:
         saved = {"method": base["method"], "task": (base.get("nlu") or {}).get("task")}
         for name, wanted in (("method", method), ("task", task)):
@@ -57,9 +63,11 @@ def load_config(
         layers = [base]
     else:
         method = method or "ba_lora"
-        layers = [base, _method_layer(method, kind), {"method": method, "name": Path(config_path).stem}]
+        layers = [base, _method_layer(method, kind), {"method": method, "name": path.stem}]
         if kind == "nlu":
             layers.insert(1, task_layer(base, task))
+    for layer in layers:
+        _refuse_untyped(layer, path, overrides, saved="method" in base)
     layers.append(_override_layer(overrides))
     schema = SCHEMAS[kind]
     for layer in layers:
@@ -69,11 +77,12 @@ def load_config(
     except OmegaConfBaseException as error:
         typed_there = any(text.startswith(f"{error.full_key}=") for text in overrides)
         source = "the command line" if typed_there else config_path
-        several = "; one seed a run: several are sh scripts/reproduce.sh TABLE seeds=[1,2]"
+        several = "; one seed a run: scripts/ba-lora.sh and nlu.sh take seed=1,2, reproduce.sh takes seeds=[1,2]"
         raise UserError(
             f"{error.full_key} in {source}: {str(error).splitlines()[0]}{several if error.full_key == 'seed' else ''}"
         ) from error
     config = OmegaConf.to_object(merged)
+    config.trainer = normalized(config.trainer)
     check(config)
     return config
 
@@ -85,17 +94,29 @@ def load_run(run_path: Path) -> RunConfig:
 
 def config_of_result(plain: dict[str, Any], *, kind: str) -> RunConfig:
     """Return the config that a result keeps (ba_lora/results.py). Raises UserError for what no config may hold."""
+    _refuse_interpolations(plain, "a result's config")
     try:
         return OmegaConf.to_object(OmegaConf.merge(_structured(SCHEMAS[kind]), plain))
     except OmegaConfBaseException as error:
         raise UserError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
 
 
+def find_config(name: str | Path, *, kind: str | None) -> Path:
+    """Return the absolute path of a config: a file (see `resolve_path`), or a name in configs/<kind>, such as toy."""
+    path = resolve_path(name)
+    if path.is_file() or len(Path(name).parts) > 1:
+        return path
+    stem = Path(name).stem if Path(name).suffix in (".yaml", ".yml") else str(name)
+    found = {folder: PROJECT_ROOT / "configs" / folder / f"{stem}.yaml" for folder in (kind or "nlg", *SCHEMAS)}
+    return next((file for file in found.values() if file.is_file()), path)
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """Return the mapping in a YAML config. Raises UserError for a missing, broken or empty file."""
     if not path.is_file():
         known = sorted(str(p.relative_to(PROJECT_ROOT)) for p in (PROJECT_ROOT / "configs").glob("nl?/*.yaml"))
-        raise UserError(f"no such config: {path}{nearest(str(path), known)}")
+        shown = path.relative_to(PROJECT_ROOT) if path.is_relative_to(PROJECT_ROOT) else path
+        raise UserError(f"no such config: {path.absolute()}{nearest(str(shown), known)}")
     status = path.stat()
     return copy.deepcopy(_parsed(path.absolute(), status.st_mtime_ns, status.st_size))
 
@@ -103,12 +124,32 @@ def read_yaml(path: Path) -> dict[str, Any]:
 @functools.lru_cache(maxsize=256)  # a table reads the same few files hundreds of times; a changed file is read again
 def _parsed(path: Path, modified_ns: int, size: int) -> dict[str, Any]:
     try:
-        plain = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+        plain = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     except Exception as error:  # PyYAML and OmegaConf raise unrelated classes; all of them mean a broken file
         raise UserError(f"{path} is not a valid YAML config: {str(error).splitlines()[0]}") from error
     if not isinstance(plain, dict) or not plain:
         raise UserError(f"{path} is empty or no mapping: a config is `key: value` lines")
+    _refuse_interpolations(plain, path)
     return plain
+
+
+def _refuse_interpolations(value: Any, source: object, key: str = "") -> None:
+    """Raise UserError for a `${…}`: it could bring what the environment holds into configs, results and model cards."""
+    if isinstance(value, dict | list):
+        for name, entry in value.items() if isinstance(value, dict) else enumerate(value):
+            _refuse_interpolations(name, source, key)
+            _refuse_interpolations(entry, source, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, str) and "${" in value:
+        raise UserError(f"{key or value} in {source}: ${{…}} is not read in configs: write the value itself")
+
+
+def _refuse_untyped(layer: dict[str, Any], path: Path, overrides: list[str], *, saved: bool) -> None:
+    """Take what counts only when it is typed out of a file's layer; raise UserError where a base sets it."""
+    for key, section in (("model.trust_remote_code", layer.get("model")), ("overwrite", layer)):
+        if not isinstance(section, dict) or section.pop(key.rpartition(".")[2], False) in (False, None) or saved:
+            continue
+        if not any(text.startswith(f"{key}=") for text in overrides):
+            raise UserError(f"{key} in {path} counts only when it is typed: take it out, and type {key}=true")
 
 
 def valid_keys(node: Any = RunConfig, prefix: str = "") -> list[str]:
@@ -128,14 +169,15 @@ def available_methods(kind: str = "nlg") -> tuple[str, ...]:
     return tuple(sorted(name for name, settings in files.items() if settings.get("only", kind) == kind))
 
 
-def _kind_of(base: dict[str, Any], kind: str | None, config_path: str | Path) -> str:
+def _kind_of(base: dict[str, Any], kind: str | None, config_path: Path) -> str:
     """Return nlu for a file with the section `nlu` or `tasks`, else what is asked for, or nlg."""
     if "nlu" in base or "tasks" in base:
         if kind == "nlg":
-            raise UserError(f"{config_path} is an NLU config: use train_nlu.py or scripts/nlu.sh")
+            raise UserError(f"{config_path} is an NLU config: use sh scripts/nlu.sh or train_nlu.py")
         return "nlu"
-    if kind == "nlu" and "method" in base:
-        raise UserError(f"{config_path} is the config of an NLG run: use train_nlg.py")
+    data = base.get("data")
+    if kind == "nlu" and ("method" in base or (isinstance(data, dict) and "name" in data)):
+        raise UserError(f"{config_path} is an NLG config: use sh scripts/ba-lora.sh or train_nlg.py")
     return kind or "nlg"
 
 
@@ -165,6 +207,7 @@ def _override_layer(overrides: list[str] | tuple[str, ...]) -> dict[str, Any]:
     for text in overrides:
         if not re.match(r"^[A-Za-z_][\w.]*=", text):
             raise UserError(f"cannot read {text!r}: overrides are key=value, such as trainer.max_steps=20")
+        _refuse_interpolations(text, "the command line")
     try:
         return OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))
     except Exception as error:
@@ -175,13 +218,20 @@ def _refuse_unknown(layer: dict[str, Any], source: str | Path, schema: Any, node
     known = {entry.name: entry.type for entry in dataclasses.fields(node)}
     for key, value in layer.items():
         if key not in known:
-            raise UserError(
-                f"unknown key {prefix}{key}{nearest(prefix + str(key), valid_keys(schema))} (read with {source})"
-            )
+            raise UserError(f"unknown key {prefix}{key}{_nearest_key(prefix, str(key), schema)} (read with {source})")
         if dataclasses.is_dataclass(known[key]):
             if not isinstance(value, dict):
                 raise UserError(f"{prefix}{key} is a section: give {prefix}{key}.<name>=value")
             _refuse_unknown(value, source, schema, known[key], f"{prefix}{key}.")
+
+
+def _nearest_key(prefix: str, key: str, schema: Any) -> str:
+    """Return ` (nearest: …)`: keys of just this name in a section come first, then those spelt alike."""
+    keys = valid_keys(schema)
+    if not prefix and (key in ALIASES or key in argument_types()):
+        return nearest_argument(key)
+    same = [name for name in keys if name.rpartition(".")[2] == key]
+    return f" (nearest: {', '.join(same)})" if same else nearest(prefix + key, keys)
 
 
 def _overlay(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

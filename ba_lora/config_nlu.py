@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from ba_lora.config import BALoRAConfig, RunConfig, check_choice, training_hash
+from ba_lora.config_ranges import check_range
 from ba_lora.errors import UserError
 from ba_lora.glue import OUT_OF_DOMAIN, TASKS
 
@@ -135,17 +136,14 @@ def check_nlu(config: NLURunConfig) -> None:
     check_choice("task", config.nlu.task, tuple(TASKS))
     task = TASKS[config.nlu.task]
     check_choice("nlu.selection", config.nlu.selection, ("paper", "tuned"))
-    if not 0 < config.nlu.heldout_share < 1:
-        raise UserError(f"nlu.heldout_share is {config.nlu.heldout_share}: it must lie between 0 and 1")
     data = config.data
     for name in data.dev:
         check_choice("data.dev", name, tuple(task.dev_sets))
-    if data.dev_share is not None and not 0 < data.dev_share < 1:
-        raise UserError(f"data.dev_share is {data.dev_share}: it must lie between 0 and 1")
     for name in data.class_shares:
         if task.is_regression:
             raise UserError(f"data.class_shares needs classes, and {config.nlu.task} is a regression")
         check_choice("data.class_shares", name, task.labels)
+        check_range(f"data.class_shares.{name}", data.class_shares[name], "[0, 1]")
     for name in (*config.eval.tasks, *config.eval.data):
         check_choice("eval.tasks", name, OUT_OF_DOMAIN.get(config.nlu.task, ()))
     if any(step < 0 for step in config.features.steps):

@@ -1,4 +1,4 @@
-"""The one exception for what a user can mend: its message is a single line that names the cause and the mend."""
+"""The one exception for what a user can fix: its message is a single line that names the cause and the fix."""
 
 import argparse
 import atexit
@@ -26,18 +26,27 @@ def run_entry_point(main: Callable[[], int | None], *, resumes: bool = False) ->
     Of several processes that fail together, the first alone speaks: the others wait to be ended by the launcher, and
     speak, with their rank, when nobody ends them. resumes: the same command goes on where it was interrupted.
     """
+    end_process(_status(main, resumes=resumes))
+
+
+def check_first(check: Callable[[], object]) -> None:
+    """Call `check()`; leave the process as `run_entry_point` does where it fails."""
+    if status := _status(lambda: check() and None, resumes=False):
+        end_process(status)
+
+
+def _status(main: Callable[[], int | None], *, resumes: bool) -> int:
     rank = os.environ.get("RANK", "0")
     try:
-        status = main() or 0
+        return main() or 0
     except UserError as error:
         _report(f"error: {' '.join(str(error).split())}", rank)
-        status = 2
+        return 2
     except KeyboardInterrupt:
         if rank == "0":
             goes_on = "; the same command goes on from what is saved" if resumes else ""
             print(f"\nerror: interrupted{goes_on}", file=sys.stderr)  # below a progress bar
-        status = 130
-    end_process(status)
+        return 130
 
 
 def end_process(status: int = 0) -> NoReturn:

@@ -22,7 +22,7 @@ from typing import IO
 
 import psutil
 
-from ba_lora.config import PROJECT_ROOT
+from ba_lora.config import PROJECT_ROOT, stage_environment
 from ba_lora.errors import UserError
 from ba_lora.io import disk_errors
 from ba_lora.locks import holder, try_lock
@@ -186,7 +186,7 @@ class LocalExecutor:
                 job.process = subprocess.Popen(
                     job.stage.command,
                     cwd=PROJECT_ROOT,
-                    env={**os.environ, **job.slot.environment},
+                    env={**stage_environment(), **job.slot.environment},
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=subprocess.STDOUT,

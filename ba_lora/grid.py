@@ -27,7 +27,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from ba_lora.config import PROJECT_ROOT, RunConfig
+from ba_lora.config import PROJECT_ROOT, RunConfig, stage_environment
+from ba_lora.config_checks import check_places
 from ba_lora.errors import CommandParser, UserError, run_entry_point
 from ba_lora.evaluation_state import evaluation_state
 from ba_lora.executor import LocalExecutor, Slot, Work, local_slots, log_lines
@@ -357,6 +358,8 @@ def main() -> int:
     table = load_table(find_table(parsed.table), overrides=overrides, seeds=options.seeds)
     table = select_rows(table, options.only)
     table, gpus, left_out = rows_for_gpus(table, options.gpus)
+    for spec in table.specs():
+        check_places(spec.config)
     graders = grader_versions()
     if parsed.dry_run:
         print("\n".join([*dry_run(table, plan(table, graders), retry=options.retry), *left_out]))
@@ -383,7 +386,7 @@ def main() -> int:
         _say(f"failed: {path.name}: {error}")
     seeds = [f"seeds={','.join(map(str, options.seeds))}"] if options.seeds else []
     report = [sys.executable, "-m", "eval.report", parsed.table, *seeds, *options.report, *overrides]
-    status = subprocess.run(report, cwd=PROJECT_ROOT).returncode
+    status = subprocess.run(report, cwd=PROJECT_ROOT, env=stage_environment()).returncode
     return 1 if grid.failed else status
 
 

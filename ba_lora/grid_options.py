@@ -3,11 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from ba_lora.config import nearest
+from ba_lora.config import nearest, user_folder
+from ba_lora.config_checks import check_place
 from ba_lora.errors import UserError
 from ba_lora.tables import Row, Table
 
 REPORT_OPTIONS = ("output", "allow")
+MAX_WORKERS = 1024
 OPTIONS = ("retry", "workers", "gpus", "seeds", "only", *REPORT_OPTIONS)
 
 
@@ -31,6 +33,8 @@ def split_options(words: Sequence[str]) -> tuple[GridOptions, list[str]]:
         if not equals:
             raise UserError(f"cannot read {word!r}: one table, then key=value")
         if key in REPORT_OPTIONS:
+            if key == "output":
+                check_place(user_folder() / text, "output")
             options = replace(options, report=(*options.report, word))
         elif key in OPTIONS:
             options = replace(options, **{key: _option(key, text)})
@@ -49,12 +53,12 @@ def _option(key: str, text: str) -> object:
             return tuple(words)
         if key == "seeds":
             return tuple(int(word) for word in text.strip("[]").split(","))
-        if int(text) < 1:
+        if not 1 <= int(text) <= MAX_WORKERS:
             raise ValueError
         return int(text)
     except (KeyError, ValueError) as error:
         wanted = {"retry": "true or false", "seeds": "whole numbers, [1,2]", "only": "WORD[,WORD]"}
-        wanted = wanted.get(key, "a whole number of at least 1")
+        wanted = wanted.get(key, f"a whole number from 1 to {MAX_WORKERS}")
         raise UserError(f"{key}={text}: {wanted} is needed") from error
 
 

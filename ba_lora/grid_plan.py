@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ba_lora.config import PROJECT_ROOT, RunConfig
+from ba_lora.config import PROJECT_ROOT, RunConfig, stage_environment
 from ba_lora.errors import UserError
 from ba_lora.estimates import estimate_lines
 from ba_lora.grid_state import DONE, FAILED, MISSING, RUNNING, STALE, RunState, changed_config, inspect
@@ -92,7 +92,14 @@ def grader_versions() -> dict[str, dict[str, str | None]]:
 def _answer(module: str, question: Any, *words: str) -> Any:
     """Return the JSON that a module prints; it reads the question, as JSON, from its standard input."""
     command = [sys.executable, "-m", module, *words]
-    done = subprocess.run(command, cwd=PROJECT_ROOT, input=json.dumps(question), capture_output=True, text=True)
+    done = subprocess.run(
+        command,
+        cwd=PROJECT_ROOT,
+        env=stage_environment(),
+        input=json.dumps(question),
+        capture_output=True,
+        text=True,
+    )
     if done.returncode != 0:
         raise UserError(
             f"{' '.join([module, *words])} failed: {(done.stderr.strip().splitlines() or ['no output'])[-1]}"

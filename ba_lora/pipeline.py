@@ -2,6 +2,9 @@
 
     python -m ba_lora.pipeline [--method ba_lora] [CONFIG] [key=value …]
 
+CONFIG is a file, or the name of one in configs/nlg, such as toy. `method=lora,ba_lora` and `seed=1,2` make several
+runs, one after another, and print them side by side.
+
 `sh scripts/ba-lora.sh` and its siblings call this. A finished run is printed again, a killed one goes on. On one GPU or
 none the training runs under plain python; on several, or several machines, under `accelerate launch`:
 
@@ -25,16 +28,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ba_lora.config import JUDGED_TASKS, PROJECT_ROOT, RUN_MEASURES, UNTUNED, RunConfig, resolve_path, to_yaml
-from ba_lora.config_layers import load_config
-from ba_lora.errors import UserError, run_entry_point
+from ba_lora.config import (
+    JUDGED_TASKS,
+    PROJECT_ROOT,
+    RUN_MEASURES,
+    UNTUNED,
+    RunConfig,
+    resolve_path,
+    stage_environment,
+    to_yaml,
+)
+from ba_lora.config_checks import check_places
+from ba_lora.config_layers import find_config, load_config, read_yaml
+from ba_lora.errors import CommandParser, UserError, run_entry_point
 from ba_lora.evaluation_state import STATE_FILE, data_file, evaluation_fault, evaluation_state, read_state
 from ba_lora.io import read_object, sha256_file, write_json_atomic, write_text_atomic
 from ba_lora.judge_endpoint import endpoint_from_environment
 from ba_lora.locks import locked, work_lock_path
 from ba_lora.model import model_source
 from ba_lora.model_card import write_model_card
-from ba_lora.results import environment, now, results_table, write_result
+from ba_lora.results import environment, labelled, now, results_table, write_result
 from ba_lora.run import claim_folder, is_finished
 
 DEFAULT_CONFIG = "configs/nlg/toy.yaml"
@@ -70,41 +83,91 @@ class Stage:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(
+        prog="python -m ba_lora.pipeline", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--method", help="a file in configs/methods (default ba_lora)")
     parser.add_argument("--dry-run", action="store_true", help="check the config and print the commands, run nothing")
     parser.add_argument("words", nargs="*", metavar="CONFIG key=value", help=f"default config {DEFAULT_CONFIG}")
     options = parser.parse_intermixed_args()
     config_path, overrides = split_words(options.words)
-    spec = Spec.resolve(config_path, options.method, overrides)
-    config = spec.config
-
-    evaluation = evaluation_stages([config])  # checks files, too
-    if missing := missing_judge([config], os.environ):
+    specs = asked_specs(config_path, overrides, method=options.method)
+    configs = [spec.config for spec in specs]
+    evaluations = [evaluation_stages([config]) for config in configs]  # checks files, too
+    if missing := missing_judge(configs, os.environ):
         print(missing, file=sys.stderr, flush=True)
-    if options.dry_run:
-        for stage in [training_stage(spec, launch_command(os.environ)), *evaluation]:
-            print(shlex.join(stage.command))
-        return 0
-    if int(os.environ.get("MACHINE_RANK", "0")) != 0:
-        train_run(spec)
-        return 0  # machine 0 evaluates
-    with working_on(config):
-        train_run(spec)
-        results = []
-        if config.eval.untuned and config.eval.tasks:
-            untuned = untuned_config(config)
-            with working_on(untuned):
-                results.append(evaluate_run(untuned))
-        results.append(evaluate_run(config))
-    if config.hub.push:
-        from ba_lora.export import push_to_hub
+    results = []
+    for spec, evaluation in zip(specs, evaluations, strict=True):
+        config = spec.config
+        if options.dry_run:
+            for stage in [training_stage(spec, launch_command(os.environ)), *evaluation]:
+                print(shlex.join(stage.command))
+            continue
+        if int(os.environ.get("MACHINE_RANK", "0")) != 0:
+            train_run(spec)
+            continue  # machine 0 evaluates
+        with working_on(config):
+            train_run(spec)
+            if config.eval.untuned and config.eval.tasks and not results:
+                untuned = untuned_config(config)
+                with working_on(untuned):
+                    results.append(evaluate_run(untuned))
+            results.append(evaluate_run(config))
+        if config.hub.push:
+            from ba_lora.export import push_to_hub
 
-        print(f"pushed to {push_to_hub(config.run_path, config)}")
-    print()
-    print(results_table(results))
-    print(f"result: {config.result_path}")
+            print(f"pushed to {push_to_hub(config.run_path, config)}")
+    if results:
+        print()
+        print(results_table(labelled(results)))
+        print(f"result{'s' if len(configs) > 1 else ''}: " + " ".join(str(config.result_path) for config in configs))
     return 0
+
+
+def asked_specs(
+    config_path: str,
+    words: Sequence[str],
+    *,
+    method: str | None = None,
+    kind: str = "nlg",
+    default: Sequence[str | None] = (None,),
+) -> list[Spec]:
+    """Return the runs of `method=A[,B…]` and `seed=1[,2…]`, each method with each seed, in this order.
+
+    method: the only one that may be typed; default: the methods where none is, for a base. Raises UserError for
+    anything wrong in them, or where one could not write.
+    """
+    methods, words = _take(words, "method")
+    seeds, words = _take(words, "seed")
+    if method is not None and methods not in ([], [method]):
+        raise UserError(
+            f"method={','.join(methods)} beside --method {method}: give one (scripts/lora.sh, pissa.sh and full-ft.sh "
+            "name their method, scripts/ba-lora.sh takes method=NAME[,NAME…])"
+        )
+    if not methods and method is None and "method" in read_yaml(find_config(config_path, kind=kind)):
+        default = (None,)  # a run's own config names its method
+    seed_words = [[f"seed={seed}"] for seed in seeds] or [[]]
+    specs = [
+        Spec.resolve(config_path, name, [*words, *seed], kind=kind)
+        for name in methods or ([method] if method else default)
+        for seed in seed_words
+    ]
+    if len({spec.config.run_path for spec in specs}) < len(specs):
+        raise UserError("two of these runs would have the same folder: leave output_dir out, and name each run once")
+    if len(specs) > 1 and specs[0].config.hub.push:
+        raise UserError("hub.push=true pushes one run: give one method and one seed")
+    for spec in specs:
+        check_places(spec.config)
+    return specs
+
+
+def _take(words: Sequence[str], key: str) -> tuple[list[str], list[str]]:
+    """Return the values of the last `key=A[,B…]` or `key=[A,B…]`, and the other words."""
+    typed = [word.partition("=")[2] for word in words if word.startswith(f"{key}=")]
+    values = [value.strip() for value in typed[-1].strip("[]").split(",")] if typed else []
+    if not all(values):
+        raise UserError(f"{key}={typed[-1]}: a name or several, as in {key}=A,B, are needed")
+    return values, [word for word in words if not word.startswith(f"{key}=")]
 
 
 def missing_judge(configs: Iterable[RunConfig], environ: Mapping[str, str]) -> str | None:
@@ -151,8 +214,7 @@ def launch_command(environ: Mapping[str, str], *, num_gpus: int | None = None) -
         return [sys.executable]
     default = "multi_node.yaml" if num_machines > 1 else "multi_gpu.yaml"
     config_file = resolve_path(chosen or f"configs/accelerate/{default}")
-    if not config_file.is_file():
-        raise UserError(f"ACCELERATE_CONFIG: no such file: {config_file}; configs/accelerate has some")
+    _check_accelerate_config(config_file)
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config_file)]
     processes = _whole_number(environ, "NUM_PROCESSES", num_gpus * num_machines)
     if processes > 0:
@@ -169,9 +231,26 @@ def launch_command(environ: Mapping[str, str], *, num_gpus: int | None = None) -
     return command
 
 
+def _check_accelerate_config(file: Path) -> None:
+    """Raise UserError for a file that `accelerate launch` cannot read."""
+    if not file.is_file():
+        raise UserError(f"ACCELERATE_CONFIG: no such file: {file}; configs/accelerate has some")
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    read_yaml(file)
+    try:
+        load_config_from_file(str(file))
+    except Exception as error:  # it raises unrelated classes for what it does not know
+        told = (str(error).splitlines() or [""])[0]
+        raise UserError(
+            f"ACCELERATE_CONFIG: accelerate cannot read {file}: {type(error).__name__}: {told}; configs/accelerate has "
+            "files that it reads"
+        ) from error
+
+
 def training_stage(spec: Spec, launch: Sequence[str], *, overwrite: bool = False) -> Stage:
     """Return the training and export of a run; `launch` is what stands before the script."""
-    command = [*launch, f"train_{spec.kind}.py", "--config", str(resolve_path(spec.config_path))]
+    command = [*launch, f"train_{spec.kind}.py", "--config", str(find_config(spec.config_path, kind=spec.kind))]
     command += ["--method", spec.method] if spec.method else []
     command += spec.overrides
     command += ["hub.push=false"] if spec.config.hub.push else []  # pushed later, with the scores in its card
@@ -205,7 +284,7 @@ def run_stage(stage: Stage) -> None:
     A scorer's own output is left out: the table repeats it.
     """
     output = subprocess.DEVNULL if stage.name.startswith("score") else None
-    status = subprocess.run(stage.command, cwd=PROJECT_ROOT, stdout=output).returncode
+    status = subprocess.run(stage.command, cwd=PROJECT_ROOT, stdout=output, env=stage_environment()).returncode
     if status != 0:
         sys.exit(status if status > 0 else 128 - status)
 
@@ -325,6 +404,7 @@ def evaluation_stages(configs: Sequence[RunConfig], *, generate: bool = True) ->
             command = [sys.executable, "-m", f"eval.{measure}", "--run", *map(str, run_paths)]
             command += ["--texts", files[measure], "--task", tasks[0]]
             command += ["--data", files[tasks[0]]] if tasks[0] in files else []
+            command += ["trust_remote_code=true"] if first.model.trust_remote_code else []
             stages.append(Stage(measure, command, run_paths, measure))
     return stages
 

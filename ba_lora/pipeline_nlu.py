@@ -3,19 +3,17 @@
     python -m ba_lora.pipeline_nlu [CONFIG] [key=value …]
 
 `sh scripts/nlu.sh` calls this. LoRA, PiSSA and BA-LoRA are compared unless `method=NAME[,NAME…]` names others;
-`task=NAME` chooses the task. A finished run is printed again, a killed one goes on. Several GPUs or machines: as in
-ba_lora/pipeline.py.
+`task=NAME` chooses the task, `seed=1,2` several seeds; CONFIG is a file, or the name of one in configs/nlu. A finished
+run is printed again, a killed one goes on. Several GPUs or machines: as in ba_lora/pipeline.py.
 """
 
 import argparse
 import os
 import shlex
 
-from ba_lora.config import resolve_path
-from ba_lora.config_layers import read_yaml
-from ba_lora.errors import run_entry_point
+from ba_lora.errors import CommandParser, run_entry_point
 from ba_lora.pipeline import (
-    Spec,
+    asked_specs,
     evaluate_run,
     evaluation_stages,
     launch_command,
@@ -24,6 +22,7 @@ from ba_lora.pipeline import (
     training_stage,
     working_on,
 )
+from ba_lora.results import labelled
 from ba_lora.results_nlu import run_table
 
 DEFAULT_CONFIG = "configs/nlu/toy.yaml"
@@ -31,14 +30,14 @@ DEFAULT_METHODS = ("lora", "pissa", "ba_lora")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(
+        prog="python -m ba_lora.pipeline_nlu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--dry-run", action="store_true", help="check the configs and print the commands, run nothing")
     parser.add_argument("words", nargs="*", metavar="CONFIG key=value", help=f"default config {DEFAULT_CONFIG}")
     options = parser.parse_intermixed_args()
     config_path, overrides = split_words(options.words, default=DEFAULT_CONFIG)
-    of_a_run = "method" in read_yaml(resolve_path(config_path))
-    methods, overrides = chosen_methods(overrides, default=(None,) if of_a_run else DEFAULT_METHODS)
-    specs = [Spec.resolve(config_path, method, overrides, kind="nlu") for method in methods]
+    specs = asked_specs(config_path, overrides, kind="nlu", default=DEFAULT_METHODS)
     is_first_machine = int(os.environ.get("MACHINE_RANK", "0")) == 0
 
     results = []
@@ -55,16 +54,9 @@ def main() -> int:
             results.append(evaluate_run(spec.config))
     if results:
         print()
-        print(run_table(results))
+        print(run_table(labelled(results)))
         print("results: " + " ".join(str(spec.config.result_path) for spec in specs))
     return 0
-
-
-def chosen_methods(overrides: list[str], *, default: tuple[str | None, ...]) -> tuple[list[str | None], list[str]]:
-    """Return the methods asked for by `method=A[,B…]`, else the default ones, and the other overrides."""
-    typed = [text.removeprefix("method=") for text in overrides if text.startswith("method=")]
-    methods = [name.strip() for name in typed[-1].strip("[]").split(",")] if typed else list(default)
-    return methods, [text for text in overrides if not text.startswith("method=")]
 
 
 if __name__ == "__main__":

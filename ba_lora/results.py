@@ -282,6 +282,25 @@ def results_table(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def labelled(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the results, the method of each followed by its seed and its λ (consistency/diversity/svd) where these
+    differ among them, so that the lines of one table tell what they are of."""
+    tuned = [result for result in results if "untuned" != result["method"]]
+
+    def weights(result: dict[str, Any]) -> str:
+        found = result["config"]["regularizers"]
+        return "/".join(f"{found[f'lambda_{term}']:g}" for term in ("consistency", "diversity", "svd"))
+
+    words = {"seed": lambda result: str(result["seed"]), "λ": weights}
+    words = {name: read for name, read in words.items() if len({read(result) for result in tuned}) > 1}
+    return [
+        result | {"method": " ".join([result["method"], *(f"{name}={read(result)}" for name, read in words.items())])}
+        if "untuned" != result["method"]
+        else result
+        for result in results
+    ]
+
+
 def now() -> str:
     """Return the present time in UTC, ISO 8601 to the second."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

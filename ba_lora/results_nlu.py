@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ba_lora.config import NOT_TRAINING, setting_differences, training_settings
 from ba_lora.config_layers import config_of_result
 from ba_lora.config_nlu import NLURunConfig
-from ba_lora.errors import UserError, run_entry_point
+from ba_lora.errors import CommandParser, UserError, run_entry_point
 from ba_lora.glue import find_task
 from ba_lora.io import read_json
 
@@ -178,7 +178,9 @@ def _spread(values: list[float | None]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(
+        prog="python -m ba_lora.results_nlu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("results", nargs="+", type=Path)
     files = parser.parse_args().results
     results = [read_json(file) for file in files]

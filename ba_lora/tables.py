@@ -48,7 +48,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ba_lora.config import PROJECT_ROOT, RunConfig, nearest
+from ba_lora.config import PROJECT_ROOT, RunConfig, nearest, resolve_path
 from ba_lora.config_layers import read_yaml
 from ba_lora.errors import UserError
 from ba_lora.glue import find_task
@@ -153,7 +153,7 @@ def available_tables() -> list[str]:
 
 def find_table(name: str) -> Path:
     """Return the file of a table's id, or of a path to one. Raises UserError with the nearest ids."""
-    path = Path(name) if name.endswith((".yaml", ".yml")) else TABLES_PATH / f"{name}.yaml"
+    path = resolve_path(name) if name.endswith((".yaml", ".yml")) else TABLES_PATH / f"{name}.yaml"
     if not path.is_file():
         known = available_tables()
         raise UserError(f"no such table: {name}{nearest(name, known)}; there are {', '.join(known)}")
@@ -287,6 +287,9 @@ def _resolve(row: Row, kind: str, words: Sequence[str], tasks: Sequence[str], ty
     method = None if row.method == UNTUNED else row.method
     if kind == "nlu" and method is None:
         raise UserError(f"a classifier's head is new: there is no {UNTUNED} model to evaluate")
+    for word in words:
+        if str(word).startswith(("model.trust_remote_code=", "overwrite=")):
+            raise UserError(f"{word} counts only when it is typed: take it out of the table's file")
     spec = Spec.resolve(config_path, method, [*words, *typed], kind=kind)
     if kind == "nlu":  # training scores the run's own dev sets; what is left are the sets out of its domain
         dev_sets = find_task(spec.config.nlu.task).dev_sets

@@ -14,13 +14,12 @@ words. The same arguments give the same rows on every machine; a larger `num_row
 never sentences.
 """
 
-import argparse
 import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ba_lora.errors import UserError, run_entry_point
+from ba_lora.errors import CommandParser, UserError, run_entry_point
 from ba_lora.io import write_jsonl_atomic
 
 LABELS = ("entailment", "neutral", "contradiction")  # MNLI's, by id
@@ -206,7 +205,7 @@ def _participle(verb: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Write self-made sentence pairs as jsonl.")
+    parser = CommandParser(prog="python -m data.toy_nlu", description="Write self-made sentence pairs as jsonl.")
     parser.add_argument("--split", required=True, help=", ".join(SPLITS))
     parser.add_argument("--num-rows", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)

@@ -7,12 +7,13 @@ a JSON list: for each command the error, one line, that it would end with, or nu
 and the local data files; what only the hub or the model tells shows later.
 """
 
+import argparse
 import importlib
 import json
 import sys
 from collections.abc import Sequence
 
-from ba_lora.errors import UserError, run_entry_point
+from ba_lora.errors import CommandParser, UserError, run_entry_point
 
 
 def find_error(module: str, arguments: Sequence[str]) -> str | None:
@@ -26,6 +27,10 @@ def find_error(module: str, arguments: Sequence[str]) -> str | None:
 
 def main() -> int:
     """The command line; see the module."""
+    parser = CommandParser(
+        prog="python -m eval.check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.parse_args()
     print(json.dumps([find_error(module, arguments) for module, *arguments in json.load(sys.stdin)]))
     return 0
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ba_lora.config import PROJECT_ROOT
+from ba_lora import config
 from ba_lora.errors import UserError
 from ba_lora.io import read_json, read_jsonl
 from eval.tasks.base import Item
@@ -147,10 +147,8 @@ def read_meta(completions: Path) -> dict:
 def resolve_data(data: str | None, meta: dict) -> str | None:
     """Return the data to grade against: --data, else the meta's (relative to here or to the repository), else None."""
     if data is not None:
-        return data
+        return config.resolve_data(data)
     named = meta.get("data")
     if named is not None and not isinstance(named, str):
         raise UserError(f"the meta file's data must be a file or hub name, found {type(named).__name__}; give --data")
-    if named and not Path(named).exists() and (PROJECT_ROOT / named).exists():
-        return str(PROJECT_ROOT / named)
-    return named or None
+    return config.resolve_data(named) if named else None

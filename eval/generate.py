@@ -45,6 +45,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ba_lora.config_checks import check_place
 from ba_lora.errors import CommandParser, UserError, run_entry_point
 from ba_lora.io import write_json_atomic, write_jsonl_atomic
 from ba_lora.prompts import build_conversation, prompt_hash
@@ -218,6 +219,8 @@ def run(
     chosen = choose_tasks(tasks, choices or {})
     jobs = plan(models, serve=options.serve, revision=options.revision)
     folders = dict(zip(jobs, output_paths(jobs, output), strict=True))
+    for folder in folders.values():
+        check_place(folder, "--output" if output else "completions")
     works = [load_work(task, (data or {}).get(task.name), options) for task in chosen]
     groups: dict[tuple[str, str | None], list[Job]] = {}
     for job in jobs:

@@ -15,7 +15,7 @@ adapter for that base, and so the two differ by the training alone. The result's
 Runs of one base share one start of the model (transformers, whatever engine scored the run: vLLM gives no
 likelihoods). Each run gets RUN/scores/inheritance.json and, for paired tests, RUN/grades/inheritance.jsonl with the
 measures of each item and inheritance_texts.jsonl with {"task_id", "nll", "num_tokens"} of each text.
-Keys: num_prompts (48), num_samples (6), temperature (1.0), seed.
+Keys: num_prompts (48), num_samples (6), temperature (1.0), seed, trust_remote_code.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ba_lora.config import RunConfig
+from ba_lora.config import RunConfig, resolve_data, resolve_path
 from ba_lora.config_layers import load_config, load_run
 from ba_lora.errors import CommandParser, UserError, run_entry_point
 from ba_lora.io import read_jsonl, sha256_file, write_json_atomic, write_jsonl_atomic
@@ -54,6 +54,7 @@ class Options:
     num_samples: int = 6
     temperature: float = 1.0
     seed: int = 0
+    trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         if self.num_prompts < 1 or self.num_samples < 2 or self.temperature <= 0:
@@ -141,9 +142,7 @@ def _serve(run_path: Path) -> str:
 
 
 def _engine_options(config: RunConfig, options: Options) -> EngineOptions:
-    return EngineOptions(
-        seed=options.seed, trust_remote_code=config.model.trust_remote_code, revision=config.model.revision
-    )
+    return EngineOptions(seed=options.seed, trust_remote_code=options.trust_remote_code, revision=config.model.revision)
 
 
 def _perplexity(nll: Sequence[tuple[float, int]]) -> float | None:
@@ -161,6 +160,7 @@ def _measure(
     options: Options,
 ) -> Measures:
     task = material.task
+    sampling = {name: value for name, value in vars(options).items() if name != "trust_remote_code"}
     nll = engine.nll(material.texts, adapter=adapter)
     completions = engine.generate(
         [build_prompt(item.instruction, template=task.template) for item in material.items],
@@ -195,7 +195,7 @@ def _measure(
             "engine_version": engine.version,
             "dtype": engine.dtype,
             "template": task.template,
-            "sampling": {**vars(options), "max_new_tokens": task.max_new_tokens, "items_of": task.name},
+            "sampling": {**sampling, "max_new_tokens": task.max_new_tokens, "items_of": task.name},
         },
     }
     items = [
@@ -221,7 +221,8 @@ def main() -> None:
     (runs,), moved = split_options(parsed.run)
     options, _ = parse_options([*parsed.options, *moved], Options)
     run_paths = [Path(run) for run in runs]
-    material = load_material(parsed.texts, parsed.task, parsed.data, options)
+    data = resolve_data(parsed.data) if parsed.data else None
+    material = load_material(resolve_path(parsed.texts), parsed.task, data, options)
     for path, measures in measure_runs(run_paths, material, options):
         score = measures.score
         write_jsonl_atomic(path / "grades" / f"{NAME}.jsonl", measures.items)

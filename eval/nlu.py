@@ -30,6 +30,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ba_lora.config import resolve_data
+from ba_lora.config_checks import check_place
 from ba_lora.config_layers import load_config
 from ba_lora.config_nlu import NLURunConfig
 from ba_lora.errors import UserError, run_entry_point
@@ -340,6 +342,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if parsed.output and len({folder.name for folder in folders}) < len(folders):
         raise UserError("--output: two of the models' folders have the same name; evaluate them one by one")
     several = parsed.output is not None and len(folders) > 1
+    if parsed.output:
+        check_place(parsed.output, "--output")
     runs = [
         find_run(folder, task=task, output=parsed.output / folder.name if several else parsed.output)
         for folder in folders
@@ -363,7 +367,7 @@ def _read_data_words(words: Sequence[str], tasks: set[str]) -> dict[str, str]:
             raise UserError(
                 f"--data {word}: {name} is no set of {' or '.join(sorted(tasks))}: {', '.join(sorted(known))}"
             )
-        files[name] = data
+        files[name] = resolve_data(data)
     return files
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from ba_lora.config import resolve_data
 from ba_lora.errors import UserError
 from eval.tasks import TASKS
 
@@ -63,9 +64,9 @@ def read_data(entries: Sequence[str], tasks: Sequence[str]) -> dict[str, str]:
     for entry in entries:
         name, equals, path = entry.partition("=")
         if equals and name in TASKS:
-            data[name] = path
+            data[name] = resolve_data(path)
         elif len(tasks) == 1 and not data:
-            data[tasks[0]] = entry
+            data[tasks[0]] = resolve_data(entry)
         else:
             raise UserError(f"--data {entry}: with several tasks or files write TASK=FILE")
     return data

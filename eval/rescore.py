@@ -1,4 +1,7 @@
-"""A folder of runs: score all of it again, or mark what is stale; and bring the runs' results up to date."""
+"""A folder of runs: score all of it again, or mark what is stale; and bring the runs' results up to date.
+
+python -m eval.score --runs DIR        python -m eval.score --stale DIR
+"""
 
 import json
 import os
@@ -8,7 +11,7 @@ from pathlib import Path
 
 from ba_lora.config import RunConfig, resolve_path
 from ba_lora.config_layers import load_run
-from ba_lora.errors import UserError
+from ba_lora.errors import UserError, run_entry_point
 from ba_lora.io import read_json, write_json_atomic
 from ba_lora.results import refresh_result
 from eval import inheritance
@@ -116,3 +119,9 @@ def mark_stale(folder: Path) -> int:
             write_json_atomic(path, content)
     print(json.dumps({"checked": checked, "stale": stale}, ensure_ascii=False))
     return 0
+
+
+if __name__ == "__main__":
+    from eval.score import main
+
+    run_entry_point(main)

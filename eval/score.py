@@ -34,6 +34,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ba_lora.config_checks import check_place
 from ba_lora.errors import CommandParser, UserError, run_entry_point
 from ba_lora.glue import TASKS as GLUE_TASKS
 from ba_lora.io import sha256_file, write_json_atomic, write_jsonl_atomic
@@ -72,8 +73,9 @@ class Options:
     def __post_init__(self) -> None:
         for name in ("workers", "judgements", "judge_parallel", "judge_attempts", "judge_max_tokens"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"{name}={value}: a whole number of at least 1 is needed")
+            most = 1024 if name in ("workers", "judge_parallel") else 10**9
+            if value is not None and not 1 <= value <= most:
+                raise UserError(f"{name}={value}: a whole number of at least 1 and at most {most} is needed")
         for name in ("timeout_s", "judge_timeout_s"):
             if not 0 < getattr(self, name) < 1e6:
                 raise UserError(f"{name}={getattr(self, name):g}: a number of seconds above 0 is needed")
@@ -115,6 +117,7 @@ def score_file(
     Raises UserError; nothing is written then, but judgements, which are paid for.
     """
     options = options or Options()
+    check_place(output_paths(completions_path, output)[0].parent, "--output")
     completions = read_completions(completions_path)
     completions_sha256 = sha256_file(completions_path)
     meta = read_meta(completions_path)

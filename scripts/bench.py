@@ -40,7 +40,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from ba_lora.errors import UserError, run_entry_point  # noqa: E402
+from ba_lora.errors import CommandParser, UserError, run_entry_point  # noqa: E402
 from ba_lora.io import write_text_atomic  # noqa: E402
 from scripts import bench_cases, bench_nlu  # noqa: E402
 
@@ -57,7 +57,9 @@ STORED = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(
+        prog="python scripts/bench.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if Path("/dev/nvidia0").exists() else "cpu")
     parser.add_argument("--shape", choices=SHAPES, default="default")
     parser.add_argument("--vocab", type=int, nargs="+", help="vocabularies instead of the shape's own")

@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ba_lora.config import AdapterConfig  # noqa: E402
-from ba_lora.errors import run_entry_point  # noqa: E402
+from ba_lora.errors import CommandParser, run_entry_point  # noqa: E402
 from ba_lora.results import environment, peak_memory_mb, reset_peak_memory  # noqa: E402
 
 SHAPES = {  # hidden and intermediate size, layers; the vocabulary has no part in it
@@ -28,7 +28,9 @@ SHAPES = {  # hidden and intermediate size, layers; the vocabulary has no part i
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(
+        prog="python scripts/bench_pissa.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if Path("/dev/nvidia0").exists() else "cpu")
     parser.add_argument("--shape", choices=SHAPES, default="llama2-7b")
     parser.add_argument("--init", default="pissa_niter_16", help="pissa or pissa_niter_N")

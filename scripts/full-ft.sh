@@ -1,13 +1,6 @@
 #!/bin/sh
-# Train, export, evaluate and print a full_ft run; sets itself up first.
+# scripts/ba-lora.sh with the method full_ft.
 #
-#     sh scripts/full-ft.sh [CONFIG] [key=value …]       CONFIG: configs/nlg/toy.yaml unless given
-#
-# Several GPUs or machines: see ba_lora/pipeline.py (NUM_MACHINES, MACHINE_RANK, MASTER_ADDR, MASTER_PORT,
-# ACCELERATE_CONFIG).
+#     sh scripts/full-ft.sh [CONFIG] [key=value …]
 set -eu
-ROOT=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
-sh "$ROOT/scripts/setup.sh"
-cd "$ROOT"
-export PATH="$ROOT/.venv/bin:$PATH" # DeepSpeed builds its kernels with the ninja in there
-exec "$ROOT/.venv/bin/python" -m ba_lora.pipeline --method full_ft "$@"
+exec sh "$(dirname -- "$0")/ba-lora.sh" --method full_ft "$@"

@@ -7,6 +7,8 @@
 # ba_lora/grid.py for retry=true, workers=N, gpus=N, seeds=[…], only=….
 set -eu
 ROOT=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
+BA_LORA_FOLDER=${BA_LORA_FOLDER:-$PWD} # relative paths count from here
+export BA_LORA_FOLDER
 sh "$ROOT/scripts/setup.sh"
 cd "$ROOT"
 export PATH="$ROOT/.venv/bin:$PATH"

@@ -11,7 +11,16 @@ from ba_lora.executor import Failure
 from ba_lora.pipeline import Stage
 
 RESUMING = {"train_nlg", "train_nlu", "ba_lora.pipeline", "ba_lora.pipeline_nlu", "ba_lora.grid", "eval.generate"}
-OTHERS = {"eval.check", "eval.score", "eval.nlu", "eval.report", "eval.inheritance", "ba_lora.results_nlu", "data.toy"}
+OTHERS = {
+    "eval.check",
+    "eval.rescore",
+    "eval.score",
+    "eval.nlu",
+    "eval.report",
+    "eval.inheritance",
+    "ba_lora.results_nlu",
+    "data.toy",
+}
 GOES_ON = "the same command goes on from what is saved"
 
 
@@ -37,6 +46,7 @@ def test_an_interrupted_command_says_so_below_its_progress_bar(resumes, said, mo
 @pytest.mark.parametrize("module", sorted(RESUMING | OTHERS))
 def test_only_what_resumes_says_that_it_goes_on(module, monkeypatch):
     calls = []
+    monkeypatch.setattr(errors, "check_first", lambda check: None)
     monkeypatch.setattr(errors, "run_entry_point", lambda main, *, resumes=False: calls.append(resumes))
     runpy.run_module(module, run_name="__main__", alter_sys=True)
     assert calls == [module in RESUMING]

@@ -37,13 +37,16 @@ def one_line(error):
         (["trainer.save_total_limit=1"], "use 2"),
         (["trainer.eval_strategy=steps"], "trainer.eval_strategy=steps needs rows: set data.heldout_share"),
         (["data.heldout_share=0.1"], "data.heldout_share needs trainer.eval_strategy"),
-        (["data.heldout_share=1", "trainer.eval_strategy=epoch"], "heldout_share is 1.0: it must lie between"),
+        (
+            ["data.heldout_share=1", "trainer.eval_strategy=epoch"],
+            "heldout_share is 1.0: it must be a number above 0 and below 1",
+        ),
         (["data.heldout_share=0.001", "trainer.eval_strategy=epoch"], "of 24 rows are 0: at least one row must be"),
         (["trainer.load_best_model_at_end=true"], "trainer.load_best_model_at_end needs trainer.eval_strategy"),
         (["early_stopping.patience=2"], "early_stopping.patience needs trainer.eval_strategy"),
         (
             ["trainer.eval_strategy=steps", "data.heldout_share=0.5", "early_stopping.patience=0"],
-            "early_stopping.patience is 0: it must be at least 1",
+            "early_stopping.patience is 0: it must be a number of at least 1",
         ),
         (
             ["trainer.eval_strategy=steps", "data.heldout_share=0.5", "reference.cache=cache"],

@@ -11,7 +11,6 @@ pre-training-like: whole texts in a plain "Question: … Answer: …" frame, sev
 `pretraining.json` beside the weights keeps settings, versions, loss curve and held-out accuracy.
 """
 
-import argparse
 import json
 import math
 import platform
@@ -25,7 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # the script runs from anywhere, without an installed package
 
-from ba_lora.errors import UserError, run_entry_point  # noqa: E402
+from ba_lora.errors import CommandParser, UserError, run_entry_point  # noqa: E402
 from ba_lora.io import folder_atomic, write_json_atomic, write_jsonl_atomic  # noqa: E402
 from ba_lora.prompts import build_prompt  # noqa: E402
 from data.toy import FAMILIES, generate, pretraining_prompt  # noqa: E402
@@ -272,7 +271,9 @@ def write_sample(variant: str, output: Path, *, num_rows: int = 200) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Pre-train a tiny base of the embedded default.")
+    parser = CommandParser(
+        prog="python data/toy/pretrain.py", description="Pre-train a tiny base of the embedded default."
+    )
     parser.add_argument("--variant", required=True, help=", ".join(VARIANTS))
     parser.add_argument("--output", type=Path, default=None, help="default: data/toy/<variant>")
     parser.add_argument("--sample", action="store_true", help="only write sample.jsonl, for measures of drift")

@@ -20,7 +20,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ba_lora.config import PROJECT_ROOT
+from ba_lora.config import PROJECT_ROOT, user_folder
+from ba_lora.config_checks import check_place
 from ba_lora.errors import CommandParser, UserError, run_entry_point
 from ba_lora.io import read_object, write_bytes_atomic, write_json_atomic, write_text_atomic
 from ba_lora.tables import find_table, load_table
@@ -57,9 +58,10 @@ def main() -> int:
     seeds = _seeds(own["seeds"]) if "seeds" in own else None
     spec = table_spec(load_table(find_table(options.table), overrides=overrides, seeds=seeds))
     made_with = [*overrides, *([f"seeds={','.join(map(str, seeds))}"] if seeds else [])]
+    folder = user_folder() / own["output"] if own.get("output") else default_folder(spec.name, made_with)
+    check_place(folder, "output")
     sources = read_sources(spec, command=" ".join(["sh scripts/reproduce.sh", options.table, *made_with]))
     table = build_table(spec, sources, allow=allow)
-    folder = Path(own["output"]) if own.get("output") else default_folder(spec.name, made_with)
     figures = write_report(table, sources, folder)
     for figure in figures:
         if figure.missing:

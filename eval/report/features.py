@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ba_lora.config_checks import check_place
 from ba_lora.errors import CommandParser, UserError, run_entry_point
 from ba_lora.io import read_json, write_bytes_atomic, write_json_atomic
 
@@ -258,6 +259,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN_DIR")
     parser.add_argument("--output", type=Path, required=True)
     parsed = parser.parse_args(arguments)
+    check_place(parsed.output, "--output")
     runs = read_runs(parsed.runs)
     lines = measure(runs)
     for line in lines:
