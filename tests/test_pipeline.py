@@ -239,6 +239,33 @@ def test_a_failed_scoring_takes_away_what_was_scored_in_another_way(tmp_path, ch
     assert pipeline.evaluation_fault(config, state).reason == "no score of gsm8k"
 
 
+def test_a_finished_run_is_printed_without_torch(tmp_path, root, train):
+    """Training it has taken minutes; to look at it again takes what reading the files takes."""
+    run = train("eval.tasks=[]", method="lora")
+    words = [str(tmp_path / "base.yaml"), "--method", "lora", f"output_dir={run}", "eval.tasks=[]"]
+    program = (
+        "import sys; from ba_lora import pipeline; sys.argv[0] = 'pipeline'; status = pipeline.main(); "
+        "print(sorted({'torch', 'transformers', 'datasets'} & set(sys.modules)), status)"
+    )
+    command = [sys.executable, "-c", program, *words]
+
+    def printed():
+        done = subprocess.run(
+            command, cwd=root, env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True
+        )
+        assert done.returncode == 0 and not done.stderr, done.stderr
+        return done.stdout
+
+    told = printed()
+    assert "run is trained already (overwrite=true redoes it)" in told and told.endswith("[] 0\n")
+    (result,) = (tmp_path / "results").iterdir()
+    assert f"result: {result}" in told
+    result.unlink()
+    assert f"result: {result}" in printed() and result.is_file()  # by the training's own process
+    (run / "adapter" / "adapter_model.safetensors").unlink()
+    assert "adapter/ has no weights: it is exported again" in printed()
+
+
 def test_the_table_of_results():
     score = {"n": 4, "invalid": 1, "metrics": {"strict": 0.5, "flexible": 0.75}, "generation": {"seconds": 3.2}}
     results = [

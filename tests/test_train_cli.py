@@ -221,3 +221,12 @@ def test_of_several_processes_one_tells_the_error(root, tmp_path, failing):
     told = [line for line in done.stderr.splitlines() if "error: no such file: x" in line]
     assert done.returncode != 0
     assert told == [("" if failing == "both" else "[rank 1] ") + "error: no such file: x; check the path"]
+
+
+def test_the_console_of_a_run_without_deepspeed_does_not_speak_of_it(root, tmp_path, tiny_model):
+    pytest.importorskip("deepspeed")
+    words = ["--config", "configs/nlg/toy.yaml", f"model.name={tiny_model}", "data.num_rows=8", "data.max_length=400"]
+    words += ["adapter.rank=4", "trainer.max_steps=1", "export.merged=false", "trainer.disable_tqdm=true"]
+    done = run(root, *words, f"output_dir={tmp_path / 'run'}", f"results_dir={tmp_path / 'results'}")
+    assert done.returncode == 0 and "step 1/1 | " in done.stdout, done.stderr[-2000:]
+    assert "accelerator" not in done.stdout + done.stderr
