@@ -11,6 +11,7 @@ import sys
 import pytest
 
 from ba_lora import pipeline
+from ba_lora import run as run_folder
 from ba_lora.config import JUDGED_TASKS, NLG_TASKS, to_yaml
 from ba_lora.config_layers import load_config
 from ba_lora.errors import UserError
@@ -72,7 +73,7 @@ def test_words_are_a_config_and_overrides():
         pipeline.split_words(["x.yaml", "y.yaml"])
 
 
-def test_runs_and_tasks_share_one_engine_start():
+def test_runs_and_tasks_share_one_engine_start(root):
     overrides = [
         "eval.tasks=[toy,gsm8k,inheritance]",
         "eval.data.inheritance=data/toy/test.jsonl",
@@ -89,7 +90,7 @@ def test_runs_and_tasks_share_one_engine_start():
     assert [after(score.command, "--task") for score in scores] == ["toy", "gsm8k"] * 2
     assert [score.run_paths for score in scores] == [(config.run_path,) for config in configs for _ in range(2)]
     assert all("allow_partial=true" in score.command for score in scores)
-    data = ["data/toy/test.jsonl"] * 2
+    data = [str(root / "data/toy/test.jsonl")] * 2
     assert measure.command[1:7] == ["-m", "eval.inheritance", "--run", *runs, "--texts"]
     assert [after(measure.command, word) for word in ("--texts", "--data")] == data
 
@@ -242,6 +243,7 @@ def test_a_failed_scoring_takes_away_what_was_scored_in_another_way(tmp_path, ch
 def test_a_finished_run_is_printed_without_torch(tmp_path, root, train):
     """Training it has taken minutes; to look at it again takes what reading the files takes."""
     run = train("eval.tasks=[]", method="lora")
+    run_folder._hold_training_lock.cache_clear()  # the lock of this process
     words = [str(tmp_path / "base.yaml"), "--method", "lora", f"output_dir={run}", "eval.tasks=[]"]
     program = (
         "import sys; from ba_lora import pipeline; sys.argv[0] = 'pipeline'; status = pipeline.main(); "
