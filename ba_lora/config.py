@@ -285,13 +285,29 @@ def resolve_data(data: str) -> str:
     return str(path) if path.exists() else data
 
 
-def to_yaml(config: RunConfig) -> str:
-    """Return the resolved configuration as YAML, without what is not the run's own or counts only when it is typed."""
+def public(value: Any) -> Any:
+    """Return plain values whose absolute paths are told without this machine's folders: from the project's root for
+    what lies there, else by the last part."""
+    if isinstance(value, dict):
+        return {key: public(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [public(entry) for entry in value]
+    if not isinstance(value, str) or not Path(value).expanduser().is_absolute():
+        return value
+    path = Path(value)
+    return path.relative_to(PROJECT_ROOT).as_posix() if path.is_relative_to(PROJECT_ROOT) else path.name
+
+
+def to_yaml(config: RunConfig, *, for_others: bool = False) -> str:
+    """Return the resolved configuration as YAML, without what is not the run's own or counts only when it is typed.
+
+    for_others: without the folders of this machine, for a model card.
+    """
     plain = dataclasses.asdict(config)
     for key in ("output_dir", "overwrite", "results_dir"):
         plain.pop(key)
     plain["model"].pop("trust_remote_code")
-    return OmegaConf.to_yaml(OmegaConf.create(plain))
+    return OmegaConf.to_yaml(OmegaConf.create(public(plain) if for_others else plain))
 
 
 def training_settings(config: RunConfig) -> dict[str, Any]:

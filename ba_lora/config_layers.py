@@ -114,9 +114,10 @@ def find_config(name: str | Path, *, kind: str | None) -> Path:
 def read_yaml(path: Path) -> dict[str, Any]:
     """Return the mapping in a YAML config. Raises UserError for a missing, broken or empty file."""
     if not path.is_file():
-        known = sorted(str(p.relative_to(PROJECT_ROOT)) for p in (PROJECT_ROOT / "configs").glob("nl?/*.yaml"))
-        shown = path.relative_to(PROJECT_ROOT) if path.is_relative_to(PROJECT_ROOT) else path
-        raise UserError(f"no such config: {path.absolute()}{nearest(str(shown), known)}")
+        files = sorted((PROJECT_ROOT / "configs").glob("nl?/*.yaml"))
+        known = {file.stem: None for file in files} | {str(file): None for file in files}
+        asked = path.stem if path.parent == PROJECT_ROOT else str(path.absolute())
+        raise UserError(f"no such config: {path.absolute()}{nearest(asked, list(known))}")
     status = path.stat()
     return copy.deepcopy(_parsed(path.absolute(), status.st_mtime_ns, status.st_size))
 

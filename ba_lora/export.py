@@ -124,6 +124,11 @@ def export_run(
     """
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+    if not trained_logits.isfinite().all():
+        raise UserError(
+            "the trained model's logits are not finite: training has diverged; lower trainer.learning_rate, "
+            "adapter.alpha or the regularizers' λ"
+        )
     unset_hf_deepspeed_config()  # or ZeRO-3 would split the models loaded here, on this process alone
     differences = {}
     allowed = tolerance(config, trained_logits, pretrained_logits)

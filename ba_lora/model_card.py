@@ -1,7 +1,7 @@
 """The README.md of every exported folder: what it is, its data, scores and configuration, and how to load it.
 
-Names come from configurations and data, and cards are published: a name is one line without markup, an absolute path
-only its last part.
+Names come from configurations and data, and cards are published: a name is one line without markup, and no folder of
+this machine is told.
 """
 
 import html
@@ -12,14 +12,14 @@ from typing import Any
 
 import yaml
 
-from ba_lora.config import RunConfig, to_yaml
+from ba_lora.config import RunConfig, public, to_yaml
 from ba_lora.glue import find_task
 from ba_lora.io import write_text_atomic
 
 
 def write_model_card(run_path: Path, config: RunConfig, result: dict[str, Any]) -> None:
     """Write the card into every exported folder there is."""
-    source = _without_folder(config.model.name)
+    source = public(config.model.name)
     data = result.get("data") or {}
     scores = [
         f"| {_line(task)} | {_line(name)} | {'undefined' if value is None else format(100 * value, '.2f')} "
@@ -28,8 +28,7 @@ def write_model_card(run_path: Path, config: RunConfig, result: dict[str, Any]) 
         for name, value in entry["metrics"].items()
     ]
     table = "\n".join(["| task | metric | score (%) | n |", "| --- | --- | --- | --- |", *scores])
-    settings = yaml.safe_load(to_yaml(config))
-    settings = yaml.safe_dump(_without_folders(settings), sort_keys=False, allow_unicode=True, width=120)
+    settings = to_yaml(config, for_others=True)
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", settings)), default=0))
     for name in ("adapter", "lora", "merged"):
         folder = run_path / name
@@ -44,7 +43,7 @@ def write_model_card(run_path: Path, config: RunConfig, result: dict[str, Any]) 
             f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True, width=1000)}---\n\n"
             f"# {_line(source)} tuned with {_line(config.method)}\n{note}{how}\n"
             f"Trained on {data.get('rows_used', '?')} rows of {_line(data.get('name', '?'))} "
-            f"({_line(_without_folder(data.get('source', '?')))}, revision {_line(data.get('revision'))}, "
+            f"({_line(public(data.get('source', '?')))}, revision {_line(data.get('revision'))}, "
             f"sha256 {data.get('sha256')}).\n\n"
             f"## Scores\n\n{table if scores else 'Not evaluated yet.'}\n\n"
             f"## Configuration\n\n{fence}yaml\n{settings}{fence}\n",
@@ -87,17 +86,3 @@ def _line(text: object) -> str:
 
 def _words(text: object) -> str:
     return " ".join(str(text).split())
-
-
-def _without_folder(text: object) -> str:
-    """Return an absolute path's last part; anything else as it is."""
-    text = str(text)
-    return Path(text).name if text.startswith(("/", "~")) else text
-
-
-def _without_folders(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_folders(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [_without_folders(entry) for entry in value]
-    return _without_folder(value) if isinstance(value, str) else value

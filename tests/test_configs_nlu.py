@@ -140,8 +140,12 @@ def test_one_line_errors(words, message):
 
 
 def test_nlg_and_nlu_configs_are_told_apart():
-    with pytest.raises(UserError, match="use train_nlu.py"):
+    with pytest.raises(UserError, match="is an NLU config: use sh scripts/nlu.sh"):
         load_config(BASES[0], kind="nlg")
+    with pytest.raises(UserError, match="is an NLG config: use sh scripts/ba-lora.sh"):
+        load_config(ROOT / "configs/nlg/toy.yaml", kind="nlu", task="sst2")
+    with pytest.raises(UserError, match="task=sst2 is for NLU"):
+        load_config(ROOT / "configs/nlg/toy.yaml", overrides=["task=sst2"])
     with pytest.raises(UserError, match="bitfit is unknown"):
         load_config(ROOT / "configs/nlg/toy.yaml", method="bitfit")
 

@@ -401,7 +401,7 @@ def test_the_words_of_the_command_line():
     assert options.retry and options.seeds == (1, 2) and options.workers == 3 and options.only == ("lora", "pissa")
     assert overrides == ["data.num_rows=5"]
     for word, message in {
-        "workers=0": "workers=0: a whole number of at least 1 is needed",
+        "workers=0": "workers=0: a whole number from 1 to 1024 is needed",
         "retry=yes": "retry=yes: true or false is needed",
         "seeds=[a]": "whole numbers",
         "only=": "only=: WORD.,WORD. is needed",

@@ -107,7 +107,6 @@ def test_an_evaluation_that_cannot_work_is_refused_before_the_training(settings,
     monkeypatch.setattr(subprocess, "run", lambda *words, **more: calls.append(more["input"]) or run(*words, **more))
     write_jsonl_atomic(tmp_path / "other.jsonl", [{"text": "no question"}])
     planned = settings(
-        option=["eval.options.temprature=1"],
         value=["eval.options.temperature=warm"],
         template=["eval.options.template=no_such"],
         file=["eval.data.toy=/nope.jsonl"],
@@ -116,14 +115,18 @@ def test_an_evaluation_that_cannot_work_is_refused_before_the_training(settings,
     refused = {name: entry.refused for name, entry in planned.items()}
     assert refused.pop("good") is None
     for name, message in {
-        "option": "unknown option 'temprature=1': did you mean temperature",
         "value": "temperature=warm: a number is needed",
         "template": "no_such",
         "file": "eval.data.toy: no such file: /nope.jsonl",
         "columns": "other.jsonl",
     }.items():
         assert message in refused[name] and "\n" not in refused[name]
-    assert len(calls) == 1 and calls[0].count("eval.generate") == 5
+    assert len(calls) == 1 and calls[0].count("eval.generate") == 4
+
+
+def test_a_mistyped_setting_of_the_evaluation_is_told_when_the_table_is_read(settings):
+    with pytest.raises(UserError, match="unknown key eval.options.temprature .nearest: temperature"):
+        settings(option=["eval.options.temprature=1"])
 
 
 def test_a_classifiers_evaluation_is_checked_too(settings, tmp_path):

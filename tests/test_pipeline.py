@@ -1,5 +1,6 @@
 """The pipeline's launch line, its stages, and the embedded default as a user runs it."""
 
+import contextlib
 import dataclasses
 import datetime
 import hashlib
@@ -15,8 +16,9 @@ from ba_lora import run as run_folder
 from ba_lora.config import JUDGED_TASKS, NLG_TASKS, to_yaml
 from ba_lora.config_layers import load_config
 from ba_lora.errors import UserError
-from ba_lora.results import results_table
+from ba_lora.results import labelled, results_table
 from eval.tasks import TASKS
+from tests.conftest import ROOT
 
 NODES = {"NUM_MACHINES": "2", "MACHINE_RANK": "1", "MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
 
@@ -66,6 +68,79 @@ def test_bad_launch_settings(environ, message):
         pipeline.launch_command(environ, num_gpus=2)
 
 
+@pytest.mark.parametrize("text", ["hello", "[1, 2]", "compute_environment: MARS", "nonsense: 1", "a: [", "", "\x00"])
+def test_a_launch_config_that_accelerate_cannot_read(text, tmp_path):
+    path = tmp_path / "launch.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match="launch.yaml") as error:
+        pipeline.launch_command({"ACCELERATE_CONFIG": str(path)}, num_gpus=2)
+    assert "\n" not in str(error.value)
+
+
+def test_methods_and_seeds_make_runs_of_their_own():
+    specs = pipeline.asked_specs("toy", ["method=lora,ba_lora", "seed=1,2", "data.num_rows=5"])
+    assert [(spec.config.method, spec.config.seed) for spec in specs] == [
+        ("lora", 1), ("lora", 2), ("ba_lora", 1), ("ba_lora", 2),
+    ]  # fmt: skip
+    assert specs[0].overrides == ("data.num_rows=5", "seed=1") and len({spec.config.run_id for spec in specs}) == 4
+    (alone,) = pipeline.asked_specs("toy", ["method=lora"], method="lora")
+    assert (alone.config.method, alone.config.seed) == ("lora", 42)
+    specs = pipeline.asked_specs("toy", ["seed=[1,2]"], kind="nlu", default=("lora", "pissa"))
+    assert [(s.config.method, s.config.seed) for s in specs] == [("lora", 1), ("lora", 2), ("pissa", 1), ("pissa", 2)]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["method=pissa"], "method=pissa beside --method lora: give one"),
+        (["seed=1,1"], "name each run once"),
+        (["seed=1,2", "output_dir=outputs/one"], "leave output_dir out"),
+        (["seed=1,two"], "two"),
+        (["seed=1,,2"], "a name or several"),
+        (["method="], "a name or several"),
+        (["seed=1,2", "hub.push=true", "hub.repo_id=a/b"], "hub.push=true pushes one run"),
+    ],
+)
+def test_what_several_runs_cannot_be(words, message):
+    with pytest.raises(UserError, match=message):
+        pipeline.asked_specs("toy", words, method="lora" if words == ["method=pissa"] else None)
+
+
+def test_several_runs_are_printed_in_one_table(monkeypatch, capsys, tmp_path):
+    """The pre-trained model once, then each run with its seed and its λ."""
+    trained = []
+
+    def evaluated(config):
+        score = {"n": 4, "invalid": 0, "metrics": {"strict": 0.5}, "generation": None}
+        facts = {"method": config.method, "seed": config.seed, "config": dataclasses.asdict(config)}
+        return facts | {"training": None, "evaluation": {"toy": score}}
+
+    monkeypatch.setattr(pipeline, "launch_command", lambda environ: [sys.executable])
+    monkeypatch.setattr(pipeline, "locked", lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr(pipeline, "run_stage", lambda stage: trained.append(after(stage.command, "--method")))
+    monkeypatch.setattr(pipeline, "evaluate_run", evaluated)
+    words = ["toy", "method=lora,ba_lora", "seed=1,2", f"results_dir={tmp_path}"]
+    monkeypatch.setattr(sys, "argv", ["pipeline", *words])
+    assert pipeline.main() == 0
+    assert trained == ["lora", "lora", "ba_lora", "ba_lora"]
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in lines[3:-1]] == [
+        "untuned",
+        "lora seed=1 λ=0/0/0",
+        "lora seed=2 λ=0/0/0",
+        "ba_lora seed=1 λ=0.0001/0.0003/0.0001",
+        "ba_lora seed=2 λ=0.0001/0.0003/0.0001",
+    ]
+    assert lines[-1].startswith("results: ") and len(lines[-1].split()) == 5
+
+
+def test_what_is_alike_is_not_named():
+    settings = {"regularizers": {f"lambda_{term}": 0.0 for term in ("consistency", "diversity", "svd")}}
+    runs = [{"method": method, "seed": 1, "config": settings} for method in ("lora", "pissa")]
+    assert [run["method"] for run in labelled(runs)] == ["lora", "pissa"]
+    assert [run["method"] for run in labelled([runs[0], runs[0] | {"seed": 2}])] == ["lora seed=1", "lora seed=2"]
+
+
 def test_words_are_a_config_and_overrides():
     assert pipeline.split_words([]) == (pipeline.DEFAULT_CONFIG, [])
     assert pipeline.split_words(["a=1", "x.yaml", "b=2"]) == ("x.yaml", ["a=1", "b=2"])
@@ -73,7 +148,7 @@ def test_words_are_a_config_and_overrides():
         pipeline.split_words(["x.yaml", "y.yaml"])
 
 
-def test_runs_and_tasks_share_one_engine_start(root):
+def test_runs_and_tasks_share_one_engine_start():
     overrides = [
         "eval.tasks=[toy,gsm8k,inheritance]",
         "eval.data.inheritance=data/toy/test.jsonl",
@@ -90,7 +165,7 @@ def test_runs_and_tasks_share_one_engine_start(root):
     assert [after(score.command, "--task") for score in scores] == ["toy", "gsm8k"] * 2
     assert [score.run_paths for score in scores] == [(config.run_path,) for config in configs for _ in range(2)]
     assert all("allow_partial=true" in score.command for score in scores)
-    data = [str(root / "data/toy/test.jsonl")] * 2
+    data = [str(ROOT / "data/toy/test.jsonl")] * 2
     assert measure.command[1:7] == ["-m", "eval.inheritance", "--run", *runs, "--texts"]
     assert [after(measure.command, word) for word in ("--texts", "--data")] == data
 

@@ -53,12 +53,15 @@ def main() -> int:
             own[key] = value
         else:
             overrides.append(word)
+    chosen = user_folder() / own["output"] if own.get("output") else None
+    if chosen:
+        check_place(chosen, "output")
     allow = tuple(own["allow"].split(",")) if own.get("allow") else ()
     check_allowed(allow)
     seeds = _seeds(own["seeds"]) if "seeds" in own else None
     spec = table_spec(load_table(find_table(options.table), overrides=overrides, seeds=seeds))
     made_with = [*overrides, *([f"seeds={','.join(map(str, seeds))}"] if seeds else [])]
-    folder = user_folder() / own["output"] if own.get("output") else default_folder(spec.name, made_with)
+    folder = chosen or default_folder(spec.name, made_with)
     check_place(folder, "output")
     sources = read_sources(spec, command=" ".join(["sh scripts/reproduce.sh", options.table, *made_with]))
     table = build_table(spec, sources, allow=allow)
