@@ -58,6 +58,20 @@ def clear_checkpoints(folder: Path, *, newest: Path | None) -> None:
             shutil.rmtree(path)
 
 
+def rotate_checkpoints(folder: Path, *, limit: int, best: str | None) -> None:
+    """Remove the oldest checkpoints above `limit`; the newest and the best one stay.
+
+    Trainer's own rotation goes by the files' times and counts a user's copies, checkpoint-final, among them.
+    """
+    found = checkpoint_folders(folder)
+    kept = {path for path in found if path == found[0] or path.name == Path(best or "").name}
+    for path in found:
+        if len(kept) < limit:
+            kept.add(path)
+        if path not in kept:
+            shutil.rmtree(path)
+
+
 def checkpoint_fault(folder: Path) -> str | None:
     """Return what is wrong with a checkpoint, or None when every file is as it was written."""
     if not (folder / MANIFEST).is_file():

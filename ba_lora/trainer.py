@@ -27,7 +27,14 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback, Tra
 from transformers.utils import logging
 
 from ba_lora.adalora import AdaLoraCallback, adalora_orthogonality, adalora_orthogonality_weight
-from ba_lora.checkpoints import clear_checkpoints, find_checkpoint, step_of, stopped_early, write_checkpoint_manifest
+from ba_lora.checkpoints import (
+    clear_checkpoints,
+    find_checkpoint,
+    rotate_checkpoints,
+    step_of,
+    stopped_early,
+    write_checkpoint_manifest,
+)
 from ba_lora.config import BALoRAConfig, LossConfig
 from ba_lora.errors import UserError
 from ba_lora.io import disk_errors
@@ -423,15 +430,20 @@ class BALoRATrainer(Trainer):
             if folder.exists() and self.args.should_save:  # left half-written by a killed run
                 shutil.rmtree(folder)
             self.accelerator.wait_for_everyone()
+            limit, self.args.save_total_limit = self.args.save_total_limit, None
             try:
                 super()._save_checkpoint(model, trial)
                 self.accelerator.wait_for_everyone()
                 if self.args.should_save:
                     write_checkpoint_manifest(folder)
+                    if limit:
+                        rotate_checkpoints(folder.parent, limit=limit, best=self.state.best_model_checkpoint)
             except Exception:  # a full disk: half a checkpoint helps nobody, and the record of the failure needs room
                 if self.args.should_save:
                     shutil.rmtree(folder, ignore_errors=True)
                 raise
+            finally:
+                self.args.save_total_limit = limit
 
 
 def _identity(tensor: Tensor) -> Tensor:
