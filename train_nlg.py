@@ -20,19 +20,20 @@ if __name__ == "__main__":  # what is wrong in the command line is told before t
     check_first(lambda: read_run("nlg", __doc__))
 
 from accelerate import PartialState
-from transformers import TrainingArguments, set_seed
+from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 
 from ba_lora.arguments import build_arguments, count_steps
 from ba_lora.config import RunConfig
-from ba_lora.export import export_run, probe_batch, push_to_hub, report, save_trained, write_model_card
+from ba_lora.export import export_run, probe_batch, push_to_hub, report, save_trained
 from ba_lora.io import finite, write_jsonl_atomic
 from ba_lora.methods import build_model, left_out_experts, parameter_counts, probe_logits
 from ba_lora.model import hub_commit, load_tokenizer
+from ba_lora.model_card import write_model_card
 from ba_lora.packing import build_collator, faster_attention, prepare_packing
 from ba_lora.processes import on_main_process, start_processes
 from ba_lora.reference_build import cached_reference
 from ba_lora.results import environment, peak_memory_mb, reset_peak_memory, total_peak_memory_mb
-from ba_lora.run import claim_folder, finish, is_trained, recorded
+from ba_lora.run import claim_folder, complete_result, finish, is_trained, keep_inputs, recorded
 from ba_lora.sizes import check_sizes
 from ba_lora.trainer import BALoRATrainer
 from data.nlg import check_source, load_training_data
@@ -49,6 +50,7 @@ def main() -> None:
     # One process makes the run's folder, or refuses it to another config; its error is everybody's.
     on_main_process(process, claim_folder, config, num_processes=process.num_processes)
     if is_trained(run_path, config):
+        on_main_process(process, complete_result, config)
         process.print(f"{run_path.name} is trained already (overwrite=true redoes it)")
     else:
         with recorded(run_path, config, main=process.is_main_process):
@@ -65,7 +67,9 @@ def train(config: RunConfig, run_path: Path, process: PartialState, arguments: T
     data = load_training_data(config.data, tokenizer)
     process.print(
         "data: {rows_used} of {rows_chosen} chosen rows, {rows_cut} cut to {max_length} tokens, {rows_dropped} dropped "
-        "(nothing of the response left), {rows_empty} empty".format(**data.report, max_length=config.data.max_length)
+        "(nothing of the response left), {rows_empty} empty, {rows_heldout} held out".format(
+            **data.report, max_length=config.data.max_length
+        )
     )
 
     check_sizes(config, tokenizer, data.dataset)
@@ -82,6 +86,7 @@ def train(config: RunConfig, run_path: Path, process: PartialState, arguments: T
     num_steps = count_steps(arguments, len(data.dataset))
     model, step0 = build_model(config, run_path=run_path, num_steps=num_steps, probe=probe, rows=data.dataset)
     model_commit = hub_commit(config.model)  # a branch may move while the run trains
+    on_main_process(process, keep_inputs, config, commit=model_commit)
     trainable, everything = parameter_counts(model)
     if config.data.packing:
         prepare_packing(model, data.dataset["input_ids"][:2])
@@ -99,9 +104,12 @@ def train(config: RunConfig, run_path: Path, process: PartialState, arguments: T
         loss=config.loss,
         reference=cache,
         train_dataset=data.dataset,
+        eval_dataset=data.heldout,
         data_collator=build_collator(tokenizer, packing=config.data.packing),
         processing_class=tokenizer,
     )
+    if config.early_stopping.patience is not None:
+        trainer.add_callback(EarlyStoppingCallback(config.early_stopping.patience, config.early_stopping.threshold))
     effective = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     process.print(f"training: {num_steps} steps of {effective} rows, {arguments.world_size} process(es)")
     reset_peak_memory()  # the SVDs of the initialisation are no part of training
@@ -115,6 +123,8 @@ def train(config: RunConfig, run_path: Path, process: PartialState, arguments: T
         "resumed_from": checkpoint.name if checkpoint else None,
         **{"tokens_per_second": None, "padding_share": None, **trainer.throughput()},
         "steps": trainer.state.global_step,
+        "best_step": trainer.best_step(),  # by trainer.metric_for_best_model; None without an evaluation
+        "best_metric": trainer.state.best_metric,
         "micro_batch": arguments.per_device_train_batch_size,
         "gradient_accumulation_steps": arguments.gradient_accumulation_steps,
         "num_processes": arguments.world_size,

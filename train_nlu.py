@@ -26,16 +26,17 @@ from transformers import DataCollatorWithPadding, TrainingArguments, set_seed
 from ba_lora.arguments import autocast_precision, build_arguments, count_steps
 from ba_lora.config_nlu import NLURunConfig
 from ba_lora.epochs import EpochEvaluation
-from ba_lora.export import export_run, probe_batch, push_to_hub, report, save_trained, write_model_card
+from ba_lora.export import export_run, probe_batch, push_to_hub, report, save_trained
 from ba_lora.glue import find_task
 from ba_lora.io import finite, write_json_atomic, write_jsonl_atomic
 from ba_lora.methods import build_model, parameter_counts, probe_logits
 from ba_lora.model import hub_commit, load_tokenizer
+from ba_lora.model_card import write_model_card
 from ba_lora.processes import on_main_process, start_processes
 from ba_lora.reference_cache_nlu import cached_features
 from ba_lora.results import environment, peak_memory_mb, reset_peak_memory, total_peak_memory_mb
 from ba_lora.results_nlu import selection_report
-from ba_lora.run import claim_folder, finish, is_trained, recorded
+from ba_lora.run import claim_folder, complete_result, finish, is_trained, keep_inputs, recorded
 from ba_lora.sizes import check_sizes
 from ba_lora.trainer_nlu import NLUTrainer
 from data.nlu import load_nlu_data
@@ -53,6 +54,7 @@ def main() -> None:
     # One process makes the run's folder, or refuses it to another config; its error is everybody's.
     on_main_process(process, claim_folder, config, num_processes=process.num_processes)
     if is_trained(run_path, config):
+        on_main_process(process, complete_result, config)
         process.print(f"{run_path.name} is trained already (overwrite=true redoes it)")
     else:
         with recorded(run_path, config, main=process.is_main_process):
@@ -81,6 +83,7 @@ def train(config: NLURunConfig, run_path: Path, process: PartialState, arguments
     num_steps = count_steps(arguments, len(data.train))
     model, step0 = build_model(config, run_path=run_path, num_steps=num_steps, probe=probe)
     model_commit = hub_commit(config.model)  # a branch may move while the run trains
+    on_main_process(process, keep_inputs, config, commit=model_commit)
     trainable, everything = parameter_counts(model)
     process.print(f"model: {config.model.name}, {trainable:,} of {everything:,} parameters trained; {step0}")
 

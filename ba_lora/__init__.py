@@ -6,7 +6,11 @@ trainer.train()
 export_lora(trainer, "outputs/lora")  # a plain LoRA on the untouched base, for any PEFT or vLLM
 """
 
+import logging
 from typing import TYPE_CHECKING, Any
+
+# Other libraries import DeepSpeed wherever it is installed, and without a GPU it warns in every run.
+logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
 
 if TYPE_CHECKING:
     from ba_lora.config import BALoRAConfig

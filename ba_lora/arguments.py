@@ -40,6 +40,11 @@ def build_arguments(config: RunConfig, run_path: Path) -> "TrainingArguments":
         chosen.setdefault("dataloader_pin_memory", False)
     if not torch.accelerator.is_available():
         chosen.setdefault("use_cpu", True)  # else, under DeepSpeed, each process would take itself for the only one
+    if config.early_stopping.patience is not None:
+        chosen.setdefault("restore_callback_states_from_checkpoint", True)  # a resumed run goes on counting
+    if config.early_stopping.patience is not None or chosen.get("load_best_model_at_end"):
+        chosen.setdefault("metric_for_best_model", "loss")
+        chosen.setdefault("greater_is_better", False)  # of eval_loss and eval_task
     if chosen.get("gradient_checkpointing"):
         chosen.setdefault("gradient_checkpointing_kwargs", {"use_reentrant": False})
     if isinstance(chosen.get("deepspeed"), str):
@@ -70,7 +75,7 @@ def build_arguments(config: RunConfig, run_path: Path) -> "TrainingArguments":
         _try_optimizer(arguments)
     except Exception as error:  # of any class, by what the library happens to do with the value
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        raise UserError(f"trainer: {kind}{(str(error).splitlines() or [''])[0]}") from error
+        raise UserError(f"trainer: {kind}{' '.join(str(error).split())}") from error
     if config.kind == "nlu" and is_deepspeed_zero3_enabled():
         raise UserError("NLU runs do not support ZeRO-3: use DDP or configs/deepspeed/zero2.json")
     return arguments

@@ -36,6 +36,7 @@ GENERATION_OPTIONS = (
 )  # fmt: skip
 RUN_MEASURES = ("inheritance",)  # measured on the run itself, not on completions: eval/<name>.py
 DATASETS = ("toy", "metamathqa", "codefeedback", "wizardlm", "gsm8k")
+UNTUNED = "untuned"  # the method name of the pre-trained model itself
 
 
 @dataclass
@@ -145,7 +146,16 @@ class DataConfig:
     sample_seed: int | None = None  # None: the first rows; else a seeded sample
     max_length: int = 512  # tokens of prompt and response together
     packing: bool = False  # a micro-batch's rows in one sequence without padding (ba_lora/packing.py)
+    heldout_share: float | None = None  # of the rows, the same for every seed: kept for trainer.eval_strategy
     toy: ToyConfig = field(default_factory=ToyConfig)
+
+
+@dataclass
+class EarlyStoppingConfig:
+    """transformers' EarlyStoppingCallback, for runs with `trainer.eval_strategy`."""
+
+    patience: int | None = None  # evaluations without a better trainer.metric_for_best_model; None: no early stopping
+    threshold: float = 0.0  # what an evaluation must be better by
 
 
 @dataclass
@@ -193,6 +203,7 @@ class RunConfig:
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     data: DataConfig = field(default_factory=DataConfig)
     trainer: dict[str, Any] = field(default_factory=dict)  # TrainingArguments by name
+    early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     hub: HubConfig = field(default_factory=HubConfig)
@@ -217,8 +228,11 @@ class RunConfig:
 
     @property
     def result_path(self) -> Path:
-        """The run's result JSON."""
-        return resolve_path(self.results_dir) / f"{self.run_path.name}.json"
+        """The run's result JSON: named by the run's id, wherever its folder is. A folder that is named by the id and a
+        suffix (a table's rows of their own), or of the pre-trained model itself, gives its own name."""
+        folder = self.run_path.name
+        name = folder if self.method == UNTUNED or folder.startswith(self.run_id) else self.run_id
+        return resolve_path(self.results_dir) / f"{name}.json"
 
     @property
     def data_files(self) -> list[str]:
@@ -310,8 +324,11 @@ def training_settings(config: RunConfig) -> dict[str, Any]:
     svd_rank = plain["adapter"].pop("svd_rank") or config.adapter.rank
     if config.adapter.init.startswith("pissa_niter"):  # an exact SVD has the same leading components at any rank
         plain["adapter"]["svd_rank"] = svd_rank
-    if not plain["data"].get("packing"):  # packed, dropout draws other numbers
-        plain["data"].pop("packing", None)
+    for key in ("packing", "heldout_share"):  # packed, dropout draws other numbers; held-out rows are not trained on
+        if not plain["data"].get(key):
+            plain["data"].pop(key, None)
+    if plain["early_stopping"]["patience"] is None:
+        plain.pop("early_stopping")
     return plain
 
 

@@ -22,6 +22,7 @@ from ba_lora.config import (
     nearest,
     resolve_path,
 )
+from ba_lora.config_heldout import check_heldout
 from ba_lora.config_nlu import check_nlu
 from ba_lora.config_ranges import check_numbers
 from ba_lora.config_trainer import check_trainer
@@ -90,6 +91,7 @@ def check(config: RunConfig) -> None:
     if config.hub.push and not config.hub.repo_id:
         raise UserError("hub.push=true needs hub.repo_id=<user>/<name>")
     check_trainer(config.trainer)
+    check_heldout(config)
 
 
 def _check_options(tuner: str, options: dict[str, Any]) -> None:

@@ -87,6 +87,11 @@ def load_config(
     return config
 
 
+def load_run(run_path: Path) -> RunConfig:
+    """Return the config saved with a run, that folder being the run's."""
+    return dataclasses.replace(load_config(run_path / "config.yaml"), output_dir=str(run_path.absolute()))
+
+
 def config_of_result(plain: dict[str, Any], *, kind: str) -> RunConfig:
     """Return the config that a result keeps (ba_lora/results.py). Raises UserError for what no config may hold."""
     _refuse_interpolations(plain, "a result's config")

@@ -37,12 +37,9 @@ _RESERVED_ARGUMENTS = {
     "hub_token": "the environment's HF_TOKEN, or `hf auth login` (a token in a config would be published with it)",
     "local_rank": "(the launcher sets it)",
     "resume_from_checkpoint": "(resuming is automatic)",
-    "prediction_loss_only": "(evaluation comes after training)",
+    "prediction_loss_only": "(held-out rows have no predictions, only a loss)",
     "label_names": "(the rows are made by the run)",
     "remove_unused_columns": "(the rows are made by the run)",
-    "eval_on_start": "eval.tasks (evaluation comes after training)",
-    "eval_strategy": "eval.tasks (evaluation comes after training)",
-    "load_best_model_at_end": "eval.tasks (evaluation comes after training)",
 }
 # What people type for a TrainingArguments name.
 ALIASES = {

@@ -176,61 +176,6 @@ def merge(model: "nn.Module", output_path: Path, *, config: RunConfig) -> None:
         load_tokenizer(config.model, generates=config.kind == "nlg").save_pretrained(folder)
 
 
-def write_model_card(run_path: Path, config: RunConfig, result: dict[str, Any]) -> None:
-    """Write README.md into every exported folder: what it is, config, data, scores, how to load it."""
-    from ba_lora.config import public, to_yaml
-    from ba_lora.glue import find_task
-    from ba_lora.io import write_text_atomic
-
-    source = public(config.model.name)
-    data = result.get("data") or {}
-    scores = [
-        f"| {task} | {name} | {'undefined' if value is None else format(100 * value, '.2f')} | {entry['n']} |"
-        for task, entry in sorted((result.get("evaluation") or {}).items())
-        for name, value in entry["metrics"].items()
-    ]
-    table = "\n".join(["| task | metric | score (%) | n |", "| --- | --- | --- | --- |", *scores])
-    auto_class, labels = "AutoModelForCausalLM", ""
-    if config.kind == "nlu":
-        auto_class, labels = (
-            "AutoModelForSequenceClassification",
-            f", num_labels={find_task(config.nlu.task).num_labels}",
-        )
-    loads = {
-        "adapter": (
-            f'base = {auto_class}.from_pretrained("{source}"{labels})\nmodel = PeftModel.from_pretrained(base, FOLDER)'
-        ),
-        "merged": f"model = {auto_class}.from_pretrained(FOLDER)",
-    }
-    loads["lora"] = loads["adapter"]
-    for name in ("adapter", "lora", "merged"):
-        folder = run_path / name
-        if not folder.is_dir():
-            continue
-        note = ""
-        if name == "adapter" and config.adapter.init != "lora":
-            note = (
-                "\nThis is the adapter as trained, on the residual base. On the untouched base use the plain "
-                "LoRA in `lora/`, or `merged/`.\n"
-            )
-            if config.adapter.init != "pissa":
-                note += (
-                    "\nPEFT cannot repeat its initialisation and rebuild the residual: the weights are kept in "
-                    "`trained.safetensors`, which PEFT does not load.\n"
-                )
-        library = "transformers" if name == "merged" else "peft"
-        how = "" if note else f"\n```python\n{loads[name]}\n```\n"
-        write_text_atomic(
-            folder / "README.md",
-            f"---\nbase_model: {source}\nlibrary_name: {library}\ntags: [ba-lora, {config.method}]\n---\n\n"
-            f"# {source} tuned with {config.method}\n{note}{how}\n"
-            f"Trained on {data.get('rows_used', '?')} rows of {data.get('name', '?')} "
-            f"({public(data.get('source', '?'))}, revision {data.get('revision')}, sha256 {data.get('sha256')}).\n\n"
-            f"## Scores\n\n{table if scores else 'Not evaluated yet.'}\n\n"
-            f"## Configuration\n\n```yaml\n{to_yaml(config, for_others=True)}```\n",
-        )
-
-
 def push_to_hub(run_path: Path, config: RunConfig) -> str:
     """Upload the adapter that serves on the untouched base, and merged/ as a sub-folder; return the address."""
     from httpx2 import HTTPError

@@ -23,6 +23,7 @@ from ba_lora.executor import Failure, log_lines
 from ba_lora.glue import HUB, HUB_REVISION
 from ba_lora.io import read_json, read_object, write_json_atomic, write_text_atomic
 from ba_lora.pipeline import Spec
+from ba_lora.results import result_fault
 from ba_lora.rows import is_commit
 from ba_lora.run import CLAIM, is_trained, source_sha256
 from ba_lora.tables import Cell, Table
@@ -75,22 +76,9 @@ def _inspect_files(spec: Spec, graders: Mapping[str, Mapping[str, str | None]]) 
     fault = evaluation_fault(config, evaluation_state(config), graders=graders)
     if fault is not None:
         return RunState(STALE if fault.stale else UNFINISHED, fault.reason, regrade=fault.regrade)
-    if reason := _result_fault(config):
+    if reason := result_fault(config):
         return RunState(UNFINISHED, reason, record=True)
     return RunState(DONE)
-
-
-def _result_fault(config: RunConfig) -> str | None:
-    """Return why the result file is not this training's, None where it is."""
-    if not config.result_path.is_file():
-        return "no result file"
-    result = read_object(config.result_path)
-    if result is None:
-        return f"{config.result_path.name} cannot be read"
-    trained = read_json(config.run_path / "train.json")
-    if any(result.get(key) != trained.get(key) for key in ("status", "finished_at")):
-        return f"{config.result_path.name} is of another training"
-    return None
 
 
 def _training_fault(config: RunConfig) -> str | None:

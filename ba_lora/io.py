@@ -35,7 +35,8 @@ def disk_errors(path: str | Path) -> Iterator[None]:
         raise
     except Exception as error:
         number = getattr(error, "errno", None)
-        full = any(text in str(error) for text in ("No space left on device", "PytorchStreamWriter failed writing"))
+        texts = ("No space left on device", "PytorchStreamWriter failed writing", "unexpected pos")
+        full = any(text in str(error) for text in texts)
         if full or number in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(f"no disk space left while writing {path}: free some space, then run again") from error
         if isinstance(error, PermissionError) or number == errno.EROFS:

@@ -1,10 +1,11 @@
 """Locks on a run's folder: one process at a time trains it, one at a time takes it from config to table line.
 
 A lock is `flock` on a file beside the folder (`.RUN.lock`, `.RUN.work.lock`; inside, `overwrite=true` would delete it).
-The kernel frees it when its last holder dies, kill -9 included, so none is ever left behind and the files stay. What it
-says of its holder is for the reader alone. On shared file systems: NFS carries these locks between machines (since
-Linux 2.6.12, with the server's lock service running), a machine that goes down keeps its locks until the server's lease
-ends, about 90 s; Lustre and GPFS do where they are mounted with flock. Where a file system has none, a warning says so.
+The kernel frees it when its last holder dies, kill -9 included, so none is ever left behind. The file stays as long as
+the run's folder does, and lies beside the folder itself, not beside a link to it. What it says of its holder is for the
+reader only. On shared file systems: NFS carries these locks between machines (since Linux 2.6.12, with the server's
+lock service running), a machine that goes down keeps its locks until the server's lease ends, about 90 s; Lustre and
+GPFS do where they are mounted with flock. Where a file system has none, a warning says so.
 """
 
 import contextlib
@@ -27,12 +28,14 @@ _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
 def training_lock_path(run_path: Path) -> Path:
     """Return the lock of whoever trains the run."""
-    return run_path.with_name(f".{run_path.name}.lock")
+    folder = run_path.resolve()
+    return folder.with_name(f".{folder.name}.lock")
 
 
 def work_lock_path(run_path: Path) -> Path:
     """Return the lock of whoever takes the run through its stages: scripts/ba-lora.sh or a grid."""
-    return run_path.with_name(f".{run_path.name}.work.lock")
+    folder = run_path.resolve()
+    return folder.with_name(f".{folder.name}.work.lock")
 
 
 def try_lock(path: Path) -> IO[str] | None:
@@ -40,20 +43,25 @@ def try_lock(path: Path) -> IO[str] | None:
 
     A child that inherits the file's descriptor holds the lock too, until it ends.
     """
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "a+", encoding="utf-8")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        return None
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
+    while True:
+        with disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = open(path, "a+", encoding="utf-8")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
             file.close()
-            raise
-        print(f"warning: {path.parent} has no file locks: do not start a run there twice", file=sys.stderr)
-        return file
+            return None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                file.close()
+                raise
+            print(f"warning: {path.parent} has no file locks: do not start a run there twice", file=sys.stderr)
+            return file
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                break
+        file.close()  # its last holder has removed it meanwhile
     with disk_errors(path):
         file.truncate(0)
         file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}) + "\n")
@@ -71,13 +79,20 @@ def holder(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def locked(path: Path, *, doing: str) -> Iterator[None]:
-    """Hold the lock. Raises UserError, "another process (pid …) {doing}", while somebody else does."""
+def locked(path: Path, *, doing: str, run_path: Path | None = None) -> Iterator[None]:
+    """Hold the lock; at the end its file goes where `run_path` is given and is not there: nothing was made of the run.
+
+    Raises UserError, "another process (pid …) {doing}", while somebody else holds it.
+    """
     file = try_lock(path)
     if file is None:
         raise UserError(f"another process ({holder(path)}) {doing}: wait for it, or end it first")
     with file:
-        yield
+        try:
+            yield
+        finally:
+            if run_path is not None and not run_path.exists():
+                path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

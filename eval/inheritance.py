@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from ba_lora.config import RunConfig, resolve_data, resolve_path
-from ba_lora.config_layers import load_config
+from ba_lora.config_layers import load_config, load_run
 from ba_lora.errors import CommandParser, UserError, run_entry_point
 from ba_lora.io import read_jsonl, sha256_file, write_json_atomic, write_jsonl_atomic
 from ba_lora.model import model_source
@@ -228,7 +228,7 @@ def main() -> None:
         write_jsonl_atomic(path / "grades" / f"{NAME}.jsonl", measures.items)
         write_jsonl_atomic(path / "grades" / f"{NAME}_texts.jsonl", measures.texts)
         write_json_atomic(path / "scores" / f"{NAME}.json", score)
-        refresh_result(path, load_config(path / "config.yaml").result_path)
+        refresh_result(path, load_run(path).result_path)
         before, after = (_shown(score["perplexity"][name]) for name in ("before", "after"))
         print(
             f"{path.name}: perplexity {before} → {after}, distinct-2 {score['metrics']['distinct_2']:.3f}, "

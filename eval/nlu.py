@@ -37,8 +37,9 @@ from ba_lora.config_nlu import NLURunConfig
 from ba_lora.errors import UserError, run_entry_point
 from ba_lora.evaluation_state import dev_sources, hub_of
 from ba_lora.glue import find_task
-from ba_lora.io import read_json, sha256_file, write_json_atomic, write_jsonl_atomic
-from ba_lora.results import refresh_result
+from ba_lora.io import sha256_file, write_json_atomic, write_jsonl_atomic
+from ba_lora.model_card import write_model_card
+from ba_lora.results import read_record, refresh_result
 from ba_lora.rows import Source
 from eval.classify import Classifier, classify, open_classifier
 from eval.nlu_scores import dev_scores, score_predictions
@@ -83,7 +84,7 @@ def find_run(folder: Path, *, task: str | None, output: Path | None) -> Run:
     config = load_config(folder / "config.yaml", kind="nlu", overrides=[f"output_dir={folder}"])
     if task not in (None, config.nlu.task):
         raise UserError(f"{folder} was trained on {config.nlu.task}: put that first after --task, not {task}")
-    data = read_json(folder / "train.json")["data"]
+    data = read_record(folder / "train.json", "data", fix="run the training again")["data"]
     return Run(
         folder.name,
         folder / "merged",
@@ -251,8 +252,6 @@ def evaluate_run(plan: Plan) -> dict[str, Any]:
     if run.config and run.output == run.config.run_path:
         result = refresh_result(run.output, run.config.result_path)
         if result is not None:
-            from ba_lora.export import write_model_card
-
             write_model_card(run.output, run.config, result)
     return {
         "run": run.name,

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ba_lora.config import RunConfig, resolve_path
-from ba_lora.config_layers import load_config
+from ba_lora.config_layers import load_run
 from ba_lora.errors import UserError, run_entry_point
 from ba_lora.io import read_json, write_json_atomic
 from ba_lora.results import refresh_result
@@ -57,14 +57,16 @@ def score_runs(folder: Path, *, options: Options, results: Path | None = None) -
 
 def _refresh(run: Path, results: Path | None) -> bool:
     """Bring a run's result and model cards up to date; return whether a score in them had changed."""
-    from ba_lora.export import write_model_card
+    from ba_lora.model_card import write_model_card
 
-    result_path = (results or resolve_path(RESULTS)) / f"{run.name}.json"
+    config = load_run(run) if (run / "config.yaml").is_file() else None
+    name = f"{run.name}.json" if config is None else config.result_path.name
+    result_path = (results or resolve_path(RESULTS)) / name
     result = refresh_result(run, result_path)
     if result is None:
         return False
-    if (run / "config.yaml").is_file():
-        write_model_card(run, load_config(run / "config.yaml"), result)
+    if config is not None:
+        write_model_card(run, config, result)
     print(f"refreshed {result_path}", flush=True)
     return True
 

@@ -21,6 +21,7 @@ from ba_lora.trainer_nlu import NLUTrainer
 from eval.metrics import Scores
 from tests.conftest import ROOT
 from tests.test_resume import killed
+from tests.tiny import only_result
 from tests.tiny_nlu import nlu_config, save_tiny_encoder, tiny_overrides, write_sst2
 
 MINILM = ROOT / "configs" / "nlu" / "minilm.yaml"
@@ -101,7 +102,7 @@ def test_scores_are_those_of_the_predictions(sst2, tmp_path):
     }
     assert score["per_class"]["recall"] == pytest.approx({"negative": recall[0], "positive": recall[1]})
     assert score["per_class"]["minority"] == "positive" and score["per_class"]["n"] == {"negative": 12, "positive": 12}
-    result = read_json(tmp_path / "results" / "run.json")
+    result = only_result(tmp_path / "results")
     assert result["evaluation"]["sst2"].items() >= score.items() and result["data"]["classes"] == {
         "negative": 12,
         "positive": 4,
@@ -167,14 +168,14 @@ def test_a_dev_set_of_one_class_leaves_matthews_undefined(train_nlu, tmp_path, c
     run = train_nlu(f"data.source={train[0]}", f"data.dev.cola={dev[1]}", config_path=MINILM, task="cola")
     assert read_json(run / "scores" / "cola.json")["metrics"] == {"matthews": None}
     assert "cola matthews undefined" in capsys.readouterr().out
-    assert "undefined" in run_table([read_json(tmp_path / "results" / "run.json")])
+    assert "undefined" in run_table([only_result(tmp_path / "results")])
 
 
 def test_predictions_that_are_not_finite_are_an_error_and_no_score(sst2, tmp_path, capsys):
     with pytest.raises(UserError, match="NaN or infinite.*lower") as error:
         sst2("trainer.learning_rate=1e30", "trainer.max_grad_norm=0", method="full_ft")
     assert "\n" not in str(error.value)
-    assert read_json(tmp_path / "results" / "run.json")["status"] == "failed"
+    assert only_result(tmp_path / "results")["status"] == "failed"
     assert not (tmp_path / "run" / "scores").exists()
 
 
@@ -229,7 +230,7 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_been(train_nlu, tmp_path, 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(NLUTrainer, "training_step", stop_at_8)
         train_nlu(config_path=config, name="stopped")
-    assert read_json(tmp_path / "results" / "stopped.json")["status"] == "cancelled"
+    assert read_json(tmp_path / "stopped" / "train.json")["status"] == "cancelled"
     stopped = train_nlu(config_path=config, name="stopped")
     assert read_json(stopped / "train.json")["training"]["resumed_from"] == "checkpoint-6"
     for name in ("adapter/adapter_model.safetensors", "merged/model.safetensors", "predictions/last.jsonl"):

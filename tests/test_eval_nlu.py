@@ -22,6 +22,7 @@ from eval.nlu_scores import score_predictions
 from eval.report import features
 from eval.report.features import read_steps
 from tests.test_readme import OF_RUNS
+from tests.tiny import only_result
 from tests.tiny_nlu import nlu_config, save_tiny_encoder, scored_run, write_sst2
 
 WORDS = ["the", "film", "is", "good", "bad", "##ly", "very", "a", "dog", "runs", "sleeps", "fast", ".", "not"]
@@ -379,7 +380,7 @@ def test_a_run(run: Path, tmp_path: Path) -> None:
     yelp_score = read_json(run / "scores" / "yelp.json")
     assert yelp_score["in_domain"] == trained["metrics"]["accuracy"]
     assert yelp_score["max_length"] == OmegaConf.load(run / "config.yaml").data.max_length
-    result = read_json(tmp_path / "results" / f"{run.name}.json")
+    result = only_result(tmp_path / "results")
     assert result["evaluation"]["yelp"]["drop"] == yelp_score["drop"]
     assert result["evaluation"]["sst2"]["metrics"] == trained["metrics"]
     chosen = result["training"]["selection"]["best"]["metrics"]["sst2"]

@@ -16,7 +16,7 @@ from ba_lora.errors import UserError
 from ba_lora.export import MAX_SHARE, serving_adapter
 from ba_lora.plain_lora import plain_lora
 from tests import tiny
-from tests.tiny import save_tiny_model
+from tests.tiny import only_result, save_tiny_model
 
 TEXT = "Tom has 3 apples and buys 4 more."
 
@@ -147,7 +147,7 @@ def test_the_parity_check_fails_above_its_tolerance_and_leaves_nothing(train, tm
     assert (tmp_path / "run" / "lora.rejected").is_dir()
     facts = json.loads((tmp_path / "run" / "train.json").read_text())
     assert facts["status"] == "failed" and "differs" in facts["error"]
-    assert json.loads((tmp_path / "results" / "run.json").read_text())["status"] == "failed"
+    assert only_result(tmp_path / "results")["status"] == "failed"
     assert not list((tmp_path / "run").glob(".*"))
 
 
@@ -246,7 +246,7 @@ def test_a_failed_push_is_one_line_and_trains_nothing_twice(train, monkeypatch, 
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
     with pytest.raises(UserError, match="cannot push to me/toy: Token is required; run `hf auth login`"):
         train("hub.push=true", "hub.repo_id=me/toy")
-    assert json.loads((tmp_path / "results" / "run.json").read_text())["status"] == "ok"
+    assert only_result(tmp_path / "results")["status"] == "ok"
     before = (tmp_path / "run" / "train.json").read_text()
     Hub.create_repo = lambda *_args, **_kwargs: "https://hub/me/toy"
     Hub.upload_folder = lambda *_args, **_kwargs: None

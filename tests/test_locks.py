@@ -13,7 +13,7 @@ import pytest
 
 from ba_lora.config_layers import load_config
 from ba_lora.errors import UserError
-from ba_lora.locks import holder, locked, try_lock
+from ba_lora.locks import holder, locked, training_lock_path, try_lock, work_lock_path
 from ba_lora.run import claim_folder
 
 HOLD = "import sys, time; from pathlib import Path; from ba_lora.locks import try_lock; f = try_lock(Path(sys.argv[1]))"
@@ -93,3 +93,48 @@ def test_a_run_is_not_started_twice(tmp_path, root):
         child.wait()
     claim_folder(config)
     claim_folder(config)  # its own lock does not shut a process out
+
+
+def test_two_links_to_one_folder_are_one_run(tmp_path, root):
+    """It is locked beside the folder itself, made or still to be made."""
+    (tmp_path / "one").symlink_to(tmp_path / "there" / "run")
+    (tmp_path / "two").symlink_to(tmp_path / "there" / "run")
+    (tmp_path / "there").mkdir()
+    for lock_path in (training_lock_path, work_lock_path):
+        (path,) = {lock_path(tmp_path / name) for name in ("one", "two", "there/run")}
+        assert path.parent == tmp_path / "there"
+    child = start_holder(training_lock_path(tmp_path / "one"), root)
+    try:
+        with pytest.raises(UserError, match="trains two"):
+            claim_folder(load_config("configs/nlg/toy.yaml", overrides=[f"output_dir={tmp_path / 'two'}"]))
+    finally:
+        child.kill()
+        child.wait()
+
+
+def test_a_lock_leaves_with_a_run_that_was_not_made(tmp_path):
+    path, run = tmp_path / ".run.work.lock", tmp_path / "run"
+    with locked(path, doing="works on run", run_path=run):
+        waiting = open(path, "a+")  # another process, which has opened the file and not locked it yet
+    assert not path.exists()
+    fcntl.flock(waiting, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the removed file is nobody's lock any more
+    with locked(path, doing="works on run", run_path=run):
+        run.mkdir()
+    assert path.exists()
+    waiting.close()
+
+
+def test_a_lock_whose_file_is_removed_while_it_is_taken_is_taken_again(tmp_path, monkeypatch):
+    path = tmp_path / ".run.lock"
+    real, taken = fcntl.flock, []
+
+    def flock(file, how):
+        real(file, how)
+        taken.append(file)
+        if len(taken) == 1:
+            path.unlink()
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    file = try_lock(path)
+    assert len(taken) == 2 and os.path.samestat(os.fstat(file.fileno()), path.stat())
+    file.close()

@@ -12,6 +12,7 @@ import sys
 import pytest
 
 from ba_lora import pipeline
+from ba_lora import run as run_folder
 from ba_lora.config import JUDGED_TASKS, NLG_TASKS, to_yaml
 from ba_lora.config_layers import load_config
 from ba_lora.errors import UserError
@@ -323,6 +324,34 @@ def test_a_failed_scoring_takes_away_what_was_scored_in_another_way(tmp_path, ch
     assert pipeline.evaluation_fault(config, state).reason == "no score of gsm8k"
 
 
+def test_a_finished_run_is_printed_without_torch(tmp_path, root, train):
+    """Training it has taken minutes; to look at it again takes what reading the files takes."""
+    run = train("eval.tasks=[]", method="lora")
+    run_folder._hold_training_lock.cache_clear()  # the lock of this process
+    words = [str(tmp_path / "base.yaml"), "--method", "lora", f"output_dir={run}", "eval.tasks=[]"]
+    program = (
+        "import sys; from ba_lora import pipeline; sys.argv[0] = 'pipeline'; status = pipeline.main(); "
+        "print(sorted({'torch', 'transformers', 'datasets'} & set(sys.modules)), status)"
+    )
+    command = [sys.executable, "-c", program, *words]
+
+    def printed():
+        done = subprocess.run(
+            command, cwd=root, env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    told = printed()
+    assert "run is trained already (overwrite=true redoes it)" in told and told.endswith("[] 0\n")
+    (result,) = (tmp_path / "results").iterdir()
+    assert f"result: {result}" in told
+    result.unlink()
+    assert f"result: {result}" in printed() and result.is_file()  # by the training's own process
+    (run / "adapter" / "adapter_model.safetensors").unlink()
+    assert "adapter/ has no weights: it is exported again" in printed()
+
+
 def test_the_table_of_results():
     score = {"n": 4, "invalid": 1, "metrics": {"strict": 0.5, "flexible": 0.75}, "generation": {"seconds": 3.2}}
     results = [
@@ -357,7 +386,8 @@ def test_the_default_lifts_accuracy_and_is_not_redone(root, tmp_path):
     assert ours >= 40 and ours - untuned >= 20
     assert " | task " in done.stdout and " | svd " in done.stdout and " | consistency " in done.stdout
 
-    result = json.loads((tmp_path / "results" / "run.json").read_text())
+    (path,) = (tmp_path / "results").glob("toy-ba_lora-s42-*.json")
+    result = json.loads(path.read_text())
     assert result["status"] == "ok" and result["method"] == "ba_lora"
     assert 100 * result["evaluation"]["toy"]["metrics"]["strict"] == pytest.approx(ours, abs=0.01)
     assert result["evaluation"]["toy"]["n"] == 400

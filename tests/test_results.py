@@ -40,8 +40,9 @@ def test_the_prompt_is_the_one_of_the_training(config, monkeypatch):
 def test_how_the_completions_were_made_stands_beside_the_scores(config):
     run_path = config.run_path
     for task in ("toy", "other"):
-        write_json_atomic(run_path / "scores" / f"{task}.json", {"task": task})
-    write_json_atomic(run_path / "scores" / "inheritance.json", {"generation": {"engine": "hf"}})
+        write_json_atomic(run_path / "scores" / f"{task}.json", {"task": task, "metrics": {}, "n": 0})
+    measure = {"generation": {"engine": "hf"}, "metrics": {}, "n": 0}
+    write_json_atomic(run_path / "scores" / "inheritance.json", measure)
     write_json_atomic(run_path / "completions" / "toy.meta.json", {"engine": "vllm"})
     found = {task: score["generation"] for task, score in assemble(run_path, config)["evaluation"].items()}
     assert found == {"toy": {"engine": "vllm"}, "other": None, "inheritance": {"engine": "hf"}}

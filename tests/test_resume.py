@@ -2,14 +2,18 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
 
 from ba_lora.checkpoints import MANIFEST, checkpoint_fault, find_checkpoint
+from ba_lora.errors import UserError
+from tests.tiny import only_result
 
 # Inside a checkpoint's adapter, its optimizer and random state, the list of its files; inside adapter/, lora/, merged/;
 # inside the log, train.json and the result. (save_file serialises through serialize_file; every atomic write renames.)
@@ -122,14 +126,61 @@ def test_an_empty_list_of_files_is_no_whole_checkpoint(checkpoints):
     assert "lists no files" in checkpoint_fault(checkpoints / "checkpoint-4")
 
 
+@pytest.mark.parametrize("text", ["", "[]", "null", '{"a": 1}', '{"a": {}}', '{"a": {"bytes": 1}}', "\x00"])
+def test_a_damaged_list_of_files_is_no_whole_checkpoint(tmp_path, text):
+    folder = tmp_path / "checkpoint-4"
+    folder.mkdir()
+    (folder / MANIFEST).write_text(text)
+    assert MANIFEST in checkpoint_fault(folder) and find_checkpoint(tmp_path) is None
+
+
 def test_damaged_newer_checkpoints_do_not_push_out_the_good_one(train):
     """Trainer's rotation would take them for the newest and delete what is being written."""
     run = train("trainer.max_steps=8", "trainer.save_steps=2")
     folder = run / "checkpoints"
     (folder / "checkpoint-8" / "optimizer.pt").unlink()
-    (folder / "checkpoint-6").rename(folder / "checkpoint-4")
     (run / "train.json").unlink()
-    state = json.loads((folder / "checkpoint-4" / "trainer_state.json").read_text())
-    assert state["global_step"] == 6  # an old checkpoint under an older name is still a whole one
     train("trainer.max_steps=8", "trainer.save_steps=2")
     assert find_checkpoint(folder).name == "checkpoint-8" and (run / "merged").is_dir()
+
+
+def test_a_users_copies_of_checkpoints_neither_break_nor_end_a_resumed_run(train, capsys):
+    """A copy under another step's name is no checkpoint of that step; copies of other names are left alone."""
+    run = train("trainer.max_steps=4", "trainer.save_steps=2", name="whole")
+    weights = (run / "adapter" / "adapter_model.safetensors").read_bytes()
+    folder = run / "checkpoints"
+    shutil.copytree(folder / "checkpoint-4", folder / "checkpoint-final")
+    shutil.rmtree(folder / "checkpoint-4")
+    shutil.copytree(folder / "checkpoint-2", folder / "checkpoint-99")
+    shutil.copytree(folder / "checkpoint-2", folder / "checkpoint-4")
+    assert "it is of step 2" in checkpoint_fault(folder / "checkpoint-99")
+    (run / "train.json").unlink()
+    capsys.readouterr()
+    train("trainer.max_steps=4", "trainer.save_steps=2", name="whole")
+    assert "resumed from step 2 of 4" in capsys.readouterr().out
+    assert json.loads((run / "train.json").read_text())["training"]["steps"] == 4
+    assert (run / "adapter" / "adapter_model.safetensors").read_bytes() == weights
+    names = {path.name for path in folder.iterdir()}
+    assert names == {
+        "checkpoint-2", "checkpoint-4", "checkpoint-final", "copy-of-checkpoint-4", "copy-of-checkpoint-99"
+    }  # fmt: skip
+
+
+def test_a_full_disk_in_a_checkpoint_is_one_line_and_leaves_no_half_of_it(train, tmp_path, monkeypatch):
+    """torch tells of it in words of its own, and not at the write that failed."""
+    import torch
+
+    def full(_object, path, *_args, **_kwargs):
+        if str(path).endswith("optimizer.pt"):
+            Path(path).write_bytes(b"half")
+            raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 20416 vs 20308")
+        return real(_object, path, *_args, **_kwargs)
+
+    real = torch.save
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="no disk space left while writing") as caught:
+        patch.setattr(torch, "save", full)
+        train()
+    assert "checkpoint-2" in str(caught.value) and not (tmp_path / "run" / "checkpoints" / "checkpoint-2").exists()
+    assert only_result(tmp_path / "results")["status"] == "failed"
+    train()
+    assert only_result(tmp_path / "results")["status"] == "ok"

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from ba_lora.errors import UserError
-from tests.tiny import save_tiny_model, tiny_llama
+from tests.tiny import only_result, save_tiny_model, tiny_llama
 
 
 def one_line(error):
@@ -39,7 +39,27 @@ def one_line(error):
         (["trainer.deepspeed=configs/deepspeed/zero2.json"], "deepspeed needs a launcher: set ACCELERATE_CONFIG"),
         (["trainer.output_dir=x"], "set by the run itself: use output_dir"),
         (["trainer.save_total_limit=1"], "use 2"),
-        (["trainer.eval_strategy=steps"], "evaluation comes after training"),
+        (["trainer.eval_strategy=steps"], "trainer.eval_strategy=steps needs rows: set data.heldout_share"),
+        (["data.heldout_share=0.1"], "data.heldout_share needs trainer.eval_strategy"),
+        (
+            ["data.heldout_share=1", "trainer.eval_strategy=epoch"],
+            "heldout_share is 1.0: it must be a number above 0 and below 1",
+        ),
+        (["data.heldout_share=0.001", "trainer.eval_strategy=epoch"], "of 24 rows are 0: at least one row must be"),
+        (["trainer.load_best_model_at_end=true"], "trainer.load_best_model_at_end needs trainer.eval_strategy"),
+        (["early_stopping.patience=2"], "early_stopping.patience needs trainer.eval_strategy"),
+        (
+            ["trainer.eval_strategy=steps", "data.heldout_share=0.5", "early_stopping.patience=0"],
+            "early_stopping.patience is 0: it must be a number of at least 1",
+        ),
+        (
+            ["trainer.eval_strategy=steps", "data.heldout_share=0.5", "reference.cache=cache"],
+            "reference.cache holds the training rows only",
+        ),
+        (
+            ["trainer.eval_strategy=epoch", "data.heldout_share=0.5", "trainer.load_best_model_at_end=true"],
+            "requires the save and eval strategy to match, .* Save strategy: ",
+        ),
         (["trainer.lr_scheduler_type=cosin"], "lr_scheduler_type=cosin is unknown.*nearest: cosine"),
         (["adapter.init=pissa", "adapter.dora=true"], "needs adapter.tuner=lora and adapter.dora=false"),
         (["hub.push=true"], "needs hub.repo_id"),
@@ -69,11 +89,7 @@ def test_one_line_errors(train, tmp_path, overrides, message):
     with pytest.raises(UserError, match=message) as caught:
         train(*overrides, method="ba_lora")
     one_line(caught)
-    for name in ("adapter", "lora", "merged"):
-        assert not (tmp_path / "run" / name).exists()
-    result = tmp_path / "results" / "run.json"
-    if result.exists():
-        assert json.loads(result.read_text())["status"] == "failed"
+    assert not list(tmp_path.glob("*run*")) and not list(tmp_path.glob("results/*"))
 
 
 def test_an_unknown_model_type(train, tmp_path, tiny_model):
@@ -161,7 +177,7 @@ def test_interrupt_is_recorded_as_cancelled(train, tmp_path, monkeypatch):
     monkeypatch.setattr(BALoRATrainer, "train", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train()
-    assert json.loads((tmp_path / "results" / "run.json").read_text())["status"] == "cancelled"
+    assert only_result(tmp_path / "results")["status"] == "cancelled"
 
 
 def test_out_of_memory_is_recorded_as_such(train, tmp_path, monkeypatch):
@@ -175,7 +191,7 @@ def test_out_of_memory_is_recorded_as_such(train, tmp_path, monkeypatch):
     monkeypatch.setattr(BALoRATrainer, "train", exhausted)
     with pytest.raises(UserError, match="lower trainer.per_device_train_batch_size"):
         train()
-    assert json.loads((tmp_path / "results" / "run.json").read_text())["status"] == "oom"
+    assert only_result(tmp_path / "results")["status"] == "oom"
 
 
 def test_a_gated_model_says_what_to_do(train, monkeypatch):
@@ -213,3 +229,12 @@ def test_of_several_processes_one_tells_the_error(root, tmp_path, failing):
     told = [line for line in done.stderr.splitlines() if "error: no such file: x" in line]
     assert done.returncode != 0
     assert told == [("" if failing == "both" else "[rank 1] ") + "error: no such file: x; check the path"]
+
+
+def test_the_console_of_a_run_without_deepspeed_does_not_speak_of_it(root, tmp_path, tiny_model):
+    pytest.importorskip("deepspeed")
+    words = ["--config", "configs/nlg/toy.yaml", f"model.name={tiny_model}", "data.num_rows=8", "data.max_length=400"]
+    words += ["adapter.rank=4", "trainer.max_steps=1", "export.merged=false", "trainer.disable_tqdm=true"]
+    done = run(root, *words, f"output_dir={tmp_path / 'run'}", f"results_dir={tmp_path / 'results'}")
+    assert done.returncode == 0 and "step 1/1 | " in done.stdout, done.stderr[-2000:]
+    assert "accelerator" not in done.stdout + done.stderr

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from ba_lora.config_layers import available_methods
 from ba_lora.errors import UserError
 from ba_lora.export import serving_adapter
+from tests.tiny import only_result
 from tests.tiny_nlu import publish, tiny_overrides, write_sst2
 
 PAIR = ("Anna bought two red boxes.", "The boxes were red.")
@@ -96,7 +98,7 @@ def test_the_whole_command_killed_at_4_instants(root, tmp_path, tiny_encoder):
     words += ["trainer.save_strategy=epoch", f"results_dir={tmp_path / 'results'}"]
 
     def facts(name):
-        result = json.loads((tmp_path / "results" / f"{name}.json").read_text())
+        result = only_result(tmp_path / "results")
         scores = {
             task: (score["metrics"], score["interval_95"], score.get("drop"))
             for task, score in result["evaluation"].items()
@@ -108,10 +110,12 @@ def test_the_whole_command_killed_at_4_instants(root, tmp_path, tiny_encoder):
     started = time.perf_counter()
     assert pipeline([*words, f"output_dir={tmp_path / 'whole'}"], root)
     duration_s = time.perf_counter() - started
+    whole = facts("whole")
     generator, num_killed = random.Random(0), 0
     for number in range(4):
         own = [*words, f"output_dir={tmp_path / f'killed{number}'}"]
+        shutil.rmtree(tmp_path / "results")
         num_killed += pipeline(own, root, kill_after_s=generator.uniform(0, duration_s)) is None
         assert pipeline(own, root)
-        assert facts(f"killed{number}") == facts("whole"), number
+        assert facts(f"killed{number}") == whole, number
     assert num_killed >= 3

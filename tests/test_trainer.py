@@ -268,7 +268,7 @@ def test_the_log_line_is_one_line_with_every_term():
         step=5,
         num_steps=9,
     )
-    assert line == "step 5/9 | loss 1.5000 | task 1.4 | consistency 0.1 (5 %) | lr 1.0e-03"
+    assert line == "step 5/9 | loss 1.5000 | task 1.4 | consistency 0.1 (5 % of the loss) | lr 1.0e-03"
 
 
 # ---- AdaLoRA

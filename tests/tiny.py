@@ -9,10 +9,17 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
+from ba_lora.io import read_json
 from ba_lora.reference_build import claim, fill
 from ba_lora.reference_cache import CachedReference, Rows, open_cache
 
 VOCABULARY = 64
+
+
+def only_result(folder: Path) -> dict[str, Any]:
+    """Return the one result in a folder of results."""
+    (path,) = folder.glob("*.json")
+    return read_json(path)
 
 
 def tiny_llama(*, seed: int = 0, dtype: torch.dtype = torch.float32, **settings: Any) -> LlamaForCausalLM:

@@ -10,6 +10,8 @@ import subprocess
 import pytest
 import yaml
 
+from tests.tiny import only_result
+
 pytestmark = pytest.mark.real
 
 
@@ -56,7 +58,7 @@ def run_chain(root, real_data, folder, *, num_rows, limit, method, environment, 
         timeout=3000,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return json.loads((folder / "results" / "run.json").read_text()), done.stdout
+    return only_result(folder / "results"), done.stdout
 
 
 def check(result, *, num_rows, limit, processes):

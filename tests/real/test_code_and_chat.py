@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from ba_lora.io import read_json, read_jsonl
+from ba_lora.io import read_jsonl
 from eval.sandbox_box import Limits
 from tests.boxes import needs_bubblewrap
 from tests.judge_server import JudgeServer, completion
+from tests.tiny import only_result
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 
@@ -40,7 +41,7 @@ def train_and_evaluate(root: Path, folder: Path, *overrides: str, environ: dict[
         text=True,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    result = read_json(folder / "results" / "run.json")
+    result = only_result(folder / "results")
     assert result["status"] == "ok" and result["data"]["rows_chosen"] == 48 and result["training"]["steps"] > 0
     return result
 

@@ -61,7 +61,7 @@ def run(config: str, folder: Path, point: str | None, delay_s: float | None) -> 
         try:
             if point:
                 arm(point)
-            results = folder.parent / "results"
+            results = folder.with_name(f"{folder.name}-results")
             script = SCRIPTS[load_config(config).kind]
             sys.argv = [f"{script.__name__}.py", "--config", config, f"output_dir={folder}", f"results_dir={results}"]
             script.main()
@@ -81,7 +81,8 @@ def run(config: str, folder: Path, point: str | None, delay_s: float | None) -> 
 
 def describe(folder: Path) -> dict:
     """Return the exported files' hashes and what else must be right after a finished run."""
-    result = json.loads((folder.parent / "results" / f"{folder.name}.json").read_text())
+    (path,) = folder.with_name(f"{folder.name}-results").glob("*.json")
+    result = json.loads(path.read_text())
     steps = [json.loads(line)["step"] for line in (folder / "log.jsonl").read_text().splitlines()]
     return {
         "files": {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in FILES},
