@@ -120,6 +120,8 @@ def as_declared(spec: "TableSpec", record: Mapping[str, Any] | None) -> tuple["T
     family counts only where it is the declared one, and no run had a result then: it never changes after a look.
     """
     without = dataclasses.replace(spec, primary=(), num_primary=0)
+    if not spec.sha256:
+        return spec, ""
     now = f"The table's file has the sha256 {spec.sha256[:12]}"
     if record is None:
         lost = "; its primary tests count as exploratory" if spec.primary else ""

@@ -205,8 +205,9 @@ def comparison_legend(table: ReportTable) -> list[str]:
     few = [one for one in table.comparisons if one.p is None and one.num_items is not None]
     if few:
         lines[0] += f" With fewer than {LEAST_SEEDS} seeds there are intervals and no tests."
+    declaration = [table.declaration] if table.declaration else []
     if not tested:
-        return [*lines, table.declaration] if table.declaration else lines
+        return [*lines, *declaration]
     num_primary = sum(one.family == "primary" for one in tested)
     corrected = []
     if num_primary:
@@ -216,7 +217,7 @@ def comparison_legend(table: ReportTable) -> list[str]:
             f"{len(tested) - num_primary} exploratory tests, corrected by Benjamini and Hochberg: of those in bold one "
             "in twenty may be false"
         )
-    return [*lines, f"Bold: corrected p below {SIGNIFICANT}. {'; '.join(corrected)}.", table.declaration]
+    return [*lines, f"Bold: corrected p below {SIGNIFICANT}. {'; '.join(corrected)}.", *declaration]
 
 
 def unmatched_lines(table: ReportTable) -> list[str]:

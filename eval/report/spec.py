@@ -293,7 +293,9 @@ def parse_report(block: Any, *, rows: Sequence[Row], columns: Sequence[Column], 
     if "choose" in block:
         values["choose"] = choice(block["choose"], names, where=f"{source}: report.choose")
     values["primary"] = parse_primary(block.get("primary") or [], rows, names, where=f"{source}: report.primary")
-    values["paired"] = choice(block.get("paired", False), [True, False], where=f"{source}: report.paired")
+    values["paired"] = block.get("paired", False)
+    if not isinstance(values["paired"], bool):
+        raise UserError(f"{source}: report.paired must be true or false, found {values['paired']!r}")
     if "collapsed" in block:
         values["collapsed"] = parse_collapse(block["collapsed"], names, where=f"{source}: report.collapsed")
     shown = mapping(block.get("columns") or {}, names, where=f"{source}: report.columns")

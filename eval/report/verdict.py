@@ -84,7 +84,7 @@ def _open(table: ReportTable) -> str:
     whole = [f"all {len(s)} of {ours} against {theirs}" for (ours, theirs), s in pairs.items() if not any(s)]
     named = f", {', '.join(whole)}" if whole else ""
     by_chance = ""
-    if num_open < len(known) and all(one.p is None for one in known):
+    if num_open < len(known) >= 20 and all(one.p is None for one in known):
         by_chance = f"; of {len(known)} such intervals about {0.05 * len(known):.0f} miss 0 by chance"
     return f"Open: {num_open} of {len(known)} comparisons{named}{by_chance}."
 
