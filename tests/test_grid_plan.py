@@ -1,5 +1,6 @@
 """What a grid says before it does anything, and what it refuses to train for."""
 
+import json
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -153,6 +154,9 @@ def test_a_refused_run_is_not_trained_and_the_others_are(grid_folder, monkeypatc
     assert f"failed: {name}: {error}\n" in printed and "1 of 2 done, 1 failed" in printed
     assert not any(name in line for line in fake_grid.ledger(grid_folder))
     assert good.config.result_path.is_file()
+    [record] = (grid_folder / "reports").glob("fake-*/declared.json")  # of before the first run
+    declared = json.loads(record.read_text())
+    assert (declared["num_results"], declared["seeds"], declared["sha256"]) == (0, [1], table.sha256)
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--dry-run"])
     assert grid.main() == 0
     lines = capsys.readouterr().out.splitlines()

@@ -37,7 +37,7 @@ def table_path(tmp_path):
         "report": {
             "columns": {"seconds": {"decimals": 0}},
             "figures": {
-                "accuracy": {"kind": "bars", "columns": ["strict"]},
+                "accuracy": {"kind": "dots", "columns": ["strict"]},
                 "loss": {"kind": "training", "terms": ["loss"]},
             },
         },
@@ -344,7 +344,7 @@ def test_words_that_are_wrong(report, words, message):
 
 def test_a_wrong_report_block_is_told_before_anything_is_read(table_path, report):
     table = yaml.safe_load(table_path.read_text())
-    table["report"]["figures"]["accuracy"]["kind"] = "bar"
+    table["report"]["figures"]["accuracy"]["kind"] = "dot"
     table_path.write_text(yaml.safe_dump(table, sort_keys=False))
-    with pytest.raises(UserError, match="table two: figure accuracy: kind: bar is unknown.*nearest: bars"):
+    with pytest.raises(UserError, match="table two: figure accuracy: kind: dot is unknown.*nearest: dots"):
         report(table_path)

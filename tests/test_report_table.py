@@ -654,12 +654,12 @@ def test_report_blocks_are_checked():
     columns = [Column("gsm8k", "GSM8K")]
     good = {
         "columns": {"gsm8k": {"scale": "1e-6", "decimals": 0, "allow": ["engine"]}},
-        "figures": {"a": {"kind": "bars", "columns": ["gsm8k"]}},
+        "figures": {"a": {"kind": "dots", "columns": ["gsm8k"]}},
     }
     values = parse_report(good, rows=ROWS, columns=columns, source="t")
     assert (values["columns"][0].scale, values["columns"][0].decimals) == (1e-6, 0)
     assert values["columns"][0].allow == ("engine",)
-    assert values["figures"][0].kind == "bars"
+    assert values["figures"][0].kind == "dots"
     wrong = {
         "unknown key colums": {"colums": {}},
         "nearest: gsm8k": {"columns": {"gsm8": {}}},
@@ -671,7 +671,7 @@ def test_report_blocks_are_checked():
         "must be a list of words": {"allow": "dtype"},
         "pie is unknown": {"figures": {"a": {"kind": "pie"}}},
         "needs columns and x": {"figures": {"a": {"kind": "lines"}}},
-        "figure a: unknown key colour": {"figures": {"a": {"kind": "bars", "columns": ["gsm8k"], "colour": "red"}}},
+        "figure a: unknown key colour": {"figures": {"a": {"kind": "dots", "columns": ["gsm8k"], "colour": "red"}}},
         "primary must be a list of tests": {"primary": {"column": "gsm8k"}},
         "primary: focus and against is missing in": {"primary": [{"column": "gsm8k"}]},
         "primary: gsm9k is unknown": {"primary": [{"column": "gsm9k", "focus": "lora", "against": "ba_lora"}]},
@@ -679,12 +679,12 @@ def test_report_blocks_are_checked():
         "paired must be true or false": {"paired": "yes please"},
         "collapsed: column, and below or above are needed": {"collapsed": {"column": "gsm8k"}},
         "collapsed: below must be a number": {"collapsed": {"column": "gsm8k", "below": "low"}},
-        "name becomes a file's": {"figures": {"../a": {"kind": "bars", "columns": ["gsm8k"]}}},
-        "gsm9k is unknown": {"figures": {"a": {"kind": "bars", "columns": ["gsm9k"]}}},
+        "name becomes a file's": {"figures": {"../a": {"kind": "dots", "columns": ["gsm8k"]}}},
+        "gsm9k is unknown": {"figures": {"a": {"kind": "dots", "columns": ["gsm9k"]}}},
         "figure a: terms: svdd is unknown.*nearest: svd": {
             "figures": {"a": {"kind": "training", "terms": ["loss (nats)", "svdd"]}}
         },
-        "must be a mapping": {"figures": ["bars"]},
+        "must be a mapping": {"figures": ["dots"]},
         r"compare must be a list of pairs, \[\[a, b\], …\], found \['lora'\]": {"compare": ["lora"]},
         "compare: lorra is unknown.*nearest: lora": {"compare": [["ba_lora", "lorra"]]},
         "compare: lora is unknown: choose one of rank=1, rank=2": {"compare": [["rank=1", "lora"]]},

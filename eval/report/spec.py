@@ -16,7 +16,7 @@
       names: {not stated: roberta-large}                 # the paper file's name of a model, method or setting → ours
       columns: {parameters: {scale: 1.0e-6, decimals: 1}}     # how a column's numbers are shown; `allow`: in it alone
       figures:
-        ablation: {kind: bars, columns: [gsm8k, math]}
+        ablation: {kind: dots, columns: [gsm8k, math]}
         ranks: {kind: lines, columns: [gsm8k], x: rank, log_x: true}      # x: a key of the settings' names
         pareto: {kind: scatter, columns: [gsm8k], x: seconds}
         terms: {kind: training, terms: [loss (nats), svd], methods: [pissa, ba_lora]}    # a unit may follow
@@ -46,7 +46,7 @@ from eval.report.seeds import moved_by_seed
 
 BLOCK_KEYS = ("base", "setting")
 FIGURE_KINDS = {  # kind → what it needs
-    "bars": ("columns",),
+    "dots": ("columns",),
     "lines": ("columns", "x"),
     "scatter": ("columns", "x"),
     "training": ("terms",),

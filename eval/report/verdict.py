@@ -71,7 +71,8 @@ def _places(table: ReportTable, found: Sequence[Comparison]) -> str:
     for one in found:
         column = table.spec.column(one.column)
         words = [table.spec.label(word) for word in _block_words(table, one.focus)]
-        by_column.setdefault(column.label, []).append(" ".join([*words, signed(one.difference, column.decimals)]))
+        label = f"“{column.label}”" if "," in column.label else column.label
+        by_column.setdefault(label, []).append(" ".join([*words, signed(one.difference, column.decimals)]))
     return ", ".join(f"{label} ({'; '.join(places)})" for label, places in by_column.items())
 
 
