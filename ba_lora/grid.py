@@ -32,7 +32,7 @@ from ba_lora.errors import CommandParser, UserError, run_entry_point
 from ba_lora.evaluation_state import evaluation_state
 from ba_lora.executor import LocalExecutor, Slot, Work, local_slots, log_lines
 from ba_lora.grid_options import rows_for_gpus, select_rows, split_options
-from ba_lora.grid_plan import dry_run, grader_versions, plan
+from ba_lora.grid_plan import check_columns, dry_run, grader_versions, plan
 from ba_lora.grid_state import (
     DONE,
     FAILED,
@@ -358,6 +358,7 @@ def main() -> int:
     whole = load_table(find_table(parsed.table), overrides=overrides, seeds=options.seeds)
     table = select_rows(whole, options.only)
     table, gpus, left_out = rows_for_gpus(table, options.gpus)
+    check_columns(whole)
     graders = grader_versions()
     if parsed.dry_run:
         print("\n".join([*dry_run(table, plan(table, graders), retry=options.retry), *left_out]))

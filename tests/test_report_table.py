@@ -335,6 +335,23 @@ def test_a_setting_that_differs_is_refused_or_footnoted(known, name, path, value
     assert not any(cell.notes for cell in others)
 
 
+def test_scores_of_the_same_first_items_stand_side_by_side_with_a_footnote(known):
+    """All runs have one eval.limit; where one has another, or none, the table is refused."""
+    partial = {"evaluation/gsm8k/partial": True, "evaluation/gsm8k/num_missing": 5}
+    finished = [run for run in known.spec().all_runs() if run.result_path.is_file()]
+    finished = [run for run in finished if json.loads(run.result_path.read_text())["evaluation"]]
+    for run in finished:
+        known.edit(run, **partial, **{"config/eval": {"limit": 10}})
+    table = build(known)
+    assert "partial: the first 10 items (eval.limit), 5 left out" in table.footnotes
+    known.edit(finished[0], **{"config/eval": {"limit": 11}})
+    with pytest.raises(UserError, match="gsm8k is partial: the first 1. items"):
+        build(known)
+    known.edit(finished[0], **{"config/eval": {"limit": 10}, "evaluation/gsm8k/num_missing": 6})  # one more is gone
+    with pytest.raises(UserError, match="gsm8k is partial"):
+        build(known)
+
+
 def test_every_setting_is_tried_above():
     mark = next(mark for mark in test_a_setting_that_differs_is_refused_or_footnoted.pytestmark)
     assert {case[0] for case in mark.args[1]} == set(SETTINGS) - set(NEVER_ALLOWED)
