@@ -1,6 +1,6 @@
 """How often the comparison of two rows is wrong: it is simulated, not believed.
 
-    python -m eval.report.simulation --output docs/figures
+    python -m eval.report.simulation --output docs
 
 draws made-up experiments, two methods with S seeds each on N items, and counts how often each test calls their
 difference real: without any ("false marks", to be 5 % at most) and with a planted one ("found"). Beside the test of
@@ -123,6 +123,7 @@ def table(repeats: int) -> list[dict]:
 def figure(lines: Sequence[dict]) -> bytes:
     """Return the figure, as PNG: false marks and found effects over the number of seeds."""
     import matplotlib
+    from matplotlib.lines import Line2D
 
     from eval.report.style import RC, add_legend, as_files, line_handle, panel_grid, style_of
 
@@ -137,9 +138,11 @@ def figure(lines: Sequence[dict]) -> bytes:
                     found = [line for line in of_accuracy if line["seed_sd"] == seed_sd]
                     x, y = [line["num_seeds"] for line in found], [100 * line[key + suffix] for line in found]
                     axis.plot(x, y, color=style.colour, marker=style.marker, ls=line_style)
-                    axis.annotate(f"sd {seed_sd:g}", (x[-1], y[-1]), (4, -2), textcoords="offset points", fontsize=6)
             axis.set_ylabel(f"{'false marks' if key == 'false' else f'{EFFECT:g} points found'} (%), accuracy")
         handles = [line_handle(style_of(position), label) for position, label in enumerate(rules.values())]
+        for seed_sd, line_style in zip(SEED_SDS, (":", "--", "-"), strict=True):
+            label = f"seed sd {seed_sd:g}{' points' if seed_sd != 1 else ' point'} (left, middle)"
+            handles.append(Line2D([], [], color="0.3", ls=line_style, label=label))
         for position, metric in enumerate(METRICS[1:], start=2):
             style = style_of(position)
             worst = [
@@ -147,7 +150,7 @@ def figure(lines: Sequence[dict]) -> bytes:
                 for num_seeds in NUM_SEEDS
             ]
             axes[2].plot(NUM_SEEDS, worst, color=style.colour, marker=style.marker, ls=style.line)
-            handles.append(line_handle(style, metric))
+            handles.append(line_handle(style, f"{metric} (right)"))
         axes[2].set_ylabel("false marks (%), worst sd")
         for axis in axes:
             axis.set_xlabel("seeds")
