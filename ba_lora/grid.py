@@ -33,13 +33,14 @@ from ba_lora.errors import CommandParser, UserError, run_entry_point
 from ba_lora.evaluation_state import evaluation_state
 from ba_lora.executor import LocalExecutor, Slot, Work, local_slots, log_lines
 from ba_lora.grid_options import rows_for_gpus, select_rows, split_options
-from ba_lora.grid_plan import dry_run, grader_versions, plan
+from ba_lora.grid_plan import check_columns, dry_run, grader_versions, plan
 from ba_lora.grid_state import (
     DONE,
     FAILED,
     GRID_PATH,
     STALE,
     RunState,
+    declare,
     failure_path,
     inspect,
     record_failure,
@@ -59,7 +60,7 @@ from ba_lora.pipeline import (
     record_result,
     training_stage,
 )
-from ba_lora.tables import Table, available_tables, find_table, load_table
+from ba_lora.tables import Table, available_tables, find_table, load_table, report_folder
 
 __all__ = ["Grid", "Table", "load_table", "main"]
 
@@ -355,9 +356,10 @@ def main() -> int:
     if parsed.table is None:
         raise UserError(f"which table? {', '.join(available_tables())}")
     options, overrides = split_options(parsed.words)
-    table = load_table(find_table(parsed.table), overrides=overrides, seeds=options.seeds)
-    table = select_rows(table, options.only)
+    whole = load_table(find_table(parsed.table), overrides=overrides, seeds=options.seeds)
+    table = select_rows(whole, options.only)
     table, gpus, left_out = rows_for_gpus(table, options.gpus)
+    check_columns(whole)
     for spec in table.specs():
         check_places(spec.config)
     graders = grader_versions()
@@ -379,12 +381,13 @@ def main() -> int:
         number = list(refused.values()).count(error)
         _say(f"failed: {number} runs cannot be evaluated and are not trained: {error}")
     grid = Grid(table, executor, graders=graders, refused=refused, retry=options.retry, say=_say)
+    seeds = [f"seeds={','.join(map(str, options.seeds))}"] if options.seeds else []
+    declare(whole, report_folder(table.id, [*overrides, *seeds]))
     _say(f"{table.id}: {len(table.specs())} runs on {', '.join(slot.name for slot in executor.slots)}")
     grid.run()
     _say(grid.progress())
     for path, error in grid.failed.items():
         _say(f"failed: {path.name}: {error}")
-    seeds = [f"seeds={','.join(map(str, options.seeds))}"] if options.seeds else []
     report = [sys.executable, "-m", "eval.report", parsed.table, *seeds, *options.report, *overrides]
     status = subprocess.run(report, cwd=PROJECT_ROOT, env=stage_environment()).returncode
     return 1 if grid.failed else status

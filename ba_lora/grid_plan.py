@@ -84,6 +84,35 @@ def refused_evaluations(configs: Iterable[RunConfig]) -> dict[Path, str]:
     return refused
 
 
+def check_columns(table: Table) -> None:
+    """Raise UserError, naming the column, for a metric that its task's score will not have."""
+    named = [column for column in table.columns if column.task is not None and column.metric is not None]
+    commands = [["eval.metric_paths", column.task, column.metric] for column in named]
+    errors = _answer("eval.check", commands) if commands else []
+    for column, error in zip(named, errors, strict=True):
+        if error:
+            raise UserError(f"table {table.id}: columns.{column.name}: {error}")
+
+
+def limit_lines(table: Table) -> list[str]:
+    """Return what eval.limit does to the report of a table: scores of the first items, told in a footnote; refused
+    where it differs within a column."""
+    limits: dict[str, set[int | None]] = {}
+    for cell in table.cells:
+        if cell.column.task is not None:
+            limits.setdefault(cell.column.name, set()).add(cell.config.eval.limit)
+    lines = []
+    for name, found in limits.items():
+        if len(found) > 1:
+            told = ", ".join("none" if one is None else str(one) for one in sorted(found, key=lambda one: one or 0))
+            lines.append(f"warning: column {name}: eval.limit differs among its rows ({told}): the report refuses that")
+    alike = {next(iter(found)) for found in limits.values() if len(found) == 1} - {None}
+    if alike:
+        told = ", ".join(map(str, sorted(alike)))
+        lines.append(f"eval.limit={told}: scores are of the first items alone, as a footnote of the table will say")
+    return lines
+
+
 def grader_versions() -> dict[str, dict[str, str | None]]:
     """Ask eval.score, in its own process, which version each grader is at."""
     return _answer("eval.score", None, "--versions")
@@ -126,6 +155,7 @@ def dry_run(table: Table, planned: Sequence[Planned], *, retry: bool = False) ->
         lines += [f"           {state.reason}"] if state.reason else []
     total = ", ".join(f"{number} {status}" for status, number in counts.items())
     lines.append(f"{table.id}: {len(table.cells)} cells from {len(planned)} runs: {total}")
+    lines += limit_lines(table)
     if missing := missing_judge((entry.spec.config for entry in planned), os.environ):
         lines.append(missing)
     return lines + estimate_lines(left)

@@ -23,11 +23,12 @@ from ba_lora.executor import Failure, log_lines
 from ba_lora.glue import HUB, HUB_REVISION
 from ba_lora.io import read_json, read_object, write_json_atomic, write_text_atomic
 from ba_lora.pipeline import Spec
-from ba_lora.results import result_fault
+from ba_lora.results import now, result_fault
 from ba_lora.rows import is_commit
 from ba_lora.run import CLAIM, is_trained, source_sha256
 from ba_lora.tables import Cell, Table
 
+DECLARED = "declared.json"  # in the report's folder
 GRID_PATH = PROJECT_ROOT / "outputs" / ".grid"
 MANIFEST_PATH = PROJECT_ROOT / "data" / "manifest.yaml"
 
@@ -153,6 +154,40 @@ def remember_run(table: Table, cell: Cell) -> None:
     path = cell_path(table, cell)
     if not path.is_file() or path.read_text(encoding="utf-8") != cell.config.run_path.name:
         write_text_atomic(path, cell.config.run_path.name)
+
+
+def declare(table: Table, folder: Path) -> None:
+    """Write down, before the first run of a table starts, what its file says: its hash and its primary tests.
+
+    The report (`folder` is its folder) tells by it whether the tests were chosen before a result was seen. The record
+    is written once; a damaged one is told by the report, never replaced.
+    """
+    path = folder / DECLARED
+    if path.exists():
+        return
+    results = {cell.config.result_path for cell in table.cells}
+    write_json_atomic(
+        path,
+        {
+            "sha256": table.sha256,
+            "primary": table.report.get("primary") or [],
+            "seeds": list(table.seeds),
+            "num_results": sum(result.is_file() for result in results),
+            "declared_at": now(),
+        },
+    )
+
+
+def read_declaration(folder: Path) -> dict[str, Any] | None:
+    """Return what `declare` has written; None where there is no record. Raises UserError for a damaged one."""
+    path = folder / DECLARED
+    if not path.is_file():
+        return None
+    record = read_object(path) or {}
+    kinds = {"sha256": str, "primary": list, "num_results": int, "declared_at": str}
+    if not all(isinstance(record.get(key), kind) for key, kind in kinds.items()):
+        raise UserError(f"{path} is damaged: restore it, or delete it (then no test of the table counts as primary)")
+    return record
 
 
 def changed_config(table: Table, cell: Cell) -> str | None:

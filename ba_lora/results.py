@@ -250,36 +250,30 @@ def total_peak_memory_mb() -> float:
 
 
 def results_table(results: list[dict[str, Any]]) -> str:
-    """Return one line a run and task: method, task, strict, flexible, n, invalid, seconds, peak memory."""
-    header = ("method", "task", "strict", "flexible", "n", "invalid", "train s", "eval s", "peak MB")
-    rows = [header]
+    """Return one line a run and task: method, task, each metric that one of them has in a column of its own (in %; a
+    judge's rating from 1 to 10), n, invalid, seconds, peak memory."""
+    lines = []
     for result in results:
         training = result.get("training") or {}
         for task, entry in sorted((result.get("evaluation") or {}).items()):
-            metrics = dict(entry["metrics"])
-            main = [_percent(metrics.pop(name, None)) for name in ("strict", "flexible")]
             generation = entry.get("generation") or {}
-            others = "".join(f" {name}={_percent(value)}" for name, value in metrics.items() if "rating" not in name)
-            rating = (entry.get("ratings") or {}).get("overall")  # MT-Bench: on its own scale of 1 to 10
-            others += "" if rating is None else f" rating={rating:.2f}"
-            rows.append(
-                (
-                    result["method"],
-                    task + others,
-                    *main,
-                    str(entry["n"]),
-                    str(entry["invalid"]),
-                    _number(training.get("seconds")),
-                    _number(generation.get("seconds")),
-                    _number(training.get("peak_memory_mb")),
-                )
-            )
-    if len(rows) == 1:
+            metrics = {name: _percent(value) for name, value in entry["metrics"].items() if "rating" not in name}
+            if (rating := (entry.get("ratings") or {}).get("overall")) is not None:
+                metrics["rating"] = f"{rating:.2f}"
+            costs = (training.get("seconds"), generation.get("seconds"), training.get("peak_memory_mb"))
+            counts = (str(entry["n"]), str(entry["invalid"]), *map(_number, costs))
+            lines.append((result["method"], task, metrics, counts))
+    if not lines:
         return "no evaluated run"
-    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(lines)
+    names = list(dict.fromkeys(name for _, _, metrics, _ in lines for name in ("strict", "flexible", *metrics)))
+    names = [name for name in names if any(name in metrics for _, _, metrics, _ in lines)]
+    rows = [("method", "task", *names, "n", "invalid", "train s", "eval s", "peak MB")]
+    rows += [(method, task, *(found.get(name, "") for name in names), *counts) for method, task, found, counts in lines]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    rows.insert(1, tuple("-" * width for width in widths))
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
 
 
 def labelled(results: list[dict[str, Any]]) -> list[dict[str, Any]]:

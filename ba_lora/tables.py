@@ -52,9 +52,11 @@ from ba_lora.config import PROJECT_ROOT, RunConfig, nearest, resolve_path
 from ba_lora.config_layers import read_yaml
 from ba_lora.errors import UserError
 from ba_lora.glue import find_task
+from ba_lora.io import sha256_file
 from ba_lora.pipeline import UNTUNED, Spec, untuned_config
 
 TABLES_PATH = PROJECT_ROOT / "configs" / "tables"
+RESULTS_PATH = PROJECT_ROOT / "results"
 PAPER_PATH = PROJECT_ROOT / "results" / "paper_reported"
 FACTORS_CACHE = "outputs/pissa_factors"  # one SVD of each base's matrices serves the seeds and methods of all tables
 KINDS = ("nlg", "nlu")
@@ -132,6 +134,7 @@ class Table:
     ours: tuple[str, ...]
     gpus: dict[Row, int]  # how many GPUs each run of a row is set for
     report: dict[str, Any]
+    sha256: str = ""  # of the file
 
     @functools.cached_property
     def cells_of_runs(self) -> dict[Path, list[Cell]]:
@@ -158,6 +161,14 @@ def find_table(name: str) -> Path:
         known = available_tables()
         raise UserError(f"no such table: {name}{nearest(name, known)}; there are {', '.join(known)}")
     return path
+
+
+def report_folder(name: str, words: Sequence[str] = ()) -> Path:
+    """Return where the report of a table goes that was made with these seeds and key=value, in any order."""
+    if not words:
+        return RESULTS_PATH / name
+    digest = hashlib.sha256("\n".join(sorted(words)).encode()).hexdigest()[:8]
+    return RESULTS_PATH / f"{name}-{digest}"
 
 
 def load_table(path: str | Path, *, overrides: Sequence[str] = (), seeds: Sequence[int] | None = None) -> Table:
@@ -227,6 +238,7 @@ def load_table(path: str | Path, *, overrides: Sequence[str] = (), seeds: Sequen
         ours=tuple(ours),
         gpus=rows,
         report=raw.get("report") or {},
+        sha256=sha256_file(path),
     )
 
 

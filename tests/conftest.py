@@ -63,6 +63,7 @@ def grid_folder(tmp_path, monkeypatch, root) -> Path:
         for name in names:  # so that monkeypatch puts back what `use` changes
             path = f"ba_lora.{module}.{name}"
             monkeypatch.setattr(path, getattr(__import__(f"ba_lora.{module}", fromlist=[name]), name))
+    monkeypatch.setattr("ba_lora.tables.RESULTS_PATH", tmp_path / "reports")
     monkeypatch.setenv("FAKE", str(tmp_path))
     fake_grid.use(tmp_path)
     return tmp_path

@@ -1,5 +1,6 @@
 """What a grid says before it does anything, and what it refuses to train for."""
 
+import json
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -13,7 +14,11 @@ from ba_lora.executor import Slot
 from ba_lora.grid_options import select_rows
 from ba_lora.grid_plan import dry_run, plan
 from ba_lora.io import write_jsonl_atomic
-from ba_lora.tables import load_table
+from ba_lora.tables import available_tables, find_table, load_table
+from eval import metric_paths
+from eval.tasks import TASKS
+from eval.tasks.base import Item
+from eval.tasks.code import CodeTask
 from tests.workers import fake_grid
 
 
@@ -146,6 +151,7 @@ def test_a_refused_run_is_not_trained_and_the_others_are(grid_folder, monkeypatc
     error = "eval.data.toy: no such file"
     monkeypatch.setattr(grid_plan, "refused_evaluations", lambda configs: {bad.config.run_path: error})
     monkeypatch.setattr(grid, "grader_versions", lambda: fake_grid.GRADERS)
+    monkeypatch.setattr(grid, "check_columns", lambda table: None)
     monkeypatch.setattr(grid, "local_slots", lambda *_, **__: [Slot("worker", {})])
     monkeypatch.setattr(grid, "subprocess", SimpleNamespace(run=lambda *_, **__: SimpleNamespace(returncode=0)))
     monkeypatch.setattr(sys, "argv", ["grid", str(grid_folder / "fake.yaml"), "seeds=1"])
@@ -156,7 +162,61 @@ def test_a_refused_run_is_not_trained_and_the_others_are(grid_folder, monkeypatc
     assert f"failed: {name}: {error}\n" in printed and "1 of 2 done, 1 failed" in printed
     assert not any(name in line for line in fake_grid.ledger(grid_folder))
     assert good.config.result_path.is_file()
+    [record] = (grid_folder / "reports").glob("fake-*/declared.json")  # of before the first run
+    declared = json.loads(record.read_text())
+    assert (declared["num_results"], declared["seeds"], declared["sha256"]) == (0, [1], table.sha256)
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--dry-run"])
     assert grid.main() == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("failed ") and lines[1].strip() == error and lines[3].endswith("1 failed, 1 done")
+
+
+@pytest.mark.parametrize(
+    ("task", "metric", "nearest"),
+    [
+        ("toy", "strct", "toy has strict, flexible, .*nearest: strict"),
+        ("toy", "groups.familly.age.metrics.strict", "toy has"),
+        ("toy", "groups.family.age.metrics.f1", "toy has"),
+        ("humaneval", "pass@2", "humaneval has strict, pass@1, pass@5"),
+        ("mt_bench", "strict", "mt_bench has rating"),
+        ("inheritance", "perplexity", "inheritance has .*perplexity.before, perplexity.after"),
+        ("cola", "accuracy", "cola has matthews"),
+        ("mnli", "per_class.recall.contradicton", "nearest: per_class.recall.contradiction"),
+        ("gsm8", "strict", "task gsm8 is unknown .*nearest: gsm8k"),
+    ],
+)
+def test_a_mistyped_metric_is_told_before_any_training(task, metric, nearest):
+    with pytest.raises(UserError, match=nearest):
+        metric_paths.check([task, metric])
+
+
+def test_every_metric_of_the_tables_is_known_and_a_score_has_those_that_are_named():
+    tables = [yaml.safe_load(find_table(name).read_text()) for name in available_tables()]
+    named = {(c["task"], c["metric"]) for table in tables for c in table["columns"].values() if "task" in c}
+    assert len(named) > 30
+    for task, metric in named:
+        metric_paths.check([task, metric])
+    for task in TASKS.values():
+        if not task.judged and not isinstance(task, CodeTask):
+            grade = task.grade(Item("x/0", "?", "The answer is: 1", {}), "The answer is: 1")
+            assert set(grade.metrics) == set(task.metrics), task.name
+
+
+def test_the_command_refuses_a_mistyped_metric_as_it_is_typed(grid_folder, monkeypatch):
+    fake_grid.table(grid_folder, columns={"strict": {"task": "toy", "metric": "strct"}})
+    monkeypatch.setattr(sys, "argv", ["grid", str(grid_folder / "fake.yaml"), "--dry-run"])
+    with pytest.raises(UserError, match="table fake: columns.strict: metric strct: toy has strict, flexible"):
+        grid.main()
+    assert not list((grid_folder / "reports").glob("*"))
+
+
+def test_a_dry_run_tells_what_a_limit_does_to_the_table(grid_folder):
+    table = fake_grid.table(grid_folder, overrides=["eval.limit=7"])
+    lines = dry_run(table, plan(table, fake_grid.GRADERS))
+    assert "eval.limit=7: scores are of the first items alone, as a footnote of the table will say" in lines
+    settings = {"all": [], "some": ["eval.limit=7"]}
+    rows = [{"bases": ["toy"], "methods": ["lora"], "settings": {"all": []}}]
+    rows += [{"bases": ["toy"], "methods": ["lora"], "settings": {"some": settings["some"]}, "suffix": "some"}]
+    lines = grid_plan.limit_lines(fake_grid.table(grid_folder, rows=rows))
+    assert lines and all("eval.limit differs among its rows (none, 7): the report refuses that" in x for x in lines)
+    assert not grid_plan.limit_lines(fake_grid.table(grid_folder))

@@ -362,6 +362,13 @@ def test_the_table_of_results():
     assert lines[0].split() == "method task strict flexible n invalid train s eval s peak MB".split()
     assert lines[3].split() == "ba_lora toy 50.00 75.00 4 1 62 3 700".split()
     assert results_table([]) == "no evaluated run"
+    results[1]["evaluation"]["inheritance"] = {"n": 3, "invalid": 0, "metrics": {"distinct_2": 0.5}}
+    results[1]["evaluation"]["mt_bench"] = {"n": 2, "invalid": 0, "metrics": {"rating": 0.7}, "ratings": {"overall": 7}}
+    lines = results_table(results).splitlines()  # each other metric in a column of its own
+    start = {name: lines[0].index(name) for name in ("task", "strict", "distinct_2", "rating", "n  ")}
+    assert [line[start["task"] :].split()[0] for line in lines[2:]] == ["toy", "inheritance", "mt_bench", "toy"]
+    assert lines[3][start["distinct_2"] :].split()[0] == "50.00" and lines[3][start["strict"] :].split()[0] == "50.00"
+    assert lines[4][start["rating"] :].split()[:2] == ["7.00", "2"]
 
 
 def shell(root, *words, timeout_s=3600):

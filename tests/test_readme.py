@@ -199,6 +199,8 @@ def test_the_toy_table_is_an_extract_of_its_report():
     def shown(method, base, column, decimals):
         cell = cells[method, f"base={base}", column]
         spread = "" if cell["std"] is None else f" ± {cell['std']:.{decimals}f}"
+        lost = sum(failure["status"] == "collapsed" for failure in cell["failures"])
+        spread += f" ({lost} of {cell['planned']} collapsed)" if lost else ""
         return f"{cell['mean']:.{decimals}f}{spread}"
 
     printed = re.findall(r"^\| (clean|noisy) \| ([^|]+) \| (.*) \|$", TEXT, flags=re.M)
@@ -211,37 +213,47 @@ def test_the_toy_table_is_an_extract_of_its_report():
 
 
 def test_what_the_toy_says_is_what_its_comparisons_say():
-    """BA-LoRA (ICLR 2026) against PiSSA, clean and noisy base: differences, intervals, p after Holm."""
+    """BA-LoRA (ICLR 2026) against PiSSA, clean and noisy base: differences and intervals."""
+    comparisons = json.loads(committed_text("results/toy/table.json"))["comparisons"]
     found = {
         (one["column"], one["focus"]["setting"]): one
-        for one in json.loads(committed_text("results/toy/table.json"))["comparisons"]
+        for one in comparisons
         if (one["focus"]["method"], one["other"]["method"]) == ("ba_lora_iclr2026", "pissa")
     }
 
-    def number(key, column, base, decimals, sign="+"):
-        return f"{found[column, f'base={base}'][key]:{sign}.{decimals}f}".replace("-", "−")
-
-    def pair(column, decimals):
-        return " and ".join(number("difference", column, base, decimals) for base in ("clean", "noisy"))
-
-    def interval(column, base, decimals):
-        return " to ".join(number(key, column, base, decimals, sign="") for key in ("low", "high"))
+    def told(column, base, decimals, sign=""):
+        one = found[column, f"base={base}"]
+        numbers = [f"{one['difference']:+.{decimals}f}", *(f"{one[k]:{sign}.{decimals}f}" for k in ("low", "high"))]
+        return "{}, {} to {}".format(*numbers).replace("-", "−")
 
     text = " ".join(TEXT.split())
-    intervals = [interval("ppl_after", base, 2) for base in ("clean", "noisy")]
-    assert f"perplexity {pair('ppl_after', 2)}; 95 % intervals over texts {' and '.join(intervals)})" in text
-    intervals = [interval("distinct_2", base, 1) for base in ("clean", "noisy")]
-    clear = [(column, base) for column in ("ppl_after", "distinct_2") for base in ("clean", "noisy")]
-    shared_p = {number("p_holm", *one, 3, "") for one in clear}
-    assert len(shared_p) == 1
-    distinct = f"distinct-2 {pair('distinct_2', 1)}, {' and '.join(intervals)}), p = {shared_p.pop()} each after Holm"
-    assert f"{distinct} and every seed alike" in text
-    assert all(found[column, f"base={base}"]["is_significant"] for column, base in clear)
+    assert f"perplexity {told('ppl_after', 'clean', 2)}, clean base; {told('ppl_after', 'noisy', 2)}, noisy" in text
+    assert f"distinct-2 {told('distinct_2', 'noisy', 1)}; clean {told('distinct_2', 'clean', 1)}" in text
     by_seed = ", ".join(f"{value:+.2f}".replace("-", "−") for value in found["strict", "base=clean"]["by_seed"])
-    above, below = (number("difference", "strict", base, 2, "").lstrip("−") for base in ("clean", "noisy"))
-    p = number("p_holm", "strict", "clean", 2, "")
-    wanted = f"{above} points above it on the clean base ({interval('strict', 'clean', 1)}, p = {p}; by seed {by_seed})"
-    assert f"{wanted} and {below} below" in text
+    clean, noisy = (told("strict", base, 1).replace(", ", " (") for base in ("clean", "noisy"))
+    assert f"{clean}; by seed {by_seed}) and {noisy})" in text
+    of_2024 = [one for one in comparisons if (one["focus"]["method"], one["other"]["method"]) == ("ba_lora", "pissa")]
+    assert all(one["low"] <= 0 <= one["high"] and abs(one["difference"]) <= 0.5 for one in of_2024)
+    assert len(comparisons) == 72 and not any(one["p"] for one in comparisons)
+
+
+def test_reproduction_opens_with_the_verdict_that_the_report_wrote():
+    """Copied from results/toy/table.md, five lines."""
+    lines = json.loads(committed_text("results/toy/table.json"))["verdict"]
+    opening = (ROOT / "REPRODUCTION.md").read_text(encoding="utf-8").split("## ")[0]
+    assert len(lines) == 5 and [line[2:] for line in opening.splitlines() if line.startswith("- ")] == lines
+    assert committed_text("results/toy/table.md").splitlines()[2:7] == [f"- {line}" for line in lines]
+
+
+def test_what_the_page_on_statistics_says_is_what_was_simulated():
+    lines = json.loads((ROOT / "docs" / "statistics.json").read_text())["lines"]
+    text = (ROOT / "docs" / "statistics.md").read_text(encoding="utf-8")
+    of_4 = [line for line in lines if (line["metric"], line["seed_sd"]) == ("accuracy", 4.0)]
+    for name, key in (("false marks, seeds and items", "false"), ("false marks, items alone", "false_items_alone")):
+        [row] = [line for line in text.splitlines() if line.startswith(f"| {name}")]
+        shown = [float(cell.strip(" %")) for cell in row.split("|")[2:5]]
+        assert shown == pytest.approx([100 * line[key] for line in of_4], abs=0.06)
+    assert max(line["false"] for line in lines) <= 0.06
 
 
 def test_the_price_of_a_step_is_that_of_the_newest_bench_rows():

@@ -8,13 +8,12 @@ import sys
 import pytest
 import yaml
 
-from ba_lora import grid_state
+from ba_lora import grid_state, tables
 from ba_lora.errors import UserError
 from ba_lora.io import write_json_atomic
 from ba_lora.pipeline import UNTUNED
-from ba_lora.tables import load_table
-from eval.report import __main__ as report_main
-from eval.report.__main__ import default_folder, main
+from ba_lora.tables import load_table, report_folder
+from eval.report.__main__ import main
 from eval.report.sources import FailedStage, read_results
 from eval.report.spec import Column, table_spec
 from eval.tasks import get_task
@@ -38,7 +37,7 @@ def table_path(tmp_path):
         "report": {
             "columns": {"seconds": {"decimals": 0}},
             "figures": {
-                "accuracy": {"kind": "bars", "columns": ["strict"]},
+                "accuracy": {"kind": "dots", "columns": ["strict"]},
                 "loss": {"kind": "training", "terms": ["loss"]},
             },
         },
@@ -117,13 +116,13 @@ def test_a_figure_whose_logs_are_not_at_hand_keeps_its_file(table_path, report, 
 def test_a_table_with_other_words_has_another_folder(table_path, monkeypatch, tmp_path, capsys):
     """The report of the table as configured is only ever written for the table as configured."""
     fill(table_path)
-    monkeypatch.setattr(report_main, "RESULTS_PATH", tmp_path / "results")
+    monkeypatch.setattr(tables, "RESULTS_PATH", tmp_path / "results")
     for words, wanted in (([], "two"), (["seeds=[2]"], f"two-{hashlib.sha256(b'seeds=2').hexdigest()[:8]}")):
         monkeypatch.setattr(sys, "argv", ["eval.report", str(table_path), *words])
         assert main() == 0
         assert capsys.readouterr().out.endswith(f"report: {tmp_path / 'results' / wanted}\n")
     assert len(json.loads((tmp_path / "results" / "two" / "table.json").read_text())["runs"]) == 4
-    assert default_folder("two", ["a=1", "b=2"]) == default_folder("two", ["b=2", "a=1"]) != default_folder("two", [])
+    assert report_folder("two", ["a=1", "b=2"]) == report_folder("two", ["b=2", "a=1"]) != report_folder("two", [])
 
 
 def test_the_untuned_model_is_the_same_for_any_seeds(table_path, report, capsys):
@@ -246,12 +245,57 @@ def test_tests_are_not_lost_where_the_grades_are_elsewhere(table_path, report, t
     assert report(table_path) == 0  # there was nothing to lose
     path = tmp_path / "report" / "table.json"
     facts = json.loads(path.read_text())
-    facts["comparisons"][0]["p"] = 0.01
+    facts["comparisons"][0]["num_items"] = 400
     write_json_atomic(path, facts)
     before = path.read_bytes()
-    with pytest.raises(UserError, match="has 1 tests whose grades are not at hand here: bring the runs' outputs along"):
+    with pytest.raises(
+        UserError, match="has 1 comparisons whose grades are not at hand here: bring the runs' outputs along"
+    ):
         report(table_path)
     assert path.read_bytes() == before
+    write_json_atomic(path, facts | {"statistics": "a bootstrap over items"})
+    assert report(table_path) == 0  # tests of another kind are no loss
+
+
+def test_the_report_tells_what_was_declared_before_the_first_run(table_path, report, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tables, "RESULTS_PATH", tmp_path / "results")
+    table = yaml.safe_load(table_path.read_text())
+    table["report"]["primary"] = [{"column": "strict", "focus": "ba_lora", "against": "lora"}]
+    table_path.write_text(yaml.safe_dump(table, sort_keys=False))
+    folder = report_folder("two")
+    grid_state.declare(load_table(table_path), folder)
+    fill(table_path)
+    report(table_path)
+    assert "sha256" in (told := capsys.readouterr().out) and "so are its primary tests" in told
+    table["report"]["primary"][0]["column"] = "seconds"
+    table["columns"]["seconds"]["task"] = "toy"
+    table_path.write_text(yaml.safe_dump(table, sort_keys=False))
+    grid_state.declare(load_table(table_path), folder)  # the record of the first run stays
+    report(table_path)
+    assert "it was changed since; the primary tests were others" in capsys.readouterr().out
+    table["report"]["primary"] = [{"column": "strict", "focus": "lora", "against": "ba_lora"}]
+    table_path.write_text(yaml.safe_dump(table, sort_keys=False))
+    with pytest.raises(
+        UserError, match="report.primary: the table has no comparison of lora against ba_lora in strict"
+    ):
+        report(table_path)
+    (folder / "declared.json").write_text("{}")
+    table_path.write_text(yaml.safe_dump(table | {"report": {}}, sort_keys=False))
+    with pytest.raises(UserError, match="declared.json is damaged"):
+        report(table_path)
+
+
+def test_a_primary_family_has_at_most_five_tests(table_path, report):
+    table = yaml.safe_load(table_path.read_text())
+    table["rows"][0]["settings"] = {f"rank={rank}": [f"adapter.rank={rank}"] for rank in range(1, 7)}
+    entry = {"column": "strict", "focus": "ba_lora", "against": "lora"}
+    table["report"] |= {"primary": [entry], "compare_within": ["base", "setting"]}
+    table_path.write_text(yaml.safe_dump(table, sort_keys=False))
+    with pytest.raises(UserError, match="report.primary: 6 tests, at most 5 are allowed: name a base or a setting"):
+        report(table_path)
+    table["report"]["primary"] = [entry | {"setting": "rank=2"}]
+    table_path.write_text(yaml.safe_dump(table, sort_keys=False))
+    assert table_spec(load_table(table_path)).num_primary == 1
 
 
 def test_a_result_of_another_number_of_processes_is_refused(table_path, report):
@@ -300,7 +344,7 @@ def test_words_that_are_wrong(report, words, message):
 
 def test_a_wrong_report_block_is_told_before_anything_is_read(table_path, report):
     table = yaml.safe_load(table_path.read_text())
-    table["report"]["figures"]["accuracy"]["kind"] = "bar"
+    table["report"]["figures"]["accuracy"]["kind"] = "dot"
     table_path.write_text(yaml.safe_dump(table, sort_keys=False))
-    with pytest.raises(UserError, match="table two: figure accuracy: kind: bar is unknown.*nearest: bars"):
+    with pytest.raises(UserError, match="table two: figure accuracy: kind: dot is unknown.*nearest: dots"):
         report(table_path)

@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -14,6 +15,7 @@ from ba_lora.tables import Row
 from eval.report import figures
 from eval.report.figures import draw, pareto_front
 from eval.report.spec import Column, Figure
+from eval.report.style import styles_of
 from eval.report.table import build_table
 from tests.report_world import SEEDS, World
 
@@ -52,12 +54,17 @@ def overlapping(canvas) -> list[tuple[str, str]]:
     """Return the pairs of texts of a figure (legend, axis labels, tick labels, titles) that lie on each other."""
     renderer = FigureCanvasAgg(canvas).get_renderer()
     canvas.draw(renderer)
-    texts = [*canvas.legends[0].get_texts(), canvas.legends[0].get_title(), canvas._supxlabel]
+    legends = [text for legend in canvas.legends for text in (*legend.get_texts(), legend.get_title())]
+    texts = [text for text in (*legends, canvas._supxlabel, canvas._suptitle) if text is not None]
     for axis in canvas.axes:
         texts += [axis.title, axis.xaxis.label, axis.yaxis.label]
         for ticks in (axis.xaxis, axis.yaxis):
             low, high = sorted(ticks.get_view_interval())
-            texts += [tick.label1 for tick in ticks.get_major_ticks() if low <= tick.get_loc() <= high]
+            texts += [
+                tick.label1
+                for tick in ticks.get_major_ticks()
+                if low <= tick.get_loc() <= high and tick.label1.get_visible()
+            ]
     boxes = [(text, text.get_window_extent(renderer).padded(-1)) for text in texts if text.get_text()]
     assert all(box.x0 > -1 and box.x1 < canvas.bbox.width + 1 for _, box in boxes)  # nothing is cut off
     return [
@@ -67,40 +74,87 @@ def overlapping(canvas) -> list[tuple[str, str]]:
     ]
 
 
-def test_bars_are_means_deviations_and_the_papers_marks(known, canvases):
-    one, files = drawn(known, Figure("a", "bars", ("gsm8k",), caption="Ten items."))
+def test_dots_are_means_with_their_interval_the_seeds_and_the_papers_marks(known, canvases):
+    one, files = drawn(known, Figure("a", "dots", ("gsm8k",), caption="Ten items."))
     assert one.missing is None
     assert one.caption == (
-        "Ten items. n = 2 to 3 seeds. Error bars: standard deviation over seeds. Hollow: the paper (paper, table 1)."
+        "Ten items. n = 2 to 3 seeds. Lines: 95 % confidence interval of the mean over seeds (t), cut at the panel's "
+        "edge; strokes: the seeds. Hollow: the paper (paper, table 1)."
     )
     [axis] = canvases[0].axes
-    assert [bar.get_height() for bar in axis.patches] == pytest.approx([70, 100 / 3, 200 / 3, 200 / 3])
-    assert len({bar.get_hatch() for bar in axis.patches}) == 4
-    segments = [bars.get_segments()[0] for bars in axis.collections]
-    assert [high - low for (_, low), (_, high) in segments] == pytest.approx(
-        [0, 2 * 5.7735027, 2 * 5.7735027, 2 * 5.7735027]
+    assert [text.get_text() for text in axis.get_yticklabels()] == ["Full FT", "lora", "PiSSA", "BA-LoRA"]
+    intervals = [line for line in axis.lines if line.get_linestyle() == "-"]
+    half = 4.30265 * 5.7735027 / 3**0.5  # t of 2 degrees of freedom
+    assert [np.ptp(line.get_xdata()) for line in intervals] == pytest.approx(
+        [0, 2 * half, 2 * half, 2 * half], rel=1e-4
     )
+    means = [line for line in axis.lines if line.get_marker() in "osv^"]
+    assert [line.get_xdata()[0] for line in means] == pytest.approx([70, 100 / 3, 200 / 3, 200 / 3])
+    assert len({line.get_marker() for line in means}) == len({line.get_color() for line in means}) == 4
+    seeds = [list(line.get_xdata()) for line in axis.lines if line.get_marker() == "|"]
+    assert seeds[1] == [30, 30, 40]
     marks = [line for line in axis.lines if line.get_marker() == "D"]
-    assert [mark.get_ydata()[0] for mark in marks] == [34.33, 66.17]
+    assert [mark.get_xdata()[0] for mark in marks] == [34.33, 66.17]
     assert {mark.get_markerfacecolor() for mark in marks} == {"none"}
-    assert axis.get_ylim()[0] == 0  # a bar's length is its value
+    low, high = axis.get_xlim()
+    assert low < 30 and 70 < high < 80  # wide intervals do not set the scale
 
 
-def test_a_bar_of_zero_is_told_from_none(known, canvases):
-    for seed in SEEDS:
-        known.add("lora", seed, grades=[0.0] * 10)
-    drawn(known, Figure("a", "bars", ("gsm8k",)))
+def test_a_method_looks_the_same_in_all_figures(known, canvases):
+    """Whatever else a figure shows, and in whatever order."""
+    drawn(known, Figure("a", "scatter", ("gsm8k",), x="hours"))
+    drawn(known, Figure("a", "scatter", ("gsm8k",), x="hours", methods=("ba_lora", "lora")))
+    drawn(known, Figure("a", "dots", ("gsm8k",), methods=("ba_lora", "pissa", "lora")))
+    looks = []
+    for canvas in canvases:
+        found = {}
+        for line in canvas.axes[0].lines:
+            if line.get_marker() in "osv^" and len(line.get_xdata()) == 1:
+                found[round(float(max(line.get_xdata()[0], line.get_ydata()[0])), 3)] = (
+                    line.get_marker(), line.get_color(),
+                )  # fmt: skip
+        looks.append(found)
+    assert looks[0][33.333] == looks[1][33.333] == ("o", "#0072B2")
+    names = [("lora",), ("mine",), ("pissa",), ("ba_lora",)]
+    styles = styles_of(names)
+    assert styles[("lora",)] == styles_of(names[::-1])[("lora",)] and len(set(styles.values())) == 4
+
+
+def test_rows_on_one_point_are_said_to_be(known, canvases):
+    """PiSSA and BA-LoRA are alike in the known table; LoRA is not."""
+    one, _ = drawn(known, Figure("a", "scatter", ("gsm8k",), x="hours", methods=("lora", "pissa", "ba_lora")))
+    assert one.caption.endswith("Rows on one point, drawn as the first of them: PiSSA, BA-LoRA.")
     [axis] = canvases[0].axes
-    assert [text.get_text() for text in axis.texts] == ["0"] and axis.texts[0].xy == (1, 0)
+    assert [text.get_text() for text in axis.texts] == ["2×"]
+    assert [text.get_text() for text in canvases[0].legends[0].get_texts()][:2] == ["lora", "PiSSA"]
+    for method, offset in (("lora", 0.0), ("pissa", 5.0), ("ba_lora", 5.01)):
+        steps = [{"step": step, "loss": step + offset} for step in (10, 20, 30)]
+        write_jsonl_atomic(known.run(method, 1).run_path / "log.jsonl", steps)
+    one, _ = drawn(known, Figure("a", "training", terms=("loss",), methods=("lora", "pissa", "ba_lora")))
+    assert "Curves on each other: loss, PiSSA, BA-LoRA." in one.caption
+
+
+def test_a_row_that_stands_alone_is_left_out(known, canvases):
+    """Such as a repetition of one method by another engine, in a block of its own."""
+    for seed in SEEDS:
+        known.add("ba_lora", seed, setting="vLLM")
+        for method in ("lora", "ba_lora"):
+            known.add(method, seed, setting="hf")
+    rows = (Row("tiny", "lora", "hf"), Row("tiny", "ba_lora", "hf"), Row("tiny", "ba_lora", "vLLM"))
+    columns = (Column("gsm8k", "GSM8K", task="gsm8k", metric="strict"),)
+    runs = {(row, "gsm8k"): tuple(known.run(row.method, seed, setting=row.setting) for seed in SEEDS) for row in rows}
+    parts = {"rows": rows, "columns": columns, "runs": runs, "compare_within": ("base", "setting"), "paper": ()}
+    drawn(known, Figure("a", "dots", ("gsm8k",)), **parts)
+    assert [axis.get_title() for axis in canvases[0].axes] == ["tiny, hf"]
 
 
 def test_png_and_pdf_are_whole_and_repeatable(known, tmp_path):
-    _, files = drawn(known, Figure("a", "bars", ("gsm8k", "hours")))
+    _, files = drawn(known, Figure("a", "dots", ("gsm8k", "hours")))
     (tmp_path / "a.png").write_bytes(files["png"])
     with Image.open(tmp_path / "a.png") as image:
         assert image.width > 800 and len(set(image.convert("L").getdata())) > 10
     assert files["pdf"].startswith(b"%PDF") and b"/Type3" not in files["pdf"] and b"/FontFile2" in files["pdf"]
-    assert drawn(known, Figure("a", "bars", ("gsm8k", "hours")))[1] == files
+    assert drawn(known, Figure("a", "dots", ("gsm8k", "hours")))[1] == files
 
 
 def test_lines_over_the_setting_with_a_level_for_what_has_none(known, canvases):
@@ -122,7 +176,7 @@ def test_lines_over_the_setting_with_a_level_for_what_has_none(known, canvases):
     assert [line.get_ydata()[0] for line in curves] == pytest.approx([100 / 3, 200 / 3])
     assert len({line.get_marker() for line in curves}) == len({line.get_linestyle() for line in curves}) == 2
     assert any(list(line.get_ydata()) == [70, 70] for line in axis.lines)  # full fine-tuning
-    assert [handle.get_marker() for handle in canvases[0].legends[0].legend_handles] == ["o", "s", ""]
+    assert [handle.get_marker() for handle in canvases[0].legends[0].legend_handles] == ["o", "^", ""]
     assert not overlapping(canvases[0])
 
 
@@ -289,15 +343,14 @@ def test_what_cannot_be_drawn_says_why(tmp_path, known):
     one, files = drawn(known, Figure("a", "training", terms=("loss",)))
     assert (one.missing, files) == ("no run's log.jsonl is at hand", {})
     assert drawn(known, Figure("a", "features"))[0].missing == "no run's features are at hand"
-    one, files = drawn(known, Figure("a", "bars", ("gsm8k",), methods=("loha",)))
+    one, files = drawn(known, Figure("a", "dots", ("gsm8k",), methods=("loha",)))
     assert (one.missing, files) == ("no row has a value yet", {})
 
 
 @pytest.mark.parametrize(
     "figure",
     [
-        Figure("a", "bars", ("gsm8k", "average", "hours")),
-        Figure("a", "bars", ("gsm8k", "hours"), x="method"),
+        Figure("a", "dots", ("gsm8k", "average", "hours")),
         Figure("a", "scatter", ("gsm8k", "average"), x="hours", title="A title that is long enough to be broken " * 3),
     ],
 )

@@ -4,28 +4,38 @@ import csv
 import dataclasses
 import io
 import json
+from pathlib import Path
 
 import pytest
 
+from ba_lora.config_layers import load_config
 from ba_lora.errors import UserError
 from ba_lora.io import write_jsonl_atomic
 from ba_lora.pipeline import UNTUNED
 from ba_lora.tables import Row
 from eval.report.comparisons import planned_comparisons
-from eval.report.render import to_csv, to_json, to_markdown
+from eval.report.declared import Collapse, Primary, as_declared
+from eval.report.render import escape_markdown, to_csv, to_json, to_markdown
 from eval.report.settings import NEVER_ALLOWED, SETTINGS
-from eval.report.sheets import letter, number, probability, signed
-from eval.report.sources import read_paper
-from eval.report.spec import Column, Items, metric_value, parse_report, setting_value, why_missing
+from eval.report.sheets import legend, letter, number, probability, signed
+from eval.report.sources import Sources, read_paper
+from eval.report.spec import Column, Items, PlannedRun, metric_value, parse_report, setting_value, why_missing
+from eval.report.table import build_table
 from tests.report_world import SEEDS, World, build
 
 WHOLE = """\
 # A known table
 
+- Evidence: 15 of 18 runs, 2 to 3 seeds a method, so no test (it takes 5), only 95 % intervals over seeds and items.
+- Ahead by an uncorrected interval: 2 of 6 comparisons (BA-LoRA over lora in GSM8K (+33.33), Average (+17.2)).
+- Behind by an uncorrected interval: none of 6 comparisons.
+- Open: 4 of 6 comparisons, all 2 of BA-LoRA against Full FT, all 2 of BA-LoRA against PiSSA.
+- Best GSM8K: Full FT 70.00.
+
 | model | method | GSM8K (%) ↑: ours (n) | paper | Δ | Average ↑: ours (n) | time (h) ↓: ours (n) | paper | Δ |
 | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
 | tiny | Full FT | **70.00 ± 0.00 (2)**<sup>a</sup> |  |  | **36.5 ± 0.0 (2)**<sup>a</sup> \
-| *3.0 ± 0.0 (2)*<sup>a</sup> | > 24.0 |  |
+| *3.0 ± 0.0 (2)*<sup>a</sup> | &gt; 24.0 |  |
 | tiny | lora | 33.33 ± 5.77 (3) | 34.33 ± 0.50 | −1.00 | 17.7 ± 2.9 (3) | **2.0 ± 0.0 (3)** |  |  |
 | tiny | dora | failed<sup>b</sup> |  |  | failed<sup>b</sup> | failed<sup>b</sup> |  |  |
 | tiny | loha |  |  |  |  |  |  |  |
@@ -45,23 +55,22 @@ meanwhile is not recorded.
 
 ## Comparisons
 
-| column | rows | against | difference | by seed | 95 % interval | p | p (Holm) | items |
+| column | rows | against | difference | by seed | 95 % interval | p | p, corrected | items |
 | --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |
-| GSM8K | tiny, BA-LoRA | tiny, Full FT | −3.33 | 1: 0.00, 2: 0.00 | other seeds |  |  |  |
-| GSM8K | tiny, BA-LoRA | tiny, lora | +33.33 | 1: +40.00, 2: +40.00, 3: +20.00 | +33.33 … +33.33 | 0.0002 \
-| **0.0004** | 10 |
-| GSM8K | tiny, BA-LoRA | tiny, PiSSA | 0.00 | 1: 0.00, 2: 0.00, 3: 0.00 | 0.00 … 0.00 | 1.000 | 1.000 | 10 |
-| Average | tiny, BA-LoRA | tiny, Full FT | −1.7 | 1: 0.0, 2: 0.0 | other seeds |  |  |  |
-| Average | tiny, BA-LoRA | tiny, lora | +17.2 | 1: +20.5, 2: +20.5, 3: +10.5 | time: no mean over items |  |  |  |
-| Average | tiny, BA-LoRA | tiny, PiSSA | 0.0 | 1: 0.0, 2: 0.0, 3: 0.0 | time: no mean over items |  |  |  |
+| GSM8K | tiny, BA-LoRA | tiny, Full FT | −3.33 | 1: 0.00, 2: 0.00 | −107.08 … +100.41 |  |  | 10 |
+| GSM8K | tiny, BA-LoRA | tiny, lora | +33.33 | 1: +40.00, 2: +40.00, 3: +20.00 | +33.33 … +33.33 |  |  | 10 |
+| GSM8K | tiny, BA-LoRA | tiny, PiSSA | 0.00 | 1: 0.00, 2: 0.00, 3: 0.00 | 0.00 … 0.00 |  |  | 10 |
+| Average | tiny, BA-LoRA | tiny, Full FT | −1.7 | 1: 0.0, 2: 0.0 | −8.8 … +5.5 (time: no mean over items) \
+|  |  |  |
+| Average | tiny, BA-LoRA | tiny, lora | +17.2 | 1: +20.5, 2: +20.5, 3: +10.5 \
+| +10.6 … +23.7 (time: no mean over items) |  |  |  |
+| Average | tiny, BA-LoRA | tiny, PiSSA | 0.0 | 1: 0.0, 2: 0.0, 3: 0.0 \
+| −6.5 … +6.5 (time: no mean over items) |  |  |  |
 
-Difference of the means over seeds, rows − against; by seed: of the two runs with that seed. Interval and p: paired \
-bootstrap over test items (10,000 resamples): both rows are measured on the same draw, each with its mean over seeds; \
-of a mean of columns each test set is drawn by itself. They tell how far the difference of these very models would \
-move on other items, and nothing of another seed: methods that differ by the seeds' noise alone fall below 0.05 far \
-more often than in 5 % of cases. Holm: corrected over the 2 tests of this table. Bold: below 0.05, and the same sign \
-with every seed, which three seeds of methods that are alike have in a quarter of cases; never with one seed, whose \
-sign nothing confirms. No p is below 0.0002, no corrected one below 0.0004. A test that could not be made says why.
+Difference of the means over seeds, rows − against; by seed: of the two runs with that seed. Interval and p: a t-test \
+with seeds and items both as random effects (docs/statistics.md). They tell how far the difference would move with \
+other seeds and other test items. Where a reason stands in brackets the items are not known: the interval is over \
+seeds alone (Welch), and says nothing of other items. With fewer than 5 seeds there are intervals and no tests.
 
 ## Also reported by the paper
 
@@ -100,8 +109,10 @@ def test_csv_and_json_say_the_same(known):
 
     plain = json.loads(json.dumps(to_json(table), allow_nan=False))
     assert len(plain["cells"]) == len(lines) == 18
-    holm = {one["other"]["method"]: one["p_holm"] for one in plain["comparisons"] if one["column"] == "gsm8k"}
-    assert holm == {"full_ft": None, "lora": pytest.approx(4 / 10001), "pissa": 1.0}
+    compared = {one["other"]["method"]: one for one in plain["comparisons"] if one["column"] == "gsm8k"}
+    assert [compared[name]["num_items"] for name in ("full_ft", "lora", "pissa")] == [10, 10, 10]
+    assert compared["lora"]["untested"] == "3 seeds, 5 are needed" and compared["lora"]["p"] is None
+    assert plain["verdict"][0].startswith("Evidence: 15 of 18 runs") and len(plain["verdict"]) == 5
     assert len(plain["runs"]) == 15 and all(len(run["result_sha256"]) == 64 for run in plain["runs"])
     assert plain["also_reported"][0]["value"]["mean"] == 12.5
 
@@ -148,29 +159,120 @@ def test_a_table_can_name_what_it_compares(world, pairs, tested):
     assert planned == tested
 
 
+def five_seeds(world, solved_by, **changes):
+    """Build a table of methods with five seeds; solved_by: method → how many of 20 items each seed solves."""
+    rows = tuple(Row("tiny", method) for method in solved_by)
+    runs = {
+        (row, "gsm8k"): tuple(
+            world.add(row.method, seed, grades=[float((item + 7 * seed) % 20 < count) for item in range(20)])
+            for seed, count in enumerate(solved_by[row.method])
+        )
+        for row in rows
+    }
+    column = Column("gsm8k", "GSM8K", task="gsm8k", metric="strict")
+    return build(world, **{"rows": rows, "columns": (column,), "runs": runs, "paper": ()} | changes)
+
+
+def test_with_five_seeds_there_are_tests_and_their_corrected_p_is_marked(world):
+    solved = {"lora": (3, 4, 3, 4, 3), "pissa": (16, 17, 18, 17, 16), "ba_lora": (17, 18, 17, 16, 18)}
+    table = five_seeds(world, solved)
+    found = {one.other.method: one for one in table.comparisons}
+    assert found["lora"].is_significant and found["lora"].sign == 1 and found["lora"].untested is None
+    assert not found["pissa"].is_significant and found["pissa"].sign == 0
+    ps = [found[name].p for name in ("lora", "pissa")]
+    assert [found[name].p_adjusted for name in ("lora", "pissa")] == pytest.approx([2 * ps[0], ps[1]])
+    text = to_markdown(table)
+    shown = probability(found["lora"].p_adjusted).replace("<", "&lt;")
+    assert f"**{shown}**" in text and "2 exploratory tests, corrected by Benjamini and Hochberg" in text
+    assert "Ahead by a corrected test: 1 of 2 comparisons (BA-LoRA over lora in GSM8K (+69.00))." in text
+    four = {method: counts[:4] for method, counts in solved.items()}
+    assert all(one.p is None and one.untested == "4 seeds, 5 are needed" for one in five_seeds(world, four).comparisons)
+
+
+def test_primary_tests_have_a_correction_of_their_own(world):
+    """Holm over all that were declared, also those that cannot be made yet; the others are exploratory."""
+    solved = {"lora": (12, 15, 10, 14, 11), "pissa": (15, 17, 14, 17, 16), "ba_lora": (17, 18, 17, 16, 18)}
+    primary = (Primary("gsm8k", "ba_lora", "lora"),)
+    table = five_seeds(world, solved, primary=primary, num_primary=3)
+    found = {one.other.method: one for one in table.comparisons}
+    assert [found[name].family for name in ("lora", "pissa")] == ["primary", "exploratory"]
+    assert found["lora"].p_adjusted == pytest.approx(3 * found["lora"].p)
+    assert found["pissa"].p_adjusted == pytest.approx(found["pissa"].p)
+    text = to_markdown(table)
+    assert "1 primary tests, corrected by Holm over 3; 1 exploratory tests" in text
+    assert text.index("| GSM8K (primary) | tiny, BA-LoRA | tiny, lora") < text.index("| GSM8K | tiny, BA-LoRA")
+
+
+def test_runs_of_one_seed_are_pairs_only_where_that_is_declared(world):
+    """A seed that moves both alike cancels in pairs; what the seed moves must be the same in both."""
+    solved = {"lora": (2, 6, 10, 14, 18), "ba_lora": (4, 8, 12, 16, 20)}
+    unpaired, paired = (five_seeds(world, solved, paired=paired).comparisons[0] for paired in (False, True))
+    assert unpaired.difference == paired.difference == 10.0
+    assert unpaired.sign == 0 and paired.sign == 1 and paired.high - paired.low < (unpaired.high - unpaired.low) / 3
+    lora, pissa, again = (
+        PlannedRun(method, 1, Path(f"{method}.json"), Path(method), load_config("configs/nlg/toy.yaml", method=method))
+        for method in ("lora", "pissa", "ba_lora")
+    )
+    rows = [Row("tiny", method) for method in ("lora", "pissa", "ba_lora")]
+    runs = {(row, "gsm8k"): (run,) for row, run in zip(rows, (lora, pissa, again), strict=True)}
+    spec = world.spec(rows=tuple(rows), runs=runs, paired=True)
+    assert [spec.is_paired(rows[2], other) for other in rows] == [False, True, True]
+    line = (
+        "The seed moves: order of the rows, initialisation of the adapter (lora); order of the rows (PiSSA, BA-LoRA)."
+    )
+    assert any(text.startswith(line) for text in legend(build_table(spec, Sources({}))))
+
+
+def test_collapsed_runs_are_counted_beside_the_mean_of_the_others(known):
+    """LoRA's third run solves 4 of 10, the others 3: with a bound of 35 two of three have collapsed."""
+    rule = Collapse("gsm8k", below=35, columns=("gsm8k",))
+    table = build(known, collapsed=rule)
+    cell = table.cells[Row("tiny", "lora"), "gsm8k"]
+    assert (cell.values, cell.seeds, cell.num_collapsed, cell.num_planned) == ((40.0,), (3,), 2, 3)
+    assert [table.footnotes[note] for note in cell.notes] == ["2 of 3 runs collapsed: GSM8K below 35"]
+    text = to_markdown(table)
+    assert "| tiny | lora | 40.00 (1; 2 of 3 collapsed)<sup>b</sup> |" in text
+    assert "Collapsed: runs whose GSM8K is below 35." in text and "Collapsed runs: 2 of 3 lora." in text
+    assert table.cells[Row("tiny", "lora"), "hours"].seeds == SEEDS  # a column that the rule does not name
+    [against_lora] = [one for one in table.comparisons if (one.column, one.other.method) == ("gsm8k", "lora")]
+    assert (against_lora.untested, against_lora.low) == ("a single seed", None)
+    table = build(known, collapsed=Collapse("gsm8k", above=99))
+    assert not any(cell.num_collapsed for cell in table.cells.values())
+    table = build(known, collapsed=Collapse("gsm8k", below=99, columns=("gsm8k",)))
+    assert table.cells[Row("tiny", "lora"), "gsm8k"].status == "collapsed"
+
+
+RECORD = {"sha256": "s1", "primary": [], "num_results": 0, "declared_at": "2026-01-01T00:00:00+00:00"}
+
+
 @pytest.mark.parametrize(
-    ("solved_by_seed", "by_seed", "significant"),
+    ("record", "told", "is_primary"),
     [
-        ((9, 4, 7), (60.0, 10.0, 40.0), True),
-        ((10, 2, 10), (70.0, -10.0, 70.0), False),  # one seed has the other sign
-        ((10, 3, 10), (70.0, 0.0, 70.0), False),  # or none
-        ((10,), (70.0,), False),  # nothing confirms the sign of a single seed
+        (None, "what it was when the first run started is not recorded; its primary tests count as exploratory", False),
+        ({}, "the same as when the first run started (2026-01-01T00:00:00+00:00); so are its primary tests", True),
+        ({"sha256": "s0"}, "s0 when the first run started (2026-01-01T00:00:00+00:00): it was changed since", True),
+        ({"num_results": 3}, "3 results were there before: no test is primary", False),
+        ({"primary": []}, "the primary tests were others: all tests count as exploratory", False),
     ],
 )
-def test_a_difference_is_marked_only_where_every_seed_has_its_sign(world, solved_by_seed, by_seed, significant):
-    """p is as small as it can be in every case: over items the mean of these models differs for sure."""
-    seeds = SEEDS[: len(solved_by_seed)]
-    rows = (Row("tiny", "lora"), Row("tiny", "ba_lora"))
-    for seed, number_solved in zip(seeds, solved_by_seed, strict=True):
-        world.add("lora", seed, grades=[float(item < 3) for item in range(10)])
-        world.add("ba_lora", seed, grades=[float(item < number_solved) for item in range(10)])
-    column = Column("gsm8k", "GSM8K", task="gsm8k", metric="strict")
-    runs = {(row, "gsm8k"): tuple(world.run(row.method, seed) for seed in seeds) for row in rows}
-    table = build(world, rows=rows, columns=(column,), runs=runs)
-    [one] = table.comparisons
-    assert (one.seeds, one.by_seed) == (seeds, pytest.approx(by_seed)) and one.p_holm < 0.05
-    assert one.is_significant == significant == to_json(table)["comparisons"][0]["is_significant"]
-    assert (f"**{probability(one.p_holm)}**" in to_markdown(table)) == significant
+def test_a_family_counts_only_as_it_was_before_the_first_run(world, record, told, is_primary):
+    primary = (Primary("gsm8k", "ba_lora", "lora"),)
+    spec = world.spec(primary=primary, num_primary=1, sha256="s1")
+    declared = None if record is None else RECORD | {"primary": [primary[0].as_entry()]} | record
+    found, sentence = as_declared(spec, declared)
+    assert told in sentence and sentence.startswith("The table's file has the sha256 s1")
+    assert (found.primary, found.num_primary) == ((primary, 1) if is_primary else ((), 0))
+
+
+def test_no_html_no_link_and_no_new_line_comes_into_the_markdown(known):
+    """From labels, notes, errors and the paper's file alike."""
+    bad = "<img src=x onerror=alert(1)>[a](javascript:b)|\n# c"
+    known.edit(known.run("dora", 1), error=bad)
+    labels = {"lora": bad, "gsm8k": bad, "tiny": bad}
+    text = to_markdown(build(known, labels=labels, title=bad, note=bad, source=bad))
+    assert "<img" not in text and "](javascript" not in text and "\n# c" not in text
+    assert text.count("&lt;img") > 10
+    assert escape_markdown("a < b & c | d") == "a &lt; b &amp; c \\| d"
 
 
 def test_settings_are_blocks_of_their_own(world):
@@ -231,6 +333,23 @@ def test_a_setting_that_differs_is_refused_or_footnoted(known, name, path, value
     assert any(table.footnotes[note].startswith(f"{name}: ") for note in cell.notes)
     others = [table.cells[Row("tiny", method), "gsm8k"] for method in ("pissa", "ba_lora")]
     assert not any(cell.notes for cell in others)
+
+
+def test_scores_of_the_same_first_items_stand_side_by_side_with_a_footnote(known):
+    """All runs have one eval.limit; where one has another, or none, the table is refused."""
+    partial = {"evaluation/gsm8k/partial": True, "evaluation/gsm8k/num_missing": 5}
+    finished = [run for run in known.spec().all_runs() if run.result_path.is_file()]
+    finished = [run for run in finished if json.loads(run.result_path.read_text())["evaluation"]]
+    for run in finished:
+        known.edit(run, **partial, **{"config/eval": {"limit": 10}})
+    table = build(known)
+    assert "partial: the first 10 items (eval.limit), 5 left out" in table.footnotes
+    known.edit(finished[0], **{"config/eval": {"limit": 11}})
+    with pytest.raises(UserError, match="gsm8k is partial: the first 1. items"):
+        build(known)
+    known.edit(finished[0], **{"config/eval": {"limit": 10}, "evaluation/gsm8k/num_missing": 6})  # one more is gone
+    with pytest.raises(UserError, match="gsm8k is partial"):
+        build(known)
 
 
 def test_every_setting_is_tried_above():
@@ -313,8 +432,9 @@ def test_a_test_without_fit_grades_is_blank_and_says_why(known, change):
             rows[0]["metrics"]["strict"] = 1.0 - rows[0]["metrics"]["strict"]
         write_jsonl_atomic(grades, rows)
     tests = {one.other.method: one for one in build(known).comparisons if one.column == "gsm8k"}
-    assert (tests["lora"].untested, tests["lora"].p, tests["lora"].p_holm) == (wanted, None, None)
-    assert tests["pissa"].p_holm == 1.0  # and Holm counts the tests that were made
+    assert (tests["lora"].untested, tests["lora"].num_items, tests["lora"].p) == (wanted, None, None)
+    assert tests["lora"].low < tests["lora"].difference < tests["lora"].high  # over the seeds
+    assert tests["pissa"].num_items == 10
 
 
 def test_several_samples_of_an_item_are_averaged(known):
@@ -357,8 +477,8 @@ def test_a_group_of_items_is_tested_by_its_own_grades(known):
     table = build(known, rows=rows, columns=(column,), runs=runs)
     assert table.cells[rows[0], "rare"].mean == pytest.approx(100 * (1 + 1 + 2) / 12)
     [test] = table.comparisons
-    assert (test.untested, test.num_items, len(test.seeds)) == (None, 4, 3)
-    assert (test.difference, test.low, test.high) == pytest.approx((100 / 3, 100 / 3, 100 / 3))
+    assert (test.untested, test.num_items, len(test.seeds)) == ("3 seeds, 5 are needed", 4, 3)
+    assert test.difference == pytest.approx(100 / 3)
     known.add("lora", 2, **{"evaluation/gsm8k/groups": {"family": families}})  # grades without groups
     assert build(known, rows=rows, columns=(column,), runs=runs).comparisons[0].untested == "no grades at hand"
 
@@ -551,12 +671,12 @@ def test_report_blocks_are_checked():
     columns = [Column("gsm8k", "GSM8K")]
     good = {
         "columns": {"gsm8k": {"scale": "1e-6", "decimals": 0, "allow": ["engine"]}},
-        "figures": {"a": {"kind": "bars", "columns": ["gsm8k"]}},
+        "figures": {"a": {"kind": "dots", "columns": ["gsm8k"]}},
     }
     values = parse_report(good, rows=ROWS, columns=columns, source="t")
     assert (values["columns"][0].scale, values["columns"][0].decimals) == (1e-6, 0)
     assert values["columns"][0].allow == ("engine",)
-    assert values["figures"][0].kind == "bars"
+    assert values["figures"][0].kind == "dots"
     wrong = {
         "unknown key colums": {"colums": {}},
         "nearest: gsm8k": {"columns": {"gsm8": {}}},
@@ -568,12 +688,20 @@ def test_report_blocks_are_checked():
         "must be a list of words": {"allow": "dtype"},
         "pie is unknown": {"figures": {"a": {"kind": "pie"}}},
         "needs columns and x": {"figures": {"a": {"kind": "lines"}}},
-        "figure a: unknown key colour": {"figures": {"a": {"kind": "bars", "columns": ["gsm8k"], "colour": "red"}}},
-        "gsm9k is unknown": {"figures": {"a": {"kind": "bars", "columns": ["gsm9k"]}}},
+        "figure a: unknown key colour": {"figures": {"a": {"kind": "dots", "columns": ["gsm8k"], "colour": "red"}}},
+        "primary must be a list of tests": {"primary": {"column": "gsm8k"}},
+        "primary: focus and against is missing in": {"primary": [{"column": "gsm8k"}]},
+        "primary: gsm9k is unknown": {"primary": [{"column": "gsm9k", "focus": "lora", "against": "ba_lora"}]},
+        "primary: dora is unknown": {"primary": [{"column": "gsm8k", "focus": "dora", "against": "ba_lora"}]},
+        "paired must be true or false": {"paired": "yes please"},
+        "collapsed: column, and below or above are needed": {"collapsed": {"column": "gsm8k"}},
+        "collapsed: below must be a number": {"collapsed": {"column": "gsm8k", "below": "low"}},
+        "name becomes a file's": {"figures": {"../a": {"kind": "dots", "columns": ["gsm8k"]}}},
+        "gsm9k is unknown": {"figures": {"a": {"kind": "dots", "columns": ["gsm9k"]}}},
         "figure a: terms: svdd is unknown.*nearest: svd": {
             "figures": {"a": {"kind": "training", "terms": ["loss (nats)", "svdd"]}}
         },
-        "must be a mapping": {"figures": ["bars"]},
+        "must be a mapping": {"figures": ["dots"]},
         r"compare must be a list of pairs, \[\[a, b\], …\], found \['lora'\]": {"compare": ["lora"]},
         "compare: lorra is unknown.*nearest: lora": {"compare": [["ba_lora", "lorra"]]},
         "compare: lora is unknown: choose one of rank=1, rank=2": {"compare": [["rank=1", "lora"]]},

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -234,3 +235,14 @@ def test_every_import_is_pinned() -> None:
         assert any(normal(candidate) in pinned for candidate in candidates), (
             f"{imports[name]} imports {name}, which no requirements file pins"
         )
+
+
+def test_the_installed_folder_has_every_package_that_a_command_needs() -> None:
+    """After `pip install -e .` python -m eval.score works from any folder."""
+    from setuptools import find_packages
+
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]["find"]
+    found = set(find_packages(str(ROOT), include=settings["include"]))
+    wanted = {path.parent for top in ("ba_lora", "data", "eval") for path in (ROOT / top).rglob("__init__.py")}
+    assert {".".join(path.relative_to(ROOT).parts) for path in wanted} <= found
+    assert not any(name.startswith("tests") for name in found)

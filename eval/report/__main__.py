@@ -13,28 +13,25 @@ allow=engine,dtype admits results whose settings differ, footnoted; see eval/rep
 
 import argparse
 import dataclasses
-import hashlib
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ba_lora.config import PROJECT_ROOT, user_folder
+from ba_lora.config import user_folder
 from ba_lora.config_checks import check_place
 from ba_lora.errors import CommandParser, UserError, run_entry_point
+from ba_lora.grid_state import read_declaration
 from ba_lora.io import read_object, write_bytes_atomic, write_json_atomic, write_text_atomic
-from ba_lora.tables import find_table, load_table
+from ba_lora.tables import find_table, load_table, report_folder
 from eval.report.figures import draw
-from eval.report.paired import NO_GRADES
 from eval.report.render import to_csv, to_json, to_latex, to_markdown
 from eval.report.settings import check_allowed
 from eval.report.sheets import Drawn
 from eval.report.sources import Sources, read_failures, read_paper, read_results
 from eval.report.spec import TableSpec, table_spec
 from eval.report.table import ReportTable, build_table
-
-RESULTS_PATH = PROJECT_ROOT / "results"
 
 
 def main() -> int:
@@ -61,16 +58,18 @@ def main() -> int:
     seeds = _seeds(own["seeds"]) if "seeds" in own else None
     spec = table_spec(load_table(find_table(options.table), overrides=overrides, seeds=seeds))
     made_with = [*overrides, *([f"seeds={','.join(map(str, seeds))}"] if seeds else [])]
-    folder = chosen or default_folder(spec.name, made_with)
-    check_place(folder, "output")
-    sources = read_sources(spec, command=" ".join(["sh scripts/reproduce.sh", options.table, *made_with]))
+    folder = report_folder(spec.name, made_with)
+    output = chosen or folder
+    check_place(output, "output")
+    command = " ".join(["sh scripts/reproduce.sh", options.table, *made_with])
+    sources = read_sources(spec, command=command, declared=read_declaration(folder))
     table = build_table(spec, sources, allow=allow)
-    figures = write_report(table, sources, folder)
+    figures = write_report(table, sources, output)
     for figure in figures:
         if figure.missing:
             print(f"note: figure {figure.name} is not drawn: {figure.missing}", file=sys.stderr)
-    print((folder / "table.md").read_text(encoding="utf-8"))
-    print(f"report: {folder}")
+    print((output / "table.md").read_text(encoding="utf-8"))
+    print(f"report: {output}")
     return 0
 
 
@@ -81,21 +80,13 @@ def _seeds(text: str) -> tuple[int, ...]:
     return tuple(int(word) for word in words)
 
 
-def default_folder(name: str, words: Sequence[str]) -> Path:
-    """Return where the report of a table goes that was made with these seeds and key=value, in any order."""
-    if not words:
-        return RESULTS_PATH / name
-    digest = hashlib.sha256("\n".join(sorted(words)).encode()).hexdigest()[:8]
-    return RESULTS_PATH / f"{name}-{digest}"
-
-
-def read_sources(spec: TableSpec, *, command: str) -> Sources:
+def read_sources(spec: TableSpec, *, command: str, declared: Mapping[str, Any] | None = None) -> Sources:
     """Read the results and the paper's numbers. Raises UserError, naming `command`, where no run has a result."""
     runs = spec.all_runs()
     results, hashes = read_results(runs)
     if not results:
         raise UserError(f"table {spec.name} has no result yet: make them with: {command}")
-    return Sources(results, read_paper(spec.paper, renamed=spec.names), hashes, read_failures(runs))
+    return Sources(results, read_paper(spec.paper, renamed=spec.names), hashes, read_failures(runs), declared)
 
 
 def write_report(table: ReportTable, sources: Sources, folder: Path) -> list[Drawn]:
@@ -127,19 +118,19 @@ def _with_earlier(figure: Drawn, folder: Path) -> Drawn:
 
 
 def _refuse_lost_tests(facts: Mapping[str, Any], path: Path) -> None:
-    """Raise UserError where comparisons that the earlier report has tested have no grades any more."""
+    """Raise UserError where comparisons whose items the earlier report knew have no grades any more."""
 
     def chosen(report: Mapping[str, Any], found: Callable[[Any], bool]) -> set[str]:
         return {json.dumps([c["column"], c["focus"], c["other"]]) for c in report["comparisons"] if found(c)}
 
     earlier = read_object(path)
-    if earlier is None:
+    if earlier is None or earlier.get("statistics") != facts["statistics"]:  # tests of another kind are no loss
         return
-    lost = chosen(earlier, lambda c: c["p"] is not None) & chosen(facts, lambda c: c["untested"] == NO_GRADES)
+    lost = chosen(earlier, lambda c: c["num_items"] is not None) & chosen(facts, lambda c: c["num_items"] is None)
     if lost:
         raise UserError(
-            f"{path} has {len(lost)} tests whose grades are not at hand here: bring the runs' outputs along, or write "
-            "elsewhere with output=DIR"
+            f"{path} has {len(lost)} comparisons whose grades are not at hand here: bring the runs' outputs along, or "
+            "write elsewhere with output=DIR"
         )
 
 

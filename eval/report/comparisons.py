@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ba_lora.tables import Row
-from eval.report.paired import PairedTests, Untested
+from eval.report.paired import PairedTests
 from eval.report.sources import Sources
 from eval.report.spec import Column, TableSpec
-from eval.report.stats import SIGNIFICANT, holm, resamples_for
+from eval.report.stats import SIGNIFICANT, benjamini_hochberg, holm
 
 if TYPE_CHECKING:
     from eval.report.table import Cell
@@ -22,9 +22,9 @@ class Comparison:
     """A focus row against another one of its block, in one column; p is None where `untested` says why.
 
     difference: focus − other, of the means over seeds; by_seed: of the runs with the same seed, for each of `seeds`,
-    which both rows have; low, high: the difference's 95 % interval over items; all on the column's scale.
-    num_undefined: resamples left out because the column's metric is undefined on them. p_holm: p corrected over all
-    tests of the table.
+    which both rows have; low, high: the difference's 95 % confidence interval over seeds and items, over seeds alone
+    where num_items is None; all on the column's scale. family: "primary" or "exploratory"; p_adjusted: p corrected in
+    its family, by Holm in the primary one and by Benjamini and Hochberg in the other.
     """
 
     column: str
@@ -33,23 +33,24 @@ class Comparison:
     difference: float
     seeds: tuple[int, ...]
     by_seed: tuple[float, ...]
+    family: str = "exploratory"
     num_items: int | None = None
-    num_undefined: int = 0
     low: float | None = None
     high: float | None = None
+    df: float | None = None
     p: float | None = None
-    p_holm: float | None = None
+    p_adjusted: float | None = None
     untested: str | None = None
 
     @property
     def is_significant(self) -> bool:
-        """Whether the corrected p is below 0.05 and every seed, of two at least, has the same sign.
+        """Whether there is a test and its corrected p is below 0.05."""
+        return self.p_adjusted is not None and self.p_adjusted < SIGNIFICANT
 
-        p tells of other items alone: methods that differ by the seeds' noise and nothing else fall below 0.05 far more
-        often than in 5 % of cases. That every seed has the sign is the least to ask for beside it.
-        """
-        one_sign = all(value > 0 for value in self.by_seed) or all(value < 0 for value in self.by_seed)
-        return self.p_holm is not None and self.p_holm < SIGNIFICANT and len(self.by_seed) > 1 and one_sign
+    @property
+    def sign(self) -> int:
+        """1 or −1 where the interval lies on one side of 0, else 0."""
+        return 0 if self.low is None else int(self.low > 0) - int(self.high < 0)
 
 
 def planned_comparisons(spec: TableSpec, rows: Sequence[Row]) -> list[tuple[Column, Row, Row]]:
@@ -84,36 +85,37 @@ def _is_asked(spec: TableSpec, focus: Row, other: Row) -> bool:
     return alike and (focus.method, other.method) in spec.compare
 
 
-def compare(spec: TableSpec, sources: Sources, cells: "Cells", rows: Sequence[Row]) -> tuple[list[Comparison], int]:
-    """Test every planned comparison whose two cells have values; return them and each test's number of resamples."""
+def compare(spec: TableSpec, sources: Sources, cells: "Cells", rows: Sequence[Row]) -> list[Comparison]:
+    """Compare the rows of every planned comparison whose two cells have values."""
     planned = [
         (column, focus, other)
         for column, focus, other in planned_comparisons(spec, rows)
         if cells[focus, column.name].values and cells[other, column.name].values
     ]
-    num_resamples = resamples_for(len(planned))
-    tests = PairedTests(spec, sources, cells, num_resamples=num_resamples)
-    return _corrected([_compare(tests, cells, *one) for one in planned]), num_resamples
+    tests = PairedTests(spec, sources, cells)
+    return _corrected([_compare(spec, tests, cells, *one) for one in planned], num_primary=spec.num_primary)
 
 
-def _compare(tests: PairedTests, cells: "Cells", column: Column, focus: Row, other: Row) -> Comparison:
+def _compare(spec: TableSpec, tests: PairedTests, cells: "Cells", column: Column, focus: Row, other: Row) -> Comparison:
     ours, theirs = cells[focus, column.name], cells[other, column.name]
     values, others = (dict(zip(cell.seeds, cell.values, strict=True)) for cell in (ours, theirs))
     seeds = tuple(seed for seed in values if seed in others)
     by_seed = tuple(values[seed] - others[seed] for seed in seeds)
-    comparison = Comparison(column.name, focus, other, ours.mean - theirs.mean, seeds, by_seed)
-    try:
-        test = tests.test(column, focus, other)
-    except Untested as reason:
-        return dataclasses.replace(comparison, untested=str(reason))
-    facts = {key: getattr(test, key) for key in ("num_items", "num_undefined", "low", "high", "p")}
-    return dataclasses.replace(comparison, **facts)
+    family = "primary" if spec.is_primary(column, focus, other) else "exploratory"
+    estimate, untested = tests.test(column, focus, other)
+    facts = {} if estimate is None else {key: getattr(estimate, key) for key in ("low", "high", "df", "num_items")}
+    facts |= {"untested": untested} if untested else {"p": estimate.p}
+    return Comparison(column.name, focus, other, ours.mean - theirs.mean, seeds, by_seed, family, **facts)
 
 
-def _corrected(comparisons: list[Comparison]) -> list[Comparison]:
-    """Add Holm's correction over all tests of the table."""
-    adjusted = iter(holm([comparison.p for comparison in comparisons if comparison.p is not None]))
-    return [
-        comparison if comparison.p is None else dataclasses.replace(comparison, p_holm=next(adjusted))
-        for comparison in comparisons
-    ]
+def _corrected(comparisons: list[Comparison], *, num_primary: int) -> list[Comparison]:
+    """Add each p corrected over the tests of its family; of the primary one those count, too, that have no p yet."""
+    families = {
+        family: [i for i, one in enumerate(comparisons) if one.family == family and one.p is not None]
+        for family in ("primary", "exploratory")
+    }
+    found = {family: [comparisons[i].p for i in tested] for family, tested in families.items()}
+    unmade = [1.0] * (num_primary - len(found["primary"]))
+    corrected = {"primary": holm(found["primary"] + unmade), "exploratory": benjamini_hochberg(found["exploratory"])}
+    adjusted = {i: p for family, tested in families.items() for i, p in zip(tested, corrected[family], strict=False)}
+    return [dataclasses.replace(one, p_adjusted=adjusted.get(i)) for i, one in enumerate(comparisons)]

@@ -1,12 +1,12 @@
-"""Figures of a table, as PNG and PDF: bars, lines over a setting, scatter with its Pareto front, training curves.
+"""Figures of a table, as PNG and PDF: dots, lines over a setting, scatter with its Pareto front, training curves.
 
-They read in grey: each row has a marker, a hatch and a line style beside its colour, the same in every figure. Error
-bars and bands are the standard deviation (n − 1) over seeds, hollow marks the paper's values. Every caption tells n.
+They read in grey: each method has a marker and a line style beside its colour, the same in every figure. Hollow marks
+are the paper's values. Rows that lie on each other are said to do so; a row that stands alone in its panel, compared
+with none, is left out. Every caption tells n.
 """
 
 import collections
 import dataclasses
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 
 import matplotlib
@@ -20,11 +20,10 @@ from ba_lora.tables import Row
 from eval.report import features
 from eval.report.sheets import ARROWS, Drawn
 from eval.report.sources import Sources
-from eval.report.spec import Figure, PlannedRun, TableSpec, row_name, setting_value
+from eval.report.spec import Column, Figure, PlannedRun, TableSpec, row_name, setting_value
 from eval.report.style import (
     HALO,
     HOLLOW,
-    PANEL_WIDTH,
     RC,
     Style,
     add_legend,
@@ -32,9 +31,8 @@ from eval.report.style import (
     line_handle,
     log_x,
     panel_grid,
-    patch_handle,
     save,
-    style_of,
+    styles_of,
     y_axis,
 )
 from eval.report.table import Cell, ReportTable
@@ -59,47 +57,59 @@ def draw(table: ReportTable, sources: Sources) -> Iterator[tuple[Drawn, dict[str
         yield Drawn(figure.name, title, caption), files
 
 
-def _bars(table: ReportTable, figure: Figure, sources: Sources) -> tuple[Canvas, str]:
-    """One panel a column; groups of bars by block and a bar for each method, or, with x=method, the other way round."""
+def _dots(table: ReportTable, figure: Figure, sources: Sources) -> tuple[Canvas, str]:
+    """A panel for each column and block, a line for each method: its mean, the mean's interval, and the seeds."""
     spec = table.spec
     rows = _rows(table, figure)
-    places = {row: (spec.block(row), _series(spec, row)) for row in rows}
-    if figure.x == "method":
-        places = {row: (series, block) for row, (block, series) in places.items()}
-    groups = list(dict.fromkeys(group for group, _ in places.values()))
-    series = list(dict.fromkeys(one for _, one in places.values()))
-    columns = [spec.column(name) for name in figure.columns]
-    order = sorted(places, key=lambda row: (groups.index(places[row][0]), series.index(places[row][1])))
-    at: dict[Row, float] = {}  # a bar's width is 1, as far apart are the groups
-    for row, (earlier, later) in zip(order, itertools.pairwise([None, *order]), strict=True):
-        is_new = earlier is None or places[earlier][0] != places[later][0]
-        at[row] = 0.0 if earlier is None else at[earlier] + (2.2 if is_new else 1.0)
-    centres = [np.mean([at[row] for row in rows if places[row][0] == group]) for group in groups]
-    width = max(PANEL_WIDTH, 0.17 * (at[order[-1]] + 2.2))
-    across = max(1, min(len(columns), int(2.2 * PANEL_WIDTH / width)))
-    canvas, axes = panel_grid(len(columns), across=across, panel_width=width)
-    for axis, column in zip(axes, columns, strict=True):
-        for row, x in at.items():
-            cell, style = table.cell(row, column), style_of(series.index(places[row][1]))
+    styles = _styles(spec)
+    blocks = list(dict.fromkeys(spec.block(row) for row in rows))
+    series = list(dict.fromkeys(_series(spec, row) for row in rows))
+    panels = [(block, spec.column(name)) for name in figure.columns for block in blocks]
+    across = len(blocks) if len(blocks) > 1 else min(2, len(figure.columns))
+    canvas, axes = panel_grid(len(panels), across=across, panel_height=0.8 + 0.17 * len(series))
+    for axis, (block, column) in zip(axes, panels, strict=True):
+        shown = []
+        for row in rows:
+            if spec.block(row) != block:
+                continue
+            cell, y, style = table.cell(row, column), series.index(_series(spec, row)), styles[_series(spec, row)]
             if cell.mean is not None:
-                axis.bar(x, cell.mean, 0.92, color=style.colour, hatch=style.hatch, edgecolor="black", lw=0.6)
-                if not round(cell.mean, column.decimals):  # told from a bar that is not there
-                    axis.annotate("0", (x, 0), (0, 2), textcoords="offset points", ha="center", fontsize=6)
-                aside = 0.2 if cell.paper is not None else 0.0  # so that the two do not hide each other
-                axis.errorbar(x + aside, cell.mean, cell.std, color="black", capsize=2, lw=0.9)
+                low, high = _interval(cell)
+                axis.plot([low, high], [y, y], color=style.colour, lw=1.2, zorder=2)
+                axis.plot(cell.values, [y] * len(cell.values), "|", color="0.25", ms=6, mew=0.8, zorder=3)
+                axis.plot(cell.mean, y, style.marker, color=style.colour, mec="black", mew=0.5, zorder=4)
+                shown += [*cell.values]
             if _has_paper_mark(cell):
-                axis.plot(x - 0.2, cell.paper.mean, "D", path_effects=HALO, **HOLLOW)
-        axis.set_xticks(centres, [_written(spec, group) for group in groups])
-        if max(len(_written(spec, group)) for group in groups) * len(groups) > 18 * width:
-            axis.tick_params(axis="x", rotation=30)
-            for text in axis.get_xticklabels():
-                text.set(ha="right", rotation_mode="anchor")
-        axis.grid(axis="x", visible=False)
-        axis.set_ylim(bottom=min(0.0, axis.get_ylim()[0]))
-        y_axis(axis, column)
-    handles = [patch_handle(style_of(position), _written(spec, one)) for position, one in enumerate(series)]
-    add_legend(canvas, [*handles, *_paper_handle(table, figure, marker="D")])
+                axis.plot(cell.paper.mean, y, "D", path_effects=HALO, **(HOLLOW | {"zorder": 5}))
+                shown.append(cell.paper.mean)
+        if shown:  # the interval of a few seeds may be wider than all that is compared
+            margin = 0.08 * (max(shown) - min(shown)) or 1.0
+            axis.set_xlim(min(shown) - margin, max(shown) + margin)
+        axis.set_yticks(range(len(series)), [_written(spec, one) for one in series])
+        axis.set_ylim(len(series) - 0.4, -0.6)
+        axis.locator_params(axis="x", nbins=6)
+        axis.set_title(_written(spec, block))
+        axis.set_xlabel(f"{axis_label(column)}{ARROWS[column.better]}")
+        if axis.get_subplotspec().is_first_col() is False:
+            axis.tick_params(axis="y", labelleft=False)
+    if handles := _paper_handle(table, figure, marker="D"):
+        add_legend(canvas, handles)
     return canvas, _caption(table, figure)
+
+
+def _interval(cell: Cell) -> tuple[float, float]:
+    """Return the mean's 95 % confidence interval over seeds (t); the mean alone of one seed."""
+    if cell.std is None:
+        return cell.mean, cell.mean
+    from scipy import stats
+
+    half = float(stats.t.ppf(0.975, len(cell.values) - 1)) * cell.std / np.sqrt(len(cell.values))
+    return cell.mean - half, cell.mean + half
+
+
+def _styles(spec: TableSpec) -> dict[tuple[str, ...], Style]:
+    """Return the style of each series of the table, whatever a figure shows of it."""
+    return styles_of([_series(spec, row) for row in spec.rows] + [(row.method,) for row in spec.rows])
 
 
 def _lines(table: ReportTable, figure: Figure, sources: Sources) -> tuple[Canvas, str]:
@@ -108,12 +118,13 @@ def _lines(table: ReportTable, figure: Figure, sources: Sources) -> tuple[Canvas
     rows = _rows(table, figure)
     bases = list(dict.fromkeys(row.base for row in rows))
     methods = list(dict.fromkeys(row.method for row in rows))
+    styles = _styles(spec)
     panels = [(base, spec.column(name)) for name in figure.columns for base in bases]
     canvas, axes = panel_grid(len(panels), across=len(bases) if len(bases) > 1 else len(figure.columns))
     for axis, (base, column) in zip(axes, panels, strict=True):
         ticks: set[float] = set()
-        for position, method in enumerate(methods):
-            style = style_of(position)
+        for method in methods:
+            style = styles[method,]
             mine = {
                 row: setting_value(row.setting, figure.x) for row in rows if (row.base, row.method) == (base, method)
             }
@@ -143,7 +154,7 @@ def _lines(table: ReportTable, figure: Figure, sources: Sources) -> tuple[Canvas
         axis.set_title(spec.label(base))
         axis.set_xlabel(spec.label(figure.x))
         y_axis(axis, column)
-    handles = [line_handle(style_of(position), spec.label(method)) for position, method in enumerate(methods)]
+    handles = [line_handle(styles[method,], spec.label(method)) for method in methods]
     for handle, method in zip(handles, methods, strict=True):
         if not any(row.setting for row in rows if row.method == method):  # a level, without marks
             handle.set_marker("")
@@ -162,19 +173,30 @@ def _scatter(table: ReportTable, figure: Figure, sources: Sources) -> tuple[Canv
     canvas, axes = panel_grid(len(panels), across=len(blocks) if len(blocks) > 1 else len(figure.columns))
     front_line = {"color": "0.4", "lw": 0.9, "ls": "--"}
     has_front = False
+    styles, together, drawn = _styles(spec), [], []
     for axis, (block, column) in zip(axes, panels, strict=True):
-        points = []
+        points: dict[Row, tuple[float, float]] = {}
         for row in rows:
             if spec.block(row) != block:
                 continue
-            x, y, style = table.cell(row, cost), table.cell(row, column), style_of(series.index(_series(spec, row)))
-            look = {"color": style.colour, "marker": style.marker, "ls": ""}
+            x, y, style = table.cell(row, cost), table.cell(row, column), styles[_series(spec, row)]
             if x.mean is not None and y.mean is not None:
-                axis.errorbar(x.mean, y.mean, y.std, x.std, mec="black", mew=0.5, capsize=2, lw=0.8, **look)
-                points.append((x.mean, y.mean))
+                points[row] = (x.mean, y.mean)
             if _has_paper_mark(x) and _has_paper_mark(y):
-                axis.plot(x.paper.mean, y.paper.mean, mfc="none", **look)
-        front = pareto_front(points, better=(cost.better, column.better))
+                axis.plot(x.paper.mean, y.paper.mean, mfc="none", color=style.colour, marker=style.marker, ls="")
+                drawn.append(_series(spec, row))
+        above = True
+        for first, *others in _coinciding(points):
+            x, y, style = table.cell(first, cost), table.cell(first, column), styles[_series(spec, first)]
+            look = {"color": style.colour, "marker": style.marker, "ls": ""}
+            axis.errorbar(x.mean, y.mean, y.std, x.std, mec="black", mew=0.5, capsize=2, lw=0.8, **look)
+            drawn.append(_series(spec, first))
+            if others:
+                place = (5, 5) if above else (5, -11)
+                axis.annotate(f"{len(others) + 1}×", points[first], place, textcoords="offset points", fontsize=7)
+                above = not above
+                together.append(_together(spec, block, column, [first, *others]))
+        front = pareto_front(list(points.values()), better=(cost.better, column.better))
         if len(set(front)) > 1:  # one point is no line
             axis.plot(*zip(*front, strict=True), zorder=1, **front_line)
             has_front = True
@@ -183,10 +205,29 @@ def _scatter(table: ReportTable, figure: Figure, sources: Sources) -> tuple[Canv
         axis.set_title(_written(spec, block))
         axis.set_xlabel(f"{axis_label(cost)}{ARROWS[cost.better]}")
         y_axis(axis, column)
-    handles = [line_handle(style_of(position), _written(spec, one), line="") for position, one in enumerate(series)]
+    handles = [line_handle(styles[one], _written(spec, one), line="") for one in series if one in drawn]
     front_handles = [Line2D([], [], label="Pareto front", **front_line)] if has_front else []
     add_legend(canvas, [*handles, *front_handles, *_paper_handle(table, figure)])
-    return canvas, _caption(table, figure)
+    told = f" Rows on one point, drawn as the first of them: {'; '.join(together)}." if together else ""
+    return canvas, _caption(table, figure) + told
+
+
+def _coinciding(points: dict[Row, tuple[float, float]]) -> list[list[Row]]:
+    """Return the rows in groups that the eye cannot tell apart: within 2 % of what is shown, in both directions."""
+    values = np.array(list(points.values())).reshape(-1, 2)
+    near = 0.02 * (np.ptp(values, axis=0) if len(values) else np.zeros(2))
+    groups: list[list[Row]] = []
+    for row, point in points.items():
+        same = (group for group in groups if (np.abs(np.subtract(point, points[group[0]])) <= near).all())
+        group = next(same, None)
+        groups.append([row]) if group is None else group.append(row)
+    return groups
+
+
+def _together(spec: TableSpec, block: Sequence[str], column: Column, rows: Sequence[Row]) -> str:
+    several = len({spec.block(row) for row in spec.rows}) > 1
+    names = ", ".join(_written(spec, _series(spec, row)) for row in rows)
+    return f"{_written(spec, block)}: {names}" if several else names
 
 
 def _training(table: ReportTable, figure: Figure, sources: Sources) -> tuple[Canvas, str]:
@@ -196,6 +237,7 @@ def _training(table: ReportTable, figure: Figure, sources: Sources) -> tuple[Can
     rows = [row for row, found in logs.items() if found]
     if not rows:
         raise NothingToDraw("no run's log.jsonl is at hand")
+    rows = _without_lone(spec, rows)
     blocks = list(dict.fromkeys(spec.block(row) for row in rows))
     series = list(dict.fromkeys(_series(spec, row) for row in rows))
     curves = {
@@ -213,18 +255,19 @@ def _training(table: ReportTable, figure: Figure, sources: Sources) -> tuple[Can
         raise NothingToDraw("no run has logged any of its terms")
     panels = [(block, term) for term in terms for block in blocks]
     canvas, axes = panel_grid(len(panels), across=len(blocks) if len(blocks) > 1 else len(terms))
-    counts = []
+    counts, styles, together = [], _styles(spec), []
     for axis, (block, term) in zip(axes, panels, strict=True):
+        means: dict[Row, dict[int, float]] = {}
         for row in rows:
             found = curves[term, row]
             if spec.block(row) != block or not found:
                 continue
-            position = series.index(_series(spec, row))
-            style = style_of(position)
+            position, style = series.index(_series(spec, row)), styles[_series(spec, row)]
             counts.append(len(found))
             steps = sorted(set.intersection(*(set(curve) for curve in found)))
             values = np.array([[curve[step] for step in steps] for curve in found])  # (seeds, steps)
             mean = values.mean(axis=0)
+            means[row] = dict(zip(steps, mean, strict=True))
             every = (0.15 * position / len(series), 0.15)  # staggered: curves may lie on each other
             axis.plot(steps, mean, color=style.colour, ls=style.line, marker=style.marker, markevery=every, ms=4, lw=1)
             if len(found) > 1:
@@ -233,10 +276,31 @@ def _training(table: ReportTable, figure: Figure, sources: Sources) -> tuple[Can
         axis.set_title(_written(spec, block))
         axis.set_xlabel("step")
         axis.set_ylabel(term)
-    add_legend(canvas, [line_handle(style_of(position), _written(spec, one)) for position, one in enumerate(series)])
+        for group in _coinciding_curves(means):
+            if len(group) > 1:
+                together.append(f"{term.partition(' ')[0]}, {_together(spec, block, None, group)}")
+    add_legend(canvas, [line_handle(styles[one], _written(spec, one)) for one in series])
     caption = f"{_count(counts)} Lines: mean over seeds of what training logged; bands: standard deviation."
+    caption += f" Curves on each other: {'; '.join(together)}." if together else ""
     absent = [term.partition(" ")[0] for term in figure.terms if term not in terms]
     return canvas, f"{caption} Not logged: {', '.join(absent)}." if absent else caption
+
+
+def _coinciding_curves(means: dict[Row, dict[int, float]]) -> list[list[Row]]:
+    """Return the rows in groups whose mean curves the eye cannot tell apart: within 2 % of what the panel shows."""
+    shown = [value for curve in means.values() for value in curve.values()]
+    near = 0.02 * (max(shown) - min(shown)) if shown else 0.0
+    groups: list[list[Row]] = []
+    for row, curve in means.items():
+        for group in groups:
+            other = means[group[0]]
+            common = curve.keys() & other.keys()
+            if common and all(abs(curve[step] - other[step]) <= near for step in common):
+                group.append(row)
+                break
+        else:
+            groups.append([row])
+    return groups
 
 
 def _features(table: ReportTable, figure: Figure, sources: Sources) -> tuple[Canvas, str]:
@@ -262,7 +326,7 @@ def _features(table: ReportTable, figure: Figure, sources: Sources) -> tuple[Can
 
 
 _KINDS: dict[str, Callable[[ReportTable, Figure, Sources], tuple[Canvas, str]]] = {
-    "bars": _bars,
+    "dots": _dots,
     "lines": _lines,
     "scatter": _scatter,
     "training": _training,
@@ -304,12 +368,18 @@ def _rows(table: ReportTable, figure: Figure) -> list[Row]:
     rows = [row for row in rows if figure.kind in ("training", "features") or has(row)]
     if not rows:
         raise NothingToDraw("no row has a value yet")
-    if figure.kind == "scatter":  # a row alone in its panel is compared with none
-        sizes = collections.Counter(table.spec.block(row) for row in rows)
-        rows = [row for row in rows if sizes[table.spec.block(row)] > 1]
-        if not rows:
-            raise NothingToDraw("no two rows to compare have values yet")
+    if figure.kind in ("dots", "scatter"):
+        rows = _without_lone(table.spec, rows)
+    if figure.kind == "scatter" and len({table.spec.block(row) for row in rows}) == len(rows):
+        raise NothingToDraw("no two rows to compare have values yet")
     return rows
+
+
+def _without_lone(spec: TableSpec, rows: Sequence[Row]) -> list[Row]:
+    """Return the rows without those that stand alone in their block, such as a repetition by another engine; all rows
+    where every one does."""
+    sizes = collections.Counter(spec.block(row) for row in rows)
+    return [row for row in rows if sizes[spec.block(row)] > 1] or list(rows)
 
 
 def _runs(spec: TableSpec, figure: Figure, row: Row) -> list[PlannedRun]:
@@ -363,8 +433,14 @@ def _caption(table: ReportTable, figure: Figure) -> str:
     cells = [table.cells[row, name] for row in _rows(table, figure) for name in figure.columns]
     counts = [len(cell.values) for cell in cells if cell.values]
     parts = [_count(counts)]
-    if max(counts, default=0) > 1:
+    if max(counts, default=0) > 1 and figure.kind == "dots":
+        parts.append(
+            "Lines: 95 % confidence interval of the mean over seeds (t), cut at the panel's edge; strokes: the seeds."
+        )
+    elif max(counts, default=0) > 1:
         parts.append("Error bars: standard deviation over seeds.")
+    if any(cell.num_collapsed for cell in cells):
+        parts.append("Collapsed runs are left out.")
     if sources := _paper_sources(table, figure):
         marks = "Hollow marks and thin lines" if figure.kind == "lines" else "Hollow"
         parts.append(f"{marks}: the paper ({'; '.join(sources)}).")

@@ -1,16 +1,16 @@
-"""Two rows of a table on the same items: what their runs left for each item, and the paired bootstrap over it.
+"""Two rows of a table on the same items: what their runs left for each item, and the test over seeds and items.
 
 A column is one of three things:
 
-- a mean over items (strict, pass@1, accuracy): each item counts by its grade, averaged over the seeds; where a judge
-  left answers of a run unrated, that run's mean is the sum of the ratings that were drawn over their number;
+- a mean over items (strict, pass@1, accuracy): an item's value is its grade;
 - a metric of all items together (F1, Matthews, Pearson, Spearman, macro-F1, the recall of a class; the perplexity of
-  texts): on each draw of items it is computed anew for every run of both rows, and averaged over the seeds of a row;
-- a mean of such columns: the items of each test set are drawn by themselves, and columns on the same items (of RTE's
-  and of QQP's model on MRPC, say) share the draw.
+  texts; a mean of ratings where a judge left some out): an item's value is the jackknife's pseudo-value of the metric;
+- a mean of such columns: each test set is a sample of items by itself, and columns on the same items (of RTE's and of
+  QQP's model on MRPC, say) are added item by item.
 
 Grades are read from grades/<task>.jsonl of a run, a classifier's predictions from predictions/ (see
-`Sources.predictions`). Either must give the value that stands in the result, or nothing is tested.
+`Sources.predictions`). Either must give the value that stands in the result, or the items count as unknown: then the
+interval is that of the seeds alone.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,9 +22,10 @@ import numpy as np
 from ba_lora.glue import find_task
 from ba_lora.tables import Row
 from eval.metrics.bootstrap import weighted_metric
+from eval.report.crossed import Array, Estimate, crossed_t, pseudo_values, seeds_t
 from eval.report.sources import Sources
 from eval.report.spec import Column, PlannedRun, TableSpec, metric_value
-from eval.report.stats import Array, Interval, Sample, paired_bootstrap
+from eval.report.stats import LEAST_SEEDS
 
 if TYPE_CHECKING:
     from eval.report.table import Cell
@@ -39,75 +40,65 @@ class Untested(Exception):
 
 @dataclass(frozen=True)
 class _Items:
-    """What one run left for the items of a column, in the order of `ids`.
-
-    values: grades; where `metric` is no mean over items, predictions, with their labels, or the texts' negative
-    log-likelihoods, with their numbers of tokens as labels. rated: how many
-    grades each item's value is the sum of, 0 to its number of turns; None where all have the same and values are means.
-    """
+    """What one run left for the items of a column, in the order of `ids`: values whose mean is the run's value, and the
+    labels where there are some, which two runs must share."""
 
     ids: tuple[str, ...]
     values_N: Array
     labels_N: Array | None = None
-    rated_N: Array | None = None
-    metric: Callable[[Array, Array, Array], Array] | None = None
-
-    @property
-    def is_mean(self) -> bool:
-        """Whether the column's value is the plain mean of `values_N`."""
-        return self.metric is None and self.rated_N is None
-
-    def value(self, counts_RK: Array, items_K: Array | slice = slice(None)) -> Array:
-        """Return the column's value [R] on resamples that hold each of these items so many times (default: all)."""
-        values_K = self.values_N[items_K]
-        if self.metric is not None:
-            return self.metric(counts_RK, self.labels_N[items_K], values_K)
-        return counts_RK @ values_K / (counts_RK.sum(axis=1) if self.is_mean else counts_RK @ self.rated_N[items_K])
 
 
 class PairedTests:
-    """The tests between rows of one table, each of `num_resamples`; what the runs left is read once."""
+    """The tests between rows of one table; what the runs left is read once."""
 
-    def __init__(
-        self, spec: TableSpec, sources: Sources, cells: Mapping[tuple[Row, str], "Cell"], *, num_resamples: int
-    ) -> None:
+    def __init__(self, spec: TableSpec, sources: Sources, cells: Mapping[tuple[Row, str], "Cell"]) -> None:
         self._spec, self._sources, self._cells = spec, sources, cells
-        self._num_resamples = num_resamples
         self._read: dict[tuple[str, str], _Items] = {}  # (run, column) → its items
         self._ids: dict[tuple[str, ...], tuple[str, ...]] = {}  # the runs on one set share one tuple
 
-    def test(self, column: Column, focus: Row, other: Row) -> Interval:
-        """Return the paired bootstrap of focus − other, on the column's scale. Raises Untested."""
-        seeds, other_seeds = (self._cells[row, column.name].seeds for row in (focus, other))
-        if sorted(seeds) != sorted(other_seeds):
-            raise Untested("other seeds")
-        terms: dict[tuple[str, ...], list[tuple[float, _Items]]] = {}  # ids of a set → (weight, items) of each run
+    def test(self, column: Column, focus: Row, other: Row) -> tuple[Estimate | None, str | None]:
+        """Return the estimate of focus − other on the column's scale, and why it is no test: seeds alone are in it, or
+        they are too few. No estimate where one row has a single seed."""
+        ours, theirs = (self._cells[row, column.name] for row in (focus, other))
+        num_seeds = min(len(ours.seeds), len(theirs.seeds))
+        if num_seeds < 2:
+            return None, "a single seed"
+        paired = num_seeds >= LEAST_SEEDS and self._spec.is_paired(focus, other) and ours.seeds == theirs.seeds
+        few = None if num_seeds >= LEAST_SEEDS else f"{num_seeds} seeds, {LEAST_SEEDS} are needed"
+        try:
+            return crossed_t(self._sets(column, focus, other), paired=paired), few
+        except Untested as reason:
+            values = (np.array(cell.values) for cell in (ours, theirs))
+            return seeds_t(*values, paired=paired), str(reason)
+
+    def _sets(self, column: Column, focus: Row, other: Row) -> list[tuple[Array, Array]]:
+        """Return the values of both rows' runs on the items of each test set, [seeds, items]. Raises Untested."""
+        seeds = [self._cells[row, column.name].seeds for row in (focus, other)]
+        sets: dict[tuple[str, ...], list[Array]] = {}  # the ids of a set → both rows' values on it
         for part in [self._spec.column(name) for name in column.mean_of] or [column]:
             weight = column.scale * part.scale / len(column.mean_of) if column.mean_of else column.scale
             try:
-                ours, theirs = self._pair(part, focus, other, seeds)
+                ids, *both = self._on_common_items(part, (focus, other), seeds)
             except Untested as reason:
                 raise Untested(f"{part.label}: {reason}" if column.mean_of else str(reason)) from reason
-            of_set = terms.setdefault(ours[0].ids, [])
-            of_set += [(weight / len(ours), one) for one in ours] + [(-weight / len(theirs), one) for one in theirs]
-        samples = [_sample(of_set) for of_set in terms.values()]
-        found = paired_bootstrap(samples, num_resamples=self._num_resamples)
-        if found is None:
-            raise Untested("undefined on every draw")
-        return found
+            before = sets.get(ids, [0.0, 0.0])
+            sets[ids] = [sum_ + weight * values for sum_, values in zip(before, both, strict=True)]
+        return [(ours, theirs) for ours, theirs in sets.values()]
 
-    def _pair(self, column: Column, focus: Row, other: Row, seeds: Sequence[int]) -> tuple[list[_Items], list[_Items]]:
-        """Return what the runs of both rows left, all of it for the same items."""
-        ours, theirs = (
-            [self._items(run, column) for run in self._spec.planned(row, column) if run.seed in seeds]
-            for row in (focus, other)
-        )
-        first, *others = ours + theirs
+    def _on_common_items(
+        self, column: Column, rows: Sequence[Row], seeds: Sequence[Sequence[int]]
+    ) -> tuple[tuple[str, ...], Array, Array]:
+        """Return the items that all runs of the two rows have, and each row's values [seeds, items]."""
+        left = [
+            [self._items(run, column) for seed in of_row for run in self._spec.planned(row, column) if run.seed == seed]
+            for row, of_row in zip(rows, seeds, strict=True)
+        ]
+        first, *others = [one for of_row in left for one in of_row]
         if any(one.ids != first.ids or not np.array_equal(one.labels_N, first.labels_N) for one in others):
             raise Untested("other items")
         if len(first.ids) < 2:
             raise Untested("a single item")
-        return ours, theirs
+        return first.ids, *(np.stack([one.values_N for one in of_row]) for of_row in left)
 
     def _items(self, run: PlannedRun, column: Column) -> _Items:
         if column.task is None:
@@ -123,7 +114,7 @@ class PairedTests:
                 what, items = "likelihoods", self._likely(run, column)
             else:
                 what, items = "grades", self._graded(run, column)
-            value = items.value(np.ones((1, len(items.ids))))[0]
+            value = items.values_N.mean()
             score = metric_value(result, column)
             if not abs(value - score) <= ROUNDING * max(1.0, abs(score)):
                 raise Untested(f"{what} are not those of the score")
@@ -140,14 +131,14 @@ class PairedTests:
         sums_N, rated_N = np.array([grades[item] for item in ids]).T
         if (rated_N == rated_N[0]).all():
             return _Items(self._shared(ids), sums_N / rated_N)
-        return _Items(self._shared(ids), sums_N, rated_N=rated_N)
+        return _of_metric(self._shared(ids), rated_N, sums_N, _ratio)
 
     def _likely(self, run: PlannedRun, column: Column) -> _Items:
         lines = self._sources.likelihoods(run, column.task)
         if lines is None:
             raise Untested("no likelihoods at hand")
         nll, num_tokens = (np.array([line[name] for line in lines], np.float64) for name in ("nll", "num_tokens"))
-        return _Items(self._shared([line["task_id"] for line in lines]), nll, num_tokens, metric=_perplexity)
+        return _of_metric(self._shared([line["task_id"] for line in lines]), num_tokens, nll, perplexity)
 
     def _predicted(self, run: PlannedRun, column: Column, entry: Mapping[str, Any]) -> _Items:
         task = find_task(entry["of_task"])
@@ -165,31 +156,26 @@ class PairedTests:
         labels, predictions = (np.array([line[name] for line in lines]) for name in ("label", "prediction"))
         if column.metric == "accuracy":
             return _Items(ids, (labels == predictions).astype(np.float64))
-        return _Items(ids, predictions, labels, metric=metric)
+        return _of_metric(ids, labels, predictions, metric)
 
     def _shared(self, ids: Sequence[str]) -> tuple[str, ...]:
         return self._ids.setdefault(tuple(ids), tuple(ids))
 
 
-def _perplexity(counts_RK: Array, num_tokens_K: Array, nll_K: Array) -> Array:
-    """Return exp of the mean negative log-likelihood a token [R], each text drawn so many times."""
-    with np.errstate(over="ignore"):
-        return np.exp(counts_RK @ nll_K / (counts_RK @ num_tokens_K))
+def _of_metric(
+    ids: tuple[str, ...], labels_N: Array, values_N: Array, metric: Callable[[Array, Array, Array], Array]
+) -> _Items:
+    pseudo_N = pseudo_values(metric, labels_N, values_N)
+    if pseudo_N is None:
+        raise Untested("undefined without one of the items")
+    return _Items(ids, pseudo_N, None if metric is _ratio else labels_N)
 
 
-def _sample(terms: Sequence[tuple[float, _Items]]) -> Sample:
-    """Return the weighted sum of the values of runs on the same items, (weight, items), as one sample."""
-    means = [weight * one.values_N for weight, one in terms if one.is_mean]
-    graded_N = sum(means, np.zeros(len(terms[0][1].ids)))  # a sum of means is the mean of the sum
-    others = [(weight, one) for weight, one in terms if not one.is_mean]
-    facts = [of_one for _, one in others for of_one in (one.labels_N, one.rated_N, one.values_N) if of_one is not None]
-    kinds = np.stack([graded_N, *facts], axis=1)
-    _, of_kind_K, counts_K = np.unique(kinds, axis=0, return_index=True, return_counts=True)
+def _ratio(counts_RK: Array, rated_K: Array, sums_K: Array) -> Array:
+    """Return the mean of the ratings that were given [R]."""
+    return counts_RK @ sums_K / (counts_RK @ rated_K)
 
-    def difference(counts_RK: Array) -> Array:
-        total = counts_RK @ graded_N[of_kind_K] / counts_RK.sum(axis=1)
-        for weight, one in others:
-            total += weight * one.value(counts_RK, of_kind_K)
-        return total
 
-    return Sample(counts_K, difference)
+def perplexity(counts_RK: Array, num_tokens_K: Array, nll_K: Array) -> Array:
+    """Return exp of the mean negative log-likelihood a token [R]."""
+    return np.exp(counts_RK @ nll_K / (counts_RK @ num_tokens_K))

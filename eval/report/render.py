@@ -5,6 +5,7 @@ The texts of Markdown and LaTeX are made once (sheets.py); what differs is the m
 
 import csv
 import dataclasses
+import html
 import io
 import re
 from collections.abc import Callable, Sequence
@@ -22,10 +23,12 @@ from eval.report.sheets import (
     main_sheet,
     panels,
     provenance_lines,
+    seed_moves,
     unmatched_lines,
 )
 from eval.report.spec import Column
 from eval.report.table import ReportTable
+from eval.report.verdict import verdict
 
 LATEX_WIDTH = 12  # columns of numbers abreast, as many as can be read when they are made to fit
 LATEX_HEIGHT = 0.65  # of the text's height, which leaves room for caption and legend
@@ -33,23 +36,29 @@ LATEX_HEIGHT = 0.65  # of the text's height, which leaves room for caption and l
 COMPARISONS = 3 * "p{0.11\\linewidth}" + "rp{0.13\\linewidth}p{0.13\\linewidth}rrr"
 
 
+STATISTICS = "t over seeds and items, crossed"  # what the comparisons' intervals are
+
+
 def to_markdown(table: ReportTable, figures: Sequence[Drawn] = ()) -> str:
     """Return the report as Markdown, the figures linked from figures/."""
-    parts = [f"# {table.spec.title}", _markdown_sheet(main_sheet(table)), *legend(table)]
-    notes = [f"<sup>{letter(number)}</sup> {_pipes(text)}" for number, text in enumerate(table.footnotes)]
+    parts = [f"# {escape_markdown(table.spec.title)}"]
+    parts += [_bullets(verdict(table)), _markdown_sheet(main_sheet(table)), *map(escape_markdown, legend(table))]
+    notes = [f"<sup>{letter(number)}</sup> {escape_markdown(text)}" for number, text in enumerate(table.footnotes)]
     if notes:
         parts.append("  \n".join(notes))
     if table.comparisons:
-        parts += ["## Comparisons", _markdown_sheet(comparison_sheet(table)), *comparison_legend(table)]
+        parts += ["## Comparisons", _markdown_sheet(comparison_sheet(table))]
+        parts += map(escape_markdown, comparison_legend(table))
     if table.unmatched_paper:
         parts += ["## Also reported by the paper", _bullets(unmatched_lines(table))]
     if figures:
         parts.append("## Figures")
     for figure in figures:
+        title, caption = escape_markdown(figure.title), escape_markdown(figure.caption)
         if figure.missing:
-            parts.append(f"{figure.title}: not drawn, {figure.missing}.")
+            parts.append(f"{title}: not drawn, {escape_markdown(figure.missing)}.")
         else:
-            parts += [f"![{figure.title}](figures/{figure.name}.png)", f"*{figure.title}.* {figure.caption}"]
+            parts += [f"![{title}](figures/{figure.name}.png)", f"*{title}.* {caption}"]
     parts += ["## Where it comes from", _bullets(provenance_lines(table))]
     return "\n\n".join(parts) + "\n"
 
@@ -118,7 +127,11 @@ def to_json(table: ReportTable, figures: Sequence[Drawn] = ()) -> dict[str, Any]
         "columns": [dataclasses.asdict(column) for column in spec.columns],
         "cells": [cell_facts(table, row, column) for row in spec.rows for column in spec.columns],
         "comparisons": [{**dataclasses.asdict(one), "is_significant": one.is_significant} for one in table.comparisons],
-        "bootstrap_resamples": table.num_resamples,
+        "statistics": STATISTICS,
+        "table_sha256": spec.sha256,
+        "declaration": table.declaration,
+        "verdict": verdict(table),
+        "seed_moves": [{"moved": list(moved), "methods": names} for moved, names in seed_moves(spec).items()],
         "footnotes": list(table.footnotes),
         "also_reported": [dataclasses.asdict(line) for line in table.unmatched_paper],
         "figures": [dataclasses.asdict(figure) for figure in figures],
@@ -151,6 +164,11 @@ def cell_facts(table: ReportTable, row: Row, column: Column) -> dict[str, Any]:
         "failures": [dataclasses.asdict(failure) for failure in cell.failures],
         "notes": [table.footnotes[number] for number in cell.notes],
     }
+
+
+def escape_markdown(text: str) -> str:
+    """Return text for Markdown that brings no HTML, no link, no other cell and no other line with it."""
+    return html.escape(" ".join(text.split("\n")), quote=False).replace("|", "\\|").replace("](", "]\\(")
 
 
 def escape_latex(text: str) -> str:
@@ -198,8 +216,11 @@ def _markdown_sheet(sheet: Sheet) -> str:
     for heading, width in sheet.groups:
         names = [next(columns) for _ in range(width)]
         heads += [f"{heading}: {name}" if heading and position == 0 else name for position, name in enumerate(names)]
-    lines = [_markdown_row(heads), _markdown_row(["---"] * sheet.num_names + ["---:"] * (len(heads) - sheet.num_names))]
-    lines += [_markdown_row([_marked(text, _MARKDOWN, _pipes) for text in row]) for row in sheet.rows]
+    lines = [
+        _markdown_row([escape_markdown(head) for head in heads]),
+        _markdown_row(["---"] * sheet.num_names + ["---:"] * (len(heads) - sheet.num_names)),
+    ]
+    lines += [_markdown_row([_marked(text, _MARKDOWN, escape_markdown) for text in row]) for row in sheet.rows]
     return "\n".join(lines)
 
 
@@ -257,12 +278,8 @@ def _markdown_row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _pipes(text: str) -> str:
-    return text.replace("|", "\\|")
-
-
 def _bullets(lines: Sequence[str]) -> str:
-    return "\n".join(f"- {line}" for line in lines)
+    return "\n".join(f"- {escape_markdown(line)}" for line in lines)
 
 
 def _csv_text(value: Any) -> Any:

@@ -37,6 +37,15 @@ class Used:
     def generation(self, key: str) -> Any:
         return (self.entry.get("generation") or {}).get(key)
 
+    def partial(self) -> str | None:
+        """Return what the score lacks; of a run with eval.limit, which alike runs share, of what it is."""
+        if not self.entry.get("partial"):
+            return None
+        missing, limit = self.entry.get("num_missing"), self.config("eval", "limit")
+        return (
+            f"{missing} items missing" if limit is None else f"the first {limit} items (eval.limit), {missing} left out"
+        )
+
     def grader(self) -> dict[str, Any]:
         """What a grade depends on beside the task's version: package versions, choices, the sandbox and its limits."""
         return {key: self.entry.get(key) for key in ("packages", "post_processing", "thinking", "choices", "sandbox")}
@@ -83,7 +92,7 @@ HARDWARE: dict[str, Callable[[Used], Any]] = {
 # What no score in a table should have; the value says what is the matter.
 FAULTS: dict[str, Callable[[Used], str | None]] = {
     "stale": lambda used: used.entry.get("stale") or stale_reason(used.entry),
-    "partial": lambda used: f"{used.entry.get('num_missing')} items missing" if used.entry.get("partial") else None,
+    "partial": lambda used: used.partial(),
 }
 SETTINGS = (*EVALUATION, *TRAINING, *HARDWARE, *FAULTS)
 NEVER_ALLOWED = {"judge": "ratings of two judges never stand in one table; have one judge rate all answers"}
@@ -122,12 +131,15 @@ def differences(spec: TableSpec, used: Sequence[Used], *, allow: Iterable[str]) 
         for one in group:
             if values[id(one)] != usual:
                 notes.setdefault((one.run.run_id, one.column.name), []).append(f"{name}: {values[id(one)]}")
+    limited = _alike_limits(used)
     for name, read in FAULTS.items():
         for one in used:
             fault = read(one)
             if fault is None:
                 continue
-            if name not in (*allow, *one.column.allow):
+            if name == "partial" and one.column in limited:
+                pass
+            elif name not in (*allow, *one.column.allow):
                 refused.append((name, f"{one.run.run_id} {one.column.task} is {name}: {fault}"))
             notes.setdefault((one.run.run_id, one.column.name), []).append(f"{name}: {fault}")
     if refused:
@@ -136,6 +148,15 @@ def differences(spec: TableSpec, used: Sequence[Used], *, allow: Iterable[str]) 
         mend = "make these runs alike, or admit it with allow=NAME[,NAME] and it is footnoted"
         raise UserError(f"table {spec.name}: {matter}{more}: {NEVER_ALLOWED.get(setting, mend)}")
     return notes
+
+
+def _alike_limits(used: Sequence[Used]) -> set[Column]:
+    """Return the columns whose scores are all of the same first items: their runs have the same eval.limit."""
+    limits: dict[Column, set[Any]] = {}
+    for one in used:
+        partial = one.config("eval", "limit") if one.entry.get("partial") else None
+        limits.setdefault(one.column, set()).add(partial and (partial, one.entry.get("num_missing")))
+    return {column for column, found in limits.items() if len(found) == 1 and None not in found}
 
 
 def _groups(spec: TableSpec, used: Sequence[Used]) -> Iterable[tuple[str, list[Used]]]:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from ba_lora.tables import Row
 from eval.report.comparisons import Comparison
-from eval.report.spec import Column, row_name
-from eval.report.stats import SIGNIFICANT
+from eval.report.spec import Column, TableSpec, row_name
+from eval.report.stats import LEAST_SEEDS, SIGNIFICANT
 from eval.report.table import Cell, ReportTable
 
 ARROWS = {"higher": " ↑", "lower": " ↓", "none": ""}
@@ -90,25 +90,25 @@ def panels(sheet: Sheet, *, widest: int) -> list[Sheet]:
 
 
 def comparison_sheet(table: ReportTable) -> Sheet:
-    """Return the tests, one a line."""
+    """Return the comparisons, one a line, the primary ones first."""
     spec = table.spec
-    header = ("column", "rows", "against", "difference", "by seed", "95 % interval", "p", "p (Holm)", "items")
+    header = ("column", "rows", "against", "difference", "by seed", "95 % interval", "p", "p, corrected", "items")
     rows = []
-    for one in table.comparisons:
+    for one in sorted(table.comparisons, key=lambda one: one.family != "primary"):
         column = spec.column(one.column)
         by_seed = (
             f"{seed}: {signed(value, column.decimals)}" for seed, value in zip(one.seeds, one.by_seed, strict=True)
         )
         rows.append(
             (
-                Text(column.label),
+                Text(f"{column.label} (primary)" if one.family == "primary" else column.label),
                 Text(_row_label(table, one.focus)),
                 Text(_row_label(table, one.other)),
                 Text(signed(one.difference, column.decimals)),
                 Text(", ".join(by_seed)),
-                Text(one.untested or _interval(one, column)),
-                Text(probability(one.p)),
-                Text(probability(one.p_holm), "best" if one.is_significant else ""),
+                Text(_interval(one, column)),
+                Text(probability(one.p) if one.p is not None else ""),
+                Text(probability(one.p_adjusted), "best" if one.is_significant else ""),
                 Text("" if one.num_items is None else str(one.num_items)),
             )
         )
@@ -129,10 +129,34 @@ def legend(table: ReportTable, *, best: str = "**Bold**", second: str = "*italic
         lines.append(f"Paper: {'; '.join(sources)}. Δ: ours − paper.")
     if spec.source and spec.source not in sources:
         lines.append(f"In the paper: {spec.source}.")
+    if any(cell.num_collapsed for cell in table.cells.values()):
+        rule = spec.collapsed
+        lines.append(
+            f"Collapsed: runs whose {spec.column(rule.column).label} is {rule.bound}. They count; the mean is that "
+            "of the others."
+        )
+    lines += _seed_lines(spec)
     lines += _cost_lines(table)
     if spec.note:
         lines.append(spec.note)
     return lines
+
+
+def seed_moves(spec: TableSpec) -> dict[tuple[str, ...], list[str]]:
+    """Return what the seed moves in a training → the methods of which that is true, as they are written."""
+    methods: dict[tuple[str, ...], list[str]] = {}
+    for row in spec.rows:
+        for moved in spec.moved_by_seed(row):
+            names = methods.setdefault(moved, [])
+            if spec.label(row.method) not in names:
+                names.append(spec.label(row.method))
+    return methods
+
+
+def _seed_lines(spec: TableSpec) -> list[str]:
+    told = "; ".join(f"{', '.join(moved)} ({', '.join(names)})" for moved, names in seed_moves(spec).items())
+    paired = " Runs of one seed are taken as pairs where it moves the same in both." if spec.paired else ""
+    return [f"The seed moves: {told}.{paired}"] if told else []
 
 
 def _cost_lines(table: ReportTable) -> list[str]:
@@ -166,20 +190,34 @@ def _labels(columns: Sequence[Column]) -> str:
 
 def comparison_legend(table: ReportTable) -> list[str]:
     """Return the sentences below the comparisons."""
-    num_tests = sum(comparison.p is not None for comparison in table.comparisons)
-    least = 2 / (table.num_resamples + 1)
-    return [
+    tested = [one for one in table.comparisons if one.p is not None]
+    seeds_only = any(one.low is not None and one.num_items is None for one in table.comparisons)
+    lines = [
         "Difference of the means over seeds, rows − against; by seed: of the two runs with that seed. Interval and p: "
-        f"paired bootstrap over test items ({table.num_resamples:,} resamples): both rows are measured on the same "
-        "draw, each with its mean over seeds; of a mean of columns each test set is drawn by itself. They tell how far "
-        "the difference of these very models would move on other items, and nothing of another seed: methods that "
-        "differ by the seeds' noise alone fall below 0.05 far more often than in 5 % of cases. Holm: corrected over "
-        f"the {num_tests} tests of this table. Bold: below {SIGNIFICANT}, and the same sign with every seed, which "
-        "three seeds of methods that are alike have in a quarter of cases; never with one seed, whose sign nothing "
-        "confirms. "
-        f"No p is below {least:.2g}, no corrected one below {least * num_tests:.2g}. "
-        "A test that could not be made says why."
+        "a t-test with seeds and items both as random effects (docs/statistics.md). They tell how far the difference "
+        "would move with other seeds and other test items."
     ]
+    if seeds_only:
+        lines[0] += (
+            " Where a reason stands in brackets the items are not known: the interval is over seeds alone (Welch), and "
+            "says nothing of other items."
+        )
+    few = [one for one in table.comparisons if one.p is None and one.num_items is not None]
+    if few:
+        lines[0] += f" With fewer than {LEAST_SEEDS} seeds there are intervals and no tests."
+    declaration = [table.declaration] if table.declaration else []
+    if not tested:
+        return [*lines, *declaration]
+    num_primary = sum(one.family == "primary" for one in tested)
+    corrected = []
+    if num_primary:
+        corrected.append(f"{num_primary} primary tests, corrected by Holm over {table.spec.num_primary}")
+    if num_primary < len(tested):
+        corrected.append(
+            f"{len(tested) - num_primary} exploratory tests, corrected by Benjamini and Hochberg: of those in bold one "
+            "in twenty may be false"
+        )
+    return [*lines, f"Bold: corrected p below {SIGNIFICANT}. {'; '.join(corrected)}.", *declaration]
 
 
 def unmatched_lines(table: ReportTable) -> list[str]:
@@ -230,6 +268,8 @@ def probability(value: float | None) -> str:
     """Return a p-value with three or four decimals."""
     if value is None:
         return ""
+    if value < 0.0001:
+        return "< 0.0001"
     return f"{value:.4f}" if value < 0.01 else f"{value:.3f}"
 
 
@@ -238,7 +278,8 @@ def _ours(cell: Cell, column: Column) -> Text:
     if not cell.values:
         return Text("" if cell.status == "missing" else cell.status, notes=notes)
     spread = "" if cell.std is None else f" ± {number(cell.std, column.decimals)}"
-    return Text(f"{number(cell.mean, column.decimals)}{spread} ({len(cell.values)})", cell.mark, notes)
+    lost = f"; {cell.num_collapsed} of {cell.num_planned} collapsed" if cell.num_collapsed else ""
+    return Text(f"{number(cell.mean, column.decimals)}{spread} ({len(cell.values)}{lost})", cell.mark, notes)
 
 
 def _paper(cell: Cell, column: Column) -> str:
@@ -250,8 +291,10 @@ def _paper(cell: Cell, column: Column) -> str:
 
 
 def _interval(one: Comparison, column: Column) -> str:
-    left_out = f" ({one.num_undefined:,} undefined draws left out)" if one.num_undefined else ""
-    return f"{signed(one.low, column.decimals)} … {signed(one.high, column.decimals)}{left_out}"
+    if one.low is None:
+        return one.untested or ""
+    interval = f"{signed(one.low, column.decimals)} … {signed(one.high, column.decimals)}"
+    return f"{interval} ({one.untested})" if one.num_items is None else interval
 
 
 def _row_label(table: ReportTable, row: Row) -> str:

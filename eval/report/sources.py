@@ -67,7 +67,8 @@ class Sources:
     """The files of a report, read.
 
     results: run_id → result, of the runs that have one; sha256: run_id → hash of that file; failures: run_id → the
-    stage that failed last in a grid, of the runs that are not done since. Grades and logs are read from the runs' own
+    stage that failed last in a grid, of the runs that are not done since; declared: the record of the table's file when
+    its first run started (ba_lora/grid_state.py), None where there is none. Grades and logs are read from the runs' own
     folders when they are asked for.
     """
 
@@ -75,6 +76,7 @@ class Sources:
     paper: tuple[PaperRow, ...] = ()
     sha256: Mapping[str, str] = field(default_factory=dict)
     failures: Mapping[str, FailedStage] = field(default_factory=dict)
+    declared: Mapping[str, Any] | None = None
 
     def result(self, run: PlannedRun) -> dict[str, Any] | None:
         """Return a run's result, None where there is none yet."""

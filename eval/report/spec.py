@@ -4,13 +4,19 @@
       allow: [engine]                  # settings that may differ, footnoted where they do (settings.py)
       against: [lora, pissa]           # the rows that the table's `ours` are tested against; default: all other methods
       compare: [[ba_lora, pissa], [rank=8, rank=4]]      # or: these methods and settings, the first against the second
+      primary:                         # at most five tests, declared before the first run; all others are exploratory
+        - {column: gsm8k, focus: ba_lora, against: pissa}     # in all bases and settings that have both, or in one:
+        - {column: math, focus: ba_lora, against: pissa, base: llama-2-7b, setting: rank=8}
+      paired: true                     # runs of one seed are taken together where the seed moves the same in both rows
+      collapsed: {column: strict, below: 10, columns: [strict]}    # or above: a run beyond it is counted as a failure
+                                       # in these columns (default: all), beside the mean of the others
       compare_within: [base]           # what ranked and compared rows have in common: base, setting, both or none
       choose: heldout                  # of rows that differ in their setting, the best in this column is compared, in
                                        # the other columns
       names: {not stated: roberta-large}                 # the paper file's name of a model, method or setting → ours
       columns: {parameters: {scale: 1.0e-6, decimals: 1}}     # how a column's numbers are shown; `allow`: in it alone
       figures:
-        ablation: {kind: bars, columns: [gsm8k, math]}
+        ablation: {kind: dots, columns: [gsm8k, math]}
         ranks: {kind: lines, columns: [gsm8k], x: rank, log_x: true}      # x: a key of the settings' names
         pareto: {kind: scatter, columns: [gsm8k], x: seconds}
         terms: {kind: training, terms: [loss (nats), svd], methods: [pissa, ba_lora]}    # a unit may follow
@@ -30,13 +36,17 @@ from pathlib import Path
 from typing import Any
 
 from ba_lora import tables
-from ba_lora.config import RunConfig, nearest
+from ba_lora.config import RunConfig
 from ba_lora.errors import UserError
+from ba_lora.pipeline import UNTUNED
 from ba_lora.tables import Row, Table
+from eval.report.checks import choice, mapping, words
+from eval.report.declared import Collapse, Primary, num_primary, parse_collapse, parse_primary
+from eval.report.seeds import moved_by_seed
 
 BLOCK_KEYS = ("base", "setting")
 FIGURE_KINDS = {  # kind → what it needs
-    "bars": ("columns",),
+    "dots": ("columns",),
     "lines": ("columns", "x"),
     "scatter": ("columns", "x"),
     "training": ("terms",),
@@ -58,6 +68,11 @@ class PlannedRun:
     run_path: Path
     config: RunConfig | None = field(default=None, compare=False, repr=False)
     gpus: int | None = None
+
+    @property
+    def trained(self) -> bool:
+        """Whether it is a training, and not the pre-trained model itself."""
+        return self.method != UNTUNED
 
     @property
     def run_id(self) -> str:
@@ -156,6 +171,25 @@ class TableSpec:
     names: Mapping[str, str] = field(default_factory=dict)
     labels: Mapping[str, str] = field(default_factory=dict)
     figures: tuple[Figure, ...] = ()
+    primary: tuple[Primary, ...] = ()
+    num_primary: int = 0  # tests of the primary family, whether or not they can be made yet
+    paired: bool = False
+    collapsed: Collapse | None = None
+    sha256: str = ""  # of the table's file
+
+    def is_primary(self, column: Column, focus: Row, other: Row) -> bool:
+        """Whether the table has declared this comparison beforehand."""
+        return any(one.is_of(column, focus, other) for one in self.primary)
+
+    def is_paired(self, focus: Row, other: Row) -> bool:
+        """Whether the runs of one seed are taken together: that is declared, and the seed moves the same in both."""
+        moved = {words for row in (focus, other) for words in self.moved_by_seed(row)}
+        return self.paired and len(moved) < 2
+
+    def moved_by_seed(self, row: Row) -> list[tuple[str, ...]]:
+        """Return what the seed moves in a row's trainings, one entry for each different answer."""
+        runs = [run for column in self.columns for run in self.planned(row, column)]
+        return list(dict.fromkeys(moved_by_seed(run.config) for run in runs if run.config and run.trained))
 
     def column(self, name: str) -> Column:
         """Return the column called `name`."""
@@ -218,7 +252,7 @@ def table_spec(table: Table) -> TableSpec:
         config = cell.config
         run = PlannedRun(config.method, config.seed, config.result_path, config.run_path, config, table.gpus[cell.row])
         runs[key] = (*runs.get(key, ()), run)
-    return TableSpec(
+    spec = TableSpec(
         name=table.id,
         title=table.title,
         rows=table.rows,
@@ -228,8 +262,10 @@ def table_spec(table: Table) -> TableSpec:
         paper=table.paper,
         ours=table.ours,
         labels=table.labels,
+        sha256=table.sha256,
         **parse_report(table.report, rows=table.rows, columns=columns, source=f"table {table.id}"),
     )
+    return dataclasses.replace(spec, num_primary=num_primary(spec, source=f"table {table.id}: report.primary"))
 
 
 def parse_report(block: Any, *, rows: Sequence[Row], columns: Sequence[Column], source: str) -> dict[str, Any]:
@@ -237,28 +273,37 @@ def parse_report(block: Any, *, rows: Sequence[Row], columns: Sequence[Column], 
 
     Raises UserError, naming `source` and the key, for what is wrong.
     """
-    known = ("allow", "against", "compare", "compare_within", "choose", "names", "columns", "figures")
-    block = _mapping(block, known, where=f"{source}: report")
+    known = (
+        "allow", "against", "compare", "compare_within", "choose", "primary", "paired", "collapsed", "names", "columns",
+        "figures",
+    )  # fmt: skip
+    block = mapping(block, known, where=f"{source}: report")
     values: dict[str, Any] = {
-        key: _words(block[key], where=f"{source}: report.{key}")
+        key: words(block[key], where=f"{source}: report.{key}")
         for key in ("allow", "against", "compare_within")
         if key in block
     }
     for key in values.get("compare_within", ()):
-        _choice(key, BLOCK_KEYS, where=f"{source}: report.compare_within")
+        choice(key, BLOCK_KEYS, where=f"{source}: report.compare_within")
     values["names"] = {
-        key: str(name) for key, name in _mapping(block.get("names") or {}, where=f"{source}: report.names").items()
+        key: str(name) for key, name in mapping(block.get("names") or {}, where=f"{source}: report.names").items()
     }
     values["compare"] = _pairs(block.get("compare") or [], rows, where=f"{source}: report.compare")
     names = [column.name for column in columns]
     if "choose" in block:
-        values["choose"] = _choice(block["choose"], names, where=f"{source}: report.choose")
-    shown = _mapping(block.get("columns") or {}, names, where=f"{source}: report.columns")
+        values["choose"] = choice(block["choose"], names, where=f"{source}: report.choose")
+    values["primary"] = parse_primary(block.get("primary") or [], rows, names, where=f"{source}: report.primary")
+    values["paired"] = block.get("paired", False)
+    if not isinstance(values["paired"], bool):
+        raise UserError(f"{source}: report.paired must be true or false, found {values['paired']!r}")
+    if "collapsed" in block:
+        values["collapsed"] = parse_collapse(block["collapsed"], names, where=f"{source}: report.collapsed")
+    shown = mapping(block.get("columns") or {}, names, where=f"{source}: report.columns")
     values["columns"] = tuple(
         _show(column, shown.get(column.name) or {}, where=f"{source}: report.columns.{column.name}")
         for column in columns
     )
-    figures = _mapping(block.get("figures") or {}, where=f"{source}: report.figures")
+    figures = mapping(block.get("figures") or {}, where=f"{source}: report.figures")
     values["figures"] = tuple(
         _figure(name, entry, columns=names, where=f"{source}: figure {name}") for name, entry in figures.items()
     )
@@ -338,8 +383,8 @@ def setting_value(setting: str, key: str) -> float | None:
 
 
 def _show(column: Column, entry: Any, *, where: str) -> Column:
-    entry = _mapping(entry, ("scale", "decimals", "allow"), where=where)
-    allow = _words(entry.get("allow", []), where=f"{where}: allow")
+    entry = mapping(entry, ("scale", "decimals", "allow"), where=where)
+    allow = words(entry.get("allow", []), where=f"{where}: allow")
     scale, decimals = entry.get("scale", column.scale), entry.get("decimals", column.decimals)
     try:
         scale = float(scale)  # YAML 1.1 reads 1e-6 as text
@@ -354,36 +399,23 @@ def _show(column: Column, entry: Any, *, where: str) -> Column:
 
 def _figure(name: str, entry: Any, *, columns: Sequence[str], where: str) -> Figure:
     known = [entry.name for entry in dataclasses.fields(Figure) if entry.name != "name"]
-    values = _mapping(entry, known, where=where)
-    kind = _choice(values.get("kind", ""), list(FIGURE_KINDS), where=f"{where}: kind")
+    if not re.fullmatch(r"[\w-][\w.-]*", name):
+        raise UserError(f"{where}: the name becomes a file's: letters, digits, _ and - are allowed")
+    values = mapping(entry, known, where=where)
+    kind = choice(values.get("kind", ""), list(FIGURE_KINDS), where=f"{where}: kind")
     for key in ("columns", "terms", "methods"):
-        values[key] = _words(values.get(key, []), where=f"{where}: {key}")
+        values[key] = words(values.get(key, []), where=f"{where}: {key}")
     missing = [key for key in FIGURE_KINDS[kind] if not values.get(key)]
     if missing:
         raise UserError(f"{where}: a figure of kind {kind} needs {' and '.join(missing)}")
     for column in (*values["columns"], *([values["x"]] if kind == "scatter" else [])):
-        _choice(column, columns, where=where)
+        choice(column, columns, where=where)
     if values["terms"]:
         from ba_lora.progress import LOGGED_NAMES
 
         for term in values["terms"]:
-            _choice(term.partition(" ")[0], LOGGED_NAMES, where=f"{where}: terms")
+            choice(term.partition(" ")[0], LOGGED_NAMES, where=f"{where}: terms")
     return Figure(name=name, **values)
-
-
-def _mapping(value: Any, known: Sequence[str] | None = None, *, where: str) -> dict[str, Any]:
-    if not isinstance(value, Mapping):
-        raise UserError(f"{where} must be a mapping, found {type(value).__name__}")
-    for key in value if known is not None else ():
-        if key not in known:
-            raise UserError(f"{where}: unknown key {key}{nearest(str(key), list(known))}")
-    return {str(key): entry for key, entry in value.items()}
-
-
-def _words(value: Any, *, where: str) -> tuple[str, ...]:
-    if not isinstance(value, list | tuple) or not all(isinstance(word, str) for word in value):
-        raise UserError(f"{where} must be a list of words, found {value!r}")
-    return tuple(value)
 
 
 def _pairs(value: Any, rows: Sequence[Row], *, where: str) -> tuple[tuple[str, str], ...]:
@@ -392,14 +424,6 @@ def _pairs(value: Any, rows: Sequence[Row], *, where: str) -> tuple[tuple[str, s
         raise UserError(f"{where} must be a list of pairs, [[a, b], …], found {value!r}")
     methods, settings = (list(dict.fromkeys(getattr(row, key) for row in rows)) for key in ("method", "setting"))
     for first, second in value:
-        _choice(first, [*methods, *settings], where=where)
-        _choice(second, methods if first in methods else settings, where=where)
+        choice(first, [*methods, *settings], where=where)
+        choice(second, methods if first in methods else settings, where=where)
     return tuple((first, second) for first, second in value)
-
-
-def _choice(value: Any, choices: Sequence[str], *, where: str) -> Any:
-    if value not in choices:
-        raise UserError(
-            f"{where}: {value} is unknown: choose one of {', '.join(choices)}{nearest(value, list(choices))}"
-        )
-    return value

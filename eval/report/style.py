@@ -1,4 +1,4 @@
-"""How the report's figures look: colours, markers, hatches and lines, panels, legend, and how they are saved."""
+"""How the report's figures look: colours, markers and lines, panels, legend, and how they are saved."""
 
 import io
 import textwrap
@@ -9,7 +9,6 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
@@ -26,7 +25,6 @@ RC = {
     "grid.color": "0.9",
     "grid.linewidth": 0.6,
     "legend.frameon": False,
-    "hatch.linewidth": 0.6,
     "lines.linewidth": 1.4,
     "lines.markersize": 5,
     "pdf.fonttype": 42,  # letters stay letters: searchable, editable
@@ -41,15 +39,16 @@ class Style:
 
     colour: str
     marker: str
-    hatch: str
     line: Any
 
 
 # Colours of Okabe and Ito, which colour-blind readers tell apart, but for their yellow, which is lost in grey; lists of
 # unequal lengths, so that no two rows of a table share all four.
-_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#A09000", "#B5B5B5", "#777777")
+_COLOURS = (
+    "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#A09000", "#B5B5B5", "#777777", "#7A3E00",
+    "#6A3D9A", "#1B2A6B", "#00502F", "#F4A6C0", "#000000", "#A6D854",
+)  # fmt: skip
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "h", "p", "*", "d", "8")
-_HATCHES = ("", "///", "...", "xxx", "\\\\\\", "|||", "---", "+++", "ooo", "**")
 _LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1)), (0, (3, 1, 1, 1, 1, 1)), (0, (8, 2)))
 
 
@@ -57,17 +56,29 @@ HOLLOW = {"mfc": "none", "mec": "black", "ms": 3.2, "mew": 0.8, "zorder": 4}
 HALO = [withStroke(linewidth=2, foreground="white")]  # keeps a hollow mark visible on a dark bar
 
 
+_FIRST = (("lora",), ("pissa",), ("ba_lora",), ("ba_lora_iclr2026",), ("full_ft",), ("untuned",))
+
+
+def styles_of(series: Sequence[tuple[str, ...]]) -> dict[tuple[str, ...], Style]:
+    """Return the style of each of a table's series, (method, setting …): the same in all its figures, and for the
+    methods that most tables have, in all tables."""
+    order = [*_FIRST, *(one for one in dict.fromkeys(series) if one not in _FIRST)]
+    return {one: style_of(order.index(one)) for one in series}
+
+
 def style_of(position: int) -> Style:
-    """Return the style of the n-th row of a figure."""
-    lists = (_COLOURS, _MARKERS, _HATCHES, _LINES)
+    """Return the n-th style."""
+    lists = (_COLOURS, _MARKERS, _LINES)
     return Style(*(choices[position % len(choices)] for choices in lists))
 
 
-def panel_grid(count: int, *, across: int, panel_width: float = PANEL_WIDTH) -> tuple[Canvas, list[Axes]]:
+def panel_grid(
+    count: int, *, across: int, panel_width: float = PANEL_WIDTH, panel_height: float = PANEL_HEIGHT
+) -> tuple[Canvas, list[Axes]]:
     """Return a canvas and its first `count` panels, row by row, at most four abreast."""
     across = min(across, 4)
     down = -(-count // across)
-    canvas = Canvas(figsize=(max(panel_width * across, 4.2), PANEL_HEIGHT * down + 0.7), layout="constrained")
+    canvas = Canvas(figsize=(max(panel_width * across, 4.2), panel_height * down + 0.7), layout="constrained")
     axes = list(canvas.subplots(down, across, squeeze=False).flat)
     for axis in axes[count:]:
         axis.remove()
@@ -96,11 +107,6 @@ def y_axis(axis: Axes, column: Column) -> None:
     axis.set_ylabel(f"{axis_label(column)}{ARROWS[column.better]}")
 
 
-def patch_handle(style: Style, label: str) -> Patch:
-    """Return a bar's entry in the legend."""
-    return Patch(facecolor=style.colour, hatch=style.hatch, edgecolor="black", lw=0.6, label=label)
-
-
 def line_handle(style: Style, label: str, *, line: Any = None) -> Line2D:
     """Return a line's entry in the legend; line: another line style, "" for none."""
     return Line2D([], [], color=style.colour, marker=style.marker, ls=style.line if line is None else line, label=label)
@@ -111,7 +117,14 @@ def add_legend(canvas: Canvas, handles: Sequence[Any]) -> None:
     width, _ = canvas.get_size_inches()
     longest = max(len(handle.get_label()) for handle in handles)
     across = max(1, min(len(handles), int(width * 13 / (longest + 7))))
+    _make_room(canvas, 0.17 * -(-len(handles) // across))
     canvas.legend(handles=list(handles), loc="outside upper center", ncols=across)
+
+
+def _make_room(canvas: Canvas, inches: float) -> None:
+    """Make the canvas so much higher, for what stands above or below its panels."""
+    width, height = canvas.get_size_inches()
+    canvas.set_size_inches(width, height + inches)
 
 
 def save(canvas: Canvas, title: str, caption: str) -> dict[str, bytes]:
@@ -122,7 +135,9 @@ def save(canvas: Canvas, title: str, caption: str) -> dict[str, bytes]:
         canvas.legends[0].set_title(wrapped, prop={"size": 10})
     else:
         canvas.suptitle(wrapped, fontsize=10)
-    wrapped = "\n".join(textwrap.wrap(caption, int(width * 19)))
+    lines = textwrap.wrap(caption, int(width * 19))
+    _make_room(canvas, 0.13 * len(lines))
+    wrapped = "\n".join(lines)
     canvas.supxlabel(wrapped, x=0.01, ha="left", fontsize=7, color="0.25")
     return as_files(canvas)
 

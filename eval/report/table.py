@@ -10,18 +10,20 @@ from ba_lora.pipeline import UNTUNED
 from ba_lora.results import hardware_name
 from ba_lora.tables import Row
 from eval.report.comparisons import Comparison, compare
+from eval.report.declared import as_declared
 from eval.report.settings import Used, differences
 from eval.report.sources import PaperRow, PaperValue, Sources
 from eval.report.spec import Column, PlannedRun, TableSpec, metric_value, why_missing
 from eval.report.stats import first_and_second, mean_std
 
+COLLAPSED = "collapsed"
 CellKey = tuple[Row, str]  # the row and the column's name
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A run that ended without the value: status is failed, cancelled, oom, or, of a run that succeeded, that of
-    `why_missing`."""
+    """A run whose value is not in the mean: status is failed, cancelled, oom, or, of a run that succeeded, collapsed or
+    that of `why_missing`."""
 
     run_id: str
     status: str
@@ -54,6 +56,10 @@ class Cell:
         return mean_std(self.values)[1] if self.values else None
 
     @property
+    def num_collapsed(self) -> int:
+        return len({failure.run_id for failure in self.failures if failure.status == COLLAPSED})
+
+    @property
     def difference(self) -> float | None:
         if self.mean is None or self.paper is None or self.paper.is_bound:
             return None
@@ -70,15 +76,15 @@ class Cell:
 
 @dataclass(frozen=True)
 class ReportTable:
-    """A table, ready to be written down. num_resamples: of each comparison's bootstrap."""
+    """A table, ready to be written down. declaration: what is known of its file when the first run started."""
 
     spec: TableSpec
     cells: Mapping[CellKey, Cell]
     comparisons: tuple[Comparison, ...]
-    num_resamples: int
     footnotes: tuple[str, ...]
     unmatched_paper: tuple[PaperRow, ...]  # what the paper reports in this table for which it has no cell
     provenance: tuple[dict[str, Any], ...]
+    declaration: str = ""
 
     def cell(self, row: Row, column: Column) -> Cell:
         return self.cells[row, column.name]
@@ -90,6 +96,7 @@ class ReportTable:
 
 def build_table(spec: TableSpec, sources: Sources, *, allow: Iterable[str] = ()) -> ReportTable:
     """Return the table. Raises UserError where settings differ that are allowed neither here nor in its config."""
+    spec, declaration = as_declared(spec, sources.declared)
     used = [
         Used(row, run, column, result)
         for column in spec.columns
@@ -109,15 +116,14 @@ def build_table(spec: TableSpec, sources: Sources, *, allow: Iterable[str] = ())
             )
     rows = _chosen_rows(spec, cells, notes)
     _mark(spec, cells, rows, notes)
-    comparisons, num_resamples = compare(spec, sources, cells, rows)
     return ReportTable(
         spec=spec,
         cells=cells,
-        comparisons=tuple(comparisons),
-        num_resamples=num_resamples,
+        comparisons=tuple(compare(spec, sources, cells, rows)),
         footnotes=tuple(notes.texts),
         unmatched_paper=_unmatched(spec, sources),
         provenance=tuple(_provenance(spec, sources)),
+        declaration=declaration,
     )
 
 
@@ -150,7 +156,9 @@ def _measured_cell(spec: TableSpec, sources: Sources, row: Row, column: Column, 
         result = sources.result(run)
         value = None if result is None else _value(result, column)
         failed = sources.failure(run, column)
-        if value is not None:
+        if value is not None and (reason := _collapsed(spec, run, column, result)):
+            failures.append(Failure(run.run_id, COLLAPSED, reason))
+        elif value is not None:
             found.append((run, value))
             outdated += [failed] if failed else []
             texts.update(dict.fromkeys(notes.by_run.get((run.run_id, column.name), ())))
@@ -173,6 +181,18 @@ def _measured_cell(spec: TableSpec, sources: Sources, row: Row, column: Column, 
         paper=sources.paper_value(row, column),
         notes=tuple(notes.number(text) for text in texts),
     )
+
+
+def _collapsed(spec: TableSpec, run: PlannedRun, column: Column, result: Mapping[str, Any]) -> str | None:
+    """Return why a run counts as collapsed in a column, None where it does not; see `Collapse`."""
+    rule = spec.collapsed
+    if rule is None or not run.trained or column.name not in (rule.columns or [c.name for c in spec.columns if c.task]):
+        return None
+    judged = spec.column(rule.column)
+    value = _value(result, judged)
+    if value is None or not rule.is_beyond(value):
+        return None
+    return f"{judged.label} {rule.bound}"
 
 
 def _mean_cell(spec: TableSpec, sources: Sources, row: Row, column: Column, cells: Mapping[CellKey, Cell]) -> Cell:

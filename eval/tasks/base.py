@@ -71,6 +71,7 @@ class Task:
     template: str = "alpaca"  # key of ba_lora.prompts.TEMPLATES
     max_new_tokens: int = 1024
     stop: tuple[str, ...] = ALPACA_STOPS
+    metrics: tuple[str, ...] = ("strict", "flexible")  # the names that its scores can have
     groups: tuple[str, ...] = ()  # keys of Item.meta by which the scores are also given
     columns: tuple[str, ...] = ()  # columns that the data must have
     packages: tuple[str, ...] = ()  # distributions whose version may change a grade; their versions are recorded

@@ -24,6 +24,7 @@ WALL_TO_CPU = 4  # wall seconds allowed for each CPU second: a busy machine must
 class CodeTask(Task):
     """Subclasses define `items_from_rows`, `program`, `strict_program` and `tests`."""
 
+    metrics = ("strict", *(f"pass@{k}" for k in KS))
     grading_choices = {"sandbox": ("bubblewrap", "unsafe")}
 
     def program(self, item: Item, text: str) -> str | None:

@@ -75,6 +75,7 @@ class MTBench(Task):
     max_new_tokens = 1024
     # with the colon: answers may well have a heading "### Response time"
     stop = ("### Instruction:", "### Response:", "Below is an instruction that describes a task")
+    metrics = ("rating",)
     groups = ("category", "turn")
     columns = ("question_id", "category", "turns")
     packages = ("openai",)

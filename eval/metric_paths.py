@@ -1,0 +1,68 @@
+"""Which metrics a score can hold, so that a mistyped one is told before a run is trained for it.
+
+A table's column names a metric of a task's `metrics`, or a dotted path in the task's score (eval/report/spec.py), such
+as groups.family.age.metrics.strict; `{a,b}` in it stands for each of the two.
+"""
+
+import re
+from collections.abc import Sequence
+
+from ba_lora.config import nearest
+from ba_lora.errors import UserError
+from ba_lora.glue import TASKS as GLUE_TASKS
+from eval import inheritance
+from eval.nlu_scores import CLASS_METRICS
+from eval.tasks import TASKS
+from eval.tasks.glue import own_sets
+from eval.tasks.glue_x import out_of_domain
+
+COUNTS = ("n", "invalid", "num_completions", "num_truncated", "num_prompt_too_long", "num_missing", "timeouts")
+
+
+def patterns(task: str) -> list[tuple[str, str]]:
+    """Return (how a metric of the task may be written, what matches it). Raises UserError for an unknown task."""
+    if task == inheritance.NAME:
+        names = [*(f"distinct_{n}" for n in (1, 2, 3)), "answer_entropy", "perplexity.before", "perplexity.after"]
+        groups: tuple[str, ...] = ()
+    elif task in TASKS:
+        names, groups = list(TASKS[task].metrics), TASKS[task].groups
+    else:
+        of_set = [name for name in GLUE_TASKS if task in (*own_sets(name), *out_of_domain(name))]
+        if not of_set:
+            known = [*TASKS, inheritance.NAME, *(one for name in GLUE_TASKS for one in own_sets(name))]
+            raise UserError(f"task {task} is unknown{nearest(task, known)}")
+        names = [*dict.fromkeys(metric for name in of_set for metric in GLUE_TASKS[name].metrics), *CLASS_METRICS]
+        names += [f"per_class.{name}" for name in CLASS_METRICS] + ["in_domain", "drop"]
+        labels = dict.fromkeys(label for name in of_set for label in GLUE_TASKS[name].labels)
+        names += [f"per_class.recall.{label}" for label in labels]
+        groups = ()
+    found = [(name, re.escape(name)) for name in (*names, *COUNTS)]
+    of_names = "|".join(map(re.escape, names))
+    found += [(f"groups.{group}.<member>.metrics.<metric>", rf"groups\.{group}\.[^.]+\.metrics\.({of_names})")
+              for group in groups]  # fmt: skip
+    found += [("metrics.<metric>", rf"metrics\.({of_names})")]
+    if task in TASKS and TASKS[task].judged:
+        found.append(("ratings.<name>", r"ratings\.[\w.]+"))
+    return found
+
+
+def check(arguments: Sequence[str]) -> None:
+    """Raise UserError where the score of a task (the first word) will have no such metric (the second)."""
+    task, metric = arguments
+    known = patterns(task)
+    for path in _alternatives(metric):
+        if not any(re.fullmatch(pattern, path) for _, pattern in known):
+            names = [name for name, _ in known if name not in COUNTS]
+            raise UserError(f"metric {metric}: {task} has {', '.join(names)}{nearest(path, names)}")
+
+
+def _alternatives(path: str) -> list[str]:
+    """Return the paths that one with `{a,b}` stands for."""
+    found = re.search(r"\{([^}]*)\}", path)
+    if found is None:
+        return [path]
+    return [
+        one
+        for word in found[1].split(",")
+        for one in _alternatives(f"{path[: found.start()]}{word.strip()}{path[found.end() :]}")
+    ]
