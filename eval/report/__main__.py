@@ -51,8 +51,6 @@ def main() -> int:
         else:
             overrides.append(word)
     chosen = user_folder() / own["output"] if own.get("output") else None
-    if chosen:
-        check_place(chosen, "output")
     allow = tuple(own["allow"].split(",")) if own.get("allow") else ()
     check_allowed(allow)
     seeds = _seeds(own["seeds"]) if "seeds" in own else None
