@@ -13,7 +13,7 @@ import signal
 import time
 from pathlib import Path
 
-from ba_lora.command_line import read_run
+from ba_lora.config.command_line import read_run
 from ba_lora.errors import check_first, run_entry_point
 
 if __name__ == "__main__":  # what is wrong in the command line is told before the imports below, which take seconds
@@ -22,20 +22,20 @@ if __name__ == "__main__":  # what is wrong in the command line is told before t
 from accelerate import PartialState
 from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 
-from ba_lora.arguments import build_arguments, count_steps
-from ba_lora.config import RunConfig
-from ba_lora.export import export_run, probe_batch, push_to_hub, report, save_trained
+from ba_lora.config.schema import RunConfig
 from ba_lora.io import finite, write_jsonl_atomic
-from ba_lora.methods import build_model, left_out_experts, parameter_counts, probe_logits
-from ba_lora.model import hub_commit, load_tokenizer
-from ba_lora.model_card import write_model_card
-from ba_lora.packing import build_collator, faster_attention, prepare_packing
+from ba_lora.methods.build import build_model, left_out_experts, parameter_counts, probe_logits
+from ba_lora.models.load import hub_commit, load_tokenizer
+from ba_lora.models.sizes import check_sizes
+from ba_lora.objective.reference_cache.fill import cached_reference
 from ba_lora.processes import on_main_process, start_processes
-from ba_lora.reference_build import cached_reference
-from ba_lora.results import environment, peak_memory_mb, reset_peak_memory, total_peak_memory_mb
-from ba_lora.run import claim_folder, complete_result, finish, is_trained, keep_inputs, recorded
-from ba_lora.sizes import check_sizes
-from ba_lora.trainer import BALoRATrainer
+from ba_lora.runs.card import write_model_card
+from ba_lora.runs.export import export_run, probe_batch, push_to_hub, report, save_trained
+from ba_lora.runs.folder import claim_folder, complete_result, finish, is_trained, keep_inputs, recorded
+from ba_lora.runs.results import environment, peak_memory_mb, reset_peak_memory, total_peak_memory_mb
+from ba_lora.training.arguments import build_arguments, count_steps
+from ba_lora.training.packing import build_collator, faster_attention, prepare_packing
+from ba_lora.training.trainer import BALoRATrainer
 from data.nlg import check_source, load_training_data
 
 

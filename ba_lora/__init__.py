@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
 
 if TYPE_CHECKING:
-    from ba_lora.config import BALoRAConfig
-    from ba_lora.plain_lora import export_lora
-    from ba_lora.trainer import BALoRATrainer
+    from ba_lora.config.schema import BALoRAConfig
+    from ba_lora.training.plain_lora import export_lora
+    from ba_lora.training.trainer import BALoRATrainer
 
 __all__ = ["BALoRAConfig", "BALoRATrainer", "export_lora"]
 
@@ -23,15 +23,15 @@ __all__ = ["BALoRAConfig", "BALoRATrainer", "export_lora"]
 def __getattr__(name: str) -> Any:
     """Import on first use: the evaluators import ba_lora too and need neither torch nor transformers."""
     if name == "BALoRATrainer":
-        from ba_lora.trainer import BALoRATrainer
+        from ba_lora.training.trainer import BALoRATrainer
 
         return BALoRATrainer
     if name == "BALoRAConfig":
-        from ba_lora.config import BALoRAConfig
+        from ba_lora.config.schema import BALoRAConfig
 
         return BALoRAConfig
     if name == "export_lora":
-        from ba_lora.plain_lora import export_lora
+        from ba_lora.training.plain_lora import export_lora
 
         return export_lora
     raise AttributeError(f"module 'ba_lora' has no attribute {name!r}")

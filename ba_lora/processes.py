@@ -7,7 +7,7 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-from ba_lora.config import RunConfig
+from ba_lora.config.schema import RunConfig
 from ba_lora.errors import UserError
 
 

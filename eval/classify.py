@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ba_lora.config import ModelConfig
+from ba_lora.config.schema import ModelConfig
 from ba_lora.errors import UserError
 from ba_lora.glue import GlueTask
 
@@ -36,8 +36,8 @@ def open_classifier(folder: Path, task: GlueTask, *, max_length: int | None = No
     from transformers import AutoModelForSequenceClassification
     from transformers.utils import logging
 
-    import ba_lora.t5_encoder  # noqa: F401  makes the Auto classes know the T5 encoder
-    from ba_lora.model import load_tokenizer
+    import ba_lora.models.t5_encoder  # noqa: F401  makes the Auto classes know the T5 encoder
+    from ba_lora.models.load import load_tokenizer
 
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} holds no model: give a run's folder with merged/, or a model folder")
@@ -82,8 +82,8 @@ def classify(classifier: Classifier, texts: Sequence[tuple[str, ...]], *, batch_
     from datasets import Dataset
     from transformers import DataCollatorWithPadding
 
-    from ba_lora.model import encode_texts
-    from ba_lora.predict import predict
+    from ba_lora.models.load import encode_texts
+    from ba_lora.models.predict import predict
 
     columns, num_cut = encode_texts(classifier.tokenizer, texts, max_length=classifier.max_length)
     found = predict(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ba_lora import config
+from ba_lora.config import schema as config
 from ba_lora.errors import UserError
 from ba_lora.io import read_json, read_jsonl
 from eval.tasks.base import Item

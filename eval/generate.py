@@ -47,17 +47,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ba_lora.config_checks import check_place
+from ba_lora.config.checks import check_place
 from ba_lora.errors import CommandParser, UserError, run_entry_point
 from ba_lora.io import write_json_atomic, write_jsonl_atomic
+from ba_lora.models.sizes import check_tokens
 from ba_lora.prompts import build_conversation, prompt_hash
 from ba_lora.rows import portable_name
-from ba_lora.sizes import check_tokens
-from eval import engines
-from eval.engines import Completion, Engine, EngineOptions, Sampling, open_engine
+from eval.engines import open as engines
+from eval.engines.open import Completion, Engine, EngineOptions, Sampling, open_engine
+from eval.engines.requests import Options, Work, held_record, load_work, request_sha256, template_and_stops
+from eval.engines.serving import Job, plan
 from eval.options import parse_options, read_data, split_options
-from eval.requests import Options, Work, held_record, load_work, request_sha256, template_and_stops
-from eval.serving import Job, plan
 from eval.tasks import TASKS, get_task
 from eval.tasks.base import Task
 

@@ -7,7 +7,7 @@ as groups.family.age.metrics.strict; `{a,b}` in it stands for each of the two.
 import re
 from collections.abc import Sequence
 
-from ba_lora.config import nearest
+from ba_lora.config.schema import nearest
 from ba_lora.errors import UserError
 from ba_lora.glue import TASKS as GLUE_TASKS
 from eval import inheritance

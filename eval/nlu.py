@@ -30,17 +30,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ba_lora.config import resolve_data
-from ba_lora.config_checks import check_place
-from ba_lora.config_layers import load_config
-from ba_lora.config_nlu import NLURunConfig
+from ba_lora.config.checks import check_place
+from ba_lora.config.layers import load_config
+from ba_lora.config.schema import resolve_data
+from ba_lora.config.schema_nlu import NLURunConfig
 from ba_lora.errors import UserError, run_entry_point
-from ba_lora.evaluation_state import dev_sources, hub_of
+from ba_lora.experiments.evaluation_state import dev_sources, hub_of
 from ba_lora.glue import find_task
 from ba_lora.io import sha256_file, write_json_atomic, write_jsonl_atomic
-from ba_lora.model_card import write_model_card
-from ba_lora.results import read_record, refresh_result
 from ba_lora.rows import Source
+from ba_lora.runs.card import write_model_card
+from ba_lora.runs.results import read_record, refresh_result
 from eval.classify import Classifier, classify, open_classifier
 from eval.nlu_scores import dev_scores, score_predictions
 from eval.tasks.glue import Examples, own_sets, to_examples
@@ -146,7 +146,7 @@ def _sample(examples: Examples, num_rows: int) -> Examples:
 
 def evaluate_set(classifier: Classifier, run: Run, loaded: LoadedSet) -> dict[str, Any]:
     """Predict and score one set; write its predictions, return its score."""
-    from ba_lora.predict import prediction_lines
+    from ba_lora.models.predict import prediction_lines
 
     task, examples = find_task(run.task), loaded.examples.examples
     started = time.perf_counter()

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ba_lora.config_nlu import NLURunConfig
+from ba_lora.config.schema_nlu import NLURunConfig
 from ba_lora.glue import GlueTask, find_task
 from ba_lora.io import read_jsonl
 from eval.metrics import class_scores, glue_scores, intervals
@@ -33,7 +33,7 @@ def score_predictions(
 ) -> dict[str, Any]:
     """Return the score of the set called `name`, for a model of the task `of_task`.
 
-    lines: predictions as ba_lora.predict.prediction_lines makes them. training_counts: class → rows it had in training;
+    lines: predictions as ba_lora.models.predict.prediction_lines makes them. training_counts: class → rows it had in training;
     None where that is not known: then the minority is the rarest class of the lines. imbalanced: the training set had
     chosen class shares.
     """

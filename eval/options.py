@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from ba_lora.config import resolve_data
+from ba_lora.config.schema import resolve_data
 from ba_lora.errors import UserError
 from eval.tasks import TASKS
 

@@ -9,14 +9,14 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from ba_lora.config import RunConfig, resolve_path
-from ba_lora.config_layers import load_run
+from ba_lora.config.layers import load_run
+from ba_lora.config.schema import RunConfig, resolve_path
 from ba_lora.errors import UserError, run_entry_point
 from ba_lora.io import read_json, write_json_atomic
-from ba_lora.results import refresh_result
+from ba_lora.runs.results import refresh_result
 from eval import inheritance
 from eval.completions import output_paths
-from eval.judge import one_judge
+from eval.judge.judge import one_judge
 from eval.score import Options, score_file, stale_reason
 from eval.tasks import get_task
 
@@ -57,7 +57,7 @@ def score_runs(folder: Path, *, options: Options, results: Path | None = None) -
 
 def _refresh(run: Path, results: Path | None) -> bool:
     """Bring a run's result and model cards up to date; return whether a score in them had changed."""
-    from ba_lora.model_card import write_model_card
+    from ba_lora.runs.card import write_model_card
 
     config = load_run(run) if (run / "config.yaml").is_file() else None
     name = f"{run.name}.json" if config is None else config.result_path.name

@@ -20,7 +20,7 @@ is cut off: thinking='<think> </think>' names the marks around it (none: nothing
 own: humaneval and mbpp sandbox=unsafe (run programs without bubblewrap; the result says so), mbpp challenge=true and
 setup=false.
 
-MT-Bench is graded by a judge model (see eval/judge.py for JUDGE_MODEL, JUDGE_BASE_URL, JUDGE_API_KEY); what it is going
+MT-Bench is graded by a judge model (see eval/judge/judge.py for JUDGE_MODEL, JUDGE_BASE_URL, JUDGE_API_KEY); what it is going
 to cost is printed first, and its judgements are kept in RUN/judgements/mt_bench.jsonl, or <name>.judgements.jsonl
 beside the completions. Its keys: judgements=3 (of each answer), judge_parallel=4 (calls at a time),
 judge_timeout_s=120, judge_attempts=8 (for one judgement), judge_temperature=0, judge_max_tokens=2048 (none: not sent),
@@ -37,7 +37,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ba_lora.config_checks import check_place
+from ba_lora.config.checks import check_place
 from ba_lora.errors import CommandParser, UserError, run_entry_point
 from ba_lora.glue import TASKS as GLUE_TASKS
 from ba_lora.io import sha256_file, write_json_atomic, write_jsonl_atomic
@@ -52,11 +52,11 @@ from eval.completions import (
     read_meta,
     resolve_data,
 )
-from eval.judge_client import JudgeOptions
+from eval.grading.thinking import THINKING, check_marks
+from eval.judge.client import JudgeOptions
 from eval.options import parse_options
 from eval.tasks import TASKS, get_task
 from eval.tasks.base import Grade, Item, Source, Task
-from eval.thinking import THINKING, check_marks
 
 
 @dataclass(frozen=True)

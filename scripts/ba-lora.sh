@@ -5,7 +5,7 @@
 #                                                      unless given), or a run's own config.yaml
 #
 # `method=NAME[,NAME…]` and `seed=N[,N…]` make several runs and print them side by side.
-# Several GPUs or machines: see ba_lora/pipeline.py (NUM_MACHINES, MACHINE_RANK, MASTER_ADDR, MASTER_PORT,
+# Several GPUs or machines: see ba_lora/experiments/pipeline.py (NUM_MACHINES, MACHINE_RANK, MASTER_ADDR, MASTER_PORT,
 # ACCELERATE_CONFIG).
 set -eu
 ROOT=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
@@ -14,4 +14,4 @@ export BA_LORA_FOLDER
 sh "$ROOT/scripts/setup.sh"
 cd "$ROOT"
 export PATH="$ROOT/.venv/bin:$PATH" # DeepSpeed builds its kernels with the ninja in there
-exec "$ROOT/.venv/bin/python" -m ba_lora.pipeline "$@"
+exec "$ROOT/.venv/bin/python" -m ba_lora.experiments.pipeline "$@"

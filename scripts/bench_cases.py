@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import Trainer, TrainingArguments
 
-    from ba_lora.reference_cache import CachedReference
+    from ba_lora.objective.reference_cache.store import CachedReference
 
 CASES = (
     "pissa", "lora", "official", "plain", "fused", "fused_cache", "fused_no_svd", "fused_cache_no_svd", "padded",
@@ -85,9 +85,9 @@ def build_trainer(case: str, shape: Shape, vocabulary: int, device: str, folder:
     from peft import LoraConfig, get_peft_model
     from transformers import Trainer, set_seed
 
-    from ba_lora.config import BALoRAConfig, LossConfig
-    from ba_lora.packing import PackingCollator, prepare_packing
-    from ba_lora.trainer import BALoRATrainer
+    from ba_lora.config.schema import BALoRAConfig, LossConfig
+    from ba_lora.training.packing import PackingCollator, prepare_packing
+    from ba_lora.training.trainer import BALoRATrainer
 
     set_seed(0)
     model = random_llama(shape, vocabulary, device, attention=attention(case, shape, device))
@@ -130,7 +130,7 @@ def build_trainer(case: str, shape: Shape, vocabulary: int, device: str, folder:
 
 def attention(case: str, shape: Shape, device: str) -> str:
     """Return the case's `attn_implementation`."""
-    from ba_lora.model import flash_attention_lacks
+    from ba_lora.models.load import flash_attention_lacks
 
     flash = case in UNEQUAL and device == "cuda" and flash_attention_lacks(shape.dtype) is None
     return "flash_attention_2" if flash else "sdpa"
@@ -186,7 +186,7 @@ def _padded(rows: list[dict[str, Any]]) -> dict[str, "torch.Tensor"]:
 
 def fill_cache(case: str, shape: Shape, vocabulary: int, device: str, folder: Path) -> None:
     """Compute the reference cache of the case's rows."""
-    from ba_lora.reference_build import claim, fill
+    from ba_lora.objective.reference_cache.fill import claim, fill
 
     cache = _cache(folder, shape, vocabulary, random_rows(case, shape, vocabulary))
     claim(cache)
@@ -194,8 +194,8 @@ def fill_cache(case: str, shape: Shape, vocabulary: int, device: str, folder: Pa
 
 
 def _cache(folder: Path, shape: Shape, vocabulary: int, rows: "Dataset") -> "CachedReference":
-    from ba_lora.config import BALoRAConfig, ReferenceConfig
-    from ba_lora.reference_cache import Rows, open_cache
+    from ba_lora.config.schema import BALoRAConfig, ReferenceConfig
+    from ba_lora.objective.reference_cache.store import Rows, open_cache
 
     key = {
         "vocabulary": vocabulary,
@@ -238,7 +238,7 @@ def _official_trainer(pretrained: "torch.nn.Module") -> type["Trainer"]:
     import torch.nn.functional as F
     from transformers import Trainer
 
-    from ba_lora.config import BALoRAConfig
+    from ba_lora.config.schema import BALoRAConfig
 
     weights = BALoRAConfig()
 

@@ -50,9 +50,9 @@ def build_trainer(case: str, shape: EncoderShape, vocabulary: int, device: str, 
     from peft import LoraConfig, get_peft_model
     from transformers import BertConfig, BertForSequenceClassification, Trainer, default_data_collator, set_seed
 
-    from ba_lora.config_nlu import NLURegularizersConfig
-    from ba_lora.reference_cache_nlu import CachedFeatures
-    from ba_lora.trainer_nlu import NLUTrainer
+    from ba_lora.config.schema_nlu import NLURegularizersConfig
+    from ba_lora.objective.reference_cache.features import CachedFeatures
+    from ba_lora.training.trainer_nlu import NLUTrainer
     from scripts.bench_cases import training_arguments
 
     set_seed(0)

@@ -3,7 +3,7 @@
     python scripts/bench_pissa.py --device cuda --shape llama2-7b --init pissa_niter_16
     python scripts/bench_pissa.py --device cpu --shape llama2-7b --init pissa_niter_16 --layers 1 --modules q_proj
 
-SVDs, the file of factors and the residual, as a run does them (ba_lora/pissa.py), once, after a warm-up on a small
+SVDs, the file of factors and the residual, as a run does them (ba_lora/methods/pissa.py), once, after a warm-up on a small
 matrix. Prints one JSON object; the peak memory contains the model's own weights. A randomised SVD costs the same for
 any weights; an exact one need not.
 """
@@ -17,9 +17,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from ba_lora.config import AdapterConfig  # noqa: E402
+from ba_lora.config.schema import AdapterConfig  # noqa: E402
 from ba_lora.errors import CommandParser, run_entry_point  # noqa: E402
-from ba_lora.results import environment, peak_memory_mb, reset_peak_memory  # noqa: E402
+from ba_lora.runs.results import environment, peak_memory_mb, reset_peak_memory  # noqa: E402
 
 SHAPES = {  # hidden and intermediate size, layers; the vocabulary has no part in it
     "llama2-7b": (4096, 11008, 32),
@@ -44,7 +44,7 @@ def main() -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from ba_lora import pissa
+    from ba_lora.methods import pissa
 
     device = PartialState(cpu=options.device == "cpu").device
     svd = pissa.requested_svd(AdapterConfig(init=options.init, rank=options.rank))

@@ -5,7 +5,7 @@
 #                                                  given), or a run's own config.yaml
 #
 # `task=sst2` chooses the task, `method=NAME[,NAME…]` other methods, `seed=N[,N…]` seeds. Several GPUs or machines: see
-# ba_lora/pipeline.py.
+# ba_lora/experiments/pipeline.py.
 set -eu
 ROOT=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
 BA_LORA_FOLDER=${BA_LORA_FOLDER:-$PWD} # relative paths count from here
@@ -13,4 +13,4 @@ export BA_LORA_FOLDER
 sh "$ROOT/scripts/setup.sh"
 cd "$ROOT"
 export PATH="$ROOT/.venv/bin:$PATH" # DeepSpeed builds its kernels with the ninja in there
-exec "$ROOT/.venv/bin/python" -m ba_lora.pipeline_nlu "$@"
+exec "$ROOT/.venv/bin/python" -m ba_lora.experiments.pipeline_nlu "$@"

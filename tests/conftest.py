@@ -42,7 +42,7 @@ def real_data() -> Path:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> Path:
     """A random Llama of 2 layers with a byte-level tokenizer."""
-    from tests.tiny import save_tiny_model
+    from tests.support.tiny import save_tiny_model
 
     return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
 
@@ -54,16 +54,16 @@ def grid_folder(tmp_path, monkeypatch, root) -> Path:
 
     monkeypatch.chdir(root)
     for module, names in (
-        ("config", ["PROJECT_ROOT"]),
-        ("pipeline", ["PROJECT_ROOT"]),
-        ("grid", ["GRID_PATH", "training_stage", "evaluation_stages", "evaluation_state"]),
-        ("grid_plan", ["evaluation_stages"]),
-        ("grid_state", ["GRID_PATH", "evaluation_state"]),
+        ("config.schema", ["PROJECT_ROOT"]),
+        ("experiments.pipeline", ["PROJECT_ROOT"]),
+        ("experiments.grid", ["GRID_PATH", "training_stage", "evaluation_stages", "evaluation_state"]),
+        ("experiments.plan", ["evaluation_stages"]),
+        ("experiments.state", ["GRID_PATH", "evaluation_state"]),
     ):
         for name in names:  # so that monkeypatch puts back what `use` changes
             path = f"ba_lora.{module}.{name}"
             monkeypatch.setattr(path, getattr(__import__(f"ba_lora.{module}", fromlist=[name]), name))
-    monkeypatch.setattr("ba_lora.tables.RESULTS_PATH", tmp_path / "reports")
+    monkeypatch.setattr("ba_lora.experiments.tables.RESULTS_PATH", tmp_path / "reports")
     monkeypatch.setenv("FAKE", str(tmp_path))
     fake_grid.use(tmp_path)
     return tmp_path
@@ -72,9 +72,9 @@ def grid_folder(tmp_path, monkeypatch, root) -> Path:
 @pytest.fixture(scope="session")
 def box():
     """Run one program in a box with quick limits: `box(program, tests)` → its verdict."""
-    from eval.sandbox import Sandbox
-    from eval.sandbox_box import Job
-    from tests.boxes import QUICK, TESTS
+    from eval.sandbox.box import Job
+    from eval.sandbox.sandbox import Sandbox
+    from tests.support.boxes import QUICK, TESTS
 
     with Sandbox(limits=QUICK) as sandbox:
         yield lambda program, tests=TESTS, **more: sandbox.run([Job(program, tests, **more)], workers=1)[0]
@@ -123,7 +123,7 @@ def train(tiny_model, tmp_path, monkeypatch):
 @pytest.fixture(scope="session")
 def tiny_encoder(tmp_path_factory) -> Path:
     """A random BERT of 2 layers without a head, and a byte-level tokenizer."""
-    from tests.tiny_nlu import save_tiny_encoder
+    from tests.support.tiny_nlu import save_tiny_encoder
 
     return save_tiny_encoder(tmp_path_factory.mktemp("encoders") / "bert")
 
@@ -131,7 +131,7 @@ def tiny_encoder(tmp_path_factory) -> Path:
 @pytest.fixture
 def train_nlu(tiny_encoder, tmp_path, monkeypatch):
     """Run train_nlu.py in this process on a tiny encoder → the run's folder."""
-    from tests.tiny_nlu import tiny_overrides
+    from tests.support.tiny_nlu import tiny_overrides
 
     def run(
         *overrides: str,

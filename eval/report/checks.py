@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ba_lora.config import nearest
+from ba_lora.config.schema import nearest
 from ba_lora.errors import UserError
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ba_lora.tables import Row
+from ba_lora.experiments.tables import Row
 from eval.report.paired import PairedTests
 from eval.report.sources import Sources
 from eval.report.spec import Column, TableSpec

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ba_lora.errors import UserError
-from ba_lora.tables import Row
+from ba_lora.experiments.tables import Row
 from eval.report.checks import choice, mapping, words
 from eval.report.stats import MOST_PRIMARY
 
@@ -116,7 +116,7 @@ def num_primary(spec: "TableSpec", *, source: str) -> int:
 def as_declared(spec: "TableSpec", record: Mapping[str, Any] | None) -> tuple["TableSpec", str]:
     """Return the table with the primary family that it may claim, and a sentence on what was declared when.
 
-    record: what ba_lora.grid_state.declare has written when the table's first run started; None where nothing was. The
+    record: what ba_lora.experiments.state.declare has written when the table's first run started; None where nothing was. The
     family counts only where it is the declared one, and no run had a result then: it never changes after a look.
     """
     without = dataclasses.replace(spec, primary=(), num_primary=0)

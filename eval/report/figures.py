@@ -16,7 +16,7 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
 
 from ba_lora.errors import UserError
-from ba_lora.tables import Row
+from ba_lora.experiments.tables import Row
 from eval.report import features
 from eval.report.sheets import ARROWS, Drawn
 from eval.report.sources import Sources

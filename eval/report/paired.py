@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ba_lora.experiments.tables import Row
 from ba_lora.glue import find_task
-from ba_lora.tables import Row
 from eval.metrics.bootstrap import weighted_metric
 from eval.report.crossed import Array, Estimate, crossed_t, pseudo_values, seeds_t
 from eval.report.sources import Sources

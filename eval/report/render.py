@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ba_lora.tables import Row
+from ba_lora.experiments.tables import Row
 from eval.report.sheets import (
     Drawn,
     Sheet,

@@ -1,6 +1,6 @@
 """What the seed of a run moves: two methods may be compared seed by seed only where it moves the same in both."""
 
-from ba_lora.config import RunConfig
+from ba_lora.config.schema import RunConfig
 
 
 def moved_by_seed(config: RunConfig) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ba_lora.tables import Row
+from ba_lora.experiments.tables import Row
 from eval.report.comparisons import Comparison
 from eval.report.spec import Column, TableSpec, row_name
 from eval.report.stats import LEAST_SEEDS, SIGNIFICANT

@@ -8,13 +8,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ba_lora import grid_state
-from ba_lora.config import NOT_TRAINING, RunConfig, nearest, setting_differences, training_settings
-from ba_lora.config_layers import config_of_result
+from ba_lora.config.layers import config_of_result
+from ba_lora.config.schema import NOT_TRAINING, RunConfig, nearest, setting_differences, training_settings
 from ba_lora.errors import UserError
+from ba_lora.experiments import state as grid_state
+from ba_lora.experiments.pipeline import UNTUNED
+from ba_lora.experiments.tables import PAPER_PATH, Row
 from ba_lora.io import read_json, read_jsonl
-from ba_lora.pipeline import UNTUNED
-from ba_lora.tables import PAPER_PATH, Row
 from eval.report.spec import Column, Items, PlannedRun, row_name
 
 STATUSES = ("ok", "failed", "cancelled", "oom")
@@ -45,7 +45,7 @@ class PaperRow:
 
 @dataclass(frozen=True)
 class FailedStage:
-    """The stage of a run that failed last in a grid, named as in ba_lora/pipeline.py, and its error, one line.
+    """The stage of a run that failed last in a grid, named as in ba_lora/experiments/pipeline.py, and its error, one line.
 
     `tasks`: where scorers alone failed, the task of each and its error.
     """
@@ -68,7 +68,7 @@ class Sources:
 
     results: run_id → result, of the runs that have one; sha256: run_id → hash of that file; failures: run_id → the
     stage that failed last in a grid, of the runs that are not done since; declared: the record of the table's file when
-    its first run started (ba_lora/grid_state.py), None where there is none. Grades and logs are read from the runs' own
+    its first run started (ba_lora/experiments/state.py), None where there is none. Grades and logs are read from the runs' own
     folders when they are asked for.
     """
 

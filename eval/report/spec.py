@@ -22,7 +22,7 @@
         terms: {kind: training, terms: [loss (nats), svd], methods: [pissa, ba_lora]}    # a unit may follow
         tsne: {kind: features}         # over steps (features.py)
 
-The terms of a training figure are names of a run's log.jsonl (LOGGED_NAMES of ba_lora/progress.py). A training or
+The terms of a training figure are names of a run's log.jsonl (LOGGED_NAMES of ba_lora/training/log.py). A training or
 features figure shows the runs behind `columns`, needed where a row's columns are trained on several sets.
 `title`, `caption` (a sentence more) and `methods` (the rows drawn; default: all) go with every figure.
 """
@@ -35,11 +35,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ba_lora import tables
-from ba_lora.config import RunConfig
+from ba_lora.config.schema import RunConfig
 from ba_lora.errors import UserError
-from ba_lora.pipeline import UNTUNED
-from ba_lora.tables import Row, Table
+from ba_lora.experiments import tables
+from ba_lora.experiments.pipeline import UNTUNED
+from ba_lora.experiments.tables import Row, Table
 from eval.report.checks import choice, mapping, words
 from eval.report.declared import Collapse, Primary, num_primary, parse_collapse, parse_primary
 from eval.report.seeds import moved_by_seed
@@ -231,7 +231,7 @@ def _paper_names(column: tables.Column) -> tuple[str, str] | None:
 
 
 def table_spec(table: Table) -> TableSpec:
-    """Return a table of ba_lora.tables as the report needs it. Raises UserError for a wrong `report:` block."""
+    """Return a table of ba_lora.experiments.tables as the report needs it. Raises UserError for a wrong `report:` block."""
     columns = [
         Column(
             name=column.name,
@@ -411,7 +411,7 @@ def _figure(name: str, entry: Any, *, columns: Sequence[str], where: str) -> Fig
     for column in (*values["columns"], *([values["x"]] if kind == "scatter" else [])):
         choice(column, columns, where=where)
     if values["terms"]:
-        from ba_lora.progress import LOGGED_NAMES
+        from ba_lora.training.log import LOGGED_NAMES
 
         for term in values["terms"]:
             choice(term.partition(" ")[0], LOGGED_NAMES, where=f"{where}: terms")

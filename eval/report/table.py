@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ba_lora.pipeline import UNTUNED
-from ba_lora.results import hardware_name
-from ba_lora.tables import Row
+from ba_lora.experiments.pipeline import UNTUNED
+from ba_lora.experiments.tables import Row
+from ba_lora.runs.results import hardware_name
 from eval.report.comparisons import Comparison, compare
 from eval.report.declared import as_declared
 from eval.report.settings import Used, differences

@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from ba_lora.pipeline import UNTUNED
-from ba_lora.tables import Row
+from ba_lora.experiments.pipeline import UNTUNED
+from ba_lora.experiments.tables import Row
 from eval.report.comparisons import Comparison
 from eval.report.sheets import number, signed
 from eval.report.spec import Column

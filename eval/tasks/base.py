@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 from ba_lora.errors import UserError
 from ba_lora.rows import Source, load_rows
-from eval.limits import TimeLimit, cpu_limit
-from eval.thinking import THINKING, cut_thinking
+from eval.grading.limits import TimeLimit, cpu_limit
+from eval.grading.thinking import THINKING, cut_thinking
 
 if TYPE_CHECKING:
     import numpy as np

@@ -10,12 +10,12 @@ Programs see Python's standard library alone, no third-party package.
 import ast
 from collections.abc import Callable, Sequence
 
-from eval.sandbox import Sandbox
-from eval.sandbox_box import TIMEOUT, Job, Limits, Verdict
+from eval.grading.code_extraction import POST_PROCESSING, TooLong
+from eval.grading.code_pruning import parse
+from eval.grading.thinking import cut_thinking
+from eval.sandbox.box import TIMEOUT, Job, Limits, Verdict
+from eval.sandbox.sandbox import Sandbox
 from eval.tasks.base import Grade, Item, Task
-from eval.tasks.code_extraction import POST_PROCESSING, TooLong
-from eval.tasks.code_pruning import parse
-from eval.thinking import cut_thinking
 
 KS = (1, 5, 10, 100)
 WALL_TO_CPU = 4  # wall seconds allowed for each CPU second: a busy machine must not fail anybody

@@ -1,15 +1,15 @@
 """GSM8K: grade-school word problems whose gold answer is one number (the data ends each answer with `#### N`).
 
 strict: the number after the last "The answer is:", the form the paper's training data teaches, and nothing else.
-flexible: the first form found of those in eval/answers.py. Numbers are compared as exact rationals; there is no
+flexible: the first form found of those in eval/grading/answers.py. Numbers are compared as exact rationals; there is no
 leniency about percent (50 % is 50, never 0.5) and no rounding.
 """
 
 from collections.abc import Sequence
 
 from ba_lora.errors import UserError
-from eval.answers import MAX_TEXT, flexible_number, strict_number
-from eval.rationals import parse_number
+from eval.grading.answers import MAX_TEXT, flexible_number, strict_number
+from eval.grading.numbers import parse_number
 from eval.tasks.base import Grade, Item, Task, require_text
 
 

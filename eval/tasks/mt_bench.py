@@ -7,7 +7,7 @@ question file with the others beside it. Task ids: "mt_bench/81/turn1", "mt_benc
 As published: the temperatures of the categories, single-answer grading, reference answers shown to the judge for
 maths, reasoning and coding, the second turn judged with the whole conversation, and the overall score as the mean over
 all rated answers of both turns. Ours: several judgements of an answer are averaged first; the result tells their
-spread. A judgement without a rating is counted and left out (see eval/judge.py); an answer of which no judgement has a
+spread. A judgement without a rating is counted and left out (see eval/judge/judge.py); an answer of which no judgement has a
 rating is `invalid`.
 
 Metrics are fractions as everywhere: "rating", "rating_turn1", "rating_turn2" are a tenth of the usual score, which
@@ -23,15 +23,15 @@ import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from ba_lora.config import PROJECT_ROOT
+from ba_lora.config.schema import PROJECT_ROOT
 from ba_lora.errors import UserError
 from ba_lora.io import read_jsonl, sha256_file, write_text_atomic
 from ba_lora.rows import Source, load_rows
-from eval.judge import Judged, judge
-from eval.judge_client import NO_RATING, SCALE, JudgeOptions
-from eval.judge_store import Request, digest
+from eval.grading.thinking import cut_thinking
+from eval.judge.client import NO_RATING, SCALE, JudgeOptions
+from eval.judge.judge import Judged, judge
+from eval.judge.store import Request, digest
 from eval.tasks.base import Grade, Item, Task, require_columns, summarise
-from eval.thinking import cut_thinking
 
 REPOSITORY, REVISION = "lm-sys/FastChat", "587d5cfa1609a43d192cedb8441cac3c17db105d"
 # role -> (path in FastChat's repository below fastchat/llm_judge/data, sha256 at REVISION, other names on disk)
@@ -139,7 +139,7 @@ class MTBench(Task):
     ) -> tuple[list[list[Grade]], dict]:
         """Have every answer judged; return the grades (items → samples) and the result's "judge" and "ratings".
 
-        answers: items with their (sample, text)s. Raises UserError; see eval/judge.py.
+        answers: items with their (sample, text)s. Raises UserError; see eval/judge/judge.py.
         """
         files = answers[0][0].meta["files"]
         prompts, references = read_judge_prompts(files["judge_prompts"]), read_references(files["references"])

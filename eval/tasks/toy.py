@@ -5,9 +5,9 @@ The scores are also given per problem family, since the point of the set is whic
 
 from collections.abc import Sequence
 
-from ba_lora.config import PROJECT_ROOT
+from ba_lora.config.schema import PROJECT_ROOT
 from ba_lora.errors import UserError
-from eval.rationals import parse_number
+from eval.grading.numbers import parse_number
 from eval.tasks.base import Item, require_text
 from eval.tasks.gsm8k import NumberTask
 

@@ -10,7 +10,7 @@ import subprocess
 import pytest
 import yaml
 
-from tests.tiny import only_result
+from tests.support.tiny import only_result
 
 pytestmark = pytest.mark.real
 

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from ba_lora.io import read_jsonl
-from eval.sandbox_box import Limits
-from tests.boxes import needs_bubblewrap
-from tests.judge_server import JudgeServer, completion
-from tests.tiny import only_result
+from eval.sandbox.box import Limits
+from tests.support.boxes import needs_bubblewrap
+from tests.support.judge_server import JudgeServer, completion
+from tests.support.tiny import only_result
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 
@@ -28,7 +28,7 @@ def write_rows(path: Path, rows: list[dict]) -> Path:
 
 def train_and_evaluate(root: Path, folder: Path, *overrides: str, environ: dict[str, str] | None = None) -> dict:
     """Run configs/nlg/llama-2-7b.yaml through the pipeline on the toy's base, and return the result."""
-    command = [sys.executable, "-m", "ba_lora.pipeline", "configs/nlg/llama-2-7b.yaml", *overrides]
+    command = [sys.executable, "-m", "ba_lora.experiments.pipeline", "configs/nlg/llama-2-7b.yaml", *overrides]
     command += ["model.name=data/toy/clean", "model.revision=null", "model.dtype=float32", "adapter.rank=4"]
     command += ["data.num_rows=48", "trainer.gradient_accumulation_steps=8", "trainer.bf16=false"]
     command += ["trainer.use_cpu=true", "trainer.learning_rate=1e-3", "eval.engine=hf", "eval.untuned=false"]

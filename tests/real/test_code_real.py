@@ -9,7 +9,7 @@ import pytest
 
 from eval.score import Options, score_file
 from eval.tasks import get_task
-from tests.boxes import needs_bubblewrap
+from tests.support.boxes import needs_bubblewrap
 
 pytestmark = [
     pytest.mark.real,

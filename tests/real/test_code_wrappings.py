@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from eval.sandbox import Job, Sandbox
+from eval.sandbox.sandbox import Job, Sandbox
 from eval.tasks import get_task
 from eval.tasks.base import Item, Task
 from eval.tasks.code import imported_modules, limits_for
-from tests.boxes import needs_bubblewrap
+from tests.support.boxes import needs_bubblewrap
 
 pytestmark = [pytest.mark.real, needs_bubblewrap]
 

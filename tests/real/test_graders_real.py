@@ -10,11 +10,11 @@ from types import ModuleType
 import pytest
 
 from ba_lora.io import read_jsonl
-from eval.equality import equal
-from eval.limits import TimeLimit, cpu_limit
+from eval.grading.equality import equal
+from eval.grading.limits import TimeLimit, cpu_limit
 from eval.score import Options, score_file
 from eval.tasks import get_task
-from tests.respellings import right, wrong
+from tests.support.respellings import right, wrong
 
 pytestmark = pytest.mark.real
 

@@ -17,11 +17,11 @@ import pytest
 
 from ba_lora.io import read_json, read_jsonl
 from eval import score
-from eval.judge_client import NO_RATING, JudgeOptions
-from eval.judge_store import Request
+from eval.judge.client import NO_RATING, JudgeOptions
+from eval.judge.store import Request
 from eval.tasks import get_task
 from eval.tasks.mt_bench import FILES, JUDGE_PROMPTS, locate, make_request, read_judge_prompts, read_references
-from tests.judge_server import JudgeServer, completion
+from tests.support.judge_server import JudgeServer, completion
 
 ROOT = Path(__file__).resolve().parents[2]
 START_TIMEOUT_S = 900  # 30 s on a free machine

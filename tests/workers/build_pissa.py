@@ -8,12 +8,12 @@ import torch
 from accelerate import PartialState
 from peft.tuners.lora import corda as peft_corda
 
-from ba_lora import pissa
-from ba_lora.config import AdapterConfig, ModelConfig, RunConfig
+from ba_lora.config.schema import AdapterConfig, ModelConfig, RunConfig
 from ba_lora.errors import end_process
-from ba_lora.methods import build_model
-from tests.pissa_helpers import weights_sha256
-from tests.tiny import arguments, tiny_rows
+from ba_lora.methods import pissa
+from ba_lora.methods.build import build_model
+from tests.support.pissa_helpers import weights_sha256
+from tests.support.tiny import arguments, tiny_rows
 
 name, init, run, *stage = sys.argv[1:]
 torch.set_num_threads(1)

@@ -7,10 +7,13 @@ from pathlib import Path
 
 import yaml
 
-from ba_lora import config, grid, grid_plan, grid_state, pipeline
-from ba_lora.executor import LocalExecutor, Slot
+from ba_lora.config import schema as config
+from ba_lora.experiments import grid, pipeline
+from ba_lora.experiments import plan as grid_plan
+from ba_lora.experiments import state as grid_state
+from ba_lora.experiments.executors.local import LocalExecutor, Slot
+from ba_lora.experiments.tables import load_table
 from ba_lora.io import sha256_file
-from ba_lora.tables import load_table
 
 STAGE = [sys.executable, "-I", "-S", str(Path(__file__).with_name("fake_stage.py"))]
 TABLE = {

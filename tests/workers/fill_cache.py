@@ -12,8 +12,9 @@ from pathlib import Path
 
 import torch
 
-from ba_lora import reference_build, reference_cache
-from tests.tiny import tiny_cache, tiny_rows
+from ba_lora.objective.reference_cache import fill as reference_build
+from ba_lora.objective.reference_cache import store as reference_cache
+from tests.support.tiny import tiny_cache, tiny_rows
 from tests.workers.killed_runs import arm
 
 torch.set_num_threads(1)

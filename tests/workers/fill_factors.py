@@ -12,8 +12,9 @@ from pathlib import Path
 
 import torch
 
-from ba_lora import pissa, pissa_cache
-from tests.pissa_helpers import random_matrices
+from ba_lora.methods import factors_cache as pissa_cache
+from ba_lora.methods import pissa
+from tests.support.pissa_helpers import random_matrices
 
 cache_path, output, *mode = sys.argv[1:]
 torch.set_num_threads(1)

@@ -22,7 +22,7 @@ import torch
 
 import train_nlg
 import train_nlu
-from ba_lora.config_layers import load_config
+from ba_lora.config.layers import load_config
 
 torch.set_num_threads(1)
 SCRIPTS = {"nlg": train_nlg, "nlu": train_nlu}

@@ -12,9 +12,9 @@ import torch
 
 from ba_lora import BALoRAConfig, BALoRATrainer
 from ba_lora.errors import end_process
-from ba_lora.packing import PackingCollator, prepare_packing
-from ba_lora.reference import gathered
-from tests.tiny import adapter_weights, arguments, collate, tiny_cache, tiny_peft, tiny_rows
+from ba_lora.objective.reference import gathered
+from ba_lora.training.packing import PackingCollator, prepare_packing
+from tests.support.tiny import adapter_weights, arguments, collate, tiny_cache, tiny_peft, tiny_rows
 
 regularizers, accumulation, output = BALoRAConfig(**json.loads(sys.argv[1])), int(sys.argv[2]), Path(sys.argv[3])
 words = sys.argv[4:]

@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, DataCollatorWithPadding
 
-from ba_lora.config_nlu import NLURegularizersConfig
+from ba_lora.config.schema_nlu import NLURegularizersConfig
 from ba_lora.errors import end_process
-from ba_lora.predict import predict
-from ba_lora.reference_cache_nlu import CachedFeatures
-from ba_lora.trainer_nlu import NLUTrainer
-from tests.tiny import adapter_weights, arguments
-from tests.tiny_nlu import save_tiny_encoder, tiny_classifier, tiny_pairs
+from ba_lora.models.predict import predict
+from ba_lora.objective.reference_cache.features import CachedFeatures
+from ba_lora.training.trainer_nlu import NLUTrainer
+from tests.support.tiny import adapter_weights, arguments
+from tests.support.tiny_nlu import save_tiny_encoder, tiny_classifier, tiny_pairs
 
 regularizers, accumulation, output = NLURegularizersConfig(**json.loads(sys.argv[1])), int(sys.argv[2]), sys.argv[3]
 torch.set_num_threads(1)

@@ -1,0 +1,34 @@
+"""Evaluation inside an NLG training: `data.heldout_share`, `trainer.eval_strategy`, early stopping, best checkpoint.
+
+Every `trainer.eval_steps` steps, or each epoch, the loss on the held-out rows is logged as transformers does it.
+`trainer.load_best_model_at_end=true` exports the checkpoint with the least `trainer.metric_for_best_model` (eval_loss).
+"""
+
+from ba_lora.config.schema import RunConfig
+from ba_lora.errors import UserError
+
+_OF_EVALUATION = ("eval_on_start", "load_best_model_at_end")
+
+
+def check_heldout(config: RunConfig) -> None:
+    """Raise UserError for settings of the evaluation that do not fit each other."""
+    trainer, patience = config.trainer, config.early_stopping.patience
+    strategy = str(trainer.get("eval_strategy") or "no")
+    typed = [f"trainer.{name}" for name in _OF_EVALUATION if trainer.get(name)]
+    typed += ["early_stopping.patience"] if patience is not None else []
+    if config.kind == "nlu":
+        typed += ["trainer.eval_strategy"] if strategy != "no" else []
+        if typed:
+            raise UserError(f"{typed[0]}: an NLU run is evaluated after every epoch; nlu.selection says which is kept")
+        return
+    share = config.data.heldout_share
+    if strategy == "no":
+        if typed:
+            raise UserError(f"{typed[0]} needs trainer.eval_strategy=steps or epoch, and data.heldout_share")
+        if share is not None:
+            raise UserError("data.heldout_share needs trainer.eval_strategy=steps or epoch: else nothing is evaluated")
+        return
+    if share is None:
+        raise UserError(f"trainer.eval_strategy={strategy} needs rows: set data.heldout_share, such as 0.05")
+    if config.uses_reference_cache:
+        raise UserError("reference.cache holds the training rows only: with trainer.eval_strategy leave it out (null)")

@@ -1,0 +1,252 @@
+"""Reading a configuration: base file + method file + `key=value`, three flat layers merged into the dataclasses.
+
+    configs/nlg/<model>.yaml        the base: model, data, trainer, evaluation
+    configs/methods/<method>.yaml   only what differs, with `nlg:` and `nlu:` blocks where the two differ
+    key=value                       typed by hand, e.g. `regularizers.lambda_svd=0 trainer.max_steps=20`
+
+NLU has a fourth between the first two, the task's settings (config_nlu.py). What a configuration holds: config.py;
+which values go together: config_checks.py.
+"""
+
+import copy
+import dataclasses
+import functools
+import re
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ba_lora.config.checks import check
+from ba_lora.config.schema import PROJECT_ROOT, RunConfig, check_choice, nearest, resolve_path
+from ba_lora.config.schema_nlu import LEFT_OUT, NLURunConfig, task_layer
+from ba_lora.config.trainer import ALIASES, argument_types, nearest_argument, normalized
+from ba_lora.errors import UserError
+
+METHODS_PATH = PROJECT_ROOT / "configs" / "methods"
+SCHEMAS: dict[str, type[RunConfig]] = {schema.kind: schema for schema in (RunConfig, NLURunConfig)}
+
+
+def load_config(
+    config_path: str | Path,
+    *,
+    method: str | None = None,
+    task: str | None = None,
+    overrides: list[str] | tuple[str, ...] = (),
+    kind: str | None = None,
+) -> RunConfig:
+    """Merge base, task (NLU), method and overrides into a checked `RunConfig`, or `NLURunConfig`.
+
+    `config_path` may be a base (then `method` defaults to ba_lora) or a resolved config saved with a run (which
+    already names its method). `kind`, nlg or nlu, picks the method's block of that name; None: as the file says.
+    Raises UserError for anything wrong.
+    """
+    path = find_config(config_path, kind=kind)
+    base = read_yaml(path)
+    kind = _kind_of(base, kind, path)
+    typed, overrides = _take_typed(overrides, ("method", "task", "nlu.task"))
+    if method is not None and typed.get("method", method) != method:
+        raise UserError(f"method={typed['method']} and --method {method} are two methods: give one")
+    method = typed.get("method", method)
+    task = typed.get("nlu.task", typed.get("task", task))
+    if kind == "nlg" and task is not None:
+        raise UserError(f"task={task} is for NLU (sh scripts/nlu.sh); what is evaluated here is eval.tasks=[NAME]")
+    if "method" in base:
+        saved = {"method": base["method"], "task": (base.get("nlu") or {}).get("task")}
+        for name, wanted in (("method", method), ("task", task)):
+            if wanted not in (None, saved[name]):
+                raise UserError(
+                    f"{path} is the resolved config of {name} {saved[name]}: "
+                    f"leave {name} {wanted} out, or start from a base in configs/{kind}"
+                )
+        layers = [base]
+    else:
+        method = method or "ba_lora"
+        layers = [base, _method_layer(method, kind), {"method": method, "name": path.stem}]
+        if kind == "nlu":
+            layers.insert(1, task_layer(base, task))
+    for layer in layers:
+        _refuse_untyped(layer, path, overrides, saved="method" in base)
+    layers.append(_override_layer(overrides))
+    schema = SCHEMAS[kind]
+    for layer in layers:
+        _refuse_unknown(layer, path, schema, schema)
+    try:
+        merged = OmegaConf.merge(_structured(schema), functools.reduce(_overlay, layers))
+    except OmegaConfBaseException as error:
+        typed_there = any(text.startswith(f"{error.full_key}=") for text in overrides)
+        source = "the command line" if typed_there else path
+        several = "; one seed a run: scripts/ba-lora.sh and nlu.sh take seed=1,2, reproduce.sh takes seeds=[1,2]"
+        raise UserError(
+            f"{error.full_key} in {source}: {str(error).splitlines()[0]}{several if error.full_key == 'seed' else ''}"
+        ) from error
+    config = OmegaConf.to_object(merged)
+    config.trainer = normalized(config.trainer)
+    check(config)
+    return config
+
+
+def load_run(run_path: Path) -> RunConfig:
+    """Return the config saved with a run, that folder being the run's."""
+    return dataclasses.replace(load_config(run_path / "config.yaml"), output_dir=str(run_path.absolute()))
+
+
+def config_of_result(plain: dict[str, Any], *, kind: str) -> RunConfig:
+    """Return the config that a result keeps (ba_lora/runs/results.py). Raises UserError for what no config may hold."""
+    _refuse_interpolations(plain, "a result's config")
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(_structured(SCHEMAS[kind]), plain))
+    except OmegaConfBaseException as error:
+        raise UserError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+
+
+def find_config(name: str | Path, *, kind: str | None) -> Path:
+    """Return the absolute path of a config: a file (see `resolve_path`), or a name in configs/<kind>, such as toy."""
+    path = resolve_path(name)
+    if path.is_file() or len(Path(name).parts) > 1:
+        return path
+    stem = Path(name).stem if Path(name).suffix in (".yaml", ".yml") else str(name)
+    found = {folder: PROJECT_ROOT / "configs" / folder / f"{stem}.yaml" for folder in (kind or "nlg", *SCHEMAS)}
+    return next((file for file in found.values() if file.is_file()), path)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Return the mapping in a YAML config. Raises UserError for a missing, broken or empty file."""
+    if not path.is_file():
+        files = sorted((PROJECT_ROOT / "configs").glob("nl?/*.yaml"))
+        known = {file.stem: None for file in files} | {str(file): None for file in files}
+        asked = path.stem if path.parent == PROJECT_ROOT else str(path.absolute())
+        raise UserError(f"no such config: {path.absolute()}{nearest(asked, list(known))}")
+    status = path.stat()
+    return copy.deepcopy(_parsed(path.absolute(), status.st_mtime_ns, status.st_size))
+
+
+@functools.lru_cache(maxsize=256)  # a table reads the same few files hundreds of times; a changed file is read again
+def _parsed(path: Path, modified_ns: int, size: int) -> dict[str, Any]:
+    try:
+        plain = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    except Exception as error:  # PyYAML and OmegaConf raise unrelated classes; all of them mean a broken file
+        raise UserError(f"{path} is not a valid YAML config: {str(error).splitlines()[0]}") from error
+    if not isinstance(plain, dict) or not plain:
+        raise UserError(f"{path} is empty or no mapping: a config is `key: value` lines")
+    _refuse_interpolations(plain, path)
+    return plain
+
+
+def _refuse_interpolations(value: Any, source: object, key: str = "") -> None:
+    """Raise UserError for a `${…}`: it could bring what the environment holds into configs, results and model cards."""
+    if isinstance(value, dict | list):
+        for name, entry in value.items() if isinstance(value, dict) else enumerate(value):
+            _refuse_interpolations(name, source, key)
+            _refuse_interpolations(entry, source, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, str) and "${" in value:
+        raise UserError(f"{key or value} in {source}: ${{…}} is not read in configs: write the value itself")
+
+
+def _refuse_untyped(layer: dict[str, Any], path: Path, overrides: list[str], *, saved: bool) -> None:
+    """Take what counts only when it is typed out of a file's layer; raise UserError where a base sets it."""
+    for key, section in (("model.trust_remote_code", layer.get("model")), ("overwrite", layer)):
+        if not isinstance(section, dict) or section.pop(key.rpartition(".")[2], False) in (False, None) or saved:
+            continue
+        if not any(text.startswith(f"{key}=") for text in overrides):
+            raise UserError(f"{key} in {path} counts only when it is typed: take it out, and type {key}=true")
+
+
+def valid_keys(node: Any = RunConfig, prefix: str = "") -> list[str]:
+    """Return every dotted key a configuration may have (free-form sections by their own name alone)."""
+    keys = []
+    for entry in dataclasses.fields(node):
+        keys.append(prefix + entry.name)
+        if dataclasses.is_dataclass(entry.type):
+            keys += valid_keys(entry.type, f"{prefix}{entry.name}.")
+    return keys
+
+
+@functools.cache
+def available_methods(kind: str = "nlg") -> tuple[str, ...]:
+    """Return the names of the method files; those marked `only: nlu` (or nlg) are left out elsewhere."""
+    files = {path.stem: OmegaConf.load(path) for path in METHODS_PATH.glob("*.yaml")}
+    return tuple(sorted(name for name, settings in files.items() if settings.get("only", kind) == kind))
+
+
+def _kind_of(base: dict[str, Any], kind: str | None, config_path: Path) -> str:
+    """Return nlu for a file with the section `nlu` or `tasks`, else what is asked for, or nlg."""
+    if "nlu" in base or "tasks" in base:
+        if kind == "nlg":
+            raise UserError(f"{config_path} is an NLU config: use sh scripts/nlu.sh or train_nlu.py")
+        return "nlu"
+    data = base.get("data")
+    if kind == "nlu" and ("method" in base or (isinstance(data, dict) and "name" in data)):
+        raise UserError(f"{config_path} is an NLG config: use sh scripts/ba-lora.sh or train_nlg.py")
+    return kind or "nlg"
+
+
+def _take_typed(overrides: list[str] | tuple[str, ...], names: tuple[str, ...]) -> tuple[dict[str, str], list[str]]:
+    """Split `name=value` for the given names from the other overrides; the last one counts."""
+    typed, rest = {}, []
+    for text in overrides:
+        name, _, value = text.partition("=")
+        if name in names:
+            typed[name] = value
+        else:
+            rest.append(text)
+    return typed, rest
+
+
+def _method_layer(method: str, kind: str) -> dict[str, Any]:
+    if kind == "nlu" and method in LEFT_OUT:
+        raise UserError(LEFT_OUT[method])
+    check_choice("method", method, available_methods(kind))
+    layer = read_yaml(METHODS_PATH / f"{method}.yaml")
+    layer.pop("only", None)
+    blocks = {name: layer.pop(name, None) or {} for name in ("nlg", "nlu")}
+    return _overlay(layer, blocks[kind])
+
+
+def _override_layer(overrides: list[str] | tuple[str, ...]) -> dict[str, Any]:
+    for text in overrides:
+        if not re.match(r"^[A-Za-z_][\w.]*=", text):
+            raise UserError(f"cannot read {text!r}: overrides are key=value, such as trainer.max_steps=20")
+        _refuse_interpolations(text, "the command line")
+    try:
+        return OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))
+    except Exception as error:
+        raise UserError(f"cannot read the overrides {' '.join(overrides)}: {str(error).splitlines()[0]}") from error
+
+
+def _refuse_unknown(layer: dict[str, Any], source: str | Path, schema: Any, node: Any, prefix: str = "") -> None:
+    known = {entry.name: entry.type for entry in dataclasses.fields(node)}
+    for key, value in layer.items():
+        if key not in known:
+            raise UserError(f"unknown key {prefix}{key}{_nearest_key(prefix, str(key), schema)} (read with {source})")
+        if dataclasses.is_dataclass(known[key]):
+            if not isinstance(value, dict):
+                raise UserError(f"{prefix}{key} is a section: give {prefix}{key}.<name>=value")
+            _refuse_unknown(value, source, schema, known[key], f"{prefix}{key}.")
+
+
+def _nearest_key(prefix: str, key: str, schema: Any) -> str:
+    """Return ` (nearest: …)`: keys of just this name in a section come first, then those spelt alike."""
+    keys = valid_keys(schema)
+    if not prefix and (key in ALIASES or key in argument_types()):
+        return nearest_argument(key)
+    same = [name for name in keys if name.rpartition(".")[2] == key]
+    return f" (nearest: {', '.join(same)})" if same else nearest(prefix + key, keys)
+
+
+def _overlay(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Return one layer on another: mappings are merged, anything else is replaced.
+
+    OmegaConf's merge does the same and copies typed nodes each time, which a table of hundreds of runs would wait for.
+    """
+    merged = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, dict) and isinstance(below.get(key), dict)
+        merged[key] = _overlay(below[key], value) if both else value
+    return merged
+
+
+@functools.cache
+def _structured(schema: type[RunConfig]) -> DictConfig:
+    return OmegaConf.structured(schema)

@@ -1,0 +1,350 @@
+"""Configuration: what a run's settings are, as typed dataclasses, and how they are hashed and saved.
+
+How they are read, from base, method and `key=value`: config_layers.py; which values go together: config_checks.py; what
+differs for NLU: config_nlu.py. The resolved configuration is saved with every run and reproduces it alone: `python
+train_nlg.py --config outputs/<run_id>/config.yaml` needs no method file.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from omegaconf import OmegaConf
+
+from ba_lora.config.ranges import check_numbers
+from ba_lora.errors import UserError
+
+PROJECT_ROOT = Path(__file__).resolve().parents[2]
+
+DTYPES = ("float32", "bfloat16", "float16")
+ATTENTION = ("sdpa", "eager", "flash_attention_2")
+TUNERS = ("full", "bitfit", "lora", "adalora", "loha")
+CONSISTENCY_SCHEDULES = ("constant", "cosine_to_10_percent", "adaptive")
+SCHEDULES = ("constant", "two_phase")
+NLG_TASKS = ("toy", "gsm8k", "math", "heldout", "humaneval", "mbpp", "mt_bench")  # eval/tasks has a class for each
+JUDGED_TASKS = ("mt_bench",)  # of these, those that a judge model grades
+LOSS_IMPLEMENTATIONS = ("fused", "plain")
+# What eval.options may hold: settings of eval.generate that change no other part of the run, and choices of the tasks.
+GENERATION_OPTIONS = (
+    "max_new_tokens", "temperature", "top_p", "num_samples", "seed", "template", "batch_size", "dtype", "max_model_len",
+    "attention", "tensor_parallel_size", "gpu_memory_utilization", "serve", "protocol", "subset",
+)  # fmt: skip
+RUN_MEASURES = ("inheritance",)  # measured on the run itself, not on completions: eval/<name>.py
+DATASETS = ("toy", "metamathqa", "codefeedback", "wizardlm", "gsm8k")
+UNTUNED = "untuned"  # the method name of the pre-trained model itself
+
+
+@dataclass
+class ModelConfig:
+    """The pre-trained model."""
+
+    name: str = ""  # hub id or folder
+    revision: str | None = None  # hub commit or tag; None: the newest
+    dtype: str = "bfloat16"  # of the base's weights
+    attention: str = "sdpa"
+    quantization: str = "none"  # none | nf4 (bitsandbytes, needs CUDA)
+    trust_remote_code: bool = False  # runs the model repository's own Python code; counts only when it is typed
+
+
+@dataclass
+class AdapterConfig:
+    """What is trained: an adapter by PEFT, the biases alone (`tuner=bitfit`), or everything (`tuner=full`)."""
+
+    tuner: str = "lora"
+    init: str = "lora"  # lora | pissa | pissa_niter_N | corda
+    rank: int = 128
+    alpha: float | None = None  # None: equal to the rank, as PiSSA needs for a scaling of 1
+    dropout: float = 0.0
+    target_modules: Any = "all-linear"  # PEFT's `all-linear` leaves the head out; or a list of module names
+    dtype: str = "float32"  # float32 | base (the base's dtype)
+    svd_rank: int | None = None  # of PiSSA's SVD, whose leading components are taken; None: the rank
+    factors_cache: str | None = None  # folder where these components are kept for other ranks, seeds and methods
+    rslora: bool = False
+    dora: bool = False
+    options: dict[str, Any] = field(default_factory=dict)  # further PEFT settings, checked by name
+
+    @property
+    def trains_own_weights(self) -> bool:
+        """Whether the model's own weights are trained and saved, and no adapter."""
+        return self.tuner in ("full", "bitfit")
+
+
+@dataclass
+class BALoRAConfig:
+    """The three regularizers. λ = 0 takes a term out of the loss (and out of the step's cost).
+
+    The defaults are `paper2024`'s NLG values; configs/methods/ba_lora_iclr2026.yaml holds the other version.
+    """
+
+    lambda_consistency: float = 1e-4
+    lambda_diversity: float = 3e-4
+    lambda_svd: float = 1e-4
+    temperature: float = 1.0  # T of the consistency term, T² KL(softmax(z_P / T) ‖ softmax(z_F / T))
+    diversity_top_k: int | None = None  # None: entropy over the whole vocabulary
+    svd_top_k: int = 3
+    svd_norm: str = "nuclear"  # nuclear: Σ_j σ_j | frobenius: ‖Z‖_F
+    consistency_schedule: str = "constant"
+    diversity_schedule: str = "constant"
+    svd_schedule: str = "constant"
+
+    def __post_init__(self) -> None:
+        check_numbers(self, "regularizers.")
+        check_choice("regularizers.svd_norm", self.svd_norm, ("nuclear", "frobenius"))
+        check_choice("regularizers.consistency_schedule", self.consistency_schedule, CONSISTENCY_SCHEDULES)
+        check_choice("regularizers.diversity_schedule", self.diversity_schedule, SCHEDULES)
+        check_choice("regularizers.svd_schedule", self.svd_schedule, SCHEDULES)
+
+
+@dataclass
+class LossConfig:
+    """How the loss is computed: the same values, but for rounding, at different costs."""
+
+    implementation: str = "fused"  # fused: in chunks of positions, no logits kept | plain: by way of all logits
+    chunk_memory_mb: float | None = None  # of the fused loss's buffers; None: 256 on a CPU, 1024 on a GPU
+
+    def __post_init__(self) -> None:
+        check_choice("loss.implementation", self.implementation, LOSS_IMPLEMENTATIONS)
+        check_numbers(self, "loss.")
+
+
+@dataclass
+class ReferenceConfig:
+    """Where the pre-trained model's distributions come from: a pass in every step, or a cache on disk.
+
+    The cache belongs to one base, one set of rows and one temperature; methods, seeds and ranks share it.
+    """
+
+    cache: str | None = None  # folder, filled where it is not full yet; None: a reference pass in every step
+    top_k: int = 64  # tokens kept a position; the size of the vocabulary: exact
+    dtype: str = "float16"  # float16 | float32, of the log-probabilities on disk
+
+
+@dataclass
+class ToyConfig:
+    """Settings of the self-made word problems (data/toy.py), for `data.name=toy`."""
+
+    label_noise: float = 0.0
+    noisy_families: list[str] = field(default_factory=list)
+    imbalance: float = 0.0
+    seed: int = 0
+
+
+@dataclass
+class DataConfig:
+    """The training rows."""
+
+    name: str = "metamathqa"
+    source: str | None = None  # hub id or local json/jsonl/parquet file; None: the set's own place on the hub
+    revision: str | None = None
+    split: str = "train"
+    num_rows: int | None = 100_000  # None: all
+    sample_seed: int | None = None  # None: the first rows; else a seeded sample
+    max_length: int = 512  # tokens of prompt and response together
+    packing: bool = False  # a micro-batch's rows in one sequence without padding (ba_lora/training/packing.py)
+    heldout_share: float | None = None  # of the rows, the same for every seed: kept for trainer.eval_strategy
+    toy: ToyConfig = field(default_factory=ToyConfig)
+
+
+@dataclass
+class EarlyStoppingConfig:
+    """transformers' EarlyStoppingCallback, for runs with `trainer.eval_strategy`."""
+
+    patience: int | None = None  # evaluations without a better trainer.metric_for_best_model; None: no early stopping
+    threshold: float = 0.0  # what an evaluation must be better by
+
+
+@dataclass
+class ExportConfig:
+    """What is written after training besides the adapter."""
+
+    merged: bool = True
+    tolerance: float | None = None  # largest |Δ logit| allowed between trained and exported; None: by dtype
+
+
+@dataclass
+class EvalConfig:
+    """What `scripts/ba-lora.sh` evaluates after training."""
+
+    tasks: list[str] = field(default_factory=list)
+    data: dict[str, str] = field(default_factory=dict)  # task → local data file; absent: the task's hub set
+    engine: str = "auto"  # vllm | hf | auto
+    limit: int | None = None  # only the first rows of each task
+    untuned: bool = False  # evaluate the pre-trained model too, once for all runs of it
+    options: dict[str, Any] = field(default_factory=dict)  # passed to eval.generate as key=value
+
+
+@dataclass
+class HubConfig:
+    """Pushing the exported adapter and merged model to the Hugging Face hub."""
+
+    push: bool = False
+    repo_id: str | None = None
+    private: bool = True
+
+
+@dataclass
+class RunConfig:
+    """One run, resolved. NLU runs have settings of their own: config_nlu.NLURunConfig."""
+
+    kind: ClassVar[str] = "nlg"
+
+    name: str = ""  # the base's name, the file's stem
+    method: str = ""
+    seed: int = 42
+    model: ModelConfig = field(default_factory=ModelConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    regularizers: BALoRAConfig = field(default_factory=BALoRAConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    trainer: dict[str, Any] = field(default_factory=dict)  # TrainingArguments by name
+    early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    hub: HubConfig = field(default_factory=HubConfig)
+    output_dir: str | None = None  # None: outputs/<run_id>
+    results_dir: str = "results/runs"
+    overwrite: bool = False  # counts only when it is typed
+
+    @property
+    def uses_reference_cache(self) -> bool:
+        """Whether the consistency term is in and takes its reference from disk."""
+        return self.reference.cache is not None and self.regularizers.lambda_consistency > 0
+
+    @property
+    def run_id(self) -> str:
+        """`<base>-<method>-s<seed>-<hash>`; the hash is over everything that changes the trained weights."""
+        return f"{self.name}-{self.method}-s{self.seed}-{training_hash(self)}"
+
+    @property
+    def run_path(self) -> Path:
+        """The run's folder."""
+        return PROJECT_ROOT / (Path(self.output_dir).expanduser() if self.output_dir else Path("outputs", self.run_id))
+
+    @property
+    def result_path(self) -> Path:
+        """The run's result JSON: named by the run's id, wherever its folder is. A folder that is named by the id and a
+        suffix (a table's rows of their own), or of the pre-trained model itself, gives its own name."""
+        folder = self.run_path.name
+        name = folder if self.method == UNTUNED or folder.startswith(self.run_id) else self.run_id
+        return resolve_path(self.results_dir) / f"{name}.json"
+
+    @property
+    def data_files(self) -> list[str]:
+        """What the run reads its rows from, where the configuration names it."""
+        return [self.data.source] if self.data.source else []
+
+
+# What a run's weights do not depend on (on `loss` by rounding alone): these may change without training again.
+NOT_TRAINING = ("loss", "export", "eval", "hub", "output_dir", "results_dir", "overwrite")
+# TrainingArguments that change no weight.
+_COSMETIC_ARGUMENTS = (
+    "logging_steps", "logging_first_step", "logging_strategy", "report_to", "run_name", "disable_tqdm", "log_level",
+    "save_steps", "save_strategy", "save_total_limit", "dataloader_num_workers", "dataloader_pin_memory",
+)  # fmt: skip
+
+
+def check_choice(key: str, value: str, choices: tuple[str, ...] | list[str]) -> None:
+    """Raise UserError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise UserError(f"{key}={value} is unknown: choose one of {', '.join(choices)}{nearest(value, choices)}")
+
+
+def nearest(word: str, choices: tuple[str, ...] | list[str]) -> str:
+    """Return ` (nearest: a, b)`, or nothing where nothing is near."""
+    found = difflib.get_close_matches(str(word), list(choices), n=3, cutoff=0.4)
+    return f" (nearest: {', '.join(found)})" if found else ""
+
+
+def user_folder() -> Path:
+    """Return the folder that the user's relative paths count from: BA_LORA_FOLDER, which scripts and stages set since
+    they work in the project's root, else the current one."""
+    return Path(os.environ.get("BA_LORA_FOLDER") or Path.cwd())
+
+
+def stage_environment() -> dict[str, str]:
+    """Return the environment of a child process to which relative paths mean what they mean here."""
+    return os.environ | {"BA_LORA_FOLDER": str(user_folder())}
+
+
+def resolve_path(path: str | Path) -> Path:
+    """Return `path`, absolute: below the user's folder, or below the project's root where it is not there."""
+    path = Path(path).expanduser()
+    own = (user_folder() / path).absolute()
+    return own if own.exists() else PROJECT_ROOT / path
+
+
+def resolve_data(data: str) -> str:
+    """Return the absolute path of a data file that exists (see `resolve_path`); a hub's name as it is."""
+    path = resolve_path(data)
+    return str(path) if path.exists() else data
+
+
+def public(value: Any) -> Any:
+    """Return plain values whose absolute paths are told without this machine's folders: from the project's root for
+    what lies there, else by the last part."""
+    if isinstance(value, dict):
+        return {key: public(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [public(entry) for entry in value]
+    if not isinstance(value, str) or not Path(value).expanduser().is_absolute():
+        return value
+    path = Path(value)
+    return path.relative_to(PROJECT_ROOT).as_posix() if path.is_relative_to(PROJECT_ROOT) else path.name
+
+
+def to_yaml(config: RunConfig, *, for_others: bool = False) -> str:
+    """Return the resolved configuration as YAML, without what is not the run's own or counts only when it is typed.
+
+    for_others: without the folders of this machine, for a model card.
+    """
+    plain = dataclasses.asdict(config)
+    for key in ("output_dir", "overwrite", "results_dir"):
+        plain.pop(key)
+    plain["model"].pop("trust_remote_code")
+    return OmegaConf.to_yaml(OmegaConf.create(public(plain) if for_others else plain))
+
+
+def training_settings(config: RunConfig) -> dict[str, Any]:
+    """Return everything the trained weights depend on, as plain values."""
+    plain = dataclasses.asdict(config)
+    for key in NOT_TRAINING:
+        plain.pop(key)
+    reference = plain.pop("reference")
+    if config.uses_reference_cache:  # where it lies changes no weight, what it keeps does
+        plain["reference"] = {name: value for name, value in reference.items() if name != "cache"}
+    plain["trainer"] = {k: v for k, v in plain["trainer"].items() if k not in _COSMETIC_ARGUMENTS}
+    plain["model"]["trust_remote_code"] = False  # who trusts the code gets the same weights
+    plain["adapter"].pop("factors_cache")
+    svd_rank = plain["adapter"].pop("svd_rank") or config.adapter.rank
+    if config.adapter.init.startswith("pissa_niter"):  # an exact SVD has the same leading components at any rank
+        plain["adapter"]["svd_rank"] = svd_rank
+    for key in ("packing", "heldout_share"):  # packed, dropout draws other numbers; held-out rows are not trained on
+        if not plain["data"].get(key):
+            plain["data"].pop(key, None)
+    if plain["early_stopping"]["patience"] is None:
+        plain.pop("early_stopping")
+    return plain
+
+
+def training_hash(config: RunConfig) -> str:
+    """Return 10 hex digits over `training_settings`."""
+    text = json.dumps(training_settings(config), sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+def setting_differences(old: Any, new: Any, prefix: str = "") -> list[str]:
+    """Return `key old → new` for each dotted key whose value differs between two settings of plain values."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = dict.fromkeys([*old, *new])
+        return [
+            change
+            for key in keys
+            for change in setting_differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else key)
+        ]
+    return [] if old == new else [f"{prefix} {old} → {new}"]

@@ -1,0 +1,160 @@
+"""Whether the scores in a run's folder hold: what they were made from, and what has changed since.
+
+`evaluation.json` there says which training, settings and data files the scores belong to; each score its grader's
+version and its data.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ba_lora.config.schema import RUN_MEASURES, RunConfig, resolve_path
+from ba_lora.config.schema_nlu import NLURunConfig
+from ba_lora.errors import UserError
+from ba_lora.glue import find_task, hub_source
+from ba_lora.io import read_object, sha256_file
+
+STATE_FILE = "evaluation.json"  # what the scores in a run's folder belong to
+
+Graders = Mapping[str, Mapping[str, str | None]]  # what `python -m eval.score --versions` prints
+
+
+def evaluation_state(config: RunConfig) -> dict[str, Any]:
+    """Return what the scores depend on: this very training, the settings, the local data files.
+
+    Of the settings those are left out that change no score: whether the pre-trained model is evaluated as well, and how
+    a run is served.
+    """
+    files = {task: sha256_file(data_file(config, task)) for task in sorted(config.eval.data) if config.eval.tasks}
+    return {
+        "training": sha256_file(config.run_path / "train.json"),
+        "eval": _scoring_settings(dataclasses.asdict(config.eval)),
+        "data_sha256": files,
+    }
+
+
+def read_state(config: RunConfig) -> dict[str, Any] | None:
+    """Return the state that the scores in the run's folder were noted to belong to, comparable to `evaluation_state`
+    whatever settings it was noted with; None where no file, or none that can be read, tells it."""
+    found = read_object(config.run_path / STATE_FILE) or {}
+    settings = found.get("eval")
+    if not isinstance(settings, dict) or not isinstance(settings.get("tasks"), list):
+        return None
+    return found | {"eval": _scoring_settings(settings)}
+
+
+def _scoring_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    kept = {name: value for name, value in settings.items() if name != "untuned"}
+    if isinstance(options := kept.get("options"), dict):
+        kept["options"] = {name: value for name, value in options.items() if name != "serve"}
+    return kept
+
+
+def data_file(config: RunConfig, task: str) -> Path:
+    """Return the task's file in `eval.data`. Raises UserError where it is not there."""
+    path = resolve_path(config.eval.data[task])
+    if not path.is_file():
+        raise UserError(f"eval.data.{task}: no such file: {path}; check the path, or drop the key for the hub's set")
+    return path
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Why scores do not hold. `stale`: there were some; `regrade`: their completions hold, only the grades do not."""
+
+    reason: str
+    stale: bool = True
+    regrade: bool = False
+
+
+def evaluation_fault(config: RunConfig, state: dict[str, Any], *, graders: Graders | None = None) -> Fault | None:
+    """Return why the run's folder does not hold scores of every task for exactly this state, None where it does.
+
+    Of several faults the one that asks for most: to generate, before to grade. What training has scored, an NLU run's
+    own dev sets, must hold, too. graders: a score by another version of its grader, or from another commit of its hub
+    data, does not hold; without them those count that `eval.score --stale` has marked.
+    """
+    graders = graders or {}
+    faults = list(_task_faults(config, state, graders))
+    if isinstance(config, NLURunConfig):
+        faults += _dev_faults(config, graders)
+    fault = min(faults, key=lambda fault: fault.regrade, default=None)
+    if fault is None or not fault.regrade or config.kind == "nlu":  # eval.nlu predicts what it must
+        return fault
+    completions = {task: config.run_path / "completions" / f"{task}.jsonl" for task in config.eval.tasks}
+    lost = [task for task, path in completions.items() if task not in RUN_MEASURES and not path.is_file()]
+    if lost:
+        return dataclasses.replace(fault, regrade=False, reason=f"{fault.reason}; no completions of {', '.join(lost)}")
+    return fault
+
+
+def _task_faults(config: RunConfig, state: dict[str, Any], graders: Graders) -> Iterator[Fault]:
+    if not config.eval.tasks:
+        return
+    found = read_state(config)
+    if found is None:
+        damaged = (config.run_path / STATE_FILE).is_file()
+        yield Fault(f"{STATE_FILE} cannot be read" if damaged else "not evaluated", stale=damaged)
+        return
+    scored = found["eval"]["tasks"]
+    found["eval"]["tasks"] = state["eval"]["tasks"]  # another table's run may have been scored on more, or on others
+    if found != state:
+        changed = [name for name in state if found.get(name) != state[name]]
+        if changed == ["eval"]:
+            changed = [f"eval.{name}" for name, value in state["eval"].items() if found["eval"].get(name) != value]
+        yield Fault(f"evaluated with another {', '.join(changed) or 'state'}")
+    for task in config.eval.tasks:
+        path = config.run_path / "scores" / f"{task}.json"
+        if task not in scored or not path.is_file():
+            yield Fault(f"no score of {task}", stale=False)
+        elif isinstance(config, NLURunConfig) and task in dev_sources(config):
+            continue  # MNLI's mismatched set, which training has scored
+        elif (score := read_object(path)) is None:
+            yield Fault(f"the score of {task} cannot be read", regrade=True)
+        elif fault := _score_fault(task, score, graders.get(task, {})):
+            yield fault
+
+
+def _dev_faults(config: NLURunConfig, graders: Graders) -> Iterator[Fault]:
+    """Yield why the scores of what training has predicted do not hold: eval.nlu makes them from its predictions."""
+    for name, pinned in dev_sources(config).items():
+        path = config.run_path / "scores" / f"{name}.json"
+        if not path.is_file():
+            continue
+        score = read_object(path)
+        if score is None:
+            yield Fault(f"the score of {name} cannot be read", regrade=True)
+            continue
+        version = graders.get(name, {}).get("version")
+        if fault := _score_fault(name, score, {"version": version, "hub": pinned}):
+            yield dataclasses.replace(fault, regrade=True)
+
+
+def dev_sources(config: NLURunConfig) -> dict[str, str | None]:
+    """Return dev set → the hub's set with its commit, None where the config names the rows itself; of those that
+    training scores."""
+    names = find_task(config.nlu.task).dev_sets
+    if config.data.source is not None:
+        return dict.fromkeys([name for name in names if name in config.data.dev] or [next(iter(names))])
+    return {name: None if name in config.data.dev else hub_source(config.data.revision) for name in names}
+
+
+def hub_of(score: Mapping[str, Any]) -> str | None:
+    """Return the hub's set, with its commit, that a score was made from; None where its rows are not from the hub."""
+    data = score.get("data_sha256")
+    return data.get("hub") if isinstance(data, dict) else None
+
+
+def _score_fault(task: str, score: Mapping[str, Any], now: Mapping[str, str | None]) -> Fault | None:
+    """now: the grader's version, and the hub's set with its pinned commit; None or absent where not known."""
+    hub, pinned = hub_of(score), now.get("hub")
+    if hub and pinned and hub != pinned and hub.split("@")[0] == pinned.split("@")[0]:
+        return Fault(f"{task}: made from {hub}, pinned is {pinned}")
+    if now.get("version") not in (None, score.get("version")):
+        reason = f"{task}: graded by version {score.get('version')}, the grader is at version {now['version']} now"
+        return Fault(reason, regrade=True)
+    if score.get("stale"):
+        return Fault(f"{task}: {score['stale']}", regrade=True)
+    return None

@@ -1,0 +1,292 @@
+"""Where a grid's commands run: `LocalExecutor`, one worker for each GPU (or group of GPUs), or on the CPU.
+
+A grid asks `free_slot()` for room, gives `submit()` a `Work`, and collects what has ended from `wait()`; `cancel()`
+ends what still runs. Another executor, for a cluster, needs these four.
+
+A stage inherits the locks of its work. So if the grid is killed with -9, a stage that lives on keeps its run (and its
+GPUs) to itself until it ends, and the next grid waits for it. What a stage has started ends with it: a child that it
+left behind would keep these locks, and its GPU's memory, too.
+"""
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+import psutil
+
+from ba_lora.config.schema import PROJECT_ROOT, stage_environment
+from ba_lora.errors import UserError
+from ba_lora.experiments.pipeline import Stage
+from ba_lora.io import disk_errors
+from ba_lora.locks import holder, try_lock
+
+POLL_S = 0.05
+GRACE_S = 30.0  # between SIGTERM and SIGKILL; a training records that it was cancelled
+CHILDREN_GRACE_S = 2.0  # for what an ended stage leaves behind: multiprocessing's tracker unlinks shared memory
+KILLED_S = 30.0  # for killed children to be gone; no signal ends one that hangs in a driver
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A worker's place: what its commands get into their environment, and the lock of each of its GPUs."""
+
+    name: str
+    environment: dict[str, str]
+    lock_paths: tuple[Path, ...] = ()
+
+    @property
+    def num_gpus(self) -> int:
+        return len(self.lock_paths)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A stage that ended with another status than 0."""
+
+    stage: Stage
+    status: int
+    log_path: Path
+
+
+@dataclass
+class Work:
+    """Stages to run one after another, their output into `log_folder`; `locks` are held until `release`.
+
+    A stage is left out once all runs that it serves have failed in an earlier one that it needs: in any but another
+    task's scoring. `failures`: run folder → where, in their order; `log_path`: of the stage that runs; `started`: by
+    the monotonic clock; `seconds`: of all stages.
+    """
+
+    stages: list[Stage]
+    log_folder: Path
+    locks: list[IO[str]] = field(default_factory=list)
+    failures: dict[Path, list[Failure]] = field(default_factory=dict)
+    log_path: Path | None = None
+    started: float = 0.0
+    seconds: float = 0.0
+
+    def goes_on(self, run_path: Path) -> bool:
+        """Whether nothing has failed that the run's next stages need."""
+        return all(failure.stage.task is not None for failure in self.failures.get(run_path, []))
+
+    def release(self) -> None:
+        _release(self.locks)
+
+
+@dataclass
+class _Job:
+    work: Work
+    slot: Slot
+    slot_locks: list[IO[str]]
+    waiting: list[Stage]
+    stage: Stage | None = None
+    process: subprocess.Popen | None = None
+    stage_ended: float | None = None  # by the monotonic clock; its children may live on
+
+
+class LocalExecutor:
+    """Runs work in child processes of this one, one work a slot."""
+
+    def __init__(self, slots: Sequence[Slot]) -> None:
+        self.slots = list(slots)
+        self._jobs: list[_Job] = []
+        self._slot_locks: list[IO[str]] = []  # of the slot that `free_slot` has just given
+        self._held_elsewhere: dict[str, str] = {}  # slot → who has a GPU of it
+
+    def free_slot(self) -> Slot | None:
+        """Return a slot that nobody uses, neither this grid nor, of its GPUs, another one on this machine."""
+        used = {job.slot.name for job in self._jobs}
+        self._held_elsewhere = {}
+        for slot in self.slots:
+            if slot.name not in used and self._take(slot):
+                return slot
+        return None
+
+    def _take(self, slot: Slot) -> bool:
+        """Take the locks of all the slot's GPUs, or none."""
+        self._release_slot()
+        for path in slot.lock_paths:
+            lock = try_lock(path)
+            if lock is None:
+                self._held_elsewhere[slot.name] = holder(path)
+                self._release_slot()
+                return False
+            self._slot_locks.append(lock)
+        return True
+
+    def busy_elsewhere(self) -> list[str]:
+        """Return who held the GPUs that this grid could not have when it last asked for a slot."""
+        return [f"{name}: {who}" for name, who in self._held_elsewhere.items()]
+
+    def submit(self, work: Work, slot: Slot) -> None:
+        """Start the work on the slot that `free_slot` has just given."""
+        job = _Job(work, slot, self._slot_locks, list(work.stages))
+        work.started = time.monotonic()
+        self._slot_locks = []
+        self._jobs.append(job)
+        self._advance(job)
+
+    def wait(self, timeout_s: float) -> list[Work]:
+        """Return the work that has ended, after `timeout_s` at the latest."""
+        self._release_slot()
+        deadline = time.monotonic() + timeout_s
+        while True:
+            ended = [job for job in self._jobs if self._advance(job)]
+            if ended or time.monotonic() >= deadline:
+                break
+            time.sleep(POLL_S)
+        for job in ended:
+            self._close(job)
+        return [job.work for job in ended]
+
+    def cancel(self) -> None:
+        """End what still runs: SIGTERM, then, for what does not listen, SIGKILL."""
+        for number, patience_s in ((signal.SIGTERM, GRACE_S), (signal.SIGKILL, GRACE_S)):
+            deadline = time.monotonic() + patience_s
+            alive = [job.process for job in self._jobs if job.process is not None and job.process.poll() is None]
+            for process in alive:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, number)
+            for process in alive:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(timeout=max(0.0, deadline - time.monotonic()))
+        started = [job for job in self._jobs if job.process is not None]
+        while not all([_children_ended(job) for job in started]):
+            time.sleep(POLL_S)
+        for job in list(self._jobs):
+            self._close(job)
+
+    def _advance(self, job: _Job) -> bool:
+        """Start the job's next stage if the one before has ended; return whether there is none left."""
+        if job.process is not None:
+            status = job.process.poll()
+            if status is None or not _children_ended(job):
+                return False
+            if status != 0:
+                for run_path in job.stage.run_paths:
+                    failure = Failure(job.stage, status, job.work.log_path)
+                    job.work.failures.setdefault(run_path, []).append(failure)
+            job.process = job.stage_ended = None
+        while job.waiting:
+            job.stage = job.waiting.pop(0)
+            if not any(map(job.work.goes_on, job.stage.run_paths)):
+                continue
+            log_name = f"{job.stage.run_paths[0].name}.{job.stage.name.replace(' ', '-')}.log"
+            job.work.log_path = job.work.log_folder / log_name
+            locks = [*job.work.locks, *job.slot_locks]
+            with disk_errors(job.work.log_path), open(job.work.log_path, "wb") as log:
+                job.process = subprocess.Popen(
+                    job.stage.command,
+                    cwd=PROJECT_ROOT,
+                    env={**stage_environment(), **job.slot.environment},
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    pass_fds=[lock.fileno() for lock in locks],
+                    start_new_session=True,  # Ctrl-C reaches the grid alone, which then ends its stages in order
+                )
+            return False
+        job.work.seconds = time.monotonic() - job.work.started
+        return True
+
+    def _close(self, job: _Job) -> None:
+        self._jobs.remove(job)
+        _release(job.slot_locks)
+
+    def _release_slot(self) -> None:
+        _release(self._slot_locks)
+
+
+def _release(locks: list[IO[str]]) -> None:
+    for lock in locks:
+        lock.close()
+    locks.clear()
+
+
+def _children_ended(job: _Job) -> bool:
+    """Return whether an ended stage has left nothing of its process group, such as an engine's workers after the OOM
+    killer; call it until then.
+
+    What is left is killed after a while. True also for a killed child that does not go: the grid goes on without it.
+    """
+    now = time.monotonic()
+    if job.stage_ended is None:
+        job.stage_ended = now
+    if not _group_lives(job.process.pid):
+        return True
+    overdue_s = now - job.stage_ended - CHILDREN_GRACE_S
+    if overdue_s >= 0:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(job.process.pid, signal.SIGKILL)
+    return overdue_s >= KILLED_S
+
+
+def _group_lives(group: int) -> bool:
+    """Return whether a process of the group still holds anything. A zombie does not, once its other threads are gone:
+    in a container whose first process reaps none, it stays for good."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    for pid in psutil.pids():
+        with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
+            if os.getpgid(pid) == group:
+                member = psutil.Process(pid)
+                if member.status() != psutil.STATUS_ZOMBIE or member.num_threads() > 1:
+                    return True
+    return False
+
+
+def log_lines(path: Path) -> list[str]:
+    """Return a log's lines that are not empty, stripped; each state of a progress bar is a line. No log: no lines."""
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return []
+    lines = re.split(r"(?:[\r\n]|\x1b\[A)+", text)  # a bar goes back by \r, a nested one up by ESC [A
+    return [line.strip() for line in lines if line.strip()]
+
+
+def local_slots(
+    lock_folder: Path, *, gpus_per_run: int = 1, workers: int | None = None, environ: Mapping[str, str] = os.environ
+) -> list[Slot]:
+    """Return one slot for each group of `gpus_per_run` GPUs that this process may see, else `workers` on the CPU.
+
+    A GPU has one lock whatever its group, so that grids with other groups do not meet on it. Without a GPU there are
+    two workers where there are two cores, and the cores are shared out among them. Raises UserError for more GPUs a run
+    than there are.
+    """
+    visible = _visible_gpus(environ)
+    if gpus_per_run > max(1, len(visible)):
+        raise UserError(
+            f"gpus={gpus_per_run}: only {len(visible)} GPU(s) can be seen here; run it where there are more"
+        )
+    if visible:
+        slots = []
+        for start in range(0, len(visible) - gpus_per_run + 1, gpus_per_run):
+            members = visible[start : start + gpus_per_run]
+            lock_paths = tuple(lock_folder / f"gpu-{socket.gethostname()}-{member}.lock" for member in sorted(members))
+            named = ",".join(members)
+            slots.append(Slot(f"GPU {named}", {"CUDA_VISIBLE_DEVICES": named}, lock_paths))
+        return slots[:workers]
+    cores = os.cpu_count() or 1
+    number = min(2, cores) if workers is None else workers
+    threads = environ.get("OMP_NUM_THREADS") or str(max(1, cores // number))
+    return [Slot(f"CPU worker {index}", {"OMP_NUM_THREADS": threads}) for index in range(number)]
+
+
+def _visible_gpus(environ: Mapping[str, str]) -> list[str]:
+    named = environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return [name.strip() for name in named.split(",") if name.strip() not in ("", "-1")]
+    import torch
+
+    return [str(index) for index in range(torch.cuda.device_count())]

@@ -1,0 +1,110 @@
+"""What the command line of a grid says: its own options, the rows it is for, and the overrides of every run."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from ba_lora.config.checks import check_place
+from ba_lora.config.schema import nearest, user_folder
+from ba_lora.errors import UserError
+from ba_lora.experiments.tables import Row, Table
+
+REPORT_OPTIONS = ("output", "allow")
+MAX_WORKERS = 1024
+OPTIONS = ("retry", "workers", "gpus", "seeds", "only", *REPORT_OPTIONS)
+
+
+@dataclass(frozen=True)
+class GridOptions:
+    """What the command line says of the grid itself."""
+
+    retry: bool = False
+    workers: int | None = None
+    gpus: int | None = None
+    seeds: tuple[int, ...] | None = None
+    only: tuple[str, ...] = ()
+    report: tuple[str, ...] = ()  # words for the report alone, as they were typed
+
+
+def split_options(words: Sequence[str]) -> tuple[GridOptions, list[str]]:
+    """Return the grid's own options and the overrides from `key=value` words. Raises UserError for a bad value."""
+    options, overrides = GridOptions(), []
+    for word in words:
+        key, equals, text = word.partition("=")
+        if not equals:
+            raise UserError(f"cannot read {word!r}: one table, then key=value")
+        if key in REPORT_OPTIONS:
+            if key == "output":
+                check_place(user_folder() / text, "output")
+            options = replace(options, report=(*options.report, word))
+        elif key in OPTIONS:
+            options = replace(options, **{key: _option(key, text)})
+        else:
+            overrides.append(word)
+    return options, overrides
+
+
+def _option(key: str, text: str) -> object:
+    try:
+        if key == "retry":
+            return {"true": True, "false": False}[text.lower()]
+        if key == "only":
+            if not all(words := text.split(",")):  # an empty variable of a shell would choose every row
+                raise ValueError
+            return tuple(words)
+        if key == "seeds":
+            return tuple(int(word) for word in text.strip("[]").split(","))
+        if not 1 <= int(text) <= MAX_WORKERS:
+            raise ValueError
+        return int(text)
+    except (KeyError, ValueError) as error:
+        wanted = {"retry": "true or false", "seeds": "whole numbers, [1,2]", "only": "WORD[,WORD]"}
+        wanted = wanted.get(key, f"a whole number from 1 to {MAX_WORKERS}")
+        raise UserError(f"{key}={text}: {wanted} is needed") from error
+
+
+def select_rows(table: Table, words: Sequence[str]) -> Table:
+    """Return the table with only the named rows: of these bases, with these methods, in these settings, as far as the
+    words name any. Raises UserError for a word that names none, and where no row is left, or was there before."""
+    if not table.cells:
+        raise UserError(f"{table.id}: the table has no run: every entry of rows needs bases and methods")
+    if not words:
+        return table
+    names = {key: {getattr(row, key) for row in table.rows} - {""} for key in ("base", "method", "setting")}
+    known = sorted(set().union(*names.values()))
+    for word in words:
+        if word not in known:
+            raise UserError(f"only={word} names no row{nearest(word, known)}; there are {', '.join(known)}")
+    chosen = {key: known & set(words) for key, known in names.items()}
+    rows = tuple(row for row in table.rows if all(not c or getattr(row, key) in c for key, c in chosen.items()))
+    if not rows:
+        raise UserError(f"only={','.join(words)}: no row is all of that")
+    return _with_rows(table, rows)
+
+
+def rows_for_gpus(table: Table, gpus: int | None) -> tuple[Table, int, list[str]]:
+    """Return the table with the rows that are set for so many GPUs a run, that number, and a line on each row left out.
+
+    None: one GPU, or the fewest that a row is set for. Raises UserError where no row is set for `gpus`: on another
+    number of GPUs the effective batch would be another.
+    """
+    numbers = sorted({table.gpus[row] for row in table.rows})
+    chosen = numbers[0] if gpus is None else gpus
+    rows = tuple(row for row in table.rows if table.gpus[row] == chosen)
+    if not rows:
+        raise UserError(
+            f"gpus={chosen}: the rows of {table.id} are set for {' or '.join(map(str, numbers))} GPU(s) a run; for "
+            "another number set gpus and trainer.gradient_accumulation_steps of the row in the table's file"
+        )
+    left_out: dict[tuple[str, int], int] = {}
+    for cells in table.cells_of_runs.values():
+        row = cells[0].row
+        if (needed := table.gpus[row]) != chosen:
+            left_out[row.method, needed] = left_out.get((row.method, needed), 0) + 1
+    lines = [f"left out: {number} runs of {method}: they take gpus={n}" for (method, n), number in left_out.items()]
+    return _with_rows(table, rows), chosen, lines
+
+
+def _with_rows(table: Table, rows: tuple[Row, ...]) -> Table:
+    cells = tuple(cell for cell in table.cells if cell.row in rows)
+    ours = tuple(name for name in table.ours if any(row.method == name for row in rows))
+    return replace(table, rows=rows, cells=cells, ours=ours)

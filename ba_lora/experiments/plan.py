@@ -1,0 +1,173 @@
+"""What a grid is going to do, known before it does anything: the state of each run, evaluations that cannot work, and
+`--dry-run`, which tells it with time and disk."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ba_lora.config.schema import PROJECT_ROOT, RunConfig, stage_environment
+from ba_lora.errors import UserError
+from ba_lora.experiments.estimates import estimate_lines
+from ba_lora.experiments.pipeline import Spec, evaluation_stages, missing_judge
+from ba_lora.experiments.state import DONE, FAILED, MISSING, RUNNING, STALE, RunState, changed_config, inspect
+from ba_lora.experiments.tables import Cell, Table
+from ba_lora.locks import holder, try_lock, work_lock_path
+
+CHECKED = ("eval.generate", "eval.nlu")  # the commands that eval.check knows
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A run of a table, the cells that it fills, and its state as it is found.
+
+    changed: what the config has in other values than the run that filled these cells before, which it replaces;
+    refused: why it cannot be evaluated as it is asked for, so that it is not even trained.
+    """
+
+    spec: Spec
+    cells: Sequence[Cell]
+    state: RunState
+    changed: str | None = None
+    refused: str | None = None
+
+    @property
+    def name(self) -> str:
+        return self.spec.config.run_path.name
+
+
+def plan(table: Table, graders: Mapping[str, Mapping[str, str | None]]) -> list[Planned]:
+    """Return the table's runs as they are found, each once."""
+    planned = []
+    for cells in table.cells_of_runs.values():
+        spec = cells[0].spec
+        try:
+            state = inspect(spec, graders)
+        except UserError as error:
+            state = RunState(FAILED, str(error))
+        planned.append(
+            Planned(spec, cells, state, changed_config(table, cells[0]) if state.status == MISSING else None)
+        )
+    left = [entry.spec.config for entry in planned if entry.state.generates]
+    refused = refused_evaluations(left)
+    return [replace(entry, refused=refused.get(entry.spec.config.run_path)) for entry in planned]
+
+
+def refused_evaluations(configs: Iterable[RunConfig]) -> dict[Path, str]:
+    """Return run folder → why its evaluation could not work, as far as that shows without the trained model.
+
+    Runs with one model and one evaluation are checked once; the commands are, all in one process, by eval.check.
+    """
+    alike: dict[str, list[RunConfig]] = {}
+    for config in configs:
+        task = config.nlu.task if config.kind == "nlu" else None
+        key = json.dumps([config.kind, task, dataclasses.asdict(config.model), dataclasses.asdict(config.eval)])
+        alike.setdefault(key, []).append(config)
+    refused: dict[Path, str] = {}
+    commands: list[tuple[list[RunConfig], list[str]]] = []
+    for members in alike.values():
+        try:
+            stages = evaluation_stages(members[:1])
+        except UserError as error:
+            refused |= {config.run_path: str(error) for config in members}
+            continue
+        commands += [(members, stage.command[2:]) for stage in stages if stage.command[2] in CHECKED]
+    errors = _answer("eval.check", [command for _, command in commands]) if commands else []
+    for (members, _), error in zip(commands, errors, strict=True):
+        refused |= {config.run_path: error for config in members} if error else {}
+    return refused
+
+
+def check_columns(table: Table) -> None:
+    """Raise UserError, naming the column, for a metric that its task's score will not have."""
+    named = [column for column in table.columns if column.task is not None and column.metric is not None]
+    commands = [["eval.metric_paths", column.task, column.metric] for column in named]
+    errors = _answer("eval.check", commands) if commands else []
+    for column, error in zip(named, errors, strict=True):
+        if error:
+            raise UserError(f"table {table.id}: columns.{column.name}: {error}")
+
+
+def limit_lines(table: Table) -> list[str]:
+    """Return what eval.limit does to the report of a table: scores of the first items, told in a footnote; refused
+    where it differs within a column."""
+    limits: dict[str, set[int | None]] = {}
+    for cell in table.cells:
+        if cell.column.task is not None:
+            limits.setdefault(cell.column.name, set()).add(cell.config.eval.limit)
+    lines = []
+    for name, found in limits.items():
+        if len(found) > 1:
+            told = ", ".join("none" if one is None else str(one) for one in sorted(found, key=lambda one: one or 0))
+            lines.append(f"warning: column {name}: eval.limit differs among its rows ({told}): the report refuses that")
+    alike = {next(iter(found)) for found in limits.values() if len(found) == 1} - {None}
+    if alike:
+        told = ", ".join(map(str, sorted(alike)))
+        lines.append(f"eval.limit={told}: scores are of the first items alone, as a footnote of the table will say")
+    return lines
+
+
+def grader_versions() -> dict[str, dict[str, str | None]]:
+    """Ask eval.score, in its own process, which version each grader is at."""
+    return _answer("eval.score", None, "--versions")
+
+
+def _answer(module: str, question: Any, *words: str) -> Any:
+    """Return the JSON that a module prints; it reads the question, as JSON, from its standard input."""
+    command = [sys.executable, "-m", module, *words]
+    done = subprocess.run(
+        command,
+        cwd=PROJECT_ROOT,
+        env=stage_environment(),
+        input=json.dumps(question),
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode != 0:
+        raise UserError(
+            f"{' '.join([module, *words])} failed: {(done.stderr.strip().splitlines() or ['no output'])[-1]}"
+        )
+    return json.loads(done.stdout)
+
+
+def dry_run(table: Table, planned: Sequence[Planned], *, retry: bool = False) -> list[str]:
+    """Return what would be done: one line a run, then the whole, its time and disk.
+
+    Failed runs cost nothing unless `retry` has them done again.
+    """
+    lines, left = [], []
+    counts: Counter[str] = Counter()
+    for entry in planned:
+        state = _told_state(entry)
+        counts[state.status] += 1
+        if state.status != DONE and not entry.refused and (state.status != FAILED or retry):
+            left.append((entry.spec, state))
+        row = entry.cells[0].row
+        words = " ".join(word for word in (row.base, row.method, row.setting) if word)
+        columns = ",".join(cell.column.name for cell in entry.cells)
+        lines.append(f"{state.status:10} {words} seed {entry.spec.config.seed} → {columns}: {entry.name}")
+        lines += [f"           {state.reason}"] if state.reason else []
+    total = ", ".join(f"{number} {status}" for status, number in counts.items())
+    lines.append(f"{table.id}: {len(table.cells)} cells from {len(planned)} runs: {total}")
+    lines += limit_lines(table)
+    if missing := missing_judge((entry.spec.config for entry in planned), os.environ):
+        lines.append(missing)
+    return lines + estimate_lines(left)
+
+
+def _told_state(entry: Planned) -> RunState:
+    """Return a run's state with what others do with it, and what is wrong with what is asked of it."""
+    if entry.refused:
+        return replace(entry.state, status=FAILED, reason=entry.refused)
+    lock_path = work_lock_path(entry.spec.config.run_path)
+    if lock_path.is_file():  # a dry run leaves no file behind
+        if (lock := try_lock(lock_path)) is None:
+            return replace(entry.state, status=RUNNING, reason=holder(lock_path))
+        lock.close()
+    return replace(entry.state, status=STALE, reason=entry.changed) if entry.changed else entry.state

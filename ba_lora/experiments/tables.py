@@ -1,0 +1,389 @@
+"""What a table consists of: configs/tables/<id>.yaml → rows, columns, and the run behind each cell.
+
+    title: Accuracy over ranks          heading
+    source: 2024, figure 4              where the paper has it; absent: beyond the paper
+    paper: [ranks]                      files of results/paper_reported with its numbers (table, model, method, setting,
+                                        task, metric, …); absent: none are known
+    note: …                             protocol and departures, printed under the table
+    kind: nlg                           nlg | nlu: whose bases (configs/<kind>) and whose training script
+    seeds: [42, 1, 2]
+    overrides: [export.merged=false]    key=value on every run
+    rows:                               each entry is a product bases × methods × settings, with overrides of its own
+      - bases: [llama-2-7b]             files of configs/<kind>
+        methods: [lora, pissa]          files of configs/methods, or `untuned`: the pre-trained model itself
+        settings: {rank=8: [adapter.rank=8]}     the paper's name of a setting → its overrides; absent: one, ""
+        overrides: […]
+        gpus: 8                         GPUs of each run, whose batch its overrides divide among them; absent: 1
+        suffix: vllm                    a run folder of its own (outputs/<run_id>-vllm) where nothing that is trained
+                                        differs from another row's; also part of the setting's name
+    columns:                            name → what is read from a run's result
+      gsm8k: {task: gsm8k, metric: strict, overrides: [data.name=metamathqa]}
+      seconds: {metric: training.seconds, …}
+      average: {mean_of: [gsm8k, math]}
+    labels: {ba_lora: BA-LoRA (2024)}   method, base or column → how it is written; absent: its name
+    ours: [ba_lora]                     the methods compared with all others; absent: those whose name begins so
+    report: {…}                         how eval.report shows it, and its figures: see eval/report/spec.py
+
+A column:
+
+    task       the evaluation that holds the metric (NLU: a dev or out-of-domain set); absent: the run's result itself
+    metric     a name in the task's `metrics`, or a dotted path in its entry (ratings.overall), or, without a task, in
+               the result (training.peak_memory_mb); `{a,b}` in a path: the mean over a and b (eval/report/spec.py)
+    unit       percent (the default: a fraction, shown times 100) | any other word, shown with the value as it is
+    better     higher (the default) | lower | none (nothing is marked best)
+    paper      the metric's name in the paper's file, where it is another; `paper_task` likewise
+    overrides  what this column's runs differ in, such as the training set; columns whose runs train alike share them
+    mean_of    names of columns: the mean over them, seed by seed
+
+Rows and columns keep the file's order. The key=value of the command line come last and change every run; what tells the
+rows or columns of the table apart cannot be typed.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ba_lora.config.layers import read_yaml
+from ba_lora.config.schema import PROJECT_ROOT, RunConfig, nearest, resolve_path
+from ba_lora.errors import UserError
+from ba_lora.experiments.pipeline import UNTUNED, Spec, untuned_config
+from ba_lora.glue import find_task
+from ba_lora.io import sha256_file
+
+TABLES_PATH = PROJECT_ROOT / "configs" / "tables"
+RESULTS_PATH = PROJECT_ROOT / "results"
+PAPER_PATH = PROJECT_ROOT / "results" / "paper_reported"
+FACTORS_CACHE = "outputs/pissa_factors"  # one SVD of each base's matrices serves the seeds and methods of all tables
+KINDS = ("nlg", "nlu")
+BETTER = ("higher", "lower", "none")
+
+_TABLE_KEYS = (
+    "title", "source", "paper", "note", "kind", "seeds", "overrides", "rows", "columns", "labels", "ours", "report",
+)  # fmt: skip
+_BLOCK_KEYS = ("bases", "methods", "settings", "overrides", "gpus", "suffix")
+_COLUMN_KEYS = ("task", "metric", "unit", "better", "paper", "paper_task", "overrides", "mean_of")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table: base × method × setting ("" where there is one setting alone)."""
+
+    base: str
+    method: str
+    setting: str = ""
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column; the fields are those of the file, see this module's head."""
+
+    name: str
+    task: str | None = None
+    metric: str | None = None
+    unit: str = "percent"
+    better: str = "higher"
+    paper: str | None = None
+    paper_task: str | None = None
+    overrides: tuple[str, ...] = ()
+    mean_of: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One number's origin: the run of `row`'s training for `column`, with one seed."""
+
+    row: Row
+    column: Column
+    seed: int
+    spec: Spec
+
+    @property
+    def config(self) -> RunConfig:
+        """The resolved configuration; its `result_path` is the file that holds the number."""
+        return self.spec.config
+
+    @property
+    def task(self) -> str | None:
+        return self.column.task
+
+    @property
+    def metric(self) -> str | None:
+        return self.column.metric
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table, resolved: everything that a grid needs to fill it and a report to print it."""
+
+    id: str
+    title: str
+    source: str | None
+    paper: tuple[str, ...]
+    note: str | None
+    kind: str
+    seeds: tuple[int, ...]
+    rows: tuple[Row, ...]
+    columns: tuple[Column, ...]
+    cells: tuple[Cell, ...]  # columns that are a mean of others have none
+    labels: dict[str, str]
+    ours: tuple[str, ...]
+    gpus: dict[Row, int]  # how many GPUs each run of a row is set for
+    report: dict[str, Any]
+    sha256: str = ""  # of the file
+
+    @functools.cached_property
+    def cells_of_runs(self) -> dict[Path, list[Cell]]:
+        """Run folder → the cells that read from this run; in the order of the rows."""
+        runs: dict[Path, list[Cell]] = {}
+        for cell in self.cells:
+            runs.setdefault(cell.config.run_path, []).append(cell)
+        return runs
+
+    def specs(self) -> list[Spec]:
+        """Return the runs, each once, in the order of the rows."""
+        return [cells[0].spec for cells in self.cells_of_runs.values()]
+
+
+def available_tables() -> list[str]:
+    """Return the ids of the table files."""
+    return sorted(path.stem for path in TABLES_PATH.glob("*.yaml"))
+
+
+def find_table(name: str) -> Path:
+    """Return the file of a table's id, or of a path to one. Raises UserError with the nearest ids."""
+    path = resolve_path(name) if name.endswith((".yaml", ".yml")) else TABLES_PATH / f"{name}.yaml"
+    if not path.is_file():
+        known = available_tables()
+        raise UserError(f"no such table: {name}{nearest(name, known)}; there are {', '.join(known)}")
+    return path
+
+
+def report_folder(name: str, words: Sequence[str] = ()) -> Path:
+    """Return where the report of a table goes that was made with these seeds and key=value, in any order."""
+    if not words:
+        return RESULTS_PATH / name
+    digest = hashlib.sha256("\n".join(sorted(words)).encode()).hexdigest()[:8]
+    return RESULTS_PATH / f"{name}-{digest}"
+
+
+def load_table(path: str | Path, *, overrides: Sequence[str] = (), seeds: Sequence[int] | None = None) -> Table:
+    """Read a table file and resolve every cell's run. Raises UserError, in one line, for anything wrong in it."""
+    path = Path(path)
+    raw = read_yaml(path)
+    _known(raw, _TABLE_KEYS, path)
+    for key in ("title", "kind", "seeds", "rows", "columns"):
+        if not raw.get(key):
+            raise UserError(f"{path}: {key} is missing; the head of ba_lora/experiments/tables.py describes the file")
+    if raw["kind"] not in KINDS:
+        raise UserError(f"{path}: kind: {raw['kind']} is unknown: choose one of {', '.join(KINDS)}")
+    columns = _columns(raw["columns"], path)
+    seeds = tuple(seeds if seeds is not None else _list(raw["seeds"], path, "seeds"))
+    if not all(isinstance(seed, int) and not isinstance(seed, bool) for seed in seeds):
+        raise UserError(f"{path}: seeds must be whole numbers, found {', '.join(map(str, seeds))}")
+    for seed in seeds:
+        if seeds.count(seed) > 1:  # each of its runs would count more than once in a mean
+            raise UserError(f"{path}: seed {seed} is asked for more than once: name each seed once")
+    rows: dict[Row, int] = {}  # row → GPUs
+    cells: list[Cell] = []
+    for number, block in enumerate(_list(raw["rows"], path, "rows"), start=1):
+        where = f"{path}: rows, entry {number}"
+        _known(block, _BLOCK_KEYS, where)
+        suffix = str(block.get("suffix") or "")
+        common = [*_list(raw.get("overrides"), path, "overrides"), *_list(block.get("overrides"), where, "overrides")]
+        gpus = block.get("gpus", 1)
+        if not isinstance(gpus, int) or isinstance(gpus, bool) or gpus < 1:
+            raise UserError(f"{where}: gpus: {gpus}: a whole number of at least 1 is needed")
+        settings = block.get("settings") or {"": []}
+        if not isinstance(settings, dict):
+            raise UserError(f"{where}: settings is a mapping, name: [key=value, …]")
+        own_words = [word for name, own in settings.items() for word in _list(own, where, f"settings.{name}")]
+        own_words += [*_list(block.get("overrides"), where, "overrides"), *(w for c in columns for w in c.overrides)]
+        _refuse_typed(overrides, own_words, kind=raw["kind"])
+        for base in _list(block.get("bases"), where, "bases"):
+            for method in _list(block.get("methods"), where, "methods"):
+                for setting, own in settings.items():
+                    row = Row(base, method, " ".join(word for word in (str(setting), suffix) if word))
+                    if row in rows:
+                        raise UserError(f"{where}: {base}, {method}, {row.setting!r} stands in the table twice")
+                    rows[row] = gpus
+                    words = [*common, *_list(own, where, f"settings.{setting}")]
+                    cells += _row_cells(row, columns, raw["kind"], seeds, words, overrides, suffix, where)
+    _refuse_two_evaluations(cells, path)
+    labels = raw.get("labels") or {}
+    methods = list(dict.fromkeys(row.method for row in rows))
+    ours = _list(raw.get("ours"), path, "ours") or [name for name in methods if name.startswith("ba_lora")]
+    for name in ours:
+        if name not in methods:
+            raise UserError(f"{path}: ours: no row has the method {name}{nearest(name, methods)}")
+    for name in _list(raw.get("paper"), path, "paper"):
+        if not (PAPER_PATH / f"{name}.csv").is_file():
+            raise UserError(f"{path}: paper: no such file: {PAPER_PATH / name}.csv")
+    return Table(
+        id=path.stem,
+        title=str(raw["title"]),
+        source=raw.get("source"),
+        paper=tuple(_list(raw.get("paper"), path, "paper")),
+        note=raw.get("note"),
+        kind=raw["kind"],
+        seeds=seeds,
+        rows=tuple(rows),
+        columns=tuple(columns),
+        cells=tuple(cells),
+        labels={str(key): str(value) for key, value in labels.items()},
+        ours=tuple(ours),
+        gpus=rows,
+        report=raw.get("report") or {},
+        sha256=sha256_file(path),
+    )
+
+
+def _refuse_two_evaluations(cells: Sequence[Cell], path: Path) -> None:
+    """Raise UserError where two rows or columns share a run, since they train alike, and ask to evaluate it unlike."""
+    first: dict[Path, Cell] = {}
+    for cell in cells:
+        other = first.setdefault(cell.config.run_path, cell)
+        if cell.config.eval != other.config.eval:
+            told = " and ".join(repr(f"{c.row.method} {c.row.setting} {c.column.name}") for c in (other, cell))
+            raise UserError(f"{path}: {told} are one run with two evaluations: give the rows of one a suffix")
+
+
+def _refuse_typed(typed: Sequence[str], own: Sequence[str], *, kind: str) -> None:
+    """Raise UserError for a typed key that the table's `own` words set, too: it would win, and every row or column
+    would be what was typed, under the label of something else."""
+    varied = {"method", *(["task"] if kind == "nlu" else []), *(word.partition("=")[0] for word in own)}
+    for key in (word.partition("=")[0] for word in typed):
+        if key in ("output_dir", "overwrite", "seed"):
+            raise UserError(f"{key}= has no meaning for a whole table{nearest(key, ['seeds'])}")
+        if any(f"{key}.".startswith(f"{name}.") or f"{name}.".startswith(f"{key}.") for name in varied):
+            raise UserError(f"{key} is what this table varies; use only=… for some of its rows, or change its file")
+
+
+def _row_cells(
+    row: Row,
+    columns: Sequence[Column],
+    kind: str,
+    seeds: Sequence[int],
+    words: Sequence[str],
+    typed: Sequence[str],
+    suffix: str,
+    where: str,
+) -> list[Cell]:
+    """Return one row's cells. Columns that train alike share a run, which then evaluates the tasks of all of them."""
+    cells = []
+    groups: dict[tuple[str, ...], list[Column]] = {}
+    for column in columns:
+        if not column.mean_of:
+            groups.setdefault(column.overrides, []).append(column)
+    untuned = row.method == UNTUNED
+    for overrides, members in groups.items():
+        tasks = list(dict.fromkeys(column.task for column in members if column.task is not None))
+        try:
+            spec = _resolve(row, kind, [*words, *overrides], tasks, typed)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
+        for seed in seeds[:1] if untuned else seeds:
+            cells += [
+                Cell(row, column, seed, seeded) for seeded in [_with_seed(spec, seed, suffix)] for column in members
+            ]
+    return cells
+
+
+def _resolve(row: Row, kind: str, words: Sequence[str], tasks: Sequence[str], typed: Sequence[str]) -> Spec:
+    """Return the run of a row, of any seed, that gives scores of the tasks."""
+    config_path = f"configs/{kind}/{row.base}.yaml"
+    method = None if row.method == UNTUNED else row.method
+    if kind == "nlu" and method is None:
+        raise UserError(f"a classifier's head is new: there is no {UNTUNED} model to evaluate")
+    for word in words:
+        if str(word).startswith(("model.trust_remote_code=", "overwrite=")):
+            raise UserError(f"{word} counts only when it is typed: take it out of the table's file")
+    spec = Spec.resolve(config_path, method, [*words, *typed], kind=kind)
+    if kind == "nlu":  # training scores the run's own dev sets; what is left are the sets out of its domain
+        dev_sets = find_task(spec.config.nlu.task).dev_sets
+        tasks = [name for name in tasks if name not in dev_sets]
+    words = [*words, f"eval.tasks=[{','.join(tasks)}]", *typed]
+    if method is None:
+        return dataclasses.replace(Spec.resolve(config_path, method, words, kind=kind), trained=False)
+    adapter, more = spec.config.adapter, []
+    if adapter.init.startswith("pissa") and adapter.factors_cache is None:
+        more.append(f"adapter.factors_cache={FACTORS_CACHE}")
+    if kind == "nlg" and "serve" not in spec.config.eval.options:
+        # All runs of a table that can be are served as adapters on their base: one engine start serves them all, and
+        # none needs a merged model on disk. The choice must not depend on how many happen to be evaluated together.
+        hot = adapter.tuner == "lora" and not adapter.dora and spec.config.model.quantization == "none"
+        more += ["eval.options.serve=hot", "export.merged=false"] if hot else ["eval.options.serve=merged"]
+    spec = Spec.resolve(config_path, method, [*more, *words], kind=kind)
+    return _with_own_reference(spec) if kind == "nlg" and spec.config.uses_reference_cache else spec
+
+
+def _with_own_reference(spec: Spec) -> Spec:
+    """Return the same run with a folder of its own below `reference.cache` for what the cache depends on.
+
+    A cache holds one base's distributions on one set of rows; a table has several. Methods, ranks and seeds share it.
+    (NLU's cache is a folder of such files as it is.)
+    """
+    config = spec.config
+    reference = {key: value for key, value in vars(config.reference).items() if key != "cache"}
+    parts = [dataclasses.asdict(config.model), dataclasses.asdict(config.data), reference]
+    key = json.dumps([*parts, config.regularizers.temperature], sort_keys=True)
+    name = f"{config.name}-{config.data.name}-{hashlib.sha256(key.encode()).hexdigest()[:10]}"
+    folder = str(Path(config.reference.cache) / name)
+    config = dataclasses.replace(config, reference=dataclasses.replace(config.reference, cache=folder))
+    return dataclasses.replace(spec, config=config, overrides=(*spec.overrides, f"reference.cache={folder}"))
+
+
+def _with_seed(spec: Spec, seed: int, suffix: str) -> Spec:
+    """Return the same run with another seed, and with a folder of its own where there is a suffix."""
+    config = dataclasses.replace(spec.config, seed=seed)
+    words = [*spec.overrides, f"seed={seed}"]
+    if not spec.trained:
+        return dataclasses.replace(spec, config=untuned_config(config), overrides=tuple(words))
+    if suffix:
+        folder = f"outputs/{config.run_id}-{suffix}"
+        config = dataclasses.replace(config, output_dir=folder)
+        words.append(f"output_dir={folder}")
+    return dataclasses.replace(spec, config=config, overrides=tuple(words))
+
+
+def _columns(raw: Any, path: Path) -> list[Column]:
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: columns is a mapping, name: {{task: …, metric: …}}")
+    columns = []
+    for name, entry in raw.items():
+        where = f"{path}: columns.{name}"
+        if not isinstance(entry, dict):
+            raise UserError(f"{where} is a mapping: {{task: …, metric: …}} or {{mean_of: […]}}")
+        _known(entry, _COLUMN_KEYS, where)
+        if ("mean_of" in entry) == ("metric" in entry):
+            raise UserError(f"{where}: either metric or mean_of is needed")
+        if entry.get("better", "higher") not in BETTER:
+            raise UserError(f"{where}: better: {entry['better']} is unknown: choose one of {', '.join(BETTER)}")
+        lists = {key: tuple(_list(entry.get(key), where, key)) for key in ("overrides", "mean_of")}
+        columns.append(Column(name=str(name), **{**entry, **lists}))
+    names = [column.name for column in columns if not column.mean_of]
+    for column in columns:
+        for name in column.mean_of:
+            if name not in names:
+                raise UserError(f"{path}: columns.{column.name}: no column {name}{nearest(name, names)}")
+    return columns
+
+
+def _known(entry: Any, keys: Iterable[str], where: object) -> None:
+    if not isinstance(entry, dict):
+        raise UserError(f"{where} must be a mapping, found {type(entry).__name__}")
+    for key in entry:
+        if key not in keys:
+            raise UserError(f"{where}: unknown key {key}{nearest(str(key), list(keys))}")
+
+
+def _list(value: Any, where: object, key: str) -> list[Any]:
+    if value is None:
+        return []
+    if not isinstance(value, list):
+        raise UserError(f"{where}: {key} is a list: [{value}]")
+    return value

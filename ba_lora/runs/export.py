@@ -1,0 +1,274 @@
+"""What a trained run leaves to the world: adapter, plain LoRA, merged model; each compared with the trained model.
+
+    adapter/   the trained PEFT adapter as it is. That of PiSSA or CorDA belongs to the residual base W − B₀A₀, so:
+    lora/      these two only: a plain LoRA of rank 2r on the untouched base (plain_lora.py), in float32; any PEFT or
+               vLLM loads it without knowing where it comes from
+    merged/    an ordinary model folder, W + BA − B₀A₀, in the base's dtype
+
+Each is written beside its final place and renamed, so a killed export leaves nothing half-written, and each is loaded
+again and its logits compared with the trained model's. In float32 they are equal but for rounding. A half-precision
+base costs a share of what was learned, which is measured, reported, and refused above `MAX_SHARE`: training rounded the
+residual W − B₀A₀ to the base's dtype, lora/ stands on W itself, and merged/ rounds W + BA − B₀A₀.
+"""
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ba_lora.config.schema import RunConfig
+from ba_lora.errors import UserError
+from ba_lora.io import disk_errors, folder_atomic, load_tensors
+from ba_lora.methods.build import probe_logits
+from ba_lora.methods.pissa import factors_path
+from ba_lora.models.load import load_base, load_tokenizer, model_source
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from ba_lora.training.trainer import BALoRATrainer
+
+FLOAT32_TOLERANCE = 1e-3  # the largest |Δ logit| allowed in float32
+# Above this share of what training changed an export is refused: ‖Δ logits‖ ÷ ‖trained − step 0‖ on the probe.
+MAX_SHARE = 0.1
+# What training changed less than so many units in the last place of the logits is too little to take a share of.
+ULPS = {"float32": 64, "bfloat16": 4, "float16": 4}
+
+
+class Parity(NamedTuple):
+    """How far an export's logits are from the trained model's: the largest |Δ|, and its share of what training changed
+    (None where that is unknown or too little)."""
+
+    difference: float
+    share: float | None
+
+    def __str__(self) -> str:
+        if self.share is None:
+            return f"{self.difference:.2g}"
+        return f"{self.difference:.2g} ({100 * self.share:.2g} % of what training changed)"
+
+
+def report(parities: dict[str, Parity]) -> dict[str, dict[str, float | None]]:
+    """Return what a result says of the exports."""
+    return {
+        "max_logit_difference": {name: parity.difference for name, parity in parities.items()},
+        "share_of_learned_change": {name: parity.share for name, parity in parities.items()},
+    }
+
+
+def adapter_files(config: RunConfig) -> tuple[str, str]:
+    """Return the names of the weights and settings in adapter/.
+
+    PEFT rebuilds the residual of an exact PiSSA adapter when it loads it. It cannot rebuild a randomised one
+    (pissa_niter_N) and would be wrong without an error, nor CorDA's: those are kept under names that it does not load.
+    """
+    if config.adapter.init in ("lora", "pissa"):
+        return "adapter_model.safetensors", "adapter_config.json"
+    return "trained.safetensors", "trained_config.json"
+
+
+def serving_adapter(run_path: Path) -> Path:
+    """Return the adapter folder that works on the untouched base: lora/ where there is one, else adapter/."""
+    lora = run_path / "lora"
+    return lora if lora.is_dir() else run_path / "adapter"
+
+
+def probe_batch(rows: list[dict[str, Any]], pad_token_id: int, *, num_rows: int = 2, length: int = 128) -> dict:
+    """Return the first rows, cut to `length` tokens, as the batch on which models are compared."""
+    import torch
+
+    ids = [row["input_ids"][:length] for row in rows[:num_rows]]
+    longest = max(map(len, ids))
+    return {
+        "input_ids": torch.tensor([row + [pad_token_id] * (longest - len(row)) for row in ids]),
+        "attention_mask": torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in ids]),
+    }
+
+
+def save_trained(trainer: "BALoRATrainer", config: RunConfig, run_path: Path) -> None:
+    """Write the trained weights: adapter/ for adapters, merged/ for full fine-tuning. Every process calls it."""
+    from ba_lora.methods.adalora import set_saved_ranks
+
+    target = run_path / ("merged" if config.adapter.trains_own_weights else "adapter")
+    temporary = target.with_name(f".{target.name}.saving")
+    main = trainer.accelerator.is_main_process
+    trainer.model.config.use_cache = True  # what was off for training; generation wants it
+    set_saved_ranks(trainer.plain_model())
+    if main:
+        shutil.rmtree(temporary, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
+    try:
+        with disk_errors(target):
+            trainer.save_model(str(temporary))
+        trainer.accelerator.wait_for_everyone()
+        if main:
+            with folder_atomic(target) as folder:
+                for file in temporary.iterdir():
+                    if file.name not in ("training_args.bin", "README.md"):  # no pickles; our own card comes later
+                        shutil.move(file, folder / file.name)
+                if not config.adapter.trains_own_weights:
+                    _mend_adapter_files(folder, config)
+    finally:
+        if main:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def export_run(
+    config: RunConfig,
+    run_path: Path,
+    probe: dict,
+    trained_logits: "torch.Tensor",
+    *,
+    initial_logits: "torch.Tensor | None" = None,
+) -> dict[str, Parity]:
+    """Write lora/ and merged/ from adapter/, compare each with the trained model; return name → `Parity`.
+
+    `initial_logits` are the trained model's at step 0. Raises UserError where an export is too far off (`_compare`);
+    the folder in question is kept as <name>.rejected.
+    """
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    if not trained_logits.isfinite().all():
+        raise UserError(
+            "the trained model's logits are not finite: training has diverged; lower trainer.learning_rate, "
+            "adapter.alpha or the regularizers' λ"
+        )
+    unset_hf_deepspeed_config()  # or ZeRO-3 would split the models loaded here, on this process alone
+    if not bool(trained_logits.isfinite().all()):
+        raise UserError("the trained model gives NaN or infinite logits: lower trainer.learning_rate")
+
+    def compare(name: str, model: "nn.Module") -> Parity:
+        return _compare(name, probe_logits(model, probe), trained_logits, initial_logits, config, run_path)
+
+    if config.adapter.trains_own_weights:
+        return {"merged": compare("merged", _load_merged(config, run_path / "merged"))}
+    if config.adapter.init != "lora":
+        convert_to_lora(run_path / "adapter", factors_path(run_path), run_path / "lora", config=config)
+    name = serving_adapter(run_path).name
+    model = _on_device(_with_adapter(config, serving_adapter(run_path)))
+    parities = {name: compare(name, model)}
+    if config.export.merged:
+        merge(model, run_path / "merged", config=config)
+        del model
+        parities["merged"] = compare("merged", _load_merged(config, run_path / "merged"))
+    return parities
+
+
+def convert_to_lora(adapter_path: Path, initial_factors: Path, output_path: Path, *, config: RunConfig) -> None:
+    """Write the plain LoRA equal to an adapter on a residual base, with its tokenizer."""
+    from ba_lora.training.plain_lora import write_plain_lora
+
+    weights_name, settings_name = adapter_files(config)
+    settings = json.loads((adapter_path / settings_name).read_text())
+    with folder_atomic(output_path) as folder:
+        write_plain_lora(folder, adapter_path / weights_name, load_tensors(initial_factors), settings)
+        load_tokenizer(config.model, generates=config.kind == "nlg").save_pretrained(folder)
+
+
+def merge(model: "nn.Module", output_path: Path, *, config: RunConfig) -> None:
+    """Merge the adapter of a PEFT model into its base and write an ordinary model folder with its tokenizer."""
+    merged = model.merge_and_unload(safe_merge=True)
+    merged.config.use_cache = True
+    with folder_atomic(output_path) as folder:
+        merged.save_pretrained(folder)
+        load_tokenizer(config.model, generates=config.kind == "nlg").save_pretrained(folder)
+
+
+def push_to_hub(run_path: Path, config: RunConfig) -> str:
+    """Upload the adapter that serves on the untouched base, and merged/ as a sub-folder; return the address."""
+    from httpx2 import HTTPError
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+
+    api = HfApi()
+    try:
+        url = api.create_repo(config.hub.repo_id, private=config.hub.private, exist_ok=True)
+        if not config.adapter.trains_own_weights:
+            api.upload_folder(repo_id=config.hub.repo_id, folder_path=serving_adapter(run_path))
+        if (run_path / "merged").is_dir():
+            where = "." if config.adapter.trains_own_weights else "merged"
+            api.upload_folder(repo_id=config.hub.repo_id, folder_path=run_path / "merged", path_in_repo=where)
+    except (HTTPError, HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OSError) as error:
+        raise UserError(
+            f"cannot push to {config.hub.repo_id}: {str(error).splitlines()[0]}; run `hf auth login` and check "
+            "hub.repo_id, then run the same command again (nothing is trained twice)"
+        ) from error
+    return str(url)
+
+
+def _mend_adapter_files(folder: Path, config: RunConfig) -> None:
+    """Name the untouched base in the settings, and give both files the names of `adapter_files`."""
+    path = folder / "adapter_config.json"
+    settings = json.loads(path.read_text())
+    base = model_source(config.model)  # a relative path would be found from this folder only
+    settings["base_model_name_or_path"] = str(Path(base).resolve()) if Path(base).is_dir() else base
+    settings["revision"] = config.model.revision
+    path.write_text(json.dumps(settings, indent=2) + "\n")
+    weights_name, settings_name = adapter_files(config)
+    path.rename(folder / settings_name)
+    (folder / "adapter_model.safetensors").rename(folder / weights_name)
+
+
+def _with_adapter(config: RunConfig, adapter_path: Path) -> "nn.Module":
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(load_base(config, quantize=False), adapter_path).eval()
+
+
+def _load_merged(config: RunConfig, path: Path) -> "nn.Module":
+    return _on_device(load_base(config, source=str(path), quantize=False))
+
+
+def _on_device(model: "nn.Module") -> "nn.Module":
+    import torch
+
+    return model.to("cuda") if torch.cuda.is_available() else model
+
+
+def _compare(
+    name: str,
+    exported: "torch.Tensor",
+    trained: "torch.Tensor",
+    initial: "torch.Tensor | None",
+    config: RunConfig,
+    run_path: Path,
+) -> Parity:
+    """Return how far an export's logits are from the trained model's. Raises UserError where that is too far.
+
+    Allowed are `export.tolerance` where it is given; in float32 `FLOAT32_TOLERANCE`; and everywhere `MAX_SHARE` of what
+    training changed, or, where that is hardly anything, `ULPS`. Exports of a quantised base belong to the unquantised
+    one and are measured, not judged.
+    """
+    import torch
+
+    from ba_lora.models.load import torch_dtype
+
+    difference = (exported - trained).abs().max().item()
+    rounding = ULPS[config.model.dtype] * torch.finfo(torch_dtype(config.model.dtype)).eps * trained.abs().max().item()
+    share = None
+    if initial is not None and (trained - initial).abs().max().item() > rounding:
+        share = ((exported - trained).norm() / (trained - initial).norm()).item()
+    parity = Parity(difference, share)
+    if config.export.tolerance is not None:
+        allowed, is_near = f"{config.export.tolerance:.3g}", difference <= config.export.tolerance
+    elif config.model.quantization != "none":
+        allowed, is_near = "any", not math.isnan(difference)
+    elif share is not None and share > MAX_SHARE:
+        allowed, is_near = f"{MAX_SHARE:.0%} of that change", False
+    else:
+        largest = math.inf if share is not None else rounding
+        if config.model.dtype == "float32":
+            largest = FLOAT32_TOLERANCE
+        allowed, is_near = f"{largest:.3g}", difference <= largest
+    if not is_near:  # NaN fails too
+        rejected = run_path / f"{name}.rejected"
+        shutil.rmtree(rejected, ignore_errors=True)
+        (run_path / name).rename(rejected)
+        remedy = "" if config.model.dtype == "float32" else "model.dtype=float32 loses nothing, and "
+        raise UserError(
+            f"the exported {name}/ differs from the trained model by {parity} in its logits, allowed are {allowed}: "
+            f"it is kept as {rejected.name}/; {remedy}a larger export.tolerance (in logits) accepts it"
+        )
+    return parity

@@ -1,0 +1,297 @@
+"""A run's folder: whose it is, what state it is in, and how a run ends.
+
+outputs/<run_id>/claim.json    what must stay as it was: number of processes, hashes of a local training file, of a
+                               local base and of the first factors; with config.yaml it makes the folder a run's
+                 config.yaml   the resolved configuration
+                 initial/      the first factors of PiSSA and CorDA
+                 checkpoints/  Trainer's, each with the list of its files
+                 adapter/ lora/ merged/
+                 log.jsonl     every logged step
+                 train.json    written last: what training and export did (status, times, terms, environment)
+
+A run without a checkpoint and without an export has nothing to lose: it starts over where something has changed since,
+and one that fails before its training leaves nothing.
+"""
+
+import contextlib
+import functools
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ba_lora.config.layers import load_config
+from ba_lora.config.schema import RunConfig, resolve_path, to_yaml, training_hash
+from ba_lora.errors import UserError
+from ba_lora.io import disk_errors, read_object, sha256_file, sha256_json, write_json_atomic, write_text_atomic
+from ba_lora.locks import locked, training_lock_path
+from ba_lora.models.load import model_source
+from ba_lora.prompts import prompt_hash
+from ba_lora.runs.results import check_result_place, now, result_fault, write_result
+from ba_lora.training.checkpoints import MANIFEST, checkpoint_folders
+
+CLAIM = "claim.json"
+EXPORTS = ("adapter", "lora", "merged")
+# What a run and its evaluation write into the folder, but for the checkpoints: overwrite=true removes nothing else.
+_OWN = (
+    CLAIM, "config.yaml", "train.json", "log.jsonl", "evaluation.json", "initial", "residual", "epochs", "features",
+    "predictions", "completions", "grades", "scores", "checkpoints/runs", *EXPORTS,
+    *(f"{name}.rejected" for name in EXPORTS), *(f".{name}.saving" for name in EXPORTS),
+)  # fmt: skip
+_BASE_FILES = (".safetensors", ".json", ".py", ".model", ".txt")  # weights, settings, code and tokenizer of a base
+
+
+def claim_folder(config: RunConfig, *, num_processes: int = 1) -> None:
+    """Make the run's folder, or take up one of the very same training configuration.
+
+    From here to its end this process holds the run's training lock (see locks.py). Raises UserError when another
+    process does, when the folder belongs to another configuration, another number of processes or another version of
+    a local training file, or holds something else, or when the result would replace that of another configuration:
+    nothing has changed then. `overwrite=true` removes the run there, and its result, first.
+    Call it on one process only.
+    """
+    path = config.run_path
+    with disk_errors(path):
+        if path.exists() and not path.is_dir():
+            raise UserError(f"{path} is a file: choose another output_dir")
+    _hold_training_lock(path)
+    check_result_place(config)
+    claim = {"num_processes": num_processes, "source_sha256": source_sha256(config)}
+    with disk_errors(path):
+        if _is_empty(path):
+            if (read_object(config.result_path) or {}).get("status") == "ok" and not config.overwrite:
+                print(f"{config.result_path} is of this config, made in another folder: this run's result replaces it")
+        elif not is_run_folder(path):
+            raise UserError(
+                f"{path} is not empty and no run's folder, or its {CLAIM} or config.yaml is damaged: nothing in it is "
+                "touched; choose another output_dir"
+            )
+        elif config.overwrite:
+            remove_run(path)
+        elif fault := _difference(config, claim):
+            if has_begun(path):
+                raise UserError(fault)
+            remove_run(path)
+        else:
+            claim = read_object(path / CLAIM)
+            if fault := _export_fault_of_trained(path, config):
+                print(f"{path.name}: {fault}: it is exported again, from its last checkpoint where there is one")
+        if config.overwrite:
+            config.result_path.unlink(missing_ok=True)
+        write_json_atomic(path / CLAIM, claim)
+        write_text_atomic(path / "config.yaml", to_yaml(config))
+
+
+def is_run_folder(path: Path) -> bool:
+    """Return whether a folder is a run's: by its claim and a configuration of a run beside it."""
+    claim = read_object(path / CLAIM)
+    if claim is None or type(claim.get("num_processes")) is not int or "source_sha256" not in claim:
+        return False
+    try:
+        return bool(load_config(path / "config.yaml").method)
+    except UserError:
+        return False
+
+
+def remove_run(path: Path) -> None:
+    """Remove what a run has written into its folder, and the folder where nothing else is in it."""
+    own = [path / name for name in _OWN]
+    own += [path / "checkpoints" / folder.name for folder in checkpoint_folders(path / "checkpoints")]
+    own += path.glob(f".*.{'[0-9a-f]' * 8}.tmp")
+    for file in own:
+        if file.is_dir() and not file.is_symlink():
+            shutil.rmtree(file)
+        else:
+            file.unlink(missing_ok=True)
+    for folder in (path / "checkpoints", path):
+        if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def _is_empty(path: Path) -> bool:
+    """Return whether nothing is in the folder, or only what a process left that was killed while it made it."""
+    if not path.is_dir():
+        return True
+    names = [file.name for file in path.iterdir() if not file.name.endswith(".tmp")]
+    return not names or (names == [CLAIM] and read_object(path / CLAIM) is not None)
+
+
+def _difference(config: RunConfig, claim: dict[str, Any]) -> str | None:
+    """Return why the run whose folder this is is not the very same run; None where it is."""
+    path = config.run_path
+    if training_hash(load_config(path / "config.yaml")) != training_hash(config):
+        return f"{path} holds a run of another config: choose another output_dir, or overwrite=true to redo it"
+    earlier = read_object(path / CLAIM)
+    if earlier["source_sha256"] != claim["source_sha256"]:
+        files = " or ".join(config.data_files)
+        return f"{files} has changed since {path.name} was started: overwrite=true redoes it"
+    if is_trained(path, config):
+        return None
+    if earlier["num_processes"] != claim["num_processes"]:
+        return (
+            f"{path.name} was started on {earlier['num_processes']} processes, this is {claim['num_processes']}: the "
+            "effective batch would change on the way; use as many, or overwrite=true"
+        )
+    for name, sha256 in _inputs(config).items():
+        if earlier.get(name, sha256) != sha256:  # claims of before these were kept have none
+            what = f"the base {config.model.name}" if name == "base" else f"{path / name}"
+            return f"{what} has changed since {path.name} was started: bring it back, or overwrite=true trains anew"
+    return None
+
+
+def has_begun(path: Path) -> bool:
+    """Return whether a run has something to lose: a finished checkpoint, or an export."""
+    finished = [folder / MANIFEST for folder in checkpoint_folders(path / "checkpoints")]
+    return any(manifest.is_file() for manifest in finished) or any((path / name).is_dir() for name in EXPORTS)
+
+
+def keep_inputs(config: RunConfig, *, commit: str | None) -> None:
+    """Write what a resumed run must find as it was into the claim: the hashes of `_inputs`, and the base's commit on
+    the hub. Raises UserError where a run that has begun finds another commit.
+
+    Call it on one process only, once the model is built and before the first step.
+    """
+    path = config.run_path
+    claim = read_object(path / CLAIM)
+    if claim.get("commit", commit) != commit and has_begun(path):
+        raise UserError(
+            f"{config.model.name} was {claim['commit']} when {path.name} was started and is {commit} now: set "
+            "model.revision to the first, or overwrite=true trains anew"
+        )
+    found = claim if "base" in claim else _inputs(config)
+    with disk_errors(path):
+        write_json_atomic(path / CLAIM, claim | found | {"commit": commit})
+
+
+def _inputs(config: RunConfig) -> dict[str, str | None]:
+    """Return the hashes of a local base and of what PiSSA and CorDA start from, None for what is not there."""
+    folders = {"base": Path(model_source(config.model))}
+    folders |= {name: config.run_path / name for name in ("initial", "residual")}
+    return {name: _folder_sha256(folder) for name, folder in folders.items()}
+
+
+def _folder_sha256(folder: Path) -> str | None:
+    """Return the hash of the files that make a model or an adapter; None where there is no such folder."""
+    if not folder.is_dir():
+        return None
+    files = [file for file in sorted(folder.iterdir()) if file.suffix in _BASE_FILES and file.is_file()]
+    return sha256_json({file.name: sha256_file(file) for file in files})
+
+
+@functools.cache  # once a process: there is no going back from a claimed folder
+def _hold_training_lock(run_path: Path) -> contextlib.ExitStack:
+    stack = contextlib.ExitStack()
+    stack.enter_context(locked(training_lock_path(run_path), doing=f"trains {run_path.name}"))
+    return stack
+
+
+def source_sha256(config: RunConfig) -> str | None:
+    """Return the sha256 of the local files that the run reads its rows from, None where there are none."""
+    files = [resolve_path(name) for name in config.data_files]
+    return "+".join(sha256_file(file) for file in files if file.is_file()) or None
+
+
+def is_trained(run_path: Path, config: RunConfig) -> bool:
+    """Whether training and export are done and what they wrote is still there, whole."""
+    trained = read_object(run_path / "train.json") or {}
+    return trained.get("status") == "ok" and _export_fault(run_path, config, trained) is None
+
+
+def is_finished(config: RunConfig) -> bool:
+    """Whether the run's folder holds this very run, trained, and its result is written: nothing is left to train."""
+    path = config.run_path
+    if not is_run_folder(path) or not is_trained(path, config) or result_fault(config) is not None:
+        return False
+    claim = {"num_processes": None, "source_sha256": source_sha256(config)}
+    return _difference(config, claim) is None
+
+
+def _export_fault_of_trained(run_path: Path, config: RunConfig) -> str | None:
+    trained = read_object(run_path / "train.json")
+    if trained is None:
+        return "train.json cannot be read" if (run_path / "train.json").is_file() else None
+    return _export_fault(run_path, config, trained) if trained.get("status") == "ok" else None
+
+
+def _export_fault(run_path: Path, config: RunConfig, trained: dict[str, Any]) -> str | None:
+    """Return which exported file is gone or has another size than was written, None where all are whole."""
+    wanted = set()
+    if not config.adapter.trains_own_weights:
+        wanted |= {"adapter"} if config.adapter.init == "lora" else {"adapter", "lora"}
+    if config.export.merged or config.adapter.trains_own_weights:
+        wanted.add("merged")
+    for name in sorted(wanted):
+        if not any((run_path / name).glob("*.safetensors")):
+            return f"{name}/ has no weights"
+    recorded = trained.get("files")
+    for name, size in recorded.items() if isinstance(recorded, dict) else ():
+        file = run_path / name
+        if file.parent.name not in wanted:
+            continue  # a merged model that is no longer asked for may go
+        if not file.is_file():
+            return f"{name} is gone"
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes instead of {size}"
+    return None
+
+
+def finish(run_path: Path, config: RunConfig, facts: dict[str, Any]) -> dict[str, Any]:
+    """Write train.json and the result; return the result."""
+    exported = [file for name in EXPORTS for file in sorted((run_path / name).glob("*")) if file.name != "README.md"]
+    sizes = {str(file.relative_to(run_path)): file.stat().st_size for file in exported if file.is_file()}
+    ended = {"status": "ok", "error": None, "finished_at": now(), "prompt_hash": prompt_hash()}
+    write_json_atomic(run_path / "train.json", ended | facts | {"files": sizes})
+    return write_result(run_path, config)
+
+
+def complete_result(config: RunConfig) -> None:
+    """Write the result and the model cards of a trained run that was killed before it had. On one process only."""
+    from ba_lora.runs.card import write_model_card
+
+    if fault := result_fault(config):
+        print(f"{fault}: written from {config.run_path}")
+        write_model_card(config.run_path, config, write_result(config.run_path, config))
+
+
+@contextlib.contextmanager
+def recorded(run_path: Path, config: RunConfig, *, main: bool) -> Iterator[None]:
+    """Write how the run ended when it does not end well: failed, oom or cancelled, with the error's first line.
+
+    A run that ends before its trainer is made (which makes checkpoints/) leaves neither a folder nor a result.
+    """
+    import torch
+
+    try:
+        yield
+    except BaseException as error:
+        if main and not isinstance(error, SystemExit):
+            status = "failed"
+            if isinstance(error, KeyboardInterrupt):
+                status = "cancelled"
+            elif isinstance(error, torch.OutOfMemoryError | MemoryError):
+                status = "oom"
+            text = f"{type(error).__name__}: {error}".splitlines()[0]
+            _record_end(run_path, config, {"status": status, "error": text, "finished_at": now()})
+        if isinstance(error, torch.OutOfMemoryError):
+            raise UserError(
+                "out of GPU memory: lower trainer.per_device_train_batch_size (and raise "
+                "trainer.gradient_accumulation_steps), or set trainer.gradient_checkpointing=true"
+            ) from error
+        with disk_errors(run_path):
+            raise
+
+
+def _record_end(run_path: Path, config: RunConfig, ended: dict[str, Any]) -> None:
+    """Write the end down, as far as the disk takes it: the error that came first is the one to report.
+
+    The result of a run that has succeeded stays, whichever folder it was made in.
+    """
+    with contextlib.suppress(OSError, UserError):
+        if not (run_path / "checkpoints").is_dir():
+            remove_run(run_path)
+            training_lock_path(run_path).unlink()
+            return
+        write_json_atomic(run_path / "train.json", ended)
+    with contextlib.suppress(OSError, UserError):
+        if (read_object(config.result_path) or {}).get("status") != "ok":
+            write_result(run_path, config, ended)

@@ -1,0 +1,85 @@
+"""How models are served: merged, or as adapters on a shared base. The rule stands at the head of eval/generate.py."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ba_lora.errors import UserError
+from eval.engines import adapters
+from eval.engines import open as engines
+
+SERVE = ("auto", "hot", "merged")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A model as it is served: `base` alone, or with the PEFT adapter in `adapter`.
+
+    name: what the user typed; served: merged, lora, adapter or model; run: the run folder, None for other models.
+    """
+
+    name: str
+    base: str
+    served: str
+    adapter: Path | None = None
+    run: Path | None = None
+    revision: str | None = None
+
+
+def plan(models: Sequence[str], *, serve: str = "auto", revision: str | None = None) -> list[Job]:
+    """Decide how each model is served. Raises UserError for a folder that holds none."""
+    repeated = {name for name in models if list(models).count(name) > 1}
+    if repeated:
+        raise UserError(f"--model names {sorted(repeated)[0]} twice")
+    bases = [_hot_base(Path(name)) for name in models]  # base of a run that can be served hot, else None
+    jobs = []
+    for name, base in zip(models, bases, strict=True):
+        path = Path(name)
+        if (path / "config.yaml").is_file():
+            shared = base is not None and bases.count(base) > 1
+            merged = (path / "merged" / "config.json").is_file()
+            if serve == "hot" and base is None:
+                raise UserError(f"{name} cannot be served hot: no plain LoRA adapter in it; leave serve=hot out")
+            if serve == "merged" and not merged:
+                raise UserError(f"{name}/merged is missing: export the run with export.merged=true, or use serve=hot")
+            if base is not None and (serve == "hot" or (serve == "auto" and (shared or not merged))):
+                adapter = _hot_adapter(path)
+                jobs.append(Job(name, base, adapter.name, adapter=adapter, run=path, revision=_run_model(path)[1]))
+            elif merged:
+                jobs.append(Job(name, str(path / "merged"), "merged", run=path))
+            else:
+                raise UserError(f"{name} holds neither merged/ nor an adapter to serve: finish its training and export")
+        elif (path / "adapter_config.json").is_file():
+            jobs.append(Job(name, adapters.adapter_base(path), "adapter", adapter=path, revision=revision))
+        else:
+            engines.require_model(name)
+            jobs.append(Job(name, name, "model", revision=None if path.is_dir() else revision))
+    return jobs
+
+
+def run_base(run: Path) -> tuple[str | None, str | None]:
+    """Return base and hub revision of a run's adapter, None where it has none (full fine-tuning)."""
+    adapter = _hot_adapter(run)
+    if not (adapter / "adapter_config.json").is_file():
+        return None, None
+    return adapters.adapter_base(adapter), _run_model(run)[1]
+
+
+def _hot_adapter(run: Path) -> Path:
+    return run / "lora" if (run / "lora" / "adapter_config.json").is_file() else run / "adapter"
+
+
+def _run_model(run: Path) -> tuple[bool, str | None]:
+    """Return whether a run's base was quantised, and the base's hub revision."""
+    from ba_lora.config.layers import load_config
+
+    model = load_config(run / "config.yaml").model
+    return model.quantization != "none", model.revision
+
+
+def _hot_base(run: Path) -> str | None:
+    """Return the base of a run folder whose adapter may be served hot, None for every other model."""
+    adapter = _hot_adapter(run)
+    if not (run / "config.yaml").is_file() or not (adapter / "adapter_config.json").is_file() or _run_model(run)[0]:
+        return None
+    return None if adapters.hot_obstacle(adapters.read_adapter(adapter)) else adapters.adapter_base(adapter)

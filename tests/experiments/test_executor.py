@@ -1,0 +1,114 @@
+"""Workers: whose GPU it is, and that a stage leaves nothing behind that would keep its locks."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from ba_lora.errors import UserError
+from ba_lora.experiments.executors import local as executor
+from ba_lora.experiments.executors.local import LocalExecutor, Slot, Work, local_slots, log_lines
+from ba_lora.experiments.pipeline import Stage, launch_command
+from ba_lora.locks import holder, try_lock
+
+
+def gpu_slots(folder, gpus, per_run=1):
+    return local_slots(folder, gpus_per_run=per_run, environ={"CUDA_VISIBLE_DEVICES": gpus})
+
+
+def test_slots(tmp_path):
+    slots = gpu_slots(tmp_path, "0,1,2,3")
+    assert [slot.environment for slot in slots] == [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in "0123"]
+    (slot,) = gpu_slots(tmp_path, "4,5,6", per_run=2)
+    assert slot.environment == {"CUDA_VISIBLE_DEVICES": "4,5"} and slot.num_gpus == 2
+    assert len(local_slots(tmp_path, workers=3, environ={"CUDA_VISIBLE_DEVICES": ""})) == 3
+
+
+@pytest.mark.parametrize("gpus", ["0,1", ""])
+def test_more_gpus_than_there_are_are_refused(tmp_path, gpus):
+    with pytest.raises(UserError, match=f"gpus=8: only {len(gpus.split(',')) if gpus else 0} GPU"):
+        gpu_slots(tmp_path, gpus, per_run=8)
+
+
+def test_two_grids_do_not_share_a_gpu(tmp_path):
+    slots = gpu_slots(tmp_path, "0,1")
+    first, second = LocalExecutor(slots), LocalExecutor(slots)
+    held = first.free_slot()
+    assert held.name == "GPU 0" and second.free_slot().name == "GPU 1"
+    second.wait(0)
+    assert first.free_slot().name == "GPU 0"
+
+
+def test_grids_with_other_groups_do_not_share_a_gpu(tmp_path):
+    """All GPUs of a group are taken, or none of them."""
+    single, pair = (LocalExecutor(gpu_slots(tmp_path, gpus, n)) for gpus, n in (("1", 1), ("0,1", 2)))
+    assert single.free_slot().name == "GPU 1" and pair.free_slot() is None
+    (busy,) = pair.busy_elsewhere()
+    (lock_path,) = single.slots[0].lock_paths
+    assert busy == f"GPU 0,1: {holder(lock_path)}"
+    assert LocalExecutor(gpu_slots(tmp_path, "0")).free_slot().name == "GPU 0"
+    single.wait(0)
+    assert pair.free_slot().name == "GPU 0,1" and pair.busy_elsewhere() == []
+    assert single.free_slot() is None
+
+
+def test_no_two_groups_are_given_one_port(tmp_path):
+    """Any free one is taken, whatever groups other grids made."""
+    (slot,) = gpu_slots(tmp_path, "2,3", per_run=2)
+    command = launch_command(slot.environment, num_gpus=slot.num_gpus)
+    assert command[command.index("--main_process_port") + 1] == "0"
+
+
+def run_stage(program, folder, locks=()):
+    work = Work([Stage("generate", [sys.executable, "-c", program], (folder,))], folder, list(locks))
+    local = LocalExecutor([Slot("worker", {})])
+    local.submit(work, local.free_slot())
+    assert local.wait(60) == [work]
+    work.release()
+
+
+@pytest.mark.parametrize("then", ["os.kill(os.getpid(), 9)", "sys.exit(0)"])
+def test_a_child_that_a_stage_left_behind_is_gone_with_its_locks(tmp_path, monkeypatch, then):
+    """An engine's worker process, say, after the OOM killer has ended the stage itself. Its memory takes a while to go,
+    and the next stage needs it."""
+    monkeypatch.setattr(executor, "CHILDREN_GRACE_S", 0.0)
+    path = tmp_path / ".run.lock"
+    child = "held = bytearray(b'x') * 2**28; os.write(w, b'x'); time.sleep(600)"
+    program = f"import os, sys, time; r, w = os.pipe()\nif os.fork() == 0: {child}\nos.read(r, 1); {then}"
+    run_stage(program, tmp_path, [try_lock(path)])
+    lock = try_lock(path)
+    assert lock is not None, "the child lives on"
+    lock.close()
+
+
+def test_what_a_crashed_stage_left_behind_may_clean_up(tmp_path, monkeypatch):
+    """As multiprocessing's resource tracker, which unlinks the shared memory once all others have closed its pipe."""
+    monkeypatch.setattr(executor, "CHILDREN_GRACE_S", 60.0)
+    tracker = f"os.close(w); os.read(r, 1); time.sleep(0.5); open({str(tmp_path / 'unlinked')!r}, 'w')"
+    program = f"import os, time; r, w = os.pipe()\nif os.fork() == 0: {tracker}\nelse: os.kill(os.getpid(), 9)"
+    run_stage(program, tmp_path)
+    assert (tmp_path / "unlinked").is_file()
+
+
+def test_a_zombie_that_nobody_reaps_is_waited_for_no_longer():
+    """As in a container whose first process reaps nothing."""
+    zombie = subprocess.Popen([sys.executable, "-c", ""], start_new_session=True)
+    os.waitid(os.P_PID, zombie.pid, os.WEXITED | os.WNOWAIT)
+    os.killpg(zombie.pid, 0)  # the group is still there
+    assert not executor._group_lives(zombie.pid)
+    zombie.wait()
+
+
+@pytest.mark.parametrize(
+    ("text", "lines"),
+    [
+        ("", []),
+        ("step 1\r\n\n  \rstep 2\r", ["step 1", "step 2"]),
+        (" 10%|# |\r 50%|##|\n\x1b[A", ["10%|# |", "50%|##|"]),
+    ],
+)
+def test_lines_of_a_log(tmp_path, text, lines):
+    assert log_lines(tmp_path / "log") == []
+    (tmp_path / "log").write_bytes(text.encode())
+    assert log_lines(tmp_path / "log") == lines

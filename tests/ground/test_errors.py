@@ -1,0 +1,90 @@
+"""What a command says when it is interrupted: a line of its own that the grid finds, and never a promise it breaks."""
+
+import runpy
+import subprocess
+import sys
+
+import pytest
+
+from ba_lora import errors
+from ba_lora.experiments import state as grid_state
+from ba_lora.experiments.executors.local import Failure
+from ba_lora.experiments.pipeline import Stage
+
+RESUMING = {"train_nlg", "train_nlu", "ba_lora.experiments.pipeline", "ba_lora.experiments.pipeline_nlu", "ba_lora.experiments.grid", "eval.generate"}
+OTHERS = {
+    "eval.check",
+    "eval.rescore",
+    "eval.score",
+    "eval.nlu",
+    "eval.report",
+    "eval.inheritance",
+    "ba_lora.runs.results_nlu",
+    "data.toy",
+}
+GOES_ON = "the same command goes on from what is saved"
+
+
+def interrupted():
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(("resumes", "said"), [(False, "error: interrupted"), (True, f"error: interrupted; {GOES_ON}")])
+def test_an_interrupted_command_says_so_below_its_progress_bar(resumes, said, monkeypatch, capsys, tmp_path):
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(SystemExit) as left:
+        errors.run_entry_point(interrupted, resumes=resumes)
+    assert left.value.code == 130
+    printed = f"step 3: 12 %{capsys.readouterr().err}"
+    assert printed.splitlines() == ["step 3: 12 %", said]
+    log = tmp_path / "train.log"
+    log.write_text(printed + "resource_tracker: cleaned up at the end\n", encoding="utf-8")
+    found = grid_state._error(Failure(Stage("train", [], ()), 130, log))
+    assert found == said.removeprefix("error: ")
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules after import:RuntimeWarning")
+@pytest.mark.parametrize("module", sorted(RESUMING | OTHERS))
+def test_only_what_resumes_says_that_it_goes_on(module, monkeypatch):
+    calls = []
+    monkeypatch.setattr(errors, "check_first", lambda check: None)
+    monkeypatch.setattr(errors, "run_entry_point", lambda main, *, resumes=False: calls.append(resumes))
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    assert calls == [module in RESUMING]
+
+
+IN_A_GROUP = """
+import atexit, os
+import torch
+from ba_lora.errors import UserError, run_entry_point
+
+class AliveAtTheEnd:
+    def __del__(self, abort=os.abort):
+        abort()
+
+def main():
+    torch.distributed.init_process_group("gloo", init_method="file://{store}", rank=0, world_size=1)
+    atexit.register(print, "an exit function")
+    print("all done")
+    {end}
+
+kept = {kept}
+run_entry_point(main)
+"""
+
+
+def test_a_process_of_a_group_that_succeeds_ends_so_whatever_is_still_alive(tmp_path, root):
+    """As with the group's own threads: what is alive at the interpreter's tear-down can abort the process."""
+    ended = _run(IN_A_GROUP.format(store=tmp_path / "store", end="", kept="AliveAtTheEnd()"), root)
+    assert (ended.returncode, ended.stdout.splitlines()) == (0, ["all done", "an exit function"]), ended.stderr
+
+
+def test_a_process_of_a_group_that_fails_tells_its_status(tmp_path, root):
+    end = "raise UserError('no such file')"
+    ended = _run(IN_A_GROUP.format(store=tmp_path / "store", end=end, kept="None"), root)
+    assert (ended.returncode, ended.stdout.splitlines()) == (2, ["all done", "an exit function"]), ended.stderr
+    assert "error: no such file" in ended.stderr
+
+
+def _run(program, root):
+    return subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, timeout=3600)

@@ -1,0 +1,385 @@
+"""Whose a run's folder and result are: what is taken up, what starts over, what is never touched."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from ba_lora.config.layers import load_config, load_run
+from ba_lora.config.schema import to_yaml
+from ba_lora.errors import UserError
+from ba_lora.io import read_json, write_json_atomic
+from ba_lora.models.load import model_source
+from ba_lora.runs import folder as run
+from ba_lora.runs.folder import CLAIM, claim_folder, is_finished, is_trained, keep_inputs, recorded
+from ba_lora.runs.results import assemble, result_fault, write_result
+from tests.support.tiny import only_result, save_tiny_model
+
+
+@pytest.fixture
+def configured(tmp_path, tiny_model):
+    """A config by overrides: `configured("seed=3")`; no lock of an earlier claim is held."""
+
+    def make(*words, name="run"):
+        run._hold_training_lock.cache_clear()
+        own = [f"output_dir={tmp_path / name}", f"results_dir={tmp_path / 'results'}", f"model.name={tiny_model}"]
+        return load_config("configs/nlg/toy.yaml", overrides=[*own, *words])
+
+    return make
+
+
+def files(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def put(path, text="words"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def give_checkpoint(path):
+    """Make the run one that has something to lose."""
+    put(path / "checkpoints" / "checkpoint-2" / "files.json", "{}")
+
+
+def trained(config):
+    """Claim the folder and finish it as a run does, with made-up weights."""
+    claim_folder(config)
+    for name in ("adapter", "lora", "merged"):
+        put(config.run_path / name / "adapter_model.safetensors", name)
+    return run.finish(config.run_path, config, {"training": {"steps": 1}})
+
+
+# ---- results
+
+
+def test_two_folders_of_one_name_have_two_results(configured, tmp_path):
+    one, two = configured(name="a/run1"), configured("seed=3", name="b/run1")
+    for config in (one, two):
+        trained(config)
+    written = {path.stem for path in (tmp_path / "results").iterdir()}
+    assert written == {one.run_id, two.run_id}
+    assert [read_json(config.result_path)["seed"] for config in (one, two)] == [42, 3]
+    assert all(read_json(path)["run_id"] == path.stem for path in (tmp_path / "results").iterdir())
+
+
+def test_a_folder_named_by_the_id_and_a_suffix_has_a_result_of_its_own(tmp_path):
+    plain = load_config("configs/nlg/toy.yaml")
+    suffixed = load_config("configs/nlg/toy.yaml", overrides=[f"output_dir={tmp_path / plain.run_id}-vllm"])
+    assert suffixed.result_path.name == f"{plain.run_id}-vllm.json" and suffixed.run_id == plain.run_id
+
+
+def test_a_result_of_another_config_is_never_replaced(configured):
+    config, other = configured(), configured("seed=3")
+    result = assemble(config.run_path, other)
+    write_json_atomic(config.result_path, result)
+    with pytest.raises(UserError, match="is the result of another config: .*overwrite=true replaces it"):
+        claim_folder(config)
+    with pytest.raises(UserError, match="is the result of another config"):
+        write_result(config.run_path, config)
+    assert read_json(config.result_path) == result and not config.run_path.exists()
+    claim_folder(configured("overwrite=true"))
+    assert not config.result_path.exists()
+
+
+def test_another_folder_of_the_same_config_says_that_it_replaces_the_result(configured, capsys):
+    trained(configured(name="a"))
+    capsys.readouterr()
+    claim_folder(configured(name="b"))
+    assert "is of this config, made in another folder: this run's result replaces it" in capsys.readouterr().out
+
+
+def test_a_failed_attempt_does_not_replace_a_result(configured):
+    good = trained(configured(name="a"))
+    config = configured(name="b")
+    claim_folder(config)
+    (config.run_path / "checkpoints").mkdir()  # the trainer was made
+    with pytest.raises(UserError, match="loss is not finite"), recorded(config.run_path, config, main=True):
+        raise UserError("loss is not finite at step 3")
+    assert read_json(config.run_path / "train.json")["status"] == "failed"
+    assert only_result(config.result_path.parent) == good
+
+
+def test_a_results_folder_that_cannot_be_written_is_told_before_anything(configured, tmp_path):
+    put(tmp_path / "results")
+    with pytest.raises(UserError, match="cannot write .*results"):
+        claim_folder(configured())
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "results").unlink()
+    config = configured()
+    config.result_path.mkdir(parents=True)
+    with pytest.raises(UserError, match="is a folder, and the run's result"):
+        claim_folder(config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_result_of_a_run_killed_before_it_was_written_comes(train, tmp_path, capsys):
+    folder = train(method="lora")
+    result = only_result(tmp_path / "results")
+    for path in (tmp_path / "results").iterdir():
+        path.unlink()
+    train(method="lora")
+    assert "is trained already" in capsys.readouterr().out
+    assert only_result(tmp_path / "results") == result and is_finished_after(folder, tmp_path)
+
+
+def is_finished_after(folder, tmp_path):
+    config = load_run(folder)
+    config.results_dir = str(tmp_path / "results")
+    return result_fault(config) is None and is_finished(config)
+
+
+# ---- a run that has nothing to lose starts over
+
+
+def test_a_failure_before_training_leaves_nothing(train, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"query": 5, "response": ""}\n')
+    with pytest.raises(UserError):
+        train("data.name=metamathqa", f"data.source={rows}")
+    assert not list(tmp_path.glob("*run*")) and not list(tmp_path.glob("results/*"))
+    rows.write_text('{"query": "two and two?", "response": "4"}\n' * 8)
+    folder = train("data.name=metamathqa", f"data.source={rows}")
+    assert read_json(folder / "train.json")["status"] == "ok"
+
+
+@pytest.mark.parametrize("has_checkpoint", [False, True])
+def test_only_a_run_with_a_checkpoint_is_held_by_its_config_and_data(configured, tmp_path, has_checkpoint):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("before")
+    words = ["data.name=metamathqa", f"data.source={rows}"]
+    claim_folder(configured(*words))
+    path = tmp_path / "run"
+    put(path / "initial" / "initial_factors.safetensors")
+    if has_checkpoint:
+        give_checkpoint(path)
+    before = files(path)
+    rows.write_text("after")
+    changes = [
+        (words, {}, "has changed since run was started"),
+        ([*words, "trainer.learning_rate=0.5"], {}, "holds a run of another config"),
+        (words, {"num_processes": 2}, "has changed since|was started on 1 processes"),
+    ]
+    for overrides, more, message in changes:
+        if has_checkpoint:
+            with pytest.raises(UserError, match=message):
+                claim_folder(configured(*overrides), **more)
+            assert files(path) == before
+        else:
+            claim_folder(configured(*overrides), **more)
+            assert sorted(files(path)) == [CLAIM, "config.yaml"]
+            assert read_json(path / CLAIM)["num_processes"] == more.get("num_processes", 1)
+
+
+# ---- overwrite=true
+
+
+@pytest.mark.parametrize("found", ["config.yaml", CLAIM, "both"])
+def test_overwrite_never_empties_a_foreign_folder(configured, tmp_path, found):
+    """A config.yaml of something else, or a claim by itself, makes no run's folder."""
+    path = tmp_path / "run"
+    put(path / "thesis.tex")
+    if found != CLAIM:
+        put(path / "config.yaml", "title: my thesis\n" if found == "both" else to_yaml(configured()))
+    if found != "config.yaml":
+        put(path / CLAIM, json.dumps({"num_processes": 1, "source_sha256": None}))
+    before = files(path)
+    for words in ([], ["overwrite=true"]):
+        with pytest.raises(UserError, match="no run's folder"):
+            claim_folder(configured(*words))
+        assert files(path) == before
+
+
+def test_overwrite_removes_only_what_a_run_writes(configured, tmp_path):
+    config = configured()
+    trained(config)
+    give_checkpoint(config.run_path)
+    kept = ["notes/thesis.tex", "checkpoints/checkpoint-final/model.safetensors", "checkpoints/mine.txt", "plot.png"]
+    for name in kept:
+        put(config.run_path / name)
+    put(config.run_path / ".merged.0123abcd.tmp" / "half")
+    put(config.run_path / "scores" / "toy.json")
+    claim_folder(configured("overwrite=true"))
+    assert sorted(files(config.run_path)) == sorted([*kept, CLAIM, "config.yaml"])
+    assert not config.result_path.exists()
+
+
+def test_a_link_in_a_run_is_removed_and_not_followed(configured, tmp_path):
+    config = configured()
+    trained(config)
+    put(tmp_path / "elsewhere" / "thesis.tex")
+    (config.run_path / "merged" / "adapter_model.safetensors").unlink()
+    (config.run_path / "merged").rmdir()
+    (config.run_path / "merged").symlink_to(tmp_path / "elsewhere")
+    claim_folder(configured("overwrite=true"))
+    assert (tmp_path / "elsewhere" / "thesis.tex").read_text() == "words"
+
+
+def test_a_folder_of_a_process_killed_while_it_made_it_is_taken_up(configured, tmp_path):
+    put(tmp_path / "run" / CLAIM, json.dumps({"num_processes": 1, "source_sha256": None}))
+    put(tmp_path / "run" / ".config.yaml.0123abcd.tmp")
+    claim_folder(configured("seed=5"))
+    assert load_config(tmp_path / "run" / "config.yaml").seed == 5
+
+
+# ---- damaged files
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"num_processes": "two", "source_sha256": null}'])
+@pytest.mark.parametrize("word", ["overwrite=false", "overwrite=true"])
+def test_a_damaged_claim_is_one_line_and_nothing_is_touched(configured, text, word):
+    config = configured()
+    trained(config)
+    (config.run_path / CLAIM).write_text(text)
+    before = files(config.run_path)
+    with pytest.raises(UserError, match="claim.json or config.yaml is damaged: nothing in it is touched") as caught:
+        claim_folder(configured(word))
+    assert "\n" not in str(caught.value) and files(config.run_path) == before and not is_finished(config)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '"ok"', "\x00"])
+def test_a_damaged_train_json_is_no_trained_run(configured, capsys, text):
+    config = configured()
+    trained(config)
+    assert is_trained(config.run_path, config)
+    (config.run_path / "train.json").write_text(text)
+    assert not is_trained(config.run_path, config) and not is_finished(config)
+    with pytest.raises(UserError, match="train.json is gone or damaged"):
+        assemble(config.run_path, config)
+    claim_folder(configured())
+    told = capsys.readouterr().out
+    assert text == "{}" or "train.json cannot be read: it is exported again" in told
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", "{", '{"metrics": {}}'])
+def test_a_damaged_score_is_one_line(configured, text):
+    config = configured()
+    trained(config)
+    put(config.run_path / "scores" / "toy.json", text)
+    with pytest.raises(UserError, match="scores/toy.json is gone or damaged: delete it, and score the run again"):
+        assemble(config.run_path, config)
+
+
+# ---- what a resumed run must find as it was
+
+
+@pytest.mark.parametrize("changed", ["base", "initial"])
+@pytest.mark.parametrize("has_checkpoint", [False, True])
+def test_the_base_and_the_first_factors_are_those_of_the_start(configured, tmp_path, changed, has_checkpoint):
+    base = save_tiny_model(tmp_path / "base")
+    word = f"model.name={base}"
+    config = configured(word)
+    claim_folder(config)
+    factors = config.run_path / "initial" / "initial_factors.safetensors"
+    put(factors)
+    keep_inputs(config, commit=None)
+    if has_checkpoint:
+        give_checkpoint(config.run_path)
+    claim_folder(configured(word))  # nothing has changed
+    assert factors.is_file()
+    file = factors if changed == "initial" else base / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    if has_checkpoint:
+        with pytest.raises(UserError, match="has changed since run was started: bring it back, or overwrite=true"):
+            claim_folder(configured(word))
+        assert factors.is_file()
+    else:
+        claim_folder(configured(word))
+        assert not factors.exists() and "base" not in read_json(config.run_path / CLAIM)
+
+
+def test_a_base_that_moves_on_the_hub_is_not_mixed_with_itself(configured):
+    config = configured()
+    claim_folder(config)
+    keep_inputs(config, commit="a" * 40)
+    keep_inputs(config, commit="b" * 40)  # nothing was trained
+    give_checkpoint(config.run_path)
+    with pytest.raises(UserError, match=f"was {'b' * 40} when run was started and is {'c' * 40} now"):
+        keep_inputs(config, commit="c" * 40)
+
+
+def test_one_flipped_byte_in_the_first_factors_stops_a_resumed_run(train, tmp_path):
+    folder = train("trainer.max_steps=4", "trainer.save_steps=2")
+    adapter = (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+    (folder / "train.json").unlink()
+    file = folder / "initial" / "initial_factors.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UserError, match="initial has changed since run was started"):
+        train("trainer.max_steps=4", "trainer.save_steps=2")
+    content[-5] ^= 1
+    file.write_bytes(content)
+    train("trainer.max_steps=4", "trainer.save_steps=2")
+    assert (folder / "adapter" / "adapter_model.safetensors").read_bytes() == adapter
+    assert Path(model_source(load_run(folder).model)).is_dir() and read_json(folder / CLAIM)["base"]
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut", "empty folder"])
+def test_damaged_exports_are_seen_and_made_again(train, tmp_path, capsys, damage):
+    folder = train("trainer.max_steps=4", "trainer.save_steps=2")
+    weights = folder / "lora" / "adapter_model.safetensors"
+    content = weights.read_bytes()
+    weights.unlink()
+    if damage == "cut":
+        weights.write_bytes(content[:-3])
+    if damage == "empty folder":
+        for file in (folder / "lora").iterdir():
+            file.unlink()
+    config = load_run(folder)
+    config.results_dir = str(tmp_path / "results")
+    assert not is_trained(folder, config) and not is_finished(config)
+    capsys.readouterr()
+    train("trainer.max_steps=4", "trainer.save_steps=2")
+    told = capsys.readouterr().out
+    assert {"gone": "lora/ has no weights", "cut": "bytes instead of", "empty folder": "lora/ has no weights"}[
+        damage
+    ] in told
+    assert "it is exported again" in told and "resumed from step 4 of 4" in told
+    assert weights.read_bytes() == content and is_trained(folder, config)
+
+
+# ---- how a run ends
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (UserError("loss is not finite at step 3: lower trainer.learning_rate"), "failed"),
+        (FloatingPointError("nan"), "failed"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "oom"),
+        (KeyboardInterrupt(), "cancelled"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["nlg", "nlu"])
+def test_an_end_in_training_is_recorded(configured, tmp_path, error, status, kind):
+    config = configured()
+    if kind == "nlu":
+        words = ["task=toy_pairs", f"output_dir={tmp_path / 'run'}", f"results_dir={tmp_path / 'results'}"]
+        config = load_config("configs/nlu/toy.yaml", overrides=words, kind="nlu")
+    claim_folder(config)
+    (config.run_path / "checkpoints").mkdir()
+    with pytest.raises(BaseException), recorded(config.run_path, config, main=True):  # noqa: B017, PT011
+        raise error
+    assert read_json(config.run_path / "train.json")["status"] == status
+    assert only_result(tmp_path / "results")["status"] == status
+
+
+def test_the_result_tells_of_a_full_disk(configured, monkeypatch):
+    """The run's own disk takes nothing more; results lie on another one."""
+    config = configured()
+    claim_folder(config)
+    (config.run_path / "checkpoints").mkdir()
+
+    def full(path, value):
+        raise OSError(28, os.strerror(28), str(path))
+
+    monkeypatch.setattr(run, "write_json_atomic", full)
+    with pytest.raises(UserError, match="no disk space left"), recorded(config.run_path, config, main=True):
+        raise OSError(28, os.strerror(28))
+    result = only_result(config.result_path.parent)
+    assert (result["status"], "No space left" in result["error"]) == ("failed", True)
