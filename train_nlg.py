@@ -27,6 +27,7 @@ from ba_lora.io import finite, write_jsonl_atomic
 from ba_lora.methods.build import build_model, left_out_experts, parameter_counts, probe_logits
 from ba_lora.models.load import hub_commit, load_tokenizer
 from ba_lora.models.sizes import check_sizes
+from ba_lora.objective.objective import TokenObjective
 from ba_lora.objective.reference_cache.fill import cached_reference
 from ba_lora.processes import on_main_process, start_processes
 from ba_lora.runs.card import write_model_card
@@ -96,13 +97,12 @@ def train(config: RunConfig, run_path: Path, process: PartialState, arguments: T
         process.print(note)
     process.print(f"model: {config.model.name}, {trainable:,} of {everything:,} parameters trained; {step0}")
 
-    # Trainer: L = L_task + λ1 L_consistency + λ2 L_diversity + λ3 L_svd.
+    # Objective and trainer: L = L_task + λ1 L_consistency + λ2 L_diversity + λ3 L_svd.
+    objective = TokenObjective(model, config.regularizers, loss=config.loss, reference=cache)
     trainer = BALoRATrainer(
         model,
         arguments,
-        regularizers=config.regularizers,
-        loss=config.loss,
-        reference=cache,
+        objective=objective,
         train_dataset=data.dataset,
         eval_dataset=data.heldout,
         data_collator=build_collator(tokenizer, packing=config.data.packing),
@@ -128,7 +128,7 @@ def train(config: RunConfig, run_path: Path, process: PartialState, arguments: T
         "micro_batch": arguments.per_device_train_batch_size,
         "gradient_accumulation_steps": arguments.gradient_accumulation_steps,
         "num_processes": arguments.world_size,
-        "loss": trainer.loss_report(),
+        "loss": objective.report(),
         "trainable_parameters": trainable,
         "total_parameters": everything,
         "peak_memory_mb": round(peak_memory_mb(), 1),

@@ -29,6 +29,7 @@ from ba_lora.io import finite, write_json_atomic, write_jsonl_atomic
 from ba_lora.methods.build import build_model, parameter_counts, probe_logits
 from ba_lora.models.load import hub_commit, load_tokenizer
 from ba_lora.models.sizes import check_sizes
+from ba_lora.objective.objective_nlu import ClassifierObjective
 from ba_lora.objective.reference_cache.features import cached_features
 from ba_lora.processes import on_main_process, start_processes
 from ba_lora.runs.card import write_model_card
@@ -38,7 +39,7 @@ from ba_lora.runs.results import environment, peak_memory_mb, reset_peak_memory,
 from ba_lora.runs.results_nlu import selection_report
 from ba_lora.training.arguments import autocast_precision, build_arguments, count_steps
 from ba_lora.training.epochs import EpochEvaluation
-from ba_lora.training.trainer_nlu import NLUTrainer
+from ba_lora.training.trainer import BALoRATrainer
 from data.nlu import load_nlu_data
 from eval.metrics import glue_scores
 from eval.nlu_scores import dev_scores
@@ -87,17 +88,22 @@ def train(config: NLURunConfig, run_path: Path, process: PartialState, arguments
     trainable, everything = parameter_counts(model)
     process.print(f"model: {config.model.name}, {trainable:,} of {everything:,} parameters trained; {step0}")
 
-    # Trainer: L = L_task + λ1 L_consistency + λ2 L_diversity + λ3 L_svd.
-    trainer = NLUTrainer(
+    # Objective and trainer: L = L_task + λ1 L_consistency + λ2 L_diversity + λ3 L_svd.
+    objective = ClassifierObjective(
+        model,
+        config.regularizers,
+        micro_batch=arguments.per_device_train_batch_size,
+        cache=cached_features(config, data.train, autocast=autocast_precision(arguments)),
+    )
+    trainer = BALoRATrainer(
         model,
         arguments,
-        regularizers=config.regularizers,
-        cache=cached_features(config, data.train, autocast=autocast_precision(arguments)),
+        objective=objective,
         train_dataset=data.train,
         data_collator=DataCollatorWithPadding(tokenizer),
         processing_class=tokenizer,
     )
-    for term, reason in trainer.terms_off.items():
+    for term, reason in objective.off.items():
         process.print(f"{term} is off: {reason}")
     epochs = EpochEvaluation(
         trainer,
@@ -132,7 +138,7 @@ def train(config: NLURunConfig, run_path: Path, process: PartialState, arguments
         "peak_memory_mb": round(peak_memory_mb(), 1),
         "total_peak_memory_mb": round(total_peak_memory_mb(), 1),
         "step0_max_logit_difference": step0.difference,
-        "terms_off": trainer.terms_off,
+        "terms_off": objective.off,
         "last_log": next((entry for entry in reversed(trainer.state.log_history) if "loss" in entry), None),
         "selection": selection_report(config, epochs.history(), best, last),
     }

@@ -2,7 +2,7 @@
 
 pissa           Trainer + PEFT as anyone would write them
 lora            the same without PiSSA's initialisation
-ba_lora         NLUTrainer (paper2024): a reference pass in every step, terms on the logits
+ba_lora         BALoRATrainer (paper2024): a reference pass in every step, terms on the logits
 ba_lora_cache   the same with the reference's features from disk (`reference.cache`)
 ba_lora_pooled  ba_lora with diversity and svd on the pooled features, where no term is constant
 """
@@ -51,8 +51,9 @@ def build_trainer(case: str, shape: EncoderShape, vocabulary: int, device: str, 
     from transformers import BertConfig, BertForSequenceClassification, Trainer, default_data_collator, set_seed
 
     from ba_lora.config.schema_nlu import NLURegularizersConfig
+    from ba_lora.objective.objective_nlu import ClassifierObjective
     from ba_lora.objective.reference_cache.features import CachedFeatures
-    from ba_lora.training.trainer_nlu import NLUTrainer
+    from ba_lora.training.trainer import BALoRATrainer
     from scripts.bench_cases import training_arguments
 
     set_seed(0)
@@ -77,13 +78,13 @@ def build_trainer(case: str, shape: EncoderShape, vocabulary: int, device: str, 
     if case in ("pissa", "lora"):
         return Trainer(model, arguments, **data)
     cache = CachedFeatures(folder, {"shape": repr(shape), "vocabulary": vocabulary})
-    return NLUTrainer(
+    objective = ClassifierObjective(
         model,
-        arguments,
-        regularizers=NLURegularizersConfig(features="pooled" if case == "ba_lora_pooled" else "logits"),
+        NLURegularizersConfig(features="pooled" if case == "ba_lora_pooled" else "logits"),
+        micro_batch=shape.batch,
         cache=cache if case == "ba_lora_cache" else None,
-        **data,
     )
+    return BALoRATrainer(model, arguments, objective=objective, **data)
 
 
 def random_rows(shape: EncoderShape, vocabulary: int) -> "Dataset":

@@ -9,15 +9,14 @@ from typing import Any
 from ba_lora.errors import UserError
 
 # "[" and "]" take the bound in, "(" and ")" leave it out.
+LAMBDA = "[0, 1000000]"
 RANGES = {
     "seed": "[0, 4294967295]",
     "adapter.rank": "[1, 1000000]",
     "adapter.alpha": "(0, 1000000]",
     "adapter.dropout": "[0, 1)",
     "adapter.svd_rank": "[1, 1000000]",
-    "regularizers.lambda_consistency": "[0, 1000000]",
-    "regularizers.lambda_diversity": "[0, 1000000]",
-    "regularizers.lambda_svd": "[0, 1000000]",
+    **{f"regularizers.lambda_{term}": LAMBDA for term in ("consistency", "diversity", "svd")},  # as any further term's
     "regularizers.temperature": "(0, 1000000]",
     "regularizers.diversity_top_k": "[1, 1000000000]",
     "regularizers.svd_top_k": "[1, 1000000000]",
@@ -94,8 +93,8 @@ def check_numbers(section: Any, prefix: str = "") -> None:
         key, value = prefix + entry.name, getattr(section, entry.name)
         if dataclasses.is_dataclass(value):
             check_numbers(value, f"{key}.")
-        elif key in RANGES and value is not None:
-            check_range(key, value, RANGES[key])
+        elif value is not None and (limits := RANGES.get(key) or (LAMBDA if ".lambda_" in key else None)):
+            check_range(key, value, limits)
 
 
 def check_trainer_numbers(arguments: Mapping[str, Any]) -> None:

@@ -35,6 +35,15 @@ GENERATION_OPTIONS = (
     "attention", "tensor_parallel_size", "gpu_memory_utilization", "serve", "protocol", "subset",
 )  # fmt: skip
 RUN_MEASURES = ("inheritance",)  # measured on the run itself, not on completions: eval/<name>.py
+PUBLISHED_TERMS = ("consistency", "diversity", "svd")
+# Each further file in objective/terms is a term, with a weight `lambda_<name>` and a `<name>_schedule` of its own.
+EXTRA_TERMS = tuple(
+    sorted(
+        file.stem
+        for file in (PROJECT_ROOT / "ba_lora" / "objective" / "terms").glob("*.py")
+        if file.stem not in ("__init__", "base", "block", "task", *PUBLISHED_TERMS)
+    )
+)
 DATASETS = ("toy", "metamathqa", "codefeedback", "wizardlm", "gsm8k")
 UNTUNED = "untuned"  # the method name of the pre-trained model itself
 
@@ -74,6 +83,17 @@ class AdapterConfig:
         return self.tuner in ("full", "bitfit")
 
 
+def with_extra_terms(config_class: type) -> type:
+    """Give a dataclass of regularizers the keys of EXTRA_TERMS: λ = 0, a term that is out, unless the user sets it."""
+    keys: list[tuple] = [(f"lambda_{name}", float, field(default=0.0)) for name in EXTRA_TERMS]
+    keys += [(f"{name}_schedule", str, field(default="constant")) for name in EXTRA_TERMS]
+    if not keys:
+        return config_class
+    kept = {"__module__": config_class.__module__, "__doc__": config_class.__doc__}
+    return dataclasses.make_dataclass(config_class.__name__, keys, bases=(config_class,), namespace=kept)
+
+
+@with_extra_terms
 @dataclass
 class BALoRAConfig:
     """The three regularizers. λ = 0 takes a term out of the loss (and out of the step's cost).
@@ -97,7 +117,8 @@ class BALoRAConfig:
         check_choice("regularizers.svd_norm", self.svd_norm, ("nuclear", "frobenius"))
         check_choice("regularizers.consistency_schedule", self.consistency_schedule, CONSISTENCY_SCHEDULES)
         check_choice("regularizers.diversity_schedule", self.diversity_schedule, SCHEDULES)
-        check_choice("regularizers.svd_schedule", self.svd_schedule, SCHEDULES)
+        for term in ("svd", *EXTRA_TERMS):
+            check_choice(f"regularizers.{term}_schedule", getattr(self, f"{term}_schedule"), SCHEDULES)
 
 
 @dataclass
@@ -318,6 +339,9 @@ def training_settings(config: RunConfig) -> dict[str, Any]:
     reference = plain.pop("reference")
     if config.uses_reference_cache:  # where it lies changes no weight, what it keeps does
         plain["reference"] = {name: value for name, value in reference.items() if name != "cache"}
+    for name in EXTRA_TERMS:  # a term that is out changes no weight
+        if plain["regularizers"][f"lambda_{name}"] == 0:
+            del plain["regularizers"][f"lambda_{name}"], plain["regularizers"][f"{name}_schedule"]
     plain["trainer"] = {k: v for k, v in plain["trainer"].items() if k not in _COSMETIC_ARGUMENTS}
     plain["model"]["trust_remote_code"] = False  # who trusts the code gets the same weights
     plain["adapter"].pop("factors_cache")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ba_lora.config.schema import AdapterConfig, RunConfig, nearest, resolve_path
 from ba_lora.errors import UserError, in_one_line
 from ba_lora.methods import pissa
+from ba_lora.methods.adalora import freeze_rank_counts
 from ba_lora.models.load import load_base
 
 if TYPE_CHECKING:
@@ -193,6 +194,7 @@ def _with_adapter(model: "nn.Module", config: RunConfig, num_steps: int) -> "nn.
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(dtype)
+    freeze_rank_counts(model)
     if config.trainer.get("gradient_checkpointing"):
         model.enable_input_require_grads()
     return model
@@ -354,12 +356,12 @@ PEFT_CONFIGS = {"lora": _lora_config, "adalora": _adalora_config, "loha": _loha_
 
 def parameter_counts(model: "nn.Module") -> tuple[int, int]:
     """Return (trainable, all) parameters; the reference's frozen factors and ZeRO-3's splits are accounted for."""
-    from ba_lora.objective.reference import ADAPTER_NAME
+    from ba_lora.models.layers import REFERENCE_ADAPTER
 
     trainable = everything = 0
     for name, parameter in model.named_parameters():
         count = getattr(parameter, "ds_numel", parameter.numel())
-        if f".{ADAPTER_NAME}." in name:
+        if f".{REFERENCE_ADAPTER}." in name:
             continue
         if type(parameter).__name__ == "Params4bit":  # two weights a byte
             count *= 2

@@ -24,7 +24,7 @@ from torch import nn
 from ba_lora.errors import UserError
 from ba_lora.methods.factors_cache import Components
 from ba_lora.methods.pissa import named_adapter_layers, save_factors
-from ba_lora.objective.reference import adapter_layers
+from ba_lora.models.layers import adapter_layers
 from ba_lora.processes import on_main_process
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ba_lora.io import folder_atomic, load_tensors
 from ba_lora.methods.factors_cache import SKETCH_SEED, SVD, Components, FactorsCache, digest
-from ba_lora.objective.reference import adapter_layers, factor_parameters, gathered
+from ba_lora.models.layers import adapter_layers, factor_parameters, gathered
 
 if TYPE_CHECKING:
     from ba_lora.config.schema import AdapterConfig

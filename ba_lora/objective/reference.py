@@ -19,15 +19,17 @@ import contextlib
 import copy
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ba_lora.config.schema import BALoRAConfig
 from ba_lora.errors import UserError
+from ba_lora.models.layers import REFERENCE_ADAPTER, adapter_layers, adapter_parameters, gathered, has_residual_base
+from ba_lora.objective.terms.consistency import Consistency
 
-ADAPTER_NAME = "reference"
-RESIDUAL_INITS = ("pissa", "corda", "olora", "lora_ga")  # for these PEFT takes s B₀A₀ from the base
 ZERO_INITS = ("True", "gaussian", "eva", "mica")  # the base stays as it is, and B₀A₀ = 0
 LARGEST_DIFFERENCE = {4: 1e-3, 2: 0.03}  # at step 0, by bytes a number, as a share of the largest logit
 
@@ -35,10 +37,34 @@ LARGEST_DIFFERENCE = {4: 1e-3, 2: 0.03}  # at step 0, by bytes a number, as a sh
 class Reference:
     """Runs the model as it was before training. Build it with `build_reference`, before the first step."""
 
+    consistency = Consistency  # the term that compares with it
+    columns: tuple[str, ...] = ()  # of the data set, which it needs
+
     def __init__(self, layers: list[nn.Module], *, frozen_factors: bool, frozen_model: nn.Module | None = None) -> None:
         self._layers = layers
         self._frozen_factors = frozen_factors
         self.frozen_model = frozen_model
+
+    @property
+    def shares_head(self) -> bool:
+        """Whether a trained output head would be the reference's, too."""
+        return self.frozen_model is None
+
+    def check(self, regularizers: BALoRAConfig) -> None:
+        """Any regularizers go with it."""
+
+    def to(self, device: torch.device) -> None:
+        """Move the frozen copy of full fine-tuning; an adapter's reference is the model itself."""
+        if self.frozen_model is not None:
+            self.frozen_model.to(device)
+
+    def at(
+        self, model: nn.Module, rows: Tensor | None, *, states: Callable[[nn.Module], tuple[Tensor, Any]]
+    ) -> tuple[Tensor, Any]:
+        """Return what `states` gives for the reference: its hidden states [N, D] and the head that they go into, which
+        under full fine-tuning is not the trained one."""
+        with self.use(model) as module:
+            return states(module)
 
     @contextlib.contextmanager
     def use(self, model: nn.Module) -> Iterator[nn.Module]:
@@ -46,7 +72,9 @@ class Reference:
         if self.frozen_model is not None:
             yield self.frozen_model
             return
-        attribute, value = ("_active_adapter", [ADAPTER_NAME]) if self._frozen_factors else ("_disable_adapters", True)
+        attribute, value = "_disable_adapters", True
+        if self._frozen_factors:
+            attribute, value = "_active_adapter", [REFERENCE_ADAPTER]
         before = [getattr(layer, attribute) for layer in self._layers]
         try:
             for layer in self._layers:
@@ -83,11 +111,11 @@ def build_reference(model: nn.Module, *, trained_apart: Iterable[str] = ()) -> R
     frozen_config.lora_dropout = 0.0
     keeps_dtype = all(p.dtype == torch.float32 for p in adapter_parameters(layers[0], "default"))
     with torch.random.fork_rng():
-        model.add_adapter(ADAPTER_NAME, frozen_config, autocast_adapter_dtype=keeps_dtype)
+        model.add_adapter(REFERENCE_ADAPTER, frozen_config, autocast_adapter_dtype=keeps_dtype)
     # A checkpoint that also held this adapter would be loaded wrongly: Trainer would skip the trained one silently.
     model.save_pretrained = functools.partial(model.save_pretrained, selected_adapters=["default"])
     for layer in layers:
-        trained, frozen = adapter_parameters(layer, "default"), adapter_parameters(layer, ADAPTER_NAME)
+        trained, frozen = adapter_parameters(layer, "default"), adapter_parameters(layer, REFERENCE_ADAPTER)
         with gathered([*trained, *frozen]), torch.no_grad():
             for source, target in zip(trained, frozen, strict=True):
                 target.data = target.data.to(source.dtype)
@@ -125,11 +153,6 @@ def _check_init(config: object) -> None:
         raise UserError(f"the reference of an adapter with init_lora_weights={init!r} is not known: {remedy}")
 
 
-def has_residual_base(config: object) -> bool:
-    """Return whether PEFT took the adapter's first product from the base when it made this adapter."""
-    return str(getattr(config, "init_lora_weights", "")).lower().startswith(RESIDUAL_INITS)
-
-
 def check_step_zero(tuned: Tensor, reference: Tensor) -> None:
     """Raise UserError where logits (or a classifier's features) of the untrained model are not the reference's."""
     if not tuned.numel():
@@ -141,42 +164,3 @@ def check_step_zero(tuned: Tensor, reference: Tensor) -> None:
             f"at step 0 the model differs from its reference by {difference.item():.2g}: it is not the pre-trained "
             "model any more. Give the trainer an adapter as get_peft_model made it; resume by resume_from_checkpoint"
         )
-
-
-def adapter_layers(model: nn.Module) -> list[nn.Module]:
-    """Return the model's PEFT layers."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-
-
-def adapter_parameters(layer: nn.Module, adapter: str) -> list[nn.Parameter]:
-    """Return all parameters of one adapter in a PEFT layer: factors (an embedding's too), DoRA's magnitude, …"""
-    found = []
-    for name in dict.fromkeys(layer.adapter_layer_names):  # PEFT lists DoRA's magnitude twice
-        entries = getattr(layer, name, {})
-        if adapter in entries:
-            entry = entries[adapter]
-            found += list(entry.parameters()) if isinstance(entry, nn.Module) else [entry]
-    return found
-
-
-def factor_parameters(layer: nn.Module, adapter: str) -> list[nn.Parameter]:
-    """Return [A, B] of a LoRA layer's adapter: A is [rank, in], B is [out, rank]."""
-    return [layer.lora_A[adapter].weight, layer.lora_B[adapter].weight]
-
-
-@contextlib.contextmanager
-def gathered(parameters: list[nn.Parameter], *, modify: bool = True) -> Iterator[None]:
-    """Give the whole tensors of parameters that DeepSpeed ZeRO-3 has split; else do nothing.
-
-    With `modify` what rank 0 writes into them is kept, on every rank; without, they are only read, which is cheaper.
-    """
-    split = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
-    if not split:
-        yield
-        return
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters(split, modifier_rank=0 if modify else None):
-        yield

@@ -9,8 +9,8 @@ Two published versions share these formulas and differ in their settings (config
 
 Shapes: `logits` is [..., V], `mask` is [...] and True at the positions M that predict a response token: the shifted
 mask of the task loss (`response_mask`), never prompt or padding. All reductions are done in float32 (float64 inputs
-stay float64). `reduction` is "mean" over M, or "sum" for callers that divide by the count of a larger batch. An empty
-M gives 0 with a zero gradient.
+stay float64). `reduction` is "mean" over M, "sum" for callers that divide by the count of a larger batch, or "none" for
+the value at each position of M. An empty M gives 0 with a zero gradient.
 """
 
 import math
@@ -74,6 +74,9 @@ class TopLogProbs:
     log_probs: Tensor
     log_tail: Tensor
     entropy: Tensor
+
+    def __len__(self) -> int:
+        return len(self.tokens)
 
     def __getitem__(self, positions: slice) -> "TopLogProbs":
         """Return some of the positions."""
@@ -194,6 +197,13 @@ def at_least_float32(tensor: Tensor) -> Tensor:
 
 
 def _reduce(values_M: Tensor, reduction: str) -> Tensor:
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f"reduction is {reduction!r}: choose mean or sum")
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction is {reduction!r}: choose mean, sum or none")
+    if reduction == "none":
+        return values_M
     return values_M.sum() / max(values_M.numel(), 1) if reduction == "mean" else values_M.sum()
+
+
+def every_row(logits_NV: Tensor) -> Tensor:
+    """Return the mask of all N rows."""
+    return torch.ones(len(logits_NV), dtype=torch.bool, device=logits_NV.device)

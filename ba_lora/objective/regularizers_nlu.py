@@ -10,7 +10,6 @@ reductions are done in float32 (float64 inputs stay float64). The svd term is `r
 mask, and so is the entropy form of the diversity (`regularizers.diversity`).
 """
 
-import torch
 from torch import Tensor
 
 from ba_lora.objective import regularizers
@@ -22,13 +21,13 @@ def normalized_mse(logits_ND: Tensor, reference_logits_ND: Tensor, *, reduction:
     """Mean over rows and columns of (ẑ_F − ẑ_P)², each row divided by its L2 norm: `paper2024`'s consistency.
 
     `reduction="sum"` sums over the rows the means over their columns, for callers that divide by the rows of a larger
-    batch. The reference receives no gradient, nor does a tuned row of length 0 (under a head that starts at zero):
-    it has no direction, and what F.normalize does there is a gradient of 1e11.
+    batch; "none" returns them. The reference receives no gradient, nor does a tuned row of length 0 (under a head that
+    starts at zero): it has no direction, and what F.normalize does there is a gradient of 1e11.
     """
     tuned = _directions(regularizers.at_least_float32(logits_ND))
     reference = _directions(regularizers.at_least_float32(reference_logits_ND.detach()))
     squares_N = (tuned - reference).square().mean(-1)
-    return squares_N.mean() if reduction == "mean" else squares_N.sum()
+    return {"mean": squares_N.mean, "sum": squares_N.sum, "none": lambda: squares_N}[reduction]()
 
 
 def _directions(rows_ND: Tensor) -> Tensor:
@@ -40,7 +39,7 @@ def _directions(rows_ND: Tensor) -> Tensor:
 
 def kl(logits_ND: Tensor, reference_logits_ND: Tensor, *, temperature: float = 1.0, reduction: str = "mean") -> Tensor:
     """T² KL(softmax(Z_P / T) ‖ softmax(Z_F / T)) over the rows: `iclr2026`'s consistency."""
-    every_N = every_row(logits_ND)
+    every_N = regularizers.every_row(logits_ND)
     return regularizers.consistency(
         logits_ND, reference_logits_ND, every_N, temperature=temperature, reduction=reduction
     )
@@ -57,11 +56,6 @@ def covariance(features_ND: Tensor) -> Tensor:
     centred_ND = features_ND - features_ND.mean(0)
     covariance_DD = centred_ND.T @ centred_ND / (len(features_ND) - 1)
     return (covariance_DD.square().sum() - covariance_DD.diagonal().square().sum()) / features_ND.shape[1]
-
-
-def every_row(logits_ND: Tensor) -> Tensor:
-    """Return the mask of all N rows, for the functions of regularizers.py."""
-    return torch.ones(len(logits_ND), dtype=torch.bool, device=logits_ND.device)
 
 
 def constant_terms(

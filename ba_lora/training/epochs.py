@@ -30,7 +30,7 @@ from ba_lora.models.predict import Predictions, predict, predicted_values, predi
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from ba_lora.training.trainer_nlu import NLUTrainer
+    from ba_lora.training.trainer import BALoRATrainer
 
 HELDOUT = "heldout"
 # (labels, predictions) of one set → metric name → value, None where it is undefined
@@ -51,7 +51,7 @@ class EpochEvaluation(TrainerCallback):
 
     def __init__(
         self,
-        trainer: "NLUTrainer",
+        trainer: "BALoRATrainer",
         config: NLURunConfig,
         run_path: Path,
         *,

@@ -1,18 +1,20 @@
 """Training's log: a progress bar, the loss terms of each logging step on one line, real tokens per second."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.trainer_callback import ProgressCallback
 
-TERMS = ("task", "consistency", "diversity", "svd")
-LOGGED_TERMS = (*TERMS, "orthogonality")  # the last of AdaLoRA alone
+from ba_lora.objective.terms import term_names
+
+OFF = "off"  # what the log says of a term that was taken out of the loss
+TERMS = ("task", *term_names(), "orthogonality")  # in the log's order; the last is AdaLoRA's
 LOGGED_NAMES = (  # what a training may log of each logging step; the task's loss has no weight
-    "loss", "grad_norm", "learning_rate", "tokens_per_second", "padding_share", "covariances_skipped", *LOGGED_TERMS,
-    *(f"{kind}_{term}" for kind in ("weighted", "share") for term in LOGGED_TERMS[1:]),
+    "loss", "grad_norm", "learning_rate", "tokens_per_second", "padding_share", *TERMS,
+    *(f"{kind}_{term}" for kind in ("weighted", "share", "skipped") for term in TERMS[1:]),
 )  # fmt: skip
 
 
@@ -60,7 +62,8 @@ def terms_line(logs: dict[str, float], *, step: int, num_steps: int) -> str:
     A term's share is |its weighted value| of the sum over all terms, the task's included.
     """
     parts = [f"step {step}/{num_steps}", f"loss {logs['loss']:.4f}"]
-    for term in LOGGED_TERMS:
+    others = [name.removeprefix("share_") for name in logs if name.startswith("share_")]
+    for term in dict.fromkeys((*TERMS, *others)):
         if term in logs:
             share = f" ({100 * logs[f'share_{term}']:.2g} % of the loss)" if f"share_{term}" in logs else ""
             value = logs[term] if isinstance(logs[term], str) else f"{logs[term]:.4g}"
@@ -75,7 +78,7 @@ def terms_line(logs: dict[str, float], *, step: int, num_steps: int) -> str:
 
 def evaluation_line(logs: dict[str, float], *, step: int, num_steps: int) -> str:
     """Return `step 20/188 | held-out rows: loss 1.234 | task 1.230`, of what an evaluation logs of its losses."""
-    names = ("loss", *LOGGED_TERMS)
+    names = ("loss", *TERMS)
     found = [f"{name} {logs[f'eval_{name}']:.4f}" for name in names if f"eval_{name}" in logs]
     return f"step {step}/{num_steps} | held-out rows: {' | '.join(found)}"
 
@@ -83,43 +86,45 @@ def evaluation_line(logs: dict[str, float], *, step: int, num_steps: int) -> str
 class TermMeter:
     """The loss terms since the last log, averaged over optimizer steps; sums stay on the device until they are read."""
 
-    _NAMES = (*(f"{kind}{term}" for kind in ("", "weighted_") for term in LOGGED_TERMS), "covariances_skipped")
-
-    def __init__(self) -> None:
+    def __init__(self, terms: Sequence[str]) -> None:
+        self.terms = tuple(terms)
+        self._names = [f"{kind}{term}" for kind in ("", "weighted_", "skipped_") for term in self.terms]
         self._steps = 0.0
         self.sums: dict[str, Tensor] = {}
 
     def add(self, values: Mapping[str, Tensor], *, steps: float) -> None:
         """Add a micro-batch, `steps` of an optimizer step: of each term its share of the step's value over all
-        processes and, as weighted_TERM, that times λ(t); and whether a covariance was skipped, as 0 or 1."""
+        processes and, as weighted_TERM, that times λ(t); a term that could not be taken of it is left out."""
+        some = next(iter(values.values()))
+        values = {**values, **{f"skipped_{term}": torch.ones_like(some) for term in self.terms if term not in values}}
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0.0) + value.detach().double()
         self._steps += steps
 
     def read(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """Return what the log says of the terms and begin anew; {} without a micro-batch.
+        """Return what the log says of the terms and begin again; {} without a micro-batch.
 
         `reduce` sums over the processes, which all call. They need not have met the same terms: one that no covariance
-        could be taken for has no diversity.
+        could be taken for has no diversity. `skipped_TERM` counts the micro-batches without a term.
         """
         if not self._steps:
             return {}
         some = next(iter(self.sums.values()))
-        sums = torch.stack([self.sums.get(name, torch.zeros_like(some)) for name in self._NAMES])
-        present = torch.tensor([float(name in self.sums) for name in self._NAMES], device=some.device).double()
+        sums = torch.stack([self.sums.get(name, torch.zeros_like(some)) for name in self._names])
+        present = torch.tensor([float(name in self.sums) for name in self._names], device=some.device).double()
         sums, present = reduce(torch.stack([sums, present])).tolist()
-        met = {name: total for name, total, number in zip(self._NAMES, sums, present, strict=True) if number}
-        skipped = int(met.pop("covariances_skipped", 0))
+        met = {name: total for name, total, number in zip(self._names, sums, present, strict=True) if number}
+        skipped = {name: int(met.pop(name)) for name in list(met) if name.startswith("skipped_")}
         averages = {name: total / self._steps for name, total in met.items()}
         self.sums, self._steps = {}, 0.0
-        terms = [term for term in LOGGED_TERMS if term in averages]
+        terms = [term for term in self.terms if term in averages]
         whole = sum(abs(averages[f"weighted_{term}"]) for term in terms)
         logs = {term: averages[term] for term in terms}
         for term in terms:
             if term != "task":  # whose weight is 1
                 logs[f"weighted_{term}"] = averages[f"weighted_{term}"]
                 logs[f"share_{term}"] = abs(averages[f"weighted_{term}"]) / whole if whole else 0.0
-        return logs | ({"covariances_skipped": skipped} if skipped else {})
+        return logs | skipped
 
 
 class TokenMeter:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from ba_lora.errors import UserError
 from ba_lora.io import disk_errors, folder_atomic, load_tensors
 from ba_lora.methods.adalora import set_saved_ranks
-from ba_lora.objective.reference import adapter_layers, gathered, has_residual_base
+from ba_lora.models.layers import adapter_layers, gathered, has_residual_base
 
 if TYPE_CHECKING:
     from ba_lora.training.trainer import BALoRATrainer

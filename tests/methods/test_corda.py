@@ -15,7 +15,7 @@ from ba_lora.errors import UserError
 from ba_lora.experiments.tables import Row, find_table, load_table
 from ba_lora.methods import corda
 from ba_lora.methods.pissa import load_factors
-from ba_lora.objective.reference import adapter_layers, factor_parameters
+from ba_lora.models.layers import adapter_layers, factor_parameters
 from ba_lora.runs.export import serving_adapter
 from ba_lora.training.trainer import BALoRATrainer
 from eval.report.sources import Sources, read_paper

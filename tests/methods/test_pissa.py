@@ -23,7 +23,7 @@ from ba_lora.methods import factors_cache as pissa_cache
 from ba_lora.methods import pissa
 from ba_lora.methods.factors_cache import SKETCH_SEED, SVD, FactorsCache, digest
 from ba_lora.methods.pissa import Matrix, decompose, load_factors, requested_svd, write_factors
-from ba_lora.objective.reference import adapter_layers, factor_parameters
+from ba_lora.models.layers import adapter_layers, factor_parameters
 from tests.support.pissa_helpers import random_matrices, weights_sha256
 from tests.support.tiny import save_tiny_model, tiny_llama, tiny_rows
 

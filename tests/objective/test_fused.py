@@ -19,7 +19,8 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 from ba_lora import BALoRAConfig, BALoRATrainer
 from ba_lora.config.schema import LossConfig
 from ba_lora.objective import regularizers as reg
-from ba_lora.objective.losses import TermWeights, fused_nlg_loss, head_factor, nlg_loss
+from ba_lora.objective.losses.svd import head_factor
+from tests.support.losses import TermWeights, fused_nlg_loss, nlg_loss
 from tests.support.tiny import adapter_weights, arguments, collate, tiny_llama, tiny_peft, tiny_rows
 
 HIDDEN, VOCABULARY = 16, 37
@@ -340,7 +341,7 @@ def test_fifty_steps_fused_are_fifty_steps_plain(tmp_path, version, settings):
             model.enable_input_require_grads()
         run = trainer(model, tmp_path, implementation, CONFIGS[version], max_steps=50, **settings)
         run.train()
-        assert run.loss_report()["implementation"] == implementation
+        assert run.objective.report()["implementation"] == implementation
         histories.append({name: logs(run, name) for name in ("loss", "task", "consistency", "diversity", "svd")})
         weights.append(adapter_weights(model))
     tolerance = 3e-3 if settings.get("bf16") else 2e-5
@@ -455,13 +456,13 @@ def test_other_heads_fall_back_with_one_line_in_the_log(tmp_path, caplog, case):
     config = dataclasses.replace(STRONG, lambda_consistency=0)
     run = trainer(model, tmp_path, "fused", config)
     batch = collate(list(tiny_rows(2)))
-    with caplog.at_level(logging.WARNING, logger="ba_lora.training.trainer"):
+    with caplog.at_level(logging.WARNING, logger="ba_lora.objective.path"):
         got = run.compute_loss(model, dict(batch))
         run.compute_loss(model, dict(batch))
     lines = [record.getMessage() for record in caplog.records if "taken from all logits" in record.getMessage()]
     assert len(lines) == 1
     assert re.search(reason, lines[0])
-    report = run.loss_report()
+    report = run.objective.report()
     assert report["implementation"] == "plain" and re.search(reason, report["why_plain"])
 
     labels = batch.pop("labels")
@@ -476,6 +477,6 @@ def test_the_default_is_fused_with_memory_by_device(tmp_path):
     run = BALoRATrainer(
         model, arguments(tmp_path), regularizers=STRONG, train_dataset=tiny_rows(4), data_collator=collate
     )
-    assert run.loss_report() == {}
+    assert run.objective.report() == {}
     run.compute_loss(model, collate(list(tiny_rows(2))))
-    assert run.loss_report() == {"implementation": "fused", "chunk_memory_mb": 256}
+    assert run.objective.report() == {"implementation": "fused", "chunk_memory_mb": 256}

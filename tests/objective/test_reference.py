@@ -12,7 +12,8 @@ from peft.tuners.lora.config import KasaConfig, MontecloraConfig
 
 from ba_lora import BALoRAConfig, BALoRATrainer
 from ba_lora.errors import UserError
-from ba_lora.objective.reference import adapter_layers, build_reference
+from ba_lora.models.layers import adapter_layers
+from ba_lora.objective.reference import build_reference
 from tests.support.tiny import adapter_weights, arguments, collate, tiny_llama, tiny_peft, tiny_rows
 
 STRONG = {"lambda_consistency": 0.5, "lambda_diversity": 0.3, "lambda_svd": 0.2, "temperature": 2.0}

@@ -18,11 +18,11 @@ from ba_lora.config.layers import load_config
 from ba_lora.config.schema import LossConfig
 from ba_lora.errors import UserError
 from ba_lora.objective import regularizers as reg
-from ba_lora.objective.losses import TermWeights, fused_nlg_loss, nlg_loss
 from ba_lora.objective.reference_cache import store as reference_cache
 from ba_lora.objective.reference_cache.fill import FileLocks, cache_key, claim, fill
 from ba_lora.objective.reference_cache.store import Rows, open_cache
 from ba_lora.objective.regularizers import TopLogProbs, top_log_probs
+from tests.support.losses import TermWeights, fused_nlg_loss, nlg_loss
 from tests.support.tiny import (
     VOCABULARY,
     adapter_weights,

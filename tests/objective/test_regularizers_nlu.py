@@ -7,9 +7,9 @@ import torch
 
 from ba_lora.config.schema_nlu import NLURegularizersConfig
 from ba_lora.objective import regularizers
-from ba_lora.objective.losses import TermWeights
-from ba_lora.objective.losses.nlu import nlu_loss
-from ba_lora.objective.regularizers_nlu import constant_terms, covariance, every_row, kl, normalized_mse
+from ba_lora.objective.regularizers import every_row
+from ba_lora.objective.regularizers_nlu import constant_terms, covariance, kl, normalized_mse
+from tests.support.losses import TermWeights, nlu_loss
 
 PAPER2024 = NLURegularizersConfig()
 ICLR2026 = NLURegularizersConfig(

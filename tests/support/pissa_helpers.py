@@ -5,7 +5,7 @@ import hashlib
 import torch
 
 from ba_lora.methods.pissa import Matrix
-from ba_lora.objective.reference import gathered
+from ba_lora.models.layers import gathered
 
 
 def random_matrices() -> dict[str, Matrix]:

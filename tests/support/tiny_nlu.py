@@ -193,3 +193,14 @@ def scored_run(folder: Path, *overrides: str, task: str = "rte", made_from: str 
     for name, score in dev_scores(folder, config, data).items():
         write_json_atomic(folder / "scores" / f"{name}.json", score)
     return config
+
+
+def classifier_trainer(model, args, *, regularizers, cache=None, **settings):
+    """A BALoRATrainer with a ClassifierObjective."""
+    from ba_lora.objective.objective_nlu import ClassifierObjective
+    from ba_lora.training.trainer import BALoRATrainer
+
+    objective = ClassifierObjective(
+        model, regularizers, micro_batch=args.per_device_train_batch_size, cache=cache
+    )
+    return BALoRATrainer(model, args, objective=objective, **settings)

@@ -17,7 +17,7 @@ from ba_lora.errors import UserError
 from ba_lora.io import read_json, read_jsonl, write_jsonl_atomic
 from ba_lora.models.classifier import catch_pooled, load_classifier
 from ba_lora.runs.results_nlu import run_table, seeds_table
-from ba_lora.training.trainer_nlu import NLUTrainer
+from ba_lora.training.trainer import BALoRATrainer
 from eval.metrics import Scores
 from tests.conftest import ROOT
 from tests.runs.test_resume import killed
@@ -220,7 +220,7 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_been(train_nlu, tmp_path, 
     config = write_nlu_config(tmp_path, tiny_encoder).rename(tmp_path / "config.yaml")  # not given the tiny overrides
     whole = train_nlu(config_path=config, name="whole")
     steps = iter(range(1, 100))
-    real = NLUTrainer.training_step
+    real = BALoRATrainer.training_step
 
     def stop_at_8(self, *args, **kwargs):
         if next(steps) == 8:
@@ -228,7 +228,7 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_been(train_nlu, tmp_path, 
         return real(self, *args, **kwargs)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(NLUTrainer, "training_step", stop_at_8)
+        patch.setattr(BALoRATrainer, "training_step", stop_at_8)
         train_nlu(config_path=config, name="stopped")
     assert read_json(tmp_path / "stopped" / "train.json")["status"] == "cancelled"
     stopped = train_nlu(config_path=config, name="stopped")

@@ -14,8 +14,9 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, Trainer
 from ba_lora import BALoRAConfig, BALoRATrainer
 from ba_lora.config.schema import LossConfig
 from ba_lora.errors import UserError
-from ba_lora.methods.adalora import adalora_orthogonality
+from ba_lora.methods.adalora import adalora_orthogonality, adalora_orthogonality_weight
 from ba_lora.objective import regularizers as reg
+from ba_lora.objective.path import evaluating
 from ba_lora.objective.reference import build_reference
 from ba_lora.training.log import TermMeter, terms_line
 from tests.support.tiny import adapter_weights, arguments, collate, tiny_llama, tiny_peft, tiny_rows
@@ -70,7 +71,7 @@ def test_with_dropout_the_reference_is_still_the_pretrained_model(tmp_path):
     batch = collate(list(tiny_rows(2)))
     batch.pop("labels")
     model.train()
-    with torch.no_grad(), built._without_dropout(model), built.reference.use(model) as module:
+    with torch.no_grad(), evaluating(model), built.objective.reference.use(model) as module:
         passed = module(**batch).logits
     assert model.training
     torch.testing.assert_close(passed, tiny_llama()(**batch).logits, atol=1e-4, rtol=0)
@@ -163,7 +164,7 @@ def test_without_weights_it_is_stock_pissa(tmp_path, accumulation, implementatio
         loss = LossConfig(implementation=implementation)
         ours = trainer(model, tmp_path / "ours", regularizers, rows, loss=loss, **settings)
         ours.train()
-        assert ours.loss_report()["implementation"] == implementation
+        assert ours.objective.report()["implementation"] == implementation
         assert logs(ours, "loss") == pytest.approx(logs(stock, "loss"), rel=1e-6)
         assert len(logs(ours, "loss")) == 20
         want = adapter_weights(stock_model)
@@ -282,7 +283,7 @@ def test_adalora_orthogonality_is_pefts_own(tmp_path):
     batch = collate(list(tiny_rows(2)))
     plain = model.get_base_model()(**batch).loss
     with_term = model(**batch).loss
-    expected = model.peft_config["default"].orth_reg_weight * adalora_orthogonality(model)
+    expected = adalora_orthogonality_weight(model) * adalora_orthogonality(model)
     assert expected > 0
     torch.testing.assert_close(with_term - plain, expected, rtol=1e-3, atol=1e-6)
     built = trainer(model, tmp_path, OFF)
@@ -333,12 +334,11 @@ def test_a_checkpoint_holds_the_trained_adapter_alone(tmp_path):
 
 def test_the_log_of_processes_that_met_different_terms():
     """A process whose batches gave no covariance has no diversity; the sums over all still belong together."""
-    meters = [TermMeter(), TermMeter()]
+    meters = [TermMeter(["task", "diversity"]) for _ in range(2)]
     for meter, values in zip(meters, ({"task": 1.0}, {"task": 3.0, "diversity": 5.0}), strict=True):
         weighted = {f"weighted_{term}": 0.5 * value for term, value in values.items()}
-        skipped = {"covariances_skipped": float("diversity" not in values)}
         for _ in range(4):  # two optimizer steps of two micro-batches
-            meter.add({name: torch.tensor(x) for name, x in (values | weighted | skipped).items()}, steps=0.5)
+            meter.add({name: torch.tensor(x) for name, x in (values | weighted).items()}, steps=0.5)
     given = []
     assert meters[1].read(lambda tensor: given.append(tensor) or tensor)["diversity"] == 10
     assert meters[0].read(lambda tensor: tensor + given[0]) == {
@@ -346,7 +346,7 @@ def test_the_log_of_processes_that_met_different_terms():
         "diversity": 10.0,
         "weighted_diversity": 5.0,
         "share_diversity": 5 / 9,
-        "covariances_skipped": 4,
+        "skipped_diversity": 4,
     }
     assert meters[0].read(lambda tensor: tensor) == {}  # it has begun anew
 

@@ -1,4 +1,4 @@
-"""NLUTrainer: λ = 0 is stock fine-tuning, the reference and its heads, reductions, terms that are off, the log."""
+"""BALoRATrainer with a ClassifierObjective: λ = 0 is stock fine-tuning, the reference and its heads, reductions, terms that are off, the log."""
 
 import dataclasses
 import json
@@ -17,9 +17,9 @@ from ba_lora.models.predict import predict
 from ba_lora.objective.reference_cache.features import CachedFeatures
 from ba_lora.objective.reference_nlu import fit_probe
 from ba_lora.objective.regularizers_nlu import kl, normalized_mse
-from ba_lora.training.trainer_nlu import OFF, NLUTrainer
+from ba_lora.training.log import OFF
 from tests.support.tiny import adapter_weights, arguments
-from tests.support.tiny_nlu import ARCHITECTURES, save_tiny_encoder, tiny_classifier, tiny_pairs
+from tests.support.tiny_nlu import ARCHITECTURES, classifier_trainer, save_tiny_encoder, tiny_classifier, tiny_pairs
 
 PAPER2024 = NLURegularizersConfig(lambda_consistency=0.5, lambda_diversity=0.3, lambda_svd=0.2, features="pooled")
 ICLR2026 = dataclasses.replace(PAPER2024, consistency_form="kl", temperature=2.0)
@@ -47,7 +47,7 @@ def rows(encoder):
 def build(encoder, rows, collate, tmp_path):
     def make(regularizers=PAPER2024, *, model=None, method="pissa", data=rows, cache=None, **settings):
         settings = {"per_device_train_batch_size": 8, "learning_rate": 1e-2} | settings
-        return NLUTrainer(
+        return classifier_trainer(
             tiny_classifier(encoder, method=method) if model is None else model,
             arguments(tmp_path, **settings),
             regularizers=regularizers,
@@ -159,7 +159,7 @@ def tiny_pairs_for(folder, collate):
 def test_reference_heads(build, encoder, rows, collate, head):
     model = tiny_classifier(encoder)
     built = build(dataclasses.replace(PAPER2024, reference_head=head), model=model)
-    built.reference_logits.prepare(model, rows, collate, batch_size=8)
+    built.objective.reference.prepare(model, rows, collate, batch_size=8)
     initial = [parameter.clone() for module in live_head(model) for parameter in module.parameters()]
     with torch.no_grad():
         for parameter in model.parameters():
@@ -173,7 +173,7 @@ def test_reference_heads(build, encoder, rows, collate, head):
             module(**batch)
         return caught["pooled"]
 
-    got = built.reference_logits(model, None, pooled)
+    got = built.objective.reference(model, None, pooled)
     untouched = tiny_classifier(encoder)
     with torch.no_grad():
         features = pooled(untouched)
@@ -236,7 +236,7 @@ def test_a_cache_has_no_other_rows(build, rows, collate, tmp_path):
     """Rows that it was not filled with, rows without a number, and rows of evaluation, whose numbers mean others."""
     known = rows.select([0, 1, 2, 3, 4, 5, 6, 20])  # the numbers of a sample, or beside held-out rows, have gaps
     trained = build(data=known, cache=CachedFeatures(tmp_path / "cache", {"encoder": "tiny"}))
-    trained.reference_logits.prepare(trained.model, known, collate, batch_size=8)
+    trained.objective.reference.prepare(trained.model, known, collate, batch_size=8)
 
     def loss(data):
         return trained.compute_loss(trained.model, collate(data.to_list()))
@@ -254,7 +254,7 @@ def test_a_cached_step_runs_the_encoder_once(build, tmp_path):
     counts = {}
     for name, cache in (("pass", None), ("cache", CachedFeatures(tmp_path / "cache", {"encoder": "tiny"}))):
         trained = build(PAPER2024, max_steps=3, cache=cache)
-        trained.reference_logits.prepare(trained.model, trained.train_dataset, trained.data_collator, batch_size=8)
+        trained.objective.reference.prepare(trained.model, trained.train_dataset, trained.data_collator, batch_size=8)
         calls = []
         trained.model.get_base_model().bert.register_forward_hook(lambda *_, calls=calls: calls.append(1))
         trained._head_known = True
@@ -329,7 +329,7 @@ def test_accumulation_does_not_change_terms_of_single_rows(build, encoder, rows)
 def test_constant_terms_are_taken_out_and_logged_as_off(build):
     """Three logits, k = 5: the svd ratio is 1."""
     trained = build(dataclasses.replace(PAPER2024, features="logits"), max_steps=2)
-    assert set(trained.terms_off) == {"svd"} and trained.regularizers.lambda_svd == 0
+    assert set(trained.objective.off) == {"svd"} and trained.objective.regularizers.lambda_svd == 0
     trained.train()
     assert logs(trained, "svd") == [OFF, OFF] and "weighted_svd" not in trained.state.log_history[0]
     assert all(isinstance(value, float) for value in logs(trained, "diversity"))
@@ -340,7 +340,7 @@ def test_micro_batches_without_covariance_are_counted(build, rows):
     regularizers = dataclasses.replace(PAPER2024, lambda_svd=0)
     trained = build(regularizers, data=rows.select(range(9)), max_steps=4)
     trained.train()
-    assert logs(trained, "covariances_skipped") == [1, 1]
+    assert logs(trained, "skipped_diversity") == [1, 1]
     assert len(logs(trained, "diversity")) == 2
 
 

@@ -12,7 +12,7 @@ import torch
 
 from ba_lora import BALoRAConfig, BALoRATrainer
 from ba_lora.errors import end_process
-from ba_lora.objective.reference import gathered
+from ba_lora.models.layers import gathered
 from ba_lora.training.packing import PackingCollator, prepare_packing
 from tests.support.tiny import adapter_weights, arguments, collate, tiny_cache, tiny_peft, tiny_rows
 
@@ -52,7 +52,7 @@ if trainer.is_world_process_zero():
             "processes": trainer.accelerator.num_processes,
             "logs": {name: [entry[name] for entry in history] for name in history[0]},
             "weights": weights,
-            "loss_report": trainer.loss_report(),
+            "loss_report": trainer.objective.report(),
             "throughput": throughput,
         },
         output,

@@ -15,16 +15,15 @@ from ba_lora.config.schema_nlu import NLURegularizersConfig
 from ba_lora.errors import end_process
 from ba_lora.models.predict import predict
 from ba_lora.objective.reference_cache.features import CachedFeatures
-from ba_lora.training.trainer_nlu import NLUTrainer
 from tests.support.tiny import adapter_weights, arguments
-from tests.support.tiny_nlu import save_tiny_encoder, tiny_classifier, tiny_pairs
+from tests.support.tiny_nlu import classifier_trainer, save_tiny_encoder, tiny_classifier, tiny_pairs
 
 regularizers, accumulation, output = NLURegularizersConfig(**json.loads(sys.argv[1])), int(sys.argv[2]), sys.argv[3]
 torch.set_num_threads(1)
 folder = save_tiny_encoder(Path(tempfile.mkdtemp()), dropout=0.0)  # which would draw other numbers
 rows = tiny_pairs(folder, 24)  # whole effective batches: accelerate would fill a short one with rows of its own
 model = tiny_classifier(folder)
-trainer = NLUTrainer(
+trainer = classifier_trainer(
     model,
     arguments(
         Path(tempfile.mkdtemp()),

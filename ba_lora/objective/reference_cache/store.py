@@ -14,7 +14,7 @@ which cache it belongs to and the hash of its own data; both are checked before 
 import bisect
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,7 @@ from ba_lora.io import read_json
 from ba_lora.objective import regularizers
 from ba_lora.objective.reference_cache.files import key_differences, read_claimed, sha256_columns, write_claimed
 from ba_lora.objective.regularizers import IGNORE_INDEX, TopLogProbs, response_mask
+from ba_lora.objective.terms.consistency import CachedConsistency
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -38,6 +39,7 @@ FORMAT = 1
 KEY_FILE = "key.json"
 SHARD_BYTES = 16 * 2**20  # of a full shard; what a killed run loses at most
 SAMPLE_ROWS = 4
+NOT_THESE_ROWS = "the training rows are not those of the reference cache: give it that data set as it is"
 SAMPLE_BYTES = 64 * 2**20  # of the sample's logits at most
 
 
@@ -73,8 +75,15 @@ class Rows:
 class CachedReference:
     """The reference distributions of the rows, read from memory-mapped files; any number of processes may.
 
+    To a TokenObjective it is what reference.Reference is.
+
     `open_cache` makes it, reference_build.py fills it.
     """
+
+    consistency = CachedConsistency
+    columns = ("row",)
+    shares_head = False
+    frozen_model = None
 
     def __init__(self, path: Path, key: dict[str, Any], rows: Rows, boundaries: list[int]) -> None:
         self.path = path
@@ -95,6 +104,17 @@ class CachedReference:
                 f"{self.path} was made at temperature {self.temperature}, regularizers.temperature is "
                 f"{regularizers.temperature}: set reference.cache to another folder"
             )
+
+    def to(self, device: torch.device) -> None:
+        """Nothing to move: what is looked up goes to the device."""
+
+    def at(
+        self, model: nn.Module, rows: Tensor | None, *, states: Callable[[nn.Module], Any]
+    ) -> tuple[TopLogProbs, None]:
+        """Return the distributions at the positions of the batch's `rows`; there is no pass, and no head."""
+        if rows is None:
+            raise UserError(NOT_THESE_ROWS)
+        return self.lookup(rows.tolist(), device=rows.device), None
 
     # ---- reading ----
 
