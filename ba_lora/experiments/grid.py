@@ -347,7 +347,9 @@ def _evaluated_alike(first: RunConfig, second: RunConfig) -> bool:
 
 def main() -> int:
     parser = CommandParser(
-        prog="python -m ba_lora.experiments.grid", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m ba_lora.experiments.grid",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("table", nargs="?", help="a file in configs/tables, by its name or path")
     parser.add_argument("--dry-run", action="store_true", help="print runs, their state, time and disk; run nothing")

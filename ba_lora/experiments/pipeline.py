@@ -84,7 +84,9 @@ class Stage:
 
 def main() -> int:
     parser = CommandParser(
-        prog="python -m ba_lora.experiments.pipeline", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m ba_lora.experiments.pipeline",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--method", help="a file in configs/methods (default ba_lora)")
     parser.add_argument("--dry-run", action="store_true", help="check the config and print the commands, run nothing")

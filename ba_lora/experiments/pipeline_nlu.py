@@ -31,7 +31,9 @@ DEFAULT_METHODS = ("lora", "pissa", "ba_lora")
 
 def main() -> int:
     parser = CommandParser(
-        prog="python -m ba_lora.experiments.pipeline_nlu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m ba_lora.experiments.pipeline_nlu",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--dry-run", action="store_true", help="check the configs and print the commands, run nothing")
     parser.add_argument("words", nargs="*", metavar="CONFIG key=value", help=f"default config {DEFAULT_CONFIG}")

@@ -179,7 +179,9 @@ def _spread(values: list[float | None]) -> str:
 
 def main() -> None:
     parser = CommandParser(
-        prog="python -m ba_lora.runs.results_nlu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m ba_lora.runs.results_nlu",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("results", nargs="+", type=Path)
     files = parser.parse_args().results

@@ -150,9 +150,7 @@ class BALoRATrainer(Trainer):
             for term in self.objective.terms
         }
 
-    def _factors(
-        self, lambdas: dict[str, float], number: Tensor | int, *, training: bool
-    ) -> dict[str, float | Tensor]:
+    def _factors(self, lambdas: dict[str, float], number: Tensor | int, *, training: bool) -> dict[str, float | Tensor]:
         """Return what each term of the micro-batch is multiplied with. DDP and DeepSpeed average gradients over the
         processes, hence their number in the factors of means."""
         shared = training and self.args.average_tokens_across_devices

@@ -11,7 +11,14 @@ from ba_lora.experiments import state as grid_state
 from ba_lora.experiments.executors.local import Failure
 from ba_lora.experiments.pipeline import Stage
 
-RESUMING = {"train_nlg", "train_nlu", "ba_lora.experiments.pipeline", "ba_lora.experiments.pipeline_nlu", "ba_lora.experiments.grid", "eval.generate"}
+RESUMING = {
+    "train_nlg",
+    "train_nlu",
+    "ba_lora.experiments.pipeline",
+    "ba_lora.experiments.pipeline_nlu",
+    "ba_lora.experiments.grid",
+    "eval.generate",
+}
 OTHERS = {
     "eval.check",
     "eval.rescore",

@@ -84,5 +84,3 @@ def nlu_loss(logits, reference_logits, pooled, labels, *, weights, config):
         return plain_loss(logits, lambda tensor: tensor, Positions(labels, reference_logits), terms, factors)
 
     return whole_loss(position_loss, terms, lambda: features, weights)
-
-

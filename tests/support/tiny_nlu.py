@@ -200,7 +200,5 @@ def classifier_trainer(model, args, *, regularizers, cache=None, **settings):
     from ba_lora.objective.objective_nlu import ClassifierObjective
     from ba_lora.training.trainer import BALoRATrainer
 
-    objective = ClassifierObjective(
-        model, regularizers, micro_batch=args.per_device_train_batch_size, cache=cache
-    )
+    objective = ClassifierObjective(model, regularizers, micro_batch=args.per_device_train_batch_size, cache=cache)
     return BALoRATrainer(model, args, objective=objective, **settings)
