@@ -45,7 +45,7 @@ def main() -> None:
     config = read_run("nlg", __doc__)
     check_source(config.data)
 
-    process = start_processes(config)
+    process = start_processes(config.trainer)
     run_path = config.run_path
     arguments = build_arguments(config, run_path)  # first: what they refuse leaves no folder
     # One process makes the run's folder, or refuses it to another config; its error is everybody's.

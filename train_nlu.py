@@ -49,7 +49,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cancelled job is recorded as cancelled
     config = read_run("nlu", __doc__)
 
-    process = start_processes(config)
+    process = start_processes(config.trainer)
     run_path = config.run_path
     arguments = build_arguments(config, run_path)  # first: what they refuse leaves no folder
     # One process makes the run's folder, or refuses it to another config; its error is everybody's.

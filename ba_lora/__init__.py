@@ -14,7 +14,7 @@ logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to 
 
 if TYPE_CHECKING:
     from ba_lora.config.schema import BALoRAConfig
-    from ba_lora.training.plain_lora import export_lora
+    from ba_lora.runs.export import export_lora
     from ba_lora.training.trainer import BALoRATrainer
 
 __all__ = ["BALoRAConfig", "BALoRATrainer", "export_lora"]
@@ -31,7 +31,7 @@ def __getattr__(name: str) -> Any:
 
         return BALoRAConfig
     if name == "export_lora":
-        from ba_lora.training.plain_lora import export_lora
+        from ba_lora.runs.export import export_lora
 
         return export_lora
     raise AttributeError(f"module 'ba_lora' has no attribute {name!r}")

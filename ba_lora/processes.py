@@ -1,18 +1,19 @@
 """The processes of a distributed run: how they come together, and how one error becomes everybody's."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-from ba_lora.config.schema import RunConfig
 from ba_lora.errors import UserError
 
 
-def start_processes(config: RunConfig) -> PartialState:
+def start_processes(trainer: Mapping[str, Any]) -> PartialState:
     """Join the processes that the launcher has started; return what each knows of its place among them.
+
+    `trainer` is the run's TrainingArguments by name.
 
     Without an accelerator they talk by gloo. accelerate must be told so: under DeepSpeed it finds no backend by itself,
     and takes every process for the only one.
@@ -20,8 +21,8 @@ def start_processes(config: RunConfig) -> PartialState:
     import torch
     from transformers import TrainingArguments
 
-    seconds = config.trainer.get("ddp_timeout", TrainingArguments.ddp_timeout)
-    on_cpu = config.trainer.get("use_cpu", False) or not torch.accelerator.is_available()
+    seconds = trainer.get("ddp_timeout", TrainingArguments.ddp_timeout)
+    on_cpu = trainer.get("use_cpu", False) or not torch.accelerator.is_available()
     return PartialState(cpu=on_cpu, timeout=timedelta(seconds=seconds))
 
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from ba_lora.config.schema import PROJECT_ROOT
 from ba_lora.errors import UserError
 from ba_lora.hub import hub_obstacle
 from ba_lora.io import check_readable, read_json, read_jsonl, sha256_file
+from ba_lora.paths import PROJECT_ROOT
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -15,9 +15,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ba_lora.config.schema import DataConfig, resolve_path
+from ba_lora.config.schema import DataConfig
 from ba_lora.errors import UserError
 from ba_lora.objective.regularizers import IGNORE_INDEX
+from ba_lora.paths import resolve_path
 from ba_lora.prompts import build_prompt
 from ba_lora.rows import LOCAL_SUFFIXES, choose_rows, load_rows
 from data import manifest

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ba_lora.config.schema import resolve_path
 from ba_lora.config.schema_nlu import NLUDataConfig, NLURunConfig
 from ba_lora.errors import UserError
 from ba_lora.glue import HUB, GlueTask, find_task, hub_source
 from ba_lora.models.load import encode_texts
+from ba_lora.paths import resolve_path
 from ba_lora.rows import LOCAL_SUFFIXES, Source, choose_rows, load_rows
 from data.imbalance import imbalanced_rows
 

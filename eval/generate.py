@@ -54,7 +54,8 @@ from ba_lora.models.sizes import check_tokens
 from ba_lora.prompts import build_conversation, prompt_hash
 from ba_lora.rows import portable_name
 from eval.engines import open as engines
-from eval.engines.open import Completion, Engine, EngineOptions, Sampling, open_engine
+from eval.engines.base import Completion, Engine, EngineOptions, Sampling
+from eval.engines.open import open_engine
 from eval.engines.requests import Options, Work, held_record, load_work, request_sha256, template_and_stops
 from eval.engines.serving import Job, plan
 from eval.options import parse_options, read_data, split_options

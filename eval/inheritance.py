@@ -28,15 +28,17 @@ from pathlib import Path
 from typing import Any
 
 from ba_lora.config.layers import load_config, load_run
-from ba_lora.config.schema import RunConfig, resolve_data, resolve_path
+from ba_lora.config.schema import RunConfig
 from ba_lora.errors import CommandParser, UserError, run_entry_point
 from ba_lora.experiments.pipeline import UNTUNED
 from ba_lora.io import read_jsonl, sha256_file, write_json_atomic, write_jsonl_atomic
 from ba_lora.models.load import model_source
+from ba_lora.paths import resolve_data, resolve_path
 from ba_lora.prompts import build_prompt, prompt_hash
 from ba_lora.runs.results import refresh_result
 from eval.engines import serving
-from eval.engines.open import Engine, EngineOptions, open_engine
+from eval.engines.base import Engine, EngineOptions
+from eval.engines.open import open_engine
 from eval.options import parse_options, split_options
 from eval.tasks import get_task
 from eval.tasks.base import Item, Task

@@ -32,12 +32,12 @@ from typing import Any
 
 from ba_lora.config.checks import check_place
 from ba_lora.config.layers import load_config
-from ba_lora.config.schema import resolve_data
 from ba_lora.config.schema_nlu import NLURunConfig
 from ba_lora.errors import UserError, run_entry_point
 from ba_lora.experiments.evaluation_state import dev_sources, hub_of
 from ba_lora.glue import find_task
 from ba_lora.io import sha256_file, write_json_atomic, write_jsonl_atomic
+from ba_lora.paths import resolve_data
 from ba_lora.rows import Source
 from ba_lora.runs.card import write_model_card
 from ba_lora.runs.results import read_record, refresh_result

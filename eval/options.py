@@ -10,8 +10,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from ba_lora.config.schema import resolve_data
 from ba_lora.errors import UserError
+from ba_lora.paths import resolve_data
 from eval.tasks import TASKS
 
 T = TypeVar("T")

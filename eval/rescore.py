@@ -10,14 +10,15 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ba_lora.config.layers import load_run
-from ba_lora.config.schema import RunConfig, resolve_path
-from ba_lora.errors import UserError, run_entry_point
+from ba_lora.config.schema import RunConfig
+from ba_lora.errors import UserError
 from ba_lora.io import read_json, write_json_atomic
+from ba_lora.paths import resolve_path
 from ba_lora.runs.results import refresh_result
 from eval import inheritance
 from eval.completions import output_paths
 from eval.judge.judge import one_judge
-from eval.score import Options, score_file, stale_reason
+from eval.scoring import Options, score_file, stale_reason
 from eval.tasks import get_task
 
 RESULTS = RunConfig.results_dir
@@ -121,7 +122,7 @@ def mark_stale(folder: Path) -> int:
     return 0
 
 
-if __name__ == "__main__":
-    from eval.score import main
+if __name__ == "__main__":  # the command line is that of eval.score, which imports this module
+    import runpy
 
-    run_entry_point(main)
+    runpy.run_module("eval.score", run_name="__main__")

@@ -54,6 +54,7 @@ def grid_folder(tmp_path, monkeypatch, root) -> Path:
 
     monkeypatch.chdir(root)
     for module, names in (
+        ("paths", ["PROJECT_ROOT"]),
         ("config.schema", ["PROJECT_ROOT"]),
         ("experiments.pipeline", ["PROJECT_ROOT"]),
         ("experiments.grid", ["GRID_PATH", "training_stage", "evaluation_stages", "evaluation_state"]),
@@ -72,7 +73,7 @@ def grid_folder(tmp_path, monkeypatch, root) -> Path:
 @pytest.fixture(scope="session")
 def box():
     """Run one program in a box with quick limits: `box(program, tests)` → its verdict."""
-    from eval.sandbox.box import Job
+    from eval.sandbox.jobs import Job
     from eval.sandbox.sandbox import Sandbox
     from tests.support.boxes import QUICK, TESTS
 

@@ -16,17 +16,16 @@ from ba_lora.config.schema import (
     DTYPES,
     GENERATION_OPTIONS,
     NLG_TASKS,
-    PROJECT_ROOT,
     RUN_MEASURES,
     TUNERS,
     RunConfig,
     check_choice,
     nearest,
-    resolve_path,
 )
 from ba_lora.config.schema_nlu import check_nlu
 from ba_lora.config.trainer import check_trainer
 from ba_lora.errors import UserError
+from ba_lora.paths import PROJECT_ROOT, resolve_path
 
 # adapter.options: what PEFT's config of a tuner takes beyond the keys of `adapter` and what leaves reference, loss and
 # export as they are. The rest is refused: PEFT has variants that train other weights, add a loss or change the base.

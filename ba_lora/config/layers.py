@@ -19,10 +19,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ba_lora.config.checks import check
-from ba_lora.config.schema import PROJECT_ROOT, RunConfig, check_choice, nearest, resolve_path
+from ba_lora.config.schema import RunConfig, check_choice, nearest
 from ba_lora.config.schema_nlu import LEFT_OUT, NLURunConfig, task_layer
 from ba_lora.config.trainer import ALIASES, argument_types, nearest_argument, normalized
 from ba_lora.errors import UserError
+from ba_lora.paths import PROJECT_ROOT, resolve_path
 
 METHODS_PATH = PROJECT_ROOT / "configs" / "methods"
 SCHEMAS: dict[str, type[RunConfig]] = {schema.kind: schema for schema in (RunConfig, NLURunConfig)}

@@ -1,7 +1,7 @@
 """Configuration: what a run's settings are, as typed dataclasses, and how they are hashed and saved.
 
-How they are read, from base, method and `key=value`: config_layers.py; which values go together: config_checks.py; what
-differs for NLU: config_nlu.py. The resolved configuration is saved with every run and reproduces it alone: `python
+How they are read, from base, method and `key=value`: layers.py; which values go together: checks.py; what
+differs for NLU: schema_nlu.py. The resolved configuration is saved with every run and reproduces it alone: `python
 train_nlg.py --config outputs/<run_id>/config.yaml` needs no method file.
 """
 
@@ -9,7 +9,6 @@ import dataclasses
 import difflib
 import hashlib
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,8 +17,7 @@ from omegaconf import OmegaConf
 
 from ba_lora.config.ranges import check_numbers
 from ba_lora.errors import UserError
-
-PROJECT_ROOT = Path(__file__).resolve().parents[2]
+from ba_lora.paths import PROJECT_ROOT, resolve_path
 
 DTYPES = ("float32", "bfloat16", "float16")
 ATTENTION = ("sdpa", "eager", "flash_attention_2")
@@ -280,30 +278,6 @@ def nearest(word: str, choices: tuple[str, ...] | list[str]) -> str:
     """Return ` (nearest: a, b)`, or nothing where nothing is near."""
     found = difflib.get_close_matches(str(word), list(choices), n=3, cutoff=0.4)
     return f" (nearest: {', '.join(found)})" if found else ""
-
-
-def user_folder() -> Path:
-    """Return the folder that the user's relative paths count from: BA_LORA_FOLDER, which scripts and stages set since
-    they work in the project's root, else the current one."""
-    return Path(os.environ.get("BA_LORA_FOLDER") or Path.cwd())
-
-
-def stage_environment() -> dict[str, str]:
-    """Return the environment of a child process to which relative paths mean what they mean here."""
-    return os.environ | {"BA_LORA_FOLDER": str(user_folder())}
-
-
-def resolve_path(path: str | Path) -> Path:
-    """Return `path`, absolute: below the user's folder, or below the project's root where it is not there."""
-    path = Path(path).expanduser()
-    own = (user_folder() / path).absolute()
-    return own if own.exists() else PROJECT_ROOT / path
-
-
-def resolve_data(data: str) -> str:
-    """Return the absolute path of a data file that exists (see `resolve_path`); a hub's name as it is."""
-    path = resolve_path(data)
-    return str(path) if path.exists() else data
 
 
 def public(value: Any) -> Any:

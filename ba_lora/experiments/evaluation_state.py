@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ba_lora.config.schema import RUN_MEASURES, RunConfig, resolve_path
+from ba_lora.config.schema import RUN_MEASURES, RunConfig
 from ba_lora.config.schema_nlu import NLURunConfig
 from ba_lora.errors import UserError
 from ba_lora.glue import find_task, hub_source
 from ba_lora.io import read_object, sha256_file
+from ba_lora.paths import resolve_path
 
 STATE_FILE = "evaluation.json"  # what the scores in a run's folder belong to
 

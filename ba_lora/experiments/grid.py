@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import IO
 
 from ba_lora.config.checks import check_places
-from ba_lora.config.schema import PROJECT_ROOT, RunConfig, stage_environment
+from ba_lora.config.schema import RunConfig
 from ba_lora.errors import CommandParser, UserError, run_entry_point
 from ba_lora.experiments.evaluation_state import evaluation_state
 from ba_lora.experiments.executors.local import LocalExecutor, Slot, Work, local_slots, log_lines
@@ -61,6 +61,7 @@ from ba_lora.experiments.state import (
 from ba_lora.experiments.tables import Table, available_tables, find_table, load_table, report_folder
 from ba_lora.io import disk_errors
 from ba_lora.locks import holder, try_lock, work_lock_path
+from ba_lora.paths import PROJECT_ROOT, stage_environment
 
 __all__ = ["Grid", "Table", "load_table", "main"]
 

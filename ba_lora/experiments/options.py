@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ba_lora.config.checks import check_place
-from ba_lora.config.schema import nearest, user_folder
+from ba_lora.config.schema import nearest
 from ba_lora.errors import UserError
 from ba_lora.experiments.tables import Row, Table
+from ba_lora.paths import user_folder
 
 REPORT_OPTIONS = ("output", "allow")
 MAX_WORKERS = 1024

@@ -30,22 +30,14 @@ from typing import Any
 
 from ba_lora.config.checks import check_places
 from ba_lora.config.layers import find_config, load_config, read_yaml
-from ba_lora.config.schema import (
-    JUDGED_TASKS,
-    PROJECT_ROOT,
-    RUN_MEASURES,
-    UNTUNED,
-    RunConfig,
-    resolve_path,
-    stage_environment,
-    to_yaml,
-)
+from ba_lora.config.schema import JUDGED_TASKS, RUN_MEASURES, UNTUNED, RunConfig, to_yaml
 from ba_lora.errors import CommandParser, UserError, run_entry_point
 from ba_lora.experiments.evaluation_state import STATE_FILE, data_file, evaluation_fault, evaluation_state, read_state
 from ba_lora.io import read_object, sha256_file, write_json_atomic, write_text_atomic
 from ba_lora.judge_endpoint import endpoint_from_environment
 from ba_lora.locks import locked, work_lock_path
 from ba_lora.models.load import model_source
+from ba_lora.paths import PROJECT_ROOT, resolve_path, stage_environment
 from ba_lora.runs.card import write_model_card
 from ba_lora.runs.folder import claim_folder, is_finished
 from ba_lora.runs.results import environment, labelled, now, results_table, write_result

@@ -12,13 +12,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ba_lora.config.schema import PROJECT_ROOT, RunConfig, stage_environment
+from ba_lora.config.schema import RunConfig
 from ba_lora.errors import UserError
 from ba_lora.experiments.estimates import estimate_lines
 from ba_lora.experiments.pipeline import Spec, evaluation_stages, missing_judge
 from ba_lora.experiments.state import DONE, FAILED, MISSING, RUNNING, STALE, RunState, changed_config, inspect
 from ba_lora.experiments.tables import Cell, Table
 from ba_lora.locks import holder, try_lock, work_lock_path
+from ba_lora.paths import PROJECT_ROOT, stage_environment
 
 CHECKED = ("eval.generate", "eval.nlu")  # the commands that eval.check knows
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ba_lora.config.layers import load_config, read_yaml
-from ba_lora.config.schema import PROJECT_ROOT, RunConfig, setting_differences, training_hash, training_settings
+from ba_lora.config.schema import RunConfig, setting_differences, training_hash, training_settings
 from ba_lora.errors import UserError
 from ba_lora.experiments.evaluation_state import evaluation_fault, evaluation_state
 from ba_lora.experiments.executors.local import Failure, log_lines
@@ -24,6 +24,7 @@ from ba_lora.experiments.pipeline import Spec
 from ba_lora.experiments.tables import Cell, Table
 from ba_lora.glue import HUB, HUB_REVISION
 from ba_lora.io import read_json, read_object, write_json_atomic, write_text_atomic
+from ba_lora.paths import PROJECT_ROOT
 from ba_lora.rows import is_commit
 from ba_lora.runs.folder import CLAIM, is_trained, source_sha256
 from ba_lora.runs.results import now, result_fault

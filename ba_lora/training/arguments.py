@@ -5,8 +5,9 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ba_lora.config.schema import RunConfig, check_choice, resolve_path
+from ba_lora.config.schema import RunConfig, check_choice
 from ba_lora.errors import UserError
+from ba_lora.paths import resolve_path
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments

@@ -13,10 +13,9 @@ A residual belongs to its factors: each checkpoint carries a fingerprint of A₀
 """
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -24,12 +23,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ba_lora.errors import UserError
-from ba_lora.io import disk_errors, folder_atomic, load_tensors
-from ba_lora.methods.adalora import set_saved_ranks
+from ba_lora.io import load_tensors
 from ba_lora.models.layers import adapter_layers, gathered, has_residual_base
-
-if TYPE_CHECKING:
-    from ba_lora.training.trainer import BALoRATrainer
 
 WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
 FINGERPRINT = "initial_fingerprint.safetensors"
@@ -97,37 +92,6 @@ def write_plain_lora(folder: Path, trained: Path, initial: Mapping[str, Tensor],
         raise UserError(f"{trained} and the first factors are of different layers: they are of different runs")
     save_file(plain_lora(weights, initial), folder / WEIGHTS, metadata={"format": "pt"})
     (folder / SETTINGS).write_text(json.dumps(plain_settings(settings), indent=2) + "\n")
-
-
-def export_lora(trainer: "BALoRATrainer", folder: str | Path) -> Path:
-    """Write the trained adapter as a plain LoRA that any PEFT or vLLM loads on the untouched base; return the folder.
-
-    Of PiSSA and kin that is a LoRA of twice the rank, else the adapter itself. Every process calls it.
-    """
-    folder = Path(folder)
-    model = trainer.plain_model()
-    if not hasattr(model, "peft_config"):
-        raise UserError("export_lora needs a model with an adapter: save_model writes a model without one")
-    set_saved_ranks(model)
-    temporary = folder.with_name(f".{folder.name}.saving")
-    main = trainer.accelerator.is_main_process
-    try:
-        with disk_errors(folder):
-            trainer.save_model(str(temporary))
-        trainer.accelerator.wait_for_everyone()
-        if main:
-            with folder_atomic(folder) as target:
-                if trainer.initial_factors:
-                    settings = json.loads((temporary / SETTINGS).read_text())
-                    write_plain_lora(target, temporary / WEIGHTS, trainer.initial_factors, settings)
-                for file in temporary.iterdir():  # no pickles, and no card that knows nothing of the training
-                    if not (target / file.name).exists() and file.name not in ("training_args.bin", "README.md"):
-                        shutil.move(file, target / file.name)
-    finally:
-        if main:
-            shutil.rmtree(temporary, ignore_errors=True)
-    trainer.accelerator.wait_for_everyone()
-    return folder
 
 
 # ---- checkpoints ----

@@ -9,15 +9,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ba_lora.config.schema import resolve_path
 from ba_lora.errors import UserError, in_one_line
 from ba_lora.io import is_pickle, read_json
 from ba_lora.models.sizes import load_skeleton
+from ba_lora.paths import resolve_path
 
 if TYPE_CHECKING:
     from peft import PeftConfig
 
-    from eval.engines.open import EngineOptions
+    from eval.engines.base import EngineOptions
 
 WEIGHTS = "adapter_model.safetensors"
 VLLM_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the values vLLM takes for max_lora_rank

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ba_lora.errors import UserError, in_one_line
 from ba_lora.models.load import hub_errors, require_weights, without_load_report
-from eval.engines.open import Engine, EngineOptions, Sampling, encode_prompts
+from eval.engines.base import Engine, EngineOptions, Sampling, encode_prompts
 
 if TYPE_CHECKING:
     import torch

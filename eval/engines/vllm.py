@@ -10,7 +10,7 @@ from typing import Any
 
 from ba_lora.errors import UserError, in_one_line
 from eval.engines.adapters import VLLM_LORA_RANKS, adapter_rank, hot_obstacle, read_adapter
-from eval.engines.open import Engine, EngineOptions, Sampling
+from eval.engines.base import Engine, EngineOptions, Sampling
 
 VLLM_CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # others kill it at the first request
 

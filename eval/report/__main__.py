@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from ba_lora.config.checks import check_place
-from ba_lora.config.schema import user_folder
 from ba_lora.errors import CommandParser, UserError, run_entry_point
 from ba_lora.experiments.state import read_declaration
 from ba_lora.experiments.tables import find_table, load_table, report_folder
 from ba_lora.io import read_object, write_bytes_atomic, write_json_atomic, write_text_atomic
+from ba_lora.paths import user_folder
 from eval.report.figures import draw
 from eval.report.render import to_csv, to_json, to_latex, to_markdown
 from eval.report.settings import check_allowed

@@ -3,18 +3,16 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 from ba_lora.experiments.tables import Row
+from eval.report.cells import Cell
 from eval.report.paired import PairedTests
 from eval.report.sources import Sources
-from eval.report.spec import Column, TableSpec
+from eval.report.spec import Column, TableSpec, planned_comparisons
 from eval.report.stats import SIGNIFICANT, benjamini_hochberg, holm
 
-if TYPE_CHECKING:
-    from eval.report.table import Cell
-
-    Cells = Mapping[tuple[Row, str], Cell]
+Cells = Mapping[tuple[Row, str], Cell]
 
 
 @dataclass(frozen=True)
@@ -53,39 +51,7 @@ class Comparison:
         return 0 if self.low is None else int(self.low > 0) - int(self.high < 0)
 
 
-def planned_comparisons(spec: TableSpec, rows: Sequence[Row]) -> list[tuple[Column, Row, Row]]:
-    """Return (column, focus, other) of every comparison among `rows`, whether or not they have values."""
-    pairs = [
-        (focus, other)
-        for block in spec.blocks()
-        for focus in block
-        for other in block
-        if focus in rows and other in rows and _is_asked(spec, focus, other)
-    ]
-    columns = [
-        column
-        for column in spec.columns
-        if column.better != "none" and (column.task or column.mean_of) and column.name != spec.choose
-    ]
-    return [(column, focus, other) for column in columns for focus, other in pairs]
-
-
-def _is_asked(spec: TableSpec, focus: Row, other: Row) -> bool:
-    """Whether the table tests these two rows of one block.
-
-    Of a pair of methods, in one setting (a method without settings stands for all); of a pair of settings, with one
-    method.
-    """
-    if not spec.compare:
-        is_other = other.method not in spec.ours and (not spec.against or other.method in spec.against)
-        return focus.method in spec.ours and is_other
-    if focus.method == other.method:
-        return (focus.setting, other.setting) in spec.compare
-    alike = focus.setting == other.setting or not (focus.setting and other.setting)
-    return alike and (focus.method, other.method) in spec.compare
-
-
-def compare(spec: TableSpec, sources: Sources, cells: "Cells", rows: Sequence[Row]) -> list[Comparison]:
+def compare(spec: TableSpec, sources: Sources, cells: Cells, rows: Sequence[Row]) -> list[Comparison]:
     """Compare the rows of every planned comparison whose two cells have values."""
     planned = [
         (column, focus, other)
@@ -96,7 +62,7 @@ def compare(spec: TableSpec, sources: Sources, cells: "Cells", rows: Sequence[Ro
     return _corrected([_compare(spec, tests, cells, *one) for one in planned], num_primary=spec.num_primary)
 
 
-def _compare(spec: TableSpec, tests: PairedTests, cells: "Cells", column: Column, focus: Row, other: Row) -> Comparison:
+def _compare(spec: TableSpec, tests: PairedTests, cells: Cells, column: Column, focus: Row, other: Row) -> Comparison:
     ours, theirs = cells[focus, column.name], cells[other, column.name]
     values, others = (dict(zip(cell.seeds, cell.values, strict=True)) for cell in (ours, theirs))
     seeds = tuple(seed for seed in values if seed in others)
@@ -119,3 +85,29 @@ def _corrected(comparisons: list[Comparison], *, num_primary: int) -> list[Compa
     corrected = {"primary": holm(found["primary"] + unmade), "exploratory": benjamini_hochberg(found["exploratory"])}
     adjusted = {i: p for family, tested in families.items() for i, p in zip(tested, corrected[family], strict=False)}
     return [dataclasses.replace(one, p_adjusted=adjusted.get(i)) for i, one in enumerate(comparisons)]
+
+
+def as_declared(spec: TableSpec, record: Mapping[str, Any] | None) -> tuple[TableSpec, str]:
+    """Return the table with the primary family that it may claim, and a sentence on what was declared when.
+
+    record: what ba_lora.experiments.state.declare has written when the table's first run started; None where nothing was. The
+    family counts only where it is the declared one, and no run had a result then: it never changes after a look.
+    """
+    without = dataclasses.replace(spec, primary=(), num_primary=0)
+    if not spec.sha256:
+        return spec, ""
+    now = f"The table's file has the sha256 {spec.sha256[:12]}"
+    if record is None:
+        lost = "; its primary tests count as exploratory" if spec.primary else ""
+        return without, f"{now}; what it was when the first run started is not recorded{lost}."
+    same = record["sha256"] == spec.sha256
+    then = f"the same as when the first run started ({record['declared_at']})" if same else (
+        f"{record['sha256'][:12]} when the first run started ({record['declared_at']}): it was changed since"
+    )  # fmt: skip
+    if not spec.primary and not record["primary"]:
+        return without, f"{now}, {then}."
+    if record["num_results"]:
+        return without, f"{now}, {then}; {record['num_results']} results were there before: no test is primary."
+    if record["primary"] != [one.as_entry() for one in spec.primary]:
+        return without, f"{now}, {then}; the primary tests were others: all tests count as exploratory."
+    return spec, f"{now}, {then}; so are its primary tests."

@@ -1,17 +1,13 @@
 """What a table declares before its first run: its primary tests, and when a run counts as collapsed."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ba_lora.errors import UserError
 from ba_lora.experiments.tables import Row
 from eval.report.checks import choice, mapping, words
-from eval.report.stats import MOST_PRIMARY
-
-if TYPE_CHECKING:
-    from eval.report.spec import Column, TableSpec
 
 
 @dataclass(frozen=True)
@@ -29,10 +25,10 @@ class Primary:
         """Return it as the table's file has it."""
         return {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
 
-    def is_of(self, column: "Column", focus: Row, other: Row) -> bool:
+    def is_of(self, column: str, focus: Row, other: Row) -> bool:
         """Whether this comparison is one of those declared."""
         return (
-            column.name == self.column
+            column == self.column
             and self.focus in (focus.method, focus.setting)
             and self.against in (other.method, other.setting)
             and self.base in (None, focus.base)
@@ -90,50 +86,3 @@ def parse_collapse(entry: Any, columns: Sequence[str], *, where: str) -> Collaps
     for name in (entry["column"], *entry["columns"]):
         choice(name, columns, where=where)
     return Collapse(**entry)
-
-
-def num_primary(spec: "TableSpec", *, source: str) -> int:
-    """Return how many tests the primary family has. Raises UserError for an entry that is no comparison of the table,
-    and for more than five tests."""
-    from eval.report.comparisons import planned_comparisons
-
-    planned = planned_comparisons(spec, spec.rows)
-    if spec.choose:  # one of a method's settings will be compared
-        planned = [(c, Row(f.base, f.method), Row(o.base, o.method)) for c, f, o in planned]
-    planned = list(dict.fromkeys(planned))
-    for one in spec.primary:
-        if not any(one.is_of(*comparison) for comparison in planned):
-            raise UserError(
-                f"{source}: the table has no comparison of {one.focus} against {one.against} in {one.column}: see "
-                "ours, against and compare"
-            )
-    number = sum(spec.is_primary(*comparison) for comparison in planned)
-    if number > MOST_PRIMARY:
-        raise UserError(f"{source}: {number} tests, at most {MOST_PRIMARY} are allowed: name a base or a setting")
-    return number
-
-
-def as_declared(spec: "TableSpec", record: Mapping[str, Any] | None) -> tuple["TableSpec", str]:
-    """Return the table with the primary family that it may claim, and a sentence on what was declared when.
-
-    record: what ba_lora.experiments.state.declare has written when the table's first run started; None where nothing was. The
-    family counts only where it is the declared one, and no run had a result then: it never changes after a look.
-    """
-    without = dataclasses.replace(spec, primary=(), num_primary=0)
-    if not spec.sha256:
-        return spec, ""
-    now = f"The table's file has the sha256 {spec.sha256[:12]}"
-    if record is None:
-        lost = "; its primary tests count as exploratory" if spec.primary else ""
-        return without, f"{now}; what it was when the first run started is not recorded{lost}."
-    same = record["sha256"] == spec.sha256
-    then = f"the same as when the first run started ({record['declared_at']})" if same else (
-        f"{record['sha256'][:12]} when the first run started ({record['declared_at']}): it was changed since"
-    )  # fmt: skip
-    if not spec.primary and not record["primary"]:
-        return without, f"{now}, {then}."
-    if record["num_results"]:
-        return without, f"{now}, {then}; {record['num_results']} results were there before: no test is primary."
-    if record["primary"] != [one.as_entry() for one in spec.primary]:
-        return without, f"{now}, {then}; the primary tests were others: all tests count as exploratory."
-    return spec, f"{now}, {then}; so are its primary tests."

@@ -18,6 +18,7 @@ from matplotlib.lines import Line2D
 from ba_lora.errors import UserError
 from ba_lora.experiments.tables import Row
 from eval.report import features
+from eval.report.cells import Cell
 from eval.report.sheets import ARROWS, Drawn
 from eval.report.sources import Sources
 from eval.report.spec import Column, Figure, PlannedRun, TableSpec, row_name, setting_value
@@ -35,7 +36,7 @@ from eval.report.style import (
     styles_of,
     y_axis,
 )
-from eval.report.table import Cell, ReportTable
+from eval.report.table import ReportTable
 
 
 class NothingToDraw(Exception):

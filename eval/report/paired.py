@@ -28,7 +28,7 @@ from eval.report.spec import Column, PlannedRun, TableSpec, metric_value
 from eval.report.stats import LEAST_SEEDS
 
 if TYPE_CHECKING:
-    from eval.report.table import Cell
+    from eval.report.cells import Cell
 
 NO_GRADES = "no grades at hand"
 ROUNDING = 1e-6  # between the value in a result and that of the run's items, relative above 1

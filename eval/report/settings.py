@@ -15,7 +15,7 @@ from ba_lora.errors import UserError
 from ba_lora.experiments.pipeline import UNTUNED
 from ba_lora.experiments.tables import Row
 from eval.report.spec import Column, PlannedRun, TableSpec
-from eval.score import stale_reason
+from eval.scoring import stale_reason
 
 Entry = Mapping[str, Any]  # one task's part of a result's "evaluation"
 

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ba_lora.experiments.tables import Row
+from eval.report.cells import Cell
 from eval.report.comparisons import Comparison
 from eval.report.spec import Column, TableSpec, row_name
 from eval.report.stats import LEAST_SEEDS, SIGNIFICANT
-from eval.report.table import Cell, ReportTable
+from eval.report.table import ReportTable
 
 ARROWS = {"higher": " ↑", "lower": " ↓", "none": ""}
 

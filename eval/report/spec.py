@@ -41,8 +41,9 @@ from ba_lora.experiments import tables
 from ba_lora.experiments.pipeline import UNTUNED
 from ba_lora.experiments.tables import Row, Table
 from eval.report.checks import choice, mapping, words
-from eval.report.declared import Collapse, Primary, num_primary, parse_collapse, parse_primary
+from eval.report.declared import Collapse, Primary, parse_collapse, parse_primary
 from eval.report.seeds import moved_by_seed
+from eval.report.stats import MOST_PRIMARY
 
 BLOCK_KEYS = ("base", "setting")
 FIGURE_KINDS = {  # kind → what it needs
@@ -179,7 +180,7 @@ class TableSpec:
 
     def is_primary(self, column: Column, focus: Row, other: Row) -> bool:
         """Whether the table has declared this comparison beforehand."""
-        return any(one.is_of(column, focus, other) for one in self.primary)
+        return any(one.is_of(column.name, focus, other) for one in self.primary)
 
     def is_paired(self, focus: Row, other: Row) -> bool:
         """Whether the runs of one seed are taken together: that is declared, and the seed moves the same in both."""
@@ -427,3 +428,54 @@ def _pairs(value: Any, rows: Sequence[Row], *, where: str) -> tuple[tuple[str, s
         choice(first, [*methods, *settings], where=where)
         choice(second, methods if first in methods else settings, where=where)
     return tuple((first, second) for first, second in value)
+
+
+def planned_comparisons(spec: TableSpec, rows: Sequence[Row]) -> list[tuple[Column, Row, Row]]:
+    """Return (column, focus, other) of every comparison among `rows`, whether or not they have values."""
+    pairs = [
+        (focus, other)
+        for block in spec.blocks()
+        for focus in block
+        for other in block
+        if focus in rows and other in rows and _is_asked(spec, focus, other)
+    ]
+    columns = [
+        column
+        for column in spec.columns
+        if column.better != "none" and (column.task or column.mean_of) and column.name != spec.choose
+    ]
+    return [(column, focus, other) for column in columns for focus, other in pairs]
+
+
+def _is_asked(spec: TableSpec, focus: Row, other: Row) -> bool:
+    """Whether the table tests these two rows of one block.
+
+    Of a pair of methods, in one setting (a method without settings stands for all); of a pair of settings, with one
+    method.
+    """
+    if not spec.compare:
+        is_other = other.method not in spec.ours and (not spec.against or other.method in spec.against)
+        return focus.method in spec.ours and is_other
+    if focus.method == other.method:
+        return (focus.setting, other.setting) in spec.compare
+    alike = focus.setting == other.setting or not (focus.setting and other.setting)
+    return alike and (focus.method, other.method) in spec.compare
+
+
+def num_primary(spec: TableSpec, *, source: str) -> int:
+    """Return how many tests the primary family has. Raises UserError for an entry that is no comparison of the table,
+    and for more than five tests."""
+    planned = planned_comparisons(spec, spec.rows)
+    if spec.choose:  # one of a method's settings will be compared
+        planned = [(c, Row(f.base, f.method), Row(o.base, o.method)) for c, f, o in planned]
+    planned = list(dict.fromkeys(planned))
+    for one in spec.primary:
+        if not any(one.is_of(c.name, f, o) for c, f, o in planned):
+            raise UserError(
+                f"{source}: the table has no comparison of {one.focus} against {one.against} in {one.column}: see "
+                "ours, against and compare"
+            )
+    number = sum(spec.is_primary(*comparison) for comparison in planned)
+    if number > MOST_PRIMARY:
+        raise UserError(f"{source}: {number} tests, at most {MOST_PRIMARY} are allowed: name a base or a setting")
+    return number

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import marshal
-import math
 import os
 import secrets
 import select
@@ -12,85 +11,32 @@ import signal
 import socket
 import subprocess
 import time
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from ba_lora.errors import UserError
+from eval.sandbox.jobs import (
+    MEMORY,
+    OUTPUT,
+    PATIENCE,
+    TIMEOUT,
+    UNSAFE,
+    Job,
+    Verdict,
+)
+from eval.sandbox.launcher import Launcher
 from eval.sandbox.usage import Usage
 
-if TYPE_CHECKING:
-    from eval.sandbox.sandbox import Sandbox
-
-PASSED, FAILED, EXITED, TIMEOUT, MEMORY, OUTPUT = "passed", "failed", "exited early", "timeout", "memory", "output"
-
-MIB = 2**20
 START_LIMIT_S = 60.0
 END_LIMIT_S = 2
 MAX_FILES = 10_000  # in the tmpfs: empty files cost kernel memory that no size limit counts
 MAX_SOCKETS = 32  # so do their buffers
-PATIENCE = 10  # the longest that a box may take, in wall_s
-UNSAFE = "on a machine you can lose, sandbox=unsafe runs them without isolation"
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What one program may use. They change scores, so every result stores them.
-
-    cpu_s counts the seconds of all processes of a box together (rounded up to whole ones). wall_s ends what sleeps:
-    time in which a thread of the box was ready to run and had no processor is added to it, up to `PATIENCE` times
-    wall_s in all, so that a busy machine fails nobody. memory_bytes: address space of each process, and resident memory
-    of all processes of a box together.
-    """
-
-    cpu_s: float = 5.0
-    wall_s: float = 20.0
-    memory_bytes: int = 1024 * MIB
-    processes: int = 32
-    file_bytes: int = 16 * MIB
-    disk_bytes: int = 64 * MIB
-    open_files: int = 64
-    output_bytes: int = MIB
-
-    @property
-    def whole_cpu_s(self) -> int:
-        return max(1, math.ceil(self.cpu_s))
-
-
-@dataclass(frozen=True)
-class Job:
-    """A program and its tests.
-
-    program: module text; tests: statements run after it, with the program's names in sight; modules: what the tests
-    import (kept from the program's patches); names: names the tests take from the program although builtins have them.
-    """
-
-    program: str
-    tests: str
-    modules: tuple[str, ...] = ()
-    names: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """status: one of the constants above; only PASSED is a pass. detail: what raised, in at most 200 characters."""
-
-    status: str
-    detail: str = ""
-
-    @property
-    def passed(self) -> bool:
-        return self.status == PASSED
-
-    def __str__(self) -> str:
-        return f"{self.status}: {self.detail}" if self.detail else self.status
 
 
 class Box:
     """One started box: its process, the socket to the child inside, its output, and how far it has come."""
 
-    def __init__(self, sandbox: "Sandbox", slot: int) -> None:
+    def __init__(self, launcher: Launcher, slot: int) -> None:
         self.slot = slot
-        self.sandbox = sandbox
+        self.launcher = launcher
         self.job: int | None = None
         self.ready = self.loaded = False
         self.received = b""
@@ -106,9 +52,9 @@ class Box:
         self.folder: str | None = None
         self.control, theirs = socket.socketpair()
         self.output, printed = os.pipe()
-        with sandbox.start(slot) as (command, arguments):
+        with launcher.start(slot) as (command, arguments):
             self.information: int | None = arguments.pop("information", None)
-            if sandbox.kind == "unsafe":
+            if launcher.kind == "unsafe":
                 self.folder = arguments["cwd"]
             try:
                 self.process = subprocess.Popen(
@@ -141,7 +87,7 @@ class Box:
 
     def begin(self, index: int, job: Job) -> None:
         """Send the job; its time runs from now."""
-        limits = self.sandbox.limits
+        limits = self.launcher.limits
         self.learn()
         self.job = index
         self.key, self.nonce = (secrets.token_hex(16).encode() for _ in range(2))
@@ -154,11 +100,11 @@ class Box:
             "RLIMIT_CORE": (0, 0),
             "RLIMIT_MEMLOCK": (0, 0),  # pages that a socket holds without a copy count as locked
         }
-        if self.sandbox.kind != "unsafe":  # there it would count all of the user's processes
+        if self.launcher.kind != "unsafe":  # there it would count all of the user's processes
             table["RLIMIT_NPROC"] = (limits.processes,) * 2
         frame = {"program": job.program, "modules": job.modules, "names": job.names, "key": self.key}
         # without a process namespace of its own the child cannot tell the program's processes from others
-        self.send(frame | {"limits": table, "own_processes": self.sandbox.kind != "unsafe"})
+        self.send(frame | {"limits": table, "own_processes": self.launcher.kind != "unsafe"})
         self.usage = Usage(
             self.first_pid or self.process.pid,
             memory_limit=limits.memory_bytes,
@@ -169,7 +115,7 @@ class Box:
 
     def look(self) -> Verdict | None:
         """Return the verdict on a box that uses too much, None for the others. Sets the deadline anew."""
-        limits, usage = self.sandbox.limits, self.usage
+        limits, usage = self.launcher.limits, self.usage
         usage.look()
         self.deadline = self.begun + min(limits.wall_s + usage.waited_s, PATIENCE * limits.wall_s)
         if usage.memory_bytes > limits.memory_bytes:
@@ -198,7 +144,7 @@ class Box:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
-        elif self.sandbox.kind == "unsafe":
+        elif self.launcher.kind == "unsafe":
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.process.pid, signal.SIGKILL)
         self.control.close()

@@ -9,13 +9,11 @@ import subprocess
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 from ba_lora.errors import UserError
-from eval.sandbox.box import EXITED, FAILED, MEMORY, OUTPUT, PASSED, TIMEOUT, UNSAFE, Box, Job, Verdict
-
-if TYPE_CHECKING:
-    from eval.sandbox.sandbox import Sandbox
+from eval.sandbox.box import Box
+from eval.sandbox.jobs import EXITED, FAILED, MEMORY, OUTPUT, PASSED, TIMEOUT, UNSAFE, Job, Verdict
+from eval.sandbox.launcher import Launcher
 
 WATCH_S = 0.1  # between looks at what a box uses
 
@@ -24,9 +22,9 @@ class Pool:
     """Keeps `workers` programs running, and boxes for the next ones started meanwhile."""
 
     def __init__(
-        self, sandbox: "Sandbox", jobs: Sequence[Job], *, workers: int, progress: Callable[[int], object] | None
+        self, launcher: Launcher, jobs: Sequence[Job], *, workers: int, progress: Callable[[int], object] | None
     ) -> None:
-        self.sandbox = sandbox
+        self.launcher = launcher
         self.jobs = jobs
         self.workers = workers
         self.progress = progress
@@ -60,7 +58,7 @@ class Pool:
         free = self.workers - running  # places for programs that no box fills yet
         for _ in range(min(len(self.waiting), self.workers + free) - spares):
             taken = {box.slot for box in self.boxes}
-            box = Box(self.sandbox, next(slot for slot in range(len(taken) + 1) if slot not in taken))
+            box = Box(self.launcher, next(slot for slot in range(len(taken) + 1) if slot not in taken))
             self.boxes.append(box)
             self.selector.register(box.control, selectors.EVENT_READ, (box, self._hear))
             self.selector.register(box.output, selectors.EVENT_READ, (box, self._count_output))
@@ -141,8 +139,8 @@ class Pool:
                 self.selector.unregister(box.output)
             box.output_size += len(part)
             box.first_output = (box.first_output + part)[:2000]
-        if box.output_size > self.sandbox.limits.output_bytes:
-            self._settle(box, Verdict(OUTPUT, f"more than {self.sandbox.limits.output_bytes} bytes"))
+        if box.output_size > self.launcher.limits.output_bytes:
+            self._settle(box, Verdict(OUTPUT, f"more than {self.launcher.limits.output_bytes} bytes"))
 
     def _bury(self, box: Box) -> None:
         """The child or its box has ended without a verdict."""
@@ -155,7 +153,7 @@ class Pool:
             raise UserError(start_error(box.first_output.decode("utf-8", "replace")))
         number = -status if status is not None and status < 0 else (status or 0) - 128
         if number in (signal.SIGXCPU, signal.SIGKILL):
-            verdict = Verdict(TIMEOUT, f"{self.sandbox.limits.cpu_s:g} s of CPU")
+            verdict = Verdict(TIMEOUT, f"{self.launcher.limits.cpu_s:g} s of CPU")
         elif number > 0:
             name = signal.Signals(number).name if number in set(signal.Signals) else str(number)
             verdict = Verdict(EXITED, f"signal {name}")

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from eval.grading.code_extraction import POST_PROCESSING, TooLong
 from eval.grading.code_pruning import parse
 from eval.grading.thinking import cut_thinking
-from eval.sandbox.box import TIMEOUT, Job, Limits, Verdict
+from eval.sandbox.jobs import TIMEOUT, Job, Limits, Verdict
 from eval.sandbox.sandbox import Sandbox
 from eval.tasks.base import Grade, Item, Task
 

@@ -23,9 +23,9 @@ import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from ba_lora.config.schema import PROJECT_ROOT
 from ba_lora.errors import UserError
 from ba_lora.io import read_jsonl, sha256_file, write_text_atomic
+from ba_lora.paths import PROJECT_ROOT
 from ba_lora.rows import Source, load_rows
 from eval.grading.thinking import cut_thinking
 from eval.judge.client import NO_RATING, SCALE, JudgeOptions

@@ -5,8 +5,8 @@ The scores are also given per problem family, since the point of the set is whic
 
 from collections.abc import Sequence
 
-from ba_lora.config.schema import PROJECT_ROOT
 from ba_lora.errors import UserError
+from ba_lora.paths import PROJECT_ROOT
 from eval.grading.numbers import parse_number
 from eval.tasks.base import Item, require_text
 from eval.tasks.gsm8k import NumberTask

@@ -14,11 +14,12 @@ import yaml
 from ba_lora.config.checks import check_place, check_places
 from ba_lora.config.layers import find_config, load_config, read_yaml
 from ba_lora.config.ranges import RANGES, TRAINER_RANGES, check_range
-from ba_lora.config.schema import GENERATION_OPTIONS, RunConfig, public, resolve_path, to_yaml, training_hash
+from ba_lora.config.schema import GENERATION_OPTIONS, RunConfig, public, to_yaml, training_hash
 from ba_lora.config.schema_nlu import NLURunConfig
 from ba_lora.config.trainer import _RESERVED_ARGUMENTS, argument_types
 from ba_lora.errors import UserError
 from ba_lora.experiments.tables import load_table
+from ba_lora.paths import resolve_path
 from ba_lora.training.arguments import build_arguments
 
 TOY, TOY_NLU = "configs/nlg/toy.yaml", "configs/nlu/toy.yaml"
@@ -267,7 +268,7 @@ def test_relative_paths_count_from_the_users_folder_then_from_the_roots(root, tm
         assert resolve_path("nothing/here") == root / "nothing/here"
 
     check()
-    from ba_lora.config.schema import stage_environment
+    from ba_lora.paths import stage_environment
 
     monkeypatch.setenv("BA_LORA_FOLDER", stage_environment()["BA_LORA_FOLDER"])
     monkeypatch.chdir(root)

@@ -12,7 +12,8 @@ from ba_lora.errors import UserError
 from ba_lora.io import sha256_file
 from eval import inheritance
 from eval.completions import output_paths, read_completions
-from eval.score import Options, grader_versions, main, read_options, score_file
+from eval.score import main
+from eval.scoring import Options, grader_versions, read_options, score_file
 from eval.tasks import get_task, glue
 from eval.tasks.base import bootstrap_intervals
 

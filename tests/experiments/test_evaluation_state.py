@@ -11,7 +11,7 @@ from ba_lora.experiments.pipeline import evaluation_stages, record_evaluation
 from ba_lora.glue import hub_source
 from ba_lora.io import read_json, write_json_atomic, write_jsonl_atomic
 from eval import nlu
-from eval.score import grader_versions
+from eval.scoring import grader_versions
 from eval.tasks.gsm8k import GSM8K
 from tests.support.tiny_nlu import scored_run
 

@@ -8,12 +8,12 @@ import pytest
 import yaml
 
 from ba_lora.config.layers import read_yaml
-from ba_lora.config.schema import PROJECT_ROOT
 from ba_lora.errors import UserError
 from ba_lora.experiments import tables
 from ba_lora.experiments.pipeline import Spec, evaluation_stages, training_stage
 from ba_lora.experiments.tables import Row, load_table
 from ba_lora.glue import find_task
+from ba_lora.paths import PROJECT_ROOT
 from eval import generate, score
 from eval.report.spec import table_spec
 from eval.tasks import TASKS, get_task

@@ -10,7 +10,7 @@ from datasets.arrow_writer import ArrowWriter
 
 from ba_lora.errors import UserError
 from ba_lora.rows import LOCAL_SUFFIXES, load_rows
-from eval.score import grader_versions
+from eval.scoring import grader_versions
 from eval.tasks.glue_x import SETS
 
 OLD, NEW = "0" * 40, "a1" * 20

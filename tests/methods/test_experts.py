@@ -11,7 +11,8 @@ from ba_lora.config.schema import AdapterConfig, ModelConfig, RunConfig
 from ba_lora.errors import UserError
 from ba_lora.methods.build import build_model, left_out_experts
 from eval.engines import adapters
-from eval.engines.open import EngineOptions, open_engine
+from eval.engines.base import EngineOptions
+from eval.engines.open import open_engine
 from eval.engines.serving import plan
 from tests.support.tiny import save_tiny_model, tiny_moe
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from ba_lora.io import read_jsonl
-from eval.sandbox.box import Limits
+from eval.sandbox.jobs import Limits
 from tests.support.boxes import needs_bubblewrap
 from tests.support.judge_server import JudgeServer, completion
 from tests.support.tiny import only_result

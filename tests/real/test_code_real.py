@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from eval.score import Options, score_file
+from eval.scoring import Options, score_file
 from eval.tasks import get_task
 from tests.support.boxes import needs_bubblewrap
 

@@ -12,7 +12,7 @@ import pytest
 from ba_lora.io import read_jsonl
 from eval.grading.equality import equal
 from eval.grading.limits import TimeLimit, cpu_limit
-from eval.score import Options, score_file
+from eval.scoring import Options, score_file
 from eval.tasks import get_task
 from tests.support.respellings import right, wrong
 

@@ -41,7 +41,8 @@ def probe(folder: Path) -> None:
     from peft import LoraConfig, PeftModel, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from eval.engines.open import EngineOptions, open_engine
+    from eval.engines.base import EngineOptions
+    from eval.engines.open import open_engine
 
     request = json.loads((folder / "request.json").read_text())
     base, prompts = request["model"], request["prompts"]
@@ -80,7 +81,7 @@ def answer(tmp_path_factory: pytest.TempPathFactory) -> dict:
     real = Path(os.environ.get("BA_LORA_REAL_DATA", ROOT.parent / "shared" / "data"))
     model, questions = model_and_questions(real if real.is_dir() else None)
     from ba_lora.prompts import build_prompt
-    from eval.engines.open import context_length, encode_prompts, load_config, load_tokenizer
+    from eval.engines.base import context_length, encode_prompts, load_config, load_tokenizer
 
     prompts = [build_prompt(question) for question in questions] + ["Once upon a time", "Tom has 3 red balls."]
     lengths = [len(ids) for ids in encode_prompts(load_tokenizer(str(model)), prompts)]

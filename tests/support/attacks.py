@@ -1,7 +1,7 @@
 """Programs that attack the sandbox, for tests/eval/sandbox/test_sandbox_attacks.py; those that attack its verdict: attacks_verdict.py."""
 # ruff: noqa: E501 (an attack reads best as the one string it is)
 
-from eval.sandbox.box import EXITED, FAILED, MEMORY, OUTPUT, TIMEOUT
+from eval.sandbox.jobs import EXITED, FAILED, MEMORY, OUTPUT, TIMEOUT
 
 # Reads the frame with tests and nonce off any socket of this process, and answers as the checker would.
 STEAL = """

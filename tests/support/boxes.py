@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from eval.sandbox import sandbox
-from eval.sandbox.box import Limits
+from eval.sandbox.jobs import Limits
 
 QUICK = Limits(cpu_s=1, wall_s=4, memory_bytes=256 * 2**20, processes=16)
 TESTS = "assert f(1) == 2"

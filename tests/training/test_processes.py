@@ -18,7 +18,7 @@ def claim(told):
         raise UserError("the folder is taken")
 
 def main():
-    process = start_processes(load_config("configs/nlg/toy.yaml"))
+    process = start_processes(load_config("configs/nlg/toy.yaml").trainer)
     assert process.num_processes == 2, process
     on_main_process(process, claim, told=sys.argv[1] == "fails")
     print(f"process {process.process_index} goes on")

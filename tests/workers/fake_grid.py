@@ -7,6 +7,7 @@ from pathlib import Path
 
 import yaml
 
+from ba_lora import paths
 from ba_lora.config import schema as config
 from ba_lora.experiments import grid, pipeline
 from ba_lora.experiments import plan as grid_plan
@@ -31,7 +32,7 @@ def use(folder):
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     os.environ["FAKE"] = str(folder)
-    config.PROJECT_ROOT = pipeline.PROJECT_ROOT = folder
+    paths.PROJECT_ROOT = config.PROJECT_ROOT = pipeline.PROJECT_ROOT = folder
     grid.GRID_PATH = grid_state.GRID_PATH = folder / "outputs" / ".grid"
     grid.training_stage = _training_stage
     grid.evaluation_stages = grid_plan.evaluation_stages = _evaluation_stages

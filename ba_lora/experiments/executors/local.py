@@ -22,11 +22,11 @@ from typing import IO
 
 import psutil
 
-from ba_lora.config.schema import PROJECT_ROOT, stage_environment
 from ba_lora.errors import UserError
 from ba_lora.experiments.pipeline import Stage
 from ba_lora.io import disk_errors
 from ba_lora.locks import holder, try_lock
+from ba_lora.paths import PROJECT_ROOT, stage_environment
 
 POLL_S = 0.05
 GRACE_S = 30.0  # between SIGTERM and SIGKILL; a training records that it was cancelled

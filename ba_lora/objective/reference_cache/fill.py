@@ -22,12 +22,13 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from ba_lora.config.schema import RunConfig, resolve_path
+from ba_lora.config.schema import RunConfig
 from ba_lora.errors import UserError
 from ba_lora.io import disk_errors, sha256_json, write_json_atomic
 from ba_lora.models.load import load_model, model_identity
 from ba_lora.objective.reference_cache.store import FORMAT, KEY_FILE, CachedReference, Rows, open_cache
 from ba_lora.objective.regularizers import IGNORE_INDEX, response_mask, top_log_probs
+from ba_lora.paths import resolve_path
 from ba_lora.prompts import prompt_hash
 
 if TYPE_CHECKING:

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 from ba_lora.errors import UserError
 from eval.engines import adapters
 from eval.engines import open as engines
-from eval.engines.open import EngineOptions, open_engine
+from eval.engines.base import EngineOptions
+from eval.engines.open import open_engine
 from tests.eval.engines.test_engines import save_adapter, save_model
 
 FILE = "adapter_model.safetensors"

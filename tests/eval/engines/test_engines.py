@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 
 from ba_lora.errors import UserError
 from eval.engines import open as engines
-from eval.engines.open import EngineOptions, Sampling, decode_after, finish, open_engine
+from eval.engines.base import EngineOptions, Sampling, decode_after, finish
+from eval.engines.open import open_engine
 
 CONTEXT = 96
 LETTERS = "abcdefghijklmnopqrstuvwxyz.,?#:'0123456789"

@@ -13,13 +13,22 @@ from ba_lora.errors import UserError
 from ba_lora.experiments.pipeline import UNTUNED
 from ba_lora.experiments.tables import Row
 from ba_lora.io import write_jsonl_atomic
-from eval.report.comparisons import planned_comparisons
-from eval.report.declared import Collapse, Primary, as_declared
+from eval.report.comparisons import as_declared
+from eval.report.declared import Collapse, Primary
 from eval.report.render import escape_markdown, to_csv, to_json, to_markdown
 from eval.report.settings import NEVER_ALLOWED, SETTINGS
 from eval.report.sheets import legend, letter, number, probability, signed
 from eval.report.sources import Sources, read_paper
-from eval.report.spec import Column, Items, PlannedRun, metric_value, parse_report, setting_value, why_missing
+from eval.report.spec import (
+    Column,
+    Items,
+    PlannedRun,
+    metric_value,
+    parse_report,
+    planned_comparisons,
+    setting_value,
+    why_missing,
+)
 from eval.report.table import build_table
 from tests.support.report_world import SEEDS, World, build
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from eval.sandbox.box import EXITED, FAILED, PASSED, TIMEOUT, Job
+from eval.sandbox.jobs import EXITED, FAILED, PASSED, TIMEOUT, Job
 from eval.sandbox.sandbox import KNOWN_LIMITS, Sandbox
 from eval.sandbox.usage import Usage
 from tests.support.attacks import ATTACKS, DENIED, HARM, PRELUDE

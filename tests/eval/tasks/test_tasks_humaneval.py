@@ -15,7 +15,8 @@ from ba_lora.io import sha256_file
 from ba_lora.prompts import build_prompt
 from eval.grading.code_extraction import MAX_CHARS, POST_PROCESSING, extract_program
 from eval.sandbox.sandbox import Job, Sandbox
-from eval.score import Options, main, score_file
+from eval.score import main
+from eval.scoring import Options, score_file
 from eval.tasks import get_task
 from eval.tasks.base import Grade, cut_at_stops
 from eval.tasks.code import imported_modules, pass_at_k

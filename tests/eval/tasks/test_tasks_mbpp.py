@@ -7,7 +7,7 @@ import pytest
 
 from ba_lora.errors import UserError
 from ba_lora.prompts import build_prompt
-from eval.score import Options, score_file
+from eval.scoring import Options, score_file
 from eval.tasks import get_task
 from tests.support.boxes import needs_bubblewrap
 

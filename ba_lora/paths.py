@@ -1,0 +1,30 @@
+"""Where things are: the project's root, and what a relative path counts from."""
+
+import os
+from pathlib import Path
+
+PROJECT_ROOT = Path(__file__).resolve().parent.parent
+
+
+def user_folder() -> Path:
+    """Return the folder that the user's relative paths count from: BA_LORA_FOLDER, which scripts and stages set since
+    they work in the project's root, else the current one."""
+    return Path(os.environ.get("BA_LORA_FOLDER") or Path.cwd())
+
+
+def stage_environment() -> dict[str, str]:
+    """Return the environment of a child process to which relative paths mean what they mean here."""
+    return os.environ | {"BA_LORA_FOLDER": str(user_folder())}
+
+
+def resolve_path(path: str | Path) -> Path:
+    """Return `path`, absolute: below the user's folder, or below the project's root where it is not there."""
+    path = Path(path).expanduser()
+    own = (user_folder() / path).absolute()
+    return own if own.exists() else PROJECT_ROOT / path
+
+
+def resolve_data(data: str) -> str:
+    """Return the absolute path of a data file that exists (see `resolve_path`); a hub's name as it is."""
+    path = resolve_path(data)
+    return str(path) if path.exists() else data
