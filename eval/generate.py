@@ -53,9 +53,10 @@ from ba_lora.io import write_json_atomic, write_jsonl_atomic
 from ba_lora.models.sizes import check_tokens
 from ba_lora.prompts import build_conversation, prompt_hash
 from ba_lora.rows import portable_name
-from eval.engines import open as engines
+from eval.completions import PROMPT_TOO_LONG
+from eval.engines import base as engines
 from eval.engines.base import Completion, Engine, EngineOptions, Sampling
-from eval.engines.open import open_engine
+from eval.engines.open import KINDS, choose_engine, open_engine
 from eval.engines.requests import Options, Work, held_record, load_work, request_sha256, template_and_stops
 from eval.engines.serving import Job, plan
 from eval.options import parse_options, read_data, split_options
@@ -177,7 +178,7 @@ def describe(job: Job, work: Work, engine: Engine, completions: Sequence[Sequenc
         "template": work.template,
         "prompt_hash": prompt_hash(template=work.template),
         "sampling": describe_sampling(work),
-        "num_prompt_too_long": sum(completion.finish_reason == engines.PROMPT_TOO_LONG for completion in first),
+        "num_prompt_too_long": sum(completion.finish_reason == PROMPT_TOO_LONG for completion in first),
         "num_clamped": sum(completion.clamped for completion in first),
         "num_generated_tokens": sum(completion.num_tokens for samples in completions for completion in samples),
         "seconds": round(seconds, 3),
@@ -223,7 +224,7 @@ def run(
     for anything wrong, before a model is loaded where it can be known by then.
     """
     options = options if options is not None else Options()
-    kind = engines.choose_engine(engine)
+    kind = choose_engine(engine)
     chosen = choose_tasks(tasks, choices or {})
     jobs = plan(models, serve=options.serve, revision=options.revision)
     folders = dict(zip(jobs, output_paths(jobs, output), strict=True))
@@ -284,7 +285,7 @@ def read_command(arguments: Sequence[str] | None) -> dict[str, Any]:
         "--model", nargs="+", required=True, metavar="DIR", help="run, model or adapter folders, hub ids"
     )
     parser.add_argument("--task", nargs="+", required=True, metavar="TASK", help=", ".join(TASKS))
-    parser.add_argument("--engine", default="auto", help=", ".join(engines.KINDS))
+    parser.add_argument("--engine", default="auto", help=", ".join(KINDS))
     parser.add_argument("--data", nargs="+", default=[], metavar="FILE", help="FILE, or TASK=FILE for several tasks")
     parser.add_argument("--output", metavar="DIR", help="where the completions go; default: into the run folder")
     parser.add_argument("options", nargs="*", metavar="key=value")
@@ -302,7 +303,7 @@ def read_command(arguments: Sequence[str] | None) -> dict[str, Any]:
 def check(arguments: Sequence[str]) -> None:
     """Raise the UserError that the command would end with, as far as no model and no data of the hub is needed."""
     asked = read_command(arguments)
-    engines.choose_engine(asked["engine"])
+    choose_engine(asked["engine"])
     for task in choose_tasks(asked["tasks"], asked["choices"]):
         template_and_stops(task, asked["options"])
         data = asked["data"].get(task.name) or task.default_data()

@@ -33,9 +33,9 @@ def score_predictions(
 ) -> dict[str, Any]:
     """Return the score of the set called `name`, for a model of the task `of_task`.
 
-    lines: predictions as ba_lora.models.predict.prediction_lines makes them. training_counts: class → rows it had in training;
-    None where that is not known: then the minority is the rarest class of the lines. imbalanced: the training set had
-    chosen class shares.
+    lines: predictions as ba_lora.models.predict.prediction_lines makes them. training_counts: class → rows it had in
+    training; None where that is not known: then the minority is the rarest class of the lines. imbalanced: the training
+    set had chosen class shares.
     """
     task = find_task(of_task)
     invalid = [line["task_id"] for line in lines if line["prediction"] is None]

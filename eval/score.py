@@ -20,8 +20,8 @@ is cut off: thinking='<think> </think>' names the marks around it (none: nothing
 own: humaneval and mbpp sandbox=unsafe (run programs without bubblewrap; the result says so), mbpp challenge=true and
 setup=false.
 
-MT-Bench is graded by a judge model (see eval/judge/judge.py for JUDGE_MODEL, JUDGE_BASE_URL, JUDGE_API_KEY); what it is going
-to cost is printed first, and its judgements are kept in RUN/judgements/mt_bench.jsonl, or <name>.judgements.jsonl
+MT-Bench is graded by a judge model (see eval/judge/judge.py for JUDGE_MODEL, JUDGE_BASE_URL, JUDGE_API_KEY); what it is
+going to cost is printed first, and its judgements are kept in RUN/judgements/mt_bench.jsonl, or <name>.judgements.jsonl
 beside the completions. Its keys: judgements=3 (of each answer), judge_parallel=4 (calls at a time),
 judge_timeout_s=120, judge_attempts=8 (for one judgement), judge_temperature=0, judge_max_tokens=2048 (none: not sent),
 judge_thinking='<think> </think>' (the marks around the judge's own thinking).

@@ -3,9 +3,9 @@
     python scripts/bench_pissa.py --device cuda --shape llama2-7b --init pissa_niter_16
     python scripts/bench_pissa.py --device cpu --shape llama2-7b --init pissa_niter_16 --layers 1 --modules q_proj
 
-SVDs, the file of factors and the residual, as a run does them (ba_lora/methods/pissa.py), once, after a warm-up on a small
-matrix. Prints one JSON object; the peak memory contains the model's own weights. A randomised SVD costs the same for
-any weights; an exact one need not.
+SVDs, the file of factors and the residual, as a run does them (ba_lora/methods/pissa.py), once, after a warm-up on a
+small matrix. Prints one JSON object; the peak memory contains the model's own weights. A randomised SVD costs the same
+for any weights; an exact one need not.
 """
 
 import argparse

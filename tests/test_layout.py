@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 FORBIDDEN = {"ba_lora": {"data", "eval", "scripts", "train_nlg", "train_nlu"}, "data": {"eval"}, "eval": {"data"}}
-# The library's rooms, lowest first: each imports from itself and from lower ones only. The files at its top are the ground.
+# The library's rooms, lowest first: each imports from itself and from lower ones only. The files at its top are the
+# ground.
 ROOMS = ["config", "models", "methods", "objective", "training", "runs", "experiments"]
 FACADE = "ba_lora/__init__.py"  # what a library user imports, from whichever room
 

@@ -1,7 +1,7 @@
 """From the pre-trained model to the model that is trained: PEFT does the adapters, this file chooses and checks.
 
-The first factors of PiSSA (ba_lora/methods/pissa.py) and CorDA (ba_lora/methods/corda.py) are saved with the run: a resumed run builds
-the very same residual from them.
+The first factors of PiSSA (ba_lora/methods/pissa.py) and CorDA (ba_lora/methods/corda.py) are saved with the run: a
+resumed run builds the very same residual from them.
 """
 
 import copy

@@ -4,7 +4,8 @@
     W C = U S Vᵀ,   B₀ = U_r √S_r,   A₀ = √S_r V_rᵀ C⁻¹,   the base keeps W − B₀A₀
 
 PEFT runs the rows and decomposes (peft.tuners.lora.corda). What comes out goes the way of PiSSA's factors: into a file
-of the run, which every process and a resumed run reads, and which the export takes away again (ba_lora/methods/pissa.py).
+of the run, which every process and a resumed run reads, and which the export takes away again
+(ba_lora/methods/pissa.py).
 
 How many rows: C [in, in] has at most the rank of the number of tokens it is the mean over, and with few it is noise.
 PEFT's rule is 128 tokens for each input (preprocess_corda: rows = hidden size / tokens a row × 128, its 256 rows being

@@ -12,7 +12,7 @@ from ba_lora.io import sha256_file, sha256_json
 from ba_lora.prompts import build_conversation, build_prompt, template_stops
 from ba_lora.rows import is_commit
 from eval.completions import read_meta
-from eval.engines import open as engines
+from eval.engines import base as engines
 from eval.engines.base import Completion, EngineOptions, Sampling
 from eval.engines.serving import SERVE, Job, run_base
 from eval.tasks.base import Item, Source, Task

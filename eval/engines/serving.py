@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ba_lora.errors import UserError
 from eval.engines import adapters
-from eval.engines import open as engines
+from eval.engines import base as engines
 
 SERVE = ("auto", "hot", "merged")
 

@@ -2,11 +2,12 @@
 
 Structure: lists and sets (any order), tuples and intervals (order and kind of each bracket count), unions, chains of
 relations, matrices (row by row), ratios, `\\pm`, a unit, a name in front (`x = 5`, `x \\in [0, 1]`). Two formulas are
-equal when their values are at three points (eval/grading/formulas.py): exactly where the values are fractions, to 40 digits
-where they are not. A decimal number of at least six decimals may stand for an irrational number whose digits it gives.
+equal when their values are at three points (eval/grading/formulas.py): exactly where the values are fractions, to 40
+digits where they are not. A decimal number of at least six decimals may stand for an irrational number whose digits it
+gives.
 
-An answer that is not understood as a whole is equal to nothing here: the string rule (eval/grading/notation.py) is left to
-decide. So bases, congruences, derivatives, set builders and words are compared as they are written.
+An answer that is not understood as a whole is equal to nothing here: the string rule (eval/grading/notation.py) is left
+to decide. So bases, congruences, derivatives, set builders and words are compared as they are written.
 """
 
 import re

@@ -1,6 +1,7 @@
 """Which expression a completion gives as its answer, for MATH: the strict and the flexible extraction.
 
-Both return the LaTeX as it stands in the text; eval/grading/notation.py and eval/grading/equality.py compare it with the gold.
+Both return the LaTeX as it stands in the text; eval/grading/notation.py and eval/grading/equality.py compare it with
+the gold.
 """
 
 import re

@@ -2,8 +2,8 @@
 
 A resample is told by how often each item was drawn, counts_RN (R resamples of N items, or kinds of items): class
 metrics follow from the weighted confusion matrix, correlations from weighted moments, Spearman's ranks from weighted
-cumulative counts. Each function gives scores.py's value of the resampled items (tests/eval/test_metrics_nlu.py), NaN where
-that is undefined: such a resample is left out of the interval.
+cumulative counts. Each function gives scores.py's value of the resampled items (tests/eval/test_metrics_nlu.py), NaN
+where that is undefined: such a resample is left out of the interval.
 """
 
 import functools

@@ -90,8 +90,9 @@ def _corrected(comparisons: list[Comparison], *, num_primary: int) -> list[Compa
 def as_declared(spec: TableSpec, record: Mapping[str, Any] | None) -> tuple[TableSpec, str]:
     """Return the table with the primary family that it may claim, and a sentence on what was declared when.
 
-    record: what ba_lora.experiments.state.declare has written when the table's first run started; None where nothing was. The
-    family counts only where it is the declared one, and no run had a result then: it never changes after a look.
+    record: what ba_lora.experiments.state.declare has written when the table's first run started; None where nothing
+    was. The family counts only where it is the declared one, and no run had a result then: it never changes after a
+    look.
     """
     without = dataclasses.replace(spec, primary=(), num_primary=0)
     if not spec.sha256:

@@ -45,7 +45,8 @@ class PaperRow:
 
 @dataclass(frozen=True)
 class FailedStage:
-    """The stage of a run that failed last in a grid, named as in ba_lora/experiments/pipeline.py, and its error, one line.
+    """The stage of a run that failed last in a grid, named as in ba_lora/experiments/pipeline.py, and its error, one
+    line.
 
     `tasks`: where scorers alone failed, the task of each and its error.
     """
@@ -68,8 +69,8 @@ class Sources:
 
     results: run_id → result, of the runs that have one; sha256: run_id → hash of that file; failures: run_id → the
     stage that failed last in a grid, of the runs that are not done since; declared: the record of the table's file when
-    its first run started (ba_lora/experiments/state.py), None where there is none. Grades and logs are read from the runs' own
-    folders when they are asked for.
+    its first run started (ba_lora/experiments/state.py), None where there is none. Grades and logs are read from the
+    runs' own folders when they are asked for.
     """
 
     results: Mapping[str, dict[str, Any]]

@@ -232,7 +232,8 @@ def _paper_names(column: tables.Column) -> tuple[str, str] | None:
 
 
 def table_spec(table: Table) -> TableSpec:
-    """Return a table of ba_lora.experiments.tables as the report needs it. Raises UserError for a wrong `report:` block."""
+    """Return a table of ba_lora.experiments.tables as the report needs it. Raises UserError for a wrong `report:`
+    block."""
     columns = [
         Column(
             name=column.name,

@@ -1,7 +1,7 @@
 """The inside of the sandbox: run one program and its tests, and prove that the tests were reached and passed.
 
-`eval/sandbox/sandbox.py` hands this file's text to a fresh interpreter; it imports nothing of the project. Frames (8 bytes of
-length, then marshal) come in on descriptor 0, lines go out on the same socket:
+`eval/sandbox/sandbox.py` hands this file's text to a fresh interpreter; it imports nothing of the project. Frames (8
+bytes of length, then marshal) come in on descriptor 0, lines go out on the same socket:
 
     → limits, program, key         ← R        ready for a job
     (the program runs)             ← L key    it has been loaded

@@ -1,8 +1,8 @@
 """MATH (Hendrycks et al.): competition problems whose gold answer is the expression in the solution's \\boxed{}.
 
-strict: the text after the last "The answer is:", equal to the gold by the string rule (eval/grading/notation.py), as in the
-evaluators of the paper's lineage. flexible: the first form found of those in eval/grading/answers.py, equal to the gold by the
-string rule or in structure and value (eval/grading/equality.py).
+strict: the text after the last "The answer is:", equal to the gold by the string rule (eval/grading/notation.py), as in
+the evaluators of the paper's lineage. flexible: the first form found of those in eval/grading/answers.py, equal to the
+gold by the string rule or in structure and value (eval/grading/equality.py).
 """
 
 from collections.abc import Sequence

@@ -4,10 +4,10 @@ Questions, GPT-4's reference answers and the judge's prompts are FastChat's file
 commit (the default; fetched once into .cache/fastchat, contents checked), a folder that holds the files, or the
 question file with the others beside it. Task ids: "mt_bench/81/turn1", "mt_bench/81/turn2".
 
-As published: the temperatures of the categories, single-answer grading, reference answers shown to the judge for
-maths, reasoning and coding, the second turn judged with the whole conversation, and the overall score as the mean over
-all rated answers of both turns. Ours: several judgements of an answer are averaged first; the result tells their
-spread. A judgement without a rating is counted and left out (see eval/judge/judge.py); an answer of which no judgement has a
+As published: the temperatures of the categories, single-answer grading, reference answers shown to the judge for maths,
+reasoning and coding, the second turn judged with the whole conversation, and the overall score as the mean over all
+rated answers of both turns. Ours: several judgements of an answer are averaged first; the result tells their spread. A
+judgement without a rating is counted and left out (see eval/judge/judge.py); an answer of which no judgement has a
 rating is `invalid`.
 
 Metrics are fractions as everywhere: "rating", "rating_turn1", "rating_turn2" are a tenth of the usual score, which

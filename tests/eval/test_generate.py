@@ -13,7 +13,7 @@ from ba_lora.errors import UserError
 from ba_lora.io import read_json, read_jsonl, sha256_file
 from ba_lora.prompts import build_prompt, prompt_hash
 from eval import generate
-from eval.engines import open as engines
+from eval.engines import base as engines
 from eval.engines.requests import weights_state
 from eval.engines.serving import Job, plan
 from eval.generate import Options, main, recorded_name

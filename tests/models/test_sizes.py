@@ -1,4 +1,5 @@
-"""ba_lora/models/sizes.py: tokens and lengths that a model has no room for are one line, before training and generation."""
+"""ba_lora/models/sizes.py: tokens and lengths that a model has no room for are one line, before training and
+generation."""
 
 from pathlib import Path
 

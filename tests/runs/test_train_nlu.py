@@ -58,7 +58,8 @@ def test_the_record_names_the_commit_of_an_unpinned_base(train_nlu, tiny_encoder
 
 
 def pipeline(words, root, *, kill_after_s=None):
-    """Run `python -m ba_lora.experiments.pipeline_nlu`; after so many seconds kill it with all it has started. Return its table."""
+    """Run `python -m ba_lora.experiments.pipeline_nlu`; after so many seconds kill it with all it has started. Return
+    its table."""
     command = [sys.executable, "-m", "ba_lora.experiments.pipeline_nlu", *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     process = subprocess.Popen(

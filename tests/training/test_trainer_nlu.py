@@ -1,4 +1,5 @@
-"""BALoRATrainer with a ClassifierObjective: λ = 0 is stock fine-tuning, the reference and its heads, reductions, terms that are off, the log."""
+"""BALoRATrainer with a ClassifierObjective: λ = 0 is stock fine-tuning, the reference and its heads, reductions, terms
+that are off, the log."""
 
 import dataclasses
 import json

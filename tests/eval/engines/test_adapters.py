@@ -1,4 +1,5 @@
-"""eval/engines/adapters.py: an adapter that an engine would leave out in silence, or that is damaged, is refused by both."""
+"""eval/engines/adapters.py: an adapter that an engine would leave out in silence, or that is damaged, is refused by
+both."""
 
 import json
 import shutil

@@ -1,4 +1,5 @@
-"""eval/engines/open.py with transformers: order, limits, stops and adapters on a random tiny Llama. (vLLM: tests/real.)"""
+"""eval/engines/open.py with transformers: order, limits, stops and adapters on a random tiny Llama. (vLLM:
+tests/real.)"""
 
 import json
 import random
@@ -11,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 
 from ba_lora.errors import UserError
 from eval.engines import open as engines
-from eval.engines.base import EngineOptions, Sampling, decode_after, finish
+from eval.engines.base import Completion, EngineOptions, Sampling, decode_after, finish
 from eval.engines.open import open_engine
 
 CONTEXT = 96
@@ -76,7 +77,7 @@ def prompts() -> list[str]:
     return ["".join(generator.choices(LETTERS + "  ", k=generator.randint(3, 40))) + "x" for _ in range(11)]
 
 
-def texts(results: list[list[engines.Completion]]) -> list[str]:
+def texts(results: list[list[Completion]]) -> list[str]:
     return [samples[0].text for samples in results]
 
 

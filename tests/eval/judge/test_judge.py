@@ -1,4 +1,5 @@
-"""eval/judge/judge.py against a server of the test's own: ratings, retries, refusals, resuming, and never two judges."""
+"""eval/judge/judge.py against a server of the test's own: ratings, retries, refusals, resuming, and never two
+judges."""
 
 import dataclasses
 import json
