@@ -123,11 +123,28 @@ def main() -> int:
 
 def check_evaluation(stages: Iterable[Stage]) -> None:
     """Raise the UserError that an evaluation would end with after the training, as far as it shows before."""
-    from eval.check import find_error
-
-    for stage in stages:
-        if stage.name in ("generate", "evaluate") and (error := find_error(stage.command[2], stage.command[3:])):
+    commands = [stage.command[2:] for stage in stages if stage.name in ("generate", "evaluate")]
+    for error in ask("eval.check", commands) if commands else ():
+        if error:
             raise UserError(error)
+
+
+def ask(module: str, question: Any, *words: str) -> Any:
+    """Return the JSON that a module prints; it reads the question, as JSON, from its standard input."""
+    command = [sys.executable, "-m", module, *words]
+    done = subprocess.run(
+        command,
+        cwd=PROJECT_ROOT,
+        env=stage_environment(),
+        input=json.dumps(question),
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode != 0:
+        raise UserError(
+            f"{' '.join([module, *words])} failed: {(done.stderr.strip().splitlines() or ['no output'])[-1]}"
+        )
+    return json.loads(done.stdout)
 
 
 def asked_specs(

@@ -4,22 +4,18 @@
 import dataclasses
 import json
 import os
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from ba_lora.config.schema import RunConfig
 from ba_lora.errors import UserError
 from ba_lora.experiments.estimates import estimate_lines
-from ba_lora.experiments.pipeline import Spec, evaluation_stages, missing_judge
+from ba_lora.experiments.pipeline import Spec, ask, evaluation_stages, missing_judge
 from ba_lora.experiments.state import DONE, FAILED, MISSING, RUNNING, STALE, RunState, changed_config, inspect
 from ba_lora.experiments.tables import Cell, Table
 from ba_lora.locks import holder, try_lock, work_lock_path
-from ba_lora.paths import PROJECT_ROOT, stage_environment
 
 CHECKED = ("eval.generate", "eval.nlu")  # the commands that eval.check knows
 
@@ -79,7 +75,7 @@ def refused_evaluations(configs: Iterable[RunConfig]) -> dict[Path, str]:
             refused |= {config.run_path: str(error) for config in members}
             continue
         commands += [(members, stage.command[2:]) for stage in stages if stage.command[2] in CHECKED]
-    errors = _answer("eval.check", [command for _, command in commands]) if commands else []
+    errors = ask("eval.check", [command for _, command in commands]) if commands else []
     for (members, _), error in zip(commands, errors, strict=True):
         refused |= {config.run_path: error for config in members} if error else {}
     return refused
@@ -89,7 +85,7 @@ def check_columns(table: Table) -> None:
     """Raise UserError, naming the column, for a metric that its task's score will not have."""
     named = [column for column in table.columns if column.task is not None and column.metric is not None]
     commands = [["eval.metric_paths", column.task, column.metric] for column in named]
-    errors = _answer("eval.check", commands) if commands else []
+    errors = ask("eval.check", commands) if commands else []
     for column, error in zip(named, errors, strict=True):
         if error:
             raise UserError(f"table {table.id}: columns.{column.name}: {error}")
@@ -116,25 +112,7 @@ def limit_lines(table: Table) -> list[str]:
 
 def grader_versions() -> dict[str, dict[str, str | None]]:
     """Ask eval.score, in its own process, which version each grader is at."""
-    return _answer("eval.score", None, "--versions")
-
-
-def _answer(module: str, question: Any, *words: str) -> Any:
-    """Return the JSON that a module prints; it reads the question, as JSON, from its standard input."""
-    command = [sys.executable, "-m", module, *words]
-    done = subprocess.run(
-        command,
-        cwd=PROJECT_ROOT,
-        env=stage_environment(),
-        input=json.dumps(question),
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode != 0:
-        raise UserError(
-            f"{' '.join([module, *words])} failed: {(done.stderr.strip().splitlines() or ['no output'])[-1]}"
-        )
-    return json.loads(done.stdout)
+    return ask("eval.score", None, "--versions")
 
 
 def dry_run(table: Table, planned: Sequence[Planned], *, retry: bool = False) -> list[str]:

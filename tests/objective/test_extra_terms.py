@@ -131,8 +131,8 @@ def test_one_file_and_one_key_add_a_regularizer(root, tmp_path):
     steps = {}
     for implementation in ("fused", "plain"):
         done = run(
-            "train_nlg.py", "--config", "configs/nlg/toy.yaml", "--method", "ba_lora", "regularizers.lambda_z_loss=0.01",
-
+            "train_nlg.py", "--config", "configs/nlg/toy.yaml", "--method", "ba_lora",
+            "regularizers.lambda_z_loss=0.01",
             f"loss.implementation={implementation}", f"output_dir={tmp_path / implementation}", "trainer.max_steps=3",
             "trainer.logging_steps=1", "data.num_rows=24", "trainer.per_device_train_batch_size=4",
         )  # fmt: skip
