@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import textwrap
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -21,27 +22,6 @@ from ba_lora.objective.terms.consistency import Consistency
 from ba_lora.objective.terms.diversity import Diversity
 from ba_lora.objective.terms.task import Task
 from tests.support.tiny import arguments, collate, tiny_peft, tiny_rows
-
-Z_LOSS = '''"""z-loss: the squared log-normaliser of the logits (Chowdhery et al. 2022, arXiv 2204.02311, section 5)."""
-
-from dataclasses import dataclass
-from typing import ClassVar
-
-from ba_lora.objective.terms.base import PositionTerm
-
-
-@dataclass(frozen=True, kw_only=True)
-class ZLoss(PositionTerm):
-    """(log Σ exp z)² at each response position."""
-
-    name: ClassVar[str] = "z_loss"
-
-    def values(self, logits_NV, positions):
-        return logits_NV.logsumexp(-1).square()
-
-
-TERM = ZLoss
-'''
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,12 +95,19 @@ def test_a_second_term_of_a_name_is_refused(tmp_path):
         )
 
 
+def readme_example(root):
+    """The file that README.md gives as an example."""
+    text = (root / "README.md").read_text(encoding="utf-8")
+    block = text.split("for instance `z_loss.py`:\n\n  ```text\n")[1].split("\n  ```\n")[0]
+    return textwrap.dedent("  " + block.removeprefix("  ")) + "\n"
+
+
 def test_one_file_and_one_key_add_a_regularizer(root, tmp_path):
-    """As docs/adding.md tells: in a copy of the tree, trained by the fused and the plain loss, shown everywhere."""
+    """As README.md tells: in a copy of the tree, trained by the fused and the plain loss, shown everywhere."""
     for name in ("ba_lora", "configs", "data", "eval"):
         shutil.copytree(root / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(root / "train_nlg.py", tmp_path)
-    (tmp_path / "ba_lora" / "objective" / "terms" / "z_loss.py").write_text(Z_LOSS)
+    (tmp_path / "ba_lora" / "objective" / "terms" / "z_loss.py").write_text(readme_example(root))
     environment = {**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
 
     def run(*words):
