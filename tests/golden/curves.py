@@ -95,7 +95,7 @@ def train(case: str, folder: Path) -> dict:
 
 def run_ids() -> dict[str, str]:
     """Return the run id of each config of RUN_IDS with its method."""
-    from ba_lora.config.schema.layers import load_config
+    from ba_lora.config.layers import load_config
 
     with contextlib.chdir(ROOT):
         return {name: load_config(path, method=method).run_id for name, (path, method) in RUN_IDS.items()}
