@@ -63,6 +63,7 @@ from ba_lora.experiments.tables import Table, available_tables, find_table, load
 from ba_lora.io import disk_errors
 from ba_lora.locks import holder, try_lock, work_lock_path
 from ba_lora.paths import PROJECT_ROOT, stage_environment
+from ba_lora.runs.folder import is_trained
 
 __all__ = ["Grid", "Table", "load_table", "main"]
 
@@ -272,6 +273,8 @@ class Grid:
             if failures:
                 self._tried.add(path)
                 self._fail(spec, record_failure(spec.config, failures), f" (log: {failures[0].log_path})")
+            elif running.doing == "training" and not is_trained(path, spec.config):  # else it would be trained for ever
+                self._fail(spec, f"its training ended without an error, and left no whole run in {path}")
             elif running.doing == "training":
                 self._train_seconds.append(work.seconds)
                 self._tell(f"trained: {path.name} in {work.seconds:.0f} s")

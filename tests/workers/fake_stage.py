@@ -44,7 +44,12 @@ for run in map(Path, runs):
     time.sleep(seconds)
     number = sum(map(ord, run.name)) % 100 / 100
     if kind == "train":
-        (run / "adapter").mkdir(exist_ok=True)
+        for weights in (
+            "adapter/adapter_model.safetensors",
+            "lora/adapter_model.safetensors",
+            "merged/model.safetensors",
+        ):
+            write(run / weights, "weights")
         write(run / "train.json", json.dumps({"status": "ok", "training": {"seconds": number}}))
     elif kind == "generate":
         write(run / "completions" / "toy.jsonl", "{}\n")
