@@ -32,7 +32,7 @@ from ba_lora.objective.reference_cache.fill import cached_reference
 from ba_lora.processes import on_main_process, start_processes
 from ba_lora.runs.card import write_model_card
 from ba_lora.runs.export import export_run, probe_batch, push_to_hub, report, save_trained
-from ba_lora.runs.folder import claim_folder, complete_result, finish, is_trained, keep_inputs, recorded
+from ba_lora.runs.folder import claim_folder, complete_result, finish, is_trained, keep_base, keep_factors, recorded
 from ba_lora.runs.results import environment, peak_memory_mb, reset_peak_memory, total_peak_memory_mb
 from ba_lora.training.arguments import build_arguments, count_steps
 from ba_lora.training.packing import build_collator, faster_attention, prepare_packing
@@ -85,9 +85,10 @@ def train(config: RunConfig, run_path: Path, process: PartialState, arguments: T
     # from the pre-trained model, and later each export from the trained one.
     probe = probe_batch(data.dataset.select(range(min(2, len(data.dataset)))).to_list(), tokenizer.pad_token_id)
     num_steps = count_steps(arguments, len(data.dataset))
-    model, step0 = build_model(config, run_path=run_path, num_steps=num_steps, probe=probe, rows=data.dataset)
     model_commit = hub_commit(config.model)  # a branch may move while the run trains
-    on_main_process(process, keep_inputs, config, commit=model_commit)
+    on_main_process(process, keep_base, config, commit=model_commit)
+    model, step0 = build_model(config, run_path=run_path, num_steps=num_steps, probe=probe, rows=data.dataset)
+    on_main_process(process, keep_factors, config)
     trainable, everything = parameter_counts(model)
     if config.data.packing:
         prepare_packing(model, data.dataset["input_ids"][:2])

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ba_lora.config.layers import load_config, load_run
+from ba_lora.config.layers import load_run
 from ba_lora.config.schema import RunConfig
 from ba_lora.errors import CommandParser, UserError, run_entry_point
 from ba_lora.experiments.pipeline import UNTUNED
@@ -118,7 +118,7 @@ def measure_runs(run_paths: Sequence[Path], material: Material, options: Options
     Every pre-trained model is loaded once, with all adapters that go onto it; what belongs to a run alone (full
     fine-tuning, DoRA, …) comes after, from its merged model.
     """
-    configs = {path: load_config(path / "config.yaml") for path in run_paths}
+    configs = {path: load_run(path) for path in run_paths}
     tuned = [path for path in run_paths if configs[path].method != UNTUNED]
     jobs = {job.run: job for path in tuned for job in serving.plan([str(path)], serve=_serve(path))}
     groups: dict[tuple[str, str | None], list[Path]] = {}

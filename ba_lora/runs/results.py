@@ -14,7 +14,6 @@ import os
 import platform
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from typing import Any
 from ba_lora.config.layers import config_of_result
 from ba_lora.config.schema import UNTUNED, RunConfig, training_hash
 from ba_lora.errors import UserError
-from ba_lora.io import disk_errors, read_object, remove_leftovers, write_json_atomic
+from ba_lora.io import read_object, remove_leftovers, write_json_atomic
 from ba_lora.paths import PROJECT_ROOT
 
 PACKAGES = (
@@ -83,13 +82,9 @@ def read_record(path: Path, *keys: str, fix: str) -> dict[str, Any]:
 
 
 def check_result_place(config: RunConfig) -> None:
-    """Raise UserError where the result cannot be written, or (but with `overwrite`) would replace that of another
-    config: before the training."""
+    """Raise UserError where the result would take the place of a folder, or (but with `overwrite`) of another config's
+    result: before the training. Whether its folder can be written: config.checks.check_places."""
     path = config.result_path
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
     if path.is_dir():
         raise UserError(f"{path} is a folder, and the run's result would be written there: choose another results_dir")
     if not config.overwrite:

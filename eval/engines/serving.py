@@ -71,9 +71,9 @@ def _hot_adapter(run: Path) -> Path:
 
 def _run_model(run: Path) -> tuple[bool, str | None]:
     """Return whether a run's base was quantised, and the base's hub revision."""
-    from ba_lora.config.layers import load_config
+    from ba_lora.config.layers import load_run
 
-    model = load_config(run / "config.yaml").model
+    model = load_run(run).model
     return model.quantization != "none", model.revision
 
 

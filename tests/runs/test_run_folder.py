@@ -2,6 +2,7 @@
 
 import json
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,9 @@ from ba_lora.config.layers import load_config, load_run
 from ba_lora.config.schema import to_yaml
 from ba_lora.errors import UserError
 from ba_lora.io import read_json, write_json_atomic
-from ba_lora.models.load import model_source
+from ba_lora.models.load import folder_hash, model_source
 from ba_lora.runs import folder as run
-from ba_lora.runs.folder import CLAIM, claim_folder, is_finished, is_trained, keep_inputs, recorded
+from ba_lora.runs.folder import CLAIM, claim_folder, is_finished, is_trained, keep_base, keep_factors, recorded
 from ba_lora.runs.results import assemble, result_fault, write_result
 from tests.support.tiny import only_result, save_tiny_model
 
@@ -77,6 +78,7 @@ def test_a_result_of_another_config_is_never_replaced(configured):
     write_json_atomic(config.result_path, result)
     with pytest.raises(UserError, match="is the result of another config: .*overwrite=true replaces it"):
         claim_folder(config)
+    assert [path.name for path in config.run_path.parent.iterdir()] == ["results"], "not even a lock"
     with pytest.raises(UserError, match="is the result of another config"):
         write_result(config.run_path, config)
     assert read_json(config.result_path) == result and not config.run_path.exists()
@@ -102,12 +104,7 @@ def test_a_failed_attempt_does_not_replace_a_result(configured):
     assert only_result(config.result_path.parent) == good
 
 
-def test_a_results_folder_that_cannot_be_written_is_told_before_anything(configured, tmp_path):
-    put(tmp_path / "results")
-    with pytest.raises(UserError, match="cannot write .*results"):
-        claim_folder(configured())
-    assert not (tmp_path / "run").exists()
-    (tmp_path / "results").unlink()
+def test_a_folder_in_the_results_place_is_told_before_anything(configured, tmp_path):
     config = configured()
     config.result_path.mkdir(parents=True)
     with pytest.raises(UserError, match="is a folder, and the run's result"):
@@ -171,6 +168,48 @@ def test_only_a_run_with_a_checkpoint_is_held_by_its_config_and_data(configured,
             claim_folder(configured(*overrides), **more)
             assert sorted(files(path)) == [CLAIM, "config.yaml"]
             assert read_json(path / CLAIM)["num_processes"] == more.get("num_processes", 1)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), UserError("no such file: rows.jsonl")])
+def test_an_export_that_fails_again_takes_no_finished_run_away(configured, error, capsys):
+    """checkpoints/ is gone by the user's hand, and merged/ was cut short."""
+    config = configured()
+    trained(config)
+    put(config.run_path / "scores" / "toy.json")
+    put(config.run_path / "merged" / "adapter_model.safetensors", "cut")
+    before = files(config.run_path)
+    claim_folder(configured())
+    assert "it is trained again from the start" in capsys.readouterr().out
+    with pytest.raises(type(error)), recorded(config.run_path, config, main=True):
+        raise error
+    after = files(config.run_path)
+    assert after.pop("train.json") != before.pop("train.json") and after == before
+    assert read_json(config.result_path)["status"] == "ok"
+
+
+def test_a_failed_run_stays_one_where_somebody_else_has_put_something(configured, tmp_path):
+    kept = ["judgements/mt_bench.jsonl", "notes.txt"]
+    claim_folder(configured())
+    for name in kept:
+        put(tmp_path / "run" / name)
+    with pytest.raises(UserError), recorded(tmp_path / "run", configured(), main=True):
+        raise UserError("before the training")
+    assert sorted(files(tmp_path / "run")) == sorted([*kept, CLAIM, "config.yaml"])
+    claim_folder(configured("seed=5"))
+    assert load_run(tmp_path / "run").seed == 5
+
+
+@pytest.mark.parametrize("setting", [{"report_to": "wandb"}, {"deepspeed": "/gone/ds.json"}, {"max_steps": 0}])
+def test_a_run_is_read_where_it_could_not_be_trained(configured, setting, monkeypatch):
+    """Without wandb, without the moved file, with a value that is refused today."""
+    config = configured()
+    trained(config)
+    config.trainer |= setting
+    (config.run_path / "config.yaml").write_text(to_yaml(config))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: None if name == "wandb" else find_spec(name))
+    with pytest.raises(UserError):
+        load_config(config.run_path / "config.yaml")
+    assert load_run(config.run_path).trainer == config.trainer and run.is_run_folder(config.run_path)
 
 
 # ---- overwrite=true
@@ -250,7 +289,7 @@ def test_a_damaged_train_json_is_no_trained_run(configured, capsys, text):
         assemble(config.run_path, config)
     claim_folder(configured())
     told = capsys.readouterr().out
-    assert text == "{}" or "train.json cannot be read: it is exported again" in told
+    assert text == "{}" or "train.json cannot be read: no checkpoint is left to export it from: it is trained" in told
 
 
 @pytest.mark.parametrize("text", ["[]", "{}", "{", '{"metrics": {}}'])
@@ -272,9 +311,10 @@ def test_the_base_and_the_first_factors_are_those_of_the_start(configured, tmp_p
     word = f"model.name={base}"
     config = configured(word)
     claim_folder(config)
+    keep_base(config, commit=None)
     factors = config.run_path / "initial" / "initial_factors.safetensors"
     put(factors)
-    keep_inputs(config, commit=None)
+    keep_factors(config)
     if has_checkpoint:
         give_checkpoint(config.run_path)
     claim_folder(configured(word))  # nothing has changed
@@ -295,11 +335,34 @@ def test_the_base_and_the_first_factors_are_those_of_the_start(configured, tmp_p
 def test_a_base_that_moves_on_the_hub_is_not_mixed_with_itself(configured):
     config = configured()
     claim_folder(config)
-    keep_inputs(config, commit="a" * 40)
-    keep_inputs(config, commit="b" * 40)  # nothing was trained
+    factors = config.run_path / "initial" / "initial_factors.safetensors"
+    put(factors)  # of a base that no claim names
+    keep_base(config, commit="a" * 40)
+    assert not factors.exists()
+    for killed_before_the_factors_were_noted in (True, False):
+        put(factors)
+        if not killed_before_the_factors_were_noted:
+            keep_factors(config)
+        keep_base(config, commit="a" * 40)
+        assert factors.is_file(), "the same base"
+        keep_base(config, commit="b" * 40)  # nothing was trained
+        assert not factors.exists() and "initial" not in read_json(config.run_path / CLAIM)
+        keep_base(config, commit="a" * 40)
+    put(factors)
     give_checkpoint(config.run_path)
-    with pytest.raises(UserError, match=f"was {'b' * 40} when run was started and is {'c' * 40} now"):
-        keep_inputs(config, commit="c" * 40)
+    with pytest.raises(UserError, match=f"was {'a' * 40} when run was started and is {'c' * 40} now"):
+        keep_base(config, commit="c" * 40)
+    assert factors.is_file()
+
+
+def test_only_the_files_of_a_model_are_hashed(tmp_path):
+    base = save_tiny_model(tmp_path / "base")
+    before = folder_hash(base)
+    for name in ("notes.txt", "trainer_state.json", "generation_config.json", "README.md"):
+        put(base / name)
+    assert folder_hash(base) == before and folder_hash(tmp_path / "none") is None
+    put(base / "modeling.py")
+    assert folder_hash(base) != before
 
 
 def test_one_flipped_byte_in_the_first_factors_stops_a_resumed_run(train, tmp_path):
