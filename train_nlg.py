@@ -73,7 +73,7 @@ def train(config: RunConfig, run_path: Path, process: PartialState, arguments: T
         )
     )
 
-    check_sizes(config, tokenizer, data.dataset)
+    check_sizes(config, tokenizer, data.dataset, data.heldout)
 
     # Reference: the pre-trained model's own distributions. Without a cache on disk the trainer makes them in every
     # step, by a pass of the model as it is at step 0.

@@ -76,7 +76,7 @@ def train(config: NLURunConfig, run_path: Path, process: PartialState, arguments
         "{rows_heldout} held out, classes {classes}".format(**data.report, max_length=config.data.max_length)
     )
 
-    check_sizes(config, tokenizer, data.train)
+    check_sizes(config, tokenizer, data.train, data.heldout, *data.dev.values())
 
     # Model: the pre-trained one, with a new head and the method's adapter. The logits of two rows, the probe, tell how
     # far step 0 is from the pre-trained model, and later each export from the trained one.

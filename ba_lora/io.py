@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from ba_lora.errors import UserError
+from ba_lora.paths import no_such_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -158,7 +159,7 @@ def check_readable(path: Path) -> None:
         if not path.is_file():
             raise UserError(f"{path} is {_kind_of_file(path)}, a file is needed")
     except FileNotFoundError as error:
-        raise UserError(f"no such file: {path}; check the path") from error
+        raise UserError(f"{no_such_file(path)}; check the path") from error
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror.lower()}") from error
     if size > MAX_FILE_BYTES:

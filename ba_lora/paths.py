@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
+LOCAL_SUFFIXES = (".json", ".jsonl", ".parquet", ".csv", ".tsv")  # of data files
 
 
 def user_folder() -> Path:
@@ -24,7 +25,20 @@ def resolve_path(path: str | Path) -> Path:
     return own if own.exists() else PROJECT_ROOT / path
 
 
+def written_path(path: str | Path) -> Path:
+    """Return `path`, absolute: below the user's folder. For what is typed to be written to, there or not."""
+    return user_folder().absolute() / Path(path).expanduser()
+
+
 def resolve_data(data: str) -> str:
-    """Return the absolute path of a data file that exists (see `resolve_path`); a hub's name as it is."""
+    """Return the absolute path (see `resolve_path`) of a data file, which exists or has a data file's suffix; a hub's
+    name as it is."""
     path = resolve_path(data)
-    return str(path) if path.exists() else data
+    return str(path) if path.exists() or path.suffix in LOCAL_SUFFIXES else data
+
+
+def no_such_file(path: Path) -> str:
+    """Return the words for a file that is not there, with both places of `resolve_path` where it looked in both."""
+    if path.is_relative_to(PROJECT_ROOT) and not user_folder().samefile(PROJECT_ROOT):
+        return f"no such file: {path}, nor {user_folder() / path.relative_to(PROJECT_ROOT)}"
+    return f"no such file: {path}"

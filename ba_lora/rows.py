@@ -12,14 +12,12 @@ from typing import TYPE_CHECKING, TypeVar
 from ba_lora.errors import UserError
 from ba_lora.hub import hub_obstacle
 from ba_lora.io import check_readable, read_json, read_jsonl, sha256_file
-from ba_lora.paths import PROJECT_ROOT
+from ba_lora.paths import LOCAL_SUFFIXES, PROJECT_ROOT
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 Row = TypeVar("Row")
-
-LOCAL_SUFFIXES = (".json", ".jsonl", ".parquet", ".csv", ".tsv")
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,15 @@ import random
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ba_lora.config.schema import DataConfig
 from ba_lora.errors import UserError
 from ba_lora.objective.regularizers import IGNORE_INDEX
-from ba_lora.paths import resolve_path
+from ba_lora.paths import resolve_data
 from ba_lora.prompts import build_prompt
-from ba_lora.rows import LOCAL_SUFFIXES, choose_rows, load_rows
+from ba_lora.rows import choose_rows, load_rows
 from data import manifest
 from data.tokenized import tokenize_once
 
@@ -209,9 +210,8 @@ def _read_rows(config: DataConfig) -> tuple[list[dict[str, Any]], dict[str, Any]
     name, revision = config.source or source.hub, config.revision
     if config.source is None:
         revision = revision or manifest.pinned_revision(config.name)
-    if resolve_path(name).exists():
-        name = str(resolve_path(name))
-    elif revision and not name.endswith(LOCAL_SUFFIXES):
+    name = resolve_data(name)
+    if revision and not Path(name).is_absolute():
         name = f"{name}@{revision}"
     rows, where = load_rows(name, split=config.split, configs=lambda hub: (source.subset,))
     origin = {"source": where.name, "revision": where.revision, "file_sha256": where.sha256}

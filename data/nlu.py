@@ -10,14 +10,15 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ba_lora.config.schema_nlu import NLUDataConfig, NLURunConfig
 from ba_lora.errors import UserError
 from ba_lora.glue import HUB, GlueTask, find_task, hub_source
 from ba_lora.models.load import encode_texts
-from ba_lora.paths import resolve_path
-from ba_lora.rows import LOCAL_SUFFIXES, Source, choose_rows, load_rows
+from ba_lora.paths import resolve_data
+from ba_lora.rows import Source, choose_rows, load_rows
 from data.imbalance import imbalanced_rows
 
 if TYPE_CHECKING:
@@ -149,10 +150,10 @@ def _read_set(
     subset = config.nlu.task
     if name is None:
         name = hub_source(config.data.revision)
-    elif resolve_path(name).exists():
-        name = str(resolve_path(name))
-    elif config.data.revision and not name.endswith(LOCAL_SUFFIXES):
-        name = f"{name}@{config.data.revision}"
+    else:
+        name = resolve_data(name)
+        if config.data.revision and not Path(name).is_absolute():
+            name = f"{name}@{config.data.revision}"
     rows, source = load_rows(name, split=split, configs=lambda hub: (subset if hub == HUB else None,))
     origin = {
         "source": source.name,

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ba_lora.config import schema as config
 from ba_lora.errors import UserError
 from ba_lora.io import read_json, read_jsonl
+from ba_lora.paths import resolve_data
 from eval.tasks.base import Item
 
 MAX_COMPLETION_CHARS = 10_000_000
@@ -165,11 +165,11 @@ def read_meta(completions: Path) -> dict:
     return meta
 
 
-def resolve_data(data: str | None, meta: dict) -> str | None:
+def graded_data(data: str | None, meta: dict) -> str | None:
     """Return the data to grade against: --data, else the meta's (relative to here or to the repository), else None."""
     if data is not None:
-        return config.resolve_data(data)
+        return resolve_data(data)
     named = meta.get("data")
     if named is not None and not isinstance(named, str):
         raise UserError(f"the meta file's data must be a file or hub name, found {type(named).__name__}; give --data")
-    return config.resolve_data(named) if named else None
+    return resolve_data(named) if named else None

@@ -10,18 +10,15 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ba_lora.config.layers import load_run
-from ba_lora.config.schema import RunConfig
+from ba_lora.config.schema import RESULTS_PATH
 from ba_lora.errors import UserError
 from ba_lora.io import read_json, write_json_atomic
-from ba_lora.paths import resolve_path
 from ba_lora.runs.results import refresh_result
 from eval import inheritance
 from eval.completions import output_paths
 from eval.judge.judge import one_judge
 from eval.scoring import Options, score_file, stale_reason
 from eval.tasks import get_task
-
-RESULTS = RunConfig.results_dir
 
 
 def score_runs(folder: Path, *, options: Options, results: Path | None = None) -> int:
@@ -62,7 +59,7 @@ def _refresh(run: Path, results: Path | None) -> bool:
 
     config = load_run(run) if (run / "config.yaml").is_file() else None
     name = f"{run.name}.json" if config is None else config.result_path.name
-    result_path = (results or resolve_path(RESULTS)) / name
+    result_path = (results or RESULTS_PATH) / name
     result = refresh_result(run, result_path)
     if result is None:
         return False

@@ -15,12 +15,12 @@ from ba_lora.rows import is_commit
 from eval.completions import (
     PROMPT_TOO_LONG,
     TRUNCATED,
+    graded_data,
     judgements_path,
     match_items,
     output_paths,
     read_completions,
     read_meta,
-    resolve_data,
 )
 from eval.grading.thinking import THINKING, check_marks
 from eval.judge.client import JudgeOptions
@@ -102,7 +102,7 @@ def score_file(
     meta = read_meta(completions_path)
     task = choose(task, meta, options)
     made_from = None if data is not None else meta.get("data_sha256")
-    data = resolve_data(data, meta)
+    data = graded_data(data, meta)
     loaded = {} if loaded is None else loaded
     if (task.name, data) not in loaded:
         loaded[task.name, data] = task.load(data)

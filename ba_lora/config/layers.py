@@ -69,9 +69,10 @@ def load_config(
         layers = [base, _method_layer(method, kind), {"method": method, "name": path.stem}]
         if kind == "nlu":
             layers.insert(1, task_layer(base, task))
+    typed_layer = override_layer(overrides)
     for layer in layers:
-        _refuse_untyped(layer, path, overrides, saved="method" in base)
-    layers.append(_override_layer(overrides))
+        _refuse_untyped(layer, path, typed_layer, saved="method" in base)
+    layers.append(typed_layer)
     schema = SCHEMAS[kind]
     for layer in layers:
         _refuse_unknown(layer, path, schema, schema)
@@ -149,12 +150,19 @@ def _refuse_interpolations(value: Any, source: object, key: str = "") -> None:
         raise UserError(f"{key or value} in {source}: ${{…}} is not read in configs: write the value itself")
 
 
-def _refuse_untyped(layer: dict[str, Any], path: Path, overrides: list[str], *, saved: bool) -> None:
+def only_typed(layer: dict[str, Any]) -> dict[str, Any]:
+    """Return what a layer sets of the keys that count only when they are typed: dotted key → its value."""
+    sections = {"model.trust_remote_code": layer.get("model"), "overwrite": layer}
+    names = {key: key.rpartition(".")[2] for key in sections}
+    return {k: v[names[k]] for k, v in sections.items() if isinstance(v, dict) and names[k] in v}
+
+
+def _refuse_untyped(layer: dict[str, Any], path: Path, typed: dict[str, Any], *, saved: bool) -> None:
     """Take what counts only when it is typed out of a file's layer; raise UserError where a base sets it."""
-    for key, section in (("model.trust_remote_code", layer.get("model")), ("overwrite", layer)):
-        if not isinstance(section, dict) or section.pop(key.rpartition(".")[2], False) in (False, None) or saved:
-            continue
-        if not any(text.startswith(f"{key}=") for text in overrides):
+    for key, value in only_typed(layer).items():
+        section, _, name = key.rpartition(".")
+        (layer[section] if section else layer).pop(name)
+        if value not in (False, None) and not saved and key not in only_typed(typed):
             raise UserError(f"{key} in {path} counts only when it is typed: take it out, and type {key}=true")
 
 
@@ -209,7 +217,7 @@ def _method_layer(method: str, kind: str) -> dict[str, Any]:
     return _overlay(layer, blocks[kind])
 
 
-def _override_layer(overrides: list[str] | tuple[str, ...]) -> dict[str, Any]:
+def override_layer(overrides: list[str] | tuple[str, ...]) -> dict[str, Any]:
     for text in overrides:
         if not re.match(r"^[A-Za-z_][\w.]*=", text):
             raise UserError(f"cannot read {text!r}: overrides are key=value, such as trainer.max_steps=20")

@@ -53,7 +53,6 @@ TRAINER_RANGES = {
     "adam_beta2": "[0, 1)",
     "adam_epsilon": "[0, 1]",
     "max_grad_norm": "[0, 1e30]",
-    "label_smoothing_factor": "[0, 1)",
     "neftune_noise_alpha": "[0, 1000000]",
     "torch_empty_cache_steps": "[1, 10000000000]",
     "logging_steps": "(0, 10000000000]",

@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,7 +18,7 @@ from omegaconf import OmegaConf
 
 from ba_lora.config.ranges import check_numbers
 from ba_lora.errors import UserError
-from ba_lora.paths import PROJECT_ROOT, resolve_path
+from ba_lora.paths import PROJECT_ROOT, written_path
 
 DTYPES = ("float32", "bfloat16", "float16")
 ATTENTION = ("sdpa", "eager", "flash_attention_2")
@@ -43,6 +44,7 @@ EXTRA_TERMS = tuple(
     )
 )
 DATASETS = ("toy", "metamathqa", "codefeedback", "wizardlm", "gsm8k")
+RESULTS_PATH = PROJECT_ROOT / "results" / "runs"
 UNTUNED = "untuned"  # the method name of the pre-trained model itself
 
 
@@ -227,7 +229,7 @@ class RunConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
     hub: HubConfig = field(default_factory=HubConfig)
     output_dir: str | None = None  # None: outputs/<run_id>
-    results_dir: str = "results/runs"
+    results_dir: str | None = None  # None: the repository's results/runs
     overwrite: bool = False  # counts only when it is typed
 
     @property
@@ -243,7 +245,7 @@ class RunConfig:
     @property
     def run_path(self) -> Path:
         """The run's folder."""
-        return PROJECT_ROOT / (Path(self.output_dir).expanduser() if self.output_dir else Path("outputs", self.run_id))
+        return written_path(self.output_dir) if self.output_dir else PROJECT_ROOT / "outputs" / self.run_id
 
     @property
     def result_path(self) -> Path:
@@ -251,7 +253,7 @@ class RunConfig:
         suffix (a table's rows of their own), or of the pre-trained model itself, gives its own name."""
         folder = self.run_path.name
         name = folder if self.method == UNTUNED or folder.startswith(self.run_id) else self.run_id
-        return resolve_path(self.results_dir) / f"{name}.json"
+        return (written_path(self.results_dir) if self.results_dir else RESULTS_PATH) / f"{name}.json"
 
     @property
     def data_files(self) -> list[str]:
@@ -264,8 +266,9 @@ NOT_TRAINING = ("loss", "export", "eval", "hub", "output_dir", "results_dir", "o
 # TrainingArguments that change no weight.
 _COSMETIC_ARGUMENTS = (
     "logging_steps", "logging_first_step", "logging_strategy", "report_to", "run_name", "disable_tqdm", "log_level",
-    "save_steps", "save_strategy", "save_total_limit", "dataloader_num_workers", "dataloader_pin_memory",
+    "dataloader_num_workers", "dataloader_pin_memory",
 )  # fmt: skip
+_SAVING_ARGUMENTS = ("save_steps", "save_strategy", "save_total_limit")  # nor these, unless the best is exported
 
 
 def check_choice(key: str, value: str, choices: tuple[str, ...] | list[str]) -> None:
@@ -281,15 +284,19 @@ def nearest(word: str, choices: tuple[str, ...] | list[str]) -> str:
 
 
 def public(value: Any) -> Any:
-    """Return plain values whose absolute paths are told without this machine's folders: from the project's root for
-    what lies there, else by the last part."""
+    """Return plain values whose paths that are absolute or lead upwards, also those after a `name=`, are told without
+    this machine's folders: from the project's root for what lies there, else by the last part."""
     if isinstance(value, dict):
         return {key: public(entry) for key, entry in value.items()}
     if isinstance(value, list):
         return [public(entry) for entry in value]
-    if not isinstance(value, str) or not Path(value).expanduser().is_absolute():
+    if not isinstance(value, str):
         return value
-    path = Path(value)
+    path = Path(value).expanduser()
+    if not path.is_absolute() and ".." not in path.parts:
+        name, equals, rest = value.partition("=")
+        return f"{name}={public(rest)}" if equals else value
+    path = Path(os.path.normpath(path))
     return path.relative_to(PROJECT_ROOT).as_posix() if path.is_relative_to(PROJECT_ROOT) else path.name
 
 
@@ -316,7 +323,8 @@ def training_settings(config: RunConfig) -> dict[str, Any]:
     for name in EXTRA_TERMS:  # a term that is out changes no weight
         if plain["regularizers"][f"lambda_{name}"] == 0:
             del plain["regularizers"][f"lambda_{name}"], plain["regularizers"][f"{name}_schedule"]
-    plain["trainer"] = {k: v for k, v in plain["trainer"].items() if k not in _COSMETIC_ARGUMENTS}
+    saving = () if plain["trainer"].get("load_best_model_at_end") else _SAVING_ARGUMENTS
+    plain["trainer"] = {k: v for k, v in plain["trainer"].items() if k not in (*_COSMETIC_ARGUMENTS, *saving)}
     plain["model"]["trust_remote_code"] = False  # who trusts the code gets the same weights
     plain["adapter"].pop("factors_cache")
     svd_rank = plain["adapter"].pop("svd_rank") or config.adapter.rank

@@ -30,17 +30,17 @@ _UNSAFE_ARGUMENTS = {
 }
 # TrainingArguments that the run itself sets.
 _RESERVED_ARGUMENTS = {
-    "output_dir": "output_dir",
-    "seed": "seed",
-    "data_seed": "seed",
-    "push_to_hub": "hub.push",
-    "hub_model_id": "hub.repo_id",
-    "hub_token": "the environment's HF_TOKEN, or `hf auth login` (a token in a config would be published with it)",
-    "local_rank": "(the launcher sets it)",
-    "resume_from_checkpoint": "(resuming is automatic)",
-    "prediction_loss_only": "(held-out rows have no predictions, only a loss)",
-    "label_names": "(the rows are made by the run)",
-    "remove_unused_columns": "(the rows are made by the run)",
+    "output_dir": "use output_dir",
+    "seed": "use seed",
+    "data_seed": "use seed",
+    "push_to_hub": "use hub.push",
+    "hub_model_id": "use hub.repo_id",
+    "hub_token": "use the environment's HF_TOKEN, or `hf auth login` (a token in a config would be published with it)",
+    "local_rank": "the launcher says it; leave it out",
+    "resume_from_checkpoint": "resuming is automatic; leave it out",
+    "prediction_loss_only": "held-out rows have no predictions, only a loss; leave it out",
+    "label_names": "the run makes the rows; leave it out",
+    "remove_unused_columns": "the run makes the rows; leave it out",
 }
 # What people type for a TrainingArguments name.
 ALIASES = {
@@ -115,7 +115,7 @@ def check_trainer(arguments: dict[str, Any]) -> None:
     types = argument_types()
     for name, value in arguments.items():
         if name in _RESERVED_ARGUMENTS:
-            raise UserError(f"trainer.{name} is set by the run itself: use {_RESERVED_ARGUMENTS[name]}")
+            raise UserError(f"trainer.{name} is set by the run itself: {_RESERVED_ARGUMENTS[name]}")
         if name not in types:
             raise UserError(f"unknown key trainer.{name}{nearest_argument(name)} (transformers.TrainingArguments)")
         if name == "accelerator_config" and isinstance(value, dict) and value.get("split_batches"):

@@ -15,7 +15,7 @@ from ba_lora.config.schema_nlu import NLURunConfig
 from ba_lora.errors import UserError
 from ba_lora.glue import find_task, hub_source
 from ba_lora.io import read_object, sha256_file
-from ba_lora.paths import resolve_path
+from ba_lora.paths import no_such_file, resolve_path
 
 STATE_FILE = "evaluation.json"  # what the scores in a run's folder belong to
 
@@ -57,7 +57,7 @@ def data_file(config: RunConfig, task: str) -> Path:
     """Return the task's file in `eval.data`. Raises UserError where it is not there."""
     path = resolve_path(config.eval.data[task])
     if not path.is_file():
-        raise UserError(f"eval.data.{task}: no such file: {path}; check the path, or drop the key for the hub's set")
+        raise UserError(f"eval.data.{task}: {no_such_file(path)}; check the path, or drop the key for the hub's set")
     return path
 
 

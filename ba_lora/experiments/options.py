@@ -7,7 +7,7 @@ from ba_lora.config.checks import check_place
 from ba_lora.config.schema import nearest
 from ba_lora.errors import UserError
 from ba_lora.experiments.tables import Row, Table
-from ba_lora.paths import user_folder
+from ba_lora.paths import written_path
 
 REPORT_OPTIONS = ("output", "allow")
 MAX_WORKERS = 1024
@@ -35,7 +35,7 @@ def split_options(words: Sequence[str]) -> tuple[GridOptions, list[str]]:
             raise UserError(f"cannot read {word!r}: one table, then key=value")
         if key in REPORT_OPTIONS:
             if key == "output":
-                check_place(user_folder() / text, "output")
+                check_place(written_path(text), "output")
             options = replace(options, report=(*options.report, word))
         elif key in OPTIONS:
             options = replace(options, **{key: _option(key, text)})

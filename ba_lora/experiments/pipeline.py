@@ -23,7 +23,7 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,6 +86,13 @@ def main() -> int:
     options = parser.parse_intermixed_args()
     config_path, overrides = split_words(options.words)
     specs = asked_specs(config_path, overrides, method=options.method)
+    run_specs(specs, table=results_table, dry_run=options.dry_run)
+    return 0
+
+
+def run_specs(specs: Sequence[Spec], *, table: Callable[[list[dict[str, Any]]], str], dry_run: bool) -> None:
+    """Train, evaluate and push the runs, one after another, and print the table of their results; with `dry_run` only
+    check them and print the commands."""
     configs = [spec.config for spec in specs]
     evaluations = [evaluation_stages([config]) for config in configs]  # checks files, too
     for config, evaluation in zip(configs, evaluations, strict=True):
@@ -93,19 +100,20 @@ def main() -> int:
             check_evaluation(evaluation)
     if missing := missing_judge(configs, os.environ):
         print(missing, file=sys.stderr, flush=True)
+    is_first_machine = _whole_number(os.environ, "MACHINE_RANK", 0) == 0
     results = []
     for spec, evaluation in zip(specs, evaluations, strict=True):
         config = spec.config
-        if options.dry_run:
+        if dry_run:
             for stage in [training_stage(spec, launch_command(os.environ)), *evaluation]:
                 print(shlex.join(stage.command))
             continue
-        if int(os.environ.get("MACHINE_RANK", "0")) != 0:
+        if not is_first_machine:
             train_run(spec)
             continue  # machine 0 evaluates
         with working_on(config):
             train_run(spec)
-            if config.eval.untuned and config.eval.tasks and not results:
+            if config.kind == "nlg" and config.eval.untuned and config.eval.tasks and not results:
                 untuned = untuned_config(config)
                 with working_on(untuned):
                     results.append(evaluate_run(untuned))
@@ -116,9 +124,8 @@ def main() -> int:
             print(f"pushed to {push_to_hub(config.run_path, config)}")
     if results:
         print()
-        print(results_table(labelled(results)))
+        print(table(labelled(results)))
         print(f"result{'s' if len(configs) > 1 else ''}: " + " ".join(str(config.result_path) for config in configs))
-    return 0
 
 
 def check_evaluation(stages: Iterable[Stage]) -> None:

@@ -8,21 +8,9 @@ run is printed again, a killed one goes on. Several GPUs or machines: as in ba_l
 """
 
 import argparse
-import os
-import shlex
 
 from ba_lora.errors import CommandParser, run_entry_point
-from ba_lora.experiments.pipeline import (
-    asked_specs,
-    evaluate_run,
-    evaluation_stages,
-    launch_command,
-    split_words,
-    train_run,
-    training_stage,
-    working_on,
-)
-from ba_lora.runs.results import labelled
+from ba_lora.experiments.pipeline import asked_specs, run_specs, split_words
 from ba_lora.runs.results_nlu import run_table
 
 DEFAULT_CONFIG = "configs/nlu/toy.yaml"
@@ -40,24 +28,7 @@ def main() -> int:
     options = parser.parse_intermixed_args()
     config_path, overrides = split_words(options.words, default=DEFAULT_CONFIG)
     specs = asked_specs(config_path, overrides, kind="nlu", default=DEFAULT_METHODS)
-    is_first_machine = int(os.environ.get("MACHINE_RANK", "0")) == 0
-
-    results = []
-    for spec in specs:
-        if options.dry_run:
-            for stage in [training_stage(spec, launch_command(os.environ)), *evaluation_stages([spec.config])]:
-                print(shlex.join(stage.command))
-            continue
-        if not is_first_machine:
-            train_run(spec)
-            continue  # machine 0 evaluates
-        with working_on(spec.config):
-            train_run(spec)
-            results.append(evaluate_run(spec.config))
-    if results:
-        print()
-        print(run_table(labelled(results)))
-        print("results: " + " ".join(str(spec.config.result_path) for spec in specs))
+    run_specs(specs, table=run_table, dry_run=options.dry_run)
     return 0
 
 

@@ -48,7 +48,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ba_lora.config.layers import read_yaml
+from ba_lora.config.layers import only_typed, override_layer, read_yaml
 from ba_lora.config.schema import RunConfig, nearest
 from ba_lora.errors import UserError
 from ba_lora.experiments.pipeline import UNTUNED, Spec, untuned_config
@@ -301,7 +301,7 @@ def _resolve(row: Row, kind: str, words: Sequence[str], tasks: Sequence[str], ty
     if kind == "nlu" and method is None:
         raise UserError(f"a classifier's head is new: there is no {UNTUNED} model to evaluate")
     for word in words:
-        if str(word).startswith(("model.trust_remote_code=", "overwrite=")):
+        if only_typed(override_layer([str(word)])):
             raise UserError(f"{word} counts only when it is typed: take it out of the table's file")
     spec = Spec.resolve(config_path, method, [*words, *typed], kind=kind)
     if kind == "nlu":  # training scores the run's own dev sets; what is left are the sets out of its domain
@@ -345,7 +345,7 @@ def _with_seed(spec: Spec, seed: int, suffix: str) -> Spec:
     if not spec.trained:
         return dataclasses.replace(spec, config=untuned_config(config), overrides=tuple(words))
     if suffix:
-        folder = f"outputs/{config.run_id}-{suffix}"
+        folder = str(PROJECT_ROOT / "outputs" / f"{config.run_id}-{suffix}")
         config = dataclasses.replace(config, output_dir=folder)
         words.append(f"output_dir={folder}")
     return dataclasses.replace(spec, config=config, overrides=tuple(words))

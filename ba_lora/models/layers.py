@@ -2,8 +2,10 @@
 
 import contextlib
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-from torch import nn
+if TYPE_CHECKING:
+    from torch import nn
 
 REFERENCE_ADAPTER = "reference"  # the frozen adapter beside the trained one (objective/reference.py)
 RESIDUAL_INITS = ("pissa", "corda", "olora", "lora_ga")  # for these PEFT takes s B₀A₀ from the base
@@ -14,31 +16,31 @@ def has_residual_base(config: object) -> bool:
     return str(getattr(config, "init_lora_weights", "")).lower().startswith(RESIDUAL_INITS)
 
 
-def adapter_layers(model: nn.Module) -> list[nn.Module]:
+def adapter_layers(model: "nn.Module") -> "list[nn.Module]":
     """Return the model's PEFT layers."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
 
 
-def adapter_parameters(layer: nn.Module, adapter: str) -> list[nn.Parameter]:
+def adapter_parameters(layer: "nn.Module", adapter: str) -> "list[nn.Parameter]":
     """Return all parameters of one adapter in a PEFT layer: factors (an embedding's too), DoRA's magnitude, …"""
     found = []
     for name in dict.fromkeys(layer.adapter_layer_names):  # PEFT lists DoRA's magnitude twice
         entries = getattr(layer, name, {})
         if adapter in entries:
             entry = entries[adapter]
-            found += list(entry.parameters()) if isinstance(entry, nn.Module) else [entry]
+            found += list(entry.parameters()) if hasattr(entry, "parameters") else [entry]
     return found
 
 
-def factor_parameters(layer: nn.Module, adapter: str) -> list[nn.Parameter]:
+def factor_parameters(layer: "nn.Module", adapter: str) -> "list[nn.Parameter]":
     """Return [A, B] of a LoRA layer's adapter: A is [rank, in], B is [out, rank]."""
     return [layer.lora_A[adapter].weight, layer.lora_B[adapter].weight]
 
 
 @contextlib.contextmanager
-def gathered(parameters: list[nn.Parameter], *, modify: bool = True) -> Iterator[None]:
+def gathered(parameters: "list[nn.Parameter]", *, modify: bool = True) -> Iterator[None]:
     """Give the whole tensors of parameters that DeepSpeed ZeRO-3 has split; else do nothing.
 
     With `modify` what rank 0 writes into them is kept, on every rank; without, they are only read, which is cheaper.

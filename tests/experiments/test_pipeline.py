@@ -14,7 +14,7 @@ import pytest
 from ba_lora.config.layers import load_config
 from ba_lora.config.schema import JUDGED_TASKS, NLG_TASKS, to_yaml
 from ba_lora.errors import UserError
-from ba_lora.experiments import pipeline
+from ba_lora.experiments import pipeline, pipeline_nlu
 from ba_lora.runs import folder as run_folder
 from ba_lora.runs.results import labelled, results_table
 from eval.tasks import TASKS
@@ -236,6 +236,26 @@ def test_a_task_without_data_of_its_own_is_told_before_the_training(tmp_path, mo
     with pytest.raises(UserError, match="heldout has no data of its own.*eval.data.heldout=FILE"):
         pipeline.main()
     assert not (tmp_path / "run").exists()
+
+
+def test_an_nlu_run_is_checked_trained_and_pushed_as_any_other(tmp_path, monkeypatch, capsys):
+    """Its evaluation is checked before the training, and what is asked to be pushed is pushed, at the end."""
+    done = []
+    monkeypatch.setattr(pipeline, "check_evaluation", lambda stages: done.append([stage.name for stage in stages]))
+    monkeypatch.setattr(pipeline, "train_run", lambda spec: done.append("trained"))
+    monkeypatch.setattr(pipeline, "evaluate_run", lambda config: done.append("evaluated"))
+    monkeypatch.setattr("ba_lora.runs.export.push_to_hub", lambda path, config: done.append("pushed"))
+    monkeypatch.setattr(pipeline_nlu, "run_table", lambda results: "table")
+    monkeypatch.setattr(pipeline, "labelled", lambda results: results)
+    words = ["minilm", "method=ba_lora", "task=sst2", f"output_dir={tmp_path / 'run'}", "eval.tasks=[yelp]"]
+    monkeypatch.setattr(sys, "argv", ["pipeline_nlu", *words, "hub.push=true", "hub.repo_id=u/n", "eval.untuned=true"])
+    assert pipeline_nlu.main() == 0 and done == [["evaluate"], "trained", "evaluated", "pushed"]
+    for rank in ("first", "-1"):
+        monkeypatch.setenv("MACHINE_RANK", rank)
+        with pytest.raises(UserError, match=f"MACHINE_RANK={rank} must be a whole number"):
+            pipeline_nlu.main()
+    monkeypatch.setenv("MACHINE_RANK", "")
+    assert pipeline_nlu.main() == 0
 
 
 def test_why_scores_no_longer_hold(tmp_path):

@@ -19,8 +19,9 @@ from transformers import (
     RobertaModel,
 )
 
+from ba_lora.config.layers import load_config
 from ba_lora.errors import UserError
-from ba_lora.models.sizes import check_tokens, load_skeleton, position_limit
+from ba_lora.models.sizes import check_sizes, check_tokens, load_skeleton, position_limit
 from eval.engines.open import open_engine
 from eval.generate import main
 from tests.support.tiny import save_tiny_model
@@ -102,6 +103,16 @@ def test_training_rows_longer_than_the_table_are_refused(train, tmp_path: Path) 
     model = save_gpt2(tmp_path / "model", positions=300)
     with pytest.raises(UserError, match="table of 300 positions: set data.max_length=300"):
         train(f"model.name={model}", "data.max_length=400")
+
+
+def test_the_rows_of_an_evaluation_count_too(tmp_path: Path) -> None:
+    model = save_gpt2(tmp_path, positions=30)
+    config = load_config("configs/nlg/toy.yaml", overrides=[f"model.name={model}"])
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    short, long = ({"input_ids": [[5] * length]} for length in (30, 31))
+    check_sizes(config, tokenizer, short, None)
+    with pytest.raises(UserError, match="a row has 31 tokens"):
+        check_sizes(config, tokenizer, short, None, long)
 
 
 def test_generation_with_tokens_without_a_row_is_refused(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from ba_lora import BALoRAConfig, BALoRATrainer, export_lora
 from ba_lora.config.layers import available_methods, load_config
 from ba_lora.config.schema import ModelConfig, RunConfig
 from ba_lora.errors import UserError
+from ba_lora.io import read_json
 from ba_lora.runs import export
 from ba_lora.runs.export import MAX_SHARE, serving_adapter
 from ba_lora.training.plain_lora import plain_lora
@@ -228,13 +229,21 @@ def test_pushing_uploads_what_serves_on_the_untouched_base(train, monkeypatch):
             assert private and exist_ok
             return f"https://hub/{repo_id}"
 
-        def upload_folder(self, *, repo_id, folder_path, path_in_repo="."):
+        def upload_folder(self, *, repo_id, folder_path, path_in_repo=".", ignore_patterns=()):
             assert (folder_path / "README.md").is_file()
             uploads.append((repo_id, folder_path.name, path_in_repo))
+            told.extend(f.read_text() for f in folder_path.glob("*.json") if f.name not in ignore_patterns)
 
+        def upload_file(self, *, repo_id, path_or_fileobj, path_in_repo):
+            uploads.append((repo_id, path_in_repo))
+            told.append(path_or_fileobj.decode())
+
+    told = []
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
-    train("hub.push=true", "hub.repo_id=me/toy")
-    assert uploads == [("me/toy", "lora", "."), ("me/toy", "merged", "merged")]
+    run = train("hub.push=true", "hub.repo_id=me/toy")
+    assert uploads == [("me/toy", "lora", "."), ("me/toy", "adapter_config.json"), ("me/toy", "merged", "merged")]
+    base = read_json(run / "lora" / "adapter_config.json")["base_model_name_or_path"]
+    assert Path(base).is_dir() and not any(str(Path(base).parent) in text for text in told), "no folder of this machine"
 
 
 def test_a_failed_push_is_one_line_and_trains_nothing_twice(train, monkeypatch, tmp_path):
@@ -250,7 +259,7 @@ def test_a_failed_push_is_one_line_and_trains_nothing_twice(train, monkeypatch, 
     assert only_result(tmp_path / "results")["status"] == "ok"
     before = (tmp_path / "run" / "train.json").read_text()
     Hub.create_repo = lambda *_args, **_kwargs: "https://hub/me/toy"
-    Hub.upload_folder = lambda *_args, **_kwargs: None
+    Hub.upload_folder = Hub.upload_file = lambda *_args, **_kwargs: None
     train("hub.push=true", "hub.repo_id=me/toy")
     assert (tmp_path / "run" / "train.json").read_text() == before
 

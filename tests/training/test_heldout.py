@@ -1,6 +1,7 @@
 """Evaluation inside an NLG training: held-out rows, the best checkpoint, early stopping, and all of it resumed."""
 
 import json
+from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
@@ -10,17 +11,26 @@ from ba_lora.config.layers import load_config
 from ba_lora.config.schema import DataConfig, training_hash
 from ba_lora.errors import UserError
 from ba_lora.io import read_json, read_jsonl
+from ba_lora.training.arguments import build_arguments
 from ba_lora.training.checkpoints import stopped_early
 from ba_lora.training.log import evaluation_line
 from data.nlg import load_training_data
 
 EVALUATED = ("trainer.eval_strategy=steps", "trainer.eval_steps=2", "data.heldout_share=0.25", "trainer.max_steps=8")
 STOPS_AT_6 = (*EVALUATED, "early_stopping.patience=2", "early_stopping.threshold=100")  # of the third evaluation
-KEEPS_WORST = (  # so that the kept checkpoint is not the last: the loss falls
-    *EVALUATED,
-    "trainer.load_best_model_at_end=true",
-    "trainer.greater_is_better=true",
-)
+KEEPS_BEST = (*EVALUATED, "trainer.load_best_model_at_end=true")
+
+
+@pytest.fixture
+def keeps_worst(monkeypatch):
+    """The worst checkpoint counts as the best, so that the kept one is not the last: the loss falls."""
+
+    def build(*words):
+        arguments = build_arguments(*words)
+        arguments.greater_is_better = True
+        return arguments
+
+    monkeypatch.setattr("train_nlg.build_arguments", build)
 
 
 def facts(run):
@@ -68,14 +78,33 @@ def test_nlu_has_its_own_evaluation(words, message):
         load_config("configs/nlu/toy.yaml", task="toy_pairs", overrides=words, kind="nlu")
 
 
+def test_the_best_needs_a_checkpoint_of_every_evaluation():
+    """Of evaluations at 50, 100, 150, … and checkpoints at 100, 200, … another than the best would be exported."""
+    words = [*EVALUATED[:3], "trainer.load_best_model_at_end=true", "trainer.eval_steps=50"]
+    with pytest.raises(UserError, match="needs a checkpoint of every evaluation: set trainer.save_steps=50, or"):
+        load_config("configs/nlg/toy.yaml", overrides=words)
+    right = [load_config("configs/nlg/toy.yaml", overrides=[*words, f"trainer.{word}"])
+             for word in ("save_steps=50", "save_strategy=best")]  # fmt: skip
+    assert len({config.run_id for config in right}) == 2, "they may export other weights"
+    unsaid = right[0]
+    del unsaid.trainer["save_steps"]
+    assert build_arguments(unsaid, Path("none")).save_steps == 50
+
+
+def test_saving_names_no_run_that_exports_the_last_weights():
+    plain = load_config("configs/nlg/toy.yaml")
+    assert load_config("configs/nlg/toy.yaml", overrides=["trainer.save_steps=7"]).run_id == plain.run_id
+
+
 def test_the_line_of_an_evaluation():
     line = evaluation_line({"eval_loss": 1.5, "eval_task": 1.25, "eval_runtime": 3.0}, step=2, num_steps=8)
     assert line == "step 2/8 | held-out rows: loss 1.5000 | task 1.2500"
 
 
 @pytest.mark.parametrize("method", ["ba_lora", "full_ft"])
+@pytest.mark.usefixtures("keeps_worst")
 def test_the_best_checkpoint_is_exported(train, capsys, method):
-    run = train(*KEEPS_WORST, "trainer.save_total_limit=2", method=method)
+    run = train(*KEEPS_BEST, "trainer.save_total_limit=2", method=method)
     found = evaluations(run)
     assert list(found) == [2, 4, 6, 8] and found[2] == max(found.values()) and len(set(found.values())) == 4
     assert (facts(run)["best_step"], facts(run)["best_metric"], facts(run)["steps"]) == (2, found[2], 8)
@@ -87,7 +116,7 @@ def test_the_best_checkpoint_is_exported(train, capsys, method):
     assert all(exported[key].equal(best[key]) for key in exported)
     assert not all(exported[key].equal(last[key]) for key in exported)
     (run / "train.json").unlink()  # killed in the export
-    again = load_file(train(*KEEPS_WORST, "trainer.save_total_limit=2", method=method) / name)
+    again = load_file(train(*KEEPS_BEST, "trainer.save_total_limit=2", method=method) / name)
     assert facts(run)["best_step"] == 2 and all(exported[key].equal(again[key]) for key in exported)
 
 
@@ -122,11 +151,12 @@ def test_early_stopping_ends_the_training_and_a_resumed_one_alike(train, monkeyp
     assert facts(whole)["steps"] == 6 and (stopped / weights).read_bytes() == (whole / weights).read_bytes()
 
 
+@pytest.mark.usefixtures("keeps_worst")
 def test_a_best_checkpoint_that_is_gone_is_told(train):
     import shutil
 
-    run = train(*KEEPS_WORST)
+    run = train(*KEEPS_BEST)
     (run / "train.json").unlink()
     shutil.rmtree(run / "checkpoints" / "checkpoint-2")
     with pytest.raises(UserError, match="lacks the best checkpoint: overwrite=true trains again"):
-        train(*KEEPS_WORST)
+        train(*KEEPS_BEST)
