@@ -18,8 +18,19 @@ from itertools import product
 
 import mpmath
 
-from eval.grading.formulas import DIGITS, POINTS, Tree, Unreadable, close, difference, quotient, read_formula, value_at
+from eval.grading.formulas import (
+    DIGITS,
+    Tree,
+    difference,
+    is_constant,
+    points,
+    quotient,
+    read_formula,
+    same_at,
+    value_at,
+)
 from eval.grading.notation import closing, is_symbol, opens, same_tokens, split_name, split_unit, tokens
+from eval.grading.values import Unreadable
 
 MAX_TOKENS = 400  # of an answer that is read; a longer one is a runaway
 MAX_DEPTH = 20
@@ -302,15 +313,15 @@ def _interval(relation: Node) -> Node | None:
 
 
 def _same_value(left: Node, right: Node) -> bool:
-    for point in POINTS:
-        one, two = value_at(left.parts[0], point), value_at(right.parts[0], point)
-        if not close(one, two):
-            return _rounds_to(left, one, two) or _rounds_to(right, two, one)
-    return True
+    one, two = left.parts[0], right.parts[0]
+    if all(same_at(one, two, point) for point in points(one, two)):
+        return True
+    return not (one.letters or two.letters) and (_rounds_to(left, one, two) or _rounds_to(right, two, one))
 
 
-def _rounds_to(node: Node, decimal: object, exact: object) -> bool:
+def _rounds_to(node: Node, decimal: Tree, exact: Tree) -> bool:
     """Return whether a number of at least six decimals and six digits gives an irrational number as far as it goes."""
+    decimal, exact = (value_at(tree, 0) for tree in (decimal, exact))
     if (node.decimals or 0) < 6 or isinstance(exact, Fraction) or not isinstance(decimal, Fraction):
         return False
     with mpmath.workdps(DIGITS):
@@ -326,14 +337,17 @@ def _same_relation(left: Node, right: Node) -> bool:
     if len(left.parts) != 2 or {part.kind for node in (left, right) for part in node.parts} != {"value"}:
         return False
     gaps = [difference(*(part.parts[0] for part in node.parts)) for node in (left, right)]
-    ratios = [value_at(quotient(*gaps), point) for point in POINTS]
-    same = all(close(ratios[0], ratio) for ratio in ratios) and ratios[0] != 0
-    return same and (left.mark[0] in ("=", "\\ne") or (isinstance(ratios[0], Fraction) and ratios[0] > 0))
+    ratio, at = quotient(*gaps), points(*gaps)
+    first = value_at(ratio, at[0])
+    if first == 0 or not is_constant(ratio, at):
+        return False
+    return left.mark[0] in ("=", "\\ne") or (isinstance(first, Fraction) and first > 0)
 
 
 def _proportional(left: Iterable[Tree], right: Iterable[Tree]) -> bool:
     ratios = [quotient(one, two) for one, two in zip(left, right, strict=True)]
-    return all(close(value_at(ratios[0], point), value_at(ratio, point)) for ratio in ratios for point in POINTS)
+    at = points(*ratios)
+    return all(is_constant(ratio, at) and same_at(ratios[0], ratio, at[0]) for ratio in ratios)
 
 
 def _same_unordered(left: Sequence[Node], right: Sequence[Node]) -> bool:

@@ -6,32 +6,46 @@ Read: numbers (exact fractions), letters, \\pi, e, i, \\infty, + - * / \\cdot \\
 mixed numbers, powers, \\frac, \\sqrt, \\binom, !, |x|, floor and ceiling, degrees, repeating decimals, and FUNCTIONS.
 \\log is to base 10, as in the competitions that MATH comes from.
 
-Values are exact fractions where the formula allows it, else complex numbers of 60 digits by mpmath. Sizes are bounded:
-a power tower is Unreadable, not slow.
+`f(2)` is no product: f, g and h before a bracket are not read.
+
+Two formulas are compared at POINTS. At the first three every letter is positive, at the others the signs differ, so
+that |ab| is not ab and \\sqrt{x^2} is not x. But where what stands under an even root or in a logarithm is negative
+somewhere (\\sqrt{xy}, \\ln x), the letters stand for positive numbers only, so that \\sqrt{xy} is \\sqrt x \\sqrt y;
+unless a |…| with letters says that signs matter.
 """
 
-import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 
 import mpmath
 
-from eval.grading.notation import closing, is_symbol
+from eval.grading import values
+from eval.grading.notation import FUNCTION_LETTERS, closing, is_symbol
+from eval.grading.values import MAX_BITS, Unreadable, Value, is_exact, is_negative, letter_value, number
 
 DIGITS = 60
+MORE_DIGITS = 400
 MAX_DEPTH = 40
-MAX_BITS = 32_000  # of an exact value
-MAX_LOG = 1e6  # of the natural logarithm of a power
-
-Value = Fraction | mpmath.mpc
-POINTS = (0, 1, 2)
-Tree = Callable[[int], Value]  # the number of a point -> the value there
+POSITIVE = values.POINTS[:3]
 
 
-class Unreadable(ValueError):
-    """The tokens are no formula that this module reads whole, or its value is out of bounds."""
+@dataclass(frozen=True, eq=False)
+class Tree:
+    """A formula that has been read.
+
+    at: the number of a point -> the value there.
+    letters: whether it has letters.
+    absolute: whether it has letters between |…|.
+    radicands: what has letters and stands under an even root, a fractional power or in a logarithm.
+    """
+
+    at: Callable[[int], Value]
+    letters: bool = False
+    absolute: bool = False
+    radicands: tuple["Tree", ...] = ()
 
 
 FUNCTIONS = {
@@ -41,6 +55,7 @@ FUNCTIONS = {
     "log": lambda value: mpmath.log(value, 10),
     "lg": lambda value: mpmath.log(value, 10),
 }
+_LOGARITHMS = ("ln", "log", "lg")
 _INVERSES = {name: FUNCTIONS[f"arc{name}"] for name in ("sin", "cos", "tan")}
 _STARTS = ("\\frac", "\\sqrt", "\\binom", "\\pi", "\\infty", "(", "[", "{", "\\lfloor", "\\lceil")
 _TIMES = ("*", "\\cdot", "\\times")
@@ -64,26 +79,54 @@ def value_at(tree: Tree, point: int) -> Value:
 
     What 60 digits show as nearly zero is looked at again with 400, since rounding alone could have left it there.
     """
-    for digits in (DIGITS, 400):
-        with mpmath.workdps(digits):
-            try:
-                value = tree(point)
-            except (ArithmeticError, ValueError, TypeError, NotImplementedError) as error:
-                raise Unreadable(str(error)) from error
-            if isinstance(value, Fraction) or abs(value) > 1e-25:
-                return value
+    for digits in (DIGITS, MORE_DIGITS):
+        value = _evaluated(tree, point, digits)
+        if isinstance(value, Fraction) or abs(value) > 1e-25:
+            return value
     return Fraction(0) if abs(value) < mpmath.mpf(10) ** -350 else value
 
 
-def close(one: Value, two: Value) -> bool:
-    """Return whether two values are equal: exactly where both are fractions or infinite, else to 40 digits."""
-    if all(isinstance(value, Fraction) or mpmath.isinf(value) for value in (one, two)):
-        return bool(one == two)
-    if any(not isinstance(value, Fraction) and mpmath.isinf(value) for value in (one, two)):
+def _evaluated(tree: Tree, point: int, digits: int) -> Value:
+    with mpmath.workdps(digits):
+        try:
+            return tree.at(point)
+        except (ArithmeticError, ValueError, TypeError, NotImplementedError) as error:
+            raise Unreadable(str(error)) from error
+
+
+def points(*trees: Tree) -> tuple[int, ...]:
+    """Return the points at which these formulas are compared (see the module): one where they have no letters."""
+    if not any(tree.letters for tree in trees):
+        return POSITIVE[:1]
+    under = [] if any(tree.absolute for tree in trees) else [part for tree in trees for part in tree.radicands]
+    negative = any(is_negative(value_at(part, point)) for part in under for point in values.POINTS)
+    return POSITIVE if negative else values.POINTS
+
+
+def same_at(left: Tree, right: Tree, point: int) -> bool:
+    """Return whether two formulas have the same value at a point."""
+    return _same((left, point), (right, point))
+
+
+def is_constant(tree: Tree, at: Iterable[int]) -> bool:
+    """Return whether a formula has the same value at all these points."""
+    return all(_same((tree, POSITIVE[0]), (tree, point)) for point in at)
+
+
+def _same(left: tuple[Tree, int], right: tuple[Tree, int]) -> bool:
+    """Compare exactly where both values are fractions or infinite, else to 40 digits and, if these agree, to 350."""
+    found = value_at(*left), value_at(*right)
+    if all(map(is_exact, found)) or any(map(mpmath.isinf, map(number, found))):
+        return bool(found[0] == found[1])
+    if not _close(*found, DIGITS, 40):
         return False
-    with mpmath.workdps(DIGITS):
-        left, right = _number(one), _number(two)
-        return bool(abs(left - right) <= max(abs(left), abs(right)) * mpmath.mpf(10) ** -40)
+    return _close(_evaluated(*left, MORE_DIGITS), _evaluated(*right, MORE_DIGITS), MORE_DIGITS, 350)
+
+
+def _close(one: Value, two: Value, digits: int, to: int) -> bool:
+    with mpmath.workdps(digits):
+        left, right = number(one), number(two)
+        return bool(abs(left - right) <= max(abs(left), abs(right)) * mpmath.mpf(10) ** -to)
 
 
 def difference(left: Tree, right: Tree) -> Tree:
@@ -93,125 +136,11 @@ def difference(left: Tree, right: Tree) -> Tree:
 
 def quotient(left: Tree, right: Tree) -> Tree:
     """Return the tree of left / right."""
-    return _product_of(left, right, _divide)
-
-
-def letter_value(name: str, point: int) -> Fraction:
-    """Return the number that stands for a letter: all positive at point 0, of mixed and opposite signs at 1 and 2."""
-    digest = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8])
-    size = Fraction(300 + (digest >> 8 * point) % 997, 701 + point)
-    return size if point == 0 or (digest + point) % 2 else -size
-
-
-def _number(value: Value) -> mpmath.mpc | mpmath.mpf:
-    return mpmath.mpf(value.numerator) / value.denominator if isinstance(value, Fraction) else value
-
-
-def _bounded(value: Value) -> Value:
-    if isinstance(value, Fraction):
-        if max(value.numerator.bit_length(), value.denominator.bit_length()) > MAX_BITS:
-            raise Unreadable("too large")
-    elif mpmath.isnan(value):
-        raise Unreadable("undefined")
-    return value
-
-
-def _add(left: Value, right: Value) -> Value:
-    exact = isinstance(left, Fraction) and isinstance(right, Fraction)
-    return _bounded(left + right if exact else _number(left) + _number(right))
-
-
-def _multiply(left: Value, right: Value) -> Value:
-    exact = isinstance(left, Fraction) and isinstance(right, Fraction)
-    return _bounded(left * right if exact else _number(left) * _number(right))
-
-
-def _divide(left: Value, right: Value) -> Value:
-    if right == 0:
-        raise Unreadable("division by zero")
-    exact = isinstance(left, Fraction) and isinstance(right, Fraction)
-    return _bounded(left / right if exact else _number(left) / _number(right))
-
-
-def _power(base: Value, exponent: Value) -> Value:
-    if base == 0:
-        if not (isinstance(exponent, Fraction) and exponent > 0):
-            raise Unreadable("a power of zero")
-        return Fraction(0)
-    size = abs(mpmath.log(abs(_number(base)))) * abs(_number(exponent))
-    if not size < MAX_LOG:
-        raise Unreadable("too large")
-    if isinstance(base, Fraction) and isinstance(exponent, Fraction):
-        if exponent.denominator == 1:
-            if size > MAX_BITS:
-                raise Unreadable("too large")
-            return _bounded(base**exponent.numerator)
-        if base > 0 and (root := _exact_root(base, exponent.denominator)) is not None:
-            return _power(root, Fraction(exponent.numerator))
-    return _bounded(mpmath.power(mpmath.mpc(_number(base)), _number(exponent)))
-
-
-def _exact_root(value: Fraction, degree: int) -> Fraction | None:
-    """Return the exact root of a positive fraction, None where it has none (or is too large to look for)."""
-    roots = []
-    for whole in (value.numerator, value.denominator):
-        if degree > 64 or whole.bit_length() > 2000:
-            return None
-        root = int(mpmath.nint(mpmath.mpf(whole) ** (mpmath.mpf(1) / degree))) if degree > 2 else math.isqrt(whole)
-        if root**degree != whole:
-            return None
-        roots.append(root)
-    return Fraction(roots[0], roots[1])
-
-
-def _root(value: Value, degree: Value) -> Value:
-    """Return the real root of odd degree where there is one, else the principal root."""
-    if not isinstance(degree, Fraction) or degree == 0:
-        raise Unreadable("the degree of a root")
-    real = isinstance(value, Fraction) and value < 0 and degree.denominator == 1 and degree.numerator % 2
-    root = _power(-value if real else value, 1 / degree)
-    return -root if real else root
-
-
-def _factorial(value: Value) -> Value:
-    if not (isinstance(value, Fraction) and 0 <= value <= 3000 and value.denominator == 1):
-        raise Unreadable("a factorial of no small whole number")
-    return Fraction(math.factorial(value.numerator))
-
-
-def _binomial(top: Value, bottom: Value) -> Value:
-    if not (isinstance(bottom, Fraction) and bottom.denominator == 1 and 0 <= bottom <= 3000):
-        raise Unreadable("a binomial over no small whole number")
-    if isinstance(top, Fraction) and top.denominator == 1 and 0 <= top <= 3000:
-        return _bounded(Fraction(math.comb(top.numerator, bottom.numerator)))
-    if bottom > 100:
-        raise Unreadable("a binomial over no small whole number")
-    result = Fraction(1)
-    for step in range(bottom.numerator):
-        result = _divide(_multiply(result, _add(top, Fraction(-step))), Fraction(step + 1))
-    return result
-
-
-def _rounded(value: Value, how: Callable) -> Fraction:
-    if not isinstance(value, Fraction):
-        if abs(mpmath.im(value)) > 1e-40 or not abs(value) < 1e15:
-            raise Unreadable("a whole part of no real number")
-        return Fraction(int(how(mpmath.re(value))))
-    return Fraction(how(value))
-
-
-def _absolute(value: Value) -> Value:
-    return abs(value) if isinstance(value, Fraction) else mpmath.mpc(abs(value))
-
-
-def _apply(function: Callable, value: Value) -> Value:
-    if not abs(_number(value)) < MAX_LOG:
-        raise Unreadable("too large")
-    return _bounded(mpmath.mpc(function(mpmath.mpc(_number(value)))))
+    return _product_of(left, right, values.divide)
 
 
 def _constant(value: Value) -> Tree:
-    return lambda point: value
+    return Tree(lambda point: value)
 
 
 class _Reader:
@@ -263,9 +192,9 @@ class _Reader:
             right, count = self.factors()
             if operator in _OVER and count > 1:
                 raise Unreadable("a/bc")
-            tree = _product_of(tree, right, _multiply if operator in _TIMES else _divide)
+            tree = _product_of(tree, right, values.multiply if operator in _TIMES else values.divide)
             sign = -sign if minus else sign
-        return tree if sign > 0 else _product_of(_constant(Fraction(-1)), tree, _multiply)
+        return tree if sign > 0 else _product_of(_constant(Fraction(-1)), tree, values.multiply)
 
     def factors(self) -> tuple[Tree, int]:
         """Read factors without a sign between; return their product and how many they are."""
@@ -280,7 +209,7 @@ class _Reader:
                     raise Unreadable("a mixed number times a fraction")
             else:
                 first = self.next()
-                tree = _product_of(tree, self.power(), _multiply)
+                tree = _product_of(tree, self.power(), values.multiply)
                 count += 1
         return tree, count
 
@@ -301,15 +230,15 @@ class _Reader:
             if self.take("^"):
                 if self.tokens[self.place : self.place + 3] == ["{", "\\circ", "}"]:
                     self.place += 3
-                    tree = _product_of(tree, lambda point: mpmath.pi / 180, _multiply)
+                    tree = _product_of(tree, Tree(lambda point: mpmath.pi / 180), values.multiply)
                     continue
-                tree = _product_of(tree, self.argument(), _power)
+                tree = _power_of(tree, self.argument())
                 if self.next() == "^":
                     raise Unreadable("a^b^c")
             elif self.take("!"):
                 if self.next() == "!":
                     raise Unreadable("n!!")
-                tree = _of(tree, _factorial)
+                tree = _of(tree, values.factorial)
             else:
                 return tree
 
@@ -323,24 +252,25 @@ class _Reader:
         if token in ("(", "[", "{"):
             return self.inside({"(": ")", "[": "]", "{": "}"}[token])
         if token == "|":
-            return _of(self.inside("|"), _absolute)
+            tree = self.inside("|")
+            return _joined(lambda point: values.absolute(tree.at(point)), tree, absolute=tree.letters)
         if token == "\\lfloor":
-            return _of(self.inside("\\rfloor"), lambda value: _rounded(value, math.floor))
+            return _of(self.inside("\\rfloor"), lambda value: values.rounded(value, math.floor))
         if token == "\\lceil":
-            return _of(self.inside("\\rceil"), lambda value: _rounded(value, math.ceil))
+            return _of(self.inside("\\rceil"), lambda value: values.rounded(value, math.ceil))
         if token == "\\frac":
             if self.is_derivative():
                 raise Unreadable("a derivative")
-            return _product_of(self.argument(), self.argument(), _divide)
+            return _product_of(self.argument(), self.argument(), values.divide)
         if token == "\\binom":
-            return _product_of(self.argument(), self.argument(), _binomial)
+            return _product_of(self.argument(), self.argument(), values.binomial)
         if token == "\\sqrt":
             degree = self.inside("]") if self.take("[") else _constant(Fraction(2))
-            return _product_of(self.argument(), degree, _root)
+            return _root_of(self.argument(), degree)
         if token == "\\pi":
-            return lambda point: mpmath.mpc(mpmath.pi)
+            return Tree(lambda point: mpmath.mpc(mpmath.pi))
         if token == "\\infty":
-            return lambda point: mpmath.mpc(mpmath.inf)
+            return Tree(lambda point: mpmath.mpc(mpmath.inf))
         if token.removeprefix("\\") in FUNCTIONS:
             return self.function(token.removeprefix("\\"))
         raise Unreadable(f"not understood: {token}")
@@ -364,7 +294,7 @@ class _Reader:
             self.place += 4
             places = len(token.partition(".")[2])
             value += Fraction(int(digits), 10**places * (10 ** len(digits) - 1))
-        return _constant(_bounded(value))
+        return _constant(values.bounded(value))
 
     def symbol(self, token: str) -> Tree:
         if self.next() == "_":
@@ -373,10 +303,12 @@ class _Reader:
             token += "_" + self.next(2)
             self.place += 4
         if token == "e":
-            return lambda point: mpmath.mpc(mpmath.e)
+            return Tree(lambda point: mpmath.mpc(mpmath.e))
         if token == "i":
             return _constant(mpmath.mpc(0, 1))
-        return lambda point: letter_value(token, point)
+        if token in FUNCTION_LETTERS and self.next() == "(":
+            raise Unreadable("a function's value")
+        return Tree(lambda point: letter_value(token, point), letters=True)
 
     def function(self, name: str) -> Tree:
         """Read what follows \\sin, \\log_2, \\sin^2, …: a bracket, or the factors up to the next function or sign."""
@@ -403,29 +335,58 @@ class _Reader:
             while self.starts_factor() and self.next().removeprefix("\\") not in FUNCTIONS and self.next() != "(":
                 if self.next()[0].isdigit():
                     raise Unreadable("a number behind a factor")
-                tree = _product_of(tree, self.power(), _multiply)
+                tree = _product_of(tree, self.power(), values.multiply)
             if self.next() in ("(", "/"):
                 raise Unreadable("where the argument of a function ends")
-            tree = _product_of(_constant(Fraction(-1)), tree, _multiply) if sign else tree
-        result = _of(tree, lambda value: _apply(apply, value))
+            tree = _product_of(_constant(Fraction(-1)), tree, values.multiply) if sign else tree
+        result = _of(tree, lambda value: values.apply(apply, value), positive=name in _LOGARITHMS)
         if base is not None:
-            result = _product_of(_of(tree, _log), _of(base, _log), _divide)
-        return _product_of(result, exponent, _power) if exponent is not None else result
+            result = _product_of(_of(tree, _log, positive=True), _of(base, _log, positive=True), values.divide)
+        return _power_of(result, exponent) if exponent is not None else result
 
 
 def _log(value: Value) -> Value:
-    return _apply(mpmath.log, value)
+    return values.apply(mpmath.log, value)
 
 
-def _of(tree: Tree, function: Callable[[Value], Value]) -> Tree:
-    return lambda point: function(tree(point))
+def _joined(at: Callable[[int], Value], *trees: Tree, positive: Tree | None = None, absolute: bool = False) -> Tree:
+    """Return the tree made of others; `positive` is one that an even root, a fractional power or a logarithm takes."""
+    radicands = tuple(dict.fromkeys(part for tree in trees for part in tree.radicands))
+    return Tree(
+        at,
+        letters=any(tree.letters for tree in trees),
+        absolute=absolute or any(tree.absolute for tree in trees),
+        radicands=(*radicands, positive) if positive is not None and positive.letters else radicands,
+    )
+
+
+def _of(tree: Tree, function: Callable[[Value], Value], *, positive: bool = False) -> Tree:
+    return _joined(lambda point: function(tree.at(point)), tree, positive=tree if positive else None)
 
 
 def _sum_of(left: Tree, right: Tree, minus: bool) -> Tree:
     if minus:
-        return lambda point: _add(left(point), -right(point))
-    return lambda point: _add(left(point), right(point))
+        return _joined(lambda point: values.add(left.at(point), -right.at(point)), left, right)
+    return _joined(lambda point: values.add(left.at(point), right.at(point)), left, right)
 
 
 def _product_of(left: Tree, right: Tree, combine: Callable[[Value, Value], Value]) -> Tree:
-    return lambda point: combine(left(point), right(point))
+    return _joined(lambda point: combine(left.at(point), right.at(point)), left, right)
+
+
+def _power_of(base: Tree, exponent: Tree) -> Tree:
+    """Return base^exponent, real for a negative base where the exponent is a fraction with an odd denominator."""
+    fixed = Fraction(1, 2) if exponent.letters else value_at(exponent, POSITIVE[0])
+    odd = isinstance(fixed, Fraction) and fixed.denominator % 2
+    combine = values.real_power if odd else values.power
+    return _joined(
+        lambda point: combine(base.at(point), exponent.at(point)), base, exponent, positive=None if odd else base
+    )
+
+
+def _root_of(tree: Tree, degree: Tree) -> Tree:
+    fixed = Fraction(2) if degree.letters else value_at(degree, POSITIVE[0])
+    odd = isinstance(fixed, Fraction) and fixed.denominator == 1 and fixed.numerator % 2
+    return _joined(
+        lambda point: values.root(tree.at(point), degree.at(point)), tree, degree, positive=None if odd else tree
+    )

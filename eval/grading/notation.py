@@ -20,11 +20,12 @@ MAX_ANSWER = 2000  # characters; what is longer is a runaway, cut before it is r
 _FUNCTIONS = (
     "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln lg exp sqrt pi gcd lcm max min mod det".split()
 )
-_GREEK = (
+GREEK = (
     "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau phi chi psi omega".split()
 )
+FUNCTION_LETTERS = ("f", "g", "h")
 _WORDS = {
-    **{name: f"\\{name}" for name in (*_FUNCTIONS, *_GREEK)},
+    **{name: f"\\{name}" for name in (*_FUNCTIONS, *GREEK)},
     "infinity": "\\infty",
     "inf": "\\infty",
     "oo": "\\infty",
@@ -78,7 +79,7 @@ _UNICODE = str.maketrans(
         "π": "\\pi ",
         **{
             unicodedata.lookup(f"GREEK SMALL LETTER {name.upper().replace('LAMBDA', 'LAMDA')}"): f"\\{name} "
-            for name in _GREEK
+            for name in GREEK
         },
         **{superscript: f"^{{{digit}}}" for superscript, digit in zip("⁰¹²³⁴⁵⁶⁷⁸⁹", "0123456789", strict=True)},
     }
@@ -324,14 +325,15 @@ def split_name(found: list[str]) -> tuple[list[str], list[str] | None]:
     for place in (1, 5):  # `x_{1}` has five tokens
         if found[place : place + 1] in (["="], ["\\in"]) and is_symbol(found[:place]):
             return found[place + 1 :], found[: place + 1]
-    if found[4:5] == ["="] and (found[1], found[3]) == ("(", ")") and is_symbol(found[:1]) and is_symbol(found[2:3]):
-        return found[5:], found[:5]
+    if found[4:5] == ["="] and (found[1], found[3]) == ("(", ")") and is_symbol(found[:1]):
+        if is_symbol(found[2:3]) or (found[0] in FUNCTION_LETTERS and found[2].isdigit()):  # f(2) = 5
+            return found[5:], found[:5]
     return found, None
 
 
 def is_symbol(found: list[str]) -> bool:
     """Return whether the tokens are one letter or Greek letter, with an index or not."""
-    if not found or not re.fullmatch(rf"[a-zA-Z]|\\(?:{'|'.join(_GREEK)})", found[0]):
+    if not found or not re.fullmatch(rf"[a-zA-Z]|\\(?:{'|'.join(GREEK)})", found[0]):
         return False
     return len(found) == 1 or (len(found) == 5 and found[1:3] == ["_", "{"] and found[4] == "}")
 

@@ -1,11 +1,15 @@
 """Whether two LaTeX answers are equal: the string rule, structure and value, and what may be slow."""
 
+import itertools
+import string
+
 import pytest
 
 from eval.grading.equality import equal
-from eval.grading.formulas import Unreadable, read_formula, value_at
+from eval.grading.formulas import read_formula, value_at
 from eval.grading.limits import cpu_limit
-from eval.grading.notation import same_string, split_unit, tokens
+from eval.grading.notation import GREEK, same_string, split_unit, tokens
+from eval.grading.values import Unreadable
 from tests.support.respellings import right, wrong
 
 EQUAL = [
@@ -167,6 +171,25 @@ EQUAL = [
     ("2^{10}", "2^10"),
     ("3", "3\\, "),
     ("11", "11 \\\\"),
+    ("\\sqrt{xy}", "\\sqrt x\\sqrt y"),
+    ("\\sqrt{\\frac{a}{b}}", "\\frac{\\sqrt a}{\\sqrt b}"),
+    ("\\sqrt{12x^3}", "2x\\sqrt{3x}"),
+    ("\\sqrt{a^2b}", "a\\sqrt b"),
+    ("\\sqrt{x^2y^2}", "|xy|"),
+    ("\\ln(xy)", "\\ln x+\\ln y"),
+    ("x^{1/2}y^{1/2}", "\\sqrt{xy}"),
+    ("\\sqrt[3]{x}", "x^{1/3}"),
+    ("\\sqrt[3]{xy}", "\\sqrt[3]{x}\\sqrt[3]{y}"),
+    ("x^{2/3}", "\\sqrt[3]{x^2}"),
+    ("-2", "(-8)^{1/3}"),
+    ("-\\sqrt[6]{2}", "\\sqrt[3]{-\\sqrt2}"),
+    ("|a-b|", "|b-a|"),
+    ("\\lfloor\\sqrt{n}\\rfloor", "\\lfloor n^{1/2}\\rfloor"),
+    ("10^{50}+\\sqrt2", "\\sqrt2+10^{50}"),
+    ("10^{60}\\sqrt2", "\\sqrt{2\\cdot10^{120}}"),
+    ("(\\sqrt2-1)^{10}", "3363-2378\\sqrt2"),
+    ("f(x)=2x+1", "2x+1"),
+    ("f(2)=5", "5"),
 ]
 DIFFERENT = [
     ("9\\pi", "9"),
@@ -265,6 +288,26 @@ DIFFERENT = [
     ("3,4", "34"),
     ("12,345", "12345.1"),
     ("\\sqrt{x^2}", "x"),
+    ("|ab|", "ab"),
+    ("|xy|", "xy"),
+    ("|xyz|", "xyz"),
+    ("|x^2y|", "x^2y"),
+    ("\\sqrt{x^2y^2}", "xy"),
+    ("|a-b|", "a-b"),
+    ("|a-b|", "b-a"),
+    ("\\ln|x|", "\\ln x"),
+    ("|x|\\sqrt{y}", "x\\sqrt{y}"),
+    ("\\sqrt{x+y}", "\\sqrt x+\\sqrt y"),
+    ("\\sqrt[3]{x}", "\\sqrt{x}"),
+    ("\\sqrt{-x}", "\\sqrt{x}"),
+    ("(-1)^n", "1"),
+    ("(-1)^n", "(-1)^{3n}"),
+    ("10^{50}+\\sqrt2", "10^{50}+\\sqrt3"),
+    ("10^{50}\\pi", "10^{50}\\pi+e"),
+    ("f(2)", "2f"),
+    ("g(x+1)", "gx+g"),
+    ("f(x)=2x+1", "g(x)=2x+1"),
+    ("f(2)=5", "f(3)=5"),
 ]
 # Of these something is not read, so they are equal to nothing but themselves.
 UNREAD = [
@@ -319,6 +362,13 @@ GOLDS = [
 @pytest.mark.parametrize(("gold", "answer"), EQUAL)
 def test_equal(gold: str, answer: str) -> None:
     assert equal(gold, answer)
+
+
+def test_no_two_letters_share_their_signs() -> None:
+    letters = [name for name in string.ascii_letters if name not in "ei"] + [f"\\{name} " for name in GREEK]
+    pairs = list(itertools.combinations(letters, 2))
+    assert [pair for pair in pairs if equal(f"|{pair[0]} {pair[1]}|", "".join(pair))] == []
+    assert [pair for pair in pairs if equal(f"|{pair[0]}-{pair[1]}|", "-".join(pair))] == []
 
 
 @pytest.mark.parametrize(("gold", "answer"), DIFFERENT)
