@@ -54,12 +54,17 @@ def equal(gold: str, answer: str) -> bool:
 
 
 def _same_words(left: list[str], right: list[str]) -> bool:
-    """Return whether both are words, one of four letters at least, that differ in nothing but capitals and blanks."""
-    texts = []
-    for part in (left, right):
-        words = [re.sub(r"\\text\{(.*)\}", r"\1", token) for token in part]
-        texts.append("".join(words).replace(" ", "").lower() if max(map(len, words), default=0) > 3 else None)
-    return texts[0] == texts[1] is not None and texts[0].isalnum()
+    """Return whether both are words that differ in nothing but capitals and blanks.
+
+    Where one is \\text{…}, three letters are a word, or "no"; where none is, a word of four is among them.
+    """
+    words = [[re.sub(r"\\text\{(.*)\}", r"\1", token) for token in part] for part in (left, right)]
+    texts = ["".join(part).replace(" ", "").lower() for part in words]
+    if any(len(part) == 1 and part[0].startswith("\\text{") for part in (left, right)):
+        known = len(texts[0]) > 2 or texts[0] == "no"
+    else:
+        known = all(max(map(len, part), default=0) > 3 for part in words)
+    return known and texts[0] == texts[1] and texts[0].isalnum()
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,7 @@ class Node:
     parts: nodes; of a "value" one tree.
     mark: what must be the same besides: brackets, relation signs, a matrix's shape.
     unit: the one behind or the currency before.
-    name: the tokens `x =` of `x = …`, `x \\in` of `x \\in …`.
+    name: the tokens `x =` of `x = …`, `x \\in` of `x \\in …`; of `(x, y) = …` each part has its own.
     decimals: of a plain decimal number.
     letters: whether it is a letter, or a sum of such, as on the left of `m + n = 5`.
     """
@@ -121,6 +126,8 @@ def read(found: list[str], depth: int = 0) -> Node:
             node = _stated(node)
         if node is None or node.name or node.kind == "relation":
             raise Unreadable("a chain that does not hold")
+        if name[0] == "(":  # (x, y) = (3, 4)
+            return _named_tuple(node, split(name[1:-2], (",",))[0])
         return replace(node, name=tuple(name))
     if "\\in" in found:
         raise Unreadable("\\in behind no letter")
@@ -132,6 +139,14 @@ def read(found: list[str], depth: int = 0) -> Node:
         if marks:
             return Node(kind, tuple(read(part, depth + 1) for part in parts), mark=joint)
     return _single(found, depth)
+
+
+def _named_tuple(node: Node, names: list[list[str]]) -> Node:
+    """Return a tuple, each part with its letter as its name."""
+    if node.kind != "tuple" or len(node.parts) != len(names) or any(part.name for part in node.parts):
+        raise Unreadable("letters for something else than as many values")
+    parts = (replace(part, name=(*name, "=")) for part, name in zip(node.parts, names, strict=True))
+    return replace(node, parts=tuple(parts))
 
 
 def split(found: Sequence[str], at: Sequence[str]) -> tuple[list[list[str]], list[str]]:
@@ -245,6 +260,8 @@ def _matrix(found: list[str]) -> Node:
 
 def _alike(gold: Node, answer: Node) -> tuple[Node, Node]:
     """Return the two in a common form where one of them says in another form what the other says."""
+    if (gold.kind == "list") != (answer.kind == "list"):
+        gold, answer = _element(gold), _element(answer)
     if gold.name and answer.name and gold.name != answer.name:
         values = gold.kind == answer.kind == "value"
         return (_equation(gold), _equation(answer)) if values else (gold, Node("none"))  # x = 2y, y = x/2
@@ -271,6 +288,14 @@ def _alike(gold: Node, answer: Node) -> tuple[Node, Node]:
     else:
         return gold, answer
     return kinds[gold.kind], kinds[answer.kind]
+
+
+def _element(node: Node) -> Node:
+    """Return the element of a set of one, any other node as it is."""
+    if node.kind != "list" or len(node.parts) != 1:
+        return node
+    part = node.parts[0]
+    return replace(part, unit=part.unit or node.unit, name=part.name or node.name)
 
 
 def _equation(node: Node) -> Node:

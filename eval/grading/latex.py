@@ -27,9 +27,12 @@ _JOINT = re.compile(r"\s*(?:,|and|or|,\s*and|,\s*or)\s*")
 _SENTENCE_END = re.compile(r"\.(?=\s|$)|\n")
 _STRICT_END = re.compile(r"\.\s*\n|\n\s*\n")
 
-# A word of prose, in a sentence without math delimiters: not a command, not in braces (\\text{…}), no function name.
+# A word of prose, in a sentence without math delimiters: not a command, not in braces (\\text{…}), no function or angle.
 _WORD = re.compile(
-    r"(?<![\\a-zA-Z{])(?!(?:and|or|sin|cos|tan|cot|sec|csc|log|ln|exp|sqrt|pi|mod)\b)[a-zA-Z]{3,}+(?!\})"
+    r"(?<![\\a-zA-Z{])(?<!\\angle )(?!(?:and|or|sin|cos|tan|cot|sec|csc|log|ln|exp|sqrt|pi|mod)\b)[a-zA-Z]{3,}+(?!\})"
+)
+_OPERATOR_END = re.compile(
+    r"(?<![\^_{])(?:[-+*/=<>×÷−–—≤≥≈]|\\(?:times|cdot|div|pm|mp|leq?|geq?|neq?|approx)(?![a-zA-Z]))\s*\Z"
 )
 _REMARK = re.compile(r"(?<=\w)\s\([^()]*=[^()]*\)\Z")  # `24 (n = 2)`
 # A formula on lines of its own: what opens it, and what closes it.
@@ -51,7 +54,7 @@ def strict_expression(text: str) -> str | None:
     answer = _STRICT_END.split(tail, maxsplit=1)[0]
     if "\\begin{" not in answer:
         answer = answer.split("\n", 1)[0]
-    return answer.strip().removesuffix(".").strip() or None
+    return answer.strip(" \t\n*").removesuffix(".").rstrip(" *") or None
 
 
 def _displayed(text: str, depth: int = 0) -> str | None:
@@ -105,14 +108,14 @@ def _stated(tail: str) -> str | None:
     if boxes := boxed_contents(sentence):
         return boxes[0].strip() or None
     segments = list(_MATH_SEGMENT.finditer(sentence))
-    if segments:
+    if segments and not _OPERATOR_END.search(_inside(segments[0])[-20:]):  # `$5 + $3 = $8` is no formula
         parts = [_inside(segments[0])]
         for before, segment in zip(segments, segments[1:], strict=False):
             if not _JOINT.fullmatch(sentence[before.end() : segment.start()]):
                 break
             parts.append(_inside(segment))
         return ", ".join(parts).strip() or None
-    return _without_words(_REMARK.sub("", sentence.strip(" \t\n*").removesuffix(".").strip())) or None
+    return _without_words(_REMARK.sub("", sentence.strip(" \t\n*").removesuffix(".").rstrip(" *"))) or None
 
 
 def _without_words(sentence: str) -> str:
@@ -124,6 +127,8 @@ def _without_words(sentence: str) -> str:
     if not word:
         return sentence
     head = sentence[: word.start()].rstrip(" ,;(")
+    while operator := _OPERATOR_END.search(head[-20:]):  # `18 - that is all`
+        head = head[: len(head) - len(operator[0])].rstrip(" ,;(")
     if re.search(r"\d|\\[a-zA-Z]", head):
         return head
     number = first_number(sentence) if word.start() == 0 or not head else None

@@ -24,12 +24,13 @@ GREEK = (
     "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau phi chi psi omega".split()
 )
 FUNCTION_LETTERS = ("f", "g", "h")
+_AND = "\\wedge"  # a comma, except between inequalities
 _WORDS = {
     **{name: f"\\{name}" for name in (*_FUNCTIONS, *GREEK)},
     "infinity": "\\infty",
     "inf": "\\infty",
     "oo": "\\infty",
-    "and": ",",
+    "and": _AND,
     "or": ",",
 }
 _LAYOUT = set(
@@ -122,7 +123,7 @@ def _scan(answer: str) -> list[str]:
     if not answer.isascii():
         answer = "".join(_vulgar_fraction(character) for character in answer).translate(_UNICODE)
     answer = _unwrapped(re.sub(r"\s+", " ", answer).strip())
-    depth, place, found = 0, 0, []
+    depth, place, found, apart = 0, 0, [], False
     dollars = len(re.findall(r"(?<!\\)\$", answer)) == 1 and re.search(r"(?<!\\)\$\s?[-+]?[.\d]", answer)
     while place < len(answer):
         for grouping in (_GROUPED, _SPACED) if depth == 0 and answer[place].isdigit() else ():
@@ -131,8 +132,11 @@ def _scan(answer: str) -> list[str]:
                 break
         else:
             match = _TOKEN.match(answer, place)
-            found += _spelled(match.lastgroup, match[0], bool(dollars))
-        place = match.end()
+            if match.lastgroup == "word":
+                found += _word(match[0], behind=_takes_unit(found, apart), rest=answer[match.end() : match.end() + 20])
+            else:
+                found += _spelled(match.lastgroup, match[0], bool(dollars))
+        place, apart = match.end(), match.lastgroup == "spacing"
         depth += sum((token in _OPEN) - (token in _CLOSE) for token in found[-1:]) if match[0] != " " else 0
     return found
 
@@ -155,18 +159,23 @@ def _spelled(kind: str, token: str, dollars: bool) -> list[str]:
         return [] if name in _LAYOUT else [token]
     if kind == "text":
         return _text(token)
-    if kind == "word":
-        return _word(token)
     if token == "$":
         return ["\\$"] if dollars else []
     return [_OTHERS.get(token, token)]
 
 
+def _takes_unit(found: list[str], apart: bool) -> bool:
+    """Return whether a short unit may follow: `5 cm`, `5 square cm`, `60 km/hr`; `5cm` may be 5·c·m."""
+    if apart:
+        return bool(found) and (found[-1][0].isdigit() or found[-1].startswith("\\text{"))
+    return found[-1:] == ["/"] and found[-2:-1] != [] and found[-2].startswith("\\text{")
+
+
 def _text(token: str) -> list[str]:
     command, _, content = token[:-1].partition("{")
     content = re.sub(r"[\s~]+", " ", re.sub(r"\\|\.(?!\d)", "", content)).strip()
-    if content in ("and", "or", ", and", ", or", ",and", ",or"):
-        return [","]
+    if content.lstrip(", ") in ("and", "or"):
+        return [_AND if content.endswith("and") else ","]
     if not content:
         return []
     if content in _FUNCTIONS:
@@ -178,10 +187,10 @@ def _text(token: str) -> list[str]:
     return [f"\\text{{{content}}}"]
 
 
-def _word(word: str) -> list[str]:
+def _word(word: str, *, behind: bool, rest: str) -> list[str]:
     if word in _WORDS:
         return [_WORDS[word]]
-    if is_bare_unit(word) or len(word) > 3:
+    if len(word) > 3 or is_bare_unit(word, behind=behind, rest=rest):
         return [f"\\text{{{word}}}"]
     return list(word)
 
@@ -209,6 +218,8 @@ def _unwrapped(answer: str) -> str:
 def _tidied(found: list[str]) -> list[str]:
     """Return the tokens without boxes, trailing stops and zeros, and doubled commas (`1, 2, and 3`)."""
     result: list[str] = []
+    if not any(token in ("<", ">", "\\le", "\\ge") for token in found):
+        found = ["," if token == _AND else token for token in found]
     for place, token in enumerate(found):
         if "." in token and token[0].isdigit() and found[place + 1 : place + 2] != ["\\overline"]:
             token = token.rstrip("0").rstrip(".")
@@ -290,7 +301,10 @@ def _take_arguments(found: list[str], place: int, result: list[str], depth: int)
 
 
 def split_unit(found: list[str]) -> tuple[list[str], str | None]:
-    """Return the tokens without the currency before or the unit behind them, and that unit's one spelling or None."""
+    """Return the tokens without the currency before or the unit behind them, and that unit's one spelling or None.
+
+    Degrees behind \\sin and the like belong to the angle: they stay.
+    """
     found, unit = list(found), None
     sign = found[:1] if found[:1] == ["-"] else []
     if len(found) > len(sign) + 1 and (unit := _currency(found[len(sign)])):
@@ -299,7 +313,7 @@ def split_unit(found: list[str]) -> tuple[list[str], str | None]:
     if found[-1:] in (["C"], ["F"], ["\\text{C}"], ["\\text{F}"]) and found[-5:-1] == _DEGREE:
         end, scale = end - 1, found[-1].removeprefix("\\text{")[0]
     if found[end - 4 : end] == _DEGREE and end > 4:
-        return found[: end - 4], "degree" + scale
+        return (found, None) if _has_angle(found) else (found[: end - 4], "degree" + scale)
     if end > 1 and found[end - 1] in ("\\%", "\\$"):
         return found[: end - 1], "percent" if found[end - 1] == "\\%" else "dollar"
     if found[end - 4 : end - 2] == ["^", "{"] and found[end - 2] in ("2", "3") and end > 5:
@@ -309,10 +323,17 @@ def split_unit(found: list[str]) -> tuple[list[str], str | None]:
         start -= 1
     words = " ".join(token.removeprefix("\\text{").removesuffix("}") for token in found[start:end])
     unit = unit_of(words, power) if start < end else None
+    if unit == "degree" and _has_angle(found):
+        return found[:start] + _DEGREE, None
     return (found[:start], unit) if unit else (found, None)
 
 
 _DEGREE = ["^", "{", "\\circ", "}"]
+_OF_ANGLES = {f"\\{name}" for name in ("sin", "cos", "tan", "cot", "sec", "csc")}
+
+
+def _has_angle(found: list[str]) -> bool:
+    return not _OF_ANGLES.isdisjoint(found)
 
 
 def _currency(token: str) -> str | None:
@@ -321,14 +342,26 @@ def _currency(token: str) -> str | None:
 
 
 def split_name(found: list[str]) -> tuple[list[str], list[str] | None]:
-    """Return the right-hand side and the rest of `x = …` or `x \\in …`, where x is a letter or `f(x)`."""
+    """Return the right-hand side and the rest of `x = …` or `x \\in …`.
+
+    The name x is a letter; before an equals sign it may also be `f(x)`, `f(2)`, `(x, y)`, `AB` or `\\angle ABC`.
+    """
     for place in (1, 5):  # `x_{1}` has five tokens
         if found[place : place + 1] in (["="], ["\\in"]) and is_symbol(found[:place]):
             return found[place + 1 :], found[: place + 1]
     if found[4:5] == ["="] and (found[1], found[3]) == ("(", ")") and is_symbol(found[:1]):
         if is_symbol(found[2:3]) or (found[0] in FUNCTION_LETTERS and found[2].isdigit()):  # f(2) = 5
             return found[5:], found[:5]
-    return found, None
+    end = found.index("=") if "=" in found else 0
+    name = found[:end]
+    if name[:1] == ["("] and name[-1] == ")":
+        letters = " ".join(name[1:-1]).split(" , ")
+        named = len(letters) > 1 and all(is_symbol(letter.split(" ")) for letter in letters)
+    elif "\\angle" in name[:2]:
+        named = bool(re.fullmatch(r"(m )?\\angle [a-zA-Z]( [A-Z]){0,2}", " ".join(name)))
+    else:
+        named = bool(re.fullmatch(r"[A-Z] [A-Z]( [A-Z])?", " ".join(name)))
+    return (found[end + 1 :], found[: end + 1]) if named else (found, None)
 
 
 def is_symbol(found: list[str]) -> bool:

@@ -168,7 +168,8 @@ def first_number(text: str) -> Found | None:
 
     That is the first number, except after an equation: of `5 + 3 = 8` and of `x = 8` it is 8. A right-hand side counts
     only when it is one number (`15 = 3*5` is 15), and when its equation is not in brackets, behind a comma or a stop
-    (`24 (n=2)` is 24). A sign may stand apart (`- 5`) at the start.
+    (`24 (n=2)` is 24). Where the left side is a number already, one with words behind it does not count either: of
+    `8 = 2 cubed` it is 8, and by choice of `3 feet = 36 inches` 3. A sign may stand apart (`- 5`) at the start.
     """
     text = clean(text).strip()
     sides = _sides(text)
@@ -176,9 +177,20 @@ def first_number(text: str) -> Found | None:
         numbers = _numbers(sides[place], 2)
         if numbers and (len(numbers) == 1 or len(_numbers(sides[place - 1], 2)) != 1):
             found, end = numbers[0]
-            if not _OPERATOR.match(sides[place], end):
+            worded = re.search(r"[^\W\d_]|%", sides[place][end:])
+            if not _OPERATOR.match(sides[place], end) and not (worded and _is_one_number(sides[place - 1])):
                 return found
     return next((found for found, _ in _numbers(text, 1)), None)
+
+
+def _is_one_number(side: str) -> bool:
+    """Return whether a side of an equation is a number with nothing but words behind: no other, no operator."""
+    numbers = _numbers(side, 2)
+    if len(numbers) != 1:
+        return False
+    found, end = numbers[0]
+    before = side[: end - len(found.text)] if side[:end].endswith(found.text) else "?"
+    return not before.strip(" ${*") and not re.search(r"[-+*/×÷^(]", side[end:])
 
 
 def _numbers(text: str, limit: int) -> list[tuple[Found, int]]:

@@ -30,7 +30,7 @@ _NAMES = {
     "kilogram": "kg kgs kilo",
     "ton": "tonne",
     "ounce": "oz",
-    "liter": "l litre",
+    "liter": "l L litre",
     "milliliter": "ml millilitre",
     "gallon": "gal",
     "quart": "",
@@ -78,20 +78,29 @@ _NAMES = {
 NAMES = {spelling: name for name, others in _NAMES.items() for spelling in (name, *others.split())}
 _POWERS = {"square": 2, "sq": 2, "squared": 2, "cubic": 3, "cu": 3, "cubed": 3}
 _PARTS = re.compile(r"[A-Za-z]+|[%$¢€£¥₹/]|\s+|\.|-|\S")
-# Two letters and more that may stand bare behind a number: `5 cm`, `18 dollars`; not `in`, nor one letter, which are
-# algebra there.
-BARE = {word for word in NAMES if len(word) > 1 and word.isalpha()} - {"in", "mi", "ml", "hz"} | set(_POWERS) | {"per"}
+# Words that may stand bare behind a number: `18 dollars`; not `in` and the like, nor one letter: algebra there.
+_ALGEBRA = {"in", "mi", "ml", "hz", "rs", "mg", "gm", "eur"}
+BARE = {word for word in NAMES if len(word) > 1 and word.isalpha()} - _ALGEBRA | {*_POWERS, "per"} - {"sq", "cu"}
 
 
 def _name(word: str) -> str | None:
-    for spelling in (word, word.lower(), word.lower().removesuffix("s"), word.lower().removesuffix("es")):
-        if spelling in NAMES:
+    low = word.lower()
+    for spelling in (word, low, low.removesuffix("s"), low.removesuffix("es")):
+        if spelling in NAMES and (len(spelling) > 1 or spelling == word):  # M is no metre, ms none either
             return NAMES[spelling]
     return None
 
 
-def is_bare_unit(word: str) -> bool:
-    """Return whether `word`, outside \\text{}, is a unit or part of one."""
+def is_bare_unit(word: str, *, behind: bool, rest: str) -> bool:
+    """Return whether `word`, outside \\text{}, is a unit or part of one.
+
+    One of two letters is only where it stands behind a number and a blank, `sq` and `cu` before a unit besides.
+    """
+    if len(word) == 2 and not behind:
+        return False
+    if word in ("sq", "cu"):
+        following = re.match(r"\s([a-z]{2,})(?![a-zA-Z])", rest)
+        return bool(following and following[1] in BARE)
     return word.lower() in BARE or (len(word) > 3 and word.lower() in {*BARE, *map("{}s".format, BARE)})
 
 

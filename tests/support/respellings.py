@@ -34,6 +34,8 @@ def right(gold: str) -> dict[str, str]:
         "display": f"\\[\n{gold}\n\\]",
         "a stop": f"{gold}.",
         "boxed": f"\\boxed{{{gold}}}",
+        "bold": f"**{gold}**",
+        "bold and a stop": f"**{gold}.**",
         "displaystyle": f"\\displaystyle {gold}",
         "dfrac": re.sub(r"\\[dt]?frac(?![a-z])", r"\\dfrac", gold),
         "tfrac": re.sub(r"\\[dt]?frac(?![a-z])", r"\\tfrac", gold),
@@ -69,6 +71,7 @@ def right(gold: str) -> dict[str, str]:
         found["braced"] = gold.replace("^\\circ", "^{\\circ}")
         found["in words"] = gold.replace("^\\circ", " \\text{ degrees}")
         found["no unit"] = gold.replace("^\\circ", "")
+        found["an angle"] = f"\\angle ABC = {gold}"
     if gold.startswith("\\$"):
         found["no currency"] = gold[2:]
         found["in words"] = f"{gold[2:]} \\text{{ dollars}}"
@@ -85,7 +88,23 @@ def right(gold: str) -> dict[str, str]:
         found["no name"] = gold.partition("=")[2].strip()
     elif re.fullmatch(r"-?\d+", gold):
         found["named"] = f"x = {gold}"
+        found["a length"] = f"AB = {gold}"
+        found["a set of one"] = f"\\{{{gold}\\}}"
+        found["absolute"] = f"|{gold}|" if gold[0] != "-" else f"-|{gold}|"
+        found["a function in degrees"] = f"{gold} \\tan 45^\\circ"
+    if (pair := _pair(gold)) is not None:
+        found["letters"] = f"(x, y) = ({','.join(pair)})"
+    if word := re.fullmatch(r"\\text\{([A-Za-z]{3,}|No|no)\}", gold):
+        found["small"] = word[1].lower()
+        found["capitals"] = f"\\text{{{word[1].upper()}}}"
     return found
+
+
+def _pair(gold: str) -> list[str] | None:
+    """Return the two parts of a pair of numbers in round brackets, None for anything else."""
+    inner = re.fullmatch(r"\((.*)\)", gold.replace("\\left", "").replace("\\right", ""))
+    parts = inner[1].split(",") if inner and "\\infty" not in gold and "\\cup" not in gold else []
+    return [part.strip() for part in parts] if len(parts) == 2 else None
 
 
 def wrong(gold: str) -> dict[str, str]:
@@ -151,6 +170,17 @@ def wrong(gold: str) -> dict[str, str]:
             found[f"letter at {index}"] = f"\\text{{{word[1]}{changed}{word[3]}}}"
         if len(word[2]) > 2:
             found["anagram"] = f"\\text{{{word[2][::-1]}}}"
+    if re.fullmatch(r"-?\d+", gold) and gold != "0":
+        found["a function without degrees"] = f"{gold} \\tan 45"
+        found["a set of two"] = f"\\{{{gold}, {int(gold) + 1}\\}}"
+    if gold[0] == "-" and re.fullmatch(r"-?\d+", gold):
+        found["absolute"] = f"|{gold}|"
+    elif re.fullmatch(r"[\da-z+* -]+", gold) and re.search(r"[a-z]", gold):
+        found["absolute"] = f"|{gold}|"
+    if gold.endswith("^\\circ"):
+        found["of an angle"] = f"\\sin {gold}"
+    if (pair := _pair(gold)) is not None and pair[0] != pair[1]:
+        found["letters"] = f"(x, y) = ({pair[1]}, {pair[0]})"
     for addition in ("2", "\\pi", "t", "\\mathrm{i}", "\\text{ million}", "+1"):
         nothing = re.search(r"(?<![\d.])0\Z", gold) and addition in ("\\pi", "t", "\\mathrm{i}")  # 0t is 0
         if not gold.startswith("\\text") and not nothing:

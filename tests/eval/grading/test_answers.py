@@ -140,6 +140,16 @@ def test_numbers_are_exact() -> None:
         (" x = 8 and y = 3", 8),
         (" = 8", 8),
         (" \\boxed{5 + 3 = 8}", 8),
+        (" 8 = 2 cubed", 8),
+        (" 7 days = 1 week", 7),
+        (" 3 feet = 36 inches", 3),  # by choice
+        (" 0.25 = 25%", Fraction(1, 4)),
+        (" $5 = 500 cents", 5),
+        (" 5 + 3 = 8 = 2 cubed", 8),
+        (" f(3) = 9 eggs", 9),
+        (" 5 + 3 = 8 eggs", 8),
+        (" x = 8 eggs", 8),
+        (" Day 3 = 9 eggs", 9),
     ],
 )
 def test_first_number(text: str, value: int) -> None:
@@ -282,6 +292,16 @@ def test_found_by_attack() -> None:
         ("so \\boxed{x^2} and \\boxed{\\{1,2\\}}", None, "\\{1,2\\}"),
         ("Final answer: $-\\frac{1}{3}$", None, "-\\frac{1}{3}"),
         ("and so we get 12 ways", None, "12"),
+        ("The answer is: **18**", "18", "18"),
+        ("The answer is: **18.**", "18", "18"),
+        ("The answer is: **18**.", "18", "18"),
+        ("**The answer is: $18$**", "$18$", "18"),
+        ("The answer is: 18 - that is all", "18 - that is all", "18"),
+        ("The answer is: 18 — that is all", "18 — that is all", "18"),
+        ("The answer is: 10 = ten", "10 = ten", "10"),
+        ("The answer is: 3 \\times something", "3 \\times something", "3"),
+        ("The answer is: $5 + $3 = $8", "$5 + $3 = $8", "$5 + $3 = $8"),
+        ("The answer is: $x \\to 0^+$ here", "$x \\to 0^+$ here", "x \\to 0^+"),
         ("I cannot say", None, None),
     ],
 )
