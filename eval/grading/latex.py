@@ -27,7 +27,7 @@ _JOINT = re.compile(r"\s*(?:,|and|or|,\s*and|,\s*or)\s*")
 _SENTENCE_END = re.compile(r"\.(?=\s|$)|\n")
 _STRICT_END = re.compile(r"\.\s*\n|\n\s*\n")
 
-# A word of prose, in a sentence without math delimiters: not a command, not in braces (\\text{…}), no function or angle.
+# A word of prose, in a sentence without math delimiters: not a command, not in braces, no function or angle.
 _WORD = re.compile(
     r"(?<![\\a-zA-Z{])(?<!\\angle )(?!(?:and|or|sin|cos|tan|cot|sec|csc|log|ln|exp|sqrt|pi|mod)\b)[a-zA-Z]{3,}+(?!\})"
 )
