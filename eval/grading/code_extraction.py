@@ -44,7 +44,7 @@ from eval.grading.code_pruning import (
 POST_PROCESSING = "3"
 MAX_CHARS = 100_000  # of a completion, twenty times a long one; the rest is cut off
 MAX_PARSED_CHARS = 1_000_000  # of all attempts at one completion: seconds at worst
-MAX_SECONDS = 10.0  # of CPU, for one completion
+MAX_SECONDS = 3.0  # of CPU, for one completion
 INDENT = "    "
 WHOLE, STUB, NOTHING = 2, 1, 0  # what a candidate has of the wanted functions
 
@@ -53,6 +53,13 @@ _FENCE = re.compile(r"^[ \t]*+(?:`{3,}+|~{3,}+)[^`\n]*+$|`{3,}+[\w+#.-]*+[ \t]*+
 _ANY_FENCE = re.compile(r"`{3,}+(?:[ \t]*+[\w+#.-]*+[ \t]*+$)?", re.MULTILINE)
 # The marks at which models end, begin and pad, where a decoder left them in.
 _MARK = re.compile(r"<\|[\w ./-]{1,40}\|>|<\uff5c[^\uff5c\n]{1,40}\uff5c>|</?s>|<(?:eos|bos|pad|end_of_turn)>")
+# What hides a mark, or a quote that hides none: a word's apostrophe, an escape, a comment up to a mark, a string.
+_HIDING = re.compile(
+    rf"(?P<mark>{_MARK.pattern})|[A-Za-z]{{2,}}'(?=[a-z])|\\.|#(?:(?!{_MARK.pattern})[^\n])*+"
+    r"""|"{3}(?:\\.|(?!"{3}).)*+"{3}|'{3}(?:\\.|(?!'{3}).)*+'{3}"""
+    r"""|"(?:\\.|[^"\\\n])*+"|'(?:\\.|[^'\\\n])*+'""",
+    re.DOTALL,
+)
 
 
 class TooLong(Exception):
@@ -80,11 +87,16 @@ class _Reader:
     def __init__(self) -> None:
         self._left = MAX_PARSED_CHARS
         self._end = time.thread_time() + MAX_SECONDS
+        self._begin_code: dict[str, bool] = {}
+
+    def check_clock(self) -> None:
+        """Raise TooLong where the time is up."""
+        if time.thread_time() > self._end:
+            raise TooLong(f"post-processing took more than {MAX_SECONDS:g} s")
 
     def parse(self, source: str) -> tuple[ast.Module | None, int]:
         """Return the tree, or None and the line of the error (from 1; 0 where the limit is reached)."""
-        if time.thread_time() > self._end:
-            raise TooLong(f"post-processing took more than {MAX_SECONDS:g} s")
+        self.check_clock()
         self._left -= len(source)
         return parse_or_line(source) if self._left >= 0 else (None, 0)
 
@@ -106,39 +118,51 @@ class _Reader:
         lines = text.split("\n")
         end = 0
         for start, line in enumerate(lines):
-            if start >= end and _begins_code(line):
+            if self._left <= 0:
+                return
+            if start >= end and self._begins_code(line):
                 block = self.longest_prefix(lines[start:])
                 if block is not None:
                     end = start + block.count("\n")
                     yield block
 
+    def _begins_code(self, line: str) -> bool:
+        if line not in self._begin_code:
+            self.check_clock()
+            self._left -= len(line)
+            self._begin_code[line] = _begins_code(line)
+        return self._begin_code[line]
+
 
 class _Search:
     def __init__(self, text: str, wanted: Sequence[str], helpers: Iterable[str], prompt: str) -> None:
         self.raw = text
-        self.text = _before_end_mark(_tidy(text))
+        self.texts = _before_end_mark(_tidy(text))
         self.wanted, self.roots, self.prompt = set(wanted), {*wanted, *helpers}, prompt
         self.name = wanted[0]
         self.head = _before_function(prompt, self.name) if prompt else ""
         self.given = set(_definitions(parse(self.head).body)) if self.head else set()
         self.reader = _Reader()
-        self.blocks = [self.text[start:end] for start, end in _split(_FENCE, self.text)]
 
     def program(self) -> str | None:
         stub = other = None
-        for source in self._candidates():
-            tree = parse(source)
-            found = self._completeness(tree)
-            if found == WHOLE:
-                return self._finish(source, tree)
-            if found == STUB and stub is None:
-                stub = source
-            if found == NOTHING and other is None:
-                bodies = {name for name, have_body in _definitions(tree.body).items() if any(have_body)}
-                if defined := bodies - self.given:
-                    other = finish(source, self.roots | defined)
-        if stub is not None:
-            return finish(stub, self.roots)
+        for text in self.texts:
+            self.text = text
+            self.blocks = [self.text[start:end] for start, end in _split(_FENCE, self.text)]
+            for source in self._candidates():
+                self.reader.check_clock()
+                tree = parse(source)
+                found = self._completeness(tree)
+                if found == WHOLE:
+                    return self._finish(source, tree)
+                if found == STUB and stub is None:
+                    stub = source
+                if found == NOTHING and other is None:
+                    bodies = {name for name, have_body in _definitions(tree.body).items() if any(have_body)}
+                    if defined := bodies - self.given:
+                        other = finish(source, self.roots | defined, self.reader.check_clock)
+            if stub is not None:
+                return finish(stub, self.roots, self.reader.check_clock)
         tree, _ = self.reader.parse(self.raw)
         if tree is not None and any(re.search(rf"\b{re.escape(name)}\b", self.raw) for name in self.wanted):
             if not all(isinstance(node, ast.Expr) and not isinstance(node.value, ast.Call) for node in tree.body):
@@ -201,7 +225,7 @@ class _Search:
             if part not in source and self._completeness(other) == NOTHING and bound_names(other) & missing:
                 added.append(part)
                 missing |= unbound_names(other)
-        return finish("".join(added) + source, self.roots)
+        return finish("".join(added) + source, self.roots, self.reader.check_clock)
 
 
 def _tidy(text: str) -> str:
@@ -209,16 +233,14 @@ def _tidy(text: str) -> str:
     return text.encode("utf-8", "ignore").decode("utf-8")
 
 
-def _before_end_mark(text: str) -> str:
-    """Return the text before the first mark of a model's end that stands in no string; marks at its head are cut."""
-    start = 0
-    for mark in _MARK.finditer(text):
-        before = text[text.rfind("\n", 0, mark.start()) + 1 : mark.start()]
-        if not text[start : mark.start()].strip():
-            start = mark.end()
-        elif not before.count('"') % 2 and not before.count("'") % 2:
-            return text[start : mark.start()]
-    return text[start:]
+def _before_end_mark(text: str) -> list[str]:
+    """Return the text before the first mark of a model's end that stands in no string; then, should that be wrong,
+    all of the text, and what stands before its first mark. Marks at its head are cut."""
+    while head := _MARK.match(text.lstrip()):
+        text = text.lstrip()[head.end() :]
+    outside = next((found.start() for found in _HIDING.finditer(text) if found["mark"]), len(text))
+    first = _MARK.search(text)
+    return list(dict.fromkeys((text[:outside], text, text[: first.start() if first else None])))
 
 
 def _split(fence: re.Pattern, text: str) -> list[tuple[int, int]]:

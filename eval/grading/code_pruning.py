@@ -3,8 +3,9 @@ them, directly or through others; examples, asserts, prints and `if __name__ == 
 
 Needed is what binds a name that is needed, and what may change an object that is needed: an assignment to a part of it,
 a call of its methods, a call that it is passed to, a call of a function that changes it, all of these through another
-name of the object, too. In doubt a statement stays: a program that passes as it stands must pass afterwards. Only
-examples (they use a wanted function, read the input, exit or assert) must change a needed name by themselves.
+name of the object, too; and what calls exec, eval, globals and their like, which may bind and read any name. In doubt a
+statement stays: a program that passes as it stands must pass afterwards. Only examples (they use a wanted function,
+read the input, exit or assert) must change a needed name by themselves.
 
 Each statement is looked at once and each name is followed once, so that the time grows with the length of the text.
 """
@@ -15,7 +16,7 @@ import re
 import symtable
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
 _Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
@@ -37,6 +38,7 @@ NAMES = {
 _EXAMPLE_NAMES = {"input", "exit", "quit", "breakpoint"}
 _EXAMPLE_ATTRIBUTES = {"stdin", "exit", "_exit", "abort", "argv", "main", "testmod"}
 _CHANGE_NOTHING = set("abs all any float int isinstance len max min print range repr sorted str sum type".split())
+_HIDDEN = {"exec", "eval", "globals", "locals", "vars", "setattr"}  # they bind and read names unseen
 _SETTINGS = {"setrecursionlimit", "set_int_max_str_digits", "stack_size"}  # of the interpreter: kept in any case
 
 
@@ -57,21 +59,24 @@ def parse_or_line(source: str) -> tuple[ast.Module | None, int]:
             return None, 1
 
 
-def finish(source: str, roots: set[str]) -> str:
-    """Return the program without what the roots do not need, and with the imports that were forgotten."""
+def finish(source: str, roots: set[str], check_clock: Callable[[], object]) -> str:
+    """Return the program without what the roots do not need, and with the imports that were forgotten.
+
+    check_clock: called on the way; it raises where that takes too long.
+    """
     tree = parse(source)
     try:
-        kept = needed_statements(tree.body, roots)
+        kept = needed_statements(tree.body, roots, check_clock)
         program = _keep_lines(source, tree.body, kept)
     except RecursionError:  # an expression too deep for ast.unparse and its like
         kept, program = tree.body, source
     return _forgotten_imports(ast.Module(kept, [])) + program
 
 
-def needed_statements(body: Sequence[ast.stmt], roots: set[str]) -> list[ast.stmt]:
+def needed_statements(body: Sequence[ast.stmt], roots: set[str], check_clock: Callable[[], object]) -> list[ast.stmt]:
     """Return the statements that the names `roots` need, in order, imports from __future__ first."""
     body = _without_stubs(body)
-    kept = _Needed(body, roots).kept
+    kept = _Needed(body, roots, check_clock).kept
     chosen = [node for node in body if id(node) in kept]
     return sorted(chosen, key=lambda node: not (isinstance(node, ast.ImportFrom) and node.module == "__future__"))
 
@@ -131,9 +136,10 @@ class _Statement:
         self.touches: set[str | None] = set()
         self.other_names: set[tuple[str, str]] = set()
         self.loads: set[str] = set()
-        self.is_example = self.is_setting = False
+        self.is_example = self.is_setting = self.is_hidden = False
         for inner in _executed(node):
             self._read(inner)
+        self.is_hidden = self.is_hidden and not self.is_example
 
     def _read(self, inner: ast.AST) -> None:
         if isinstance(inner, ast.Name):
@@ -153,6 +159,7 @@ class _Statement:
                 self.touches |= {root_name(node) for node in (inner.func, *arguments)}
             called = inner.func.attr if isinstance(inner.func, ast.Attribute) else root_name(inner.func)
             self.is_setting = self.is_setting or called in _SETTINGS
+            self.is_hidden = self.is_hidden or (isinstance(inner.func, ast.Name) and called in _HIDDEN)
         if isinstance(inner, ast.AugAssign):
             self.changes.add(root_name(inner.target))
         if isinstance(inner, ast.Assign | ast.AnnAssign | ast.AugAssign | ast.NamedExpr):
@@ -173,7 +180,7 @@ class _Statement:
 class _Needed:
     """The search for what the roots need; `kept` holds the ids of the statements."""
 
-    def __init__(self, body: Sequence[ast.stmt], roots: set[str]) -> None:
+    def __init__(self, body: Sequence[ast.stmt], roots: set[str], check_clock: Callable[[], object]) -> None:
         self.kept: set[int] = set()
         self._needed: set[str] = set()
         self._watched: set[str] = set()  # names through which an object that is needed may be changed
@@ -185,7 +192,10 @@ class _Needed:
         data = {name for s in statements if not isinstance(s.node, _Definition) for name in s.binds}
         # not followed: functions, of which calls alone change nothing, and builtins
         self._constant = ({node.name for node in definitions} | set(dir(builtins))) - data
-        self._outside = {id(s.node): _outside_names(s.node) for s in statements}
+        self._outside: dict[int, set[str]] = {}
+        for statement in statements:
+            check_clock()
+            self._outside[id(statement.node)] = _outside_names(statement.node)
         modules = self._index_imports(statements)
         examples = self._index_definitions(definitions, roots)
         for statement in statements:
@@ -229,13 +239,8 @@ class _Needed:
                 users[name].add(node.name)
                 if name in changed or name in defined:
                     self._standing_for[name].add(node.name)
-        examples: set[str] = set()
-        while pending:
-            name = pending.pop()
-            if name not in examples:
-                examples.add(name)
-                pending += users[name]
-        return examples
+        self._hiding = _reachable(_HIDDEN, users) - _HIDDEN  # functions that call exec and its like
+        return _reachable(pending, users)
 
     def _index_statement(self, statement: _Statement, modules: set[str], examples: set[str]) -> None:
         node, changes, touches = statement.node, statement.changes, statement.touches
@@ -249,6 +254,8 @@ class _Needed:
         for index, names in ((self._binders, statement.binds), (self._changers, changes), (self._touchers, touches)):
             for name in names - {None}:
                 index[name].append(statement)
+        if statement.loads & self._hiding and not statement.is_example:
+            statement.is_hidden = True
         for name, source in statement.other_names:
             if source not in examples:
                 self._standing_for[source].add(name)
@@ -283,6 +290,18 @@ class _Needed:
             pending += self._standing_for[name]
 
 
+def _reachable(names: Iterable[str], users: Mapping[str, set[str]]) -> set[str]:
+    """Return the names, and those that use them directly or through others."""
+    found: set[str] = set()
+    pending = list(names)
+    while pending:
+        name = pending.pop()
+        if name not in found:
+            found.add(name)
+            pending += users.get(name, ())
+    return found
+
+
 def _executed(node: ast.AST) -> Iterator[ast.AST]:
     """Yield what runs when the statement runs: all of it, but of functions their decorators and defaults."""
     pending = [node]
@@ -297,9 +316,8 @@ def _executed(node: ast.AST) -> Iterator[ast.AST]:
 
 def _is_main_guard(node: ast.stmt) -> bool:
     """Whether a statement is what never runs where a program is imported, as it is for its tests."""
-    parts = list(ast.walk(node.test)) if isinstance(node, ast.If) else []
-    named = any(isinstance(part, ast.Name) and part.id == "__name__" for part in parts)
-    return named and any(isinstance(part, ast.Eq) for part in parts) and not node.orelse
+    tests = ("__name__ == '__main__'", "'__main__' == __name__")
+    return isinstance(node, ast.If) and not node.orelse and ast.unparse(node.test) in tests
 
 
 def _is_kept_anyway(statement: _Statement, *, first: bool) -> bool:
@@ -307,7 +325,7 @@ def _is_kept_anyway(statement: _Statement, *, first: bool) -> bool:
     if isinstance(node, ast.ImportFrom):
         return node.module == "__future__" or node.names[0].name == "*"
     is_docstring = first and isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-    return is_docstring or (statement.is_setting and not statement.is_example)
+    return is_docstring or statement.is_hidden or (statement.is_setting and not statement.is_example)
 
 
 def _is_example(inner: ast.AST) -> bool:
@@ -335,6 +353,9 @@ def _outside_names(node: ast.stmt) -> set[str]:
         tables += table.get_children()
         top = table.get_type() == "module"
         found |= {symbol.get_name() for symbol in table.get_symbols() if top or symbol.is_global()}
+    if found & _HIDDEN:
+        texts = [inner.value for inner in ast.walk(node) if isinstance(inner, ast.Constant)]
+        found |= {name for text in texts if isinstance(text, str) for name in re.findall(r"[^\W\d]\w*", text)}
     return found
 
 

@@ -1,7 +1,8 @@
 """What a reasoning model writes before its answer is no answer: it is cut before anything is read from a text.
 
-Everything up to the last closing mark goes, also where the opening mark stood in the prompt. Thinking that begins the
-text and never ends leaves nothing: the model was cut off before it answered.
+Everything up to the last closing mark goes, also where the opening mark stood in the prompt, and so does what begins
+with an opening mark and never ends: the model was cut off. Where nothing is left behind the last closing mark, the
+answer is what stands before the thinking that it ends.
 """
 
 from ba_lora.errors import UserError
@@ -15,8 +16,9 @@ def cut_thinking(text: str, marks: str = THINKING) -> str:
     if marks == NONE:
         return text
     opening, closing = marks.split()
-    answer = text.rpartition(closing)[2]
-    return "" if answer.lstrip().startswith(opening) else answer
+    *before, last = text.split(closing)
+    parts = [last, *(part for part in reversed(before) if opening in part)]
+    return next((answer for part in parts if (answer := part.partition(opening)[0]).strip()), "")
 
 
 def check_marks(key: str, marks: str) -> None:

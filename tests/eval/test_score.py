@@ -220,6 +220,12 @@ THOUGHTS = {  # text → (strict, flexible) where the gold is 12
     "<think>9</think> or <think>The answer is: 9</think>The answer is: 12": (1, 1),
     "<think>The answer is: 12": (0, 0),  # cut off in its thinking
     "<think></think>The answer is: 12": (1, 1),
+    "It is 12.\n<think>Or 9? The answer is: 9": (0, 1),  # thinks again and is cut off
+    "a <think>b: The answer is: 12": (0, 0),
+    "<think>a</think>The answer is: 12.\n<think>Wait, 9</think>": (1, 1),  # nothing behind the last thought
+    "The answer is: 12.\n<think>9</think>\n<think>9</think>\n<think>9": (1, 1),
+    "The answer is: 12</think>": (0, 0),  # the prompt has opened it
+    "<think>9</think>The answer is: 12</think>": (0, 0),
     "The answer is: 12": (1, 1),
 }
 

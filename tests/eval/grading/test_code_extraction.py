@@ -7,7 +7,7 @@ import time
 import pytest
 
 from eval.grading import code_extraction
-from eval.grading.code_extraction import MAX_CHARS, TooLong, extract_program
+from eval.grading.code_extraction import MAX_CHARS, MAX_SECONDS, TooLong, extract_program
 from eval.tasks import get_task
 
 SIGNATURE = "def truncate_number(number):"
@@ -129,6 +129,15 @@ FIRST_STATEMENTS = {
     "@register\ndef four():\n    return 4\nK = R[0]()",
     "precision": "from decimal import Decimal, getcontext\ngetcontext().prec = 1\nK = int(Decimal(39) / Decimal(10))",
     "deep expression": "K = 4" + " + 0" * 1500,
+    "globals": "globals()['K'] = 4",
+    "globals, updated": "globals().update(K=4)",
+    "exec": "exec('K = 4')",
+    "exec that needs a name": "four = 4\nexec('K = four')",
+    "exec in a function": "def setup():\n    exec('K = 4', globals())\nsetup()",
+    "vars": "vars().update(K=4)",
+    "eval": "four = 4\ndef get():\n    return eval('four')\nK = get()",
+    "not the main guard": "if not __name__ == '__main__':\n    K = 4",
+    "part of a main guard": "if __name__ == '__main__' or True:\n    K = 4",
 }
 
 
@@ -174,6 +183,40 @@ def test_a_mark_costs_no_line(mark: str) -> None:
         assert run_program(text)["f"](3) == 6
     inside = f"def f(x):\n    return '{mark}' + x{mark}"
     assert run_program(inside)["f"]("x") == f"{mark}x"
+
+
+QUOTES = {
+    "in the other quotes": 'return "don\'t"',
+    "escaped": "return 'don\\'t'",
+    "in a comment": 'return "don" + chr(39) + "t"  # don\'t',
+    "plural in a comment": "return \"don't\"  # of the words' end",
+    "three": 'return """don\'t"""',
+    "the end of a long string": 'return """\ndon\'t""".strip()',
+    "prefix": "return f'don{chr(39)}t'",
+    "escape in three": 'return """d\\"""".replace(chr(34), "on\'t")',
+}
+
+
+@pytest.mark.parametrize("line", QUOTES.values(), ids=QUOTES)
+def test_a_mark_behind_quotes_ends_the_program(line: str) -> None:
+    code = f"def f():\n    word = 'wrong'\n    {line}"
+    for text in (f"{code}<|endoftext|>", f"{code}</s>user: it's <b>", f"It's this:\n```python\n{code}<|im_end|>"):
+        assert run_program(text)["f"]() == "don't", text
+    program = extract_program(f"{code}</s>\nuser: it's (", wanted=("f",))
+    assert program.rstrip() == code
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        'def f():\n    """Stop\n    at </s> and\n    <|endoftext|>.\n    """\n    return 4',
+        "def f():\n    # up to </s>\n    return 4",
+        "def f():\n    return {'</s>': 4, \"it's <|im_end|>\": 5}['</s>']",
+    ],
+)
+def test_a_mark_within_a_program_is_no_end(code: str) -> None:
+    assert run_program(f"Here it is:\n```python\n{code}\n```\nIt's done.")["f"]() == 4
+    assert run_program(code)["f"]() == 4
 
 
 STUBS = ['    """Do it."""', "    pass", "    ...", "    raise NotImplementedError", '    """Do it."""\n    pass']
@@ -223,6 +266,10 @@ GROWING = {
     "prose and code": lambda n: "x = 1\nNo code here!\n" * n,
     "marks": lambda n: "x<|a|>'" * 3 * n,
     "blank lines": lambda n: " \n" * 12 * n + "def f",
+    "marks in strings": lambda n: 'x = \'<|a|>\' """\n' * n,
+    "open quotes": lambda n: ('"' * 3 + "\\" + "'" * 3 + "\\") * 3 * n + "</s>",
+    "blocks": lambda n: "```\na b\n" * 2 * n,
+    "statements on a line": lambda n: "x=1;" * 5 * n,
     "halves": lambda n: "def f(x):\n    return (\n" * n,
 }
 
@@ -240,6 +287,20 @@ def test_the_search_is_linear(grow: object) -> None:
 
     small = min(seconds(300) for _ in range(2))
     assert seconds(1200) < max(10 * small, 2.0)
+
+
+LONG = {"brackets": "x=(\n" * 25000, "blocks": "```\na b\n" * 12000, "statements": "x=1;" * 20000}
+
+
+@pytest.mark.parametrize("text", LONG.values(), ids=LONG)
+@pytest.mark.parametrize("prompt", ["", "def f(x):\n"])
+def test_the_longest_texts_end_at_the_deadline(text: str, prompt: str) -> None:
+    started = time.thread_time()
+    try:
+        extract_program(text, wanted=("f",), prompt=prompt)
+    except TooLong:
+        pass
+    assert time.thread_time() - started < 2 * MAX_SECONDS
 
 
 def test_the_search_has_a_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
