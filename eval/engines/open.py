@@ -1,4 +1,4 @@
-"""Text generation: vLLM (engine_vllm.py) and transformers (engine_hf.py) behind one call.
+"""Text generation: vLLM (vllm.py) and transformers (hf.py) behind one call.
 
     with open_engine("auto", "outputs/RUN/merged") as engine:
         completions = engine.generate(["What is 2 + 3?"], max_new_tokens=64)      # list (prompts) of lists (samples)

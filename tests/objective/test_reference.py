@@ -160,7 +160,7 @@ def test_the_reference_is_the_pretrained_model_at_step_zero_and_ever_after(tmp_p
     batch = collate(list(tiny_rows(2)))
     batch = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
     pretrained = tiny_llama(dtype=dtype)(**batch).logits
-    with torch.no_grad(), built.reference.use(built.model.eval()) as module:
+    with torch.no_grad(), built.objective.reference.use(built.model.eval()) as module:
         frozen = module(**batch).logits
     torch.testing.assert_close(frozen, pretrained, rtol=0, atol=1e-4 if dtype == torch.float32 else 0.05)
     assert (built.model(**batch).logits - pretrained).abs().max() > 0.01

@@ -247,7 +247,7 @@ def test_only_engines_imports_vllm(root: Path) -> None:
     files += root.glob("*.py")
     assert len(files) > 10
     found = [p.name for p in files if any(s in p.read_text() for s in ("import vllm", "from vllm"))]
-    assert found == ["engine_vllm.py"]
+    assert found == ["vllm.py"]
 
 
 @pytest.mark.parametrize(

@@ -165,7 +165,7 @@ def test_as_an_ordinary_user(box, root: Path, tmp_path: Path) -> None:
     shutil.copytree(root / "eval", copied, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(root / "ba_lora", tmp_path / "ba_lora", ignore=shutil.ignore_patterns("__pycache__"))
     open_to_all(tmp_path)
-    python = sys._base_executable if module._open_to_all(Path(sys.base_prefix).resolve()) else "/usr/bin/python3"
+    python = sys._base_executable if launcher._open_to_all(Path(sys.base_prefix).resolve()) else "/usr/bin/python3"
     if (
         not Path(python).exists()
         or subprocess.run([python, "-c", "import sys; sys.exit(sys.version_info < (3, 11))"]).returncode

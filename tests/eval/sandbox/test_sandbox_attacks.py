@@ -131,7 +131,7 @@ def harming(names: dict[str, object]) -> list[Job]:
 @needs_bubblewrap
 def test_harm_is_prevented_and_graded_as_failed(root: Path, world) -> None:
     names, harm = world
-    own = root / "eval" / "sandbox_child.py"
+    own = root / "eval" / "sandbox" / "child.py"
     before = own.read_bytes()
     for grader in (names["GRADER"], str(own)):
         with Sandbox(limits=QUICK) as sandbox:
