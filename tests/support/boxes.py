@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from eval.sandbox import sandbox
+from eval.sandbox import launcher
 from eval.sandbox.jobs import Limits
 
 QUICK = Limits(cpu_s=1, wall_s=4, memory_bytes=256 * 2**20, processes=16)
@@ -45,7 +45,7 @@ def processes_of_boxes() -> list[str]:
     """Return the command lines of this test's processes that run in a box."""
     ours = {os.geteuid()}
     if 0 in ours:
-        ours = {sandbox.FIRST_UID + (os.getpid() * 16 + slot) % sandbox.NUM_UIDS for slot in range(16)}
+        ours = {launcher.FIRST_UID + (os.getpid() * 16 + slot) % launcher.NUM_UIDS for slot in range(16)}
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:

@@ -14,7 +14,7 @@ import pytest
 
 from ba_lora.errors import UserError
 from eval.sandbox import box as sandbox_box
-from eval.sandbox import sandbox as module
+from eval.sandbox import launcher
 from eval.sandbox.jobs import EXITED, FAILED, PASSED, TIMEOUT, Job, Limits
 from eval.sandbox.sandbox import Sandbox
 from tests.support.boxes import MARK, QUICK, TESTS, needs_bubblewrap, open_to_all, processes_of_boxes
