@@ -24,7 +24,7 @@ MARK = f"mark-{secrets.token_hex(8)}"
 def missing() -> str:
     """Return what keeps bubblewrap from working on this machine; our own code is not asked."""
     if shutil.which("bwrap") is None:
-        return f"no bubblewrap: {sandbox.INSTALL}"
+        return f"no bubblewrap: {launcher.INSTALL}"
     command = ["bwrap", "--unshare-all", "--ro-bind", "/", "/", "--proc", "/proc", "true"]
     tried = subprocess.run(command, capture_output=True, text=True)
     return f"no namespaces: {tried.stderr.strip()}" if tried.returncode else ""
