@@ -274,7 +274,7 @@ def hub_errors(name: str, what: str) -> Iterator[None]:
             mend = "read that code, then type model.trust_remote_code=true"
             raise UserError(f"{name} runs Python code of its own repository: {mend}") from error
         if "model type" in text or "Unrecognized" in text or "model_type" in text:
-            raise UserError(f"{name} has an unknown model type: {in_one_line(error)}") from error
+            raise UserError(f"{name} has an unknown model type: {text.splitlines()[0][:300]}") from error
         if getattr(error, "errno", None) is not None:  # a real file system error, no hub answer
             raise
         if "file named" in text and "safetensors" in text:

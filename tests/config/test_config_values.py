@@ -333,7 +333,6 @@ def test_cards_hold_no_folders_of_this_machine(root, tmp_path) -> None:
 MODULES = {
     "train_nlg": "python train_nlg.py",
     "train_nlu": "python train_nlu.py",
-    "eval.rescore": "python -m eval.score",
     "data.toy.pretrain": "python data/toy/pretrain.py",
     "scripts.bench": "python scripts/bench.py",
     "scripts.bench_pissa": "python scripts/bench_pissa.py",

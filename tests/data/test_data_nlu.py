@@ -259,7 +259,7 @@ def test_the_toys_settings_reach_it(tiny_encoder, tokenizer):
     config = nlu_config(tiny_encoder, "data.num_rows=600", "data.toy.imbalance=0.9", "data.toy.dev_rows=50")
     report = load_nlu_data(config, tokenizer).report
     assert report["classes"]["contradiction"] < 50 and report["dev"]["toy_pairs"]["rows"] == 50
-    with pytest.raises(UserError, match="data.toy: imbalance is 2.0"):
+    with pytest.raises(UserError, match="data.toy.imbalance is 2.0"):
         load_nlu_data(nlu_config(tiny_encoder, "data.toy.imbalance=2.0"), tokenizer)
 
 

@@ -497,7 +497,7 @@ def test_the_trainer_refuses_what_the_cache_does_not_fit(tmp_path):
     for rows in (tiny_rows(8).remove_columns("row"), tiny_rows(8, seed=1)):
         with pytest.raises(UserError, match="not those of the reference cache"):
             trainer(rows).train()
-    with pytest.raises(UserError, match="training rows alone"):
+    with pytest.raises(UserError, match="training rows only"):
         trainer(tiny_rows(8)).evaluate(tiny_rows(8))
     with pytest.raises(UserError, match="column `row`"):
         Rows.of(tiny_rows(8).select([1, 0]))

@@ -120,7 +120,7 @@ def test_weights_that_are_no_safetensors_are_refused(train, tmp_path):
     folder = save_tiny_model(tmp_path / "pickled")
     (folder / "model.safetensors").unlink()
     torch.save(tiny_llama().state_dict(), folder / "pytorch_model.bin")
-    with pytest.raises(UserError, match="cannot load the model") as caught:
+    with pytest.raises(UserError, match="has no safetensors weights") as caught:
         train(f"model.name={folder}")
     one_line(caught)
 
@@ -234,7 +234,13 @@ def test_of_several_processes_one_tells_the_error(root, tmp_path, failing):
 def test_the_console_of_a_run_without_deepspeed_does_not_speak_of_it(root, tmp_path, tiny_model):
     pytest.importorskip("deepspeed")
     words = ["--config", "configs/nlg/toy.yaml", f"model.name={tiny_model}", "data.num_rows=8", "data.max_length=400"]
-    words += ["adapter.rank=4", "trainer.max_steps=1", "export.merged=false", "trainer.disable_tqdm=true"]
+    words += [
+        "adapter.rank=4",
+        "trainer.max_steps=1",
+        "trainer.logging_steps=1",
+        "export.merged=false",
+        "trainer.disable_tqdm=true",
+    ]
     done = run(root, *words, f"output_dir={tmp_path / 'run'}", f"results_dir={tmp_path / 'results'}")
     assert done.returncode == 0 and "step 1/1 | " in done.stdout, done.stderr[-2000:]
     assert "accelerator" not in done.stdout + done.stderr

@@ -57,7 +57,11 @@ def dry_run(capsys, monkeypatch):
         while "=" in words[0]:
             monkeypatch.setenv(*words.pop(0).split("=", 1))
         assert words[0] == "sh"
-        module, own = re.search(r'python" -m (\S+)(.*) "\$@"$', (ROOT / words[1]).read_text(), flags=re.M).groups()
+        text, given = (ROOT / words[1]).read_text(), ""
+        if inner := re.search(r'^exec sh .*/(\S+\.sh"?)(.*) "\$@"$', text, flags=re.M):  # a script over another one
+            text, given = (ROOT / "scripts" / inner[1].strip('"')).read_text(), inner[2]
+        module, own = re.search(r'python" -m (\S+)(.*) "\$@"$', text, flags=re.M).groups()
+        own += given
         monkeypatch.setattr("sys.argv", [module, *shlex.split(own), *words[2:], "--dry-run"])
         monkeypatch.chdir(ROOT)
         assert importlib.import_module(module).main() == 0

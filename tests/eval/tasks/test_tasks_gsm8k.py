@@ -109,7 +109,7 @@ def test_damaged_data(tmp_path: Path, text: str, message: str) -> None:
 def test_absent_data(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file"):
         get_task("gsm8k").load_items(str(tmp_path / "absent.jsonl"))
-    with pytest.raises(UserError, match="is not a data file"):
+    with pytest.raises(UserError, match="is a folder, a file is needed"):
         get_task("gsm8k").load_items(str(tmp_path))
 
 
