@@ -239,7 +239,8 @@ class _Needed:
                 users[name].add(node.name)
                 if name in changed or name in defined:
                     self._standing_for[name].add(node.name)
-        self._hiding = _reachable(_HIDDEN, users) - _HIDDEN  # functions that call exec and its like
+        binds = _HIDDEN - {"eval"}  # in a function eval reads names, and a call of it as an example binds none
+        self._hiding = _reachable(binds, users) - _HIDDEN  # functions that call exec and its like
         return _reachable(pending, users)
 
     def _index_statement(self, statement: _Statement, modules: set[str], examples: set[str]) -> None:

@@ -177,6 +177,7 @@ def test_training_data_of_another_revision_are_stale(folder, kind, words, revisi
     words = [*words, f"output_dir={folder}/run", "export.merged=false", "eval.tasks=[]"]
     spec = Spec.resolve(f"configs/{kind}/{base}.yaml", "lora", words, kind=kind)
     (folder / "run" / "adapter").mkdir(parents=True)
+    (folder / "run" / "adapter" / "adapter_model.safetensors").touch()
     (folder / "run" / "train.json").write_text(json.dumps({"status": "ok", "data": {"revision": revision}}))
     state = inspect(spec, {})
     if reason is None:

@@ -62,9 +62,9 @@ def test_a_run_that_cannot_be_looked_at_is_told_beside_the_others(grid_folder):
     table = fake_grid.table(grid_folder, seeds=[1])
     fake_grid.run(table)
     bad = table.specs()[0].config.run_path
-    (bad / "train.json").write_text("{")
+    (bad / "claim.json").write_text("{")
     lines = dry_run(table, plan(table, fake_grid.GRADERS))
-    assert lines[0].startswith("failed ") and "train.json, line 1: not valid JSON" in lines[1]
+    assert lines[0].startswith("failed ") and "claim.json, line 1: not valid JSON" in lines[1]
     assert lines[2].startswith("done ") and lines[3].endswith("1 failed, 1 done")
 
 

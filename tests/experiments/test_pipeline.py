@@ -17,6 +17,7 @@ from ba_lora.errors import UserError
 from ba_lora.experiments import pipeline, pipeline_nlu
 from ba_lora.runs import folder as run_folder
 from ba_lora.runs.results import labelled, results_table
+from eval.check import find_error
 from eval.tasks import TASKS
 from tests.conftest import ROOT
 
@@ -233,6 +234,9 @@ def test_a_task_without_data_of_its_own_is_told_before_the_training(tmp_path, mo
     words = ["pipeline", "configs/nlg/toy.yaml", "eval.tasks=[heldout]", f"output_dir={tmp_path / 'run'}", "--dry-run"]
     monkeypatch.setattr(sys, "argv", words)
     monkeypatch.setattr(TASKS["heldout"], "hub", None)
+    monkeypatch.setattr(
+        pipeline, "ask", lambda module, commands: [find_error(name, words) for name, *words in commands]
+    )
     with pytest.raises(UserError, match="heldout has no data of its own.*eval.data.heldout=FILE"):
         pipeline.main()
     assert not (tmp_path / "run").exists()
@@ -350,7 +354,7 @@ def test_a_finished_run_is_printed_without_torch(tmp_path, root, train):
     run_folder._hold_training_lock.cache_clear()  # the lock of this process
     words = [str(tmp_path / "base.yaml"), "--method", "lora", f"output_dir={run}", "eval.tasks=[]"]
     program = (
-        "import sys; from ba_lora import pipeline; sys.argv[0] = 'pipeline'; status = pipeline.main(); "
+        "import sys; from ba_lora.experiments import pipeline; sys.argv[0] = 'pipeline'; status = pipeline.main(); "
         "print(sorted({'torch', 'transformers', 'datasets'} & set(sys.modules)), status)"
     )
     command = [sys.executable, "-c", program, *words]

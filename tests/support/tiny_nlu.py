@@ -187,6 +187,7 @@ def scored_run(folder: Path, *overrides: str, task: str = "rte", made_from: str 
         for row in (0, 1)
     ]
     (folder / "adapter").mkdir(parents=True)
+    (folder / "adapter" / "adapter_model.safetensors").touch()
     write_text_atomic(folder / "config.yaml", to_yaml(config))
     write_json_atomic(folder / "train.json", {"status": "ok", "data": data})
     write_jsonl_atomic(folder / "predictions" / "best.jsonl", lines)

@@ -53,7 +53,7 @@ def test_one_endless_loop_delays_nothing_else(box) -> None:
 def test_the_death_of_the_grader_ends_the_boxes(root: Path) -> None:
     program = f"import os\nos.execv('/usr/bin/sleep', ['{MARK}', '600'])"
     code = (
-        "from eval.sandbox.sandbox import *\nfrom eval.sandbox.box import *\nwith Sandbox(limits=Limits(wall_s=600)) as s:\n"
+        "from eval.sandbox.sandbox import *\nfrom eval.sandbox.jobs import *\nwith Sandbox(limits=Limits(wall_s=600)) as s:\n"
         f"    print('go', flush=True)\n    s.run([Job({program!r}, '')] * 2, workers=2)"
     )
     grader = subprocess.Popen([sys.executable, "-c", code], cwd=root, stdout=subprocess.PIPE)
@@ -172,7 +172,7 @@ def test_as_an_ordinary_user(box, root: Path, tmp_path: Path) -> None:
     ):
         pytest.skip("no Python 3.11 that an ordinary user may run")
     code = (
-        "from eval.sandbox.sandbox import *\nfrom eval.sandbox.box import *\nwith Sandbox(limits=Limits(cpu_s=1, wall_s=8)) as s:\n"
+        "from eval.sandbox.sandbox import *\nfrom eval.sandbox.jobs import *\nwith Sandbox(limits=Limits(cpu_s=1, wall_s=8)) as s:\n"
         "    jobs = [Job('def f(x): return x + 1', 'assert f(1) == 2'), Job('import os\\nos._exit(0)', ''), Job('while 1: pass', '')]\n"
         "    jobs += [Job('import os\\nwhile True:\\n    try: os.fork()\\n    except OSError: pass', '')]\n"
         "    print([v.status for v in s.run(jobs)])"
