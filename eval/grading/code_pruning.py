@@ -239,8 +239,7 @@ class _Needed:
                 users[name].add(node.name)
                 if name in changed or name in defined:
                     self._standing_for[name].add(node.name)
-        binds = _HIDDEN - {"eval"}  # in a function eval reads names, and a call of it as an example binds none
-        self._hiding = _reachable(binds, users) - _HIDDEN  # functions that call exec and its like
+        self._hiding = _reachable(_HIDDEN, users) - _HIDDEN  # functions that call exec and its like
         return _reachable(pending, users)
 
     def _index_statement(self, statement: _Statement, modules: set[str], examples: set[str]) -> None:
@@ -355,7 +354,8 @@ def _outside_names(node: ast.stmt) -> set[str]:
         top = table.get_type() == "module"
         found |= {symbol.get_name() for symbol in table.get_symbols() if top or symbol.is_global()}
     if found & _HIDDEN:
-        texts = [inner.value for inner in ast.walk(node) if isinstance(inner, ast.Constant)]
+        alone = {id(inner.value) for inner in ast.walk(node) if isinstance(inner, ast.Expr)}  # docstrings are no code
+        texts = [i.value for i in ast.walk(node) if isinstance(i, ast.Constant) and id(i) not in alone]
         found |= {name for text in texts if isinstance(text, str) for name in re.findall(r"[^\W\d]\w*", text)}
     return found
 
