@@ -13,7 +13,7 @@ import pytest
 from ba_lora.errors import UserError
 from ba_lora.io import sha256_file
 from ba_lora.prompts import build_prompt
-from eval.grading.code_extraction import MAX_CHARS, POST_PROCESSING, extract_program
+from eval.grading.code_extraction import MAX_CHARS, POST_PROCESSING, TooLong, extract_program
 from eval.sandbox.sandbox import Job, Sandbox
 from eval.score import main
 from eval.scoring import Options, score_file
@@ -321,7 +321,10 @@ def test_a_truncated_body_keeps_what_is_whole(items: list) -> None:
 def test_hostile_text_costs_seconds_at_most(items: list, text: str) -> None:
     started = time.process_time()
     for whole in (text, "def f(x):\n    return " + text):
-        program = TASK.program(items[0], whole)
+        try:
+            program = TASK.program(items[0], whole)
+        except TooLong:  # what grading counts as a timeout
+            continue
         assert program is None or len(program) <= 3 * MAX_CHARS
     assert time.process_time() - started < 20
 
