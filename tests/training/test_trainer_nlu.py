@@ -258,7 +258,7 @@ def test_a_cached_step_runs_the_encoder_once(build, tmp_path):
         trained.objective.reference.prepare(trained.model, trained.train_dataset, trained.data_collator, batch_size=8)
         calls = []
         trained.model.get_base_model().bert.register_forward_hook(lambda *_, calls=calls: calls.append(1))
-        trained._head_known = True
+        trained.objective._head_known = True
         trained.train()
         counts[name] = len(calls)
     assert counts == {"pass": 7, "cache": 3}  # one more at step 0, to compare reference and tuned model
