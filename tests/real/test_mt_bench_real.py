@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from ba_lora.io import read_json, read_jsonl
-from eval import score
+from eval import scoring
 from eval.judge.client import NO_RATING, JudgeOptions
 from eval.judge.store import Request
 from eval.tasks import get_task
@@ -90,12 +90,12 @@ def test_a_whole_run_of_the_published_questions(
     items, _ = get_task("mt_bench").load(str(published))
     path = tmp_path / "answers.jsonl"
     path.write_text("".join(json.dumps({"task_id": i.task_id, "completion": i.task_id}) + "\n" for i in items))
-    options = score.Options(judgements=1, judge_parallel=2)
+    options = scoring.Options(judgements=1, judge_parallel=2)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     with JudgeServer(lambda number, body: completion(f"Rating: [[{number % 10 + 1}]]")) as server:
         for name, value in server.environ.items():
             monkeypatch.setenv(name, value)
-        result = score.score_file(get_task("mt_bench"), path, data=str(published), options=options)
+        result = scoring.score_file(get_task("mt_bench"), path, data=str(published), options=options)
         assert len(server.requests) == 160
     assert result["ratings"]["overall"] == pytest.approx(5.5) and result["metrics"]["rating"] == pytest.approx(0.55)
     assert result["invalid"] == 0 and len(result["groups"]["category"]) == 8
@@ -163,11 +163,11 @@ def test_vllm_as_model_and_as_judge(published: Path, tmp_path: Path, monkeypatch
         for name, value in {"MODEL": "tiny-judge", "BASE_URL": url, "API_KEY": "none"}.items():
             monkeypatch.setenv(f"JUDGE_{name}", value)
         monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-        options = score.Options(
+        options = scoring.Options(
             judgements=2, judge_parallel=4, judge_max_tokens=24, judge_temperature=1.0, allow_partial=True
         )
         started = time.monotonic()
-        result = score.score_file(get_task("mt_bench"), path, options=options)
+        result = scoring.score_file(get_task("mt_bench"), path, options=options)
         judged_s = time.monotonic() - started
     assert result["n"] == number and result["judge"]["version"] == "tiny-judge"
     # nonsense: counted, no crash (a rating by chance is possible, but rare)
@@ -184,5 +184,5 @@ def test_vllm_as_model_and_as_judge(published: Path, tmp_path: Path, monkeypatch
         f"{result['invalid']} of {number} answers without a rating"
     )
     # the server is gone: what it said is on file
-    assert score.score_file(get_task("mt_bench"), path, options=options)["ratings"] == result["ratings"]
+    assert scoring.score_file(get_task("mt_bench"), path, options=options)["ratings"] == result["ratings"]
     assert options.judge() == JudgeOptions(judgements=2, parallel=4, temperature=1.0, max_tokens=24)
