@@ -157,8 +157,23 @@ def remember_run(table: Table, cell: Cell) -> None:
         write_text_atomic(path, cell.config.run_path.name)
 
 
+def deciding(table: Table) -> dict[str, Any]:
+    """Return all that decides a table's tests and what they are of, as JSON has it; how it is shown is left out."""
+    shown = ("paper", "paper_task", "unit")
+    runs = "\n".join(sorted(path.name for path in table.cells_of_runs))
+    found = {
+        "rows": [dataclasses.astuple(row) for row in table.rows],
+        "columns": [{k: v for k, v in dataclasses.asdict(one).items() if k not in shown} for one in table.columns],
+        "seeds": table.seeds,
+        "ours": table.ours,
+        "runs_sha256": hashlib.sha256(runs.encode()).hexdigest(),
+        "report": {key: value for key, value in table.report.items() if key not in ("figures", "names")},
+    }
+    return json.loads(json.dumps(found))
+
+
 def declare(table: Table, folder: Path) -> None:
-    """Write down, before the first run of a table starts, what its file says: its hash and its primary tests.
+    """Write down, before the first run of a table starts, what its file says: its hash, and all that decides its tests.
 
     The report (`folder` is its folder) tells by it whether the tests were chosen before a result was seen. The record
     is written once; a damaged one is told by the report, never replaced.
@@ -171,8 +186,7 @@ def declare(table: Table, folder: Path) -> None:
         path,
         {
             "sha256": table.sha256,
-            "primary": table.report.get("primary") or [],
-            "seeds": list(table.seeds),
+            "tests": deciding(table),
             "num_results": sum(result.is_file() for result in results),
             "declared_at": now(),
         },
@@ -185,7 +199,7 @@ def read_declaration(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     record = read_object(path) or {}
-    kinds = {"sha256": str, "primary": list, "num_results": int, "declared_at": str}
+    kinds = {"sha256": str, "tests": dict, "num_results": int, "declared_at": str}
     if not all(isinstance(record.get(key), kind) for key, kind in kinds.items()):
         raise UserError(f"{path} is damaged: restore it, or delete it (then no test of the table counts as primary)")
     return record

@@ -127,7 +127,7 @@ async def ask(
         )
     except openai.APIError as error:
         if _is_too_long(error):
-            return _row("", None, finish_reason=PROMPT_TOO_LONG, options=options) | {"seconds": 0.0}
+            return _row("", None, finish_reason=PROMPT_TOO_LONG) | {"seconds": 0.0}
         attempts = int(error.request.headers.get("x-stainless-retry-count", 0)) + 1
         failed = f"failed {attempts} times, at last: " if attempts > 1 else ""
         advice = "; check it, or lower judge_parallel" if attempts > 1 else ""
@@ -136,11 +136,10 @@ async def ask(
     return _row(
         choice.message.content or "",  # a refusal or nothing but hidden reasoning: no rating
         reply.model,
-        finish_reason=choice.finish_reason,
+        finish_reason=None if choice.finish_reason == PROMPT_TOO_LONG else choice.finish_reason,  # ours alone
         fingerprint=_of_type(getattr(reply, "system_fingerprint", None), str),
         prompt_tokens=_of_type(getattr(usage, "prompt_tokens", None), int),
         completion_tokens=_of_type(getattr(usage, "completion_tokens", None), int),
-        options=options,
     ) | {"seconds": round(time.monotonic() - started, 3)}
 
 
@@ -185,12 +184,10 @@ def _row(
     fingerprint: str | None = None,
     prompt_tokens: int | None = None,
     completion_tokens: int | None = None,
-    options: JudgeOptions,
 ) -> dict[str, Any]:
     return {
         "judge_version": version,
         "fingerprint": fingerprint,
-        "rating": read_rating(text, options.thinking),
         "judgement": text,
         "finish_reason": finish_reason,
         "prompt_tokens": prompt_tokens,

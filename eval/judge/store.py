@@ -11,7 +11,7 @@ from typing import Any
 
 from ba_lora.errors import UserError
 from ba_lora.io import disk_errors
-from eval.judge.client import NO_RATING, SCALE, JudgeOptions
+from eval.judge.client import JudgeOptions
 
 KEY = ("question_id", "turn", "answer_hash", "judge", "prompt_hash", "index")
 _TYPES: dict[str, tuple[type, ...]] = {
@@ -19,7 +19,6 @@ _TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("answer_hash", "judge", "prompt_hash", "endpoint", "judgement", "time"), (str,)),
     **dict.fromkeys(("judge_version", "fingerprint", "finish_reason"), (str, type(None))),
     **dict.fromkeys(("prompt_tokens", "completion_tokens"), (int, type(None))),
-    "rating": (int, float),
 }
 
 
@@ -55,7 +54,7 @@ def digest(text: str) -> str:
 
 
 def check_row(row: object) -> None:
-    """Raise ValueError unless `row` is a judgement: every key of its type, the rating on the scale or none."""
+    """Raise ValueError unless `row` is a judgement: every key of its type."""
     if not isinstance(row, dict):
         raise ValueError(f"a JSON object is needed, found {type(row).__name__}")
     for name, types in _TYPES.items():
@@ -63,10 +62,8 @@ def check_row(row: object) -> None:
             raise ValueError(f"{name} is missing")
         if not isinstance(row[name], types) or isinstance(row[name], bool):
             raise ValueError(f"{name} is {row[name]!r:.40}")
-        if int in types and row[name] is not None and row[name] < 0 and name != "rating":
+        if int in types and row[name] is not None and row[name] < 0:
             raise ValueError(f"{name} is {row[name]}")
-    if row["rating"] != NO_RATING and not SCALE[0] <= row["rating"] <= SCALE[1]:
-        raise ValueError(f"the rating {row['rating']!r:.40} is not on the scale of {SCALE[0]:g} to {SCALE[1]:g}")
 
 
 class Store:

@@ -10,7 +10,7 @@ from eval.report.cells import Cell
 from eval.report.paired import PairedTests
 from eval.report.sources import Sources
 from eval.report.spec import Column, TableSpec, planned_comparisons
-from eval.report.stats import SIGNIFICANT, benjamini_hochberg, holm
+from eval.report.stats import LEAST_SEEDS, SIGNIFICANT, benjamini_hochberg, holm
 
 Cells = Mapping[tuple[Row, str], Cell]
 
@@ -91,8 +91,8 @@ def as_declared(spec: TableSpec, record: Mapping[str, Any] | None) -> tuple[Tabl
     """Return the table with the primary family that it may claim, and a sentence on what was declared when.
 
     record: what ba_lora.experiments.state.declare has written when the table's first run started; None where nothing
-    was. The family counts only where it is the declared one, and no run had a result then: it never changes after a
-    look.
+    was. The family counts only where all that decides it is as declared, and no run had a result then: it never changes
+    after a look.
     """
     without = dataclasses.replace(spec, primary=(), num_primary=0)
     if not spec.sha256:
@@ -103,12 +103,16 @@ def as_declared(spec: TableSpec, record: Mapping[str, Any] | None) -> tuple[Tabl
         return without, f"{now}; what it was when the first run started is not recorded{lost}."
     same = record["sha256"] == spec.sha256
     then = f"the same as when the first run started ({record['declared_at']})" if same else (
-        f"{record['sha256'][:12]} when the first run started ({record['declared_at']}): it was changed since"
+        f"{record['sha256'][:12]} when the first run started ({record['declared_at']}): the file was changed since"
     )  # fmt: skip
-    if not spec.primary and not record["primary"]:
+    if not spec.primary and not (record["tests"].get("report") or {}).get("primary"):
         return without, f"{now}, {then}."
     if record["num_results"]:
         return without, f"{now}, {then}; {record['num_results']} results were there before: no test is primary."
-    if record["primary"] != [one.as_entry() for one in spec.primary]:
-        return without, f"{now}, {then}; the primary tests were others: all tests count as exploratory."
-    return spec, f"{now}, {then}; so are its primary tests."
+    changed = sorted(key for key in spec.deciding if record["tests"].get(key) != spec.deciding[key])
+    if changed:
+        told = ", ".join(key.removesuffix("_sha256") for key in changed)
+        return without, f"{now}, {then}; what decides its tests was changed ({told}): all tests count as exploratory."
+    num_seeds = min(map(len, spec.runs.values()), default=0)
+    few = f", not testable with {num_seeds} seeds ({LEAST_SEEDS} are needed)" if num_seeds < LEAST_SEEDS else ""
+    return spec, f"{now}, {then}; its primary tests are as declared{few}."

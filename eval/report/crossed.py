@@ -31,15 +31,16 @@ _ROUNDING = 1e-12  # a standard error below this share of the values is none
 class Estimate:
     """A difference of two rows with its 95 % confidence interval, and the two-sided p-value of "no difference".
 
-    num_items: None where only the seeds count, since the items' values are not known.
+    low, high, p: None where nothing varies; num_items: None where only the seeds count, since the items' values are not
+    known.
     """
 
     difference: float
     error: float
     df: float
-    low: float
-    high: float
-    p: float
+    low: float | None
+    high: float | None
+    p: float | None
     num_items: int | None
 
 
@@ -98,8 +99,7 @@ def _estimate(
     spread = sum(term**2 / df for term, df in terms if term)
     df = max(variance**2 / spread if spread else 0.0, min(len(ours), len(theirs)) - 1)
     if not error:
-        is_none = abs(difference) <= _ROUNDING * scale
-        return Estimate(difference, 0.0, float(df), difference, difference, float(is_none), num_items)
+        return Estimate(difference, 0.0, float(df), None, None, None, num_items)
     half = float(stats.t.ppf(0.975, df)) * error
     p = float(2 * stats.t.sf(abs(difference) / error, df))
     return Estimate(difference, error, float(df), difference - half, difference + half, p, num_items)

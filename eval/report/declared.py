@@ -21,10 +21,6 @@ class Primary:
     base: str | None = None
     setting: str | None = None
 
-    def as_entry(self) -> dict[str, str]:
-        """Return it as the table's file has it."""
-        return {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
-
     def is_of(self, column: str, focus: Row, other: Row) -> bool:
         """Whether this comparison is one of those declared."""
         return (

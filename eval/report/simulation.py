@@ -4,8 +4,9 @@
 
 draws made-up experiments, two methods with S seeds each on N items, and counts how often each test calls their
 difference real: without any ("false marks", to be 5 % at most) and with a planted one ("found"). Beside the test of
-crossed.py stands what an earlier report marked: items alone as random, and one sign in all seeds. Written are
-statistics.png and statistics.json; docs/statistics.md shows them.
+crossed.py stand its paired form, where the seed moves both methods alike, and what an earlier report marked: items
+alone as random, and one sign in all seeds. Written are statistics.png and statistics.json; docs/statistics.md shows
+them.
 
 An item's chance to be solved differs from item to item, a little between the methods, and by the seed: sd 0, 1 or 4
 points. Of the metrics that are no mean over items F1, Matthews, Spearman and perplexity are simulated, each of
@@ -115,6 +116,8 @@ def table(repeats: int) -> list[dict]:
                         "found": share(crossed_mark, effect=EFFECT, **settings),
                         "false_items_alone": share(items_alone_mark, **settings),
                         "found_items_alone": share(items_alone_mark, effect=EFFECT, **settings),
+                        "false_paired": share(paired_mark, paired=True, **settings),
+                        "found_paired": share(paired_mark, paired=True, effect=EFFECT, **settings),
                     }
                 lines.append(line)
     return lines

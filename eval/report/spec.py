@@ -39,6 +39,7 @@ from ba_lora.config.schema import RunConfig
 from ba_lora.errors import UserError
 from ba_lora.experiments import tables
 from ba_lora.experiments.pipeline import UNTUNED
+from ba_lora.experiments.state import deciding
 from ba_lora.experiments.tables import Row, Table
 from eval.report.checks import choice, mapping, words
 from eval.report.declared import Collapse, Primary, parse_collapse, parse_primary
@@ -177,6 +178,7 @@ class TableSpec:
     paired: bool = False
     collapsed: Collapse | None = None
     sha256: str = ""  # of the table's file
+    deciding: dict[str, Any] = field(default_factory=dict)  # what ba_lora.experiments.state.deciding says of the table
 
     def is_primary(self, column: Column, focus: Row, other: Row) -> bool:
         """Whether the table has declared this comparison beforehand."""
@@ -265,6 +267,7 @@ def table_spec(table: Table) -> TableSpec:
         ours=table.ours,
         labels=table.labels,
         sha256=table.sha256,
+        deciding=deciding(table),
         **parse_report(table.report, rows=table.rows, columns=columns, source=f"table {table.id}"),
     )
     return dataclasses.replace(spec, num_primary=num_primary(spec, source=f"table {table.id}: report.primary"))

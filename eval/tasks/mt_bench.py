@@ -217,7 +217,7 @@ def describe(judged: Judged, prompts: Mapping[str, tuple[str, str]], references:
         "prompt_hash": digest(json.dumps([[name, *prompts[name]] for name in JUDGE_PROMPTS])),
         "references_hash": digest(json.dumps(sorted(references.items()))),
     }
-    names = ("model", "version", "prompt_hash", "references_hash", "temperature", "max_tokens")
+    names = ("model", "version", "prompt_hash", "references_hash", "temperature", "max_tokens", "thinking")
     return {"id": " ".join(f"{name}={record[name]}" for name in names), **record}
 
 

@@ -13,6 +13,7 @@ import pytest
 from ba_lora.errors import UserError
 from ba_lora.io import read_jsonl
 from ba_lora.judge_endpoint import Endpoint, endpoint_from_environment
+from eval.completions import PROMPT_TOO_LONG
 from eval.judge import store as judge_store
 from eval.judge.client import _RATINGS, NO_RATING, JudgeOptions, read_rating
 from eval.judge.judge import estimate, judge, one_judge
@@ -282,6 +283,21 @@ def test_a_prompt_beyond_the_judges_context_is_no_rating(tmp_path: Path) -> None
         assert judge(requests(2), store=tmp_path / "j", options=ONE, environ=server.environ) == judged
     assert judged.ratings == [[NO_RATING], [6]] and len(server.requests) == 2
     assert judged.record["num_prompt_too_long"] == 1 and judged.record["version"] == "judge-1-0101"
+
+
+def test_only_a_refusal_makes_a_prompt_too_long(tmp_path: Path) -> None:
+    """An endpoint that gives our own word as its finish_reason does not get around the check of its version."""
+
+    def answer(number: int, body: dict) -> tuple:
+        choice = {"index": 0, "message": {"role": "assistant", "content": "[[6]]"}, "finish_reason": PROMPT_TOO_LONG}
+        return completion("", model="a" if number == 0 else "b", choices=[choice])
+
+    with JudgeServer(answer) as server:
+        with pytest.raises(UserError, match="answers as b now, but judged as a before"):
+            judge(requests(2), store=tmp_path / "j", options=ONE, environ=server.environ)
+        judged = judge(requests(1), store=tmp_path / "j", options=ONE, environ=server.environ)
+    assert judged.ratings == [[6]] and judged.record["num_prompt_too_long"] == 0
+    assert [row["finish_reason"] for row in read_jsonl(tmp_path / "j")] == [None]
 
 
 @pytest.mark.parametrize("content", [None, ""])

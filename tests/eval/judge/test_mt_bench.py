@@ -302,6 +302,7 @@ def test_the_whole_way_to_a_score(folder: Path, tmp_path: Path, judged_by, capsy
     assert (result["n"], result["invalid"], result["num_completions"]) == (8, 2, 8)
     assert result["judge"]["num_invalid_judgements"] == 4 and result["judge"]["num_judgements"] == 16
     assert result["judge"]["version"] == "judge-1-0101" and result["judge"]["prompt_hash"] in result["judge"]["id"]
+    assert result["judge"]["id"].endswith(" max_tokens=2048 thinking=<think> </think>")
     assert result["groups"]["category"]["math"] == {"n": 2, "metrics": {}}
     assert result["groups"]["category"]["stem"]["metrics"]["rating"] == pytest.approx(0.6)
     assert result["groups"]["turn"]["1"]["metrics"] == pytest.approx({"rating": 0.8, "rating_turn1": 0.8})

@@ -267,13 +267,28 @@ def test_the_report_tells_what_was_declared_before_the_first_run(table_path, rep
     grid_state.declare(load_table(table_path), folder)
     fill(table_path)
     report(table_path)
-    assert "sha256" in (told := capsys.readouterr().out) and "so are its primary tests" in told
+    assert "sha256" in (told := capsys.readouterr().out) and "its primary tests are as declared" in told
+    shown = {"title": "Another", "note": "More words.", "labels": {"strict": "Toy"}}
+    figures = table["report"] | {"figures": {"dots": {"kind": "dots", "columns": ["strict"]}}}
+    table_path.write_text(yaml.safe_dump(table | shown | {"report": figures}, sort_keys=False))
+    report(table_path)
+    assert "the file was changed since; its primary tests are as declared" in capsys.readouterr().out
+    choices = {"paired": True, "collapsed": {"column": "strict", "below": 10}, "compare_within": ["base", "setting"]}
+    for key, value in choices.items():
+        table_path.write_text(yaml.safe_dump(table | {"report": table["report"] | {key: value}}, sort_keys=False))
+        report(table_path)
+        assert "what decides its tests was changed (report): all tests" in capsys.readouterr().out
+    fewer = [{**table["rows"][0], "methods": table["rows"][0]["methods"][-2:]}]
+    table_path.write_text(yaml.safe_dump(table | {"rows": fewer}, sort_keys=False))
+    report(table_path)
+    assert "what decides its tests was changed (rows, runs): all tests" in capsys.readouterr().out
     table["report"]["primary"][0]["column"] = "seconds"
     table["columns"]["seconds"]["task"] = "toy"
     table_path.write_text(yaml.safe_dump(table, sort_keys=False))
     grid_state.declare(load_table(table_path), folder)  # the record of the first run stays
     report(table_path)
-    assert "it was changed since; the primary tests were others" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "the file was changed since; what decides its tests was changed (columns, report): all tests" in told
     table["report"]["primary"] = [{"column": "strict", "focus": "lora", "against": "ba_lora"}]
     table_path.write_text(yaml.safe_dump(table, sort_keys=False))
     with pytest.raises(

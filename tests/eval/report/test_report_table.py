@@ -251,23 +251,40 @@ def test_collapsed_runs_are_counted_beside_the_mean_of_the_others(known):
     assert table.cells[Row("tiny", "lora"), "gsm8k"].status == "collapsed"
 
 
-RECORD = {"sha256": "s1", "primary": [], "num_results": 0, "declared_at": "2026-01-01T00:00:00+00:00"}
+TESTS = {"rows": [["tiny", "lora", ""]], "seeds": [1, 2], "report": {"primary": ["…"], "paired": False}}
+RECORD = {"sha256": "s1", "tests": TESTS, "num_results": 0, "declared_at": "2026-01-01T00:00:00+00:00"}
 
 
 @pytest.mark.parametrize(
     ("record", "told", "is_primary"),
     [
         (None, "what it was when the first run started is not recorded; its primary tests count as exploratory", False),
-        ({}, "the same as when the first run started (2026-01-01T00:00:00+00:00); so are its primary tests", True),
-        ({"sha256": "s0"}, "s0 when the first run started (2026-01-01T00:00:00+00:00): it was changed since", True),
+        (
+            {},
+            "the same as when the first run started (2026-01-01T00:00:00+00:00); its primary tests are as declared, "
+            "not testable with 3 seeds (5 are needed).",
+            True,
+        ),
+        (
+            {"sha256": "s0"},
+            "s0 when the first run started (2026-01-01T00:00:00+00:00): the file was changed since; its primary tests "
+            "are as declared",
+            True,
+        ),
         ({"num_results": 3}, "3 results were there before: no test is primary", False),
-        ({"primary": []}, "the primary tests were others: all tests count as exploratory", False),
+        (
+            {"tests": {}},
+            "what decides its tests was changed (report, rows, seeds): all tests count as exploratory",
+            False,
+        ),
+        ({"tests": TESTS | {"seeds": [1]}}, "what decides its tests was changed (seeds)", False),
+        ({"tests": TESTS | {"report": {"primary": ["…"], "paired": True}}}, "was changed (report)", False),
     ],
 )
 def test_a_family_counts_only_as_it_was_before_the_first_run(world, record, told, is_primary):
     primary = (Primary("gsm8k", "ba_lora", "lora"),)
-    spec = world.spec(primary=primary, num_primary=1, sha256="s1")
-    declared = None if record is None else RECORD | {"primary": [primary[0].as_entry()]} | record
+    spec = world.spec(primary=primary, num_primary=1, sha256="s1", deciding=TESTS)
+    declared = None if record is None else RECORD | record
     found, sentence = as_declared(spec, declared)
     assert told in sentence and sentence.startswith("The table's file has the sha256 s1")
     assert (found.primary, found.num_primary) == ((primary, 1) if is_primary else ((), 0))
