@@ -58,7 +58,7 @@ class PairedTests:
 
     def test(self, column: Column, focus: Row, other: Row) -> tuple[Estimate | None, str | None]:
         """Return the estimate of focus − other on the column's scale, and why it is no test: seeds alone are in it, or
-        they are too few. No estimate where one row has a single seed, or nothing varies."""
+        they are too few, or nothing varies. No estimate where one row has a single seed."""
         ours, theirs = (self._cells[row, column.name] for row in (focus, other))
         num_seeds = min(len(ours.seeds), len(theirs.seeds))
         if num_seeds < 2:
@@ -66,11 +66,11 @@ class PairedTests:
         paired = num_seeds >= LEAST_SEEDS and self._spec.is_paired(focus, other) and ours.seeds == theirs.seeds
         few = None if num_seeds >= LEAST_SEEDS else f"{num_seeds} seeds, {LEAST_SEEDS} are needed"
         try:
-            estimate, untested = crossed_t(self._sets(column, focus, other), paired=paired), few
+            estimate = crossed_t(self._sets(column, focus, other), paired=paired)
+            return estimate, "no spread" if estimate.p is None else few
         except Untested as reason:
             values = (np.array(cell.values) for cell in (ours, theirs))
-            estimate, untested = seeds_t(*values, paired=paired), str(reason)
-        return (None, "no spread") if estimate.p is None else (estimate, untested)
+            return seeds_t(*values, paired=paired), str(reason)
 
     def _sets(self, column: Column, focus: Row, other: Row) -> list[tuple[Array, Array]]:
         """Return the values of both rows' runs on the items of each test set, [seeds, items]. Raises Untested."""
