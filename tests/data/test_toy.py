@@ -59,7 +59,7 @@ def test_the_same_arguments_give_the_same_rows_and_a_larger_set_only_appends():
 
 
 def test_rows_do_not_depend_on_the_process(root):
-    code = "import json; from data.toy import generate; print(json.dumps(generate(num_rows=5, seed=1, split='test')))"
+    code = "import data.toy, json; print(json.dumps(data.toy.generate_problems(num_rows=5, seed=1, split='test')))"
     output = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True).stdout
     assert json.loads(output) == generate_problems(num_rows=5, seed=1, split="test")
 
