@@ -32,7 +32,7 @@ from ba_lora.objective.reference_cache.fill import cached_reference
 from ba_lora.processes import on_main_process, start_processes
 from ba_lora.runs.card import write_model_card
 from ba_lora.runs.export import export_run, probe_batch, push_to_hub, report, save_trained
-from ba_lora.runs.folder import claim_folder, complete_result, finish, is_trained, keep_base, keep_factors, recorded
+from ba_lora.runs.folder import claim_folder, complete_result, finish_run, is_trained, keep_base, keep_factors, recorded
 from ba_lora.runs.results import environment, peak_memory_mb, reset_peak_memory, total_peak_memory_mb
 from ba_lora.training.arguments import build_arguments, count_steps
 from ba_lora.training.packing import build_collator, faster_attention, prepare_packing
@@ -149,7 +149,7 @@ def train(config: RunConfig, run_path: Path, process: PartialState, arguments: T
     gc.collect()
     if process.is_main_process:
         parities = export_run(config, run_path, probe, trained_logits, initial_logits=step0.initial_logits)
-        result = finish(
+        result = finish_run(
             run_path,
             config,
             {

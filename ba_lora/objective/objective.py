@@ -23,7 +23,7 @@ from ba_lora.objective.regularizers import response_mask, response_targets
 from ba_lora.objective.terms import term_class, term_names
 from ba_lora.objective.terms.base import BatchTerm, Outputs, PositionTerm, Term
 from ba_lora.objective.terms.block import Positions
-from ba_lora.objective.terms.task import Task
+from ba_lora.objective.terms.task import CrossEntropy
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -124,7 +124,7 @@ class TokenObjective(Objective):
         classes = {name: term_class(name) for name in term_names() if getattr(regularizers, f"lambda_{name}") > 0}
         if "consistency" in classes:
             classes["consistency"] = reference.consistency
-        super().__init__([Task(), *(of.from_config(regularizers) for of in classes.values()), *extra_terms])
+        super().__init__([CrossEntropy(), *(of.from_config(regularizers) for of in classes.values()), *extra_terms])
         self.reference = reference if "consistency" in classes else None
         self._loss = loss or LossConfig()
         self._path: LossPath | None = None

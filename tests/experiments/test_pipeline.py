@@ -235,7 +235,7 @@ def test_a_task_without_data_of_its_own_is_told_before_the_training(tmp_path, mo
     monkeypatch.setattr(sys, "argv", words)
     monkeypatch.setattr(TASKS["heldout"], "hub", None)
     monkeypatch.setattr(
-        pipeline, "ask", lambda module, commands: [find_error(name, words) for name, *words in commands]
+        pipeline, "ask_module", lambda module, commands: [find_error(name, words) for name, *words in commands]
     )
     with pytest.raises(UserError, match="heldout has no data of its own.*eval.data.heldout=FILE"):
         pipeline.main()
