@@ -14,7 +14,7 @@ OFF = "off"  # what the log says of a term that was taken out of the loss
 TERMS = ("task", *term_names(), "orthogonality")  # in the log's order; the last is AdaLoRA's
 LOGGED_NAMES = (  # what a training may log of each logging step; the task's loss has no weight
     "loss", "grad_norm", "learning_rate", "tokens_per_second", "padding_share", *TERMS,
-    *(f"{kind}_{term}" for kind in ("weighted", "share", "skipped") for term in TERMS[1:]),
+    *(f"{kind}_{term}" for kind in ("weighted", "share", "gradient_share", "lambda", "skipped") for term in TERMS[1:]),
 )  # fmt: skip
 
 
