@@ -135,7 +135,9 @@ class BALoRAConfig:
         for name, share in self.gradient_shares.items():
             check_choice("regularizers.gradient_shares", name, (*PUBLISHED_TERMS, *EXTRA_TERMS))
             if getattr(self, f"lambda_{name}") == 0:
-                raise UserError(f"regularizers.gradient_shares.{name} has no effect: lambda_{name}=0 takes the term out")
+                raise UserError(
+                    f"regularizers.gradient_shares.{name} has no effect: lambda_{name}=0 takes the term out"
+                )
             check_range(f"regularizers.gradient_shares.{name}", share, "[0, 1000000]")
 
 

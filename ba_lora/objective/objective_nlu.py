@@ -108,9 +108,9 @@ class ClassifierObjective(Objective):
                         sums,
                         caught["pooled"],
                         units,
-                        of_positions=lambda term: plain_loss(
-                            logits_ND, _identity, positions, [term], {term.name: 1.0}
-                        )[0],
+                        of_positions=lambda term: plain_loss(logits_ND, _identity, positions, [term], {term.name: 1.0})[
+                            0
+                        ],
                         outputs=outputs,
                     )
                 return total, sums
