@@ -61,7 +61,7 @@ class GradientShares:
         self._squares = found if self._squares is None else self._squares + found
 
     def close(self, reduce: Callable[[Tensor], Tensor]) -> None:
-        """End a measured step: smooth the norms, set the weights. `reduce` sums over the processes, which all call it."""
+        """End a measured step: smooth the norms, set the weights. `reduce` sums over all processes; each calls it."""
         if self._squares is None:
             return
         norms = reduce(self._squares).sqrt().tolist()
