@@ -35,6 +35,7 @@ from ba_lora.runs.export import export_run, probe_batch, push_to_hub, report, sa
 from ba_lora.runs.folder import claim_folder, complete_result, finish_run, is_trained, keep_base, keep_factors, recorded
 from ba_lora.runs.results import environment, peak_memory_mb, reset_peak_memory, total_peak_memory_mb
 from ba_lora.training.arguments import build_arguments, count_steps
+from ba_lora.training.log import mean_gradient_shares
 from ba_lora.training.packing import build_collator, faster_attention, prepare_packing
 from ba_lora.training.trainer import BALoRATrainer
 from data.nlg import check_source, load_training_data
@@ -135,6 +136,7 @@ def train(config: RunConfig, run_path: Path, process: PartialState, arguments: T
         "peak_memory_mb": round(peak_memory_mb(), 1),
         "total_peak_memory_mb": round(total_peak_memory_mb(), 1),
         "step0_max_logit_difference": step0.difference,
+        "gradient_shares": mean_gradient_shares(trainer.state.log_history),
         "last_log": next((entry for entry in reversed(trainer.state.log_history) if "loss" in entry), None),
     }
 

@@ -39,6 +39,7 @@ from ba_lora.runs.results import environment, peak_memory_mb, reset_peak_memory,
 from ba_lora.runs.results_nlu import selection_report
 from ba_lora.training.arguments import autocast_precision, build_arguments, count_steps
 from ba_lora.training.epochs import EpochEvaluation
+from ba_lora.training.log import mean_gradient_shares
 from ba_lora.training.trainer import BALoRATrainer
 from data.nlu import load_nlu_data
 from eval.metrics import glue_scores
@@ -140,6 +141,7 @@ def train(config: NLURunConfig, run_path: Path, process: PartialState, arguments
         "total_peak_memory_mb": round(total_peak_memory_mb(), 1),
         "step0_max_logit_difference": step0.difference,
         "terms_off": objective.off,
+        "gradient_shares": mean_gradient_shares(trainer.state.log_history),
         "last_log": next((entry for entry in reversed(trainer.state.log_history) if "loss" in entry), None),
         "selection": selection_report(config, epochs.history(), best, last),
     }

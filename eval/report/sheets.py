@@ -4,6 +4,7 @@ import string
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 from ba_lora.experiments.tables import Row
 from eval.report.cells import Cell
@@ -137,6 +138,7 @@ def legend(table: ReportTable, *, best: str = "**Bold**", second: str = "*italic
             "of the others."
         )
     lines += _seed_lines(spec)
+    lines += _gradient_lines(table)
     lines += _cost_lines(table)
     if spec.note:
         lines.append(spec.note)
@@ -158,6 +160,21 @@ def _seed_lines(spec: TableSpec) -> list[str]:
     told = "; ".join(f"{', '.join(moved)} ({', '.join(names)})" for moved, names in seed_moves(spec).items())
     paired = " Runs of one seed are taken as pairs where it moves the same in both." if spec.paired else ""
     return [f"The seed moves: {told}.{paired}"] if told else []
+
+
+def _gradient_lines(table: ReportTable) -> list[str]:
+    """Return how strongly each method's terms pulled: the mean over its runs of their gradient shares."""
+    shares = {run["run_id"]: run["gradient_shares"] for run in table.provenance if run["gradient_shares"]}
+    found: dict[str, dict[str, list[float]]] = {}
+    for row in table.spec.rows:
+        for run in {run.run_id for column in table.spec.columns for run in table.spec.planned(row, column)}:
+            for term, share in shares.get(run, {}).items():
+                found.setdefault(table.spec.label(row.method), {}).setdefault(term, []).append(share)
+    told = [
+        f"{method}: {', '.join(f'{term} {100 * fmean(values):.2g} %' for term, values in terms.items())}"
+        for method, terms in found.items()
+    ]
+    return [f"A term's gradient at the hidden states, in shares of the task's: {'; '.join(told)}."] if told else []
 
 
 def _cost_lines(table: ReportTable) -> list[str]:

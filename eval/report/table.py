@@ -241,4 +241,5 @@ def _provenance(spec: TableSpec, sources: Sources) -> Iterable[dict[str, Any]]:
             "dirty": git.get("dirty"),
             "hardware": hardware_name(environment) if environment else None,
             "finished_at": result.get("finished_at"),
+            "gradient_shares": (result.get("training") or {}).get("gradient_shares") or {},
         }

@@ -481,6 +481,13 @@ def test_both_turns_of_a_question_are_one_item(known):
     assert grades == {"mt_bench/81": (11.0, 2)}
 
 
+def test_the_terms_gradients_are_told_where_they_were_measured(known):
+    assert "gradient" not in to_markdown(build(known))
+    for seed, share in zip(SEEDS, (0.01, 0.02, 0.03), strict=True):
+        known.edit(known.run("ba_lora", seed), **{"training/gradient_shares": {"svd": share}})
+    assert "in shares of the task's: BA-LoRA: svd 2 %." in to_markdown(build(known))
+
+
 def test_a_group_of_items_is_tested_by_its_own_grades(known):
     """Items 0 to 3 are "rare": there lora has 1, 1, 2 right in its three seeds and ba_lora the other ones."""
     for method in ("lora", "ba_lora"):
