@@ -27,15 +27,17 @@ from ba_lora.config.schema_nlu import NLURunConfig
 from ba_lora.glue import find_task
 from ba_lora.io import finite, write_json_atomic, write_jsonl_atomic
 from ba_lora.methods.build import build_model, parameter_counts, probe_logits
-from ba_lora.models.load import hub_commit, load_tokenizer
 from ba_lora.models.sizes import check_sizes
+from ba_lora.models.source import hub_commit
+from ba_lora.models.tokenizer import load_tokenizer
 from ba_lora.objective.objective_nlu import ClassifierObjective
 from ba_lora.objective.reference_cache.features import cached_features
 from ba_lora.processes import on_main_process, start_processes
 from ba_lora.runs.card import write_model_card
-from ba_lora.runs.export import export_run, probe_batch, push_to_hub, report, save_trained
+from ba_lora.runs.environment import environment, peak_memory_mb, reset_peak_memory, total_peak_memory_mb
+from ba_lora.runs.export import export_run, push_to_hub, save_trained
 from ba_lora.runs.folder import claim_folder, complete_result, finish_run, is_trained, keep_base, keep_factors, recorded
-from ba_lora.runs.results import environment, peak_memory_mb, reset_peak_memory, total_peak_memory_mb
+from ba_lora.runs.parity import probe_batch, report
 from ba_lora.runs.results_nlu import selection_report
 from ba_lora.training.arguments import autocast_precision, build_arguments, count_steps
 from ba_lora.training.epochs import EpochEvaluation
