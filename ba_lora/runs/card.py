@@ -14,7 +14,6 @@ from ba_lora.config.schema import RunConfig, public, to_yaml
 from ba_lora.glue import find_task
 from ba_lora.io import write_text_atomic
 
-
 TEMPLATE = """\
 ---
 {{ card_data }}
