@@ -20,6 +20,7 @@ from typing import Any
 
 from ba_lora.config.layers import config_of_result
 from ba_lora.config.schema import UNTUNED, RunConfig, training_hash
+from ba_lora.console import console_table
 from ba_lora.errors import UserError
 from ba_lora.io import read_object, remove_leftovers, write_json_atomic
 from ba_lora.paths import PROJECT_ROOT
@@ -265,11 +266,7 @@ def results_table(results: list[dict[str, Any]]) -> str:
     names = [name for name in names if any(name in metrics for _, _, metrics, _ in lines)]
     rows = [("method", "task", *names, "n", "invalid", "train s", "eval s", "peak MB")]
     rows += [(method, task, *(found.get(name, "") for name in names), *counts) for method, task, found, counts in lines]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    rows.insert(1, tuple("-" * width for width in widths))
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
+    return console_table(rows)
 
 
 def labelled(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
