@@ -131,12 +131,12 @@ def run_specs(specs: Sequence[Spec], *, table: Callable[[list[dict[str, Any]]], 
 def check_evaluation(stages: Iterable[Stage]) -> None:
     """Raise the UserError that an evaluation would end with after the training, as far as it shows before."""
     commands = [stage.command[2:] for stage in stages if stage.name in ("generate", "evaluate")]
-    for error in ask("eval.check", commands) if commands else ():
+    for error in ask_module("eval.check", commands) if commands else ():
         if error:
             raise UserError(error)
 
 
-def ask(module: str, question: Any, *words: str) -> Any:
+def ask_module(module: str, question: Any, *words: str) -> Any:
     """Return the JSON that a module prints; it reads the question, as JSON, from its standard input."""
     command = [sys.executable, "-m", module, *words]
     done = subprocess.run(

@@ -261,7 +261,7 @@ def _export_fault(run_path: Path, config: RunConfig, trained: dict[str, Any]) ->
     return None
 
 
-def finish(run_path: Path, config: RunConfig, facts: dict[str, Any]) -> dict[str, Any]:
+def finish_run(run_path: Path, config: RunConfig, facts: dict[str, Any]) -> dict[str, Any]:
     """Write train.json and the result; return the result."""
     exported = [file for name in EXPORTS for file in sorted((run_path / name).glob("*")) if file.name != "README.md"]
     sizes = {str(file.relative_to(run_path)): file.stat().st_size for file in exported if file.is_file()}

@@ -23,9 +23,10 @@ from ba_lora.models.load import hub_commit
 from ba_lora.processes import on_main_process, start_processes
 from ba_lora.runs.card import write_model_card
 from ba_lora.runs.export import export_run, probe_batch, push_to_hub, report, save_trained
-from ba_lora.runs.folder import claim_folder, complete_result, finish, is_trained, keep_base, keep_factors, recorded
+from ba_lora.runs.folder import claim_folder, complete_result, finish_run, is_trained, keep_base, keep_factors, recorded
 from ba_lora.runs.results import environment, peak_memory_mb, reset_peak_memory, total_peak_memory_mb
 from ba_lora.training.arguments import build_arguments, count_steps
+from ba_lora.training.log import mean_gradient_shares
 from ba_lora.training.trainer import BALoRATrainer
 
 if TYPE_CHECKING:
@@ -100,6 +101,7 @@ class TrainingRun:
             "peak_memory_mb": round(peak_memory_mb(), 1),
             "total_peak_memory_mb": round(total_peak_memory_mb(), 1),
             "step0_max_logit_difference": self.step0.difference,
+            "gradient_shares": mean_gradient_shares(log),
             "last_log": next((entry for entry in reversed(log) if "loss" in entry), None),
         }
 
@@ -115,7 +117,7 @@ class TrainingRun:
             return
         parities = export_run(config, run_path, self.probe, trained_logits, initial_logits=self.step0.initial_logits)
         trained.clean_up()
-        result = finish(
+        result = finish_run(
             run_path,
             config,
             {

@@ -18,6 +18,7 @@ from ba_lora.runs import export
 from ba_lora.runs.export import MAX_SHARE, serving_adapter
 from ba_lora.training.plain_lora import plain_lora
 from tests.support import tiny
+from tests.support.tiers import mostly_slow
 from tests.support.tiny import only_result, save_tiny_model
 
 TEXT = "Tom has 3 apples and buys 4 more."
@@ -33,7 +34,7 @@ def base(tiny_model):
     return AutoModelForCausalLM.from_pretrained(tiny_model)
 
 
-@pytest.mark.parametrize("method", available_methods())
+@pytest.mark.parametrize("method", mostly_slow(available_methods(), ("full_ft", "adalora", "dora", "lora", "ba_lora")))
 def test_every_method_trains_and_exports(train, tiny_model, method):
     """merged = adapter on the untouched base, by plain PEFT; and training did change the model."""
     steps = ["trainer.max_steps=12"] if method == "adalora" else []

@@ -32,7 +32,7 @@ def test_a_run_that_was_not_trained_has_failed(config):
 def test_the_prompt_is_the_one_of_the_training(config, monkeypatch):
     """Scored again under another template, the result still tells what was trained on."""
     trained_with = prompt_hash()
-    run.finish(config.run_path, config, {"training": {"steps": 3}})
+    run.finish_run(config.run_path, config, {"training": {"steps": 3}})
     monkeypatch.setitem(prompts.TEMPLATES, "alpaca", "Another one: {instruction}")
     result = write_result(config.run_path, config)
     assert (result["prompt_hash"], result["training"], result["status"]) == (trained_with, {"steps": 3}, "ok")

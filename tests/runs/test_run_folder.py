@@ -50,7 +50,7 @@ def trained(config):
     claim_folder(config)
     for name in ("adapter", "lora", "merged"):
         put(config.run_path / name / "adapter_model.safetensors", name)
-    return run.finish(config.run_path, config, {"training": {"steps": 1}})
+    return run.finish_run(config.run_path, config, {"training": {"steps": 1}})
 
 
 # ---- results
