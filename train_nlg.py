@@ -22,7 +22,7 @@ if __name__ == "__main__":  # what is wrong in the command line is told before t
 from accelerate import PartialState
 from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 
-from ba_lora.config.schema import RunConfig
+from ba_lora.config.schema_nlg import NLGConfig
 from ba_lora.io import finite, write_jsonl_atomic
 from ba_lora.methods.build import build_model, left_out_experts, parameter_counts, probe_logits
 from ba_lora.models.load import hub_commit, load_tokenizer
@@ -60,7 +60,7 @@ def main() -> None:
         print(f"pushed to {push_to_hub(run_path, config)}")
 
 
-def train(config: RunConfig, run_path: Path, process: PartialState, arguments: TrainingArguments) -> None:
+def train(config: NLGConfig, run_path: Path, process: PartialState, arguments: TrainingArguments) -> None:
     """Train and export one run; every process of a distributed run calls it."""
     # Data: rows → prompt + response, labels on the response alone.
     set_seed(config.seed)

@@ -23,7 +23,7 @@ if __name__ == "__main__":  # what is wrong in the command line is told before t
 from accelerate import PartialState
 from transformers import DataCollatorWithPadding, TrainingArguments, set_seed
 
-from ba_lora.config.schema_nlu import NLURunConfig
+from ba_lora.config.schema_nlu import NLUConfig
 from ba_lora.glue import find_task
 from ba_lora.io import finite, write_json_atomic, write_jsonl_atomic
 from ba_lora.methods.build import build_model, parameter_counts, probe_logits
@@ -64,7 +64,7 @@ def main() -> None:
         print(f"pushed to {push_to_hub(run_path, config)}")
 
 
-def train(config: NLURunConfig, run_path: Path, process: PartialState, arguments: TrainingArguments) -> None:
+def train(config: NLUConfig, run_path: Path, process: PartialState, arguments: TrainingArguments) -> None:
     """Train and export one run; every process of a distributed run calls it."""
     # Data: sentences or pairs with their labels.
     set_seed(config.seed)
