@@ -20,7 +20,7 @@ if __name__ == "__main__":  # what is wrong in the command line is told before t
     check_first(lambda: read_run("nlg", __doc__))
 
 from accelerate import PartialState
-from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
+from transformers import TrainingArguments, set_seed
 
 from ba_lora.config.schema_nlg import NLGConfig
 from ba_lora.io import finite, write_jsonl_atomic
@@ -34,7 +34,7 @@ from ba_lora.runs.card import write_model_card
 from ba_lora.runs.export import export_run, probe_batch, push_to_hub, report, save_trained
 from ba_lora.runs.folder import claim_folder, complete_result, finish, is_trained, keep_base, keep_factors, recorded
 from ba_lora.runs.results import environment, peak_memory_mb, reset_peak_memory, total_peak_memory_mb
-from ba_lora.training.arguments import build_arguments, count_steps
+from ba_lora.training.arguments import build_arguments, count_steps, early_stopping
 from ba_lora.training.packing import build_collator, faster_attention, prepare_packing
 from ba_lora.training.trainer import BALoRATrainer
 from data.nlg import check_source, load_training_data
@@ -108,9 +108,8 @@ def train(config: NLGConfig, run_path: Path, process: PartialState, arguments: T
         eval_dataset=data.heldout,
         data_collator=build_collator(tokenizer, packing=config.data.packing),
         processing_class=tokenizer,
+        callbacks=early_stopping(config),
     )
-    if config.early_stopping.patience is not None:
-        trainer.add_callback(EarlyStoppingCallback(config.early_stopping.patience, config.early_stopping.threshold))
     effective = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     process.print(f"training: {num_steps} steps of {effective} rows, {arguments.world_size} process(es)")
     reset_peak_memory()  # the SVDs of the initialisation are no part of training

@@ -9,7 +9,7 @@ from ba_lora.config.schema import RunConfig, check_choice
 from ba_lora.config.schema_nlg import NLGConfig
 from ba_lora.errors import UserError
 
-_OF_EVALUATION = ("eval_on_start", "load_best_model_at_end")
+_OF_EVALUATION = ("eval_on_start", "eval_steps", "eval_delay", "load_best_model_at_end")
 _METRICS = ("loss", "task", "eval_loss", "eval_task")  # what an evaluation gives; all of them are losses
 
 

@@ -83,14 +83,26 @@ class NLGConfig(RunConfig):
     """One NLG run, resolved."""
 
     kind: ClassVar[str] = "nlg"
-    counts_with = RunConfig.counts_with | {
-        "reference.top_k": (lambda config: config.reference.cache is not None, "reference.cache"),
-        "reference.dtype": (lambda config: config.reference.cache is not None, "reference.cache"),
-        "early_stopping.threshold": (
-            lambda config: config.early_stopping.patience is not None,
-            "early_stopping.patience",
-        ),
-    }
+    counts_with = (
+        RunConfig.counts_with
+        | dict.fromkeys(
+            ("data.revision", "data.split", "data.sample_seed"),
+            (lambda config: config.data.name != "toy" or config.data.source is not None, "data.source or a data.name"),
+        )
+        # not toy.imbalance, which configs/nlg/toy.yaml sets for whoever takes it with another data set
+        | dict.fromkeys(
+            ("data.toy.label_noise", "data.toy.noisy_families", "data.toy.seed"),
+            (lambda config: config.data.name == "toy" and config.data.source is None, "data.name=toy"),
+        )
+        | {
+            "reference.top_k": (lambda config: config.reference.cache is not None, "reference.cache"),
+            "reference.dtype": (lambda config: config.reference.cache is not None, "reference.cache"),
+            "early_stopping.threshold": (
+                lambda config: config.early_stopping.patience is not None,
+                "early_stopping.patience",
+            ),
+        }
+    )
 
     loss: LossConfig = field(default_factory=LossConfig)
     reference: NLGReferenceConfig = field(default_factory=NLGReferenceConfig)

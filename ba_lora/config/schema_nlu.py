@@ -105,18 +105,30 @@ class NLUConfig(RunConfig):
         "eval.untuned": "a classifier's head is new: there is no pre-trained one to evaluate",
         "eval.options": "they are for generating text",
     }
-    counts_with = RunConfig.counts_with | {
-        "regularizers.temperature": (
-            lambda config: config.regularizers.consistency_form == "kl",
-            "regularizers.consistency_form=kl",
-        ),
-        "regularizers.diversity_top_k": (
-            lambda config: config.regularizers.diversity_form == "entropy",
-            "regularizers.diversity_form=entropy",
-        ),
-        "nlu.heldout_share": (lambda config: config.nlu.selection == "tuned", "nlu.selection=tuned"),
-        "features.num_rows": (lambda config: bool(config.features.steps), "features.steps"),
-    }
+    counts_with = (
+        RunConfig.counts_with
+        | dict.fromkeys(
+            ("data.revision", "data.split", "data.sample_seed"),
+            (lambda config: config.nlu.task != "toy_pairs" or config.data.source is not None, "data.source or a task"),
+        )
+        # not toy.dev_rows, which configs/nlu/toy.yaml sets for whoever takes it with another task
+        | dict.fromkeys(
+            ("data.toy.label_noise", "data.toy.noisy_labels", "data.toy.imbalance", "data.toy.seed"),
+            (lambda config: config.nlu.task == "toy_pairs" and config.data.source is None, "task=toy_pairs"),
+        )
+        | {
+            "regularizers.temperature": (
+                lambda config: config.regularizers.consistency_form == "kl",
+                "regularizers.consistency_form=kl",
+            ),
+            "regularizers.diversity_top_k": (
+                lambda config: config.regularizers.diversity_form == "entropy",
+                "regularizers.diversity_form=entropy",
+            ),
+            "nlu.heldout_share": (lambda config: config.nlu.selection == "tuned", "nlu.selection=tuned"),
+            "features.num_rows": (lambda config: bool(config.features.steps), "features.steps"),
+        }
+    )
 
     regularizers: NLURegularizersConfig = field(default_factory=NLURegularizersConfig)
     data: NLUDataConfig = field(default_factory=NLUDataConfig)

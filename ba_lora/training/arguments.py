@@ -11,7 +11,7 @@ from ba_lora.errors import UserError
 from ba_lora.paths import resolve_path
 
 if TYPE_CHECKING:
-    from transformers import TrainingArguments
+    from transformers import TrainerCallback, TrainingArguments
 
 # Optimizers that look for their layers in the model itself, which is not there yet.
 OPTIMIZERS_OF_A_MODEL = (
@@ -85,6 +85,14 @@ def build_arguments(config: RunConfig, run_path: Path) -> "TrainingArguments":
     if config.kind == "nlu" and is_deepspeed_zero3_enabled():
         raise UserError("NLU runs do not support ZeRO-3: use DDP or configs/deepspeed/zero2.json")
     return arguments
+
+
+def early_stopping(config: NLGConfig) -> "list[TrainerCallback]":
+    """Return the callback that stops a run after `early_stopping.patience` evaluations without a better one, if any."""
+    from transformers import EarlyStoppingCallback
+
+    settings = config.early_stopping
+    return [] if settings.patience is None else [EarlyStoppingCallback(settings.patience, settings.threshold)]
 
 
 def _try_optimizer(arguments: "TrainingArguments") -> None:
