@@ -11,7 +11,8 @@ from typing import Any
 
 from ba_lora.config.heldout import check_heldout
 from ba_lora.config.ranges import check_numbers
-from ba_lora.config.schema import ATTENTION, DTYPES, TUNERS, RunConfig, check_choice, nearest
+from ba_lora.config.registries import tuners
+from ba_lora.config.schema import ATTENTION, DTYPES, RunConfig, check_choice, nearest
 from ba_lora.config.schema_nlg import NLGConfig, check_nlg
 from ba_lora.config.schema_nlu import NLUConfig, check_nlu
 from ba_lora.config.trainer import check_trainer
@@ -49,7 +50,7 @@ def check(config: RunConfig) -> None:
     check_choice("model.dtype", config.model.dtype, DTYPES)
     check_choice("model.attention", config.model.attention, ATTENTION)
     check_choice("model.quantization", config.model.quantization, ("none", "nf4"))
-    check_choice("adapter.tuner", config.adapter.tuner, TUNERS)
+    check_choice("adapter.tuner", config.adapter.tuner, tuners())
     check_choice("adapter.dtype", config.adapter.dtype, ("float32", "base"))
     if not re.fullmatch(r"lora|pissa|pissa_niter_[1-9]\d*|corda", config.adapter.init):
         raise UserError(f"adapter.init={config.adapter.init} is unknown: choose lora, pissa, pissa_niter_N or corda")

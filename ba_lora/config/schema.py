@@ -18,16 +18,12 @@ from typing import Any, ClassVar
 from omegaconf import OmegaConf
 
 from ba_lora.config.ranges import check_numbers
+from ba_lora.config.registries import schedules
 from ba_lora.errors import UserError
 from ba_lora.paths import PROJECT_ROOT, written_path
 
 DTYPES = ("float32", "bfloat16", "float16")
 ATTENTION = ("sdpa", "eager", "flash_attention_2")
-TUNERS = ("full", "bitfit", "lora", "adalora", "loha")
-CONSISTENCY_SCHEDULES = ("constant", "cosine_to_10_percent", "adaptive")
-SCHEDULES = ("constant", "two_phase")
-NLG_TASKS = ("toy", "gsm8k", "math", "heldout", "humaneval", "mbpp", "mt_bench")  # eval/tasks has a class for each
-JUDGED_TASKS = ("mt_bench",)  # of these, those that a judge model grades
 LOSS_IMPLEMENTATIONS = ("fused", "plain")
 # What eval.options may hold: settings of eval.generate that change no other part of the run, and choices of the tasks.
 GENERATION_OPTIONS = (
@@ -44,7 +40,6 @@ EXTRA_TERMS = tuple(
         if file.stem not in ("__init__", "base", "block", "task", *PUBLISHED_TERMS)
     )
 )
-DATASETS = ("toy", "metamathqa", "codefeedback", "wizardlm", "gsm8k")
 RESULTS_PATH = PROJECT_ROOT / "results" / "runs"
 UNTUNED = "untuned"  # the method name of the pre-trained model itself
 
@@ -116,10 +111,9 @@ class BALoRAConfig:
     def __post_init__(self) -> None:
         check_numbers(self, "regularizers.")
         check_choice("regularizers.svd_norm", self.svd_norm, ("nuclear", "frobenius"))
-        check_choice("regularizers.consistency_schedule", self.consistency_schedule, CONSISTENCY_SCHEDULES)
-        check_choice("regularizers.diversity_schedule", self.diversity_schedule, SCHEDULES)
-        for term in ("svd", *EXTRA_TERMS):
-            check_choice(f"regularizers.{term}_schedule", getattr(self, f"{term}_schedule"), SCHEDULES)
+        for term in (*PUBLISHED_TERMS, *EXTRA_TERMS):
+            known = [name for name in schedules() if name != "adaptive" or term == "consistency"]  # by position
+            check_choice(f"regularizers.{term}_schedule", getattr(self, f"{term}_schedule"), known)
 
 
 @dataclass

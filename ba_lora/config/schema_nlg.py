@@ -4,11 +4,10 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from ba_lora.config.ranges import check_numbers
+from ba_lora.config.registries import data_sets, tasks
 from ba_lora.config.schema import (
-    DATASETS,
     GENERATION_OPTIONS,
     LOSS_IMPLEMENTATIONS,
-    NLG_TASKS,
     RUN_MEASURES,
     DataConfig,
     EvalConfig,
@@ -114,11 +113,11 @@ class NLGConfig(RunConfig):
 def check_nlg(config: NLGConfig) -> None:
     """Raise UserError for NLG settings that are unknown or do not fit each other."""
     check_choice("reference.dtype", config.reference.dtype, ("float16", "float32"))
-    check_choice("data.name", config.data.name, DATASETS)
+    check_choice("data.name", config.data.name, data_sets())
     if config.data.num_rows is None and config.data.name == "toy" and config.data.source is None:
         raise UserError("data.num_rows=null means all rows of a set, the toy's are made on demand: give a number")
     for task in (*config.eval.tasks, *config.eval.data):
-        check_choice("eval.tasks", task, (*NLG_TASKS, *RUN_MEASURES))
+        check_choice("eval.tasks", task, (*tasks(), *RUN_MEASURES))
     check_choice("eval.engine", config.eval.engine, ("auto", "vllm", "hf"))
     for key, value in config.eval.options.items():
         if key not in GENERATION_OPTIONS:
