@@ -1,7 +1,8 @@
 """Reading a configuration: base file + method file + `key=value`, three flat layers merged into the dataclasses.
 
     configs/nlg/<model>.yaml        the base: model, data, trainer, evaluation
-    configs/methods/<method>.yaml   only what differs, with `nlg:` and `nlu:` blocks where the two differ
+    configs/methods/<method>.yaml   only what differs, with `nlg:` and `nlu:` blocks where the two differ; `variants:`
+                                    are methods by other names: some `terms` only, or other settings
     key=value                       typed by hand, e.g. `regularizers.lambda_svd=0 trainer.max_steps=20`
 
 NLU has a fourth between the first two, the task's settings. What a configuration holds: schema.py, schema_nlg.py and
@@ -187,10 +188,19 @@ def valid_keys(node: Any = NLGConfig, prefix: str = "") -> list[str]:
 
 
 @functools.cache
+def _methods() -> dict[str, tuple[str, dict[str, Any], str | None]]:
+    """Return method → (its file's stem, the variant's own settings, the only kind it is for or None)."""
+    found = {}
+    for path in sorted(METHODS_PATH.glob("*.yaml")):
+        layer = read_yaml(path)
+        for name, settings in {path.stem: {}, **(layer.get("variants") or {})}.items():
+            found[name] = (path.stem, settings, layer.get("only"))
+    return found
+
+
 def available_methods(kind: str = "nlg") -> tuple[str, ...]:
-    """Return the names of the method files; those marked `only: nlu` (or nlg) are left out elsewhere."""
-    files = {path.stem: OmegaConf.load(path) for path in METHODS_PATH.glob("*.yaml")}
-    return tuple(sorted(name for name, settings in files.items() if settings.get("only", kind) == kind))
+    """Return the names of the method files and of the variants in them, but for those marked `only:` the other kind."""
+    return tuple(sorted(name for name, (_, _, only) in _methods().items() if only in (None, kind)))
 
 
 def _kind_of(base: dict[str, Any], kind: str | None, config_path: Path) -> str:
@@ -221,10 +231,25 @@ def _method_layer(method: str, kind: str) -> dict[str, Any]:
     if kind == "nlu" and method in LEFT_OUT:
         raise UserError(LEFT_OUT[method])
     check_choice("method", method, available_methods(kind))
-    layer = read_yaml(METHODS_PATH / f"{method}.yaml")
-    layer.pop("only", None)
+    stem, variant, _ = _methods()[method]
+    layer = read_yaml(METHODS_PATH / f"{stem}.yaml")
+    for key in ("only", "variants"):
+        layer.pop(key, None)
     blocks = {name: layer.pop(name, None) or {} for name in ("nlg", "nlu")}
-    return _overlay(layer, blocks[kind])
+    layer = _overlay(layer, blocks[kind])
+    if "terms" in variant:
+        layer["regularizers"] = _of_terms(layer["regularizers"], variant["terms"])
+    return _overlay(layer, {key: value for key, value in variant.items() if key != "terms"})
+
+
+def _of_terms(regularizers: dict[str, Any], terms: list[str]) -> dict[str, Any]:
+    """Return the settings of some terms only: the others' λ is 0, and what else they have is left at the default."""
+    prefixes = tuple(f"{term}_" for term in terms) + (("temperature",) if "consistency" in terms else ())
+    weights = {key: value for key, value in regularizers.items() if key.startswith("lambda_")}
+    return {
+        **{key: value for key, value in regularizers.items() if key.startswith(prefixes)},
+        **{key: value if key.removeprefix("lambda_") in terms else 0 for key, value in weights.items()},
+    }
 
 
 def override_layer(overrides: list[str] | tuple[str, ...]) -> dict[str, Any]:

@@ -27,13 +27,16 @@ from ba_lora.io import write_jsonl_atomic
 from ba_lora.methods.build import build_model
 from ba_lora.models.pretrained import load_base
 from ba_lora.models.tokenizer import load_tokenizer
+from ba_lora.objective.gradient_shares import GradientShares
 from ba_lora.objective.objective import TokenObjective
 from ba_lora.objective.objective_nlu import ClassifierObjective
 from ba_lora.objective.reference_cache.features import cached_features
 from ba_lora.objective.reference_cache.fill import cached_reference
 from ba_lora.objective.schedules import scheduled_weight
+from ba_lora.objective.terms_nlu import classifier_terms
 from ba_lora.runs import export
 from ba_lora.runs.folder import claim_folder
+from ba_lora.runs.parity import compare_logits
 from ba_lora.training.arguments import build_arguments, early_stopping
 from ba_lora.training.epochs import EpochEvaluation
 from ba_lora.training.packing import build_collator
@@ -150,6 +153,18 @@ def nlu_loss(config: RunConfig, folder: Path) -> list[Any]:
     return found
 
 
+def gradient_shares(config: RunConfig, folder: Path) -> list[Any]:
+    """When the terms' gradients are measured, and the weights that follow where each is as large as the task's."""
+    if config.kind == "nlg":
+        terms = TokenObjective(tiny_peft(True), config.regularizers).terms
+    else:
+        terms = list(classifier_terms(config.regularizers, num_labels=3))
+    shares = GradientShares(terms, config.regularizers)
+    shares.add({name: torch.tensor(1.0) for name in shares.names})
+    shares.close(lambda norms: norms)
+    return [[step for step in range(30) if shares.due(step)], shares.weights]
+
+
 def reference_files(config: RunConfig, folder: Path) -> list[Any]:
     """What the cache of the reference holds."""
     if not config.uses_reference_cache:
@@ -211,7 +226,7 @@ def parity(config: RunConfig, folder: Path) -> Any:
     """Whether an export that is half a logit off is accepted."""
     (folder / "merged").mkdir()
     exported, trained = torch.full((2, 3), 0.5), torch.zeros(2, 3)
-    return outcome(lambda: str(export._compare("merged", exported, trained, None, config, folder)))
+    return outcome(lambda: str(compare_logits("merged", exported, trained, None, config, folder)))
 
 
 def commands(config: RunConfig, folder: Path) -> list[list[str]]:
@@ -337,6 +352,11 @@ def regularizers(seen: Callable[[RunConfig, Path], Any]) -> dict[str, Key]:
         "regularizers.consistency_schedule": Key("cosine_to_10_percent", seen, ("regularizers.lambda_consistency=1",)),
         "regularizers.diversity_schedule": Key("two_phase", seen, ("regularizers.lambda_diversity=1",)),
         "regularizers.svd_schedule": Key("two_phase", seen, ("regularizers.lambda_svd=1",)),
+        "regularizers.lambda_mode": Key("gradient_share", gradient_shares),
+        "regularizers.gradient_shares": Key(
+            "{svd: 0.7}", gradient_shares, ("regularizers.lambda_mode=gradient_share",)
+        ),
+        "regularizers.gradient_every": Key("3", gradient_shares),
     }
 
 

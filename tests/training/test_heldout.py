@@ -62,7 +62,7 @@ def test_only_runs_that_hold_rows_out_have_another_name():
     assert (
         plain.run_id
         == load_config(
-            "configs/nlg/toy.yaml", overrides=["data.heldout_share=null", "early_stopping.threshold=1"]
+            "configs/nlg/toy.yaml", overrides=["data.heldout_share=null", "early_stopping.patience=null"]
         ).run_id
     )
 
