@@ -49,9 +49,9 @@ from pathlib import Path
 from typing import Any
 
 from ba_lora.config.layers import only_typed, override_layer, read_yaml
-from ba_lora.config.schema import RunConfig, nearest
+from ba_lora.config.schema import UNTUNED, RunConfig, nearest
 from ba_lora.errors import UserError
-from ba_lora.experiments.pipeline import UNTUNED, Spec, untuned_config
+from ba_lora.experiments.spec import Spec, untuned_config
 from ba_lora.glue import find_task
 from ba_lora.io import sha256_file
 from ba_lora.paths import PROJECT_ROOT, resolve_path
