@@ -17,8 +17,8 @@ if __name__ == "__main__":  # what is wrong in the command line is told before t
 from transformers import EarlyStoppingCallback
 
 from ba_lora.methods.build import left_out_experts
-from ba_lora.models.load import load_tokenizer
 from ba_lora.models.sizes import check_sizes
+from ba_lora.models.tokenizer import load_tokenizer
 from ba_lora.objective.objective import TokenObjective
 from ba_lora.objective.reference_cache.fill import cached_reference
 from ba_lora.runs.shell import Trained, TrainingRun, run_training

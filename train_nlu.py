@@ -19,8 +19,8 @@ from transformers import DataCollatorWithPadding
 
 from ba_lora.glue import find_task
 from ba_lora.io import write_json_atomic
-from ba_lora.models.load import load_tokenizer
 from ba_lora.models.sizes import check_sizes
+from ba_lora.models.tokenizer import load_tokenizer
 from ba_lora.objective.objective_nlu import ClassifierObjective
 from ba_lora.objective.reference_cache.features import cached_features
 from ba_lora.runs.results_nlu import selection_report

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ba_lora.config.schema_nlu import NLUDataConfig, NLURunConfig
 from ba_lora.errors import UserError
 from ba_lora.glue import HUB, GlueTask, find_task, hub_source
-from ba_lora.models.load import encode_texts
+from ba_lora.models.tokenizer import encode_texts
 from ba_lora.paths import resolve_data
 from ba_lora.rows import Source, choose_rows, load_rows
 from data.imbalance import imbalanced_rows

@@ -31,7 +31,7 @@ from ba_lora.config.layers import load_run
 from ba_lora.config.schema import UNTUNED, RunConfig
 from ba_lora.errors import CommandParser, UserError, run_entry_point
 from ba_lora.io import read_jsonl, sha256_file, write_json_atomic, write_jsonl_atomic
-from ba_lora.models.load import model_source
+from ba_lora.models.source import model_source
 from ba_lora.paths import resolve_data, resolve_path
 from ba_lora.prompts import build_prompt, prompt_hash
 from ba_lora.runs.results import refresh_result

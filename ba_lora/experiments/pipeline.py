@@ -41,8 +41,10 @@ from ba_lora.io import read_object, sha256_file, write_json_atomic, write_text_a
 from ba_lora.judge_endpoint import endpoint_from_environment
 from ba_lora.locks import locked, work_lock_path
 from ba_lora.runs.card import write_model_card
+from ba_lora.runs.environment import environment, now
 from ba_lora.runs.folder import claim_folder, is_finished
-from ba_lora.runs.results import environment, labelled, now, results_table, write_result
+from ba_lora.runs.results import write_result
+from ba_lora.runs.results_table import labelled, results_table
 
 DEFAULT_CONFIG = "configs/nlg/toy.yaml"
 

@@ -17,7 +17,7 @@ from ba_lora.config.schema import RUN_MEASURES, UNTUNED, RunConfig
 from ba_lora.errors import UserError
 from ba_lora.experiments.evaluation_state import data_file
 from ba_lora.experiments.spec import Spec
-from ba_lora.models.load import model_source
+from ba_lora.models.source import model_source
 from ba_lora.paths import PROJECT_ROOT, resolve_path, stage_environment
 
 CHECKED = ("eval.generate", "eval.nlu")  # the modules with a `check`, which eval.check calls

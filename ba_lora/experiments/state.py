@@ -26,8 +26,9 @@ from ba_lora.glue import HUB, HUB_REVISION
 from ba_lora.io import read_json, read_object, write_json_atomic, write_text_atomic
 from ba_lora.paths import PROJECT_ROOT
 from ba_lora.rows import is_commit
+from ba_lora.runs.environment import now
 from ba_lora.runs.folder import CLAIM, is_trained, source_sha256
-from ba_lora.runs.results import now, result_fault
+from ba_lora.runs.results import result_fault
 
 DECLARED = "declared.json"  # in the report's folder
 GRID_PATH = PROJECT_ROOT / "outputs" / ".grid"

@@ -19,12 +19,13 @@ from ba_lora.config.command_line import read_run
 from ba_lora.config.schema import RunConfig
 from ba_lora.io import finite, write_jsonl_atomic
 from ba_lora.methods.build import build_model, parameter_counts, probe_logits
-from ba_lora.models.load import hub_commit
+from ba_lora.models.source import hub_commit
 from ba_lora.processes import on_main_process, start_processes
 from ba_lora.runs.card import write_model_card
-from ba_lora.runs.export import export_run, probe_batch, push_to_hub, report, save_trained
+from ba_lora.runs.environment import environment, peak_memory_mb, reset_peak_memory, total_peak_memory_mb
+from ba_lora.runs.export import export_run, push_to_hub, save_trained
 from ba_lora.runs.folder import claim_folder, complete_result, finish_run, is_trained, keep_base, keep_factors, recorded
-from ba_lora.runs.results import environment, peak_memory_mb, reset_peak_memory, total_peak_memory_mb
+from ba_lora.runs.parity import probe_batch, report
 from ba_lora.training.arguments import build_arguments, count_steps
 from ba_lora.training.log import mean_gradient_shares
 from ba_lora.training.trainer import BALoRATrainer

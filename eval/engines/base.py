@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ba_lora.errors import UserError
-from ba_lora.models.load import hub_errors
 from ba_lora.models.sizes import check_tokens
+from ba_lora.models.source import hub_errors
 from eval.completions import PROMPT_TOO_LONG
 
 if TYPE_CHECKING:

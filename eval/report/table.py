@@ -8,7 +8,7 @@ from typing import Any
 
 from ba_lora.config.schema import UNTUNED
 from ba_lora.experiments.tables import Row
-from ba_lora.runs.results import hardware_name
+from ba_lora.runs.environment import hardware_name
 from eval.report.cells import COLLAPSED, Cell, CellKey, FailedRun
 from eval.report.comparisons import Comparison, as_declared, compare
 from eval.report.settings import Used, differences

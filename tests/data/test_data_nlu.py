@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, GPT2TokenizerFast
 from ba_lora.config.schema import ModelConfig
 from ba_lora.errors import UserError
 from ba_lora.glue import HUB, HUB_REVISION, TASKS, hub_source
-from ba_lora.models.load import encode_texts, load_tokenizer
+from ba_lora.models.tokenizer import encode_texts, load_tokenizer
 from ba_lora.rows import Source
 from data import toy_nlu
 from data.nlu import load_nlu_data

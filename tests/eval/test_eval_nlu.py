@@ -15,7 +15,7 @@ from ba_lora.experiments.stages import evaluation_stages
 from ba_lora.glue import find_task
 from ba_lora.io import read_json, read_jsonl, sha256_file, write_jsonl_atomic
 from ba_lora.models.classifier import load_classifier
-from ba_lora.models.load import load_tokenizer
+from ba_lora.models.tokenizer import load_tokenizer
 from eval.classify import classify, open_classifier
 from eval.nlu import main
 from eval.nlu_scores import score_predictions

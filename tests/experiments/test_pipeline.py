@@ -16,7 +16,7 @@ from ba_lora.config.schema import JUDGED_TASKS, NLG_TASKS, to_yaml
 from ba_lora.errors import UserError
 from ba_lora.experiments import pipeline, pipeline_nlu, stages
 from ba_lora.runs import folder as run_folder
-from ba_lora.runs.results import labelled, results_table
+from ba_lora.runs.results_table import labelled, results_table
 from eval.check import find_error
 from eval.tasks import TASKS
 from tests.conftest import ROOT

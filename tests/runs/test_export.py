@@ -15,7 +15,8 @@ from ba_lora.config.schema import ModelConfig, RunConfig
 from ba_lora.errors import UserError
 from ba_lora.io import read_json
 from ba_lora.runs import export
-from ba_lora.runs.export import MAX_SHARE, serving_adapter
+from ba_lora.runs.export import serving_adapter
+from ba_lora.runs.parity import MAX_SHARE, compare_logits
 from ba_lora.training.plain_lora import plain_lora
 from tests.support import tiny
 from tests.support.tiers import mostly_slow
@@ -331,10 +332,10 @@ def test_an_export_that_loses_more_than_a_tenth_of_the_change_is_refused(tmp_pat
     (tmp_path / "lora").mkdir()
     arguments = ("lora", trained - lost * change, trained, initial, config, tmp_path)
     if passes:
-        assert export._compare(*arguments).share == pytest.approx(lost, rel=1e-2)
+        assert compare_logits(*arguments).share == pytest.approx(lost, rel=1e-2)
         return
     with pytest.raises(UserError, match="20 % of what training changed.* allowed are 10% of that change"):
-        export._compare(*arguments)
+        compare_logits(*arguments)
     assert (tmp_path / "lora.rejected").is_dir() and not (tmp_path / "lora").exists()
 
 
