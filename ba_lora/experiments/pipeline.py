@@ -45,6 +45,7 @@ from ba_lora.runs.environment import environment, now
 from ba_lora.runs.folder import claim_folder, is_finished
 from ba_lora.runs.results import write_result
 from ba_lora.runs.results_table import labelled, results_table
+from ba_lora.words import take_options
 
 DEFAULT_CONFIG = "configs/nlg/toy.yaml"
 
@@ -116,8 +117,8 @@ def asked_specs(
     method: the only one that may be typed; default: the methods where none is, for a base. Raises UserError for
     anything wrong in them, or where one could not write.
     """
-    methods, words = _take(words, "method")
-    seeds, words = _take(words, "seed")
+    typed, words = take_options(words, ("method", "seed"))
+    methods, seeds = (_listed(key, typed.get(key)) for key in ("method", "seed"))
     if method is not None and methods not in ([], [method]):
         raise UserError(
             f"method={','.join(methods)} beside --method {method}: give one (scripts/lora.sh, pissa.sh and full-ft.sh "
@@ -140,13 +141,12 @@ def asked_specs(
     return specs
 
 
-def _take(words: Sequence[str], key: str) -> tuple[list[str], list[str]]:
-    """Return the values of the last `key=A[,B…]` or `key=[A,B…]`, and the other words."""
-    typed = [word.partition("=")[2] for word in words if word.startswith(f"{key}=")]
-    values = [value.strip() for value in typed[-1].strip("[]").split(",")] if typed else []
+def _listed(key: str, text: str | None) -> list[str]:
+    """Return the values of `A[,B…]` or `[A,B…]`, none for None."""
+    values = [value.strip() for value in text.strip("[]").split(",")] if text is not None else []
     if not all(values):
-        raise UserError(f"{key}={typed[-1]}: a name or several, as in {key}=A,B, are needed")
-    return values, [word for word in words if not word.startswith(f"{key}=")]
+        raise UserError(f"{key}={text}: a name or several, as in {key}=A,B, are needed")
+    return values
 
 
 def missing_judge(configs: Iterable[RunConfig], environ: Mapping[str, str]) -> str | None:
