@@ -28,9 +28,9 @@ from pathlib import Path
 from typing import Any
 
 from ba_lora.config.layers import load_run
+from ba_lora.config.schema import UNTUNED
 from ba_lora.config.schema_nlg import NLGConfig
 from ba_lora.errors import CommandParser, UserError, run_entry_point
-from ba_lora.experiments.pipeline import UNTUNED
 from ba_lora.io import read_jsonl, sha256_file, write_json_atomic, write_jsonl_atomic
 from ba_lora.models.source import model_source
 from ba_lora.paths import resolve_data, resolve_path

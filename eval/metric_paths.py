@@ -7,9 +7,9 @@ as groups.family.age.metrics.strict; `{a,b}` in it stands for each of the two.
 import re
 from collections.abc import Sequence
 
-from ba_lora.config.schema import nearest
 from ba_lora.errors import UserError
 from ba_lora.glue import TASKS as GLUE_TASKS
+from ba_lora.words import nearest
 from eval import inheritance
 from eval.nlu_scores import CLASS_METRICS
 from eval.tasks import TASKS

@@ -1,7 +1,6 @@
 """Arguments of the commands in eval/: `key=value`, read into dataclasses by the types of their fields, and --data."""
 
 import dataclasses
-import difflib
 import math
 import re
 import types
@@ -12,6 +11,7 @@ from typing import TypeVar
 
 from ba_lora.errors import UserError
 from ba_lora.paths import resolve_data
+from ba_lora.words import nearest
 from eval.tasks import TASKS
 
 T = TypeVar("T")
@@ -33,9 +33,7 @@ def parse_options(arguments: Sequence[str], kind: type[T], *, further: Iterable[
     for argument in arguments:
         key, equals, text = argument.partition("=")
         if not equals or key not in keys:
-            near = difflib.get_close_matches(key, keys, n=3, cutoff=0.4)
-            hint = f"did you mean {' or '.join(near)}? " if near else ""
-            raise UserError(f"unknown option {argument!r}: {hint}keys: {', '.join(keys)}")
+            raise UserError(f"unknown option {argument!r}{nearest(key, keys)}; keys: {', '.join(keys)}")
         values[key] = _parse_value(key, text, known[key]) if key in known else text
     return kind(**{key: values[key] for key in values if key in known}), {
         key: str(values[key]) for key in values if key not in known

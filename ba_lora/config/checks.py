@@ -12,12 +12,13 @@ from typing import Any
 from ba_lora.config.heldout import check_heldout
 from ba_lora.config.ranges import check_numbers
 from ba_lora.config.registries import tuners
-from ba_lora.config.schema import ATTENTION, DTYPES, RunConfig, check_choice, nearest
+from ba_lora.config.schema import ATTENTION, DTYPES, RunConfig, check_choice
 from ba_lora.config.schema_nlg import NLGConfig, check_nlg
 from ba_lora.config.schema_nlu import NLUConfig, check_nlu
 from ba_lora.config.trainer import check_trainer
 from ba_lora.errors import UserError
 from ba_lora.paths import PROJECT_ROOT, resolve_path
+from ba_lora.words import nearest
 
 # adapter.options: what PEFT's config of a tuner takes beyond the keys of `adapter` and what leaves reference, loss and
 # export as they are. The rest is refused: PEFT has variants that train other weights, add a loss or change the base.

@@ -20,12 +20,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ba_lora.config.checks import check_config
-from ba_lora.config.schema import RunConfig, check_choice, nearest
+from ba_lora.config.schema import RunConfig, check_choice
 from ba_lora.config.schema_nlg import NLGConfig
 from ba_lora.config.schema_nlu import LEFT_OUT, NLUConfig, task_layer
 from ba_lora.config.trainer import ALIASES, argument_types, nearest_argument, normalized
 from ba_lora.errors import UserError
 from ba_lora.paths import PROJECT_ROOT, resolve_path
+from ba_lora.words import nearest, take_options
 
 METHODS_PATH = PROJECT_ROOT / "configs" / "methods"
 SCHEMAS: dict[str, type[RunConfig]] = {schema.kind: schema for schema in (NLGConfig, NLUConfig)}
@@ -50,7 +51,7 @@ def load_config(
     path = find_config(config_path, kind=kind)
     base = read_yaml(path)
     kind = _kind_of(base, kind, path)
-    typed, overrides = _take_typed(overrides, ("method", "task", "nlu.task"))
+    typed, overrides = take_options(overrides, ("method", "task", "nlu.task"))
     if method is not None and typed.get("method", method) != method:
         raise UserError(f"method={typed['method']} and --method {method} are two methods: give one")
     method = typed.get("method", method)
@@ -213,18 +214,6 @@ def _kind_of(base: dict[str, Any], kind: str | None, config_path: Path) -> str:
     if kind == "nlu" and ("method" in base or (isinstance(data, dict) and "name" in data)):
         raise UserError(f"{config_path} is an NLG config: use sh scripts/ba-lora.sh or train_nlg.py")
     return kind or "nlg"
-
-
-def _take_typed(overrides: list[str] | tuple[str, ...], names: tuple[str, ...]) -> tuple[dict[str, str], list[str]]:
-    """Split `name=value` for the given names from the other overrides; the last one counts."""
-    typed, rest = {}, []
-    for text in overrides:
-        name, _, value = text.partition("=")
-        if name in names:
-            typed[name] = value
-        else:
-            rest.append(text)
-    return typed, rest
 
 
 def _method_layer(method: str, kind: str) -> dict[str, Any]:

@@ -6,7 +6,6 @@ of run has: schema_nlg.py, schema_nlu.py. The resolved configuration is saved wi
 """
 
 import dataclasses
-import difflib
 import hashlib
 import json
 import os
@@ -21,6 +20,7 @@ from ba_lora.config.ranges import check_numbers, check_range
 from ba_lora.config.registries import schedules
 from ba_lora.errors import UserError
 from ba_lora.paths import PROJECT_ROOT, written_path
+from ba_lora.words import nearest
 
 DTYPES = ("float32", "bfloat16", "float16")
 ATTENTION = ("sdpa", "eager", "flash_attention_2")
@@ -255,12 +255,6 @@ def check_choice(key: str, value: str, choices: tuple[str, ...] | list[str]) -> 
     """Raise UserError unless `value` is one of `choices`."""
     if value not in choices:
         raise UserError(f"{key}={value} is unknown: choose one of {', '.join(choices)}{nearest(value, choices)}")
-
-
-def nearest(word: str, choices: tuple[str, ...] | list[str]) -> str:
-    """Return ` (nearest: a, b)`, or nothing where nothing is near."""
-    found = difflib.get_close_matches(str(word), list(choices), n=3, cutoff=0.4)
-    return f" (nearest: {', '.join(found)})" if found else ""
 
 
 def public(value: Any) -> Any:

@@ -14,9 +14,9 @@ from ba_lora.config.schema import (
     ReferenceConfig,
     RunConfig,
     check_choice,
-    nearest,
 )
 from ba_lora.errors import UserError
+from ba_lora.words import nearest
 
 
 @dataclass

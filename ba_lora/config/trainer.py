@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from ba_lora.config.ranges import check_trainer_numbers
-from ba_lora.config.schema import nearest
 from ba_lora.errors import UserError
 from ba_lora.io import read_json
 from ba_lora.paths import resolve_path
+from ba_lora.words import nearest
 
 # TrainingArguments under which the method or a resumed run would silently be another one: the safe values, and why.
 _UNSAFE_ARGUMENTS = {

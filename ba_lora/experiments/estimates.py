@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ba_lora.experiments.pipeline import Spec
+from ba_lora.experiments.spec import Spec
 from ba_lora.experiments.state import RunState
 from ba_lora.io import read_object
 from ba_lora.paths import PROJECT_ROOT

@@ -29,24 +29,15 @@ from pathlib import Path
 from typing import IO
 
 from ba_lora.config.checks import check_places
-from ba_lora.config.schema import RunConfig
+from ba_lora.config.schema import UNTUNED, RunConfig
 from ba_lora.errors import CommandParser, UserError, run_entry_point
 from ba_lora.experiments.evaluation_state import evaluation_state
 from ba_lora.experiments.executors.local import LocalExecutor, Slot, StageQueue, local_slots, log_lines
 from ba_lora.experiments.options import read_grid_options, rows_for_gpus, select_rows
-from ba_lora.experiments.pipeline import (
-    UNTUNED,
-    Spec,
-    Stage,
-    evaluation_stages,
-    launch_command,
-    missing_judge,
-    prepare_evaluation,
-    record_evaluation,
-    record_result,
-    training_stage,
-)
+from ba_lora.experiments.pipeline import missing_judge, prepare_evaluation, record_evaluation, record_result
 from ba_lora.experiments.plan import ask_grader_versions, check_columns, dry_run, plan_runs
+from ba_lora.experiments.spec import Spec
+from ba_lora.experiments.stages import Stage, evaluation_stages, launch_command, training_stage
 from ba_lora.experiments.state import (
     DONE,
     FAILED,

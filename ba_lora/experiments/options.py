@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ba_lora.config.checks import check_place
-from ba_lora.config.schema import nearest
 from ba_lora.errors import UserError
 from ba_lora.experiments.tables import Row, Table
 from ba_lora.paths import written_path
+from ba_lora.words import nearest, take_options
 
 REPORT_OPTIONS = ("output", "allow")
 MAX_WORKERS = 1024
@@ -28,20 +28,11 @@ class GridOptions:
 
 def read_grid_options(words: Sequence[str]) -> tuple[GridOptions, list[str]]:
     """Return the grid's own options and the overrides from `key=value` words. Raises UserError for a bad value."""
-    options, overrides = GridOptions(), []
-    for word in words:
-        key, equals, text = word.partition("=")
-        if not equals:
-            raise UserError(f"cannot read {word!r}: one table, then key=value")
-        if key in REPORT_OPTIONS:
-            if key == "output":
-                check_place(written_path(text), "output")
-            options = replace(options, report=(*options.report, word))
-        elif key in OPTIONS:
-            options = replace(options, **{key: _option(key, text)})
-        else:
-            overrides.append(word)
-    return options, overrides
+    typed, overrides = take_options(words, OPTIONS, only="workers=2")
+    if "output" in typed:
+        check_place(written_path(typed["output"]), "output")
+    report = tuple(f"{key}={typed.pop(key)}" for key in REPORT_OPTIONS if key in typed)
+    return GridOptions(**{key: _option(key, text) for key, text in typed.items()}, report=report), overrides
 
 
 def _option(key: str, text: str) -> object:

@@ -12,12 +12,12 @@ from pathlib import Path
 from ba_lora.config.schema import RunConfig
 from ba_lora.errors import UserError
 from ba_lora.experiments.estimates import estimate_lines
-from ba_lora.experiments.pipeline import Spec, ask_module, evaluation_stages, missing_judge
+from ba_lora.experiments.pipeline import missing_judge
+from ba_lora.experiments.spec import Spec
+from ba_lora.experiments.stages import CHECKED, Call, ask_module, evaluation_stages, refusals
 from ba_lora.experiments.state import DONE, FAILED, MISSING, RUNNING, STALE, RunState, changed_config, inspect
 from ba_lora.experiments.tables import SeedCell, Table
 from ba_lora.locks import holder, try_lock, work_lock_path
-
-CHECKED = ("eval.generate", "eval.nlu")  # the commands that eval.check knows
 
 
 @dataclass(frozen=True)
@@ -67,16 +67,15 @@ def refused_evaluations(configs: Iterable[RunConfig]) -> dict[Path, str]:
         key = json.dumps([config.kind, task, dataclasses.asdict(config.model), dataclasses.asdict(config.eval)])
         alike.setdefault(key, []).append(config)
     refused: dict[Path, str] = {}
-    commands: list[tuple[list[RunConfig], list[str]]] = []
+    calls: list[tuple[list[RunConfig], Call]] = []
     for members in alike.values():
         try:
             stages = evaluation_stages(members[:1])
         except UserError as error:
             refused |= {config.run_path: str(error) for config in members}
             continue
-        commands += [(members, stage.command[2:]) for stage in stages if stage.command[2] in CHECKED]
-    errors = ask_module("eval.check", [command for _, command in commands]) if commands else []
-    for (members, _), error in zip(commands, errors, strict=True):
+        calls += [(members, stage.call) for stage in stages if stage.call.module in CHECKED]
+    for (members, _), error in zip(calls, refusals(call for _, call in calls), strict=True):
         refused |= {config.run_path: error for config in members} if error else {}
     return refused
 
@@ -84,8 +83,7 @@ def refused_evaluations(configs: Iterable[RunConfig]) -> dict[Path, str]:
 def check_columns(table: Table) -> None:
     """Raise UserError, naming the column, for a metric that its task's score will not have."""
     named = [column for column in table.columns if column.task is not None and column.metric is not None]
-    commands = [["eval.metric_paths", column.task, column.metric] for column in named]
-    errors = ask_module("eval.check", commands) if commands else []
+    errors = refusals(Call("eval.metric_paths", settings=(column.task, column.metric)) for column in named)
     for column, error in zip(named, errors, strict=True):
         if error:
             raise UserError(f"table {table.id}: columns.{column.name}: {error}")

@@ -20,7 +20,7 @@ from ba_lora.config.schema import RunConfig, setting_differences, training_hash,
 from ba_lora.errors import UserError
 from ba_lora.experiments.evaluation_state import evaluation_fault, evaluation_state
 from ba_lora.experiments.executors.local import StageFailure, log_lines
-from ba_lora.experiments.pipeline import Spec
+from ba_lora.experiments.spec import Spec
 from ba_lora.experiments.tables import SeedCell, Table
 from ba_lora.glue import HUB, HUB_REVISION
 from ba_lora.io import read_json, read_object, write_json_atomic, write_text_atomic

@@ -43,18 +43,19 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ba_lora.config.layers import only_typed, override_layer, read_yaml
-from ba_lora.config.schema import RunConfig, nearest
+from ba_lora.config.schema import UNTUNED, RunConfig
 from ba_lora.errors import UserError
-from ba_lora.experiments.pipeline import UNTUNED, Spec, untuned_config
+from ba_lora.experiments.spec import Spec, untuned_config
 from ba_lora.glue import find_task
 from ba_lora.io import sha256_file
 from ba_lora.paths import PROJECT_ROOT, resolve_path
+from ba_lora.words import check_keys, nearest
 
 TABLES_PATH = PROJECT_ROOT / "configs" / "tables"
 RESULTS_PATH = PROJECT_ROOT / "results"
@@ -176,7 +177,7 @@ def load_table(path: str | Path, *, overrides: Sequence[str] = (), seeds: Sequen
     """Read a table file and resolve every cell's run. Raises UserError, in one line, for anything wrong in it."""
     path = Path(path)
     raw = read_yaml(path)
-    _known(raw, _TABLE_KEYS, path)
+    check_keys(raw, _TABLE_KEYS, where=path)
     for key in ("title", "kind", "seeds", "rows", "columns"):
         if not raw.get(key):
             raise UserError(f"{path}: {key} is missing; the head of ba_lora/experiments/tables.py describes the file")
@@ -193,7 +194,7 @@ def load_table(path: str | Path, *, overrides: Sequence[str] = (), seeds: Sequen
     cells: list[SeedCell] = []
     for number, block in enumerate(_list(raw["rows"], path, "rows"), start=1):
         where = f"{path}: rows, entry {number}"
-        _known(block, _BLOCK_KEYS, where)
+        check_keys(block, _BLOCK_KEYS, where=where)
         suffix = str(block.get("suffix") or "")
         common = [*_list(raw.get("overrides"), path, "overrides"), *_list(block.get("overrides"), where, "overrides")]
         gpus = block.get("gpus", 1)
@@ -359,7 +360,7 @@ def _columns(raw: Any, path: Path) -> list[Column]:
         where = f"{path}: columns.{name}"
         if not isinstance(entry, dict):
             raise UserError(f"{where} is a mapping: {{task: …, metric: …}} or {{mean_of: […]}}")
-        _known(entry, _COLUMN_KEYS, where)
+        check_keys(entry, _COLUMN_KEYS, where=where)
         if ("mean_of" in entry) == ("metric" in entry):
             raise UserError(f"{where}: either metric or mean_of is needed")
         if entry.get("better", "higher") not in BETTER:
@@ -372,14 +373,6 @@ def _columns(raw: Any, path: Path) -> list[Column]:
             if name not in names:
                 raise UserError(f"{path}: columns.{column.name}: no column {name}{nearest(name, names)}")
     return columns
-
-
-def _known(entry: Any, keys: Iterable[str], where: object) -> None:
-    if not isinstance(entry, dict):
-        raise UserError(f"{where} must be a mapping, found {type(entry).__name__}")
-    for key in entry:
-        if key not in keys:
-            raise UserError(f"{where}: unknown key {key}{nearest(str(key), list(keys))}")
 
 
 def _list(value: Any, where: object, key: str) -> list[Any]:

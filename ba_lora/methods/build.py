@@ -10,12 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ba_lora.config.schema import AdapterConfig, RunConfig, nearest
+from ba_lora.config.schema import AdapterConfig, RunConfig
 from ba_lora.errors import UserError, in_one_line
 from ba_lora.methods import pissa
 from ba_lora.methods.adalora import freeze_rank_counts
 from ba_lora.models.pretrained import load_base
 from ba_lora.paths import resolve_path
+from ba_lora.words import nearest
 
 if TYPE_CHECKING:
     import torch

@@ -40,19 +40,10 @@ def intervals(
     labels, predictions = np.asarray(labels), np.asarray(predictions)
     metrics: dict[str, Metric] = {**WEIGHTED, "minority_recall": functools.partial(_recall, of=minority)}
 
-    def statistic(drawn_RN: Array) -> Array:
-        counts_RN = _draw_counts(drawn_RN)
+    def statistic(counts_RN: Array) -> Array:
         return np.stack([metrics[name](counts_RN, labels, predictions) for name in names], axis=1)
 
     return dict(zip(names, bootstrap(labels.size, statistic), strict=True))
-
-
-def _draw_counts(drawn_RN: Array) -> Array:
-    """Return how often each item was drawn, from the indices of the drawn items."""
-    num_resamples, num_items = drawn_RN.shape
-    offsets = num_items * np.arange(num_resamples)[:, None]
-    counts = np.bincount((drawn_RN + offsets).ravel(), minlength=num_resamples * num_items)
-    return counts.reshape(num_resamples, num_items).astype(np.float64)
 
 
 def _confusion(counts_RN: Array, labels_N: Array, predictions_N: Array) -> Array:

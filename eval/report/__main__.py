@@ -25,6 +25,7 @@ from ba_lora.experiments.state import read_declaration
 from ba_lora.experiments.tables import find_table, load_table, report_folder
 from ba_lora.io import read_object, write_bytes_atomic, write_json_atomic, write_text_atomic
 from ba_lora.paths import written_path
+from ba_lora.words import take_options
 from eval.report.figures import draw_figures
 from eval.report.render import to_csv, to_json, to_latex, to_markdown
 from eval.report.settings import check_allowed
@@ -41,15 +42,7 @@ def main() -> int:
     parser.add_argument("table", metavar="TABLE", help="a file of configs/tables")
     parser.add_argument("words", nargs="*", metavar="key=value")
     options = parser.parse_intermixed_args()
-    own, overrides = {}, []
-    for word in options.words:
-        key, equals, value = word.partition("=")
-        if not equals:
-            raise UserError(f"cannot read {word!r}: give key=value, such as allow=engine")
-        if key in ("allow", "output", "seeds"):
-            own[key] = value
-        else:
-            overrides.append(word)
+    own, overrides = take_options(options.words, ("allow", "output", "seeds"), only="allow=engine")
     chosen = written_path(own["output"]) if own.get("output") else None
     if chosen:
         check_place(chosen, "output")

@@ -1,18 +1,14 @@
 """Checks of a table's `report:` block: each returns the value, or raises UserError naming where it stands."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from ba_lora.config.schema import nearest
 from ba_lora.errors import UserError
+from ba_lora.words import check_keys, nearest
 
 
 def mapping(value: Any, known: Sequence[str] | None = None, *, where: str) -> dict[str, Any]:
-    if not isinstance(value, Mapping):
-        raise UserError(f"{where} must be a mapping, found {type(value).__name__}")
-    for key in value if known is not None else ():
-        if key not in known:
-            raise UserError(f"{where}: unknown key {key}{nearest(str(key), list(known))}")
+    check_keys(value, known, where=where)
     return {str(key): entry for key, entry in value.items()}
 
 

@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ba_lora.config.schema import nearest
+from ba_lora.config.schema import UNTUNED
 from ba_lora.errors import UserError
-from ba_lora.experiments.pipeline import UNTUNED
 from ba_lora.experiments.tables import Row
+from ba_lora.words import nearest
 from eval.report.spec import PlannedRun, ReportColumn, TableSpec
 from eval.scoring import stale_reason
 

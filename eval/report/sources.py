@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from ba_lora.config.layers import config_of_result
-from ba_lora.config.schema import NOT_TRAINING, RunConfig, nearest, setting_differences, training_settings
+from ba_lora.config.schema import NOT_TRAINING, UNTUNED, RunConfig, setting_differences, training_settings
 from ba_lora.errors import UserError
 from ba_lora.experiments import state as grid_state
-from ba_lora.experiments.pipeline import UNTUNED
 from ba_lora.experiments.tables import PAPER_PATH, Row
 from ba_lora.io import read_json, read_jsonl
+from ba_lora.words import nearest
 from eval.report.spec import Items, PlannedRun, ReportColumn, row_name
 
 STATUSES = ("ok", "failed", "cancelled", "oom")

@@ -35,10 +35,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ba_lora.config.schema import RunConfig
+from ba_lora.config.schema import UNTUNED, RunConfig
 from ba_lora.errors import UserError
 from ba_lora.experiments import tables
-from ba_lora.experiments.pipeline import UNTUNED
 from ba_lora.experiments.state import deciding
 from ba_lora.experiments.tables import Row, Table
 from eval.report.checks import choice, mapping, words

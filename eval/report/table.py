@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ba_lora.experiments.pipeline import UNTUNED
+from ba_lora.config.schema import UNTUNED
 from ba_lora.experiments.tables import Row
 from ba_lora.runs.environment import hardware_name
 from eval.report.cells import COLLAPSED, Cell, CellKey, FailedRun

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from ba_lora.experiments.pipeline import UNTUNED
+from ba_lora.config.schema import UNTUNED
 from ba_lora.experiments.tables import Row
 from eval.report.comparisons import Comparison
 from eval.report.sheets import format_number, signed

@@ -1,10 +1,10 @@
 """The tasks by name. Adding one: a module with a `Task` subclass (see base.py), and a line in `_WHERE`."""
 
-import difflib
 import importlib
 from collections.abc import Iterator, Mapping
 
 from ba_lora.errors import UserError
+from ba_lora.words import nearest
 from eval.tasks.base import Grade, Item, Source, Task
 
 __all__ = ["TASKS", "Grade", "Item", "Source", "Task", "get_task"]
@@ -49,7 +49,5 @@ TASKS = _Registry()
 def get_task(name: str) -> Task:
     """Return the task called `name`. Raises UserError with the nearest names."""
     if name not in TASKS:
-        near = difflib.get_close_matches(name, TASKS, n=3, cutoff=0.4)
-        hint = f"did you mean {' or '.join(near)}? " if near else ""
-        raise UserError(f"unknown task {name!r}: {hint}tasks: {', '.join(TASKS)}")
+        raise UserError(f"unknown task {name!r}{nearest(name, TASKS)}; tasks: {', '.join(TASKS)}")
     return TASKS[name]

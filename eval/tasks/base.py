@@ -259,26 +259,20 @@ def bootstrap_intervals(
     if not names:
         return {}
     places = {cluster: place for place, cluster in enumerate(dict.fromkeys(clusters or range(len(rows))))}
-    sums, counts = np.zeros((2, len(names), len(places)))
+    sums_NM, sizes_NM = np.zeros((2, len(places), len(names)))
     for row, cluster in zip(rows, clusters or range(len(rows)), strict=True):
         for name, value in row.items():
-            sums[names.index(name), places[cluster]] += value
-            counts[names.index(name), places[cluster]] += 1
-
-    def means(drawn: np.ndarray) -> np.ndarray:  # [R, clusters] -> [R, names]
-        columns = [
-            total[drawn].sum(axis=1) / count[drawn].sum(axis=1) for total, count in zip(sums, counts, strict=True)
-        ]
-        return np.stack(columns, axis=1)
-
-    return dict(zip(names, bootstrap(len(places), means), strict=True))
+            sums_NM[places[cluster], names.index(name)] += value
+            sizes_NM[places[cluster], names.index(name)] += 1
+    found = bootstrap(len(places), lambda counts_RN: counts_RN @ sums_NM / (counts_RN @ sizes_NM))
+    return dict(zip(names, found, strict=True))
 
 
 def bootstrap(num_items: int, statistic: Callable[["np.ndarray"], "np.ndarray"]) -> list[list[float] | None]:
     """Return [low, high] of each metric: its percentile bootstrap 95 % interval over items.
 
-    statistic: indices of the drawn items [R, N] -> the metrics of each resample [R, M]. NaN says that a resample leaves
-    a metric undefined, and is left out; None: all of them do. Items are drawn with replacement, the same draws for all
+    statistic: how often each item was drawn [R, N] -> the metrics of each resample [R, M]. NaN: a resample leaves
+    a metric undefined and is left out; None: all of them do. Items are drawn with replacement, the same draws for all
     metrics, from a fixed seed: the same grades give the same interval. It tells how far the score would move with
     another sample of items; the noise of training, and of sampling completions, comes on top.
     """
@@ -289,7 +283,9 @@ def bootstrap(num_items: int, statistic: Callable[["np.ndarray"], "np.ndarray"])
     with np.errstate(divide="ignore", invalid="ignore"):
         for start in range(0, NUM_RESAMPLES, at_once):
             size = (min(at_once, NUM_RESAMPLES - start), num_items)
-            found.append(statistic(random.integers(0, num_items, size, dtype=np.int32)))
+            drawn_RN = random.integers(0, num_items, size, dtype=np.int32) + num_items * np.arange(size[0])[:, None]
+            counts_RN = np.bincount(drawn_RN.ravel(), minlength=drawn_RN.size).reshape(size)
+            found.append(statistic(counts_RN.astype(np.float64)))
     intervals: list[list[float] | None] = []
     for values in np.concatenate(found).T:
         defined = values[~np.isnan(values)]

@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Bert
 
 import eval.nlu
 from ba_lora.errors import UserError
-from ba_lora.experiments.pipeline import evaluation_stages
+from ba_lora.experiments.stages import evaluation_stages
 from ba_lora.glue import find_task
 from ba_lora.io import read_json, read_jsonl, sha256_file, write_jsonl_atomic
 from ba_lora.models.classifier import load_classifier
@@ -369,8 +369,8 @@ def test_a_run(run: Path, tmp_path: Path) -> None:
     assert trained["n"] == 60
     words = [f"output_dir={run}", "eval.tasks=[yelp]", f"eval.data.yelp={yelp}", "eval.limit=16"]
     (stage,) = evaluation_stages([eval.nlu.load_config(run / "config.yaml", kind="nlu", overrides=words)])
-    assert stage.command[1:3] == ["-m", "eval.nlu"]
-    main(stage.command[3:])  # as sh scripts/nlu.sh calls it
+    assert stage.call.module == "eval.nlu"
+    main(stage.call.words)  # as sh scripts/nlu.sh calls it
     assert read_json(run / "scores" / "yelp.json")["n"] == 16
 
     imdb = sentiment_rows(tmp_path / "imdb.jsonl", 20, seed=5)

@@ -263,13 +263,13 @@ def test_command_line_pieces(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"--task": "gsm9k"}, "did you mean gsm8k"),
+        ({"--task": "gsm9k"}, "nearest: gsm8k"),
         ({"--model": "./nowhere"}, "no such model folder"),
         ({"--model": "nobody/nothing"}, "not found on the hub"),
         ({"--data": "EMPTY"}, "is empty"),
         ({"--data": "nowhere.jsonl"}, "no such file"),
         ({"--engine": "tgi"}, "choose one of auto, vllm, hf"),
-        ({"option": "max_new_token=3"}, "did you mean max_new_tokens"),
+        ({"option": "max_new_token=3"}, "nearest: max_new_tokens"),
         ({"option": "limit=0"}, "at least 1"),
         ({"option": "limit=x"}, "a whole number is needed"),
         ({"option": "temperature=nan"}, "a finite number is needed"),

@@ -10,7 +10,8 @@ import torch
 
 from ba_lora.config.layers import load_config
 from ba_lora.errors import UserError
-from ba_lora.experiments.pipeline import prepare_evaluation, untuned_config
+from ba_lora.experiments.pipeline import prepare_evaluation
+from ba_lora.experiments.spec import untuned_config
 from ba_lora.io import read_jsonl
 from eval import inheritance
 from eval.engines.open import open_engine

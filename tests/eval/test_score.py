@@ -134,7 +134,7 @@ def test_one_line_and_status_2(root: Path, tmp_path: Path, data: Path) -> None:
     completions = write(tmp_path / "mine.jsonl", lines(TEXTS[:2]))
     for arguments, message in [
         (("--task", "gsm8k", "--completions", completions, "--data", data), "2 of 4 tasks have no completion"),
-        (("--task", "gms8k", "--completions", completions), "unknown task 'gms8k': did you mean gsm8k?"),
+        (("--task", "gms8k", "--completions", completions), "unknown task 'gms8k' (nearest: gsm8k"),
         (("--task", "gsm8k"), "--task and --completions are needed"),
         (("--runs", tmp_path), "no run with completions/<task>.jsonl below"),
     ]:
@@ -150,7 +150,7 @@ def test_one_line_and_status_2(root: Path, tmp_path: Path, data: Path) -> None:
         (["--bogus"], "unrecognized arguments: --bogus"),
         (["--runs", "absent"], "no such folder: absent"),
         (["--runs", ".", "--task", "gsm8k"], "--runs takes task"),
-        (["--runs", ".", "allow_partal=true"], "did you mean allow_partial"),
+        (["--runs", ".", "allow_partal=true"], "nearest: allow_partial"),
         (["--runs", ".", "allow_partial=maybe"], "true or false is needed"),
         (["--runs", ".", "workers=0"], "a whole number of at least 1"),
         (["--runs", ".", "timeout_s=nan"], "a finite number"),

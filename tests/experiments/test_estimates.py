@@ -6,7 +6,7 @@ import pytest
 
 from ba_lora.experiments import estimates
 from ba_lora.experiments.estimates import Measured, estimate_lines
-from ba_lora.experiments.pipeline import Spec
+from ba_lora.experiments.spec import Spec
 from ba_lora.experiments.state import MISSING, UNFINISHED, RunState
 from ba_lora.io import write_json_atomic
 

@@ -7,7 +7,8 @@ import pytest
 from ba_lora.config.layers import load_config
 from ba_lora.errors import UserError
 from ba_lora.experiments.evaluation_state import STATE_FILE, Fault, evaluation_fault, evaluation_state
-from ba_lora.experiments.pipeline import evaluation_stages, record_evaluation
+from ba_lora.experiments.pipeline import record_evaluation
+from ba_lora.experiments.stages import evaluation_stages
 from ba_lora.glue import hub_source
 from ba_lora.io import read_json, write_json_atomic, write_jsonl_atomic
 from eval import nlu
@@ -94,7 +95,7 @@ def fault_of(config):
 
 def evaluate(config, fault):
     (stage,) = evaluation_stages([config], generate=not fault.regrade)
-    return nlu.main(stage.command[3:])
+    return nlu.main(stage.call.words)
 
 
 @pytest.mark.parametrize(

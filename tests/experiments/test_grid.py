@@ -18,8 +18,9 @@ from ba_lora.experiments.evaluation_state import STATE_FILE
 from ba_lora.experiments.executors.local import LocalExecutor
 from ba_lora.experiments.grid import Grid
 from ba_lora.experiments.options import read_grid_options, rows_for_gpus, select_rows
-from ba_lora.experiments.pipeline import Spec, evaluation_stages
 from ba_lora.experiments.plan import dry_run, plan_runs
+from ba_lora.experiments.spec import Spec
+from ba_lora.experiments.stages import evaluation_stages
 from ba_lora.experiments.state import inspect
 from ba_lora.experiments.tables import load_table
 from ba_lora.glue import HUB_REVISION
@@ -204,10 +205,10 @@ def test_what_training_scored_goes_stale_with_the_graders_version(folder, tasks)
     assert (state.status, state.train, state.regrade) == ("stale", False, True)
     assert state.reason == f"rte: graded by version 0, the grader is at version {VERSION} now"
     [stage] = evaluation_stages([spec.config], generate=False)
-    assert stage.command[1:] == ["-m", "eval.nlu", "--model", f"{folder}/run", "--task", "rte", *tasks.split()]
+    assert stage.call.command[1:] == ["-m", "eval.nlu", "--model", f"{folder}/run", "--task", "rte", *tasks.split()]
     assert len(evaluation_stages([spec.config])) == bool(tasks)
     if not tasks:
-        nlu.main(stage.command[3:])
+        nlu.main(stage.call.words)
         assert inspect(spec, graders).reason == "no result file"
 
 

@@ -14,7 +14,7 @@ import pytest
 from ba_lora.config.layers import load_config
 from ba_lora.config.schema import to_yaml
 from ba_lora.errors import UserError
-from ba_lora.experiments import pipeline, pipeline_nlu
+from ba_lora.experiments import pipeline, pipeline_nlu, stages
 from ba_lora.runs import folder as run_folder
 from ba_lora.runs.results_table import labelled, results_table
 from eval.check import find_error
@@ -30,26 +30,26 @@ def after(command, option):
 
 @pytest.mark.parametrize("num_gpus", [0, 1])
 def test_one_gpu_or_none_runs_plain_python(num_gpus):
-    assert pipeline.launch_command({}, num_gpus=num_gpus) == [sys.executable]
+    assert stages.launch_command({}, num_gpus=num_gpus) == [sys.executable]
 
 
 def test_several_gpus_run_under_accelerate():
-    command = pipeline.launch_command({}, num_gpus=8)
+    command = stages.launch_command({}, num_gpus=8)
     assert after(command, "--config_file").endswith("configs/accelerate/multi_gpu.yaml")
     assert after(command, "--num_processes") == "8" and "--machine_rank" not in command
 
 
 def test_the_config_of_accelerate_can_be_chosen():
-    command = pipeline.launch_command({"ACCELERATE_CONFIG": "configs/accelerate/zero3.yaml"}, num_gpus=4)
+    command = stages.launch_command({"ACCELERATE_CONFIG": "configs/accelerate/zero3.yaml"}, num_gpus=4)
     assert after(command, "--config_file").endswith("zero3.yaml")
-    command = pipeline.launch_command(
+    command = stages.launch_command(
         {"ACCELERATE_CONFIG": "configs/accelerate/cpu.yaml", "NUM_PROCESSES": "2"}, num_gpus=0
     )
     assert after(command, "--num_processes") == "2"
 
 
 def test_several_machines():
-    command = pipeline.launch_command(NODES, num_gpus=8)
+    command = stages.launch_command(NODES, num_gpus=8)
     assert after(command, "--config_file").endswith("configs/accelerate/multi_node.yaml")
     assert after(command, "--num_processes") == "16" and after(command, "--num_machines") == "2"
     assert after(command, "--machine_rank") == "1"
@@ -66,7 +66,7 @@ def test_several_machines():
 )
 def test_bad_launch_settings(environ, message):
     with pytest.raises(UserError, match=message):
-        pipeline.launch_command(environ, num_gpus=2)
+        stages.launch_command(environ, num_gpus=2)
 
 
 @pytest.mark.parametrize("text", ["hello", "[1, 2]", "compute_environment: MARS", "nonsense: 1", "a: [", "", "\x00"])
@@ -74,7 +74,7 @@ def test_a_launch_config_that_accelerate_cannot_read(text, tmp_path):
     path = tmp_path / "launch.yaml"
     path.write_text(text)
     with pytest.raises(UserError, match="launch.yaml") as error:
-        pipeline.launch_command({"ACCELERATE_CONFIG": str(path)}, num_gpus=2)
+        stages.launch_command({"ACCELERATE_CONFIG": str(path)}, num_gpus=2)
     assert "\n" not in str(error.value)
 
 
@@ -118,7 +118,7 @@ def test_several_runs_are_printed_in_one_table(monkeypatch, capsys, tmp_path):
 
     monkeypatch.setattr(pipeline, "launch_command", lambda environ: [sys.executable])
     monkeypatch.setattr(pipeline, "locked", lambda *_, **__: contextlib.nullcontext())
-    monkeypatch.setattr(pipeline, "run_stage", lambda stage: trained.append(after(stage.command, "--method")))
+    monkeypatch.setattr(pipeline, "run_stage", lambda stage: trained.append(after(stage.call.command, "--method")))
     monkeypatch.setattr(pipeline, "evaluate_run", evaluated)
     words = ["toy", "method=lora,ba_lora", "seed=1,2", f"results_dir={tmp_path}"]
     monkeypatch.setattr(sys, "argv", ["pipeline", *words])
@@ -157,23 +157,23 @@ def test_runs_and_tasks_share_one_engine_start():
         "eval.options.temperature=0.5",
     ]
     configs = [load_config("configs/nlg/toy.yaml", overrides=[*overrides, f"seed={seed}"]) for seed in (1, 2)]
-    generate, *scores, measure = pipeline.evaluation_stages(configs)
-    command = generate.command
-    assert command[command.index("--task") + 1 : command.index("--engine")] == ["toy", "gsm8k"]
+    generate, *scores, measure = stages.evaluation_stages(configs)
+    command = generate.call.command
+    assert command[command.index("--task") + 1 : command.index("--data")] == ["toy", "gsm8k"]
     runs = [str(config.run_path) for config in configs]
     assert command[command.index("--model") + 1 : command.index("--task")] == runs
-    assert "limit=5" in command and "temperature=0.5" in command and command[-1].startswith("toy=")
-    assert [after(score.command, "--task") for score in scores] == ["toy", "gsm8k"] * 2
+    assert "limit=5" in command and "temperature=0.5" in command and after(command, "--data").startswith("toy=")
+    assert [after(score.call.command, "--task") for score in scores] == ["toy", "gsm8k"] * 2
     assert [score.run_paths for score in scores] == [(config.run_path,) for config in configs for _ in range(2)]
-    assert all("allow_partial=true" in score.command for score in scores)
+    assert all("allow_partial=true" in score.call.command for score in scores)
     data = [str(ROOT / "data/toy/test.jsonl")] * 2
-    assert measure.command[1:7] == ["-m", "eval.inheritance", "--run", *runs, "--texts"]
-    assert [after(measure.command, word) for word in ("--texts", "--data")] == data
+    assert measure.call.command[1:7] == ["-m", "eval.inheritance", "--run", *runs, "--texts"]
+    assert [after(measure.call.command, word) for word in ("--texts", "--data")] == data
 
 
 def test_the_pretrained_model_is_evaluated_by_its_own_name():
     config = pipeline.untuned_config(load_config("configs/nlg/toy.yaml"))
-    generate = pipeline.evaluation_stages([config])[0].command
+    generate = stages.evaluation_stages([config])[0].call.command
     assert after(generate, "--model").endswith("data/toy/clean")
     assert after(generate, "--output") == str(config.run_path / "completions")
 
@@ -223,7 +223,7 @@ def test_a_missing_judge_is_told_before_the_training(tmp_path, monkeypatch, caps
 def test_a_missing_data_file_is_told_before_anything_is_loaded():
     config = load_config("configs/nlg/toy.yaml", overrides=["eval.data.toy=/no/such.jsonl"])
     with pytest.raises(UserError, match="eval.data.toy: no such file"):
-        pipeline.evaluation_stages([config])
+        stages.evaluation_stages([config])
 
 
 def test_a_task_without_data_of_its_own_is_told_before_the_training(tmp_path, monkeypatch):

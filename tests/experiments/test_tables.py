@@ -10,7 +10,8 @@ import yaml
 from ba_lora.config.layers import read_yaml
 from ba_lora.errors import UserError
 from ba_lora.experiments import tables
-from ba_lora.experiments.pipeline import Spec, evaluation_stages, training_stage
+from ba_lora.experiments.spec import Spec
+from ba_lora.experiments.stages import evaluation_stages, training_stage
 from ba_lora.experiments.tables import Row, load_table
 from ba_lora.glue import find_task
 from ba_lora.paths import PROJECT_ROOT
@@ -122,7 +123,7 @@ def test_an_nlu_table(tmp_path):
     tasks = {cell.column.name: cell.config.eval.tasks for cell in table.cells}
     assert tasks == {"mnli": ["snli"], "snli": ["snli"], "rte": ["mrpc"], "rte_to_mrpc": ["mrpc"]}
     first = table.specs()[0]
-    assert training_stage(first, ["python"]).command[1] == "train_nlu.py" and first.config.run_id.startswith(
+    assert training_stage(first, ["python"]).call.module == "train_nlu.py" and first.config.run_id.startswith(
         "minilm-mnli"
     )
     with pytest.raises(UserError, match="there is no untuned model"):
@@ -233,7 +234,7 @@ def test_every_evaluation_is_one_that_the_evaluators_take(path, monkeypatch):
     table = load_table(path, seeds=[1])
     for spec in table.specs():
         for stage in evaluation_stages([spec.config]):
-            module, words = stage.command[2], stage.command[3:]
+            module, words = stage.call.module, stage.call.words
             if module == "eval.generate":
                 generate.main(words)
                 assert asked.pop() == set(spec.config.eval.tasks) & set(TASKS)

@@ -9,8 +9,9 @@ import yaml
 
 from ba_lora import paths
 from ba_lora.config import schema as config
-from ba_lora.experiments import grid, pipeline
+from ba_lora.experiments import grid, stages
 from ba_lora.experiments import plan as grid_plan
+from ba_lora.experiments import spec as grid_spec
 from ba_lora.experiments import state as grid_state
 from ba_lora.experiments.executors.local import LocalExecutor, Slot
 from ba_lora.experiments.tables import load_table
@@ -32,7 +33,7 @@ def use(folder):
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     os.environ["FAKE"] = str(folder)
-    paths.PROJECT_ROOT = config.PROJECT_ROOT = pipeline.PROJECT_ROOT = folder
+    paths.PROJECT_ROOT = config.PROJECT_ROOT = grid_spec.PROJECT_ROOT = folder
     grid.GRID_PATH = grid_state.GRID_PATH = folder / "outputs" / ".grid"
     grid.training_stage = _training_stage
     grid.evaluation_stages = grid_plan.evaluation_stages = _evaluation_stages
@@ -42,18 +43,21 @@ def use(folder):
     }
 
 
+def _stage(name, words, run_paths, task=None):
+    call = stages.Call(STAGE[-1], settings=tuple(words), launch=tuple(STAGE[:-1]))
+    return stages.Stage(name, call, run_paths, task)
+
+
 def _training_stage(spec, launch, *, overwrite=False):
-    return pipeline.Stage("train", [*STAGE, "train", str(spec.config.run_path)], (spec.config.run_path,))
+    return _stage("train", ["train", str(spec.config.run_path)], (spec.config.run_path,))
 
 
 def _evaluation_stages(configs, *, generate=True):
     paths = [config.run_path for config in configs]
-    stages = [pipeline.Stage("generate", [*STAGE, "generate", *map(str, paths)], tuple(paths))] if generate else []
+    found = [_stage("generate", ["generate", *map(str, paths)], tuple(paths))] if generate else []
     kinds = {task: "score" if task == "toy" else f"score-{task}" for task in configs[0].eval.tasks}
-    return stages + [
-        pipeline.Stage(f"score {task}", [*STAGE, kind, str(path)], (path,), task)
-        for path in paths
-        for task, kind in kinds.items()
+    return found + [
+        _stage(f"score {task}", [kind, str(path)], (path,), task) for path in paths for task, kind in kinds.items()
     ]
 
 

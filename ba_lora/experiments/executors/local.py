@@ -23,7 +23,7 @@ from typing import IO
 import psutil
 
 from ba_lora.errors import UserError
-from ba_lora.experiments.pipeline import Stage
+from ba_lora.experiments.stages import Stage
 from ba_lora.io import disk_errors
 from ba_lora.locks import holder, try_lock
 from ba_lora.paths import PROJECT_ROOT, stage_environment
@@ -184,7 +184,7 @@ class LocalExecutor:
             locks = [*job.work.locks, *job.slot_locks]
             with disk_errors(job.work.log_path), open(job.work.log_path, "wb") as log:
                 job.process = subprocess.Popen(
-                    job.stage.command,
+                    job.stage.call.command,
                     cwd=PROJECT_ROOT,
                     env={**stage_environment(), **job.slot.environment},
                     stdin=subprocess.DEVNULL,

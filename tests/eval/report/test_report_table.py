@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from ba_lora.config.layers import load_config
+from ba_lora.config.schema import UNTUNED
 from ba_lora.errors import UserError
-from ba_lora.experiments.pipeline import UNTUNED
 from ba_lora.experiments.tables import Row
 from ba_lora.io import write_jsonl_atomic
 from eval.report.comparisons import as_declared

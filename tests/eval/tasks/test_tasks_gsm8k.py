@@ -25,7 +25,7 @@ def test_registry() -> None:
     for name in TASKS:
         task = get_task(name)
         assert task.name == name and task.version and task.template in TEMPLATES and task.max_new_tokens > 0
-    with pytest.raises(UserError, match="unknown task 'gsm9k': did you mean gsm8k"):
+    with pytest.raises(UserError, match=r"unknown task 'gsm9k' \(nearest: gsm8k"):
         get_task("gsm9k")
 
 

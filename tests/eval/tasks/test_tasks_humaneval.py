@@ -373,7 +373,7 @@ def test_bad_choices_and_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     path = write(tmp_path / "a.jsonl", [{"task_id": "HumanEval/0", "completion": "x"}])
     for arguments, message in [
         (["sandbox=none"], "sandbox=none: choose one of bubblewrap, unsafe"),
-        (["sandbix=unsafe"], "did you mean sandbox"),
+        (["sandbix=unsafe"], "nearest: sandbox"),
         ([], "163 of 164 tasks have no completion, the first HumanEval/1"),
     ]:
         with pytest.raises(UserError) as caught:

@@ -1,0 +1,41 @@
+"""What is typed or written by hand: `key=value` words, and the nearest of the keys and names that are known."""
+
+import difflib
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+from ba_lora.errors import UserError
+
+
+def nearest(word: object, choices: Iterable[str]) -> str:
+    """Return ` (nearest: a, b)`, or nothing where nothing is near."""
+    found = difflib.get_close_matches(str(word), list(choices), n=3, cutoff=0.4)
+    return f" (nearest: {', '.join(found)})" if found else ""
+
+
+def take_options(
+    words: Sequence[str], keys: Collection[str], *, only: str | None = None
+) -> tuple[dict[str, str], list[str]]:
+    """Return key → text of the `key=value` words for `keys` (the last one counts), and the other words in order.
+
+    only: such as `trainer.max_steps=20`; a word that is no `key=value` then raises UserError with this example.
+    """
+    taken, others = {}, []
+    for word in words:
+        key, equals, text = word.partition("=")
+        if only is not None and not equals:
+            raise UserError(f"cannot read {word!r}: give key=value, such as {only}")
+        if equals and key in keys:
+            taken[key] = text
+        else:
+            others.append(word)
+    return taken, others
+
+
+def check_keys(value: Any, known: Collection[str] | None, *, where: object) -> None:
+    """Raise UserError unless `value` is a mapping whose keys are all known; None: any keys."""
+    if not isinstance(value, Mapping):
+        raise UserError(f"{where} must be a mapping, found {type(value).__name__}")
+    for key in value if known is not None else ():
+        if key not in known:
+            raise UserError(f"{where}: unknown key {key}{nearest(key, known)}")
