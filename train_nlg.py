@@ -25,16 +25,19 @@ from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 from ba_lora.config.schema import RunConfig
 from ba_lora.io import finite, write_jsonl_atomic
 from ba_lora.methods.build import build_model, left_out_experts, parameter_counts, probe_logits
-from ba_lora.models.load import hub_commit, load_tokenizer
 from ba_lora.models.sizes import check_sizes
+from ba_lora.models.source import hub_commit
+from ba_lora.models.tokenizer import load_tokenizer
 from ba_lora.objective.objective import TokenObjective
 from ba_lora.objective.reference_cache.fill import cached_reference
 from ba_lora.processes import on_main_process, start_processes
 from ba_lora.runs.card import write_model_card
-from ba_lora.runs.export import export_run, probe_batch, push_to_hub, report, save_trained
-from ba_lora.runs.folder import claim_folder, complete_result, finish, is_trained, keep_base, keep_factors, recorded
-from ba_lora.runs.results import environment, peak_memory_mb, reset_peak_memory, total_peak_memory_mb
+from ba_lora.runs.environment import environment, peak_memory_mb, reset_peak_memory, total_peak_memory_mb
+from ba_lora.runs.export import export_run, push_to_hub, save_trained
+from ba_lora.runs.folder import claim_folder, complete_result, finish_run, is_trained, keep_base, keep_factors, recorded
+from ba_lora.runs.parity import probe_batch, report
 from ba_lora.training.arguments import build_arguments, count_steps
+from ba_lora.training.log import mean_gradient_shares
 from ba_lora.training.packing import build_collator, faster_attention, prepare_packing
 from ba_lora.training.trainer import BALoRATrainer
 from data.nlg import check_source, load_training_data
@@ -135,6 +138,7 @@ def train(config: RunConfig, run_path: Path, process: PartialState, arguments: T
         "peak_memory_mb": round(peak_memory_mb(), 1),
         "total_peak_memory_mb": round(total_peak_memory_mb(), 1),
         "step0_max_logit_difference": step0.difference,
+        "gradient_shares": mean_gradient_shares(trainer.state.log_history),
         "last_log": next((entry for entry in reversed(trainer.state.log_history) if "loss" in entry), None),
     }
 
@@ -149,7 +153,7 @@ def train(config: RunConfig, run_path: Path, process: PartialState, arguments: T
     gc.collect()
     if process.is_main_process:
         parities = export_run(config, run_path, probe, trained_logits, initial_logits=step0.initial_logits)
-        result = finish(
+        result = finish_run(
             run_path,
             config,
             {

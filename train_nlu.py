@@ -27,18 +27,21 @@ from ba_lora.config.schema_nlu import NLURunConfig
 from ba_lora.glue import find_task
 from ba_lora.io import finite, write_json_atomic, write_jsonl_atomic
 from ba_lora.methods.build import build_model, parameter_counts, probe_logits
-from ba_lora.models.load import hub_commit, load_tokenizer
 from ba_lora.models.sizes import check_sizes
+from ba_lora.models.source import hub_commit
+from ba_lora.models.tokenizer import load_tokenizer
 from ba_lora.objective.objective_nlu import ClassifierObjective
 from ba_lora.objective.reference_cache.features import cached_features
 from ba_lora.processes import on_main_process, start_processes
 from ba_lora.runs.card import write_model_card
-from ba_lora.runs.export import export_run, probe_batch, push_to_hub, report, save_trained
-from ba_lora.runs.folder import claim_folder, complete_result, finish, is_trained, keep_base, keep_factors, recorded
-from ba_lora.runs.results import environment, peak_memory_mb, reset_peak_memory, total_peak_memory_mb
+from ba_lora.runs.environment import environment, peak_memory_mb, reset_peak_memory, total_peak_memory_mb
+from ba_lora.runs.export import export_run, push_to_hub, save_trained
+from ba_lora.runs.folder import claim_folder, complete_result, finish_run, is_trained, keep_base, keep_factors, recorded
+from ba_lora.runs.parity import probe_batch, report
 from ba_lora.runs.results_nlu import selection_report
 from ba_lora.training.arguments import autocast_precision, build_arguments, count_steps
 from ba_lora.training.epochs import EpochEvaluation
+from ba_lora.training.log import mean_gradient_shares
 from ba_lora.training.trainer import BALoRATrainer
 from data.nlu import load_nlu_data
 from eval.metrics import glue_scores
@@ -140,6 +143,7 @@ def train(config: NLURunConfig, run_path: Path, process: PartialState, arguments
         "total_peak_memory_mb": round(total_peak_memory_mb(), 1),
         "step0_max_logit_difference": step0.difference,
         "terms_off": objective.off,
+        "gradient_shares": mean_gradient_shares(trainer.state.log_history),
         "last_log": next((entry for entry in reversed(trainer.state.log_history) if "loss" in entry), None),
         "selection": selection_report(config, epochs.history(), best, last),
     }
@@ -153,7 +157,7 @@ def train(config: NLURunConfig, run_path: Path, process: PartialState, arguments
     if process.is_main_process:
         parities = export_run(config, run_path, probe, trained_logits, initial_logits=step0.initial_logits)
         epochs.remove_files()
-        result = finish(
+        result = finish_run(
             run_path,
             config,
             {

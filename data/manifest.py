@@ -38,7 +38,7 @@ def canonical_sha256(rows: Iterable[dict[str, Any]], columns: Sequence[str]) -> 
     return digest.hexdigest()
 
 
-def check(
+def check_rows(
     name: str,
     split: str,
     rows: Sequence[dict[str, Any]],

@@ -90,7 +90,7 @@ def load_training_data(config: DataConfig, tokenizer: "PreTrainedTokenizerBase")
     """
     rows, origin = _read_rows(config)
     source = SOURCES[config.name]
-    checked = manifest.check(config.name, config.split, rows, source.columns, file_sha256=origin["file_sha256"])
+    checked = manifest.check_rows(config.name, config.split, rows, source.columns, file_sha256=origin["file_sha256"])
     num_read = len(rows)
     rows = choose_rows(rows, config.num_rows, config.sample_seed)
     pairs, empty = [], 0
@@ -195,7 +195,7 @@ def _read_rows(config: DataConfig) -> tuple[list[dict[str, Any]], dict[str, Any]
 
         settings = config.toy
         try:
-            rows = toy.generate(
+            rows = toy.generate_problems(
                 num_rows=config.num_rows,
                 seed=settings.seed,
                 split="finetune",

@@ -197,7 +197,7 @@ def _check_split(split: str) -> None:
         raise ValueError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
 
 
-def generate(
+def generate_problems(
     *,
     num_rows: int,
     seed: int,
@@ -290,7 +290,7 @@ def main() -> None:
     parser.add_argument("--output", required=True)
     args = parser.parse_args()
     try:
-        rows = generate(
+        rows = generate_problems(
             num_rows=args.num_rows,
             seed=args.seed,
             split=args.split,

@@ -71,7 +71,7 @@ class Event:
     time: str
 
 
-def generate(
+def generate_pairs(
     *,
     num_rows: int,
     seed: int,
@@ -217,7 +217,7 @@ def main() -> None:
     parser.add_argument("--output", required=True)
     options = parser.parse_args()
     try:
-        rows = generate(
+        rows = generate_pairs(
             num_rows=options.num_rows,
             seed=options.seed,
             split=options.split,

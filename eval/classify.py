@@ -37,7 +37,7 @@ def open_classifier(folder: Path, task: GlueTask, *, max_length: int | None = No
     from transformers.utils import logging
 
     import ba_lora.models.t5_encoder  # noqa: F401  makes the Auto classes know the T5 encoder
-    from ba_lora.models.load import load_tokenizer
+    from ba_lora.models.tokenizer import load_tokenizer
 
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} holds no model: give a run's folder with merged/, or a model folder")
@@ -82,8 +82,8 @@ def classify(classifier: Classifier, texts: Sequence[tuple[str, ...]], *, batch_
     from datasets import Dataset
     from transformers import DataCollatorWithPadding
 
-    from ba_lora.models.load import encode_texts
     from ba_lora.models.predict import predict
+    from ba_lora.models.tokenizer import encode_texts
 
     columns, num_cut = encode_texts(classifier.tokenizer, texts, max_length=classifier.max_length)
     found = predict(

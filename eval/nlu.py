@@ -51,7 +51,7 @@ PACKAGES = ("scikit-learn", "scipy", "torch", "transformers")
 
 
 @dataclass(frozen=True)
-class Run:
+class EvaluatedRun:
     """A finished run, or a bare model folder (config None): what to evaluate, where its results go.
 
     dev_scores: dev set → its score in training. training_counts: class → rows in training; None for a regression, and
@@ -72,7 +72,7 @@ class Run:
         return next(iter(own_sets(self.task)))
 
 
-def find_run(folder: Path, *, task: str | None, output: Path | None) -> Run:
+def find_run(folder: Path, *, task: str | None, output: Path | None) -> EvaluatedRun:
     """Return what is known of a run's or model's folder. Raises UserError where it is neither, or of another task."""
     if not folder.is_dir():
         raise UserError(f"no such folder: {folder}; give a finished run's folder")
@@ -80,12 +80,12 @@ def find_run(folder: Path, *, task: str | None, output: Path | None) -> Run:
     if not (folder / "config.yaml").is_file():
         if task is None:
             raise UserError(f"{folder} has no config.yaml, so its task is not known: add --task")
-        return Run(folder.name, folder, output, task)
+        return EvaluatedRun(folder.name, folder, output, task)
     config = load_config(folder / "config.yaml", kind="nlu", overrides=[f"output_dir={folder}"], checked=False)
     if task not in (None, config.nlu.task):
         raise UserError(f"{folder} was trained on {config.nlu.task}: put that first after --task, not {task}")
     data = read_record(folder / "train.json", "data", fix="run the training again")["data"]
-    return Run(
+    return EvaluatedRun(
         folder.name,
         folder / "merged",
         output,
@@ -144,7 +144,7 @@ def _sample(examples: Examples, num_rows: int) -> Examples:
     return dataclasses.replace(examples, examples=kept, num_empty=num_empty)
 
 
-def evaluate_set(classifier: Classifier, run: Run, loaded: LoadedSet) -> dict[str, Any]:
+def evaluate_set(classifier: Classifier, run: EvaluatedRun, loaded: LoadedSet) -> dict[str, Any]:
     """Predict and score one set; write its predictions, return its score."""
     from ba_lora.models.predict import prediction_lines
 
@@ -186,14 +186,14 @@ class Plan:
     wanted: the out-of-domain sets asked for; trained: dev set → its score in training; skipped: set → why.
     """
 
-    run: Run
+    run: EvaluatedRun
     wanted: Sequence[str]
     trained: Mapping[str, Mapping[str, Any]]
     to_predict: Sequence[LoadedSet]
     skipped: Mapping[str, str]
 
 
-def plan_run(run: Run, sets: Sets, names: Sequence[str] | None) -> Plan:
+def plan_run(run: EvaluatedRun, sets: Sets, names: Sequence[str] | None) -> Plan:
     """Return what is to be done for a run, the sets read.
 
     names: the out-of-domain sets that must be evaluated; None: those for which data is at hand. Raises UserError for a
@@ -220,7 +220,7 @@ def plan_run(run: Run, sets: Sets, names: Sequence[str] | None) -> Plan:
     return Plan(run, wanted, trained, to_predict, skipped)
 
 
-def _refuse_other_data(run: Run, name: str) -> None:
+def _refuse_other_data(run: EvaluatedRun, name: str) -> None:
     made_from, pinned = hub_of(run.dev_scores[name]), dev_sources(run.config)[name]
     if made_from and pinned and made_from != pinned:
         raise UserError(
@@ -229,7 +229,7 @@ def _refuse_other_data(run: Run, name: str) -> None:
         )
 
 
-def evaluate_run(plan: Plan) -> dict[str, Any]:
+def evaluate_classifier(plan: Plan) -> dict[str, Any]:
     """Evaluate one run in its domain and out of it; write the scores, return the summary."""
     run, skipped = plan.run, plan.skipped
     scores = {name: dict(score) for name, score in plan.trained.items()}
@@ -268,7 +268,7 @@ def _drop(in_domain: float | None, value: float | None) -> float | None:
     return None if None in (in_domain, value) else round(in_domain - value, 6)
 
 
-def _line(run: Run, score: Mapping[str, Any]) -> str:
+def _line(run: EvaluatedRun, score: Mapping[str, Any]) -> str:
     metrics = " ".join(
         f"{name}={'undefined' if value is None else f'{value:.4f}'}" for name, value in score["metrics"].items()
     )
@@ -350,7 +350,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ]
     sets = Sets(_read_data_words(parsed.data, {run.task for run in runs}), max_rows=parsed.max_rows)
     plans = [plan_run(run, sets, names) for run in runs]  # first: what is missing is told before anything is predicted
-    summaries = [evaluate_run(plan) for plan in plans]
+    summaries = [evaluate_classifier(plan) for plan in plans]
     print(summary_table(summaries))
     print(json.dumps({"runs": summaries}, ensure_ascii=False))
     return 0

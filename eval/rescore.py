@@ -15,13 +15,13 @@ from ba_lora.errors import UserError
 from ba_lora.io import read_json, write_json_atomic
 from ba_lora.runs.results import refresh_result
 from eval import inheritance
-from eval.completions import output_paths
+from eval.completions import score_paths
 from eval.judge.judge import one_judge
-from eval.scoring import Options, score_file, stale_reason
+from eval.scoring import ScoreOptions, score_file, stale_reason
 from eval.tasks import get_task
 
 
-def score_runs(folder: Path, *, options: Options, results: Path | None = None) -> int:
+def score_runs(folder: Path, *, options: ScoreOptions, results: Path | None = None) -> int:
     """Re-score every run below `folder`, and bring the runs' results in `results` (None: results/runs) up to date.
 
     Prints one line a run and task, one a refreshed result, and a last JSON line; returns the exit status.
@@ -39,7 +39,7 @@ def score_runs(folder: Path, *, options: Options, results: Path | None = None) -
             score = score_file(get_task(path.stem), path, options=options, loaded=loaded)
         except (UserError, OSError) as error:
             failed.append(f"{run}/{path.stem}")
-            _mark_one(output_paths(path, None)[0], path)
+            _mark_one(score_paths(path, None)[0], path)
             print(f"error: {run} {path.stem}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
             continue
         scored += 1

@@ -18,9 +18,9 @@ from eval.completions import (
     graded_data,
     judgements_path,
     match_items,
-    output_paths,
     read_completions,
     read_meta,
+    score_paths,
 )
 from eval.grading.thinking import THINKING, check_marks
 from eval.judge.client import JudgeOptions
@@ -30,7 +30,7 @@ from eval.tasks.base import Grade, Item, Source, Task
 
 
 @dataclass(frozen=True)
-class Options:
+class ScoreOptions:
     """What `key=value` can set; `choices` are those of the tasks themselves, see Task.choices."""
 
     allow_partial: bool = False
@@ -66,10 +66,10 @@ class Options:
         return JudgeOptions(**named)
 
 
-def read_options(arguments: Sequence[str], tasks: Sequence[Task]) -> Options:
+def read_options(arguments: Sequence[str], tasks: Sequence[Task]) -> ScoreOptions:
     """Read `key=value` arguments, the choices of `tasks` included. Raises UserError."""
     owners = {key: task for task in reversed(tasks) for key in (*task.choices, *task.grading_choices)}
-    options, choices = parse_options(arguments, Options, further=owners)
+    options, choices = parse_options(arguments, ScoreOptions, further=owners)
     for key, value in choices.items():
         owners[key].configured({key: value})  # checks the value
     return dataclasses.replace(options, choices=choices)
@@ -81,7 +81,7 @@ def score_file(
     *,
     data: str | None = None,
     output: Path | None = None,
-    options: Options | None = None,
+    options: ScoreOptions | None = None,
     loaded: dict[tuple[str, str | None], tuple[list[Item], Source]] | None = None,
 ) -> dict:
     """Score one completions file, write score and grades atomically (the score last), return the score.
@@ -95,8 +95,8 @@ def score_file(
     grader depends on), grader_seconds; from a judge also ratings and judge (eval/tasks/mt_bench.py).
     Raises UserError; nothing is written then, but judgements, which are paid for.
     """
-    options = options or Options()
-    check_place(output_paths(completions_path, output)[0].parent, "--output")
+    options = options or ScoreOptions()
+    check_place(score_paths(completions_path, output)[0].parent, "--output")
     completions = read_completions(completions_path)
     completions_sha256 = sha256_file(completions_path)
     meta = read_meta(completions_path)
@@ -166,7 +166,7 @@ def score_file(
         for (item, samples), item_grades in zip(matched, per_item, strict=True)
         for completion, grade in zip(samples, item_grades, strict=True)
     ]
-    score_path, grades_path = output_paths(completions_path, output)
+    score_path, grades_path = score_paths(completions_path, output)
     write_jsonl_atomic(grades_path, rows)
     write_json_atomic(score_path, score)
     return score
@@ -178,7 +178,7 @@ def _groups(task: Task, item: Item) -> dict[str, dict[str, str]]:
     return {"groups": groups} if groups else {}
 
 
-def choose(task: Task, meta: Mapping, options: Options) -> Task:
+def choose(task: Task, meta: Mapping, options: ScoreOptions) -> Task:
     """Return the task with the choices that the completions were made with, and over them those of `options`."""
     made = meta.get("choices") or {}
     if not isinstance(made, dict):
@@ -220,7 +220,7 @@ def grader_versions() -> dict[str, dict[str, str | None]]:
     return versions | {inheritance.NAME: {"version": inheritance.VERSION, "hub": None}}
 
 
-def _grade(task: Task, pairs: Sequence[tuple[Item, str]], options: Options) -> list[Grade]:
+def _grade(task: Task, pairs: Sequence[tuple[Item, str]], options: ScoreOptions) -> list[Grade]:
     from tqdm import tqdm
 
     with tqdm(total=len(pairs), desc=f"grading {task.name}", unit="completion", disable=None, leave=False) as bar:
@@ -228,7 +228,7 @@ def _grade(task: Task, pairs: Sequence[tuple[Item, str]], options: Options) -> l
 
 
 def _judge(
-    task: Task, answers: Sequence[tuple[Item, Sequence[tuple[int, str]]]], store: Path, options: Options
+    task: Task, answers: Sequence[tuple[Item, Sequence[tuple[int, str]]]], store: Path, options: ScoreOptions
 ) -> tuple[list[list[Grade]], dict]:
     from tqdm import tqdm
 

@@ -197,7 +197,7 @@ def work(case: str, shape_name: str, vocabulary: int, device: str, folder: Path,
     """Be one case: build it, then take one step whenever told to, and report the peak at the end."""
     from transformers import TrainerCallback
 
-    from ba_lora.runs.results import environment, now, peak_memory_mb, reset_peak_memory
+    from ba_lora.runs.environment import environment, now, peak_memory_mb, reset_peak_memory
 
     class Turns(TrainerCallback):
         """Waits between the steps; the clock runs from one wait to the next."""

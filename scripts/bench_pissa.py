@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ba_lora.config.schema import AdapterConfig  # noqa: E402
 from ba_lora.errors import CommandParser, run_entry_point  # noqa: E402
-from ba_lora.runs.results import environment, peak_memory_mb, reset_peak_memory  # noqa: E402
+from ba_lora.runs.environment import environment, peak_memory_mb, reset_peak_memory  # noqa: E402
 
 SHAPES = {  # hidden and intermediate size, layers; the vocabulary has no part in it
     "llama2-7b": (4096, 11008, 32),

@@ -1,8 +1,10 @@
 """Fixtures shared by all tests. Everything runs offline: a hub name that is not a local file must fail at once."""
 
+import datetime
 import os
 import shutil
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,36 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="ba-lora-datasets-")  # of every process that tests start
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+DAYS = 7  # all slow tests have had their turn after so many
+START = time.monotonic()
+
+
+def todays_order(items: list, day: datetime.date) -> list:
+    """Return `items` from the place on at which the day's share begins: a seventh further each day."""
+    start = len(items) * (day.toordinal() % DAYS) // DAYS
+    return items[start:] + items[:start]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--slow-minutes", type=float, help="only slow tests, the day's share first; none starts after so many minutes"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("slow_minutes") is not None:
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=[item for item in items if item not in slow])
+        items[:] = todays_order(slow, datetime.date.today())
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    minutes = item.config.getoption("slow_minutes")
+    if minutes is not None and time.monotonic() - START > 60 * minutes:
+        pytest.skip("left for another day")
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:

@@ -1,6 +1,7 @@
 """Who may import whom: three packages that know nothing of each other's insides, rooms in one order, and no circles.
 
-Every import counts: at a file's top, inside a function, and under TYPE_CHECKING.
+Every import counts: at a file's top, inside a function, and under TYPE_CHECKING. And one word has one meaning: no two
+files define a public class or function of one name.
 """
 
 import ast
@@ -12,6 +13,13 @@ FORBIDDEN = {"ba_lora": {"data", "eval", "scripts", "train_nlg", "train_nlu"}, "
 # The library's rooms, lowest first: each imports from itself and from lower ones only. The files at its top are the
 # ground.
 ROOMS = ["config", "models", "methods", "objective", "training", "runs", "experiments"]
+# Names that several files define on purpose, all with the meaning that the reason tells.
+SHARED_NAMES = {
+    "main": "the entry point of a command",
+    "train": "what a main does: train_nlg.py and train_nlu.py read the same way",
+    "check": "the hook of eval.check: raise the UserError that the command would end with",
+    "write_factors": "writes the file of A₀ and B₀ that a method starts from; methods/build.py calls it by its module",
+}
 FACADE = "ba_lora/__init__.py"  # what a library user imports, from whichever room
 
 
@@ -83,6 +91,17 @@ def test_a_room_imports_lower_rooms_only(graph, root):
         if target.startswith("ba_lora.") and room(target) > room(name)
     ]
     assert not wrong
+
+
+def test_one_word_has_one_meaning(root):
+    places: dict[str, set[str]] = {}
+    for name, file in modules(root).items():
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and node.name[0] != "_":
+                places.setdefault(node.name, set()).add(name)
+    several = {name: sorted(found) for name, found in places.items() if len(found) > 1}
+    assert {name: found for name, found in several.items() if name not in SHARED_NAMES} == {}
+    assert set(several) == set(SHARED_NAMES)  # a name that stands once now needs no reason
 
 
 def test_no_module_imports_itself_by_way_of_others(graph):

@@ -51,7 +51,7 @@ _REFUSED_OPTIONS = {
 }  # fmt: skip
 
 
-def check(config: RunConfig) -> None:
+def check_config(config: RunConfig) -> None:
     """Raise UserError for the first value that is unknown, out of range or does not fit another one."""
     check_numbers(config)
     _check_names(config)

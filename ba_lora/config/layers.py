@@ -18,7 +18,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ba_lora.config.checks import check
+from ba_lora.config.checks import check_config
 from ba_lora.config.schema import RunConfig, check_choice, nearest
 from ba_lora.config.schema_nlu import LEFT_OUT, NLURunConfig, task_layer
 from ba_lora.config.trainer import ALIASES, argument_types, nearest_argument, normalized
@@ -88,7 +88,7 @@ def load_config(
     config = OmegaConf.to_object(merged)
     config.trainer = normalized(config.trainer)
     if checked:
-        check(config)
+        check_config(config)
     return config
 
 

@@ -18,6 +18,7 @@ RANGES = {
     "adapter.svd_rank": "[1, 1000000]",
     **{f"regularizers.lambda_{term}": LAMBDA for term in ("consistency", "diversity", "svd")},  # as any further term's
     "regularizers.temperature": "(0, 1000000]",
+    "regularizers.gradient_every": "[1, 1000000000]",
     "regularizers.diversity_top_k": "[1, 1000000000]",
     "regularizers.svd_top_k": "[1, 1000000000]",
     "loss.chunk_memory_mb": "(0, 1000000000]",
@@ -92,8 +93,9 @@ def check_numbers(section: Any, prefix: str = "") -> None:
         key, value = prefix + entry.name, getattr(section, entry.name)
         if dataclasses.is_dataclass(value):
             check_numbers(value, f"{key}.")
-        elif value is not None and (limits := RANGES.get(key) or (LAMBDA if ".lambda_" in key else None)):
-            check_range(key, value, limits)
+        elif value is not None and not isinstance(value, str):
+            if limits := RANGES.get(key) or (LAMBDA if ".lambda_" in key else None):
+                check_range(key, value, limits)
 
 
 def check_trainer_numbers(arguments: Mapping[str, Any]) -> None:

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 from omegaconf import OmegaConf
 
-from ba_lora.config.ranges import check_numbers
+from ba_lora.config.ranges import check_numbers, check_range
 from ba_lora.errors import UserError
 from ba_lora.paths import PROJECT_ROOT, written_path
 
@@ -28,6 +28,7 @@ SCHEDULES = ("constant", "two_phase")
 NLG_TASKS = ("toy", "gsm8k", "math", "heldout", "humaneval", "mbpp", "mt_bench")  # eval/tasks has a class for each
 JUDGED_TASKS = ("mt_bench",)  # of these, those that a judge model grades
 LOSS_IMPLEMENTATIONS = ("fused", "plain")
+LAMBDA_MODES = ("fixed", "gradient_share")
 # What eval.options may hold: settings of eval.generate that change no other part of the run, and choices of the tasks.
 GENERATION_OPTIONS = (
     "max_new_tokens", "temperature", "top_p", "num_samples", "seed", "template", "batch_size", "dtype", "max_model_len",
@@ -111,14 +112,33 @@ class BALoRAConfig:
     consistency_schedule: str = "constant"
     diversity_schedule: str = "constant"
     svd_schedule: str = "constant"
+    lambda_mode: str = "fixed"  # fixed: λ as above | gradient_share: λ(t) by gradient_shares; λ > 0 says what is in
+    gradient_shares: dict[str, float] = field(default_factory=dict)  # term → gradient over the task's; else 0.1 each
+    gradient_every: int | None = 20  # steps between two measurements of the shares; None: they are not logged
 
     def __post_init__(self) -> None:
         check_numbers(self, "regularizers.")
+        check_choice("regularizers.lambda_mode", self.lambda_mode, LAMBDA_MODES)
+        self._check_shares()
         check_choice("regularizers.svd_norm", self.svd_norm, ("nuclear", "frobenius"))
         check_choice("regularizers.consistency_schedule", self.consistency_schedule, CONSISTENCY_SCHEDULES)
         check_choice("regularizers.diversity_schedule", self.diversity_schedule, SCHEDULES)
         for term in ("svd", *EXTRA_TERMS):
             check_choice(f"regularizers.{term}_schedule", getattr(self, f"{term}_schedule"), SCHEDULES)
+
+    def _check_shares(self) -> None:
+        if self.lambda_mode == "gradient_share":
+            if self.gradient_every is None:
+                raise UserError("regularizers.lambda_mode=gradient_share measures: set regularizers.gradient_every")
+        elif self.gradient_shares:
+            raise UserError("regularizers.gradient_shares needs regularizers.lambda_mode=gradient_share")
+        for name, share in self.gradient_shares.items():
+            check_choice("regularizers.gradient_shares", name, (*PUBLISHED_TERMS, *EXTRA_TERMS))
+            if getattr(self, f"lambda_{name}") == 0:
+                raise UserError(
+                    f"regularizers.gradient_shares.{name} has no effect: lambda_{name}=0 takes the term out"
+                )
+            check_range(f"regularizers.gradient_shares.{name}", share, "[0, 1000000]")
 
 
 @dataclass
@@ -323,6 +343,9 @@ def training_settings(config: RunConfig) -> dict[str, Any]:
     for name in EXTRA_TERMS:  # a term that is out changes no weight
         if plain["regularizers"][f"lambda_{name}"] == 0:
             del plain["regularizers"][f"lambda_{name}"], plain["regularizers"][f"{name}_schedule"]
+    if config.regularizers.lambda_mode == "fixed":  # then the shares are only logged
+        for name in ("lambda_mode", "gradient_shares", "gradient_every"):
+            del plain["regularizers"][name]
     saving = () if plain["trainer"].get("load_best_model_at_end") else _SAVING_ARGUMENTS
     plain["trainer"] = {k: v for k, v in plain["trainer"].items() if k not in (*_COSMETIC_ARGUMENTS, *saving)}
     plain["model"]["trust_remote_code"] = False  # who trusts the code gets the same weights

@@ -20,7 +20,7 @@ from ba_lora.experiments.pipeline import Spec
 from ba_lora.experiments.state import RunState
 from ba_lora.io import read_object
 from ba_lora.paths import PROJECT_ROOT
-from ba_lora.runs.results import hardware_name
+from ba_lora.runs.environment import hardware_name
 
 RESULTS_PATH = PROJECT_ROOT / "results"
 _RECIPE = ("max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps")

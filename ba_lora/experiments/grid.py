@@ -32,8 +32,8 @@ from ba_lora.config.checks import check_places
 from ba_lora.config.schema import RunConfig
 from ba_lora.errors import CommandParser, UserError, run_entry_point
 from ba_lora.experiments.evaluation_state import evaluation_state
-from ba_lora.experiments.executors.local import LocalExecutor, Slot, Work, local_slots, log_lines
-from ba_lora.experiments.options import rows_for_gpus, select_rows, split_options
+from ba_lora.experiments.executors.local import LocalExecutor, Slot, StageQueue, local_slots, log_lines
+from ba_lora.experiments.options import read_grid_options, rows_for_gpus, select_rows
 from ba_lora.experiments.pipeline import (
     UNTUNED,
     Spec,
@@ -46,7 +46,7 @@ from ba_lora.experiments.pipeline import (
     record_result,
     training_stage,
 )
-from ba_lora.experiments.plan import check_columns, dry_run, grader_versions, plan
+from ba_lora.experiments.plan import ask_grader_versions, check_columns, dry_run, plan_runs
 from ba_lora.experiments.state import (
     DONE,
     FAILED,
@@ -76,7 +76,7 @@ QUIET_S = 300.0  # after this long without a line, what runs is told
 class _Running:
     """Work that has been given to the executor: what it is doing for which runs."""
 
-    work: Work
+    work: StageQueue
     doing: str  # training | evaluating
     specs: list[Spec]
     states: list[dict]  # of the evaluation, as it was before
@@ -234,7 +234,7 @@ class Grid:
     def _submit(
         self, slot: Slot, doing: str, specs: list[Spec], states: list[dict], stages: list[Stage], locks: list[IO[str]]
     ) -> None:
-        work = Work(stages, GRID_PATH / "logs", locks)
+        work = StageQueue(stages, GRID_PATH / "logs", locks)
         running = _Running(work, doing, specs, states)
         self._running.append(running)  # first: whatever fails now, its locks are released
         with disk_errors(work.log_folder):
@@ -244,7 +244,7 @@ class Grid:
 
     # ---- what has ended
 
-    def _ended(self, work: Work) -> None:
+    def _ended(self, work: StageQueue) -> None:
         """Write down what came of it; only then may others have the runs."""
         running = next(running for running in self._running if running.work is work)
         try:
@@ -362,20 +362,20 @@ def main() -> int:
     parsed = parser.parse_intermixed_args()
     if parsed.table is None:
         raise UserError(f"which table? {', '.join(available_tables())}")
-    options, overrides = split_options(parsed.words)
+    options, overrides = read_grid_options(parsed.words)
     whole = load_table(find_table(parsed.table), overrides=overrides, seeds=options.seeds)
     table = select_rows(whole, options.only)
     table, gpus, left_out = rows_for_gpus(table, options.gpus)
     check_columns(whole)
     for spec in table.specs():
         check_places(spec.config)
-    graders = grader_versions()
+    graders = ask_grader_versions()
     if parsed.dry_run:
-        print("\n".join([*dry_run(table, plan(table, graders), retry=options.retry), *left_out]))
+        print("\n".join([*dry_run(table, plan_runs(table, graders), retry=options.retry), *left_out]))
         return 0
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     executor = LocalExecutor(local_slots(GRID_PATH, gpus_per_run=gpus, workers=options.workers))
-    planned = plan(table, graders)
+    planned = plan_runs(table, graders)
     for entry in planned:
         if entry.changed:
             _say(f"stale: {entry.changed}; {entry.name} takes its place")

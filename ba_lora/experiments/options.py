@@ -26,7 +26,7 @@ class GridOptions:
     report: tuple[str, ...] = ()  # words for the report alone, as they were typed
 
 
-def split_options(words: Sequence[str]) -> tuple[GridOptions, list[str]]:
+def read_grid_options(words: Sequence[str]) -> tuple[GridOptions, list[str]]:
     """Return the grid's own options and the overrides from `key=value` words. Raises UserError for a bad value."""
     options, overrides = GridOptions(), []
     for word in words:

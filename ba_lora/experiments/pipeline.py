@@ -36,11 +36,13 @@ from ba_lora.experiments.evaluation_state import STATE_FILE, data_file, evaluati
 from ba_lora.io import read_object, sha256_file, write_json_atomic, write_text_atomic
 from ba_lora.judge_endpoint import endpoint_from_environment
 from ba_lora.locks import locked, work_lock_path
-from ba_lora.models.load import model_source
+from ba_lora.models.source import model_source
 from ba_lora.paths import PROJECT_ROOT, resolve_path, stage_environment
 from ba_lora.runs.card import write_model_card
+from ba_lora.runs.environment import environment, now
 from ba_lora.runs.folder import claim_folder, is_finished
-from ba_lora.runs.results import environment, labelled, now, results_table, write_result
+from ba_lora.runs.results import write_result
+from ba_lora.runs.results_table import labelled, results_table
 
 DEFAULT_CONFIG = "configs/nlg/toy.yaml"
 
@@ -131,12 +133,12 @@ def run_specs(specs: Sequence[Spec], *, table: Callable[[list[dict[str, Any]]], 
 def check_evaluation(stages: Iterable[Stage]) -> None:
     """Raise the UserError that an evaluation would end with after the training, as far as it shows before."""
     commands = [stage.command[2:] for stage in stages if stage.name in ("generate", "evaluate")]
-    for error in ask("eval.check", commands) if commands else ():
+    for error in ask_module("eval.check", commands) if commands else ():
         if error:
             raise UserError(error)
 
 
-def ask(module: str, question: Any, *words: str) -> Any:
+def ask_module(module: str, question: Any, *words: str) -> Any:
     """Return the JSON that a module prints; it reads the question, as JSON, from its standard input."""
     command = [sys.executable, "-m", module, *words]
     done = subprocess.run(

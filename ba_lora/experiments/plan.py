@@ -12,9 +12,9 @@ from pathlib import Path
 from ba_lora.config.schema import RunConfig
 from ba_lora.errors import UserError
 from ba_lora.experiments.estimates import estimate_lines
-from ba_lora.experiments.pipeline import Spec, ask, evaluation_stages, missing_judge
+from ba_lora.experiments.pipeline import Spec, ask_module, evaluation_stages, missing_judge
 from ba_lora.experiments.state import DONE, FAILED, MISSING, RUNNING, STALE, RunState, changed_config, inspect
-from ba_lora.experiments.tables import Cell, Table
+from ba_lora.experiments.tables import SeedCell, Table
 from ba_lora.locks import holder, try_lock, work_lock_path
 
 CHECKED = ("eval.generate", "eval.nlu")  # the commands that eval.check knows
@@ -29,7 +29,7 @@ class Planned:
     """
 
     spec: Spec
-    cells: Sequence[Cell]
+    cells: Sequence[SeedCell]
     state: RunState
     changed: str | None = None
     refused: str | None = None
@@ -39,7 +39,7 @@ class Planned:
         return self.spec.config.run_path.name
 
 
-def plan(table: Table, graders: Mapping[str, Mapping[str, str | None]]) -> list[Planned]:
+def plan_runs(table: Table, graders: Mapping[str, Mapping[str, str | None]]) -> list[Planned]:
     """Return the table's runs as they are found, each once."""
     planned = []
     for cells in table.cells_of_runs.values():
@@ -75,7 +75,7 @@ def refused_evaluations(configs: Iterable[RunConfig]) -> dict[Path, str]:
             refused |= {config.run_path: str(error) for config in members}
             continue
         commands += [(members, stage.command[2:]) for stage in stages if stage.command[2] in CHECKED]
-    errors = ask("eval.check", [command for _, command in commands]) if commands else []
+    errors = ask_module("eval.check", [command for _, command in commands]) if commands else []
     for (members, _), error in zip(commands, errors, strict=True):
         refused |= {config.run_path: error for config in members} if error else {}
     return refused
@@ -85,7 +85,7 @@ def check_columns(table: Table) -> None:
     """Raise UserError, naming the column, for a metric that its task's score will not have."""
     named = [column for column in table.columns if column.task is not None and column.metric is not None]
     commands = [["eval.metric_paths", column.task, column.metric] for column in named]
-    errors = ask("eval.check", commands) if commands else []
+    errors = ask_module("eval.check", commands) if commands else []
     for column, error in zip(named, errors, strict=True):
         if error:
             raise UserError(f"table {table.id}: columns.{column.name}: {error}")
@@ -110,9 +110,9 @@ def limit_lines(table: Table) -> list[str]:
     return lines
 
 
-def grader_versions() -> dict[str, dict[str, str | None]]:
+def ask_grader_versions() -> dict[str, dict[str, str | None]]:
     """Ask eval.score, in its own process, which version each grader is at."""
-    return ask("eval.score", None, "--versions")
+    return ask_module("eval.score", None, "--versions")
 
 
 def dry_run(table: Table, planned: Sequence[Planned], *, retry: bool = False) -> list[str]:

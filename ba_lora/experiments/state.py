@@ -19,15 +19,16 @@ from ba_lora.config.layers import load_config, read_yaml
 from ba_lora.config.schema import RunConfig, setting_differences, training_hash, training_settings
 from ba_lora.errors import UserError
 from ba_lora.experiments.evaluation_state import evaluation_fault, evaluation_state
-from ba_lora.experiments.executors.local import Failure, log_lines
+from ba_lora.experiments.executors.local import StageFailure, log_lines
 from ba_lora.experiments.pipeline import Spec
-from ba_lora.experiments.tables import Cell, Table
+from ba_lora.experiments.tables import SeedCell, Table
 from ba_lora.glue import HUB, HUB_REVISION
 from ba_lora.io import read_json, read_object, write_json_atomic, write_text_atomic
 from ba_lora.paths import PROJECT_ROOT
 from ba_lora.rows import is_commit
+from ba_lora.runs.environment import now
 from ba_lora.runs.folder import CLAIM, is_trained, source_sha256
-from ba_lora.runs.results import now, result_fault
+from ba_lora.runs.results import result_fault
 
 DECLARED = "declared.json"  # in the report's folder
 GRID_PATH = PROJECT_ROOT / "outputs" / ".grid"
@@ -120,7 +121,7 @@ def read_failure(run_path: Path) -> dict[str, Any] | None:
     return record if all(isinstance(text, str) for text in texts) else None
 
 
-def record_failure(config: RunConfig, failures: Sequence[Failure]) -> str:
+def record_failure(config: RunConfig, failures: Sequence[StageFailure]) -> str:
     """Write down the failures of a run's stages; return what failed and its error, one line.
 
     The record is that of the first failure. Where scorers alone failed, its "tasks" are these scorers' tasks, each with
@@ -134,7 +135,7 @@ def record_failure(config: RunConfig, failures: Sequence[Failure]) -> str:
     return "; ".join(f"{failure.stage.name}: {error}" for failure, error in zip(failures, errors, strict=True))
 
 
-def _error(failure: Failure) -> str:
+def _error(failure: StageFailure) -> str:
     """Return the last line of the stage's log that reads like an error, else its last line, else the exit status."""
     lines = log_lines(failure.log_path)
     found = [match[1] for line in lines if (match := _ERROR_LINE.match(line))]
@@ -142,7 +143,7 @@ def _error(failure: Failure) -> str:
     return (found[-1] if found else f"{signal}; {lines[-1] if lines else 'no output'}").removeprefix("error: ")[:500]
 
 
-def cell_path(table: Table, cell: Cell) -> Path:
+def cell_path(table: Table, cell: SeedCell) -> Path:
     """Return the file that names the run which last filled a cell; cells that share a run share it, too."""
     key = json.dumps([dataclasses.astuple(cell.row), list(cell.column.overrides), cell.seed])
     words = "-".join(word for word in (cell.row.base, cell.row.method, cell.row.setting) if word)
@@ -150,7 +151,7 @@ def cell_path(table: Table, cell: Cell) -> Path:
     return GRID_PATH / table.id / f"{name}-s{cell.seed}-{hashlib.sha256(key.encode()).hexdigest()[:8]}.txt"
 
 
-def remember_run(table: Table, cell: Cell) -> None:
+def remember_run(table: Table, cell: SeedCell) -> None:
     """Write down which run fills the cell."""
     path = cell_path(table, cell)
     if not path.is_file() or path.read_text(encoding="utf-8") != cell.config.run_path.name:
@@ -205,7 +206,7 @@ def read_declaration(folder: Path) -> dict[str, Any] | None:
     return record
 
 
-def changed_config(table: Table, cell: Cell) -> str | None:
+def changed_config(table: Table, cell: SeedCell) -> str | None:
     """Return what differs between a cell's run and the one that filled it before, None where there was none."""
     path = cell_path(table, cell)
     if not path.is_file():

@@ -95,8 +95,8 @@ class Column:
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One number's origin: the run of `row`'s training for `column`, with one seed."""
+class SeedCell:
+    """A cell of the table for one seed: the run of `row`'s training for `column` that its number comes from."""
 
     row: Row
     column: Column
@@ -130,7 +130,7 @@ class Table:
     seeds: tuple[int, ...]
     rows: tuple[Row, ...]
     columns: tuple[Column, ...]
-    cells: tuple[Cell, ...]  # columns that are a mean of others have none
+    cells: tuple[SeedCell, ...]  # columns that are a mean of others have none
     labels: dict[str, str]
     ours: tuple[str, ...]
     gpus: dict[Row, int]  # how many GPUs each run of a row is set for
@@ -138,9 +138,9 @@ class Table:
     sha256: str = ""  # of the file
 
     @functools.cached_property
-    def cells_of_runs(self) -> dict[Path, list[Cell]]:
+    def cells_of_runs(self) -> dict[Path, list[SeedCell]]:
         """Run folder → the cells that read from this run; in the order of the rows."""
-        runs: dict[Path, list[Cell]] = {}
+        runs: dict[Path, list[SeedCell]] = {}
         for cell in self.cells:
             runs.setdefault(cell.config.run_path, []).append(cell)
         return runs
@@ -190,7 +190,7 @@ def load_table(path: str | Path, *, overrides: Sequence[str] = (), seeds: Sequen
         if seeds.count(seed) > 1:  # each of its runs would count more than once in a mean
             raise UserError(f"{path}: seed {seed} is asked for more than once: name each seed once")
     rows: dict[Row, int] = {}  # row → GPUs
-    cells: list[Cell] = []
+    cells: list[SeedCell] = []
     for number, block in enumerate(_list(raw["rows"], path, "rows"), start=1):
         where = f"{path}: rows, entry {number}"
         _known(block, _BLOCK_KEYS, where)
@@ -243,9 +243,9 @@ def load_table(path: str | Path, *, overrides: Sequence[str] = (), seeds: Sequen
     )
 
 
-def _refuse_two_evaluations(cells: Sequence[Cell], path: Path) -> None:
+def _refuse_two_evaluations(cells: Sequence[SeedCell], path: Path) -> None:
     """Raise UserError where two rows or columns share a run, since they train alike, and ask to evaluate it unlike."""
-    first: dict[Path, Cell] = {}
+    first: dict[Path, SeedCell] = {}
     for cell in cells:
         other = first.setdefault(cell.config.run_path, cell)
         if cell.config.eval != other.config.eval:
@@ -273,7 +273,7 @@ def _row_cells(
     typed: Sequence[str],
     suffix: str,
     where: str,
-) -> list[Cell]:
+) -> list[SeedCell]:
     """Return one row's cells. Columns that train alike share a run, which then evaluates the tasks of all of them."""
     cells = []
     groups: dict[tuple[str, ...], list[Column]] = {}
@@ -289,7 +289,7 @@ def _row_cells(
             raise UserError(f"{where}: {error}") from error
         for seed in seeds[:1] if untuned else seeds:
             cells += [
-                Cell(row, column, seed, seeded) for seeded in [_with_seed(spec, seed, suffix)] for column in members
+                SeedCell(row, column, seed, seeded) for seeded in [_with_seed(spec, seed, suffix)] for column in members
             ]
     return cells
 

@@ -52,7 +52,7 @@ class Components(NamedTuple):
         return Components(self.left[:, :rank].contiguous(), self.values[:rank], self.right[:rank])
 
 
-def digest(tensor: Tensor) -> str:
+def tensor_sha256(tensor: Tensor) -> str:
     """Return the sha256 of a tensor's bytes, dtype and shape."""
     sha = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
     sha.update(tensor.contiguous().cpu().view(torch.uint8).numpy())
@@ -111,4 +111,4 @@ class FactorsCache:
 
 
 def _content(components: Components) -> str:
-    return hashlib.sha256("".join(map(digest, components)).encode()).hexdigest()
+    return hashlib.sha256("".join(map(tensor_sha256, components)).encode()).hexdigest()

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ba_lora.io import folder_atomic, load_tensors
-from ba_lora.methods.factors_cache import SKETCH_SEED, SVD, Components, FactorsCache, digest
+from ba_lora.methods.factors_cache import SKETCH_SEED, SVD, Components, FactorsCache, tensor_sha256
 from ba_lora.models.layers import adapter_layers, factor_parameters, gathered
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def decompose(
                         continue
                     weight_OI = _oriented(*matrices[name]).detach()
                     if cache is not None:
-                        digests[name] = digest(weight_OI)
+                        digests[name] = tensor_sha256(weight_OI)
                         components[name] = cache.read(digests[name], svd, tuple(weight_OI.shape))
                     if components.get(name) is None:
                         missing[name] = weight_OI.to(device, torch.float32, copy=True)

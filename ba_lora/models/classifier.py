@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from ba_lora.config.schema_nlu import NLURunConfig
 from ba_lora.errors import UserError
 from ba_lora.glue import GlueTask, find_task
-from ba_lora.models.load import hub_errors, model_source, quantization_options, torch_dtype, without_load_report
+from ba_lora.models.load import quantization_options, torch_dtype, without_load_report
+from ba_lora.models.source import hub_errors, model_source
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from ba_lora.config.schema import RunConfig
 from ba_lora.errors import UserError
-from ba_lora.models.load import hub_errors, model_source
+from ba_lora.models.source import hub_errors, model_source
 
 if TYPE_CHECKING:
     from datasets import Dataset

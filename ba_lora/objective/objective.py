@@ -15,15 +15,16 @@ from torch import Tensor, nn
 
 from ba_lora.config.schema import BALoRAConfig, LossConfig
 from ba_lora.errors import UserError
+from ba_lora.objective.gradient_shares import squared_norm
 from ba_lora.objective.losses.plain import TermSums
 from ba_lora.objective.path import LossPath, base_model, choose_path, evaluating, whole
 from ba_lora.objective.reference import Reference, build_reference, check_step_zero
 from ba_lora.objective.reference_cache.store import NOT_THESE_ROWS, CachedReference
 from ba_lora.objective.regularizers import response_mask, response_targets
 from ba_lora.objective.terms import term_class, term_names
-from ba_lora.objective.terms.base import BatchTerm, Outputs, PositionTerm, Term
+from ba_lora.objective.terms.base import BatchTerm, ModelTerm, Outputs, PositionTerm, Term
 from ba_lora.objective.terms.block import Positions
-from ba_lora.objective.terms.task import Task
+from ba_lora.objective.terms.task import CrossEntropy
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -37,6 +38,7 @@ class Objective:
 
     columns: tuple[str, ...] = ()  # of the data set, which the model does not take
     shifts_labels = True  # whether the label of a position is its next token: Trainer counts by it
+    regularizers = BALoRAConfig()  # whose gradient shares the trainer measures, or sets λ by
 
     def __init__(self, terms: Iterable[Term], *, off: dict[str, str] | None = None) -> None:
         self.terms: list[Term] = []
@@ -69,10 +71,12 @@ class Objective:
         factors: Mapping[str, float | Tensor],
         *,
         check_reference: bool = False,
+        units: Mapping[str, float | Tensor] | None = None,
     ) -> tuple[Tensor, dict[str, TermSums]]:
         """Return (Σ factor · term with its gradient, each term detached) for one micro-batch.
 
         `check_reference`: the model is still untrained, so raise UserError where the reference differs from it.
+        `units`: what each factor would be with λ = 1; where given, each term's squared gradient norm is taken too.
         """
         raise NotImplementedError
 
@@ -89,6 +93,23 @@ class Objective:
                 total = total + factors[term.name] * value
                 sums[term.name] = TermSums(value.detach(), value.detach())
         return total
+
+    def _with_squares(
+        self,
+        sums: dict[str, TermSums],
+        states: Tensor,
+        units: Mapping[str, float | Tensor],
+        *,
+        of_positions: Callable[[PositionTerm], Tensor],
+        outputs: Outputs,
+    ) -> dict[str, TermSums]:
+        """Add each term's squared gradient norm at `states`, which both kinds of terms are taken from again."""
+        squares = {}
+        for term in self.terms:
+            if term.name in sums and not isinstance(term, ModelTerm):
+                value = of_positions(term) if isinstance(term, PositionTerm) else term.value(outputs)
+                squares[term.name] = squared_norm(value, states, units[term.name])
+        return {name: found._replace(square=squares.get(name)) for name, found in sums.items()}
 
     @property
     def _position_terms(self) -> list[PositionTerm]:
@@ -124,8 +145,9 @@ class TokenObjective(Objective):
         classes = {name: term_class(name) for name in term_names() if getattr(regularizers, f"lambda_{name}") > 0}
         if "consistency" in classes:
             classes["consistency"] = reference.consistency
-        super().__init__([Task(), *(of.from_config(regularizers) for of in classes.values()), *extra_terms])
+        super().__init__([CrossEntropy(), *(of.from_config(regularizers) for of in classes.values()), *extra_terms])
         self.reference = reference if "consistency" in classes else None
+        self.regularizers = regularizers
         self._loss = loss or LossConfig()
         self._path: LossPath | None = None
 
@@ -144,6 +166,7 @@ class TokenObjective(Objective):
         factors: Mapping[str, float | Tensor],
         *,
         check_reference: bool = False,
+        units: Mapping[str, float | Tensor] | None = None,
     ) -> tuple[Tensor, dict[str, TermSums]]:
         inputs = dict(inputs)
         labels_BT, rows = inputs.pop("labels"), inputs.pop("row", None)
@@ -168,16 +191,24 @@ class TokenObjective(Objective):
                 raise UserError(NOT_THESE_ROWS)
         states_ND, head = path.states(model, inputs, mask_BT)
         with self.accelerator.autocast(), whole(head):
+            positions = Positions(targets_N, reference)
             total, sums = path.loss(
-                states_ND,
-                head,
-                Positions(targets_N, reference),
-                self._position_terms,
-                factors,
-                reference_head=reference_head,
+                states_ND, head, positions, self._position_terms, factors, reference_head=reference_head
             )
             outputs = Outputs(model=model, matrix=lambda: path.matrix(states_ND, head))
-            return self._batch_terms(outputs, factors, total, sums), sums
+            total = self._batch_terms(outputs, factors, total, sums)
+            if units is not None:
+                leaf_ND = states_ND.detach().requires_grad_()
+                sums = self._with_squares(
+                    sums,
+                    leaf_ND,
+                    units,
+                    of_positions=lambda term: path.loss(
+                        leaf_ND, head, positions, [term], {term.name: 1.0}, reference_head=reference_head
+                    )[0],
+                    outputs=Outputs(model=model, matrix=lambda: path.matrix(leaf_ND, head)),
+                )
+            return total, sums
 
     def _choose_path(self, model: nn.Module, inputs: dict[str, Tensor]) -> LossPath:
         head = base_model(self.accelerator, model).get_output_embeddings()

@@ -87,6 +87,7 @@ class ClassifierObjective(Objective):
         factors: Mapping[str, float | Tensor],
         *,
         check_reference: bool = False,
+        units: Mapping[str, float | Tensor] | None = None,
     ) -> tuple[Tensor, dict[str, TermSums]]:
         inputs = dict(inputs)
         labels_N, rows_N = inputs.pop("labels"), inputs.pop("row", None)
@@ -97,12 +98,22 @@ class ClassifierObjective(Objective):
             logits_ND = at_least_float32(model(**inputs).logits)
         features = logits_ND if self.regularizers.features == "logits" else caught["pooled"]
         with self.accelerator.autocast():
-            total, sums = plain_loss(
-                logits_ND, _identity, Positions(labels_N, reference_ND), self._position_terms, factors
-            )
+            positions = Positions(labels_N, reference_ND)
+            total, sums = plain_loss(logits_ND, _identity, positions, self._position_terms, factors)
             with torch.autocast(logits_ND.device.type, enabled=False):  # which would round the products to bf16
                 outputs = Outputs(model=model, matrix=lambda: features)
-                return self._batch_terms(outputs, factors, total, sums), sums
+                total = self._batch_terms(outputs, factors, total, sums)
+                if units is not None:
+                    sums = self._with_squares(
+                        sums,
+                        caught["pooled"],
+                        units,
+                        of_positions=lambda term: plain_loss(logits_ND, _identity, positions, [term], {term.name: 1.0})[
+                            0
+                        ],
+                        outputs=outputs,
+                    )
+                return total, sums
 
     def _reference_logits(
         self, model: nn.Module, inputs: dict[str, Tensor], rows_N: Tensor | None, *, check: bool

@@ -24,7 +24,7 @@ from ba_lora.objective.terms.block import Positions
 from ba_lora.objective.terms.consistency import Consistency
 from ba_lora.objective.terms.diversity import Diversity
 from ba_lora.objective.terms.svd import Svd
-from ba_lora.objective.terms.task import Task
+from ba_lora.objective.terms.task import CrossEntropy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,7 @@ class Covariance(BatchTerm):
 
 def classifier_terms(config: NLURegularizersConfig, *, num_labels: int) -> Iterator[Term]:
     """Return the terms whose λ is above 0, the task first."""
-    yield SquaredError() if num_labels == 1 else Task()
+    yield SquaredError() if num_labels == 1 else CrossEntropy()
     classes = {
         "consistency": Consistency if config.consistency_form == "kl" else NormalizedMSE,
         "diversity": Diversity if config.diversity_form == "entropy" else Covariance,

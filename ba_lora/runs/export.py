@@ -12,51 +12,25 @@ residual W − B₀A₀ to the base's dtype, lora/ stands on W itself, and merge
 """
 
 import json
-import math
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
 from ba_lora.config.schema import RunConfig, public
 from ba_lora.errors import UserError
 from ba_lora.io import disk_errors, folder_atomic, load_tensors
 from ba_lora.methods.build import probe_logits
 from ba_lora.methods.pissa import factors_path
-from ba_lora.models.load import load_tokenizer, model_source
 from ba_lora.models.pretrained import load_base
+from ba_lora.models.source import model_source
+from ba_lora.models.tokenizer import load_tokenizer
+from ba_lora.runs.parity import Parity, compare_logits
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
     from ba_lora.training.trainer import BALoRATrainer
-
-FLOAT32_TOLERANCE = 1e-3  # the largest |Δ logit| allowed in float32
-# Above this share of what training changed an export is refused: ‖Δ logits‖ ÷ ‖trained − step 0‖ on the probe.
-MAX_SHARE = 0.1
-# What training changed less than so many units in the last place of the logits is too little to take a share of.
-ULPS = {"float32": 64, "bfloat16": 4, "float16": 4}
-
-
-class Parity(NamedTuple):
-    """How far an export's logits are from the trained model's: the largest |Δ|, and its share of what training changed
-    (None where that is unknown or too little)."""
-
-    difference: float
-    share: float | None
-
-    def __str__(self) -> str:
-        if self.share is None:
-            return f"{self.difference:.2g}"
-        return f"{self.difference:.2g} ({100 * self.share:.2g} % of what training changed)"
-
-
-def report(parities: dict[str, Parity]) -> dict[str, dict[str, float | None]]:
-    """Return what a result says of the exports."""
-    return {
-        "max_logit_difference": {name: parity.difference for name, parity in parities.items()},
-        "share_of_learned_change": {name: parity.share for name, parity in parities.items()},
-    }
 
 
 def adapter_files(config: RunConfig) -> tuple[str, str]:
@@ -74,18 +48,6 @@ def serving_adapter(run_path: Path) -> Path:
     """Return the adapter folder that works on the untouched base: lora/ where there is one, else adapter/."""
     lora = run_path / "lora"
     return lora if lora.is_dir() else run_path / "adapter"
-
-
-def probe_batch(rows: list[dict[str, Any]], pad_token_id: int, *, num_rows: int = 2, length: int = 128) -> dict:
-    """Return the first rows, cut to `length` tokens, as the batch on which models are compared."""
-    import torch
-
-    ids = [row["input_ids"][:length] for row in rows[:num_rows]]
-    longest = max(map(len, ids))
-    return {
-        "input_ids": torch.tensor([row + [pad_token_id] * (longest - len(row)) for row in ids]),
-        "attention_mask": torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in ids]),
-    }
 
 
 def save_trained(trainer: "BALoRATrainer", config: RunConfig, run_path: Path) -> None:
@@ -139,7 +101,7 @@ def export_run(
     unset_hf_deepspeed_config()  # or ZeRO-3 would split the models loaded here, on this process alone
 
     def compare(name: str, model: "nn.Module") -> Parity:
-        return _compare(name, probe_logits(model, probe), trained_logits, initial_logits, config, run_path)
+        return compare_logits(name, probe_logits(model, probe), trained_logits, initial_logits, config, run_path)
 
     if config.adapter.trains_own_weights:
         return {"merged": compare("merged", _load_merged(config, run_path / "merged"))}
@@ -263,50 +225,3 @@ def _on_device(model: "nn.Module") -> "nn.Module":
     import torch
 
     return model.to("cuda") if torch.cuda.is_available() else model
-
-
-def _compare(
-    name: str,
-    exported: "torch.Tensor",
-    trained: "torch.Tensor",
-    initial: "torch.Tensor | None",
-    config: RunConfig,
-    run_path: Path,
-) -> Parity:
-    """Return how far an export's logits are from the trained model's. Raises UserError where that is too far.
-
-    Allowed are `export.tolerance` where it is given; in float32 `FLOAT32_TOLERANCE`; and everywhere `MAX_SHARE` of what
-    training changed, or, where that is hardly anything, `ULPS`. Exports of a quantised base belong to the unquantised
-    one and are measured, not judged.
-    """
-    import torch
-
-    from ba_lora.models.load import torch_dtype
-
-    difference = (exported - trained).abs().max().item()
-    rounding = ULPS[config.model.dtype] * torch.finfo(torch_dtype(config.model.dtype)).eps * trained.abs().max().item()
-    share = None
-    if initial is not None and (trained - initial).abs().max().item() > rounding:
-        share = ((exported - trained).norm() / (trained - initial).norm()).item()
-    parity = Parity(difference, share)
-    if config.export.tolerance is not None:
-        allowed, is_near = f"{config.export.tolerance:.3g}", difference <= config.export.tolerance
-    elif config.model.quantization != "none":
-        allowed, is_near = "any", not math.isnan(difference)
-    elif share is not None and share > MAX_SHARE:
-        allowed, is_near = f"{MAX_SHARE:.0%} of that change", False
-    else:
-        largest = math.inf if share is not None else rounding
-        if config.model.dtype == "float32":
-            largest = FLOAT32_TOLERANCE
-        allowed, is_near = f"{largest:.3g}", difference <= largest
-    if not is_near:  # NaN fails too
-        rejected = run_path / f"{name}.rejected"
-        shutil.rmtree(rejected, ignore_errors=True)
-        (run_path / name).rename(rejected)
-        remedy = "" if config.model.dtype == "float32" else "model.dtype=float32 loses nothing, and "
-        raise UserError(
-            f"the exported {name}/ differs from the trained model by {parity} in its logits, allowed are {allowed}: "
-            f"it is kept as {rejected.name}/; {remedy}a larger export.tolerance (in logits) accepts it"
-        )
-    return parity

@@ -26,10 +26,11 @@ from ba_lora.config.schema import RunConfig, to_yaml, training_hash
 from ba_lora.errors import UserError
 from ba_lora.io import disk_errors, read_object, sha256_file, write_json_atomic, write_text_atomic
 from ba_lora.locks import locked, training_lock_path
-from ba_lora.models.load import folder_hash, model_source
+from ba_lora.models.source import folder_hash, model_source
 from ba_lora.paths import resolve_path
 from ba_lora.prompts import prompt_hash
-from ba_lora.runs.results import check_result_place, now, result_fault, write_result
+from ba_lora.runs.environment import now
+from ba_lora.runs.results import check_result_place, result_fault, write_result
 from ba_lora.training.checkpoints import MANIFEST, checkpoint_folders
 
 CLAIM = "claim.json"
@@ -261,7 +262,7 @@ def _export_fault(run_path: Path, config: RunConfig, trained: dict[str, Any]) ->
     return None
 
 
-def finish(run_path: Path, config: RunConfig, facts: dict[str, Any]) -> dict[str, Any]:
+def finish_run(run_path: Path, config: RunConfig, facts: dict[str, Any]) -> dict[str, Any]:
     """Write train.json and the result; return the result."""
     exported = [file for name in EXPORTS for file in sorted((run_path / name).glob("*")) if file.name != "README.md"]
     sizes = {str(file.relative_to(run_path)): file.stat().st_size for file in exported if file.is_file()}

@@ -1,5 +1,6 @@
 """Training's log: a progress bar, the loss terms of each logging step on one line, real tokens per second."""
 
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -14,7 +15,7 @@ OFF = "off"  # what the log says of a term that was taken out of the loss
 TERMS = ("task", *term_names(), "orthogonality")  # in the log's order; the last is AdaLoRA's
 LOGGED_NAMES = (  # what a training may log of each logging step; the task's loss has no weight
     "loss", "grad_norm", "learning_rate", "tokens_per_second", "padding_share", *TERMS,
-    *(f"{kind}_{term}" for kind in ("weighted", "share", "skipped") for term in TERMS[1:]),
+    *(f"{kind}_{term}" for kind in ("weighted", "share", "gradient_share", "lambda", "skipped") for term in TERMS[1:]),
 )  # fmt: skip
 
 
@@ -59,13 +60,17 @@ class TermsCallback(ProgressCallback):
 def terms_line(logs: dict[str, float], *, step: int, num_steps: int) -> str:
     """Return `step 20/188 | loss 1.234 | task 1.230 | consistency 0.0123 (0.4 % of the loss) | … | lr 9.1e-04`.
 
-    A term's share is |its weighted value| of the sum over all terms, the task's included.
+    A term's share is |its weighted value| of the sum over all terms, the task's included; its gradient is compared at
+    the hidden states.
     """
     parts = [f"step {step}/{num_steps}", f"loss {logs['loss']:.4f}"]
     others = [name.removeprefix("share_") for name in logs if name.startswith("share_")]
     for term in dict.fromkeys((*TERMS, *others)):
         if term in logs:
-            share = f" ({100 * logs[f'share_{term}']:.2g} % of the loss)" if f"share_{term}" in logs else ""
+            share = f" ({100 * logs[f'share_{term}']:.2g} % of the loss" if f"share_{term}" in logs else ""
+            if share and f"gradient_share_{term}" in logs:
+                share += f", gradient {100 * logs[f'gradient_share_{term}']:.2g} % of the task's"
+            share += ")" if share else ""
             value = logs[term] if isinstance(logs[term], str) else f"{logs[term]:.4g}"
             parts.append(f"{term} {value}{share}")
     if "tokens_per_second" in logs:
@@ -74,6 +79,15 @@ def terms_line(logs: dict[str, float], *, step: int, num_steps: int) -> str:
     if "learning_rate" in logs:
         parts.append(f"lr {logs['learning_rate']:.1e}")
     return " | ".join(parts)
+
+
+def mean_gradient_shares(history: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Return each term's gradient share, the mean over a training's log; {} where none was measured."""
+    prefix = "gradient_share_"
+    names = dict.fromkeys(name for entry in history for name in entry if name.startswith(prefix))
+    return {
+        name.removeprefix(prefix): statistics.fmean(entry[name] for entry in history if name in entry) for name in names
+    }
 
 
 def evaluation_line(logs: dict[str, float], *, step: int, num_steps: int) -> str:

@@ -30,6 +30,7 @@ from ba_lora.methods.adalora import (
     freeze_rank_counts,
     is_adalora,
 )
+from ba_lora.objective.gradient_shares import GradientShares
 from ba_lora.objective.losses.plain import TermSums
 from ba_lora.objective.objective import Objective, TokenObjective
 from ba_lora.objective.reference import Reference
@@ -104,6 +105,7 @@ class BALoRATrainer(Trainer):
             weight = adalora_orthogonality_weight(model)
             objective.extend([ModelTerm(name="orthogonality", weight=weight, function=adalora_orthogonality)])
         self._term_meter, self._token_meter = TermMeter([term.name for term in objective.terms]), TokenMeter()
+        self._shares = GradientShares(objective.terms, objective.regularizers)
         for callback in (ProgressCallback, PrinterCallback):  # one line of loss terms instead of a dictionary
             if self.pop_callback(callback) is not None:
                 self.add_callback(TermsCallback(show_bar=callback is ProgressCallback))
@@ -127,7 +129,12 @@ class BALoRATrainer(Trainer):
         number = self._on_host(num_items_in_batch) if training else max(own, 1)
         lambdas = self._lambdas()
         factors = self._factors(lambdas, number, training=training)
-        total, sums = self.objective.loss(model, inputs, factors, check_reference=self._begins)
+        units = None
+        if training and self._shares.due(self.state.global_step):
+            units = self._factors(dict.fromkeys(lambdas, 1.0), number, training=True)
+        total, sums = self.objective.loss(model, inputs, factors, check_reference=self._begins, units=units)
+        if units is not None:
+            self._shares.add({name: found.square for name, found in sums.items() if found.square is not None})
         if training:
             self._record(sums, lambdas, number)
         elif not model.training:
@@ -145,8 +152,9 @@ class BALoRATrainer(Trainer):
     def _lambdas(self) -> dict[str, float]:
         """Return λ(t) of each term."""
         step, num_steps = self.state.global_step, self.state.max_steps
+        weights = {term.name: term.weight for term in self.objective.terms} | self._shares.weights
         return {
-            term.name: scheduled_weight(term.schedule, term.weight, step=step, num_steps=num_steps)
+            term.name: scheduled_weight(term.schedule, weights[term.name], step=step, num_steps=num_steps)
             for term in self.objective.terms
         }
 
@@ -187,6 +195,8 @@ class BALoRATrainer(Trainer):
         self._token_meter.add(inputs)
         loss = super().training_step(model, inputs, *arguments, **settings)
         self._begins = False
+        if self.accelerator.sync_gradients:
+            self._shares.close(self._summed)
         if not bool(loss.isfinite()):  # no further wait for the device: Trainer asks the same
             self._stop_diverged("loss is", self.state.global_step + 1)
         return loss
@@ -250,7 +260,7 @@ class BALoRATrainer(Trainer):
         """Add the terms, averaged over the optimizer steps since the last log and summed over all processes."""
         if "loss" in logs:
             if terms := self._term_meter.read(self._summed):
-                logs |= terms | self._token_meter.read(self._summed)
+                logs |= terms | self._shares.logs(self._lambdas()) | self._token_meter.read(self._summed)
             logs |= dict.fromkeys(self.objective.off, OFF)
         super().log(logs, start_time)
 
@@ -299,6 +309,7 @@ class BALoRATrainer(Trainer):
         """Trainer's, on the way of every resumed training, DeepSpeed's too; see `check_initial_factors`."""
         if checkpoint is not None:
             check_initial_factors(self.initial_factors, Path(checkpoint))
+            self._shares.load(Path(checkpoint))
         super()._load_optimizer_and_scheduler(checkpoint)
 
     def best_step(self) -> int | None:
@@ -318,6 +329,7 @@ class BALoRATrainer(Trainer):
                 self.accelerator.wait_for_everyone()
                 if self.args.should_save:
                     write_fingerprint(self.initial_factors, folder)
+                    self._shares.save(folder)
                     write_checkpoint_manifest(folder)
                     if limit:
                         rotate_checkpoints(folder.parent, limit=limit, best=self.state.best_model_checkpoint)

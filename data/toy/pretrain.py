@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))  # the script runs from anywhere, without an insta
 from ba_lora.errors import CommandParser, UserError, run_entry_point  # noqa: E402
 from ba_lora.io import folder_atomic, write_json_atomic, write_jsonl_atomic  # noqa: E402
 from ba_lora.prompts import build_prompt  # noqa: E402
-from data.toy import FAMILIES, generate, pretraining_prompt  # noqa: E402
+from data.toy import FAMILIES, generate_problems, pretraining_prompt  # noqa: E402
 
 VARIANTS = {
     "clean": {},
@@ -95,7 +95,9 @@ def train_tokenizer(seed: int):
         show_progress=False,
     )
     rows = [
-        row for split in ("pretrain", "finetune", "test") for row in generate(num_rows=1500, seed=seed, split=split)
+        row
+        for split in ("pretrain", "finetune", "test")
+        for row in generate_problems(num_rows=1500, seed=seed, split=split)
     ]
     texts = [text(row) for row in rows] + [build_prompt("") for _ in range(len(rows) // 4)]
     tokenizer.train_from_iterator(texts, trainer)
@@ -118,7 +120,7 @@ def text(row: dict[str, str]) -> str:
     return f"{pretraining_prompt(row['query'])} {row['response']}"
 
 
-def build_model(seed: int):
+def untrained_llama(seed: int):
     """Return a randomly initialised Llama of `ARCHITECTURE`."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -141,7 +143,7 @@ class PackedCorpus:
         import torch
 
         while len(self.buffer) < num_sequences * length:
-            rows = generate(num_rows=2000, seed=self.seed + self.part, split="pretrain", **self.settings)
+            rows = generate_problems(num_rows=2000, seed=self.seed + self.part, split="pretrain", **self.settings)
             self.part += 1
             self.num_problems += len(rows)
             for ids in self.tokenizer([text(row) for row in rows])["input_ids"]:
@@ -157,7 +159,7 @@ def held_out_accuracy(model, tokenizer, *, num_rows: int, wording: str) -> dict:
     """
     import torch
 
-    rows = generate(num_rows=num_rows, seed=10_000, split=wording, numbers="test")
+    rows = generate_problems(num_rows=num_rows, seed=10_000, split=wording, numbers="test")
     tokenizer.padding_side = "left"
     right, seen = Counter(), Counter()
     for start in range(0, len(rows), 100):
@@ -190,7 +192,7 @@ def pretrain(variant: str, *, output: Path, num_steps: int, num_held_out: int) -
     seed = TRAINING["seed"]
     random.seed(seed)
     tokenizer = train_tokenizer(seed)
-    model = build_model(seed)
+    model = untrained_llama(seed)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     corpus = PackedCorpus(tokenizer, seed=seed, settings=VARIANTS[variant])
     print(
@@ -266,7 +268,7 @@ def pretrain(variant: str, *, output: Path, num_steps: int, num_held_out: int) -
 
 def write_sample(variant: str, output: Path, *, num_rows: int = 200) -> None:
     """Write fresh texts of the variant's own distribution, wrong answers included: {"text"} a line."""
-    rows = generate(num_rows=num_rows, seed=SAMPLE_SEED, split="pretrain", **VARIANTS[variant])
+    rows = generate_problems(num_rows=num_rows, seed=SAMPLE_SEED, split="pretrain", **VARIANTS[variant])
     write_jsonl_atomic(output, ({"text": text(row)} for row in rows))
 
 

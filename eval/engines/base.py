@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ba_lora.errors import UserError
-from ba_lora.models.load import hub_errors
 from ba_lora.models.sizes import check_tokens
+from ba_lora.models.source import hub_errors
 from eval.completions import PROMPT_TOO_LONG
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def package_versions(kind: str) -> list[str]:
     return [f"{name}=={importlib.metadata.version(name)}" for name in names]
 
 
-def load_config(base: str, options: EngineOptions = EngineOptions()) -> "PretrainedConfig":
+def load_base_config(base: str, options: EngineOptions = EngineOptions()) -> "PretrainedConfig":
     """Return the configuration of the text model `base`, a folder or a hub id. Raises UserError in one line."""
     from transformers import AutoConfig
 
@@ -122,7 +122,7 @@ def require_model(base: str) -> None:
         raise UserError(f"no such model folder: {base}; check the path")
 
 
-def load_tokenizer(base: str, options: EngineOptions = EngineOptions()) -> "PreTrainedTokenizerBase":
+def load_base_tokenizer(base: str, options: EngineOptions = EngineOptions()) -> "PreTrainedTokenizerBase":
     """Return the tokenizer of `base`. Raises UserError in one line."""
     from transformers import AutoTokenizer
 
@@ -187,7 +187,7 @@ def decode_after(tokenizer: "PreTrainedTokenizerBase", prompt_ids: Sequence[int]
     return both[len(before) :] if both.startswith(before) else decode(list(ids))
 
 
-def finish(
+def cut_completion(
     tokenizer: "PreTrainedTokenizerBase",
     prompt_ids: Sequence[int],
     new_ids: Sequence[int],
@@ -222,8 +222,8 @@ class Engine:
     def __init__(self, base: str, adapters: Mapping[str, str], options: EngineOptions) -> None:
         self.base, self.adapters, self.options = base, dict(adapters), options
         self.startup_seconds = 0.0
-        self.tokenizer = load_tokenizer(base, options)
-        self.config = load_config(base, options)
+        self.tokenizer = load_base_tokenizer(base, options)
+        self.config = load_base_config(base, options)
         self.check_tokens()
         self.dtype = resolve_dtype(options.dtype, self.config)
         limits = [n for n in (context_length(self.config), options.max_model_len) if n is not None]
@@ -268,7 +268,7 @@ class Engine:
             )
             for index, samples in zip(fitting, generated, strict=True):
                 results[index] = [
-                    finish(
+                    cut_completion(
                         self.tokenizer,
                         encoded[index],
                         new_ids,

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ba_lora.errors import UserError, in_one_line
-from ba_lora.models.load import hub_errors, require_weights, without_load_report
+from ba_lora.models.load import require_weights, without_load_report
+from ba_lora.models.source import hub_errors
 from eval.engines.base import Engine, EngineOptions, Sampling, encode_prompts
 
 if TYPE_CHECKING:

@@ -14,12 +14,12 @@ from ba_lora.rows import is_commit
 from eval.completions import read_meta
 from eval.engines import base as engines
 from eval.engines.base import Completion, EngineOptions, Sampling
-from eval.engines.serving import SERVE, Job, run_base
+from eval.engines.serving import SERVE, ServedModel, run_base
 from eval.tasks.base import Item, Source, Task
 
 
 @dataclass(frozen=True)
-class Options:
+class GenerateOptions:
     """What `key=value` can set; None: the task's or the engine's own."""
 
     max_new_tokens: int | None = None
@@ -76,7 +76,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Work:
+class Questions:
     """What one task asks.
 
     instructions[i]: of items[i], after those of the turns before it; earlier[i]: the places of those turns in `items`;
@@ -103,7 +103,7 @@ class Work:
         ]
 
 
-def template_and_stops(task: Task, options: Options) -> tuple[str, tuple[str, ...]]:
+def template_and_stops(task: Task, options: GenerateOptions) -> tuple[str, tuple[str, ...]]:
     """Return the template and the strings that end an answer. Raises UserError for an unknown template."""
     template = options.template if options.template is not None else task.template
     stop = template_stops(template)
@@ -113,7 +113,7 @@ def template_and_stops(task: Task, options: Options) -> tuple[str, tuple[str, ..
     return template, stop
 
 
-def load_work(task: Task, data: str | None, options: Options) -> Work:
+def load_questions(task: Task, data: str | None, options: GenerateOptions) -> Questions:
     """Load a task's items and decide on their prompts and sampling."""
     items, source = task.load(data)
     items = task.select(items)[: options.limit]
@@ -134,49 +134,54 @@ def load_work(task: Task, data: str | None, options: Options) -> Work:
         for item in items
     ]
     instructions = [[items[place].instruction for place in [*turns, index]] for index, turns in enumerate(earlier)]
-    return Work(task, source, items, instructions, earlier, samplings, template)
+    return Questions(task, source, items, instructions, earlier, samplings, template)
 
 
-def request_sha256(job: Job, work: Work, kind: str, options: Options) -> str | None:
+def request_sha256(model: ServedModel, questions: Questions, kind: str, options: GenerateOptions) -> str | None:
     """Return a hash of what decides the answers of the engine `kind`; None where the weights may change unseen.
 
     How a run is served, as an adapter or merged, counts only as far as `options` asks for it: the weights are the same.
     """
-    weights = weights_state(job)
+    weights = weights_state(model)
     if weights is None:
         return None
     request = {
         "weights": weights,
         "engine": [kind, engines.GENERATION_VERSION, engines.device_kind(), *engines.package_versions(kind)],
         "options": {key: value for key, value in vars(options).items() if key not in ("overwrite", "limit")},
-        "task": [work.task.name, work.template],
-        "choices": {key: work.task.choice(key) for key in work.task.choices},
-        "data": [work.source.name, work.source.as_result()],  # the record beside the answers names the data
-        "items": [item.task_id for item in work.items],
+        "task": [questions.task.name, questions.template],
+        "choices": {key: questions.task.choice(key) for key in questions.task.choices},
+        "data": [questions.source.name, questions.source.as_result()],  # the record beside the answers names the data
+        "items": [item.task_id for item in questions.items],
         "prompts": [
-            build_conversation(instructions, [""] * (len(instructions) - 1), template=work.template)
-            for instructions in work.instructions
+            build_conversation(instructions, [""] * (len(instructions) - 1), template=questions.template)
+            for instructions in questions.instructions
         ],
-        "samplings": [dataclasses.astuple(sampling) for sampling in work.samplings],
+        "samplings": [dataclasses.astuple(sampling) for sampling in questions.samplings],
     }
     return sha256_json(request)
 
 
-def weights_state(job: Job) -> list[Any] | None:
+def weights_state(model: ServedModel) -> list[Any] | None:
     """Return what tells that weights have changed, None for a branch of the hub, which moves.
 
     Of a run: its training, the files of its exports, its base. Of other models: a hub commit, or a folder's files.
     """
-    needs_base = job.run is None or job.adapter is not None
-    if needs_base and not Path(job.base).is_dir() and not is_commit(job.revision):
+    needs_base = model.run is None or model.adapter is not None
+    if needs_base and not Path(model.base).is_dir() and not is_commit(model.revision):
         return None
-    if job.run is not None:
-        base, revision = run_base(job.run)
-        training = job.run / "train.json"
+    if model.run is not None:
+        base, revision = run_base(model.run)
+        training = model.run / "train.json"
         trained = sha256_file(training) if training.is_file() else None
-        folders = [job.run / name for name in ("adapter", "lora", "merged")]
+        folders = [model.run / name for name in ("adapter", "lora", "merged")]
         return ["run", trained, _files(folders), base, revision, _files([Path(base)] if base else [])]
-    return ["model", job.base, job.revision, _files([Path(job.base), *([job.adapter] if job.adapter else [])])]
+    return [
+        "model",
+        model.base,
+        model.revision,
+        _files([Path(model.base), *([model.adapter] if model.adapter else [])]),
+    ]
 
 
 def _files(folders: Sequence[Path]) -> list[tuple[str, int, int]]:

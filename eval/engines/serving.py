@@ -12,7 +12,7 @@ SERVE = ("auto", "hot", "merged")
 
 
 @dataclass(frozen=True)
-class Job:
+class ServedModel:
     """A model as it is served: `base` alone, or with the PEFT adapter in `adapter`.
 
     name: what the user typed; served: merged, lora, adapter or model; run: the run folder, None for other models.
@@ -26,13 +26,13 @@ class Job:
     revision: str | None = None
 
 
-def plan(models: Sequence[str], *, serve: str = "auto", revision: str | None = None) -> list[Job]:
+def plan_serving(models: Sequence[str], *, serve: str = "auto", revision: str | None = None) -> list[ServedModel]:
     """Decide how each model is served. Raises UserError for a folder that holds none."""
     repeated = {name for name in models if list(models).count(name) > 1}
     if repeated:
         raise UserError(f"--model names {sorted(repeated)[0]} twice")
     bases = [_hot_base(Path(name)) for name in models]  # base of a run that can be served hot, else None
-    jobs = []
+    served = []
     for name, base in zip(models, bases, strict=True):
         path = Path(name)
         if (path / "config.yaml").is_file():
@@ -44,17 +44,19 @@ def plan(models: Sequence[str], *, serve: str = "auto", revision: str | None = N
                 raise UserError(f"{name}/merged is missing: export the run with export.merged=true, or use serve=hot")
             if base is not None and (serve == "hot" or (serve == "auto" and (shared or not merged))):
                 adapter = _hot_adapter(path)
-                jobs.append(Job(name, base, adapter.name, adapter=adapter, run=path, revision=_run_model(path)[1]))
+                served.append(
+                    ServedModel(name, base, adapter.name, adapter=adapter, run=path, revision=_run_model(path)[1])
+                )
             elif merged:
-                jobs.append(Job(name, str(path / "merged"), "merged", run=path))
+                served.append(ServedModel(name, str(path / "merged"), "merged", run=path))
             else:
                 raise UserError(f"{name} holds neither merged/ nor an adapter to serve: finish its training and export")
         elif (path / "adapter_config.json").is_file():
-            jobs.append(Job(name, adapters.adapter_base(path), "adapter", adapter=path, revision=revision))
+            served.append(ServedModel(name, adapters.adapter_base(path), "adapter", adapter=path, revision=revision))
         else:
             engines.require_model(name)
-            jobs.append(Job(name, name, "model", revision=None if path.is_dir() else revision))
-    return jobs
+            served.append(ServedModel(name, name, "model", revision=None if path.is_dir() else revision))
+    return served
 
 
 def run_base(run: Path) -> tuple[str | None, str | None]:

@@ -32,10 +32,10 @@ from eval.grading.code_pruning import (
     MODULES,
     NAMES,
     bound_names,
-    finish,
     is_stub,
     parse,
     parse_or_line,
+    prune_program,
     unbound_names,
 )
 
@@ -160,9 +160,9 @@ class _Search:
                 if found == NOTHING and other is None:
                     bodies = {name for name, have_body in _definitions(tree.body).items() if any(have_body)}
                     if defined := bodies - self.given:
-                        other = finish(source, self.roots | defined, self.reader.check_clock)
+                        other = prune_program(source, self.roots | defined, self.reader.check_clock)
             if stub is not None:
-                return finish(stub, self.roots, self.reader.check_clock)
+                return prune_program(stub, self.roots, self.reader.check_clock)
         tree, _ = self.reader.parse(self.raw)
         if tree is not None and any(re.search(rf"\b{re.escape(name)}\b", self.raw) for name in self.wanted):
             if not all(isinstance(node, ast.Expr) and not isinstance(node.value, ast.Call) for node in tree.body):
@@ -225,7 +225,7 @@ class _Search:
             if part not in source and self._completeness(other) == NOTHING and bound_names(other) & missing:
                 added.append(part)
                 missing |= unbound_names(other)
-        return finish("".join(added) + source, self.roots, self.reader.check_clock)
+        return prune_program("".join(added) + source, self.roots, self.reader.check_clock)
 
 
 def _tidy(text: str) -> str:

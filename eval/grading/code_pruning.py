@@ -59,7 +59,7 @@ def parse_or_line(source: str) -> tuple[ast.Module | None, int]:
             return None, 1
 
 
-def finish(source: str, roots: set[str], check_clock: Callable[[], object]) -> str:
+def prune_program(source: str, roots: set[str], check_clock: Callable[[], object]) -> str:
     """Return the program without what the roots do not need, and with the imports that were forgotten.
 
     check_clock: called on the way; it raises where that takes too long.

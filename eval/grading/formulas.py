@@ -24,7 +24,7 @@ import mpmath
 
 from eval.grading import values
 from eval.grading.notation import FUNCTION_LETTERS, closing, is_symbol
-from eval.grading.values import MAX_BITS, Unreadable, Value, is_exact, is_negative, letter_value, number
+from eval.grading.values import MAX_BITS, Unreadable, Value, is_exact, is_negative, letter_value, to_mpmath
 
 DIGITS = 60
 MORE_DIGITS = 400
@@ -116,7 +116,7 @@ def is_constant(tree: Tree, at: Iterable[int]) -> bool:
 def _same(left: tuple[Tree, int], right: tuple[Tree, int]) -> bool:
     """Compare exactly where both values are fractions or infinite, else to 40 digits and, if these agree, to 350."""
     found = value_at(*left), value_at(*right)
-    if all(map(is_exact, found)) or any(map(mpmath.isinf, map(number, found))):
+    if all(map(is_exact, found)) or any(map(mpmath.isinf, map(to_mpmath, found))):
         return bool(found[0] == found[1])
     if not _close(*found, DIGITS, 40):
         return False
@@ -125,7 +125,7 @@ def _same(left: tuple[Tree, int], right: tuple[Tree, int]) -> bool:
 
 def _close(one: Value, two: Value, digits: int, to: int) -> bool:
     with mpmath.workdps(digits):
-        left, right = number(one), number(two)
+        left, right = to_mpmath(one), to_mpmath(two)
         return bool(abs(left - right) <= max(abs(left), abs(right)) * mpmath.mpf(10) ** -to)
 
 

@@ -47,7 +47,7 @@ def is_negative(value: Value) -> bool:
     return bool(mpmath.re(value) < 0 and abs(mpmath.im(value)) <= abs(mpmath.re(value)) * 1e-40)
 
 
-def number(value: Value) -> mpmath.mpc | mpmath.mpf:
+def to_mpmath(value: Value) -> mpmath.mpc | mpmath.mpf:
     return mpmath.mpf(value.numerator) / value.denominator if isinstance(value, Fraction) else value
 
 
@@ -62,19 +62,19 @@ def bounded(value: Value) -> Value:
 
 def add(left: Value, right: Value) -> Value:
     exact = isinstance(left, Fraction) and isinstance(right, Fraction)
-    return bounded(left + right if exact else number(left) + number(right))
+    return bounded(left + right if exact else to_mpmath(left) + to_mpmath(right))
 
 
 def multiply(left: Value, right: Value) -> Value:
     exact = isinstance(left, Fraction) and isinstance(right, Fraction)
-    return bounded(left * right if exact else number(left) * number(right))
+    return bounded(left * right if exact else to_mpmath(left) * to_mpmath(right))
 
 
 def divide(left: Value, right: Value) -> Value:
     if right == 0:
         raise Unreadable("division by zero")
     exact = isinstance(left, Fraction) and isinstance(right, Fraction)
-    return bounded(left / right if exact else number(left) / number(right))
+    return bounded(left / right if exact else to_mpmath(left) / to_mpmath(right))
 
 
 def power(base: Value, exponent: Value) -> Value:
@@ -82,7 +82,7 @@ def power(base: Value, exponent: Value) -> Value:
         if not (isinstance(exponent, Fraction) and exponent > 0):
             raise Unreadable("a power of zero")
         return Fraction(0)
-    size = abs(mpmath.log(abs(number(base)))) * abs(number(exponent))
+    size = abs(mpmath.log(abs(to_mpmath(base)))) * abs(to_mpmath(exponent))
     if not size < MAX_LOG:
         raise Unreadable("too large")
     if isinstance(base, Fraction) and isinstance(exponent, Fraction):
@@ -92,7 +92,7 @@ def power(base: Value, exponent: Value) -> Value:
             return bounded(base**exponent.numerator)
         if base > 0 and (found := _exact_root(base, exponent.denominator)) is not None:
             return power(found, Fraction(exponent.numerator))
-    return bounded(mpmath.power(mpmath.mpc(number(base)), number(exponent)))
+    return bounded(mpmath.power(mpmath.mpc(to_mpmath(base)), to_mpmath(exponent)))
 
 
 def _exact_root(value: Fraction, degree: int) -> Fraction | None:
@@ -161,6 +161,6 @@ def absolute(value: Value) -> Value:
 
 
 def apply(function: Callable, value: Value) -> Value:
-    if not abs(number(value)) < MAX_LOG:
+    if not abs(to_mpmath(value)) < MAX_LOG:
         raise Unreadable("too large")
-    return bounded(mpmath.mpc(function(mpmath.mpc(number(value)))))
+    return bounded(mpmath.mpc(function(mpmath.mpc(to_mpmath(value)))))

@@ -107,7 +107,7 @@ def open_client(endpoint: Endpoint, options: JudgeOptions) -> "openai.AsyncOpenA
     return client
 
 
-async def ask(
+async def ask_judge(
     client: "openai.AsyncOpenAI",
     endpoint: Endpoint,
     messages: Sequence[Mapping[str, str]],

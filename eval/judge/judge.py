@@ -30,7 +30,7 @@ from typing import Any
 from ba_lora.errors import UserError
 from ba_lora.judge_endpoint import Endpoint, endpoint_from_environment
 from eval.completions import PROMPT_TOO_LONG
-from eval.judge.client import NO_RATING, JudgeOptions, ask, open_client, read_rating, read_ratings
+from eval.judge.client import NO_RATING, JudgeOptions, ask_judge, open_client, read_rating, read_ratings
 from eval.judge.store import KEY, Request, Store
 
 CHARACTERS_PER_TOKEN = 4  # English text, for the estimate
@@ -172,7 +172,7 @@ async def _ask_all(
 
     async def one(key: tuple, request: Request) -> None:
         async with places:
-            answer = await ask(client, endpoint, request.messages, options=options)
+            answer = await ask_judge(client, endpoint, request.messages, options=options)
         if answer["finish_reason"] != PROMPT_TOO_LONG:
             check_version(answer["judge_version"])
         moment = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

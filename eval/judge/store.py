@@ -45,10 +45,10 @@ class Request:
     def key(self, judge: str, index: int, options: JudgeOptions) -> tuple:
         """Return the key under which the judgement is stored."""
         settings = f"{self.frame}\0{options.temperature}\0{options.max_tokens}"
-        return (self.question_id, self.turn, digest(self.shown), judge, digest(settings), index)
+        return (self.question_id, self.turn, short_sha256(self.shown), judge, short_sha256(settings), index)
 
 
-def digest(text: str) -> str:
+def short_sha256(text: str) -> str:
     """Return the first 16 hex digits of the text's sha256."""
     return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:16]
 

@@ -25,7 +25,7 @@ from ba_lora.experiments.state import read_declaration
 from ba_lora.experiments.tables import find_table, load_table, report_folder
 from ba_lora.io import read_object, write_bytes_atomic, write_json_atomic, write_text_atomic
 from ba_lora.paths import written_path
-from eval.report.figures import draw
+from eval.report.figures import draw_figures
 from eval.report.render import to_csv, to_json, to_latex, to_markdown
 from eval.report.settings import check_allowed
 from eval.report.sheets import Drawn
@@ -95,7 +95,7 @@ def write_report(table: ReportTable, sources: Sources, folder: Path) -> list[Dra
     What an earlier report was made from (logs, features, grades) may lie on another machine. Its figure that cannot be
     drawn stays, and its caption says so; a report that would lose tests raises UserError.
     """
-    drawn = [(_with_earlier(figure, folder), files) for figure, files in draw(table, sources)]
+    drawn = [(_with_earlier(figure, folder), files) for figure, files in draw_figures(table, sources)]
     figures = [figure for figure, _ in drawn]
     facts = to_json(table, figures)
     _refuse_lost_tests(facts, folder / "table.json")

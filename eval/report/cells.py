@@ -11,7 +11,7 @@ CellKey = tuple[Row, str]  # the row and the column's name
 
 
 @dataclass(frozen=True)
-class Failure:
+class FailedRun:
     """A run whose value is not in the mean: status is failed, cancelled, oom, or, of a run that succeeded, collapsed or
     that of `why_missing`."""
 
@@ -32,7 +32,7 @@ class Cell:
     seeds: tuple[int, ...] = ()
     run_ids: tuple[str, ...] = ()
     num_planned: int = 0
-    failures: tuple[Failure, ...] = ()
+    failures: tuple[FailedRun, ...] = ()
     paper: PaperValue | None = None
     mark: str = ""
     notes: tuple[int, ...] = ()

@@ -9,7 +9,7 @@ from ba_lora.experiments.tables import Row
 from eval.report.cells import Cell
 from eval.report.paired import PairedTests
 from eval.report.sources import Sources
-from eval.report.spec import Column, TableSpec, planned_comparisons
+from eval.report.spec import ReportColumn, TableSpec, planned_comparisons
 from eval.report.stats import LEAST_SEEDS, SIGNIFICANT, benjamini_hochberg, holm
 
 Cells = Mapping[tuple[Row, str], Cell]
@@ -62,7 +62,9 @@ def compare(spec: TableSpec, sources: Sources, cells: Cells, rows: Sequence[Row]
     return _corrected([_compare(spec, tests, cells, *one) for one in planned], num_primary=spec.num_primary)
 
 
-def _compare(spec: TableSpec, tests: PairedTests, cells: Cells, column: Column, focus: Row, other: Row) -> Comparison:
+def _compare(
+    spec: TableSpec, tests: PairedTests, cells: Cells, column: ReportColumn, focus: Row, other: Row
+) -> Comparison:
     ours, theirs = cells[focus, column.name], cells[other, column.name]
     values, others = (dict(zip(cell.seeds, cell.values, strict=True)) for cell in (ours, theirs))
     seeds = tuple(seed for seed in values if seed in others)

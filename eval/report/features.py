@@ -59,7 +59,7 @@ class Features:
 
 
 @dataclass(frozen=True)
-class Run:
+class RunFeatures:
     """A run's name in the figure, its class names (empty: not known, or scores) and its steps in order."""
 
     name: str
@@ -67,12 +67,14 @@ class Run:
     steps: list[Features]
 
 
-def read_runs(folders: Sequence[Path]) -> list[Run]:
+def read_runs(folders: Sequence[Path]) -> list[RunFeatures]:
     """Return the runs, each called by its method, by its folder where methods repeat, by its path where these do."""
     choices = [[_method(folder) for folder in folders], [folder.resolve().name for folder in folders]]
     paths = [str(folder) for folder in folders]
     names = next((names for names in choices if len(set(names)) == len(names)), paths)
-    return [Run(name, _class_names(folder), read_steps(folder)) for folder, name in zip(folders, names, strict=True)]
+    return [
+        RunFeatures(name, _class_names(folder), read_steps(folder)) for folder, name in zip(folders, names, strict=True)
+    ]
 
 
 def read_steps(folder: Path) -> list[Features]:
@@ -152,7 +154,7 @@ def embed(features_ND: np.ndarray) -> np.ndarray:
     return TSNE(n_components=2, random_state=TSNE_SEED, perplexity=perplexity).fit_transform(features_ND)
 
 
-def measure(runs: Sequence[Run]) -> list[dict]:
+def measure(runs: Sequence[RunFeatures]) -> list[dict]:
     """Return one line a run and step: run, step, n, silhouette, effective_rank."""
     return [
         {
@@ -167,7 +169,7 @@ def measure(runs: Sequence[Run]) -> list[dict]:
     ]
 
 
-def draw(runs: Sequence[Run], lines: Sequence[dict]) -> "Figure":
+def draw_features(runs: Sequence[RunFeatures], lines: Sequence[dict]) -> "Figure":
     """Return the figure: a row for each run, its steps in columns; see `_in_columns`."""
     import matplotlib
     from matplotlib.figure import Figure
@@ -204,7 +206,7 @@ def draw(runs: Sequence[Run], lines: Sequence[dict]) -> "Figure":
     return canvas
 
 
-def _in_columns(runs: Sequence[Run]) -> list[list[tuple[int, Features | None]]]:
+def _in_columns(runs: Sequence[RunFeatures]) -> list[list[tuple[int, Features | None]]]:
     """Return each run's row of (step, features or None where they were not saved), all of one length.
 
     Runs that saved equally many steps stand side by side, first with first, although one may have trained for longer;
@@ -265,7 +267,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for line in lines:
         print(f"{line['run']} step {line['step']}: {_numbers(line)}, n={line['n']}")
     with matplotlib.rc_context(RC):
-        files = as_files(draw(runs, lines))
+        files = as_files(draw_features(runs, lines))
     for kind, content in files.items():
         write_bytes_atomic(parsed.output / f"features.{kind}", content)
     summary = {"tsne_seed": TSNE_SEED, "silhouette_distance": "euclidean", "lines": lines}

@@ -21,7 +21,7 @@ from eval.report import features
 from eval.report.cells import Cell
 from eval.report.sheets import ARROWS, Drawn
 from eval.report.sources import Sources
-from eval.report.spec import Column, Figure, PlannedRun, TableSpec, row_name, setting_value
+from eval.report.spec import Figure, PlannedRun, ReportColumn, TableSpec, row_name, setting_value
 from eval.report.style import (
     HALO,
     HOLLOW,
@@ -43,7 +43,7 @@ class NothingToDraw(Exception):
     """Why a figure has nothing to show."""
 
 
-def draw(table: ReportTable, sources: Sources) -> Iterator[tuple[Drawn, dict[str, bytes]]]:
+def draw_figures(table: ReportTable, sources: Sources) -> Iterator[tuple[Drawn, dict[str, bytes]]]:
     """Yield each figure of the table and its files, {"png": …, "pdf": …}, or none where there is nothing to draw."""
     for figure in table.spec.figures:
         title = figure.title or table.spec.title
@@ -225,7 +225,7 @@ def _coinciding(points: dict[Row, tuple[float, float]]) -> list[list[Row]]:
     return groups
 
 
-def _together(spec: TableSpec, block: Sequence[str], column: Column, rows: Sequence[Row]) -> str:
+def _together(spec: TableSpec, block: Sequence[str], column: ReportColumn, rows: Sequence[Row]) -> str:
     several = len({spec.block(row) for row in spec.rows}) > 1
     names = ", ".join(_written(spec, _series(spec, row)) for row in rows)
     return f"{_written(spec, block)}: {names}" if several else names
@@ -318,7 +318,7 @@ def _features(table: ReportTable, figure: Figure, sources: Sources) -> tuple[Can
             )
     if not runs:
         raise NothingToDraw("no run's features are at hand")
-    canvas = features.draw(runs, features.measure(runs))
+    canvas = features.draw_features(runs, features.measure(runs))
     named = ", ".join(str(seed) for seed in dict.fromkeys(seeds))
     return canvas, (
         f"One run each, seed {named}. t-SNE of pooled features, each panel by itself: axes and distances between "

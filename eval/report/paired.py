@@ -24,7 +24,7 @@ from ba_lora.glue import find_task
 from eval.metrics.bootstrap import weighted_metric
 from eval.report.crossed import Array, Estimate, crossed_t, pseudo_values, seeds_t
 from eval.report.sources import Sources
-from eval.report.spec import Column, PlannedRun, TableSpec, metric_value
+from eval.report.spec import PlannedRun, ReportColumn, TableSpec, metric_value
 from eval.report.stats import LEAST_SEEDS
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class PairedTests:
         self._read: dict[tuple[str, str], _Items] = {}  # (run, column) → its items
         self._ids: dict[tuple[str, ...], tuple[str, ...]] = {}  # the runs on one set share one tuple
 
-    def test(self, column: Column, focus: Row, other: Row) -> tuple[Estimate | None, str | None]:
+    def test(self, column: ReportColumn, focus: Row, other: Row) -> tuple[Estimate | None, str | None]:
         """Return the estimate of focus − other on the column's scale, and why it is no test: seeds alone are in it, or
         they are too few, or nothing varies. No estimate where one row has a single seed."""
         ours, theirs = (self._cells[row, column.name] for row in (focus, other))
@@ -72,7 +72,7 @@ class PairedTests:
             values = (np.array(cell.values) for cell in (ours, theirs))
             return seeds_t(*values, paired=paired), str(reason)
 
-    def _sets(self, column: Column, focus: Row, other: Row) -> list[tuple[Array, Array]]:
+    def _sets(self, column: ReportColumn, focus: Row, other: Row) -> list[tuple[Array, Array]]:
         """Return the values of both rows' runs on the items of each test set, [seeds, items]. Raises Untested."""
         seeds = [self._cells[row, column.name].seeds for row in (focus, other)]
         sets: dict[tuple[str, ...], list[Array]] = {}  # the ids of a set → both rows' values on it
@@ -87,7 +87,7 @@ class PairedTests:
         return [(ours, theirs) for ours, theirs in sets.values()]
 
     def _on_common_items(
-        self, column: Column, rows: Sequence[Row], seeds: Sequence[Sequence[int]]
+        self, column: ReportColumn, rows: Sequence[Row], seeds: Sequence[Sequence[int]]
     ) -> tuple[tuple[str, ...], Array, Array]:
         """Return the items that all runs of the two rows have, and each row's values [seeds, items]."""
         left = [
@@ -101,7 +101,7 @@ class PairedTests:
             raise Untested("a single item")
         return first.ids, *(np.stack([one.values_N for one in of_row]) for of_row in left)
 
-    def _items(self, run: PlannedRun, column: Column) -> _Items:
+    def _items(self, run: PlannedRun, column: ReportColumn) -> _Items:
         if column.task is None:
             raise Untested("no mean over items")
         key = run.run_id, column.name
@@ -122,7 +122,7 @@ class PairedTests:
             self._read[key] = items
         return self._read[key]
 
-    def _graded(self, run: PlannedRun, column: Column) -> _Items:
+    def _graded(self, run: PlannedRun, column: ReportColumn) -> _Items:
         if column.items is None:
             raise Untested("no mean over items")
         grades = self._sources.grades(run, column.items)
@@ -134,14 +134,14 @@ class PairedTests:
             return _Items(self._shared(ids), sums_N / rated_N)
         return _of_metric(self._shared(ids), rated_N, sums_N, _ratio)
 
-    def _likely(self, run: PlannedRun, column: Column) -> _Items:
+    def _likely(self, run: PlannedRun, column: ReportColumn) -> _Items:
         lines = self._sources.likelihoods(run, column.task)
         if lines is None:
             raise Untested("no likelihoods at hand")
         nll, num_tokens = (np.array([line[name] for line in lines], np.float64) for name in ("nll", "num_tokens"))
         return _of_metric(self._shared([line["task_id"] for line in lines]), num_tokens, nll, perplexity)
 
-    def _predicted(self, run: PlannedRun, column: Column, entry: Mapping[str, Any]) -> _Items:
+    def _predicted(self, run: PlannedRun, column: ReportColumn, entry: Mapping[str, Any]) -> _Items:
         task = find_task(entry["of_task"])
         minority = (entry.get("per_class") or {}).get("minority")
         metric = weighted_metric(column.metric, classes=task.labels, minority=minority)

@@ -26,7 +26,7 @@ from eval.report.sheets import (
     seed_moves,
     unmatched_lines,
 )
-from eval.report.spec import Column
+from eval.report.spec import ReportColumn
 from eval.report.table import ReportTable
 from eval.report.verdict import verdict
 
@@ -139,7 +139,7 @@ def to_json(table: ReportTable, figures: Sequence[Drawn] = ()) -> dict[str, Any]
     }
 
 
-def cell_facts(table: ReportTable, row: Row, column: Column) -> dict[str, Any]:
+def cell_facts(table: ReportTable, row: Row, column: ReportColumn) -> dict[str, Any]:
     """Return a cell as plain values."""
     cell = table.cell(row, column)
     paper = cell.paper

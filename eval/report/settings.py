@@ -14,7 +14,7 @@ from ba_lora.config.schema import nearest
 from ba_lora.errors import UserError
 from ba_lora.experiments.pipeline import UNTUNED
 from ba_lora.experiments.tables import Row
-from eval.report.spec import Column, PlannedRun, TableSpec
+from eval.report.spec import PlannedRun, ReportColumn, TableSpec
 from eval.scoring import stale_reason
 
 Entry = Mapping[str, Any]  # one task's part of a result's "evaluation"
@@ -26,7 +26,7 @@ class Used:
 
     row: Row
     run: PlannedRun
-    column: Column
+    column: ReportColumn
     result: Mapping[str, Any]
 
     @property
@@ -150,9 +150,9 @@ def differences(spec: TableSpec, used: Sequence[Used], *, allow: Iterable[str]) 
     return notes
 
 
-def _alike_limits(used: Sequence[Used]) -> set[Column]:
+def _alike_limits(used: Sequence[Used]) -> set[ReportColumn]:
     """Return the columns whose scores are all of the same first items: their runs have the same eval.limit."""
-    limits: dict[Column, set[Any]] = {}
+    limits: dict[ReportColumn, set[Any]] = {}
     for one in used:
         partial = one.config("eval", "limit") if one.entry.get("partial") else None
         limits.setdefault(one.column, set()).add(partial and (partial, one.entry.get("num_missing")))

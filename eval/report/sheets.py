@@ -4,11 +4,12 @@ import string
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 from ba_lora.experiments.tables import Row
 from eval.report.cells import Cell
 from eval.report.comparisons import Comparison
-from eval.report.spec import Column, TableSpec, row_name
+from eval.report.spec import ReportColumn, TableSpec, row_name
 from eval.report.stats import LEAST_SEEDS, SIGNIFICANT
 from eval.report.table import ReportTable
 
@@ -137,6 +138,7 @@ def legend(table: ReportTable, *, best: str = "**Bold**", second: str = "*italic
             "of the others."
         )
     lines += _seed_lines(spec)
+    lines += _gradient_lines(table)
     lines += _cost_lines(table)
     if spec.note:
         lines.append(spec.note)
@@ -158,6 +160,21 @@ def _seed_lines(spec: TableSpec) -> list[str]:
     told = "; ".join(f"{', '.join(moved)} ({', '.join(names)})" for moved, names in seed_moves(spec).items())
     paired = " Runs of one seed are taken as pairs where it moves the same in both." if spec.paired else ""
     return [f"The seed moves: {told}.{paired}"] if told else []
+
+
+def _gradient_lines(table: ReportTable) -> list[str]:
+    """Return how strongly each method's terms pulled: the mean over its runs of their gradient shares."""
+    shares = {run["run_id"]: run["gradient_shares"] for run in table.provenance if run["gradient_shares"]}
+    found: dict[str, dict[str, list[float]]] = {}
+    for row in table.spec.rows:
+        for run in {run.run_id for column in table.spec.columns for run in table.spec.planned(row, column)}:
+            for term, share in shares.get(run, {}).items():
+                found.setdefault(table.spec.label(row.method), {}).setdefault(term, []).append(share)
+    told = [
+        f"{method}: {', '.join(f'{term} {100 * fmean(values):.2g} %' for term, values in terms.items())}"
+        for method, terms in found.items()
+    ]
+    return [f"A term's gradient at the hidden states, in shares of the task's: {'; '.join(told)}."] if told else []
 
 
 def _cost_lines(table: ReportTable) -> list[str]:
@@ -185,7 +202,7 @@ def _cost_lines(table: ReportTable) -> list[str]:
     return [line]
 
 
-def _labels(columns: Sequence[Column]) -> str:
+def _labels(columns: Sequence[ReportColumn]) -> str:
     return "; ".join(column.label for column in columns)
 
 
@@ -251,7 +268,7 @@ def letter(number: int) -> str:
     return (letter(prefix - 1) if prefix else "") + string.ascii_lowercase[rest]
 
 
-def number(value: float | None, decimals: int) -> str:
+def format_number(value: float | None, decimals: int) -> str:
     """Return a value with its decimals; "" for None, and never a negative zero."""
     if value is None:
         return ""
@@ -261,7 +278,7 @@ def number(value: float | None, decimals: int) -> str:
 
 def signed(value: float | None, decimals: int) -> str:
     """Return a difference with its sign; "" for None."""
-    text = number(value, decimals)
+    text = format_number(value, decimals)
     return text if not text or text.startswith("−") or not text.strip("0.") else f"+{text}"
 
 
@@ -274,24 +291,24 @@ def probability(value: float | None) -> str:
     return f"{value:.4f}" if value < 0.01 else f"{value:.3f}"
 
 
-def _ours(cell: Cell, column: Column) -> Text:
+def _ours(cell: Cell, column: ReportColumn) -> Text:
     notes = ",".join(letter(note) for note in cell.notes)
     if not cell.values:
         return Text("" if cell.status == "missing" else cell.status, notes=notes)
-    spread = "" if cell.std is None else f" ± {number(cell.std, column.decimals)}"
+    spread = "" if cell.std is None else f" ± {format_number(cell.std, column.decimals)}"
     lost = f"; {cell.num_collapsed} of {cell.num_planned} collapsed" if cell.num_collapsed else ""
-    return Text(f"{number(cell.mean, column.decimals)}{spread} ({len(cell.values)}{lost})", cell.mark, notes)
+    return Text(f"{format_number(cell.mean, column.decimals)}{spread} ({len(cell.values)}{lost})", cell.mark, notes)
 
 
-def _paper(cell: Cell, column: Column) -> str:
+def _paper(cell: Cell, column: ReportColumn) -> str:
     if cell.paper is None:
         return ""
     bound = "> " if cell.paper.is_bound else ""
-    spread = "" if cell.paper.std is None else f" ± {number(cell.paper.std, column.decimals)}"
-    return f"{bound}{number(cell.paper.mean, column.decimals)}{spread}"
+    spread = "" if cell.paper.std is None else f" ± {format_number(cell.paper.std, column.decimals)}"
+    return f"{bound}{format_number(cell.paper.mean, column.decimals)}{spread}"
 
 
-def _interval(one: Comparison, column: Column) -> str:
+def _interval(one: Comparison, column: ReportColumn) -> str:
     if one.low is None:
         return one.untested or ""
     interval = f"{signed(one.low, column.decimals)} … {signed(one.high, column.decimals)}"

@@ -36,7 +36,7 @@ METRICS = ("accuracy", "f1", "matthews", "spearman", "perplexity")
 Experiment = tuple[Array, Array]  # each method's values, [S, N]
 
 
-def draw(
+def draw_experiment(
     random: np.random.Generator,
     *,
     num_seeds: int,
@@ -99,7 +99,7 @@ def items_alone_mark(experiment: Experiment) -> bool:
 def share(marks: Callable[[Experiment], bool], *, repeats: int, random: int = 0, **settings) -> float:
     """Return the share of experiments that are marked; see `draw` for the settings."""
     generator = np.random.default_rng(random)
-    return sum(marks(draw(generator, **settings)) for _ in range(repeats)) / repeats
+    return sum(marks(draw_experiment(generator, **settings)) for _ in range(repeats)) / repeats
 
 
 def table(repeats: int) -> list[dict]:

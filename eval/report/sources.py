@@ -15,7 +15,7 @@ from ba_lora.experiments import state as grid_state
 from ba_lora.experiments.pipeline import UNTUNED
 from ba_lora.experiments.tables import PAPER_PATH, Row
 from ba_lora.io import read_json, read_jsonl
-from eval.report.spec import Column, Items, PlannedRun, row_name
+from eval.report.spec import Items, PlannedRun, ReportColumn, row_name
 
 STATUSES = ("ok", "failed", "cancelled", "oom")
 PAPER_COLUMNS = ("table", "model", "method", "setting", "task", "metric", "mean", "std", "source")
@@ -55,7 +55,7 @@ class FailedStage:
     error: str
     tasks: Mapping[str, str] = field(default_factory=dict)
 
-    def told(self, column: Column) -> str | None:
+    def told(self, column: ReportColumn) -> str | None:
         """Return "stage or task: error" where the failure concerns the column's value, else None: a failed training
         concerns all columns, any other stage those of all tasks, failed scorers those of their tasks."""
         if self.tasks:
@@ -83,7 +83,7 @@ class Sources:
         """Return a run's result, None where there is none yet."""
         return self.results.get(run.run_id)
 
-    def failure(self, run: PlannedRun, column: Column) -> str | None:
+    def failure(self, run: PlannedRun, column: ReportColumn) -> str | None:
         """Return what failed that was to give a run's value in this column, and its error; None: nothing did."""
         failed = self.failures.get(run.run_id)
         return None if failed is None else failed.told(column)
@@ -141,7 +141,7 @@ class Sources:
         path = run.run_path / "log.jsonl"
         return [entry for entry in read_jsonl(path) if "loss" in entry] if path.is_file() else None
 
-    def paper_value(self, row: Row, column: Column) -> PaperValue | None:
+    def paper_value(self, row: Row, column: ReportColumn) -> PaperValue | None:
         """Return what the paper reports for a cell, None where it reports nothing.
 
         Of several files that the table names the first with a value counts. Raises UserError where one file has two.

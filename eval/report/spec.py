@@ -92,7 +92,7 @@ class Items:
 
 
 @dataclass(frozen=True)
-class Column:
+class ReportColumn:
     """A column: where its value stands in a result, and how it is shown.
 
     task: the evaluation that holds it (None: the result itself); metric: a name among the task's metrics, or a dotted
@@ -159,7 +159,7 @@ class TableSpec:
     name: str
     title: str
     rows: tuple[Row, ...]
-    columns: tuple[Column, ...]
+    columns: tuple[ReportColumn, ...]
     runs: Mapping[tuple[Row, str], tuple[PlannedRun, ...]]
     source: str | None = None
     note: str | None = None
@@ -180,7 +180,7 @@ class TableSpec:
     sha256: str = ""  # of the table's file
     deciding: dict[str, Any] = field(default_factory=dict)  # what ba_lora.experiments.state.deciding says of the table
 
-    def is_primary(self, column: Column, focus: Row, other: Row) -> bool:
+    def is_primary(self, column: ReportColumn, focus: Row, other: Row) -> bool:
         """Whether the table has declared this comparison beforehand."""
         return any(one.is_of(column.name, focus, other) for one in self.primary)
 
@@ -194,11 +194,11 @@ class TableSpec:
         runs = [run for column in self.columns for run in self.planned(row, column)]
         return list(dict.fromkeys(moved_by_seed(run.config) for run in runs if run.config and run.trained))
 
-    def column(self, name: str) -> Column:
+    def column(self, name: str) -> ReportColumn:
         """Return the column called `name`."""
         return next(column for column in self.columns if column.name == name)
 
-    def planned(self, row: Row, column: Column) -> tuple[PlannedRun, ...]:
+    def planned(self, row: Row, column: ReportColumn) -> tuple[PlannedRun, ...]:
         """Return the runs whose mean fills a cell, one a seed."""
         return self.runs.get((row, column.name), ())
 
@@ -237,7 +237,7 @@ def table_spec(table: Table) -> TableSpec:
     """Return a table of ba_lora.experiments.tables as the report needs it. Raises UserError for a wrong `report:`
     block."""
     columns = [
-        Column(
+        ReportColumn(
             name=column.name,
             label=table.labels.get(column.name, column.name),
             task=column.task,
@@ -273,7 +273,7 @@ def table_spec(table: Table) -> TableSpec:
     return dataclasses.replace(spec, num_primary=num_primary(spec, source=f"table {table.id}: report.primary"))
 
 
-def parse_report(block: Any, *, rows: Sequence[Row], columns: Sequence[Column], source: str) -> dict[str, Any]:
+def parse_report(block: Any, *, rows: Sequence[Row], columns: Sequence[ReportColumn], source: str) -> dict[str, Any]:
     """Check a `report:` block and return `TableSpec`'s fields that it sets; `rows`, `columns`: as they are without it.
 
     Raises UserError, naming `source` and the key, for what is wrong.
@@ -315,7 +315,7 @@ def parse_report(block: Any, *, rows: Sequence[Row], columns: Sequence[Column], 
     return values
 
 
-def metric_value(result: Mapping[str, Any], column: Column) -> float | None:
+def metric_value(result: Mapping[str, Any], column: ReportColumn) -> float | None:
     """Return the number that a result holds for a column, unscaled; None where nothing (or null) stands there.
 
     A path is read from the task's entry, or from the result where the column has no task. `{a,b}` in it takes the mean
@@ -330,7 +330,7 @@ def metric_value(result: Mapping[str, Any], column: Column) -> float | None:
     return _resolve(node, re.findall(r"\{[^}]*\}|[^.{}]+", column.metric or ""))[0]
 
 
-def why_missing(result: Mapping[str, Any], column: Column) -> tuple[str, str] | None:
+def why_missing(result: Mapping[str, Any], column: ReportColumn) -> tuple[str, str] | None:
     """Return (status, reason) of a run that has no number for a column and will have none.
 
     The status is "undefined" where the data leave the metric undefined, "unmeasured" where nothing was measured. None
@@ -387,7 +387,7 @@ def setting_value(setting: str, key: str) -> float | None:
     return None
 
 
-def _show(column: Column, entry: Any, *, where: str) -> Column:
+def _show(column: ReportColumn, entry: Any, *, where: str) -> ReportColumn:
     entry = mapping(entry, ("scale", "decimals", "allow"), where=where)
     allow = words(entry.get("allow", []), where=f"{where}: allow")
     scale, decimals = entry.get("scale", column.scale), entry.get("decimals", column.decimals)
@@ -434,7 +434,7 @@ def _pairs(value: Any, rows: Sequence[Row], *, where: str) -> tuple[tuple[str, s
     return tuple((first, second) for first, second in value)
 
 
-def planned_comparisons(spec: TableSpec, rows: Sequence[Row]) -> list[tuple[Column, Row, Row]]:
+def planned_comparisons(spec: TableSpec, rows: Sequence[Row]) -> list[tuple[ReportColumn, Row, Row]]:
     """Return (column, focus, other) of every comparison among `rows`, whether or not they have values."""
     pairs = [
         (focus, other)

@@ -13,7 +13,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from eval.report.sheets import ARROWS
-from eval.report.spec import Column
+from eval.report.spec import ReportColumn
 
 RC = {
     "font.size": 8,
@@ -97,12 +97,12 @@ def log_x(axis: Axes, ticks: list[float]) -> None:
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
-def axis_label(column: Column) -> str:
+def axis_label(column: ReportColumn) -> str:
     """Return what stands on an axis that shows a column."""
     return f"{column.label}{f' ({column.unit})' if column.unit else ''}"
 
 
-def y_axis(axis: Axes, column: Column) -> None:
+def y_axis(axis: Axes, column: ReportColumn) -> None:
     """Name the y axis after a column, with the direction that is better."""
     axis.set_ylabel(f"{axis_label(column)}{ARROWS[column.better]}")
 

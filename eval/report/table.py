@@ -8,12 +8,12 @@ from typing import Any
 
 from ba_lora.experiments.pipeline import UNTUNED
 from ba_lora.experiments.tables import Row
-from ba_lora.runs.results import hardware_name
-from eval.report.cells import COLLAPSED, Cell, CellKey, Failure
+from ba_lora.runs.environment import hardware_name
+from eval.report.cells import COLLAPSED, Cell, CellKey, FailedRun
 from eval.report.comparisons import Comparison, as_declared, compare
 from eval.report.settings import Used, differences
 from eval.report.sources import PaperRow, Sources
-from eval.report.spec import Column, PlannedRun, TableSpec, metric_value, why_missing
+from eval.report.spec import PlannedRun, ReportColumn, TableSpec, metric_value, why_missing
 from eval.report.stats import first_and_second
 
 
@@ -29,10 +29,10 @@ class ReportTable:
     provenance: tuple[dict[str, Any], ...]
     declaration: str = ""
 
-    def cell(self, row: Row, column: Column) -> Cell:
+    def cell(self, row: Row, column: ReportColumn) -> Cell:
         return self.cells[row, column.name]
 
-    def has_paper(self, column: Column) -> bool:
+    def has_paper(self, column: ReportColumn) -> bool:
         """Whether the paper reports anything in this column."""
         return any(self.cell(row, column).paper is not None for row in self.spec.rows)
 
@@ -83,7 +83,7 @@ class _Footnotes:
         return self.texts.index(text)
 
 
-def _value(result: Mapping[str, Any], column: Column) -> float | None:
+def _value(result: Mapping[str, Any], column: ReportColumn) -> float | None:
     """Return a run's value on the column's scale, None where the run did not succeed or has none."""
     if result["status"] != "ok":
         return None
@@ -91,7 +91,7 @@ def _value(result: Mapping[str, Any], column: Column) -> float | None:
     return None if value is None else value * column.scale
 
 
-def _measured_cell(spec: TableSpec, sources: Sources, row: Row, column: Column, notes: _Footnotes) -> Cell:
+def _measured_cell(spec: TableSpec, sources: Sources, row: Row, column: ReportColumn, notes: _Footnotes) -> Cell:
     found: list[tuple[PlannedRun, float]] = []
     failures, outdated, texts = [], [], {}
     planned = spec.planned(row, column)
@@ -100,17 +100,17 @@ def _measured_cell(spec: TableSpec, sources: Sources, row: Row, column: Column, 
         value = None if result is None else _value(result, column)
         failed = sources.failure(run, column)
         if value is not None and (reason := _collapsed(spec, run, column, result)):
-            failures.append(Failure(run.run_id, COLLAPSED, reason))
+            failures.append(FailedRun(run.run_id, COLLAPSED, reason))
         elif value is not None:
             found.append((run, value))
             outdated += [failed] if failed else []
             texts.update(dict.fromkeys(notes.by_run.get((run.run_id, column.name), ())))
         elif result is not None and result["status"] != "ok":
-            failures.append(Failure(run.run_id, result["status"], result.get("error")))
+            failures.append(FailedRun(run.run_id, result["status"], result.get("error")))
         elif failed:
-            failures.append(Failure(run.run_id, "failed", failed))
+            failures.append(FailedRun(run.run_id, "failed", failed))
         elif result is not None and (missing := why_missing(result, column)):
-            failures.append(Failure(run.run_id, *missing))
+            failures.append(FailedRun(run.run_id, *missing))
     for (status, error), count in Counter((failure.status, failure.error) for failure in failures).items():
         texts[f"{count} of {len(planned)} runs {status}: {error or 'no error was written'}"] = None
     for error, count in Counter(outdated).items():
@@ -126,7 +126,7 @@ def _measured_cell(spec: TableSpec, sources: Sources, row: Row, column: Column, 
     )
 
 
-def _collapsed(spec: TableSpec, run: PlannedRun, column: Column, result: Mapping[str, Any]) -> str | None:
+def _collapsed(spec: TableSpec, run: PlannedRun, column: ReportColumn, result: Mapping[str, Any]) -> str | None:
     """Return why a run counts as collapsed in a column, None where it does not; see `Collapse`."""
     rule = spec.collapsed
     if rule is None or not run.trained or column.name not in (rule.columns or [c.name for c in spec.columns if c.task]):
@@ -138,7 +138,9 @@ def _collapsed(spec: TableSpec, run: PlannedRun, column: Column, result: Mapping
     return f"{judged.label} {rule.bound}"
 
 
-def _mean_cell(spec: TableSpec, sources: Sources, row: Row, column: Column, cells: Mapping[CellKey, Cell]) -> Cell:
+def _mean_cell(
+    spec: TableSpec, sources: Sources, row: Row, column: ReportColumn, cells: Mapping[CellKey, Cell]
+) -> Cell:
     """The mean of other columns, seed by seed; only of seeds that all of them have."""
     parts = [cells[row, name] for name in column.mean_of]
     by_seed = [dict(zip(part.seeds, part.values, strict=True)) for part in parts]
@@ -239,4 +241,5 @@ def _provenance(spec: TableSpec, sources: Sources) -> Iterable[dict[str, Any]]:
             "dirty": git.get("dirty"),
             "hardware": hardware_name(environment) if environment else None,
             "finished_at": result.get("finished_at"),
+            "gradient_shares": (result.get("training") or {}).get("gradient_shares") or {},
         }

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from ba_lora.experiments.pipeline import UNTUNED
 from ba_lora.experiments.tables import Row
 from eval.report.comparisons import Comparison
-from eval.report.sheets import number, signed
-from eval.report.spec import Column
+from eval.report.sheets import format_number, signed
+from eval.report.spec import ReportColumn
 from eval.report.stats import LEAST_SEEDS
 from eval.report.table import ReportTable
 
@@ -93,14 +93,14 @@ def _open(table: ReportTable) -> str:
 def _best(table: ReportTable) -> str:
     """Return who has the best mean in the first ranked column of each block, and which runs collapsed."""
     spec = table.spec
-    column: Column | None = next(
+    column: ReportColumn | None = next(
         (one for one in spec.columns if one.better != "none" and one.name != spec.choose), None
     )
     if column is None:
         return "Best: no column is ranked."
     best = [row for row in spec.rows if table.cell(row, column).mark == "best"]
     told = [
-        f"{_name(table, row)} {number(table.cell(row, column).mean, column.decimals)}"
+        f"{_name(table, row)} {format_number(table.cell(row, column).mean, column.decimals)}"
         + (f" ({', '.join(spec.label(word) for word in words)})" if (words := _block_words(table, row)) else "")
         for row in best
     ]

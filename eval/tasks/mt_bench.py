@@ -30,7 +30,7 @@ from ba_lora.rows import Source, load_rows
 from eval.grading.thinking import cut_thinking
 from eval.judge.client import NO_RATING, SCALE, JudgeOptions
 from eval.judge.judge import Judged, judge
-from eval.judge.store import Request, digest
+from eval.judge.store import Request, short_sha256
 from eval.tasks.base import Grade, Item, Task, require_columns, summarise
 
 REPOSITORY, REVISION = "lm-sys/FastChat", "587d5cfa1609a43d192cedb8441cac3c17db105d"
@@ -158,7 +158,10 @@ class MTBench(Task):
         per_item = [[next(ratings) for _ in samples] for _, samples in answers]
         items = [item for item, _ in answers]
         grades = [[to_grade(item, sample) for sample in samples] for item, samples in zip(items, per_item, strict=True)]
-        return grades, {"ratings": describe_ratings(items, per_item), "judge": describe(judged, prompts, references)}
+        return grades, {
+            "ratings": describe_ratings(items, per_item),
+            "judge": judge_record(judged, prompts, references),
+        }
 
     def aggregate(self, items: Sequence[Item], grades: Sequence[Sequence[Grade]]) -> dict:
         """Return metrics, their intervals and groups over the rated answers; see the head of this file.
@@ -210,12 +213,14 @@ def describe_ratings(items: Sequence[Item], ratings: Sequence[Sequence[Sequence[
     }
 
 
-def describe(judged: Judged, prompts: Mapping[str, tuple[str, str]], references: Mapping[int, Sequence[str]]) -> dict:
+def judge_record(
+    judged: Judged, prompts: Mapping[str, tuple[str, str]], references: Mapping[int, Sequence[str]]
+) -> dict:
     """Return the result's "judge"; `id` is what must be equal wherever scores stand side by side."""
     record = {
         **judged.record,
-        "prompt_hash": digest(json.dumps([[name, *prompts[name]] for name in JUDGE_PROMPTS])),
-        "references_hash": digest(json.dumps(sorted(references.items()))),
+        "prompt_hash": short_sha256(json.dumps([[name, *prompts[name]] for name in JUDGE_PROMPTS])),
+        "references_hash": short_sha256(json.dumps(sorted(references.items()))),
     }
     names = ("model", "version", "prompt_hash", "references_hash", "temperature", "max_tokens", "thinking")
     return {"id": " ".join(f"{name}={record[name]}" for name in names), **record}

@@ -19,7 +19,7 @@ from ba_lora.config.schema import GENERATION_OPTIONS, RunConfig, public, to_yaml
 from ba_lora.config.schema_nlu import NLURunConfig
 from ba_lora.config.trainer import _RESERVED_ARGUMENTS, argument_types
 from ba_lora.errors import UserError
-from ba_lora.experiments.options import split_options
+from ba_lora.experiments.options import read_grid_options
 from ba_lora.experiments.tables import load_table
 from ba_lora.paths import resolve_data, resolve_path
 from ba_lora.rows import load_rows
@@ -233,10 +233,10 @@ def test_a_model_is_no_option_of_a_command(value: str, tmp_path) -> None:
 
 
 def test_eval_options_reach_generation_by_known_names(tmp_path) -> None:
-    from eval.engines.requests import Options
+    from eval.engines.requests import GenerateOptions
     from eval.tasks import TASKS
 
-    settings = {entry.name for entry in dataclasses.fields(Options)}
+    settings = {entry.name for entry in dataclasses.fields(GenerateOptions)}
     choices = {key for task in TASKS.values() for key in task.choices}
     assert set(GENERATION_OPTIONS) == settings - {"limit", "revision", "trust_remote_code", "overwrite"} | choices
     for key in ("trust_remote_code", "overwrite", "output", "max_new_token", "--output"):
@@ -301,7 +301,7 @@ def test_what_is_typed_for_writing_counts_from_the_users_folder(root, tmp_path, 
     assert (typed.run_path, typed.result_path.parent) == (tmp_path / "outputs/mine", tmp_path / "there")
     with pytest.raises(UserError, match=f"output: {tmp_path}/file is a file"):
         (tmp_path / "file").write_text("")
-        split_options(["output=file"])
+        read_grid_options(["output=file"])
 
 
 def test_a_config_is_found_by_its_name(root, tmp_path, monkeypatch) -> None:

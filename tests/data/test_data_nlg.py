@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 from ba_lora import prompts
 from ba_lora.config.schema import DataConfig, ModelConfig
 from ba_lora.errors import UserError
-from ba_lora.models.load import load_tokenizer
+from ba_lora.models.tokenizer import load_tokenizer
 from ba_lora.prompts import build_prompt
 from data import nlg
 from data.nlg import encode, load_training_data

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, GPT2TokenizerFast
 from ba_lora.config.schema import ModelConfig
 from ba_lora.errors import UserError
 from ba_lora.glue import HUB, HUB_REVISION, TASKS, hub_source
-from ba_lora.models.load import encode_texts, load_tokenizer
+from ba_lora.models.tokenizer import encode_texts, load_tokenizer
 from ba_lora.rows import Source
 from data import toy_nlu
 from data.nlu import load_nlu_data
@@ -210,32 +210,32 @@ def test_real_glue_files_are_read(real_data, load, tiny_encoder, tokenizer):
 
 
 def test_pairs_are_the_same_on_every_call_and_only_appended_to():
-    rows = toy_nlu.generate(num_rows=40, seed=3, split="train")
-    assert rows == toy_nlu.generate(num_rows=60, seed=3, split="train")[:40]
-    assert rows != toy_nlu.generate(num_rows=40, seed=4, split="train")
-    assert {row["kind"] for row in toy_nlu.generate(num_rows=400, seed=0, split="train")} == {
+    rows = toy_nlu.generate_pairs(num_rows=40, seed=3, split="train")
+    assert rows == toy_nlu.generate_pairs(num_rows=60, seed=3, split="train")[:40]
+    assert rows != toy_nlu.generate_pairs(num_rows=40, seed=4, split="train")
+    assert {row["kind"] for row in toy_nlu.generate_pairs(num_rows=400, seed=0, split="train")} == {
         "synonym", "passive", "part", "detail", "other_fact", "number", "colour", "place", "opposite", "negation",
     }  # fmt: skip
 
 
 def test_the_splits_share_no_object_and_no_premise():
-    train, test = (toy_nlu.generate(num_rows=500, seed=0, split=split) for split in toy_nlu.SPLITS)
+    train, test = (toy_nlu.generate_pairs(num_rows=500, seed=0, split=split) for split in toy_nlu.SPLITS)
     assert not set(toy_nlu.OBJECTS["train"]) & set(toy_nlu.OBJECTS["test"])
     assert not {row["premise"] for row in train} & {row["premise"] for row in test}
 
 
 def test_noise_changes_labels_alone_and_at_its_rate():
-    clean = toy_nlu.generate(num_rows=2000, seed=0, split="train")
-    noisy = toy_nlu.generate(num_rows=2000, seed=0, split="train", label_noise=0.2)
+    clean = toy_nlu.generate_pairs(num_rows=2000, seed=0, split="train")
+    noisy = toy_nlu.generate_pairs(num_rows=2000, seed=0, split="train", label_noise=0.2)
     assert [row["hypothesis"] for row in clean] == [row["hypothesis"] for row in noisy]
     assert all(row["label"] == row["true_label"] for row in clean)
     assert 0.17 < sum(row["label"] != row["true_label"] for row in noisy) / 2000 < 0.23
-    only = toy_nlu.generate(num_rows=500, seed=0, split="train", label_noise=0.5, noisy_labels=["neutral"])
+    only = toy_nlu.generate_pairs(num_rows=500, seed=0, split="train", label_noise=0.5, noisy_labels=["neutral"])
     assert {row["true_label"] for row in only if row["label"] != row["true_label"]} == {1}
 
 
 def test_imbalance_makes_contradiction_rare():
-    rows = toy_nlu.generate(num_rows=3000, seed=0, split="train", imbalance=0.9)
+    rows = toy_nlu.generate_pairs(num_rows=3000, seed=0, split="train", imbalance=0.9)
     counts = [sum(row["label"] == label for row in rows) for label in range(3)]
     assert counts[2] == pytest.approx(100, abs=30) and counts[0] == pytest.approx(1450, abs=120)
 
@@ -252,7 +252,7 @@ def test_imbalance_makes_contradiction_rare():
 )
 def test_bad_settings(changes, message):
     with pytest.raises(ValueError, match=message):
-        toy_nlu.generate(**({"num_rows": 5, "seed": 0, "split": "train"} | changes))
+        toy_nlu.generate_pairs(**({"num_rows": 5, "seed": 0, "split": "train"} | changes))
 
 
 def test_the_toys_settings_reach_it(tiny_encoder, tokenizer):

@@ -19,7 +19,7 @@ from data.toy import (
     WORDING,
     WRONG_BY,
     family_shares,
-    generate,
+    generate_problems,
     pretraining_prompt,
     split_of,
 )
@@ -30,7 +30,7 @@ STEP = re.compile(r"(\d+) ([-+*/]) (\d+) = (\d+) [a-z ]+")
 
 @pytest.fixture(scope="module")
 def rows_by_split():
-    return {split: generate(num_rows=2000, seed=5, split=split) for split in SPLITS}
+    return {split: generate_problems(num_rows=2000, seed=5, split=split) for split in SPLITS}
 
 
 @pytest.fixture(scope="module", params=VARIANTS)
@@ -53,15 +53,15 @@ def numbers_in(text: str) -> list[int]:
 
 def test_the_same_arguments_give_the_same_rows_and_a_larger_set_only_appends():
     settings = {"seed": 3, "split": "finetune", "label_noise": 0.3, "imbalance": 0.2}
-    small, again, large = (generate(num_rows=n, **settings) for n in (50, 50, 120))
+    small, again, large = (generate_problems(num_rows=n, **settings) for n in (50, 50, 120))
     assert small == again == large[:50]
-    assert small != generate(num_rows=50, **{**settings, "seed": 4})
+    assert small != generate_problems(num_rows=50, **{**settings, "seed": 4})
 
 
 def test_rows_do_not_depend_on_the_process(root):
-    code = "import json; from data.toy import generate; print(json.dumps(generate(num_rows=5, seed=1, split='test')))"
+    code = "import data.toy, json; print(json.dumps(data.toy.generate_problems(num_rows=5, seed=1, split='test')))"
     output = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True).stdout
-    assert json.loads(output) == generate(num_rows=5, seed=1, split="test")
+    assert json.loads(output) == generate_problems(num_rows=5, seed=1, split="test")
 
 
 def test_there_are_enough_families_and_rare_ones():
@@ -94,7 +94,7 @@ def test_operands_of_every_split_are_its_own(rows_by_split):
 
 def test_split_of_ignores_order_and_borrowed_numbers_stay_in_their_split():
     assert split_of((3, 17, 8)) == split_of((17, 8, 3))
-    rows = generate(num_rows=100, seed=0, split="pretrain", numbers="test")
+    rows = generate_problems(num_rows=100, seed=0, split="pretrain", numbers="test")
     assert {split_of(numbers_in(row["query"])) for row in rows} == {"test"}
     assert all("#### " in row["response"] for row in rows)
 
@@ -118,7 +118,7 @@ def test_clean_responses_are_right_step_by_step(rows_by_split, split):
 
 def test_label_noise_is_as_set_and_changes_nothing_but_the_answer():
     settings = {"num_rows": 4000, "seed": 8, "split": "finetune"}
-    clean, noisy = generate(**settings), generate(**settings, label_noise=0.3)
+    clean, noisy = generate_problems(**settings), generate_problems(**settings, label_noise=0.3)
     wrong = [row for row in noisy if given_answer(row) != row["answer"]]
     assert abs(len(wrong) / 4000 - 0.3) < 4 * (0.3 * 0.7 / 4000) ** 0.5
     assert all({int(given_answer(row)) - int(row["answer"])} <= set(WRONG_BY) for row in wrong)
@@ -129,12 +129,15 @@ def test_label_noise_is_as_set_and_changes_nothing_but_the_answer():
         # the last worked line carries the slip, so the text is consistent with its own answer
         assert after["response"].split("\n")[-2].split(" = ")[1].split()[0] == given_answer(after)
     assert all(
-        given_answer(row) != row["answer"] for row in generate(num_rows=200, seed=0, split="test", label_noise=1.0)
+        given_answer(row) != row["answer"]
+        for row in generate_problems(num_rows=200, seed=0, split="test", label_noise=1.0)
     )
 
 
 def test_label_noise_stays_in_the_named_families():
-    rows = generate(num_rows=4000, seed=2, split="pretrain", label_noise=0.5, noisy_families=("sharing", "rate"))
+    rows = generate_problems(
+        num_rows=4000, seed=2, split="pretrain", label_noise=0.5, noisy_families=("sharing", "rate")
+    )
     wrong, seen = Counter(), Counter(row["family"] for row in rows)
     wrong.update(row["family"] for row in rows if given_answer(row) != row["answer"])
     assert set(wrong) == {"sharing", "rate"}
@@ -144,7 +147,7 @@ def test_label_noise_stays_in_the_named_families():
 
 @pytest.mark.parametrize("imbalance", [0.0, 0.2, 0.5])
 def test_family_shares_are_as_set(imbalance):
-    rows = generate(num_rows=4000, seed=1, split="pretrain", imbalance=imbalance)
+    rows = generate_problems(num_rows=4000, seed=1, split="pretrain", imbalance=imbalance)
     seen = Counter(row["family"] for row in rows)
     shares = list(family_shares(imbalance).values())
     assert sum(shares) == pytest.approx(1)
@@ -157,7 +160,7 @@ def test_family_weights_are_relative_and_leave_out_the_unnamed():
     assert family_shares(family_weights={"add": 3, "age": 1}) == {
         name: {"add": 0.75, "age": 0.25}.get(name, 0) for name in FAMILIES
     }
-    rows = generate(num_rows=100, seed=0, split="test", family_weights={"add": 3, "age": 1})
+    rows = generate_problems(num_rows=100, seed=0, split="test", family_weights={"add": 3, "age": 1})
     assert {row["family"] for row in rows} == {"add", "age"}
 
 
@@ -183,7 +186,7 @@ def test_family_weights_are_relative_and_leave_out_the_unnamed():
 )
 def test_bad_arguments_are_refused_in_one_line_that_names_the_valid_ones(changed, named):
     with pytest.raises(ValueError, match=named) as error:
-        generate(**{"num_rows": 10, "seed": 0, "split": "test", **changed})
+        generate_problems(**{"num_rows": 10, "seed": 0, "split": "test", **changed})
     assert "\n" not in str(error.value)
 
 
@@ -204,7 +207,7 @@ def test_command_line_writes_rows_and_refuses_in_one_line(root, tmp_path):
     ]
     subprocess.run([*command, "finetune", *extra], cwd=root, check=True, capture_output=True)
     settings = {"label_noise": 0.5, "noisy_families": ("add", "age"), "imbalance": 0.1}
-    assert read_jsonl(output) == generate(num_rows=20, seed=7, split="finetune", **settings)
+    assert read_jsonl(output) == generate_problems(num_rows=20, seed=7, split="finetune", **settings)
     output.unlink()
     for bad in (
         ["tests"],
@@ -222,7 +225,7 @@ def test_command_line_writes_rows_and_refuses_in_one_line(root, tmp_path):
 
 def test_committed_test_file_is_what_the_generator_gives(root):
     rows = read_jsonl(root / "data" / "toy" / "test.jsonl")
-    assert rows == generate(num_rows=TEST_FILE_ROWS, seed=TEST_FILE_SEED, split="test")
+    assert rows == generate_problems(num_rows=TEST_FILE_ROWS, seed=TEST_FILE_SEED, split="test")
     assert set(Counter(row["family"] for row in rows)) == set(FAMILIES)
     assert all(given_answer(row) == row["answer"] for row in rows)
 
@@ -262,7 +265,7 @@ def test_tokenizer_splits_digits_and_adds_bos_but_no_eos(tokenizer):
 
 
 def test_prompt_and_response_encode_alike_apart_and_together(tokenizer):
-    for row in generate(num_rows=100, seed=0, split="finetune"):
+    for row in generate_problems(num_rows=100, seed=0, split="finetune"):
         prompt, response = build_prompt(row["query"]), " " + row["response"]
         apart = tokenizer(prompt)["input_ids"] + tokenizer(response, add_special_tokens=False)["input_ids"]
         assert apart == tokenizer(prompt + response)["input_ids"]
@@ -294,7 +297,7 @@ def test_clean_base_solves_its_own_form_and_the_log_says_how_often(root):
     expected = log["held_out_accuracy"]["pretrain_wording"]["overall"]
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(folder)
-    rows = generate(num_rows=50, seed=99, split="pretrain", numbers="test")
+    rows = generate_problems(num_rows=50, seed=99, split="pretrain", numbers="test")
     inputs = tokenizer([pretraining_prompt(row["query"]) for row in rows], return_tensors="pt", padding=True)
     with torch.no_grad():
         output = model.generate(**inputs, max_new_tokens=64, do_sample=False)

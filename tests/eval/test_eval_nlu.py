@@ -15,7 +15,7 @@ from ba_lora.experiments.pipeline import evaluation_stages
 from ba_lora.glue import find_task
 from ba_lora.io import read_json, read_jsonl, sha256_file, write_jsonl_atomic
 from ba_lora.models.classifier import load_classifier
-from ba_lora.models.load import load_tokenizer
+from ba_lora.models.tokenizer import load_tokenizer
 from eval.classify import classify, open_classifier
 from eval.nlu import main
 from eval.nlu_scores import score_predictions
@@ -185,11 +185,11 @@ def test_one_command_for_a_model_folder(classifier: Path, tmp_path: Path, capsys
 def test_sets_without_data_are_named_and_left_out(
     classifier: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    from eval.nlu import Sets, evaluate_run, find_run, plan_run
+    from eval.nlu import Sets, evaluate_classifier, find_run, plan_run
 
     run = find_run(classifier, task="sst2", output=tmp_path / "out")
     files = {name: str(sentiment_rows(tmp_path / f"{name}.jsonl")) for name in ("sst2", "yelp")}
-    summary = evaluate_run(plan_run(run, Sets(files, max_rows=None), None))
+    summary = evaluate_classifier(plan_run(run, Sets(files, max_rows=None), None))
     assert list(summary["out_of_domain"]) == ["yelp"]
     assert list(summary["skipped"]) == ["imdb", "amazon", "flipkart"]  # the hub is out of reach in tests
     assert "imdb is left out: cannot load stanfordnlp/imdb" in capsys.readouterr().err

@@ -9,7 +9,17 @@ import torch
 from safetensors.torch import save_file
 
 from ba_lora.errors import UserError
-from eval.report.features import Features, draw, effective_rank, embed, main, measure, read_runs, read_steps, silhouette
+from eval.report.features import (
+    Features,
+    draw_features,
+    effective_rank,
+    embed,
+    main,
+    measure,
+    read_runs,
+    read_steps,
+    silhouette,
+)
 
 
 def save(folder: Path, step: int, *, spread: float = 1.0, num_rows: int = 60, **replaced: torch.Tensor) -> None:
@@ -88,7 +98,7 @@ def test_figure_of_several_runs(tmp_path: Path, capsys: pytest.CaptureFixture) -
 def test_panels_and_legend(tmp_path: Path) -> None:
     runs = read_runs([make_run(tmp_path / "a", "lora", steps=(0, 20)), make_run(tmp_path / "b", "pissa", steps=(0,))])
     lines = measure(runs)
-    canvas = draw(runs, lines)
+    canvas = draw_features(runs, lines)
     panels = canvas.axes
     assert len(panels) == 4
     assert [panel.get_title() for panel in panels[:2]] == ["step 0", "step 20"]
@@ -113,7 +123,7 @@ def test_scores_are_a_scale(tmp_path: Path) -> None:
     runs = read_runs([folder])
     lines = measure(runs)
     assert lines[0]["silhouette"] is None
-    canvas = draw(runs, lines)
+    canvas = draw_features(runs, lines)
     assert not canvas.legends and canvas.axes[-1].get_ylabel() == "score"
 
 
@@ -148,6 +158,6 @@ def test_runs_of_other_steps_stand_side_by_side(tmp_path: Path) -> None:
     """A panel is named where the one above it is of another step."""
     steps = {"lora": (0, 20), "pissa": (0, 20), "ba_lora": (0, 50)}
     runs = read_runs([make_run(tmp_path / name, name, steps=saved) for name, saved in steps.items()])
-    panels = draw(runs, measure(runs)).axes
+    panels = draw_features(runs, measure(runs)).axes
     assert [panel.get_title() for panel in panels] == ["step 0", "step 20", "", "", "", "step 50"]
     assert not any(panel.texts for panel in panels)

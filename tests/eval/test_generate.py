@@ -15,8 +15,8 @@ from ba_lora.prompts import build_prompt, prompt_hash
 from eval import generate
 from eval.engines import base as engines
 from eval.engines.requests import weights_state
-from eval.engines.serving import Job, plan
-from eval.generate import Options, main, recorded_name
+from eval.engines.serving import ServedModel, plan_serving
+from eval.generate import GenerateOptions, main, recorded_name
 from eval.options import parse_options, read_data, split_options
 from eval.tasks import get_task
 from tests.eval.engines.test_engines import save_adapter, save_model, save_tokenizer
@@ -199,29 +199,33 @@ def test_what_no_longer_answers_the_request_is_made_anew(
 def test_how_each_kind_of_model_is_served(base: Path, tmp_path: Path) -> None:
     run = save_run(tmp_path / "run", base, seed=1, pissa=True)
     unmerged = save_run(tmp_path / "unmerged", base, seed=1, merged=False)
-    (alone,) = plan([str(run)])
+    (alone,) = plan_serving([str(run)])
     assert (alone.served, alone.base) == ("merged", str(run / "merged"))
-    (hot,) = plan([str(run)], serve="hot")
+    (hot,) = plan_serving([str(run)], serve="hot")
     assert (hot.served, hot.base, hot.adapter) == ("lora", str(base), run / "lora")
-    (only,) = plan([str(unmerged)])
+    (only,) = plan_serving([str(unmerged)])
     assert (only.served, only.base) == ("adapter", str(base))
-    (adapter,) = plan([str(run / "lora")])
+    (adapter,) = plan_serving([str(run / "lora")])
     assert (adapter.served, adapter.base, adapter.run) == ("adapter", str(base), None)
     with pytest.raises(UserError, match="init_lora_weights=pissa"):
-        plan([str(run / "adapter")])
+        plan_serving([str(run / "adapter")])
     with pytest.raises(UserError, match="merged is missing"):
-        plan([str(unmerged)], serve="merged")
+        plan_serving([str(unmerged)], serve="merged")
     with pytest.raises(UserError, match="twice"):
-        plan([str(run), str(run)])
+        plan_serving([str(run), str(run)])
     quantised = save_run(tmp_path / "quantised", base, seed=3)
     with open(quantised / "config.yaml", "a") as file:
         file.write("  quantization: nf4\n")
-    assert [job.served for job in plan([str(quantised), str(run), str(unmerged)])] == ["merged", "lora", "adapter"]
+    assert [job.served for job in plan_serving([str(quantised), str(run), str(unmerged)])] == [
+        "merged",
+        "lora",
+        "adapter",
+    ]
     empty = tmp_path / "empty"
     empty.mkdir()
     (empty / "config.yaml").write_text("name: tiny\n")
     with pytest.raises(UserError, match="finish its training"):
-        plan([str(empty)])
+        plan_serving([str(empty)])
 
 
 def test_several_tasks_models_and_samples(base: Path, data: Path, tmp_path: Path, starts: list) -> None:
@@ -243,8 +247,8 @@ def test_several_tasks_models_and_samples(base: Path, data: Path, tmp_path: Path
 
 def test_command_line_pieces(tmp_path: Path) -> None:
     words = ["max_new_tokens=7", "temperature=0.5", "limit=none", "trust_remote_code=true", "subset=a=b", "dtype=auto"]
-    options, further = parse_options(words, Options, further=("subset",))
-    assert options == Options(max_new_tokens=7, temperature=0.5, trust_remote_code=True)
+    options, further = parse_options(words, GenerateOptions, further=("subset",))
+    assert options == GenerateOptions(max_new_tokens=7, temperature=0.5, trust_remote_code=True)
     assert further == {"subset": "a=b"}
     assert split_options(["a", "top_p=0.9"], ["gsm8k", "limit=3"], ["math=x.jsonl"]) == (
         [["a"], ["gsm8k"], ["math=x.jsonl"]],
@@ -292,11 +296,11 @@ def test_errors_are_one_line_and_write_nothing(
 
 def test_weights_are_known_by_a_commit_or_by_their_files(base: Path, tmp_path: Path) -> None:
     commit = "0123456789" * 4
-    assert weights_state(Job("org/name", "org/name", "model", revision="main")) is None
-    assert commit in weights_state(Job("org/name", "org/name", "model", revision=commit))
-    hot = Job("run", "org/name", "adapter", adapter=tmp_path, run=tmp_path)
+    assert weights_state(ServedModel("org/name", "org/name", "model", revision="main")) is None
+    assert commit in weights_state(ServedModel("org/name", "org/name", "model", revision=commit))
+    hot = ServedModel("run", "org/name", "adapter", adapter=tmp_path, run=tmp_path)
     assert weights_state(hot) is None, "a run served on a branch"
-    job = Job(str(base), str(base), "model")
+    job = ServedModel(str(base), str(base), "model")
     before = weights_state(job)
     assert before == weights_state(job)
     (base / "config.json").touch()
@@ -310,7 +314,7 @@ def test_the_weights_of_a_run_are_those_however_it_is_served(
     own = shutil.copytree(base, tmp_path / "base")
     run = save_run(tmp_path / "run", own, seed=1)
     (run / "train.json").write_text("{}")
-    (hot,), (merged,) = plan([str(run)], serve="hot"), plan([str(run)], serve="merged")
+    (hot,), (merged,) = plan_serving([str(run)], serve="hot"), plan_serving([str(run)], serve="merged")
     before = weights_state(hot)
     assert (hot.base, merged.base) == (str(own), str(run / "merged")) and weights_state(merged) == before
     (run / "merged" / "README.md").write_text("a card that names the scores")

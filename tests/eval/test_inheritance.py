@@ -23,8 +23,8 @@ def test_distinct_n_by_hand():
 
 
 def test_entropy_by_hand():
-    assert inheritance.entropy(["7", "7", "7"]) == 0.0
-    assert inheritance.entropy(["7", "8", None, "7"]) == pytest.approx(0.5 * math.log(2) + 0.5 * math.log(4))
+    assert inheritance.answer_entropy(["7", "7", "7"]) == 0.0
+    assert inheritance.answer_entropy(["7", "8", None, "7"]) == pytest.approx(0.5 * math.log(2) + 0.5 * math.log(4))
 
 
 def test_likelihood_equals_one_text_at_a_time(tiny_model):

@@ -11,9 +11,9 @@ import pytest
 from ba_lora.errors import UserError
 from ba_lora.io import sha256_file
 from eval import inheritance
-from eval.completions import output_paths, read_completions
+from eval.completions import read_completions, score_paths
 from eval.score import main
-from eval.scoring import Options, grader_versions, read_options, score_file
+from eval.scoring import ScoreOptions, grader_versions, read_options, score_file
 from eval.tasks import get_task, glue
 from eval.tasks.base import bootstrap_intervals
 
@@ -165,10 +165,10 @@ def test_bad_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, argument
 
 
 def test_options() -> None:
-    assert read_options([], []) == Options()
-    assert read_options(["allow_partial=True", "workers=3", "timeout_s=0.5"], []) == Options(True, 3, 0.5)
+    assert read_options([], []) == ScoreOptions()
+    assert read_options(["allow_partial=True", "workers=3", "timeout_s=0.5"], []) == ScoreOptions(True, 3, 0.5)
     tasks = [get_task("gsm8k"), get_task("mbpp")]
-    assert read_options(["challenge=true", "workers=none"], tasks) == Options(choices={"challenge": "true"})
+    assert read_options(["challenge=true", "workers=none"], tasks) == ScoreOptions(choices={"challenge": "true"})
 
 
 def test_partial(tmp_path: Path, data: Path, capsys: pytest.CaptureFixture) -> None:
@@ -265,11 +265,11 @@ def test_a_lone_surrogate_can_be_written(tmp_path: Path) -> None:
 
 
 def test_output_paths(tmp_path: Path) -> None:
-    assert output_paths(tmp_path / "run" / "completions" / "gsm8k.jsonl", None) == (
+    assert score_paths(tmp_path / "run" / "completions" / "gsm8k.jsonl", None) == (
         tmp_path / "run" / "scores" / "gsm8k.json",
         tmp_path / "run" / "grades" / "gsm8k.jsonl",
     )
-    assert output_paths(tmp_path / "a.jsonl", tmp_path / "b.json") == (tmp_path / "b.json", tmp_path / "b.grades.jsonl")
+    assert score_paths(tmp_path / "a.jsonl", tmp_path / "b.json") == (tmp_path / "b.json", tmp_path / "b.grades.jsonl")
 
 
 def make_run(folder: Path, data: Path, texts: list[str]) -> None:

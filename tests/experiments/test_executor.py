@@ -8,7 +8,7 @@ import pytest
 
 from ba_lora.errors import UserError
 from ba_lora.experiments.executors import local as executor
-from ba_lora.experiments.executors.local import LocalExecutor, Slot, Work, local_slots, log_lines
+from ba_lora.experiments.executors.local import LocalExecutor, Slot, StageQueue, local_slots, log_lines
 from ba_lora.experiments.pipeline import Stage, launch_command
 from ba_lora.locks import holder, try_lock
 
@@ -61,7 +61,7 @@ def test_no_two_groups_are_given_one_port(tmp_path):
 
 
 def run_stage(program, folder, locks=()):
-    work = Work([Stage("generate", [sys.executable, "-c", program], (folder,))], folder, list(locks))
+    work = StageQueue([Stage("generate", [sys.executable, "-c", program], (folder,))], folder, list(locks))
     local = LocalExecutor([Slot("worker", {})])
     local.submit(work, local.free_slot())
     assert local.wait(60) == [work]

@@ -17,9 +17,9 @@ from ba_lora.experiments import state as grid_state
 from ba_lora.experiments.evaluation_state import STATE_FILE
 from ba_lora.experiments.executors.local import LocalExecutor
 from ba_lora.experiments.grid import Grid
-from ba_lora.experiments.options import rows_for_gpus, select_rows, split_options
+from ba_lora.experiments.options import read_grid_options, rows_for_gpus, select_rows
 from ba_lora.experiments.pipeline import Spec, evaluation_stages
-from ba_lora.experiments.plan import dry_run, plan
+from ba_lora.experiments.plan import dry_run, plan_runs
 from ba_lora.experiments.state import inspect
 from ba_lora.experiments.tables import load_table
 from ba_lora.glue import HUB_REVISION
@@ -222,7 +222,7 @@ def test_a_failure_is_shown_and_retried_on_request(folder):
     again = fake_grid.run(table, say=lines.append)
     assert set(again.failed) == {bad} and f"train {bad.name}" not in counted(folder)
     assert any("is broken: mend it" in line and "retry=true" in line for line in lines)
-    assert "failed " in "\n".join(dry_run(table, plan(table, fake_grid.GRADERS)))
+    assert "failed " in "\n".join(dry_run(table, plan_runs(table, fake_grid.GRADERS)))
     assert not fake_grid.run(table, retry=True).failed
     check_complete(table)
 
@@ -398,7 +398,7 @@ def test_kill_at_random_instants(folder, number):
 
 def test_the_words_of_the_command_line():
     words = ["retry=true", "seeds=[1,2]", "workers=3", "only=lora,pissa", "output=there", "allow=engine"]
-    options, overrides = split_options([*words, "data.num_rows=5"])
+    options, overrides = read_grid_options([*words, "data.num_rows=5"])
     assert options.report == ("output=there", "allow=engine")
     assert options.retry and options.seeds == (1, 2) and options.workers == 3 and options.only == ("lora", "pissa")
     assert overrides == ["data.num_rows=5"]
@@ -410,7 +410,7 @@ def test_the_words_of_the_command_line():
         "toy": "cannot read 'toy'",
     }.items():
         with pytest.raises(UserError, match=message):
-            split_options([word])
+            read_grid_options([word])
 
 
 def test_rows_can_be_chosen(folder):

@@ -13,7 +13,7 @@ from ba_lora.experiments import grid
 from ba_lora.experiments import plan as grid_plan
 from ba_lora.experiments.executors.local import Slot
 from ba_lora.experiments.options import select_rows
-from ba_lora.experiments.plan import dry_run, plan
+from ba_lora.experiments.plan import dry_run, plan_runs
 from ba_lora.experiments.tables import available_tables, find_table, load_table
 from ba_lora.io import write_jsonl_atomic
 from eval import metric_paths
@@ -26,9 +26,9 @@ from tests.workers import fake_grid
 def test_another_config_is_named(grid_folder):
     fake_grid.run(fake_grid.table(grid_folder))
     changed = fake_grid.table(grid_folder, overrides=["data.num_rows=7"])
-    text = "\n".join(dry_run(changed, plan(changed, fake_grid.GRADERS)))
+    text = "\n".join(dry_run(changed, plan_runs(changed, fake_grid.GRADERS)))
     assert text.count("stale ") == 6 and "config changed since toy-lora-s1-" in text
-    assert sum(entry.changed is not None for entry in plan(changed, fake_grid.GRADERS)) == 6  # told once a run
+    assert sum(entry.changed is not None for entry in plan_runs(changed, fake_grid.GRADERS)) == 6  # told once a run
     assert "6 stale" in text and "18 cells" not in text and "12 cells from 6 runs" in text
 
 
@@ -37,10 +37,12 @@ def test_a_missing_judge_is_told_before_the_first_training(grid_folder, monkeypa
         monkeypatch.delenv(name, raising=False)
     column = {"task": "mt_bench", "metric": "rating", "unit": "points"}
     judged = fake_grid.table(grid_folder, columns={"mt_bench": column})
-    told = [line for line in dry_run(judged, plan(judged, {})) if line.startswith("warning: JUDGE_MODEL is not set")]
+    told = [
+        line for line in dry_run(judged, plan_runs(judged, {})) if line.startswith("warning: JUDGE_MODEL is not set")
+    ]
     assert len(told) == 1
     table = fake_grid.table(grid_folder)
-    assert not any("JUDGE" in line for line in dry_run(table, plan(table, {})))
+    assert not any("JUDGE" in line for line in dry_run(table, plan_runs(table, {})))
 
 
 def test_each_run_is_looked_at_once(grid_folder, monkeypatch):
@@ -48,7 +50,7 @@ def test_each_run_is_looked_at_once(grid_folder, monkeypatch):
     looked, real = [], grid_plan.inspect
     monkeypatch.setattr(grid_plan, "inspect", lambda spec, graders: looked.append(spec) or real(spec, graders))
     table = fake_grid.table(grid_folder)
-    plan(table, fake_grid.GRADERS)
+    plan_runs(table, fake_grid.GRADERS)
     assert looked == table.specs() and len(table.cells) == 2 * len(looked)
 
 
@@ -63,7 +65,7 @@ def test_a_run_that_cannot_be_looked_at_is_told_beside_the_others(grid_folder):
     fake_grid.run(table)
     bad = table.specs()[0].config.run_path
     (bad / "claim.json").write_text("{")
-    lines = dry_run(table, plan(table, fake_grid.GRADERS))
+    lines = dry_run(table, plan_runs(table, fake_grid.GRADERS))
     assert lines[0].startswith("failed ") and "claim.json, line 1: not valid JSON" in lines[1]
     assert lines[2].startswith("done ") and lines[3].endswith("1 failed, 1 done")
 
@@ -76,7 +78,7 @@ def test_what_failed_costs_nothing_unless_it_is_tried_again(grid_folder, monkeyp
     costs = []
     monkeypatch.setattr(grid_plan, "estimate_lines", lambda left: costs.append(left) or [])
     for retry in (False, True):
-        dry_run(table, plan(table, fake_grid.GRADERS), retry=retry)
+        dry_run(table, plan_runs(table, fake_grid.GRADERS), retry=retry)
     assert costs[0] == []
     ((spec, state),) = costs[1]
     assert spec.config.run_path == bad and state.train
@@ -100,7 +102,7 @@ def settings(tmp_path, root, monkeypatch):
         }
         path = tmp_path / "settings.yaml"
         path.write_text(yaml.safe_dump(raw))
-        entries = plan(load_table(path), {})
+        entries = plan_runs(load_table(path), {})
         assert len(entries) == 2 * len(named)
         return {entry.cells[0].row.setting: entry for entry in entries}
 
@@ -151,7 +153,7 @@ def test_a_refused_run_is_not_trained_and_the_others_are(grid_folder, monkeypatc
     bad, good = table.specs()
     error = "eval.data.toy: no such file"
     monkeypatch.setattr(grid_plan, "refused_evaluations", lambda configs: {bad.config.run_path: error})
-    monkeypatch.setattr(grid, "grader_versions", lambda: fake_grid.GRADERS)
+    monkeypatch.setattr(grid, "ask_grader_versions", lambda: fake_grid.GRADERS)
     monkeypatch.setattr(grid, "check_columns", lambda table: None)
     monkeypatch.setattr(grid, "local_slots", lambda *_, **__: [Slot("worker", {})])
     monkeypatch.setattr(grid, "subprocess", SimpleNamespace(run=lambda *_, **__: SimpleNamespace(returncode=0)))
@@ -213,7 +215,7 @@ def test_the_command_refuses_a_mistyped_metric_as_it_is_typed(grid_folder, monke
 
 def test_a_dry_run_tells_what_a_limit_does_to_the_table(grid_folder):
     table = fake_grid.table(grid_folder, overrides=["eval.limit=7"])
-    lines = dry_run(table, plan(table, fake_grid.GRADERS))
+    lines = dry_run(table, plan_runs(table, fake_grid.GRADERS))
     assert "eval.limit=7: scores are of the first items alone, as a footnote of the table will say" in lines
     settings = {"all": [], "some": ["eval.limit=7"]}
     rows = [{"bases": ["toy"], "methods": ["lora"], "settings": {"all": []}}]

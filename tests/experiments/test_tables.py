@@ -17,6 +17,7 @@ from ba_lora.paths import PROJECT_ROOT
 from eval import generate, score
 from eval.report.spec import table_spec
 from eval.tasks import TASKS, get_task
+from tests.support.tiers import mostly_slow
 
 FILES = sorted((PROJECT_ROOT / "configs" / "tables").glob("*.yaml"))
 
@@ -51,12 +52,15 @@ def test_there_are_tables():
     assert FILES and [path.stem for path in FILES] == tables.available_tables()
 
 
+QUICK = ("toy", "nlg_main", "factorial", "imbalance", "noise_glue")  # the others are left to the slow tier
+
+
 def scored(config):
     own = find_task(config.nlu.task).dev_sets if config.kind == "nlu" else ()
     return [*own, *config.eval.tasks]
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", mostly_slow(FILES, QUICK, name=lambda path: path.stem))
 def test_every_table_resolves(path):
     """Every cell has a run that evaluates what the cell shows; the report can read it; its size is told as it is."""
     table = load_table(path, seeds=[3, 4])
@@ -223,7 +227,7 @@ def test_paper_files_name_the_columns_they_have():
         assert header == ["table", "model", "method", "setting", "task", "metric", "mean", "std", "source"], path
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", mostly_slow(FILES, QUICK, name=lambda path: path.stem))
 def test_every_evaluation_is_one_that_the_evaluators_take(path, monkeypatch):
     """A word that eval.generate or eval.score refuses would show only after the trainings."""
     asked = []
@@ -240,6 +244,7 @@ def test_every_evaluation_is_one_that_the_evaluators_take(path, monkeypatch):
                 assert tasks and score.read_options([word for word in words if "=" in word], tasks)
 
 
+@pytest.mark.slow
 def test_tables_that_share_a_run_evaluate_it_alike():
     """But for the tasks; else each would call the other's evaluation stale."""
     evaluations = {}

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.golden.curves import CASES, STEPS, VALUES, run_ids, train
+from tests.support.tiers import mostly_slow
 
 PINNED = json.loads(VALUES.read_text())
 
@@ -22,7 +23,7 @@ def test_every_case_is_pinned():
     assert all(len(case["steps"]) == STEPS for case in PINNED["cases"].values())
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", mostly_slow(CASES, ("pissa", "ba_lora", "ba_lora_iclr2026", "nlu_ba_lora")))
 def test_the_curve_is_the_pinned_one(case, tmp_path, tolerance):
     pinned, now = PINNED["cases"][case], train(case, tmp_path)
     assert now["norm"] == pytest.approx(pinned["norm"], rel=tolerance)

@@ -8,7 +8,7 @@ import pytest
 
 from ba_lora import errors
 from ba_lora.experiments import state as grid_state
-from ba_lora.experiments.executors.local import Failure
+from ba_lora.experiments.executors.local import StageFailure
 from ba_lora.experiments.pipeline import Stage
 
 RESUMING = {
@@ -46,7 +46,7 @@ def test_an_interrupted_command_says_so_below_its_progress_bar(resumes, said, mo
     assert printed.splitlines() == ["step 3: 12 %", said]
     log = tmp_path / "train.log"
     log.write_text(printed + "resource_tracker: cleaned up at the end\n", encoding="utf-8")
-    found = grid_state._error(Failure(Stage("train", [], ()), 130, log))
+    found = grid_state._error(StageFailure(Stage("train", [], ()), 130, log))
     assert found == said.removeprefix("error: ")
 
 

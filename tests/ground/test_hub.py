@@ -11,7 +11,7 @@ from huggingface_hub import constants
 
 from ba_lora import hub
 from ba_lora.errors import UserError
-from ba_lora.models.load import hub_errors
+from ba_lora.models.source import hub_errors
 
 
 @pytest.fixture

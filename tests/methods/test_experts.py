@@ -13,7 +13,7 @@ from ba_lora.methods.build import build_model, left_out_experts
 from eval.engines import adapters
 from eval.engines.base import EngineOptions
 from eval.engines.open import open_engine
-from eval.engines.serving import plan
+from eval.engines.serving import plan_serving
 from tests.support.tiny import save_tiny_model, tiny_moe
 
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -67,7 +67,7 @@ def test_layers_that_peft_takes_for_the_experts_are_refused(
 @pytest.mark.parametrize("method", ["lora", "ba_lora"])
 def test_a_model_with_experts_trains_exports_and_is_served_hot(train, moe: Path, method: str) -> None:  # noqa: ANN001
     run = train(f"model.name={moe}", "trainer.max_steps=2", method=method)
-    (job,) = plan([str(run)], serve="hot")
+    (job,) = plan_serving([str(run)], serve="hot")
     assert job.adapter == run / ("lora" if method == "ba_lora" else "adapter") and job.base == str(moe)
     adapters.check_adapter(job.adapter, job.base, EngineOptions())
     with open_engine("hf", job.base, adapters={"a": job.adapter}) as engine:
@@ -90,6 +90,6 @@ def test_an_adapter_of_experts_is_served_merged(tmp_path: Path) -> None:
         (run / "config.yaml").write_text(f"name: tiny\nmethod: lora\nmodel:\n  name: {base}\n  dtype: float32\n")
         runs.append(str(run))
     assert adapters.read_adapter(tmp_path / "one" / "adapter")["target_parameters"]
-    assert [job.served for job in plan(runs)] == ["merged", "merged"]
+    assert [job.served for job in plan_serving(runs)] == ["merged", "merged"]
     with pytest.raises(UserError, match="cannot be served hot"):
-        plan(runs, serve="hot")
+        plan_serving(runs, serve="hot")

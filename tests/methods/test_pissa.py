@@ -21,7 +21,7 @@ from ba_lora.errors import UserError
 from ba_lora.methods import build as methods
 from ba_lora.methods import factors_cache as pissa_cache
 from ba_lora.methods import pissa
-from ba_lora.methods.factors_cache import SKETCH_SEED, SVD, FactorsCache, digest
+from ba_lora.methods.factors_cache import SKETCH_SEED, SVD, FactorsCache, tensor_sha256
 from ba_lora.methods.pissa import Matrix, decompose, load_factors, requested_svd, write_factors
 from ba_lora.models.layers import adapter_layers, factor_parameters
 from tests.support.pissa_helpers import random_matrices, weights_sha256
@@ -328,7 +328,7 @@ def test_damaged_and_foreign_files_are_refused_in_one_line(tmp_path):
     for weight in weights:
         decompose({"w": Matrix(weight)}, SVD(3), cache=cache)
     decompose({"w": Matrix(weights[0])}, SVD(3, 1), cache=cache)
-    file, other = (cache.file(digest(weight), SVD(3)) for weight in weights)
+    file, other = (cache.file(tensor_sha256(weight), SVD(3)) for weight in weights)
     whole = file.read_bytes()
     changed = whole[:-1] + bytes([whole[-1] ^ 1])
     plain = tmp_path / "plain.safetensors"
@@ -338,7 +338,7 @@ def test_damaged_and_foreign_files_are_refused_in_one_line(tmp_path):
         (b"", "is damaged"),
         (changed, "other contents than were written"),
         (other.read_bytes(), "belongs to another matrix"),
-        (cache.file(digest(weights[0]), SVD(3, 1)).read_bytes(), "belongs to another matrix or SVD"),
+        (cache.file(tensor_sha256(weights[0]), SVD(3, 1)).read_bytes(), "belongs to another matrix or SVD"),
         (plain.read_bytes(), "belongs to another matrix"),
     ):
         file.write_bytes(content)

@@ -19,7 +19,7 @@ from ba_lora.objective.terms.base import BatchTerm, PositionTerm
 from ba_lora.objective.terms.block import Positions
 from ba_lora.objective.terms.consistency import Consistency
 from ba_lora.objective.terms.diversity import Diversity
-from ba_lora.objective.terms.task import Task
+from ba_lora.objective.terms.task import CrossEntropy
 from tests.support.pages import example
 from tests.support.tiny import arguments, collate, tiny_peft, tiny_rows
 
@@ -58,7 +58,7 @@ def test_autograd_in_the_walk_is_autograd_over_all_logits(temperature, top_k):
         torch.randint(0, 37, (13,), generator=generator), torch.randn(13, 8, generator=generator, dtype=torch.float64)
     )
     head = torch.nn.Linear(8, 37, bias=False).double().requires_grad_(False)
-    terms = [Task(), Consistency(temperature=temperature), Diversity(top_k=top_k), ReverseKL()]
+    terms = [CrossEntropy(), Consistency(temperature=temperature), Diversity(top_k=top_k), ReverseKL()]
     factors = {"task": 0.3, "consistency": 0.2, "diversity": 0.7, "reverse_kl": 1.1}
     want, want_sums = plain_loss(hidden, head, positions, terms, factors)
     got, sums = fused_loss(hidden, head, positions, terms, factors, chunk_memory_mb=5.5 * 37 * 2 * 8 / 2**20)

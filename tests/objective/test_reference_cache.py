@@ -23,6 +23,7 @@ from ba_lora.objective.reference_cache.fill import FileLocks, cache_key, claim, 
 from ba_lora.objective.reference_cache.store import Rows, open_cache
 from ba_lora.objective.regularizers import TopLogProbs, top_log_probs
 from tests.support.losses import TermWeights, fused_nlg_loss, nlg_loss
+from tests.support.tiers import mostly_slow
 from tests.support.tiny import (
     VOCABULARY,
     adapter_weights,
@@ -204,7 +205,7 @@ VERSIONS = {
 }
 
 
-@pytest.mark.parametrize("implementation", ["fused", "plain"])
+@pytest.mark.parametrize("implementation", mostly_slow(("fused", "plain"), ("fused",)))
 @pytest.mark.parametrize("version", VERSIONS)
 def test_training_with_every_token_is_training_without_a_cache(tmp_path, version, implementation):
     """20 steps over shuffled rows: the same terms and weights; the model carries no second adapter."""
@@ -315,6 +316,7 @@ def whole(root, tmp_path_factory):
     return contents(folder)
 
 
+@pytest.mark.slow
 def test_a_killed_writer_goes_on_to_the_same_bytes(whole, root, tmp_path):
     """Killed after the key, the sample or a shard was written, and with half a sample or half a shard on disk."""
     save = "ba_lora.objective.reference_cache.files.save_file"
@@ -326,6 +328,7 @@ def test_a_killed_writer_goes_on_to_the_same_bytes(whole, root, tmp_path):
         assert contents(tmp_path / "killed" / str(number)) == whole
 
 
+@pytest.mark.slow
 def test_several_writers_share_the_work(whole, root, tmp_path):
     """Every file is computed once, and nobody leaves before all are there."""
     folder = tmp_path / "cache"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from eval.scoring import Options, score_file
+from eval.scoring import ScoreOptions, score_file
 from eval.tasks import get_task
 from tests.support.boxes import needs_bubblewrap
 
@@ -27,7 +27,7 @@ def references(data: Path, folder: Path, **options: object) -> dict:
     task = get_task("mbpp")
     rows = [{"task_id": item.task_id, "completion": item.gold} for item in task.load_items(str(data))]
     path = write(folder / "mbpp.jsonl", rows)
-    return score_file(task, path, data=str(data), options=Options(**options))
+    return score_file(task, path, data=str(data), options=ScoreOptions(**options))
 
 
 @pytest.mark.parametrize("step", [5, pytest.param(1, marks=pytest.mark.slow)])
@@ -36,7 +36,7 @@ def test_mbpp_test_references_pass(real_data: Path, tmp_path: Path, step: int) -
     items = task.select(task.load_items(str(real_data / "mbpp" / "mbpp.jsonl")))
     assert [items[0].task_id, items[-1].task_id, len(items)] == ["mbpp/11", "mbpp/510", 500]
     rows = [{"task_id": item.task_id, "completion": item.gold} for item in items[::step]]
-    path, options = write(tmp_path / "c.jsonl", rows), Options(allow_partial=step > 1)
+    path, options = write(tmp_path / "c.jsonl", rows), ScoreOptions(allow_partial=step > 1)
     score = score_file(task, path, data=str(real_data / "mbpp" / "mbpp.jsonl"), options=options)
     assert score["metrics"] == {"strict": 1.0, "pass@1": 1.0}
     assert (score["n"], score["num_missing"]) == (500 // step, 500 - 500 // step)
@@ -72,7 +72,7 @@ def test_a_whole_humaneval_is_graded_in_a_minute(tmp_path: Path) -> None:
     path = write(tmp_path / "humaneval.jsonl", rows)
     busy = os.getloadavg()[0]
     started = time.monotonic()
-    score = score_file(task, path, options=Options(workers=2))
+    score = score_file(task, path, options=ScoreOptions(workers=2))
     elapsed = time.monotonic() - started
     assert score["metrics"] == {"strict": 1.0, "pass@1": 1.0, "pass@5": 1.0}
     assert elapsed < 60 * max(1.0, busy / 2), f"{elapsed:.0f} s at load {busy:.1f}"

@@ -12,7 +12,7 @@ import pytest
 from ba_lora.io import read_jsonl
 from eval.grading.equality import equal
 from eval.grading.limits import TimeLimit, cpu_limit
-from eval.scoring import Options, score_file
+from eval.scoring import ScoreOptions, score_file
 from eval.tasks import get_task
 from tests.support.respellings import right, wrong
 
@@ -23,7 +23,7 @@ def score(task: str, texts: list[str], data: Path, folder: Path, **options: obje
     path = folder / f"{task}.jsonl"
     rows = [{"task_id": f"{task}/{index}", "completion": text} for index, text in enumerate(texts)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return score_file(get_task(task), path, data=str(data), options=Options(**options))
+    return score_file(get_task(task), path, data=str(data), options=ScoreOptions(**options))
 
 
 @pytest.fixture(scope="module")

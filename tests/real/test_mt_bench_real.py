@@ -90,7 +90,7 @@ def test_a_whole_run_of_the_published_questions(
     items, _ = get_task("mt_bench").load(str(published))
     path = tmp_path / "answers.jsonl"
     path.write_text("".join(json.dumps({"task_id": i.task_id, "completion": i.task_id}) + "\n" for i in items))
-    options = scoring.Options(judgements=1, judge_parallel=2)
+    options = scoring.ScoreOptions(judgements=1, judge_parallel=2)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     with JudgeServer(lambda number, body: completion(f"Rating: [[{number % 10 + 1}]]")) as server:
         for name, value in server.environ.items():
@@ -163,7 +163,7 @@ def test_vllm_as_model_and_as_judge(published: Path, tmp_path: Path, monkeypatch
         for name, value in {"MODEL": "tiny-judge", "BASE_URL": url, "API_KEY": "none"}.items():
             monkeypatch.setenv(f"JUDGE_{name}", value)
         monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-        options = scoring.Options(
+        options = scoring.ScoreOptions(
             judgements=2, judge_parallel=4, judge_max_tokens=24, judge_temperature=1.0, allow_partial=True
         )
         started = time.monotonic()

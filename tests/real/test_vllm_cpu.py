@@ -81,12 +81,12 @@ def answer(tmp_path_factory: pytest.TempPathFactory) -> dict:
     real = Path(os.environ.get("BA_LORA_REAL_DATA", ROOT.parent / "shared" / "data"))
     model, questions = model_and_questions(real if real.is_dir() else None)
     from ba_lora.prompts import build_prompt
-    from eval.engines.base import context_length, encode_prompts, load_config, load_tokenizer
+    from eval.engines.base import context_length, encode_prompts, load_base_config, load_base_tokenizer
 
     prompts = [build_prompt(question) for question in questions] + ["Once upon a time", "Tom has 3 red balls."]
-    lengths = [len(ids) for ids in encode_prompts(load_tokenizer(str(model)), prompts)]
+    lengths = [len(ids) for ids in encode_prompts(load_base_tokenizer(str(model)), prompts)]
     # A short context, so that texts reach its end quickly; the longest prompts do not fit into it.
-    context = min(context_length(load_config(str(model))), max(lengths))
+    context = min(context_length(load_base_config(str(model))), max(lengths))
     prompts.append("word " * context)
     by_length = [prompt for _, prompt in sorted(zip(lengths, prompts, strict=False))]
 

@@ -15,9 +15,11 @@ from ba_lora.config.schema import ModelConfig, RunConfig
 from ba_lora.errors import UserError
 from ba_lora.io import read_json
 from ba_lora.runs import export
-from ba_lora.runs.export import MAX_SHARE, serving_adapter
+from ba_lora.runs.export import serving_adapter
+from ba_lora.runs.parity import MAX_SHARE, compare_logits
 from ba_lora.training.plain_lora import plain_lora
 from tests.support import tiny
+from tests.support.tiers import mostly_slow
 from tests.support.tiny import only_result, save_tiny_model
 
 TEXT = "Tom has 3 apples and buys 4 more."
@@ -33,7 +35,7 @@ def base(tiny_model):
     return AutoModelForCausalLM.from_pretrained(tiny_model)
 
 
-@pytest.mark.parametrize("method", available_methods())
+@pytest.mark.parametrize("method", mostly_slow(available_methods(), ("full_ft", "adalora", "dora", "lora", "ba_lora")))
 def test_every_method_trains_and_exports(train, tiny_model, method):
     """merged = adapter on the untouched base, by plain PEFT; and training did change the model."""
     steps = ["trainer.max_steps=12"] if method == "adalora" else []
@@ -330,10 +332,10 @@ def test_an_export_that_loses_more_than_a_tenth_of_the_change_is_refused(tmp_pat
     (tmp_path / "lora").mkdir()
     arguments = ("lora", trained - lost * change, trained, initial, config, tmp_path)
     if passes:
-        assert export._compare(*arguments).share == pytest.approx(lost, rel=1e-2)
+        assert compare_logits(*arguments).share == pytest.approx(lost, rel=1e-2)
         return
     with pytest.raises(UserError, match="20 % of what training changed.* allowed are 10% of that change"):
-        export._compare(*arguments)
+        compare_logits(*arguments)
     assert (tmp_path / "lora.rejected").is_dir() and not (tmp_path / "lora").exists()
 
 

@@ -14,8 +14,8 @@ from ba_lora.experiments.tables import find_table, load_table
 from ba_lora.io import read_json, write_json_atomic
 from ba_lora.prompts import prompt_hash
 from ba_lora.runs import folder as run
-from ba_lora.runs import results
-from ba_lora.runs.results import assemble, environment, git_state, hardware_name, write_result
+from ba_lora.runs.environment import environment, git_state, hardware_name
+from ba_lora.runs.results import assemble, write_result
 from tests.support.committed import committed_paths, committed_text
 
 
@@ -32,7 +32,7 @@ def test_a_run_that_was_not_trained_has_failed(config):
 def test_the_prompt_is_the_one_of_the_training(config, monkeypatch):
     """Scored again under another template, the result still tells what was trained on."""
     trained_with = prompt_hash()
-    run.finish(config.run_path, config, {"training": {"steps": 3}})
+    run.finish_run(config.run_path, config, {"training": {"steps": 3}})
     monkeypatch.setitem(prompts.TEMPLATES, "alpaca", "Another one: {instruction}")
     result = write_result(config.run_path, config)
     assert (result["prompt_hash"], result["training"], result["status"]) == (trained_with, {"steps": 3}, "ok")
@@ -58,7 +58,7 @@ def test_what_a_run_writes_does_not_make_the_code_dirty(tmp_path, monkeypatch):
         identity = ("-c", "user.name=Test", "-c", "user.email=test@localhost")
         subprocess.run(["git", "-C", str(tmp_path), *identity, *words], check=True, capture_output=True)
 
-    monkeypatch.setattr(results, "PROJECT_ROOT", tmp_path)
+    monkeypatch.setattr("ba_lora.runs.environment.PROJECT_ROOT", tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     for name in ("results/bench.csv", "results/toy/runs/one.json", "scripts/results.py"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

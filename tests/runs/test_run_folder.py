@@ -12,7 +12,7 @@ from ba_lora.config.layers import load_config, load_run
 from ba_lora.config.schema import to_yaml
 from ba_lora.errors import UserError
 from ba_lora.io import read_json, write_json_atomic
-from ba_lora.models.load import folder_hash, model_source
+from ba_lora.models.source import folder_hash, model_source
 from ba_lora.runs import folder as run
 from ba_lora.runs.folder import CLAIM, claim_folder, is_finished, is_trained, keep_base, keep_factors, recorded
 from ba_lora.runs.results import assemble, result_fault, write_result
@@ -50,7 +50,7 @@ def trained(config):
     claim_folder(config)
     for name in ("adapter", "lora", "merged"):
         put(config.run_path / name / "adapter_model.safetensors", name)
-    return run.finish(config.run_path, config, {"training": {"steps": 1}})
+    return run.finish_run(config.run_path, config, {"training": {"steps": 1}})
 
 
 # ---- results

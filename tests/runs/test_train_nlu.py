@@ -19,6 +19,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from ba_lora.config.layers import available_methods
 from ba_lora.errors import UserError
 from ba_lora.runs.export import serving_adapter
+from tests.support.tiers import mostly_slow
 from tests.support.tiny import only_result
 from tests.support.tiny_nlu import publish, tiny_overrides, write_sst2
 
@@ -31,7 +32,7 @@ def logits(model, folder):
         return model.eval()(**batch).logits
 
 
-@pytest.mark.parametrize("method", available_methods("nlu"))
+@pytest.mark.parametrize("method", mostly_slow(available_methods("nlu"), ("full_ft", "bitfit", "lora", "ba_lora")))
 def test_every_method_trains_and_exports(train_nlu, tiny_encoder, method):
     """merged = adapter with its head on the untouched encoder, by plain PEFT."""
     steps = ["trainer.num_train_epochs=4"] if method == "adalora" else []

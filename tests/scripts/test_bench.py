@@ -44,6 +44,7 @@ def check(folder, cases, *words, shape="toy"):
     assert results.with_suffix(".png").stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_a_row_for_each_case(tmp_path):
     check(tmp_path, ("pissa", "fused"))
 

@@ -77,15 +77,17 @@ def test_the_readme_is_short():
 
 
 @pytest.fixture
-def dry_run(capsys, monkeypatch):
+def dry_run(capsys, monkeypatch, tmp_path):
     """Call what a line's script calls, with --dry-run, in this process (a start of Python takes seconds); return what
     it prints."""
 
     monkeypatch.setenv("SEED", "1")
     monkeypatch.setenv("GLUE", "glue")
+    (tmp_path / "test.jsonl").write_text('{"question": "2 + 2?", "answer": "#### 4"}\n')  # the user's own test set
 
     def run(line):
-        words = shlex.split(os.path.expandvars(line).removesuffix("--dry-run"))
+        line = os.path.expandvars(line).replace("=test.jsonl", f"={tmp_path}/test.jsonl")
+        words = shlex.split(line.removesuffix("--dry-run"))
         while "=" in words[0]:
             monkeypatch.setenv(*words.pop(0).split("=", 1))
         assert words[0] == "sh"

@@ -12,7 +12,7 @@ from ba_lora.objective.terms import term_class, term_names
 from ba_lora.objective.terms.base import BatchTerm, Outputs, PositionTerm
 from ba_lora.objective.terms.block import Positions
 from ba_lora.objective.terms.consistency import CachedConsistency
-from ba_lora.objective.terms.task import Task
+from ba_lora.objective.terms.task import CrossEntropy
 from ba_lora.objective.terms_nlu import classifier_terms
 
 
@@ -31,7 +31,7 @@ def token_terms(config, reference=None):
     classes = {name: term_class(name) for name in term_names() if getattr(config, f"lambda_{name}") > 0}
     if "consistency" in classes and isinstance(reference, TopLogProbs):
         classes["consistency"] = CachedConsistency
-    return [Task(), *(of.from_config(config) for of in classes.values())]
+    return [CrossEntropy(), *(of.from_config(config) for of in classes.values())]
 
 
 def whole_loss(position_loss, terms, matrix, weights):

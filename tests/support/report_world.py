@@ -11,7 +11,7 @@ from pathlib import Path
 from ba_lora.experiments.tables import Row
 from ba_lora.io import read_json, write_json_atomic, write_jsonl_atomic
 from eval.report.sources import Sources, read_paper, read_results
-from eval.report.spec import Column, PlannedRun, TableSpec
+from eval.report.spec import PlannedRun, ReportColumn, TableSpec
 from eval.report.table import ReportTable, build_table
 from eval.tasks import get_task
 
@@ -116,9 +116,9 @@ class World:
         """Return the known table's spec: GSM8K, its mean with itself, hours."""
         rows = [Row("tiny", method) for method in ("full_ft", "lora", "dora", "loha", "pissa", "ba_lora")]
         columns = (
-            Column("gsm8k", "GSM8K", task="gsm8k", metric="strict", paper=("gsm8k", "accuracy")),
-            Column("average", "Average", mean_of=("gsm8k", "hours"), unit="", scale=1.0, decimals=1),
-            Column(
+            ReportColumn("gsm8k", "GSM8K", task="gsm8k", metric="strict", paper=("gsm8k", "accuracy")),
+            ReportColumn("average", "Average", mean_of=("gsm8k", "hours"), unit="", scale=1.0, decimals=1),
+            ReportColumn(
                 "hours",
                 "time",
                 metric="training.seconds",

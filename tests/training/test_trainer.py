@@ -18,7 +18,7 @@ from ba_lora.methods.adalora import adalora_orthogonality, adalora_orthogonality
 from ba_lora.objective import regularizers as reg
 from ba_lora.objective.path import evaluating
 from ba_lora.objective.reference import build_reference
-from ba_lora.training.log import TermMeter, terms_line
+from ba_lora.training.log import TermMeter, mean_gradient_shares, terms_line
 from tests.support.tiny import adapter_weights, arguments, collate, tiny_llama, tiny_peft, tiny_rows
 
 STRONG = {"lambda_consistency": 0.5, "lambda_diversity": 0.3, "lambda_svd": 0.2}
@@ -271,6 +271,10 @@ def test_the_log_line_is_one_line_with_every_term():
         num_steps=9,
     )
     assert line == "step 5/9 | loss 1.5000 | task 1.4 | consistency 0.1 (5 % of the loss) | lr 1.0e-03"
+    line = terms_line({"loss": 1.5, "svd": 0.1, "share_svd": 0.05, "gradient_share_svd": 0.002}, step=5, num_steps=9)
+    assert line == "step 5/9 | loss 1.5000 | svd 0.1 (5 % of the loss, gradient 0.2 % of the task's)"
+    history = [{"gradient_share_svd": 0.1}, {"loss": 1.0}, {"gradient_share_svd": 0.3}]
+    assert mean_gradient_shares(history) == {"svd": pytest.approx(0.2)}
 
 
 # ---- AdaLoRA

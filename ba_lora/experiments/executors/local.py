@@ -1,7 +1,7 @@
 """Where a grid's commands run: `LocalExecutor`, one worker for each GPU (or group of GPUs), or on the CPU.
 
-A grid asks `free_slot()` for room, gives `submit()` a `Work`, and collects what has ended from `wait()`; `cancel()`
-ends what still runs. Another executor, for a cluster, needs these four.
+A grid asks `free_slot()` for room, gives `submit()` a `StageQueue`, and collects what has ended from `wait()`;
+`cancel()` ends what still runs. Another executor, for a cluster, needs these four.
 
 A stage inherits the locks of its work. So if the grid is killed with -9, a stage that lives on keeps its run (and its
 GPUs) to itself until it ends, and the next grid waits for it. What a stage has started ends with it: a child that it
@@ -48,7 +48,7 @@ class Slot:
 
 
 @dataclass(frozen=True)
-class Failure:
+class StageFailure:
     """A stage that ended with another status than 0."""
 
     stage: Stage
@@ -57,7 +57,7 @@ class Failure:
 
 
 @dataclass
-class Work:
+class StageQueue:
     """Stages to run one after another, their output into `log_folder`; `locks` are held until `release`.
 
     A stage is left out once all runs that it serves have failed in an earlier one that it needs: in any but another
@@ -68,7 +68,7 @@ class Work:
     stages: list[Stage]
     log_folder: Path
     locks: list[IO[str]] = field(default_factory=list)
-    failures: dict[Path, list[Failure]] = field(default_factory=dict)
+    failures: dict[Path, list[StageFailure]] = field(default_factory=dict)
     log_path: Path | None = None
     started: float = 0.0
     seconds: float = 0.0
@@ -83,7 +83,7 @@ class Work:
 
 @dataclass
 class _Job:
-    work: Work
+    work: StageQueue
     slot: Slot
     slot_locks: list[IO[str]]
     waiting: list[Stage]
@@ -126,7 +126,7 @@ class LocalExecutor:
         """Return who held the GPUs that this grid could not have when it last asked for a slot."""
         return [f"{name}: {who}" for name, who in self._held_elsewhere.items()]
 
-    def submit(self, work: Work, slot: Slot) -> None:
+    def submit(self, work: StageQueue, slot: Slot) -> None:
         """Start the work on the slot that `free_slot` has just given."""
         job = _Job(work, slot, self._slot_locks, list(work.stages))
         work.started = time.monotonic()
@@ -134,7 +134,7 @@ class LocalExecutor:
         self._jobs.append(job)
         self._advance(job)
 
-    def wait(self, timeout_s: float) -> list[Work]:
+    def wait(self, timeout_s: float) -> list[StageQueue]:
         """Return the work that has ended, after `timeout_s` at the latest."""
         self._release_slot()
         deadline = time.monotonic() + timeout_s
@@ -172,7 +172,7 @@ class LocalExecutor:
                 return False
             if status != 0:
                 for run_path in job.stage.run_paths:
-                    failure = Failure(job.stage, status, job.work.log_path)
+                    failure = StageFailure(job.stage, status, job.work.log_path)
                     job.work.failures.setdefault(run_path, []).append(failure)
             job.process = job.stage_ended = None
         while job.waiting:

@@ -17,11 +17,13 @@ from ba_lora.objective.terms.block import Positions
 class TermSums(NamedTuple):
     """A term of one micro-batch, detached: its value, and the value that counts in the loss.
 
-    For a PositionTerm both are sums over the positions, the second under the term's `emphasis`.
+    For a PositionTerm both are sums over the positions, the second under the term's `emphasis`. `square`: ‖unit ·
+    d weighted/dH‖² where it was asked for (gradient_shares.py).
     """
 
     value: Tensor
     weighted: Tensor
+    square: Tensor | None = None
 
 
 def plain_loss(

@@ -21,8 +21,8 @@ from torch import Tensor
 from ba_lora.config.schema_nlu import NLURunConfig
 from ba_lora.errors import UserError
 from ba_lora.io import sha256_json
-from ba_lora.models.load import model_identity
 from ba_lora.models.predict import input_columns
+from ba_lora.models.source import model_identity
 from ba_lora.objective.reference_cache.files import key_differences, read_claimed, sha256_columns, write_claimed
 from ba_lora.paths import resolve_path
 

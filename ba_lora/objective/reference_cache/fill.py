@@ -25,7 +25,8 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from ba_lora.config.schema import RunConfig
 from ba_lora.errors import UserError
 from ba_lora.io import disk_errors, sha256_json, write_json_atomic
-from ba_lora.models.load import load_model, model_identity
+from ba_lora.models.load import load_model
+from ba_lora.models.source import model_identity
 from ba_lora.objective.reference_cache.store import FORMAT, KEY_FILE, CachedReference, Rows, open_cache
 from ba_lora.objective.regularizers import IGNORE_INDEX, response_mask, top_log_probs
 from ba_lora.paths import resolve_path

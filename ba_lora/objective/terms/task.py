@@ -11,7 +11,7 @@ from ba_lora.objective.terms.block import Block, Positions
 
 
 @dataclass(frozen=True, kw_only=True)
-class Task(PositionTerm):
+class CrossEntropy(PositionTerm):
     """−log p_y, y the token that the position predicts."""
 
     name: ClassVar[str] = "task"

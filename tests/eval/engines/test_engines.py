@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 
 from ba_lora.errors import UserError
 from eval.engines import open as engines
-from eval.engines.base import Completion, EngineOptions, Sampling, decode_after, finish
+from eval.engines.base import Completion, EngineOptions, Sampling, cut_completion, decode_after
 from eval.engines.open import open_engine
 
 CONTEXT = 96
@@ -214,11 +214,11 @@ def test_finish_by_hand(tmp_path: Path) -> None:
     tokenizer = save_tokenizer(tmp_path)
     prompt, answer = tokenizer("say:")["input_ids"], tokenizer.convert_tokens_to_ids(list("▁a.#b"))
     assert decode_after(tokenizer, prompt, answer) == " a.#b"  # decoded alone it would lose the blank
-    whole = finish(tokenizer, prompt, answer, stop=(), ends=[2], clamped=False)
+    whole = cut_completion(tokenizer, prompt, answer, stop=(), ends=[2], clamped=False)
     assert (whole.text, whole.finish_reason, whole.num_tokens) == (" a.#b", "length", 5)
-    ended = finish(tokenizer, prompt, [*answer, 2, *answer], stop=("##",), ends=[2], clamped=True)
+    ended = cut_completion(tokenizer, prompt, [*answer, 2, *answer], stop=("##",), ends=[2], clamped=True)
     assert (ended.text, ended.finish_reason, ended.num_tokens, ended.clamped) == (" a.#b", "stop", 6, True)
-    cut = finish(tokenizer, prompt, answer, stop=("b", ".#"), ends=[2], clamped=False)
+    cut = cut_completion(tokenizer, prompt, answer, stop=("b", ".#"), ends=[2], clamped=False)
     assert (cut.text, cut.finish_reason) == (" a", "stop")
 
 

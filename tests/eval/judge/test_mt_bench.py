@@ -18,7 +18,7 @@ from ba_lora.io import read_json, read_jsonl
 from ba_lora.prompts import ALPACA, build_conversation, build_prompt, prompt_hash, template_stops
 from eval import generate, score
 from eval.judge.client import JudgeOptions
-from eval.judge.store import digest
+from eval.judge.store import short_sha256
 from eval.tasks import get_task
 from eval.tasks.mt_bench import (
     REPOSITORY,
@@ -320,7 +320,7 @@ def test_the_whole_way_to_a_score(folder: Path, tmp_path: Path, judged_by, capsy
     run = tmp_path / "run"
     rows = read_jsonl(run / "judgements" / "mt_bench.jsonl")
     assert len(rows) == 16 and rows[0]["judgement"].startswith("Rating: ")
-    assert rows[0]["answer_hash"] in {digest(f"says mt_bench/{number}/turn1 0") for number, *_ in QUESTIONS}
+    assert rows[0]["answer_hash"] in {short_sha256(f"says mt_bench/{number}/turn1 0") for number, *_ in QUESTIONS}
     grades = {row["task_id"]: row for row in read_jsonl(run / "grades" / "mt_bench.jsonl")}
     assert grades["mt_bench/81/turn2"]["extracted"] == {"ratings": "4 4"}
     assert grades["mt_bench/111/turn1"] | {"invalid": True, "metrics": {}} == grades["mt_bench/111/turn1"]

@@ -16,7 +16,7 @@ from ba_lora.experiments.tables import load_table, report_folder
 from ba_lora.io import write_json_atomic
 from eval.report.__main__ import main
 from eval.report.sources import FailedStage, read_results
-from eval.report.spec import Column, table_spec
+from eval.report.spec import ReportColumn, table_spec
 from eval.tasks import get_task
 from tests.support.report_world import changed, result
 
@@ -236,7 +236,7 @@ def test_a_damaged_record_of_a_failure_tells_nothing(table_path, report, tmp_pat
     ],
 )
 def test_which_columns_a_failed_stage_concerns(failed, told):
-    columns = [Column("x", "x", task=task, metric="x") for task in ("toy", "mbpp", "inheritance", None)]
+    columns = [ReportColumn("x", "x", task=task, metric="x") for task in ("toy", "mbpp", "inheritance", None)]
     assert {column.task: line for column in columns if (line := failed.told(column))} == told
 
 

@@ -13,8 +13,8 @@ from ba_lora.errors import UserError
 from ba_lora.experiments.tables import Row
 from ba_lora.io import write_jsonl_atomic
 from eval.report import figures
-from eval.report.figures import draw, pareto_front
-from eval.report.spec import Column, Figure
+from eval.report.figures import draw_figures, pareto_front
+from eval.report.spec import Figure, ReportColumn
 from eval.report.style import styles_of
 from eval.report.table import build_table
 from tests.support.report_world import SEEDS, World
@@ -46,7 +46,7 @@ def canvases(monkeypatch) -> list:
 def drawn(world, figure, **changes):
     spec = world.spec(figures=(figure,), **changes)
     sources = world.sources(spec)
-    [(one, files)] = draw(build_table(spec, sources), sources)
+    [(one, files)] = draw_figures(build_table(spec, sources), sources)
     return one, files
 
 
@@ -141,7 +141,7 @@ def test_a_row_that_stands_alone_is_left_out(known, canvases):
         for method in ("lora", "ba_lora"):
             known.add(method, seed, setting="hf")
     rows = (Row("tiny", "lora", "hf"), Row("tiny", "ba_lora", "hf"), Row("tiny", "ba_lora", "vLLM"))
-    columns = (Column("gsm8k", "GSM8K", task="gsm8k", metric="strict"),)
+    columns = (ReportColumn("gsm8k", "GSM8K", task="gsm8k", metric="strict"),)
     runs = {(row, "gsm8k"): tuple(known.run(row.method, seed, setting=row.setting) for seed in SEEDS) for row in rows}
     parts = {"rows": rows, "columns": columns, "runs": runs, "compare_within": ("base", "setting"), "paper": ()}
     drawn(known, Figure("a", "dots", ("gsm8k",)), **parts)
@@ -163,7 +163,7 @@ def test_lines_over_the_setting_with_a_level_for_what_has_none(known, canvases):
     for row in rows[:-1]:
         for seed in SEEDS:
             known.add(row.method, seed, setting=row.setting)
-    column = Column("gsm8k", "GSM8K", task="gsm8k", metric="strict", paper=("gsm8k", "accuracy"))
+    column = ReportColumn("gsm8k", "GSM8K", task="gsm8k", metric="strict", paper=("gsm8k", "accuracy"))
     runs = {(row, "gsm8k"): tuple(known.run(row.method, seed, setting=row.setting) for seed in SEEDS) for row in rows}
     one, _ = drawn(
         known, Figure("a", "lines", ("gsm8k",), x="rank", log_x=True), rows=tuple(rows), columns=(column,), runs=runs
@@ -184,7 +184,7 @@ def test_a_logarithmic_axis_has_room_for_zero(known, canvases):
     rows = [Row("tiny", "ba_lora", f"lambda_svd={value}") for value in ("0", "1e-4", "1e-2")]
     for row in rows:
         known.add(row.method, 1, setting=row.setting)
-    columns = (Column("gsm8k", "GSM8K", task="gsm8k", metric="strict"),)
+    columns = (ReportColumn("gsm8k", "GSM8K", task="gsm8k", metric="strict"),)
     runs = {(row, "gsm8k"): (known.run(row.method, 1, setting=row.setting),) for row in rows}
     figure = Figure("a", "lines", ("gsm8k",), x="lambda_svd", log_x=True)
     one, _ = drawn(known, figure, rows=tuple(rows), columns=columns, runs=runs)
@@ -200,7 +200,7 @@ def test_lines_show_one_of_several_settings(known, canvases):
     rows = [Row("tiny", "ba_lora", name) for name in ("lambda_svd=1", "lambda_svd=2", "lambda_consistency=3")]
     for row in rows:
         known.add(row.method, 1, setting=row.setting)
-    columns = (Column("gsm8k", "GSM8K", task="gsm8k", metric="strict"),)
+    columns = (ReportColumn("gsm8k", "GSM8K", task="gsm8k", metric="strict"),)
     runs = {(row, "gsm8k"): (known.run(row.method, 1, setting=row.setting),) for row in rows}
     sweep = {"rows": tuple(rows), "columns": columns, "runs": runs}
     drawn(known, Figure("a", "lines", ("gsm8k",), x="lambda_svd"), **sweep)
@@ -217,7 +217,7 @@ def test_a_papers_bound_is_no_point(known, canvases):
         'known,tiny,full_ft,,gsm8k,"accuracy, more than",98,,text\n'
     )
     rows = [Row("tiny", "ba_lora", "rank=1"), Row("tiny", "full_ft")]
-    columns = (Column("gsm8k", "GSM8K", task="gsm8k", metric="strict", paper=("gsm8k", "accuracy")),)
+    columns = (ReportColumn("gsm8k", "GSM8K", task="gsm8k", metric="strict", paper=("gsm8k", "accuracy")),)
     runs = {(row, "gsm8k"): (known.add(row.method, 1, setting=row.setting),) for row in rows}
     one, _ = drawn(known, Figure("a", "lines", ("gsm8k",), x="rank"), rows=tuple(rows), columns=columns, runs=runs)
     assert one.caption == "n = 1 seed."
@@ -305,7 +305,7 @@ def test_a_term_that_was_taken_out_of_the_loss_is_not_logged(known, canvases):
 def test_curves_of_several_trainings_are_not_averaged(known, canvases):
     """Columns trained on different sets are different runs of a row: the figure names those of one set."""
     rows = (Row("tiny", "lora"),)
-    columns = tuple(Column(name, name, task=name, metric="strict") for name in ("gsm8k", "mbpp"))
+    columns = tuple(ReportColumn(name, name, task=name, metric="strict") for name in ("gsm8k", "mbpp"))
     runs = {
         (rows[0], name): tuple(known.run("lora", seed, setting=name) for seed in (1, 2)) for name in ("gsm8k", "mbpp")
     }

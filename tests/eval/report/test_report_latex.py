@@ -11,7 +11,7 @@ from ba_lora.experiments.tables import TABLES_PATH, Row, load_table
 from eval.report.render import escape_latex, to_latex
 from eval.report.sheets import main_sheet, panels
 from eval.report.sources import Sources, read_paper
-from eval.report.spec import Column, table_spec
+from eval.report.spec import ReportColumn, table_spec
 from eval.report.table import build_table
 from tests.support.report_world import SEEDS, World, build
 
@@ -87,7 +87,9 @@ def test_a_table_that_is_larger_than_a_page_is_set(known, tmp_path, num_settings
     settings = [f"regularizers.lambda_consistency={number}" for number in range(num_settings)]
     rows = [Row("tiny", method, setting) for method in ("lora", "ba_lora") for setting in settings]
     columns = tuple(
-        Column(f"c{number}", "MNLI → MNLI-mm (Matthews)", task="gsm8k", metric="strict", paper=("gsm8k", "accuracy"))
+        ReportColumn(
+            f"c{number}", "MNLI → MNLI-mm (Matthews)", task="gsm8k", metric="strict", paper=("gsm8k", "accuracy")
+        )
         for number in range(num_columns)
     )
     runs = {}

@@ -15,7 +15,7 @@ from eval.metrics.bootstrap import weighted_metric
 from eval.metrics.scores import METRICS
 from eval.nlu_scores import score_predictions
 from eval.report.crossed import crossed_t
-from eval.report.spec import Column
+from eval.report.spec import ReportColumn
 from eval.report.table import build_table
 from eval.tasks import get_task
 from eval.tasks.mt_bench import to_grade
@@ -74,14 +74,14 @@ def test_accuracy_is_tested_as_the_same_grades_are(world):
     for method in ("lora", "ba_lora"):
         for seed in SEEDS:
             world.add(method, seed)
-    graded = compare(world, Column("x", "x", task="gsm8k", metric="strict"))["x"]
+    graded = compare(world, ReportColumn("x", "x", task="gsm8k", metric="strict"))["x"]
     labels = [item % 2 for item in range(ITEMS)]
     for method in ("lora", "ba_lora"):
         for seed in SEEDS:
             right = solved(method, seed)
             predictions = [y if grade else 1 - y for y, grade in zip(labels, right, strict=True)]
             add(world, method, seed, {"sst2": (labels, predictions)}, of_task="sst2")
-    assert compare(world, Column("x", "x", task="sst2", metric="accuracy"))["x"] == graded
+    assert compare(world, ReportColumn("x", "x", task="sst2", metric="accuracy"))["x"] == graded
     assert (graded.untested, graded.num_items, graded.p) == ("no spread", ITEMS, None)
     assert graded.difference == pytest.approx(100 / 3)
 
@@ -133,7 +133,7 @@ def test_metrics_over_all_items_by_a_slow_loop(world, of_task, metric, definitio
             predictions[method, seed] = found
             counts = {"entailment": 9, "neutral": 9, "contradiction": 1} if of_task == "mnli" else None
             add(world, method, seed, {of_task: (labels, found)}, of_task=of_task, training_counts=counts)
-    test = compare(world, Column("x", "x", task=of_task, metric=metric))["x"]
+    test = compare(world, ReportColumn("x", "x", task=of_task, metric=metric))["x"]
 
     ours, theirs = ([(labels, predictions[method, seed]) for seed in SEEDS] for method in ("ba_lora", "lora"))
     assert (test.low, test.high) == pytest.approx(by_leaving_items_out(definition, ours, theirs))
@@ -151,7 +151,7 @@ def add_drift(world, method, seed, nll, num_tokens):
     return run
 
 
-PERPLEXITY = Column("x", "x", task="inheritance", metric="perplexity.after", unit="", scale=1.0, better="lower")
+PERPLEXITY = ReportColumn("x", "x", task="inheritance", metric="perplexity.after", unit="", scale=1.0, better="lower")
 
 
 def test_perplexity_by_a_slow_loop(world):
@@ -194,10 +194,10 @@ def test_the_sets_of_a_mean_are_samples_by_themselves_and_columns_on_one_set_are
         for seed in SEEDS:
             add(world, method, seed, {"mrpc": (labels, first), "rte": (labels, second)}, of_task="mrpc")
     columns = [
-        Column("one", "one", task="mrpc", metric="accuracy"),
-        Column("other", "other", task="rte", metric="accuracy"),
-        Column("mean", "mean", mean_of=("one", "other"), scale=1.0),
-        Column("itself", "itself", mean_of=("one", "one"), scale=1.0),
+        ReportColumn("one", "one", task="mrpc", metric="accuracy"),
+        ReportColumn("other", "other", task="rte", metric="accuracy"),
+        ReportColumn("mean", "mean", mean_of=("one", "other"), scale=1.0),
+        ReportColumn("itself", "itself", mean_of=("one", "one"), scale=1.0),
     ]
     found = compare(world, *columns)
     width = {name: test.high - test.low for name, test in found.items()}
@@ -217,7 +217,7 @@ def test_the_sets_of_a_mean_are_samples_by_themselves_and_columns_on_one_set_are
             entry = json.loads(run.result_path.read_text())["evaluation"]["mrpc"]
             entry.pop("of_task")
             world.edit(run, **{"evaluation/mrpc": entry})
-    columns[1] = Column("other", "other", task="mrpc", metric="swapped")
+    columns[1] = ReportColumn("other", "other", task="mrpc", metric="swapped")
     found = compare(world, *columns)
     assert (found["mean"].untested, found["mean"].low, found["mean"].num_items) == ("no spread", None, 200)
 
@@ -227,9 +227,9 @@ def test_a_mean_with_a_part_that_has_no_items_says_which(world):
         for seed in SEEDS:
             add(world, method, seed, {"cola": ([0, 1] * 5, [0, 1] * 5)}, of_task="cola")
     columns = (
-        Column("cola", "CoLA", task="cola", metric="matthews"),
-        Column("hours", "time", metric="training.seconds"),
-        Column("mean", "mean", mean_of=("cola", "hours")),
+        ReportColumn("cola", "CoLA", task="cola", metric="matthews"),
+        ReportColumn("hours", "time", metric="training.seconds"),
+        ReportColumn("mean", "mean", mean_of=("cola", "hours")),
     )
     assert compare(world, *columns)["mean"].untested == "time: no mean over items"
 
@@ -239,7 +239,7 @@ def test_out_of_domain_predictions_have_a_file_of_their_own(world):
     for method, share in (("lora", 0.5), ("ba_lora", 0.9)):
         for seed in SEEDS:
             add(world, method, seed, {"imdb": (labels, noisy(labels, share, seed))}, of_task="sst2", file="imdb")
-    test = compare(world, Column("x", "x", task="imdb", metric="accuracy"))["x"]
+    test = compare(world, ReportColumn("x", "x", task="imdb", metric="accuracy"))["x"]
     assert (test.untested, test.num_items) == (FEW, 40) and test.low > 0
 
 
@@ -249,7 +249,7 @@ def test_a_metric_that_hangs_on_one_item_has_no_items(world):
         for seed in SEEDS:
             predictions = [0] * 7 + [1] if method == "ba_lora" else [0] * (7 - seed) + [1] * (1 + seed)
             add(world, method, seed, {"cola": ([0] * 7 + [1], predictions)}, of_task="cola")
-    test = compare(world, Column("cola", "CoLA", task="cola", metric="matthews"))["cola"]
+    test = compare(world, ReportColumn("cola", "CoLA", task="cola", metric="matthews"))["cola"]
     assert (test.untested, test.num_items) == ("undefined without one of the items", None) and test.low is not None
 
 
@@ -279,7 +279,7 @@ def test_what_cannot_be_tested_says_why(world, case):
         write_jsonl_atomic(path, [line | {"task_id": line["task_id"] + "x"} for line in lines])
     else:
         metric = "n"
-    found = compare(world, Column("x", "x", task="cola", metric=metric))["x"]
+    found = compare(world, ReportColumn("x", "x", task="cola", metric=metric))["x"]
     assert (found.untested, found.p, found.p_adjusted, found.num_items) == (wanted, None, None, None)
 
 
@@ -316,8 +316,8 @@ def test_answers_without_a_rating_count_neither_above_nor_below_the_line(world):
         ours = add_mt_bench(world, "ba_lora", seed, MT_BENCH_RATINGS)
         difference = ours - add_mt_bench(world, "lora", seed, whole)
     columns = (
-        Column("mt_bench", "MT-Bench", task="mt_bench", metric="rating", unit="points", scale=10.0),
-        Column("mean", "mean", mean_of=("mt_bench", "mt_bench"), scale=1.0),
+        ReportColumn("mt_bench", "MT-Bench", task="mt_bench", metric="rating", unit="points", scale=10.0),
+        ReportColumn("mean", "mean", mean_of=("mt_bench", "mt_bench"), scale=1.0),
     )
     found = compare(world, *columns)
     test = found["mt_bench"]
@@ -335,7 +335,7 @@ def test_a_classifiers_score_by_another_version_is_stale(world):
         run = add(world, method, 1, {"cola": ([0, 1], [0, 1])}, of_task="cola")
         world.edit(run, **{"evaluation/cola/version": "0"})
     with pytest.raises(UserError, match="cola is stale: graded by version 0 of cola, which is at version"):
-        compare(world, Column("x", "x", task="cola", metric="matthews"), seeds=(1,))
+        compare(world, ReportColumn("x", "x", task="cola", metric="matthews"), seeds=(1,))
 
 
 def test_every_metric_of_the_nlu_tables_can_be_tested():

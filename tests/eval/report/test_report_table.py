@@ -17,12 +17,12 @@ from eval.report.comparisons import as_declared
 from eval.report.declared import Collapse, Primary
 from eval.report.render import escape_markdown, to_csv, to_json, to_markdown
 from eval.report.settings import NEVER_ALLOWED, SETTINGS
-from eval.report.sheets import legend, letter, number, probability, signed
+from eval.report.sheets import format_number, legend, letter, probability, signed
 from eval.report.sources import Sources, read_paper
 from eval.report.spec import (
-    Column,
     Items,
     PlannedRun,
+    ReportColumn,
     metric_value,
     parse_report,
     planned_comparisons,
@@ -136,7 +136,7 @@ def test_whoever_was_trained_is_ranked_with_any_number_of_seeds(world):
     for seeds in (SEEDS, (1,)):
         runs = {(row, "gsm8k"): tuple(world.run(row.method, seed) for seed in seeds) for row in rows}
         runs[rows[0], "gsm8k"] = runs[rows[0], "gsm8k"][:1]
-        column = Column("gsm8k", "GSM8K", task="gsm8k", metric="strict")
+        column = ReportColumn("gsm8k", "GSM8K", task="gsm8k", metric="strict")
         table = build(world, rows=rows, columns=(column,), runs=runs, paper=())
         cells = [table.cell(row, column) for row in rows]
         assert [cell.mark for cell in cells] == ["", "second", "best"]
@@ -159,7 +159,7 @@ def test_a_table_can_name_what_it_compares(world, pairs, tested):
         Row("tiny", "full_ft"),
         *(Row("tiny", method, f"rank={n}") for method in ("lora", "ba_lora") for n in (1, 2)),
     )
-    column = Column("gsm8k", "GSM8K", task="gsm8k", metric="strict")
+    column = ReportColumn("gsm8k", "GSM8K", task="gsm8k", metric="strict")
     spec = world.spec(rows=rows, columns=(column,), runs={}, compare=pairs)
     planned = [
         (f"{a.method} {a.setting}".strip(), f"{b.method} {b.setting}".strip())
@@ -178,7 +178,7 @@ def five_seeds(world, solved_by, **changes):
         )
         for row in rows
     }
-    column = Column("gsm8k", "GSM8K", task="gsm8k", metric="strict")
+    column = ReportColumn("gsm8k", "GSM8K", task="gsm8k", metric="strict")
     return build(world, **{"rows": rows, "columns": (column,), "runs": runs, "paper": ()} | changes)
 
 
@@ -303,7 +303,7 @@ def test_no_html_no_link_and_no_new_line_comes_into_the_markdown(known):
 
 def test_settings_are_blocks_of_their_own(world):
     rows = [Row("tiny", method, setting) for setting in ("rank=1", "rank=2") for method in ("lora", "ba_lora")]
-    columns = (Column("gsm8k", "GSM8K", task="gsm8k", metric="strict"),)
+    columns = (ReportColumn("gsm8k", "GSM8K", task="gsm8k", metric="strict"),)
     for row in rows:
         for seed in SEEDS:
             world.add(row.method, seed, setting=row.setting)
@@ -400,7 +400,7 @@ def test_rows_that_are_compared_must_be_trained_alike(world):
     """Also where their settings differ; rows of another block may be trained on other data."""
     rows = (Row("tiny", "lora"), Row("tiny", "ba_lora", "top_k=5"))
     runs = {(row, "gsm8k"): (world.run(row.method, 1, setting=row.setting),) for row in rows}
-    columns = (Column("gsm8k", "GSM8K", task="gsm8k", metric="strict"),)
+    columns = (ReportColumn("gsm8k", "GSM8K", task="gsm8k", metric="strict"),)
     world.add("lora", 1)
     world.add("ba_lora", 1, setting="top_k=5", **{"data/sha256": "d2"})
     with pytest.raises(UserError, match="training_data differs"):
@@ -481,6 +481,13 @@ def test_both_turns_of_a_question_are_one_item(known):
     assert grades == {"mt_bench/81": (11.0, 2)}
 
 
+def test_the_terms_gradients_are_told_where_they_were_measured(known):
+    assert "gradient" not in to_markdown(build(known))
+    for seed, share in zip(SEEDS, (0.01, 0.02, 0.03), strict=True):
+        known.edit(known.run("ba_lora", seed), **{"training/gradient_shares": {"svd": share}})
+    assert "in shares of the task's: BA-LoRA: svd 2 %." in to_markdown(build(known))
+
+
 def test_a_group_of_items_is_tested_by_its_own_grades(known):
     """Items 0 to 3 are "rare": there lora has 1, 1, 2 right in its three seeds and ba_lora the other ones."""
     for method in ("lora", "ba_lora"):
@@ -498,7 +505,7 @@ def test_a_group_of_items_is_tested_by_its_own_grades(known):
             }
             known.edit(run, **{"evaluation/gsm8k/groups": {"family": families}})
     rows = (Row("tiny", "lora"), Row("tiny", "ba_lora"))
-    column = Column("rare", "rare", task="gsm8k", metric="groups.family.{age,rate}.metrics.strict")
+    column = ReportColumn("rare", "rare", task="gsm8k", metric="groups.family.{age,rate}.metrics.strict")
     runs = {(row, "rare"): tuple(known.run(row.method, seed) for seed in SEEDS) for row in rows}
     table = build(known, rows=rows, columns=(column,), runs=runs)
     assert table.cells[rows[0], "rare"].mean == pytest.approx(100 * (1 + 1 + 2) / 12)
@@ -522,7 +529,7 @@ def test_a_group_of_items_is_tested_by_its_own_grades(known):
     ],
 )
 def test_which_items_a_column_is_the_mean_of(task, metric, items):
-    assert Column("x", "x", task=task, metric=metric).items == items
+    assert ReportColumn("x", "x", task=task, metric=metric).items == items
 
 
 def test_a_failed_run_never_counts_although_it_has_scores(known):
@@ -570,7 +577,7 @@ def test_a_run_whose_metric_is_undefined_says_why(known, undefined):
 )  # fmt: skip
 def test_why_a_run_has_no_value(changes, task, metric, reason):
     made = {"training": {"seconds": None, "last_log": {"loss": 1.0}}, "evaluation": {}} | changes
-    assert why_missing(made, Column("x", "x", task=task, metric=metric)) == reason
+    assert why_missing(made, ReportColumn("x", "x", task=task, metric=metric)) == reason
 
 
 def test_a_resumed_runs_time_is_unmeasured_not_undefined(known):
@@ -595,7 +602,7 @@ def test_the_legend_tells_what_memory_is_and_on_what_it_was_measured(known, metr
         known.edit(run, **{f"training/{metric.partition('.')[2]}": 7.0})
         if seed == 3:
             known.edit(run, **{"environment/cpu_model": "Some CPU"})
-    column = Column("peak", "peak", metric=metric, unit="MiB", scale=1.0, better="lower")
+    column = ReportColumn("peak", "peak", metric=metric, unit="MiB", scale=1.0, better="lower")
     runs = {(row, "peak"): tuple(known.run("lora", seed) for seed in SEEDS)}
     text = to_markdown(build(known, rows=(row,), columns=(column,), runs=runs, paper=()))
     assert "peak: measured on 2 CPU thread(s) (2 runs), 2 CPU thread(s) of Some CPU (1 run)." in text
@@ -679,7 +686,7 @@ ENTRY = {
 )
 def test_metric_paths(task, metric, wanted):
     made = {"evaluation": {"toy": ENTRY}, "training": {"seconds": 12, "resumed": True}}
-    value = metric_value(made, Column("x", "x", task=task, metric=metric))
+    value = metric_value(made, ReportColumn("x", "x", task=task, metric=metric))
     assert value == (wanted if wanted is None else pytest.approx(wanted))
 
 
@@ -694,7 +701,7 @@ ROWS = [Row("tiny", "lora", "rank=1"), Row("tiny", "ba_lora", "rank=1"), Row("ti
 
 
 def test_report_blocks_are_checked():
-    columns = [Column("gsm8k", "GSM8K")]
+    columns = [ReportColumn("gsm8k", "GSM8K")]
     good = {
         "columns": {"gsm8k": {"scale": "1e-6", "decimals": 0, "allow": ["engine"]}},
         "figures": {"a": {"kind": "dots", "columns": ["gsm8k"]}},
@@ -738,7 +745,12 @@ def test_report_blocks_are_checked():
 
 
 def test_numbers_as_they_are_written():
-    assert [number(-0.001, 2), number(-1.5, 1), number(None, 1), number(3.0, 0)] == ["0.00", "−1.5", "", "3"]
+    assert [format_number(-0.001, 2), format_number(-1.5, 1), format_number(None, 1), format_number(3.0, 0)] == [
+        "0.00",
+        "−1.5",
+        "",
+        "3",
+    ]
     assert [signed(0.5, 1), signed(-0.5, 1), signed(0.001, 1), signed(None, 2)] == ["+0.5", "−0.5", "0.0", ""]
     assert [letter(0), letter(25), letter(26), letter(53)] == ["a", "z", "aa", "bb"]
 
@@ -755,7 +767,7 @@ def test_of_each_method_the_best_setting_by_the_chosen_column_is_compared(world)
             grades = [float(item < share * 10) for item in range(10)]
             runs[row, "gsm8k"] = tuple(world.add(method, seed, setting=rate, grades=grades) for seed in SEEDS)
             runs[row, "judged"] = runs[row, "gsm8k"]
-    column, judged = (Column(name, name, task="gsm8k", metric="strict") for name in ("gsm8k", "judged"))
+    column, judged = (ReportColumn(name, name, task="gsm8k", metric="strict") for name in ("gsm8k", "judged"))
 
     def built():
         return build(world, rows=tuple(rows), columns=(column, judged), runs=runs, paper=(), choose="gsm8k")

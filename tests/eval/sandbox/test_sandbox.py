@@ -49,6 +49,7 @@ def test_one_endless_loop_delays_nothing_else(box) -> None:
     assert finished[-2] < finished[-1] - 1, "the others were done long before the loop was ended"
 
 
+@pytest.mark.slow
 @needs_bubblewrap
 def test_the_death_of_the_grader_ends_the_boxes(root: Path) -> None:
     program = f"import os\nos.execv('/usr/bin/sleep', ['{MARK}', '600'])"

@@ -16,7 +16,7 @@ from ba_lora.prompts import build_prompt
 from eval.grading.code_extraction import MAX_CHARS, POST_PROCESSING, TooLong, extract_program
 from eval.sandbox.sandbox import Job, Sandbox
 from eval.score import main
-from eval.scoring import Options, score_file
+from eval.scoring import ScoreOptions, score_file
 from eval.tasks import get_task
 from eval.tasks.base import Grade, cut_at_stops
 from eval.tasks.code import imported_modules, pass_at_k
@@ -365,7 +365,7 @@ def test_without_bubblewrap_no_score(items: list, tmp_path: Path, monkeypatch: p
     path = write(tmp_path / "a.jsonl", [{"task_id": "HumanEval/0", "completion": items[0].gold}])
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(UserError, match="apt-get install bubblewrap"):
-        score_file(TASK, path, options=Options(allow_partial=True))
+        score_file(TASK, path, options=ScoreOptions(allow_partial=True))
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.jsonl"]
 
 

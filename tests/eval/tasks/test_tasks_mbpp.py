@@ -7,7 +7,7 @@ import pytest
 
 from ba_lora.errors import UserError
 from ba_lora.prompts import build_prompt
-from eval.scoring import Options, score_file
+from eval.scoring import ScoreOptions, score_file
 from eval.tasks import get_task
 from tests.support.boxes import needs_bubblewrap
 
@@ -131,7 +131,7 @@ def test_eval_score(tmp_path: Path) -> None:
     write(tmp_path / "c.jsonl", rows[:1])
     with pytest.raises(UserError, match="1 of 2 tasks have no completion, the first mbpp/12"):
         score_file(TASK, tmp_path / "c.jsonl", data=data)
-    assert score_file(TASK, tmp_path / "c.jsonl", data=data, options=Options(allow_partial=True))["partial"]
+    assert score_file(TASK, tmp_path / "c.jsonl", data=data, options=ScoreOptions(allow_partial=True))["partial"]
     write(tmp_path / "c.jsonl", [*rows, {"task_id": "mbpp/4000", "completion": ""}])
     with pytest.raises(UserError, match="task_id that the data does not have, the first 'mbpp/4000'"):
         score_file(TASK, tmp_path / "c.jsonl", data=data)
