@@ -65,7 +65,7 @@ def main() -> None:
 
 def train(config: RunConfig, run_path: Path, process: PartialState, arguments: TrainingArguments) -> None:
     """Train and export one run; every process of a distributed run calls it."""
-    # Data: rows → prompt + response, labels on the response alone.
+    # Data: rows → prompt + response, labels on the response only.
     set_seed(config.seed)
     tokenizer = load_tokenizer(config.model)
     data = load_training_data(config.data, tokenizer)
@@ -123,7 +123,7 @@ def train(config: RunConfig, run_path: Path, process: PartialState, arguments: T
     if process.is_main_process:
         write_jsonl_atomic(run_path / "log.jsonl", finite(trainer.state.log_history))
     training = {
-        "seconds": None if checkpoint else round(seconds, 2),  # of an uninterrupted run alone
+        "seconds": None if checkpoint else round(seconds, 2),  # of an uninterrupted run only
         "resumed_from": checkpoint.name if checkpoint else None,
         **{"tokens_per_second": None, "padding_share": None, **trainer.throughput()},
         "steps": trainer.state.global_step,

@@ -130,7 +130,7 @@ def train(config: NLURunConfig, run_path: Path, process: PartialState, arguments
         for name, score in dev_scores(run_path, config, data.report).items():
             write_json_atomic(run_path / "scores" / f"{name}.json", score)
     training = {
-        "seconds": None if checkpoint else round(seconds, 2),  # of an uninterrupted run alone, evaluation included
+        "seconds": None if checkpoint else round(seconds, 2),  # of an uninterrupted run only, evaluation included
         "resumed_from": checkpoint.name if checkpoint else None,
         **{"tokens_per_second": None, "padding_share": None, **trainer.throughput()},
         "steps": trainer.state.global_step,

@@ -99,7 +99,7 @@ class Measured:
         return hardware_name(result.get("environment") or {}) == self._hardware.get(_model(result["config"]))
 
     def seconds(self, config: dict[str, Any], *, train: bool = True) -> tuple[float, str] | None:
-        """Return (seconds, hardware) of training and generation, without `train` of generation alone; None where
+        """Return (seconds, hardware) of training and generation, without `train` of generation only; None where
         neither recipe nor speed is known, or nothing of the generation that is all there is to do."""
         hardware = self._hardware.get(_model(config))
         training = self._training_seconds(config) if train else 0.0

@@ -259,7 +259,7 @@ class Grid:
             path = spec.config.run_path
             failures = work.failures.get(path, [])
             if len(running.specs) > 1 and any(len(failure.stage.run_paths) > 1 for failure in failures):
-                self._alone.add(path)  # whose fault it was shows when each is tried alone
+                self._alone.add(path)  # whose fault it was shows when each is tried by itself
                 continue
             if not failures:
                 failure_path(path).unlink(missing_ok=True)

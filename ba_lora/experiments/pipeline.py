@@ -56,7 +56,7 @@ class Spec:
     method: str | None
     overrides: tuple[str, ...] = ()
     kind: str = "nlg"
-    trained: bool = True  # False: the pre-trained model itself, evaluated alone
+    trained: bool = True  # False: the pre-trained model itself, evaluated by itself
 
     @classmethod
     def resolve(cls, config_path: str, method: str | None, overrides: Sequence[str], *, kind: str = "nlg") -> "Spec":
@@ -444,7 +444,7 @@ def evaluation_stages(configs: Sequence[RunConfig], *, generate: bool = True) ->
 def _nlu_stages(configs: Sequence[RunConfig], *, regrade: bool) -> list[Stage]:
     """Return eval.nlu's call for the out-of-domain sets of `eval.tasks`; training has evaluated the task itself.
 
-    regrade: also where there are none, since the call scores anew what training has predicted.
+    regrade: also where there are none, since the call scores again what training has predicted.
     """
     first = configs[0]
     if not first.eval.tasks and not regrade:

@@ -198,6 +198,6 @@ def held_record(folder: Path, task: str, request: str | None) -> dict[str, Any] 
     try:
         record = read_meta(completions)
     except UserError:
-        return None  # damaged: made anew, with the completions
+        return None  # damaged: made again, with the completions
     whole = record.get("request_sha256") == request and record.get("completions_sha256") == sha256_file(completions)
     return record if whole else None
