@@ -1,6 +1,6 @@
 """Which values a resolved configuration may have, by themselves and together; each complaint is one line with the fix.
 
-Sections that are also made by hand, without a file (`BALoRAConfig`, `LossConfig`), check themselves in config.py.
+Sections that are also made by hand, without a file (`BALoRAConfig`, `LossConfig`), check themselves in schema.py.
 """
 
 import re

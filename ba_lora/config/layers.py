@@ -4,8 +4,8 @@
     configs/methods/<method>.yaml   only what differs, with `nlg:` and `nlu:` blocks where the two differ
     key=value                       typed by hand, e.g. `regularizers.lambda_svd=0 trainer.max_steps=20`
 
-NLU has a fourth between the first two, the task's settings (config_nlu.py). What a configuration holds: config.py;
-which values go together: config_checks.py.
+NLU has a fourth between the first two, the task's settings (schema_nlu.py). What a configuration holds: schema.py;
+which values go together: checks.py.
 """
 
 import copy

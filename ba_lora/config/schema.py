@@ -230,7 +230,7 @@ class HubConfig:
 
 @dataclass
 class RunConfig:
-    """One run, resolved. NLU runs have settings of their own: config_nlu.NLURunConfig."""
+    """One run, resolved. NLU runs have settings of their own: schema_nlu.NLURunConfig."""
 
     kind: ClassVar[str] = "nlg"
 

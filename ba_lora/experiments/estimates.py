@@ -121,7 +121,7 @@ class Measured:
 
 
 def _rows(config: dict[str, Any]) -> tuple[str, int]:
-    """Return what tells how long a row is: the data set (NLU: the task) and where rows are cut."""
+    """Return what says how long a row is: the data set (NLU: the task) and where rows are cut."""
     name = config["nlu"]["task"] if "nlu" in config else config["data"]["name"]
     return name, config["data"]["max_length"]
 

@@ -163,7 +163,7 @@ def request_sha256(model: ServedModel, questions: Questions, kind: str, options:
 
 
 def weights_state(model: ServedModel) -> list[Any] | None:
-    """Return what tells that weights have changed, None for a branch of the hub, which moves.
+    """Return what says that weights have changed, None for a branch of the hub, which moves.
 
     Of a run: its training, the files of its exports, its base. Of other models: a hub commit, or a folder's files.
     """

@@ -279,7 +279,7 @@ def bootstrap(num_items: int, statistic: Callable[["np.ndarray"], "np.ndarray"])
 
     statistic: indices of the drawn items [R, N] -> the metrics of each resample [R, M]. NaN says that a resample leaves
     a metric undefined, and is left out; None: all of them do. Items are drawn with replacement, the same draws for all
-    metrics, from a fixed seed: the same grades give the same interval. It tells how far the score would move with
+    metrics, from a fixed seed: the same grades give the same interval. It says how far the score would move with
     another sample of items; the noise of training, and of sampling completions, comes on top.
     """
     import numpy as np

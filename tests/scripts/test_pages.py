@@ -432,7 +432,7 @@ def test_what_the_page_on_statistics_says_is_what_was_simulated():
     lines = json.loads((ROOT / "docs" / "statistics.json").read_text())["lines"]
     text = PAGES["docs/statistics.md"]
     of_4 = [line for line in lines if (line["metric"], line["seed_sd"]) == ("accuracy", 4.0)]
-    for name, key in (("false marks, seeds and items", "false"), ("false marks, items alone", "false_items_alone")):
+    for name, key in (("false marks, seeds and items", "false"), ("false marks, items only", "false_items_alone")):
         [row] = [line for line in text.splitlines() if line.startswith(f"| {name}")]
         shown = [float(cell.strip(" %")) for cell in row.split("|")[2:5]]
         assert shown == pytest.approx([100 * line[key] for line in of_4], abs=0.06)
