@@ -4,8 +4,8 @@
     configs/methods/<method>.yaml   only what differs, with `nlg:` and `nlu:` blocks where the two differ
     key=value                       typed by hand, e.g. `regularizers.lambda_svd=0 trainer.max_steps=20`
 
-NLU has a fourth between the first two, the task's settings (schema_nlu.py). What a configuration holds: schema.py;
-which values go together: checks.py.
+NLU has a fourth between the first two, the task's settings. What a configuration holds: schema.py, schema_nlg.py and
+schema_nlu.py; which values go together: checks.py.
 """
 
 import copy
@@ -13,20 +13,21 @@ import dataclasses
 import functools
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ba_lora.config.checks import check_config
 from ba_lora.config.schema import RunConfig, check_choice, nearest
-from ba_lora.config.schema_nlu import LEFT_OUT, NLURunConfig, task_layer
+from ba_lora.config.schema_nlg import NLGConfig
+from ba_lora.config.schema_nlu import LEFT_OUT, NLUConfig, task_layer
 from ba_lora.config.trainer import ALIASES, argument_types, nearest_argument, normalized
 from ba_lora.errors import UserError
 from ba_lora.paths import PROJECT_ROOT, resolve_path
 
 METHODS_PATH = PROJECT_ROOT / "configs" / "methods"
-SCHEMAS: dict[str, type[RunConfig]] = {schema.kind: schema for schema in (RunConfig, NLURunConfig)}
+SCHEMAS: dict[str, type[RunConfig]] = {schema.kind: schema for schema in (NLGConfig, NLUConfig)}
 
 
 def load_config(
@@ -38,7 +39,7 @@ def load_config(
     kind: str | None = None,
     checked: bool = True,
 ) -> RunConfig:
-    """Merge base, task (NLU), method and overrides into a checked `RunConfig`, or `NLURunConfig`.
+    """Merge base, task (NLU), method and overrides into a checked `NLGConfig` or `NLUConfig`.
 
     `config_path` may be a base (then `method` defaults to ba_lora) or a resolved config saved with a run (which
     already names its method). `kind`, nlg or nlu, picks the method's block of that name; None: as the file says.
@@ -63,7 +64,7 @@ def load_config(
                     f"{path} is the resolved config of {name} {saved[name]}: "
                     f"leave {name} {wanted} out, or start from a base in configs/{kind}"
                 )
-        layers = [base]
+        layers = [_without_refused(base, SCHEMAS[kind])]
     else:
         method = method or "ba_lora"
         layers = [base, _method_layer(method, kind), {"method": method, "name": path.stem}]
@@ -102,9 +103,18 @@ def config_of_result(plain: dict[str, Any], *, kind: str) -> RunConfig:
     """Return the config that a result keeps (ba_lora/runs/results.py). Raises UserError for what no config may hold."""
     _refuse_interpolations(plain, "a result's config")
     try:
-        return OmegaConf.to_object(OmegaConf.merge(_structured(SCHEMAS[kind]), plain))
+        return OmegaConf.to_object(OmegaConf.merge(_structured(SCHEMAS[kind]), _without_refused(plain, SCHEMAS[kind])))
     except OmegaConfBaseException as error:
         raise UserError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+
+
+def _without_refused(plain: dict[str, Any], schema: type[RunConfig], prefix: str = "") -> dict[str, Any]:
+    """Return what was saved with a run without the keys that are refused now: they had no effect on it."""
+    return {
+        key: _without_refused(value, schema, f"{prefix}{key}.") if isinstance(value, dict) else value
+        for key, value in plain.items()
+        if f"{prefix}{key}" not in schema.refused
+    }
 
 
 def find_config(name: str | Path, *, kind: str | None) -> Path:
@@ -166,7 +176,7 @@ def _refuse_untyped(layer: dict[str, Any], path: Path, typed: dict[str, Any], *,
             raise UserError(f"{key} in {path} counts only when it is typed: take it out, and type {key}=true")
 
 
-def valid_keys(node: Any = RunConfig, prefix: str = "") -> list[str]:
+def valid_keys(node: Any = NLGConfig, prefix: str = "") -> list[str]:
     """Return every dotted key a configuration may have (free-form sections by their own name only)."""
     keys = []
     for entry in dataclasses.fields(node):
@@ -232,11 +242,23 @@ def _refuse_unknown(layer: dict[str, Any], source: str | Path, schema: Any, node
     known = {entry.name: entry.type for entry in dataclasses.fields(node)}
     for key, value in layer.items():
         if key not in known:
-            raise UserError(f"unknown key {prefix}{key}{_nearest_key(prefix, str(key), schema)} (read with {source})")
+            _refuse_key(prefix, str(key), source, schema)
         if dataclasses.is_dataclass(known[key]):
             if not isinstance(value, dict):
                 raise UserError(f"{prefix}{key} is a section: give {prefix}{key}.<name>=value")
             _refuse_unknown(value, source, schema, known[key], f"{prefix}{key}.")
+
+
+def _refuse_key(prefix: str, key: str, source: str | Path, schema: type[RunConfig]) -> NoReturn:
+    name = prefix + key
+    if reason := schema.refused.get(name):
+        raise UserError(f"{name} has no effect on a run of {schema.kind.upper()}: {reason} (read with {source})")
+    others = [kind for kind, other in SCHEMAS.items() if name in valid_keys(other)]
+    if others:
+        raise UserError(
+            f"{name} is a key of {others[0].upper()} runs, not of {schema.kind.upper()} (read with {source})"
+        )
+    raise UserError(f"unknown key {name}{_nearest_key(prefix, key, schema)} (read with {source})")
 
 
 def _nearest_key(prefix: str, key: str, schema: Any) -> str:
