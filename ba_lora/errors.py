@@ -30,7 +30,7 @@ def in_one_line(error: Exception, *, limit: int = 400) -> str:
 def run_entry_point(main: Callable[[], int | None], *, resumes: bool = False) -> NoReturn:
     """Call `main()` and leave the process: its status, or 2 with one line on stderr after a `UserError`.
 
-    Of several processes that fail together, the first alone speaks: the others wait to be ended by the launcher, and
+    Of several processes that fail together, only the first speaks: the others wait to be ended by the launcher, and
     speak, with their rank, when nobody ends them. resumes: the same command goes on where it was interrupted.
     """
     end_process(_status(main, resumes=resumes))

@@ -28,7 +28,7 @@ MAX_FILE_BYTES = 4 * 2**30  # files of text are read whole
 def disk_errors(path: str | Path) -> Iterator[None]:
     """Turn "no space left", "not permitted" and files in the place of folders while writing `path` into one line.
 
-    safetensors and torch report a full disk as errors of their own, known by their text alone.
+    safetensors and torch report a full disk as errors of their own, known by their text only.
     """
     try:
         yield

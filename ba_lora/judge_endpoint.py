@@ -1,4 +1,4 @@
-"""Where the judge of answers is: an OpenAI-compatible endpoint, named by the environment alone (eval/judge/judge.py).
+"""Where the judge of answers is: an OpenAI-compatible endpoint, named by the environment only (eval/judge/judge.py).
 
 Here, and not with the judge, so that a pipeline can tell before a training that nobody will judge its answers.
 """

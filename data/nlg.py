@@ -1,4 +1,4 @@
-"""Training rows for the NLG experiments: load, put into the Alpaca frame, tokenize, label the response alone.
+"""Training rows for the NLG experiments: load, put into the Alpaca frame, tokenize, label the response only.
 
 Every set is read from the hub by name or from a local json, jsonl or parquet file of the same columns:
 
@@ -109,7 +109,7 @@ def load_training_data(config: NLGDataConfig, tokenizer: "PreTrainedTokenizerBas
     encoded = tokenize_once(pairs, encode, tokenizer, max_length=config.max_length) if pairs else ()
     if not len(encoded):
         raise UserError(
-            f"no row of {origin['source']} is left to train on: all {len(rows)} are empty or their prompt alone fills "
+            f"no row of {origin['source']} is left to train on: all {len(rows)} are empty or their prompt fills "
             f"data.max_length={config.max_length}; raise data.max_length or check the file"
         )
     heldout = None

@@ -55,7 +55,7 @@ def load_nlu_data(config: NLUConfig, tokenizer: "PreTrainedTokenizerBase") -> NL
     Training rows with an empty text are left out, dev rows are kept whatever they hold; both are counted, and so are
     texts and pairs cut to `data.max_length` tokens (the longer of a pair first).
     Raises UserError for absent or empty files, wrong columns, labels out of range or missing, training rows of one
-    class alone, a dev share beside a dev set, shares that the rows cannot fill, and a length above the model's.
+    class only, a dev share beside a dev set, shares that the rows cannot fill, and a length above the model's.
     """
     task = find_task(config.nlu.task)
     if config.data.max_length > tokenizer.model_max_length:

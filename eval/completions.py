@@ -84,7 +84,7 @@ def _numbered_in_order(rows: Sequence[dict], path: Path) -> dict[int, int]:
 def _check_lines(path: Path) -> None:
     """Refuse a line that no completion can need, before it is taken apart."""
     if not path.is_file():
-        return  # the reader tells what is wrong with it
+        return  # the reader says what is wrong with it
     with open(path, "rb") as file:
         for number in itertools.count(1):
             line = file.readline(MAX_LINE_BYTES + 1)

@@ -6,7 +6,7 @@ adapters of a base.
 
 A model is
 - a run folder (it has a config.yaml). Runs of one base that are asked for together are served hot, as adapters on that
-  base: lora/ where PiSSA made one, else adapter/. A run alone, and one whose adapter vLLM cannot serve (full
+  base: lora/ where PiSSA made one, else adapter/. A single run, and one whose adapter vLLM cannot serve (full
   fine-tuning, DoRA, AdaLoRA, LoHa, an adapter of fused experts, a 4-bit base), is served from merged/. `serve=merged`
   or `serve=hot` overrides;
 - a PEFT adapter folder, served hot on the base that its adapter_config.json names. The adapter/ of a PiSSA run is
@@ -31,7 +31,7 @@ float16), max_model_len, attention (sdpa, eager, flash_attention_2; hf only), te
 gpu_memory_utilization (vllm only), revision, trust_remote_code, serve (auto, hot, merged), overwrite.
 
 Completions that answer the very same request (weights, data, prompts, settings, engine) are kept, so that the same
-command goes on where it was stopped, task by task; overwrite=true makes them anew. Those of a hub model without a
+command goes on where it was stopped, task by task; overwrite=true makes them again. Those of a hub model without a
 commit as its revision always are: its branch may have moved.
 """
 

@@ -10,7 +10,7 @@ diversity  `num_samples` completions of each of the task's first `num_prompts` i
            count as one answer); each is a mean over items
 
 A run on a quantised base is measured on the unquantised one, before and after: what is exported is a merged model or an
-adapter for that base, and so the two differ by the training alone. The result's `quantization` says so.
+adapter for that base, and so the two differ only by the training. The result's `quantization` says so.
 
 Runs of one base share one start of the model (transformers, whatever engine scored the run: vLLM gives no
 likelihoods). Each run gets RUN/scores/inheritance.json and, for paired tests, RUN/grades/inheritance.jsonl with the
@@ -117,7 +117,7 @@ def measure_runs(
 ) -> Iterator[tuple[Path, Measures]]:
     """Yield (run folder, measures) as they are done.
 
-    Every pre-trained model is loaded once, with all adapters that go onto it; what belongs to a run alone (full
+    Every pre-trained model is loaded once, with all adapters that go onto it; what belongs to one run only (full
     fine-tuning, DoRA, …) comes after, from its merged model.
     """
     configs = {path: load_run(path) for path in run_paths}

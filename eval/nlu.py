@@ -9,7 +9,7 @@ a hub name; --max-rows N draws N rows of each set with a fixed seed.
 
 In domain is what the kept epoch's model scored on the run's dev set in training, or on the set given by
 --data <task>=FILE. The scores of a run's dev sets are made again in each call, from the predictions that training kept:
-that alone takes no model. A folder without a run's config.yaml needs --task, and its dev set is read like the others.
+only that takes no model. A folder without a run's config.yaml needs --task, and its dev set is read like the others.
 
 A run's folder, or DIR (DIR/<run> for several), gets for each set predictions/<set>.jsonl, one line
 {"task_id": "imdb/17", "label", "prediction", "logits"} a row, and scores/<set>.json: see nlu_scores.py; beside it how

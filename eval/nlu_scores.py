@@ -83,6 +83,6 @@ def dev_scores(run_path: Path, config: NLUConfig, data: Mapping[str, Any]) -> di
             training_counts=data["classes"],
             imbalanced=config.data.is_imbalanced,
         )
-        | {"data_sha256": origin.get("data_sha256", origin["sha256"])}  # older runs kept a file's hash alone
+        | {"data_sha256": origin.get("data_sha256", origin["sha256"])}  # older runs kept a file's hash only
         for name, origin in data["dev"].items()
     }

@@ -1,4 +1,4 @@
-"""Score completions: files in, one JSON object out; no model, no GPU, so a mended grader costs nothing to apply.
+"""Score completions: files in, one JSON object out; no model, no GPU, so a better grader costs nothing to apply.
 
     python -m eval.score --task gsm8k --completions FILE.jsonl [--data FILE] [--output FILE.json] [key=value …]
     python -m eval.score --runs DIR [--results DIR] [key=value …]

@@ -13,11 +13,11 @@ results/bench.csv, and results/bench.png shows the newest row of each case.
 Cases that take turns hold their weights at once. On a CPU all of them do; on a GPU, where a 7B case needs 19 GB before
 activations and `official` 32, one case and stock PiSSA at a time (--together changes either). Every group has a stock
 PiSSA of its own, whose row stands before those of the group's cases: it is the base of their ratios, and two cases of
-different groups are compared by these ratios alone. On a GPU a step begins with an empty allocator cache, in every case
+different groups are compared by these ratios only. On a GPU a step begins with an empty allocator cache, in every case
 alike: what a process kept for its next step would be missing in the other's.
 
 A step is what transformers' Trainer does from one optimizer step to the next: rows, forward, backward, clipping, AdamW.
-`floor_ratio` is the ratio by operation counts alone: of the matrix products that no implementation of the case can
+`floor_ratio` is the ratio by operation counts only: of the matrix products that no implementation of the case can
 leave out. A measured ratio can lie below it, since stock PiSSA also pays for passes over all logits.
 """
 

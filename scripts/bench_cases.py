@@ -2,7 +2,7 @@
 
     pissa        Trainer + PEFT as anyone would write them: the floor of what BA-LoRA adds to
     lora         the same without PiSSA's initialisation
-    official     the official recipe's arithmetic, written anew from its description: a second full model, the logits of
+    official     the official recipe's arithmetic, rewritten from its description: a second full model, the logits of
                  both at all positions, KL and entropy over all of them, torch.svd_lowrank of the logits
     plain        BALoRATrainer (paper2024), loss by way of the logits of the response positions
     fused        the same loss in chunks of positions: the default
@@ -12,7 +12,7 @@
     packed       the same rows without padding (`data.packing`): its real tokens a second against padded's are
                  padded's step_ratio ÷ its own, or tokens_per_s where both took turns
 
-Padded and packed alone have rows of unequal lengths, and on a GPU flash-attention where it is installed and the shape
+Only padded and packed have rows of unequal lengths, and on a GPU flash-attention where it is installed and the shape
 has 16 bits: by sdpa packed rows are walked one by one. Tokens are real ones: prompt and response, no padding.
 """
 

@@ -1,4 +1,4 @@
-"""Which values a resolved configuration may have, alone and together; each complaint is one line with the mend.
+"""Which values a resolved configuration may have, by themselves and together; each complaint is one line with the fix.
 
 Sections that are also made by hand, without a file (`BALoRAConfig`, `LossConfig`), check themselves.
 """

@@ -179,7 +179,7 @@ def _refuse_untyped(layer: dict[str, Any], path: Path, typed: dict[str, Any], *,
 
 
 def valid_keys(node: Any = NLGConfig, prefix: str = "") -> list[str]:
-    """Return every dotted key a configuration may have (free-form sections by their own name alone)."""
+    """Return every dotted key a configuration may have (free-form sections by their own name only)."""
     keys = []
     for entry in dataclasses.fields(node):
         keys.append(prefix + entry.name)

@@ -1,7 +1,7 @@
 """Configuration: what a run's settings are, as typed dataclasses, and how they are hashed and saved.
 
 How they are read, from base, method and `key=value`: layers.py; which values go together: checks.py; what only one kind
-of run has: schema_nlg.py, schema_nlu.py. The resolved configuration is saved with every run and reproduces it alone:
+of run has: schema_nlg.py, schema_nlu.py. The resolved configuration is saved with every run and reproduces it only:
 `python train_nlg.py --config outputs/<run_id>/config.yaml` needs no method file.
 """
 
@@ -59,7 +59,7 @@ class ModelConfig:
 
 @dataclass
 class AdapterConfig:
-    """What is trained: an adapter by PEFT, the biases alone (`tuner=bitfit`), or everything (`tuner=full`)."""
+    """What is trained: an adapter by PEFT, the biases only (`tuner=bitfit`), or everything (`tuner=full`)."""
 
     tuner: str = "lora"
     init: str = "lora"  # lora | pissa | pissa_niter_N | corda
@@ -241,7 +241,7 @@ class RunConfig:
         return [self.data.source] if self.data.source else []
 
 
-# What a run's weights do not depend on (on `loss` by rounding alone): these may change without training again.
+# What a run's weights do not depend on (on `loss` by rounding only): these may change without training again.
 NOT_TRAINING = ("loss", "export", "eval", "hub", "output_dir", "results_dir", "overwrite")
 # TrainingArguments that change no weight.
 _COSMETIC_ARGUMENTS = (

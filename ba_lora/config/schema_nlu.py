@@ -40,7 +40,7 @@ class NLURegularizersConfig(BALoRAConfig):
         check_choice("regularizers.features", self.features, ("logits", "pooled"))
         check_choice("regularizers.reference_head", self.reference_head, ("initial", "shared", "probe"))
         if self.consistency_schedule == "adaptive":
-            raise UserError("regularizers.consistency_schedule=adaptive weighs response positions: it is NLG's alone")
+            raise UserError("regularizers.consistency_schedule=adaptive weighs response positions: it is for NLG only")
 
 
 @dataclass
@@ -49,7 +49,7 @@ class ToyPairsConfig:
 
     label_noise: float = 0.0  # share of training rows with a wrong label
     noisy_labels: list[str] = field(default_factory=list)  # only rows of these labels; empty: all
-    imbalance: float = 0.0  # 0: all labels alike; towards 1: `contradiction` grows rare, in training alone
+    imbalance: float = 0.0  # 0: all labels alike; towards 1: `contradiction` grows rare, in training only
     dev_rows: int = 600
     seed: int = 0
 

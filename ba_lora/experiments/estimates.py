@@ -99,7 +99,7 @@ class Measured:
         return hardware_name(result.get("environment") or {}) == self._hardware.get(_model(result["config"]))
 
     def seconds(self, config: dict[str, Any], *, train: bool = True) -> tuple[float, str] | None:
-        """Return (seconds, hardware) of training and generation, without `train` of generation alone; None where
+        """Return (seconds, hardware) of training and generation, without `train` of generation only; None where
         neither recipe nor speed is known, or nothing of the generation that is all there is to do."""
         hardware = self._hardware.get(_model(config))
         training = self._training_seconds(config) if train else 0.0
@@ -121,7 +121,7 @@ class Measured:
 
 
 def _rows(config: dict[str, Any]) -> tuple[str, int]:
-    """Return what tells how long a row is: the data set (NLU: the task) and where rows are cut."""
+    """Return what says how long a row is: the data set (NLU: the task) and where rows are cut."""
     name = config["nlu"]["task"] if "nlu" in config else config["data"]["name"]
     return name, config["data"]["max_length"]
 

@@ -8,7 +8,7 @@ error and redone with retry=true. Runs that share base and evaluation are genera
 engine.
 
 The same command may be given twice, at once or after Ctrl-C or kill -9: a run is worked on under its lock, and its
-state is read from its files after the lock is taken (locks.py, grid_state.py).
+state is read from its files after the lock is taken (locks.py, state.py).
 
 key=value changes every run (`data.num_rows=1000`), but for
     retry=true         redo what failed                 workers=N     at most N runs at a time
@@ -250,7 +250,7 @@ class Grid:
             path = spec.config.run_path
             failures = work.failures.get(path, [])
             if len(running.specs) > 1 and any(len(failure.stage.run_paths) > 1 for failure in failures):
-                self._alone.add(path)  # whose fault it was shows when each is tried alone
+                self._alone.add(path)  # whose fault it was shows when each is tried by itself
                 continue
             if not failures:
                 failure_path(path).unlink(missing_ok=True)

@@ -23,7 +23,7 @@ class GridOptions:
     gpus: int | None = None
     seeds: tuple[int, ...] | None = None
     only: tuple[str, ...] = ()
-    report: tuple[str, ...] = ()  # words for the report alone, as they were typed
+    report: tuple[str, ...] = ()  # words for the report only, as they were typed
 
 
 def read_grid_options(words: Sequence[str]) -> tuple[GridOptions, list[str]]:

@@ -104,7 +104,7 @@ def limit_lines(table: Table) -> list[str]:
     alike = {next(iter(found)) for found in limits.values() if len(found) == 1} - {None}
     if alike:
         told = ", ".join(map(str, sorted(alike)))
-        lines.append(f"eval.limit={told}: scores are of the first items alone, as a footnote of the table will say")
+        lines.append(f"eval.limit={told}: scores are of the first items only, as a footnote of the table will say")
     return lines
 
 

@@ -1,4 +1,4 @@
-"""What state a run of a grid is in: done, stale, failed, unfinished or missing; read from its files alone.
+"""What state a run of a grid is in: done, stale, failed, unfinished or missing; read from its files only.
 
 outputs/.grid/<run>.failed.json       the stage that failed last, its error, its log, and, where all else of the run is
                                       well, the tasks that it failed for; gone once the run is done
@@ -41,7 +41,7 @@ _ERROR_LINE = re.compile(r"^(?:\[rank \d+\] )?(error: .*|[\w.]*(?:Error|Exceptio
 
 @dataclass(frozen=True)
 class RunState:
-    """status, why, and what is to do where it is not done: train (with `overwrite`: anew), else evaluate (`regrade`:
+    """status, why, and what is to do where it is not done: train (with `overwrite`: again), else evaluate (`regrade`:
     the completions hold), or nothing but write the result (`record`)."""
 
     status: str
@@ -124,7 +124,7 @@ def read_failure(run_path: Path) -> dict[str, Any] | None:
 def record_failure(config: RunConfig, failures: Sequence[StageFailure]) -> str:
     """Write down the failures of a run's stages; return what failed and its error, one line.
 
-    The record is that of the first failure. Where scorers alone failed, its "tasks" are these scorers' tasks, each with
+    The record is that of the first failure. Where only scorers failed, its "tasks" are these scorers' tasks, each with
     its error: all other scores of the run are good.
     """
     errors = [_error(failure) for failure in failures]

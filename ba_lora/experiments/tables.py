@@ -73,7 +73,7 @@ _COLUMN_KEYS = ("task", "metric", "unit", "better", "paper", "paper_task", "over
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table: base × method × setting ("" where there is one setting alone)."""
+    """A line of the table: base × method × setting ("" where there is only one setting)."""
 
     base: str
     method: str

@@ -40,7 +40,7 @@ def set_saved_ranks(model: nn.Module) -> None:
 
     PEFT drops what the last allocation pruned. That is another model where the weights are those of an earlier epoch,
     and between two allocations, when pruned directions move again. A direction whose singular value is 0 adds nothing:
-    to drop these alone, all of them, leaves the model as it is.
+    to drop these only, all of them, leaves the model as it is.
     """
     if not is_adalora(model):
         return

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 class StepZero:
     """How far the untrained model stands from the pre-trained one: the largest |Δ logit| on the probe batch.
 
-    The residual of PiSSA and CorDA is rounded to the base's dtype: small there, 0 for methods that leave it alone.
+    The residual of PiSSA and CorDA is rounded to the base's dtype: small there, 0 for methods that do not change it.
     None where it cannot be measured: weights split by ZeRO-3 cannot run outside the engine, and a resumed QPiSSA run
     no longer loads the unquantised model.
     """

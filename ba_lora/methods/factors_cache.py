@@ -91,7 +91,7 @@ class FactorsCache:
                 found = Components(*(file.get_tensor(name) for name in Components._fields))
         except (SafetensorError, OSError) as error:
             reason = str(error).splitlines()[0]
-            raise UserError(f"{path} is damaged ({reason}): delete it, it will be made anew") from error
+            raise UserError(f"{path} is damaged ({reason}): delete it, it will be made again") from error
         stored = found.values.numel()
         fits = found.left.shape == (shape[0], stored) and found.right.shape == (stored, shape[1])
         if metadata.get("matrix") != matrix or metadata.get("svd") != svd.label or not fits:
@@ -99,7 +99,7 @@ class FactorsCache:
                 f"{path} belongs to another matrix or SVD: delete it, or choose another adapter.factors_cache"
             )
         if metadata.get("content") != _content(found):
-            raise UserError(f"{path} is damaged (other contents than were written): delete it, it will be made anew")
+            raise UserError(f"{path} is damaged (other contents than were written): delete it, it will be made again")
         rank = min(svd.rank, *shape)
         return found.leading(rank) if stored >= rank else None
 

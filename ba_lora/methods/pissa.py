@@ -67,7 +67,7 @@ def decompose(
 ) -> dict[str, Components]:
     """Return the leading components of each matrix, from `cache` where it has them, else computed on `device`.
 
-    Every process calls it (ZeRO-3 gathers); the first alone computes, and the others get {}. Matrices of one shape go
+    Every process calls it (ZeRO-3 gathers); only the first computes, and the others get {}. Matrices of one shape go
     together, at most `batch_bytes` of float32 at a time. Raises UserError for a damaged or foreign file in the cache.
     """
     main = PartialState().is_main_process

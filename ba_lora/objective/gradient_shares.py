@@ -3,7 +3,7 @@
     share of a term = λ ‖∂L_term/∂H‖ / ‖∂L_task/∂H‖
 
 H is what goes into the output head (a classifier: its pooled features), over all positions of an optimizer step. The
-gradient there costs a walk over the head, and no pass through the model. A term of the weights alone has no share.
+gradient there costs a walk over the head, and no pass through the model. A term of the weights only has no share.
 
 `regularizers.lambda_mode=gradient_share` turns it around: λ(t) is set so that the term has the share asked for. It is
 measured every few steps, smoothed, used from the next step on, and at most 1, since a term that has no gradient yet

@@ -40,7 +40,7 @@ class ClassifierObjective(Objective):
     """
 
     columns = ("row",)
-    shifts_labels = False  # rows are counted, not tokens: a row's label stands alone
+    shifts_labels = False  # rows are counted, not tokens: a row's label is not shifted
 
     def __init__(
         self,
@@ -120,7 +120,7 @@ class ClassifierObjective(Objective):
     ) -> Tensor:
         """Return the micro-batch's Z_P [N, D]."""
         if self.reference.is_cached and not model.training:
-            raise UserError("the reference cache holds the training rows alone: evaluate without regularizers")
+            raise UserError("the reference cache holds the training rows only: evaluate without regularizers")
         with evaluating(model), self.accelerator.autocast():
             if not self._head_known:
                 check_head(model, inputs)

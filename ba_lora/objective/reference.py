@@ -3,7 +3,7 @@
 The reference is the tuned model as it was at step 0, so the consistency term is exactly 0 there in any dtype:
 
     PiSSA and kin   the base holds the residual W − B₀A₀; a frozen copy of (A₀, B₀) on the same base gives W again.
-                    (Disabling the adapter would give the residual alone: not the pre-trained model.)
+                    (Disabling the adapter would give the residual only: not the pre-trained model.)
     DoRA            a frozen copy of factors and magnitude: W m / ‖W‖ is W but for rounding.
     LoRA and kin    B A = 0 at the start: disabling the adapter gives W.
     full            a frozen copy of all weights.
@@ -12,7 +12,7 @@ That holds where nothing but the adapter is trained and its initialisation is on
 here, and the trainer compares reference and tuned model once, at step 0.
 
 The switch sets one attribute on each adapter layer. It must be left before `backward`, so that gradient checkpointing
-recomputes with the trained adapter; `Reference.use` is a context manager around the no-grad pass alone.
+recomputes with the trained adapter; `Reference.use` is a context manager around the no-grad pass only.
 """
 
 import contextlib

@@ -5,7 +5,7 @@
     probe     a linear head, fitted on the frozen features before training
 
 The features come from the shared base (`reference.Reference`), by a pass of their own in each step, or from a cache
-(`reference.cache=DIR`, reference_cache_nlu.py), which the first run fills by one pass over its training rows.
+(`reference.cache=DIR`, reference_cache/features.py), which the first run fills by one pass over its training rows.
 """
 
 from collections.abc import Callable

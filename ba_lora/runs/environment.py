@@ -44,7 +44,7 @@ def environment(*, num_processes: int = 1) -> dict[str, Any]:
 def hardware_name(found: Mapping[str, Any]) -> str:
     """Return what a run with this `environment` used of its machine: `2 × NVIDIA A40`, `1 CPU thread(s) of AMD EPYC`.
 
-    Results that do not name the CPU (of before it was recorded, or not of Linux) give its threads alone.
+    Results that do not name the CPU (of before it was recorded, or not of Linux) give its threads only.
     """
     machine = found.get("hardware") or {}
     if machine.get("gpu"):

@@ -98,7 +98,7 @@ def export_run(
             "the trained model's logits are not finite: training has diverged; lower trainer.learning_rate, "
             "adapter.alpha or the regularizers' λ"
         )
-    unset_hf_deepspeed_config()  # or ZeRO-3 would split the models loaded here, on this process alone
+    unset_hf_deepspeed_config()  # or ZeRO-3 would split the models loaded here, for this process only
 
     def compare(name: str, model: "nn.Module") -> Parity:
         return compare_logits(name, probe_logits(model, probe), trained_logits, initial_logits, config, run_path)

@@ -156,7 +156,7 @@ def _difference(config: RunConfig, claim: dict[str, Any]) -> str | None:
     for name, sha256 in _inputs(config).items():
         if earlier.get(name, sha256) != sha256:  # claims of before these were kept have none
             what = f"the base {config.model.name}" if name == "base" else f"{path / name}"
-            return f"{what} has changed since {path.name} was started: bring it back, or overwrite=true trains anew"
+            return f"{what} has changed since {path.name} was started: bring it back, or overwrite=true trains again"
     return None
 
 
@@ -178,7 +178,7 @@ def keep_base(config: RunConfig, *, commit: str | None) -> None:
     if moved and has_begun(path):
         raise UserError(
             f"{config.model.name} was {claim['commit']} when {path.name} was started and is {commit} now: set "
-            "model.revision to the first, or overwrite=true trains anew"
+            "model.revision to the first, or overwrite=true trains again"
         )
     with disk_errors(path):
         if (moved or "base" not in claim) and not has_begun(path):

@@ -48,7 +48,7 @@ def run_table(results: list[dict[str, Any]]) -> str:
             if name not in selection["best"]["metrics"]:
                 continue  # an out-of-domain set
             for metric, value in score["metrics"].items():
-                last = selection["last"]["metrics"][name]  # those of each class are of the kept epoch alone
+                last = selection["last"]["metrics"][name]  # those of each class are of the kept epoch only
                 rows.append(
                     (
                         result["method"],
@@ -70,7 +70,7 @@ def run_table(results: list[dict[str, Any]]) -> str:
 def seeds_table(results: list[dict[str, Any]]) -> str:
     """Return a Markdown table: one line a base, task, method and protocol; mean ± standard deviation over the seeds.
 
-    Raises UserError for runs of one line that are no repetitions of each other with another seed.
+    Raises UserError for runs of one line that differ in more than their seed.
     """
     groups: dict[tuple, list[dict[str, Any]]] = defaultdict(list)
     for result in results:

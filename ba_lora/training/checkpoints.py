@@ -14,7 +14,7 @@ MANIFEST = "files.json"  # written last into a checkpoint: it is whole exactly w
 
 
 def write_checkpoint_manifest(folder: Path) -> None:
-    """Record size and sha256 of every file of a finished checkpoint (files above 1 GiB: size alone)."""
+    """Record size and sha256 of every file of a finished checkpoint (files above 1 GiB: size only)."""
     assert folder.is_dir(), f"{folder} was removed while it was written"
     for file in folder.rglob("*"):
         if file.is_file():

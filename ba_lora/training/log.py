@@ -166,7 +166,7 @@ class TokenMeter:
         self._counts = self._counts + torch.stack([real, tokens.numel() - real]).double()
 
     def read(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """Return the rates since the last reading and begin anew; `reduce` sums over the processes, which all call."""
+        """Return the rates since the last reading and start again; `reduce` sums over the processes, which all call."""
         if not isinstance(self._counts, Tensor):
             return {}
         counts = reduce(self._counts).tolist()  # waits for the device: the time is that of finished work

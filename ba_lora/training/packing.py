@@ -68,9 +68,9 @@ def prepare_packing(model: nn.Module, rows: list[list[int]]) -> None:
     """Make `model` (plain or PEFT) ready for packed micro-batches, once, before the trainer is built.
 
     sdpa is replaced by `packed_sdpa`; flash-attention and eager attention do what is needed themselves. Then the last
-    of `rows` (token ids) runs alone and packed behind the first: where its logits depend on that, the architecture
+    of `rows` (token ids) runs by itself and packed behind the first: where its logits depend on that, the architecture
     cannot be packed (no position ids, a recurrent state, attention that ignores the mask). Under ZeRO-3, where the
-    model does not run outside the engine, its forward's arguments alone are checked. Raises UserError.
+    model does not run outside the engine, only its forward's arguments are checked. Raises UserError.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     name = base.config.model_type

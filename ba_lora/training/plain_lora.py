@@ -9,7 +9,7 @@ an engine does that serves them) costs a fixed share of the update, 0.2 % in bfl
 matrix, but the difference of two large products: rounded, it loses 10 % and more of a small update.
 
 A residual belongs to its factors: each checkpoint carries a fingerprint of A₀ and B₀, and a model on another residual
-(a randomised PiSSA drawn anew, another base) does not take it up.
+(a randomised PiSSA drawn again, another base) does not take it up.
 """
 
 import json
@@ -34,7 +34,7 @@ FINGERPRINT_TOLERANCE = 1e-3  # relative: an exact SVD differs by far less betwe
 def initial_factors(model: nn.Module) -> dict[str, Tensor]:
     """Return A₀ and B₀ of an untrained PEFT model on a residual base, by the adapter file's names, on the CPU.
 
-    {} for any other model. Every process calls it (ZeRO-3 gathers); the first alone gets them, the others {}.
+    {} for any other model. Every process calls it (ZeRO-3 gathers); only the first gets them, the others {}.
     """
     config = getattr(model, "peft_config", {}).get("default")
     if config is None or not has_residual_base(config):

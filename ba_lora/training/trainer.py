@@ -123,7 +123,7 @@ class BALoRATrainer(Trainer):
         """Return the micro-batch's share of the effective batch's loss.
 
         `num_items_in_batch` is the number of response positions (or rows) of the effective batch; without it
-        (evaluation, or direct calls) the micro-batch stands alone.
+        (evaluation, or direct calls) the micro-batch counts by itself.
         """
         training = model.training and num_items_in_batch is not None
         own = self.objective.count(inputs)
@@ -176,7 +176,7 @@ class BALoRATrainer(Trainer):
         self._signature_columns += [name for name in self.objective.columns if name not in self._signature_columns]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        """Trainer's own, but for grouping by length: there an epoch's order depends on seed and epoch alone."""
+        """Trainer's own, but for grouping by length: there an epoch's order depends on seed and epoch only."""
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
         return SeededLengthGroupedSampler(

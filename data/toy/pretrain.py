@@ -1,9 +1,9 @@
 """Pre-train one of the two tiny bases of the embedded default, on one CPU thread in a few minutes.
 
     python data/toy/pretrain.py --variant clean      (or noisy; each writes data/toy/<variant>/)
-    python data/toy/pretrain.py --variant clean --sample      (data/toy/clean/sample.jsonl alone)
+    python data/toy/pretrain.py --variant clean --sample      (data/toy/clean/sample.jsonl only)
 
-The variants differ in their corpus alone: `clean` is right everywhere and uniform over the families; `noisy` has half
+The variants differ only in their corpus: `clean` is right everywhere and uniform over the families; `noisy` has half
 of the answers wrong in two families and three families rare. Architecture, tokenizer, initialisation and number of
 steps are the same, so what differs between the two after fine-tuning was inherited from the data. The corpus is
 pre-training-like: whole texts in a plain "Question: … Answer: …" frame, several packed into one sequence.

@@ -18,7 +18,7 @@ from eval.completions import PROMPT_TOO_LONG
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-GENERATION_VERSION = 1  # counts up when a change of this code changes answers: those kept are then made anew
+GENERATION_VERSION = 1  # counts up when a change of this code changes answers: those kept are then made again
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -180,7 +180,7 @@ def end_tokens(base: str, tokenizer: "PreTrainedTokenizerBase", config: "Pretrai
 def decode_after(tokenizer: "PreTrainedTokenizerBase", prompt_ids: Sequence[int], ids: Sequence[int]) -> str:
     """Return the text that `ids` add after the prompt.
 
-    Decoding them alone would lose the first blank with tokenizers in the manner of SentencePiece.
+    Decoding them by themselves would lose the first blank with tokenizers in the manner of SentencePiece.
     """
     decode = functools.partial(tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     before, both = decode(list(prompt_ids)), decode([*prompt_ids, *ids])

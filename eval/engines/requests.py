@@ -163,7 +163,7 @@ def request_sha256(model: ServedModel, questions: Questions, kind: str, options:
 
 
 def weights_state(model: ServedModel) -> list[Any] | None:
-    """Return what tells that weights have changed, None for a branch of the hub, which moves.
+    """Return what says that weights have changed, None for a branch of the hub, which moves.
 
     Of a run: its training, the files of its exports, its base. Of other models: a hub commit, or a folder's files.
     """
@@ -198,6 +198,6 @@ def held_record(folder: Path, task: str, request: str | None) -> dict[str, Any] 
     try:
         record = read_meta(completions)
     except UserError:
-        return None  # damaged: made anew, with the completions
+        return None  # damaged: made again, with the completions
     whole = record.get("request_sha256") == request and record.get("completions_sha256") == sha256_file(completions)
     return record if whole else None

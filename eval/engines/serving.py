@@ -13,7 +13,7 @@ SERVE = ("auto", "hot", "merged")
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A model as it is served: `base` alone, or with the PEFT adapter in `adapter`.
+    """A model as it is served: `base` by itself, or with the PEFT adapter in `adapter`.
 
     name: what the user typed; served: merged, lora, adapter or model; run: the run folder, None for other models.
     """

@@ -251,7 +251,7 @@ def _split(fence: re.Pattern, text: str) -> list[tuple[int, int]]:
 
 
 def _begins_code(line: str) -> bool:
-    """Whether a line can begin a statement that does something; words and values alone may be prose."""
+    """Whether a line can begin a statement that does something; words and values by themselves may be prose."""
     if not line or line[0] in " \t#":
         return False
     with warnings.catch_warnings():

@@ -136,7 +136,7 @@ async def ask_judge(
     return _row(
         choice.message.content or "",  # a refusal or nothing but hidden reasoning: no rating
         reply.model,
-        finish_reason=None if choice.finish_reason == PROMPT_TOO_LONG else choice.finish_reason,  # ours alone
+        finish_reason=None if choice.finish_reason == PROMPT_TOO_LONG else choice.finish_reason,  # ours only
         fingerprint=_of_type(getattr(reply, "system_fingerprint", None), str),
         prompt_tokens=_of_type(getattr(usage, "prompt_tokens", None), int),
         completion_tokens=_of_type(getattr(usage, "completion_tokens", None), int),

@@ -1,6 +1,6 @@
 """A language model as the judge of answers, behind any OpenAI-compatible endpoint.
 
-The endpoint comes from the environment alone:
+The endpoint comes from the environment only:
 
     JUDGE_MODEL      the judge's name as the endpoint knows it; best a dated version (gpt-4-0613), never an alias
     JUDGE_BASE_URL   e.g. http://127.0.0.1:8000/v1; default OPENAI_BASE_URL, then OpenAI's own
@@ -184,7 +184,7 @@ async def _ask_all(
     async with open_client(endpoint, options) as client:
         tasks: list[asyncio.Task] = []
         try:
-            # the first alone: a wrong key or name costs one call, and the judge's version is known for the others
+            # the first only: a wrong key or name costs one call, and the judge's version is known for the others
             for batch in (items[:1], items[1:]):
                 tasks = [asyncio.create_task(one(key, request)) for key, request in batch]
                 for task in asyncio.as_completed(tasks):
@@ -201,5 +201,5 @@ async def _ask_all(
             num_left = sum(key not in stored.rows for key in missing)
             raise UserError(
                 f"{error} ({len(missing) - num_left} new judgements are on file, {num_left} are missing: "
-                "the next run asks for those alone)"
+                "the next run asks for those only)"
             ) from error

@@ -20,7 +20,7 @@ class Comparison:
     """A focus row against another one of its block, in one column; p is None where `untested` says why.
 
     difference: focus − other, of the means over seeds; by_seed: of the runs with the same seed, for each of `seeds`,
-    which both rows have; low, high: the difference's 95 % confidence interval over seeds and items, over seeds alone
+    which both rows have; low, high: the difference's 95 % confidence interval over seeds and items, over seeds only
     where num_items is None; all on the column's scale. family: "primary" or "exploratory"; p_adjusted: p corrected in
     its family, by Holm in the primary one and by Benjamini and Hochberg in the other.
     """

@@ -67,7 +67,7 @@ def crossed_t(sets: Sequence[tuple[Array, Array]], *, paired: bool = False) -> E
 
 
 def seeds_t(ours: Array, theirs: Array, *, paired: bool = False) -> Estimate:
-    """Return the same of run values alone (Welch's t, or the paired one): it says nothing of other items."""
+    """Return the same of run values only (Welch's t, or the paired one): it says nothing of other items."""
     terms = _over_seeds(ours, theirs, paired=paired)
     scale = float(max(np.abs(ours).max(), np.abs(theirs).max()))
     return _estimate(ours, theirs, terms, least=0.0, scale=scale, num_items=None)

@@ -6,10 +6,10 @@ A run's folder holds features/step-<n>.safetensors (`features` [N, hidden], the 
 `labels` [N]), saved where features.steps asks for it. DIR gets features.png, features.pdf (a row for each run, a column
 for each step; PAPER: figures 1 and 5 to 8) and features.json, the numbers.
 
-t-SNE is scikit-learn's with seed 42, as in the paper; it is drawn for the eye alone. Both numbers are of the features
+t-SNE is scikit-learn's with seed 42, as in the paper; it is only a picture. Both numbers are of the features
 themselves, not of the drawing:
   silhouette      Rousseeuw 1987, mean over rows, Euclidean distance (the one t-SNE uses), from −1 to 1; undefined for
-                  one class alone and for scores
+                  only one class and for scores
   effective rank  Roy & Vetterli 2007: exp of the entropy of the singular values of [N, hidden], normalised to sum 1;
                   the features are not centred
 """

@@ -99,7 +99,7 @@ def _dots(table: ReportTable, figure: Figure, sources: Sources) -> tuple[Canvas,
 
 
 def _interval(cell: Cell) -> tuple[float, float]:
-    """Return the mean's 95 % confidence interval over seeds (t); the mean alone of one seed."""
+    """Return the mean's 95 % confidence interval over seeds (t); of one seed only the mean."""
     if cell.std is None:
         return cell.mean, cell.mean
     from scipy import stats

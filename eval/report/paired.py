@@ -10,7 +10,7 @@ A column is one of three things:
 
 Grades are read from grades/<task>.jsonl of a run, a classifier's predictions from predictions/ (see
 `Sources.predictions`). Either must give the value that stands in the result, or the items count as unknown: then the
-interval is that of the seeds alone.
+interval is that of the seeds only.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -57,7 +57,7 @@ class PairedTests:
         self._ids: dict[tuple[str, ...], tuple[str, ...]] = {}  # the runs on one set share one tuple
 
     def test(self, column: ReportColumn, focus: Row, other: Row) -> tuple[Estimate | None, str | None]:
-        """Return the estimate of focus − other on the column's scale, and why it is no test: seeds alone are in it, or
+        """Return the estimate of focus − other on the column's scale, and why it is no test: seeds only are in it, or
         they are too few, or nothing varies. No estimate where one row has a single seed."""
         ours, theirs = (self._cells[row, column.name] for row in (focus, other))
         num_seeds = min(len(ours.seeds), len(theirs.seeds))

@@ -4,7 +4,7 @@ from ba_lora.config.schema import RunConfig
 
 
 def moved_by_seed(config: RunConfig) -> tuple[str, ...]:
-    """Return what differs between two runs that differ in their seed alone.
+    """Return what differs between two runs that differ only in their seed.
 
     Neither does the seed choose training rows (data.sample_seed and data.split_seed do), nor does it enter PiSSA's SVD,
     whose sketch has a seed of its own.

@@ -5,7 +5,7 @@
 draws made-up experiments, two methods with S seeds each on N items, and counts how often each test calls their
 difference real: without any ("false marks", to be 5 % at most) and with a planted one ("found"). Beside the test of
 crossed.py stand its paired form, where the seed moves both methods alike, and what an earlier report marked: items
-alone as random, and one sign in all seeds. Written are statistics.png and statistics.json; docs/statistics.md shows
+only as random, and one sign in all seeds. Written are statistics.png and statistics.json; docs/statistics.md shows
 them.
 
 An item's chance to be solved differs from item to item, a little between the methods, and by the seed: sd 0, 1 or 4

@@ -48,7 +48,7 @@ class FailedStage:
     """The stage of a run that failed last in a grid, named as in ba_lora/experiments/pipeline.py, and its error, one
     line.
 
-    `tasks`: where scorers alone failed, the task of each and its error.
+    `tasks`: where only scorers failed, the task of each and its error.
     """
 
     name: str
@@ -189,7 +189,7 @@ def read_results(runs: Iterable[PlannedRun]) -> tuple[dict[str, dict[str, Any]],
         if run.gpus is not None and trained_on not in (None, run.gpus):  # the effective batch grows with it
             raise UserError(
                 f"{path} was trained by {trained_on} process(es), its row is set for {run.gpus}: set the row's "
-                f"gpus, or delete {run.run_path} and train it anew"
+                f"gpus, or delete {run.run_path} and train it again"
             )
         results[run.run_id] = result
         hashes[run.run_id] = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -216,7 +216,7 @@ def read_failures(runs: Iterable[PlannedRun]) -> dict[str, FailedStage]:
     """Return run_id → the stage that failed, of the runs that are not done since.
 
     A result tells how the training ended; that the evaluation failed, or a training that could not say so, is in the
-    grid's record alone. A damaged record tells nothing: the run is missing, or its older values stand.
+    grid's record only. A damaged record tells nothing: the run is missing, or its older values stand.
     """
     failures = {}
     for run in runs:

@@ -14,7 +14,7 @@
       choose: heldout                  # of rows that differ in their setting, the best in this column is compared, in
                                        # the other columns
       names: {not stated: roberta-large}                 # the paper file's name of a model, method or setting → ours
-      columns: {parameters: {scale: 1.0e-6, decimals: 1}}     # how a column's numbers are shown; `allow`: in it alone
+      columns: {parameters: {scale: 1.0e-6, decimals: 1}}     # how a column's numbers are shown; `allow`: in it only
       figures:
         ablation: {kind: dots, columns: [gsm8k, math]}
         ranks: {kind: lines, columns: [gsm8k], x: rank, log_x: true}      # x: a key of the settings' names

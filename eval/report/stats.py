@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 SIGNIFICANT = 0.05
-LEAST_SEEDS = 5  # of each row, for a test; fewer give an interval alone
+LEAST_SEEDS = 5  # of each row, for a test; fewer give an interval only
 MOST_PRIMARY = 5  # tests of a primary family
 
 

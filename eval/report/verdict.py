@@ -1,4 +1,4 @@
-"""What a table says, in five lines, from its cells and comparisons alone: also where the table's own method loses."""
+"""What a table says, in five lines, from its cells and comparisons only: also where the table's own method loses."""
 
 from collections.abc import Sequence
 

@@ -114,7 +114,7 @@ class Box:
         self.deadline = self.begun + limits.wall_s
 
     def look(self) -> Verdict | None:
-        """Return the verdict on a box that uses too much, None for the others. Sets the deadline anew."""
+        """Return the verdict on a box that uses too much, None for the others. Sets the deadline again."""
         limits, usage = self.launcher.limits, self.usage
         usage.look()
         self.deadline = self.begun + min(limits.wall_s + usage.waited_s, PATIENCE * limits.wall_s)

@@ -17,7 +17,7 @@ Control groups are not used, since they need rights that users rarely have: a lo
 (eval/sandbox/usage.py) sums CPU and resident memory of its processes, and a box that is over a limit is ended. Within
 that tenth it can be over it, by what its processes can do in that time, and up to the limits of each process.
 
-Where bubblewrap or user namespaces are missing nothing runs: `Sandbox` raises UserError with the way to mend it.
+Where bubblewrap or user namespaces are missing nothing runs: `Sandbox` raises UserError with the way to fix it.
 `unsafe` runs programs as plain child processes with the same limits but processes and disk; it is for machines that
 one can lose.
 """

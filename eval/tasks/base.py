@@ -82,7 +82,7 @@ class Task:
     top_p: float = 1.0  # how completions are drawn where the command line does not say; see also `temperature`
     num_samples: int = 1
     # What can be chosen by key=value: key -> the allowed values, the default first. `choices` shape prompts or sampling
-    # and are recorded beside the completions; `grading_choices` belong to eval.score alone.
+    # and are recorded beside the completions; `grading_choices` belong to eval.score only.
     choices: Mapping[str, tuple[str, ...]] = {}
     grading_choices: Mapping[str, tuple[str, ...]] = {}
     thinking: str = THINKING  # the marks around what a reasoning model writes before its answer; set by eval.score
@@ -136,7 +136,7 @@ class Task:
         return self.items_from_rows(rows, source=source.name), source
 
     def load_items(self, data: str | None = None) -> list[Item]:
-        """Return the items alone; see `load`."""
+        """Return the items only; see `load`."""
         return self.load(data)[0]
 
     def items_from_rows(self, rows: Sequence[dict], *, source: str) -> list[Item]:

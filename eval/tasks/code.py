@@ -4,7 +4,7 @@ Two verdicts a completion: "pass@1", of the program that post-processing finds i
 "strict", of the completion as it stands (behind a reasoning model's thinking). `pass@k` is the unbiased estimate of
 Chen et al. 2021 (Codex), equation 1, for each k of `KS` up to the number of samples; "strict" is the strict pass@1.
 
-Programs see Python's standard library alone, no third-party package.
+Programs see Python's standard library only, no third-party package.
 """
 
 import ast

@@ -7,10 +7,10 @@ and SciTail's second class is not_entailment; of SICK, relatedness − 1 is STS-
 Changed: SICK's relatedness is not rounded to a whole number, which would throw away the order within it. (It is not
 stretched from [0, 4] to STS-B's [0, 5] either: correlations do not depend on that.)
 
-Splits: all labelled ones together, as in the release, but the test split alone of IMDB, Yelp and Amazon: only then is
+Splits: all labelled ones together, as in the release, but the test split only of IMDB, Yelp and Amazon: only then is
 SNLI the largest set, as the paper says.
 
-SICK, HANS and SciTail are not pinned: they are read from refs/convert/parquet, a branch that the hub may write anew.
+SICK, HANS and SciTail are not pinned: they are read from refs/convert/parquet, a branch that the hub may write again.
 The commit that was read is recorded with each score, and a report refuses to mix two. All others are pinned to commits.
 
 Unverified here: the columns of Flipkart on the hub. Grammar test, NewsQA in QNLI's form and Twitter (PIT-2015) are

@@ -3,7 +3,7 @@
 Data: the hub's set (`google-research-datasets/mbpp`, with ":sanitized" at the end for the hand-checked questions) or a
 local file, e.g. the published mbpp.jsonl; the sanitized set is recognised by its columns (prompt instead of text,
 test_imports). Task ids are MBPP's own: "mbpp/17" is the row whose task_id is 17. A file that holds more than the test
-ids is scored on those alone; completions that go beyond them (generated with subset=all) are held against all of it.
+ids is scored on those only; completions that go beyond them (generated with subset=all) are held against all of it.
 
 Not in the official code; ours: the Alpaca frame around the task's text and its asserts, greedy. strict: the completion
 as it stands. setup=true (the default) runs test_setup_code between program and tests, since it uses the program's

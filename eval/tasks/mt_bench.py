@@ -187,7 +187,7 @@ def describe_ratings(items: Sequence[Item], ratings: Sequence[Sequence[Sequence[
     """Return the result's "ratings", on the scale of 1 to 10.
 
     ratings: items → samples → judgements. turn1, turn2, overall: means over rated answers. judgements: the overall
-    score by each judgement number alone, and std: their spread (sample standard deviation), None for fewer than two.
+    score by each judgement number only, and std: their spread (sample standard deviation), None for fewer than two.
     answer_std: the mean over answers of the standard deviation between an answer's own judgements.
     """
     answers = [(item.meta["turn"], sample) for item, samples in zip(items, ratings, strict=True) for sample in samples]
@@ -296,7 +296,7 @@ def read_references(path: Path | None) -> dict[int, tuple[str, str]]:
 def locate(path: Path) -> dict[str, Path | None]:
     """Return role → file for a folder with FastChat's files, or for a question file with the others beside it.
 
-    Generating needs the questions alone, so that the others may be None. Raises UserError where there are no questions.
+    Generating needs only the questions, so that the others may be None. Raises UserError where there are no questions.
     """
     if not path.exists():
         raise UserError(f"no such file or folder: {path}; give FastChat's question.jsonl or the folder that holds it")
@@ -325,7 +325,7 @@ def fetch(data: str) -> dict[str, Path | None]:
     Raises UserError for another commit, out of reach, or contents that are not the ones we know.
     """
     if data.partition("@")[2] not in ("", REVISION):
-        raise UserError(f"MT-Bench's files are known at {REPOSITORY}@{REVISION} alone: for others give a local folder")
+        raise UserError(f"MT-Bench's files are known at {REPOSITORY}@{REVISION} only: for others give a local folder")
     folder = PROJECT_ROOT / ".cache" / "fastchat" / REVISION
     files: dict[str, Path | None] = {}
     for role, (published, sha256, _) in FILES.items():

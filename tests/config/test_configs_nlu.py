@@ -127,7 +127,7 @@ def test_what_is_left_out_says_why(method):
         ({"overrides": ["data.dev.mnli=x.jsonl"]}, "data.dev=mnli is unknown"),
         ({"overrides": ["data.class_shares.neutral=0.1"]}, "data.class_shares=neutral is unknown"),
         ({"task": "stsb", "overrides": ["data.class_shares.neutral=0.1"]}, "needs classes"),
-        ({"overrides": ["regularizers.consistency_schedule=adaptive"]}, "NLG's alone"),
+        ({"overrides": ["regularizers.consistency_schedule=adaptive"]}, "for NLG only"),
         ({"overrides": ["data.name=glue"]}, "data.name has no effect on a run of NLU"),
         ({"overrides": ["eval.tasks=[imbd]"]}, "nearest: imdb"),
         ({"method": "bitfitt"}, "nearest: bitfit"),

@@ -21,7 +21,7 @@ from eval.nlu import main
 from eval.nlu_scores import score_predictions
 from eval.report import features
 from eval.report.features import read_steps
-from tests.scripts.test_readme import OF_RUNS
+from tests.support.pages import words_of
 from tests.support.tiny import only_result
 from tests.support.tiny_nlu import nlu_config, save_tiny_encoder, scored_run, write_sst2
 
@@ -334,17 +334,8 @@ def run(train_nlu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return train_nlu(*config, task="sst2")
 
 
-def readme_words(module: str, places: dict[str, Path]) -> list[str]:
-    """Return the README's arguments for `python -m module`, its placeholders replaced."""
-    line = next(line for line in OF_RUNS if f"python -m {module} " in line)
-    words = " ".join(line.split()[3:])
-    for name, path in places.items():
-        words = words.replace(name, str(path))
-    return words.split()
-
-
 def test_features_of_a_run_to_the_figure(run: Path, tmp_path: Path) -> None:
-    """Saved before and after training with the dev set's labels; as the README draws them."""
+    """Saved before and after training with the dev set's labels; as docs/nlu.md draws them."""
     dev = read_jsonl(tmp_path / "data" / "dev.jsonl")
     saved = {step.step: step for step in read_steps(run)}
     assert sorted(saved) == [0, 6]
@@ -356,7 +347,7 @@ def test_features_of_a_run_to_the_figure(run: Path, tmp_path: Path) -> None:
         "outputs/OTHER_RUN_ID": run,
         "--output figures": f"--output {tmp_path / 'figures'}",
     }
-    features.main(readme_words("eval.report.features", places))
+    features.main(words_of("eval.report.features", places))
     assert (tmp_path / "figures" / "features.png").read_bytes().startswith(b"\x89PNG")
     lines = read_json(tmp_path / "figures" / "features.json")["lines"]
     assert [line["step"] for line in lines] == [0, 6] * 2 and all(line["effective_rank"] > 1 for line in lines)
@@ -374,7 +365,7 @@ def test_a_run(run: Path, tmp_path: Path) -> None:
     assert read_json(run / "scores" / "yelp.json")["n"] == 16
 
     imdb = sentiment_rows(tmp_path / "imdb.jsonl", 20, seed=5)
-    main(readme_words("eval.nlu", {"outputs/RUN_ID": run, "imdb.jsonl": imdb, "yelp.jsonl": yelp}))
+    main(words_of("eval.nlu", {"outputs/RUN_ID": run, "imdb.jsonl": imdb, "yelp.jsonl": yelp}))
     assert read_json(run / "scores" / "sst2.json") == trained
     assert not (run / "predictions" / "sst2.jsonl").exists()
     yelp_score = read_json(run / "scores" / "yelp.json")

@@ -216,7 +216,7 @@ def test_the_command_refuses_a_mistyped_metric_as_it_is_typed(grid_folder, monke
 def test_a_dry_run_tells_what_a_limit_does_to_the_table(grid_folder):
     table = fake_grid.table(grid_folder, overrides=["eval.limit=7"])
     lines = dry_run(table, plan_runs(table, fake_grid.GRADERS))
-    assert "eval.limit=7: scores are of the first items alone, as a footnote of the table will say" in lines
+    assert "eval.limit=7: scores are of the first items only, as a footnote of the table will say" in lines
     settings = {"all": [], "some": ["eval.limit=7"]}
     rows = [{"bases": ["toy"], "methods": ["lora"], "settings": {"all": []}}]
     rows += [{"bases": ["toy"], "methods": ["lora"], "settings": {"some": settings["some"]}, "suffix": "some"}]

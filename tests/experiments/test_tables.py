@@ -75,7 +75,9 @@ def test_every_table_resolves(path):
     assert with_cells == set(table.rows)
     assert len(table.specs()) == len({spec.config.result_path for spec in table.specs()})
     trainings_of_a_seed = sum(spec.trained for spec in table.specs()) / len(table.seeds)
-    (told,) = re.findall(rf"\| `{path.stem}` \| (\d+)", (PROJECT_ROOT / "REPRODUCTION.md").read_text(encoding="utf-8"))
+    (told,) = re.findall(
+        rf"\| `{path.stem}` \| (\d+)", (PROJECT_ROOT / "docs" / "tables.md").read_text(encoding="utf-8")
+    )
     assert int(told) == trainings_of_a_seed * len(read_yaml(path)["seeds"])
 
 

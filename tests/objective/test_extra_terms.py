@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-import textwrap
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -21,6 +20,7 @@ from ba_lora.objective.terms.block import Positions
 from ba_lora.objective.terms.consistency import Consistency
 from ba_lora.objective.terms.diversity import Diversity
 from ba_lora.objective.terms.task import CrossEntropy
+from tests.support.pages import example
 from tests.support.tiny import arguments, collate, tiny_peft, tiny_rows
 
 
@@ -95,19 +95,14 @@ def test_a_second_term_of_a_name_is_refused(tmp_path):
         )
 
 
-def readme_example(root):
-    """The file that README.md gives as an example."""
-    text = (root / "README.md").read_text(encoding="utf-8")
-    block = text.split("for instance `z_loss.py`:\n\n  ```text\n")[1].split("\n  ```\n")[0]
-    return textwrap.dedent("  " + block.removeprefix("  ")) + "\n"
-
-
 def test_one_file_and_one_key_add_a_regularizer(root, tmp_path):
-    """As README.md tells: in a copy of the tree, trained by the fused and the plain loss, shown everywhere."""
+    """As docs/adding.md tells: in a copy of the tree, trained by the fused and the plain loss, shown everywhere."""
     for name in ("ba_lora", "configs", "data", "eval"):
         shutil.copytree(root / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(root / "train_nlg.py", tmp_path)
-    (tmp_path / "ba_lora" / "objective" / "terms" / "z_loss.py").write_text(readme_example(root))
+    (tmp_path / "ba_lora" / "objective" / "terms" / "z_loss.py").write_text(
+        example("docs/adding.md", "ba_lora/objective/terms/z_loss.py")
+    )
     environment = {**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
 
     def run(*words):

@@ -30,7 +30,7 @@ def test_a_run_that_was_not_trained_has_failed(config):
 
 
 def test_the_prompt_is_the_one_of_the_training(config, monkeypatch):
-    """Scored again under another template, the result still tells what was trained on."""
+    """Scored again under another template, the result still says what was trained on."""
     trained_with = prompt_hash()
     run.finish_run(config.run_path, config, {"training": {"steps": 3}})
     monkeypatch.setitem(prompts.TEMPLATES, "alpaca", "Another one: {instruction}")

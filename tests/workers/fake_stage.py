@@ -1,7 +1,7 @@
 """A stage that does nothing but leave the files of a real one: KIND RUN … ; no imports beyond the standard library.
 KIND is train, generate, score (of toy) or score-TASK.
 
-Every file is written beside its place and renamed. A line in $FAKE/ledger tells that the stage came to its end; its pid
+Every file is written beside its place and renamed. A line in $FAKE/ledger says that the stage came to its end; its pid
 is in $FAKE/pids while it runs. $FAKE/fail holds lines "KIND WORD": such a stage of a run with WORD in its name fails.
 So does $FAKE/hold: such a stage runs until it is ended.
 """

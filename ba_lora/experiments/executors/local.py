@@ -191,7 +191,7 @@ class LocalExecutor:
                     stdout=log,
                     stderr=subprocess.STDOUT,
                     pass_fds=[lock.fileno() for lock in locks],
-                    start_new_session=True,  # Ctrl-C reaches the grid alone, which then ends its stages in order
+                    start_new_session=True,  # only the grid gets Ctrl-C, which then ends its stages in order
                 )
             return False
         job.work.seconds = time.monotonic() - job.work.started

@@ -52,7 +52,7 @@ class CachedFeatures:
 
         Raises UserError for a file that is missing, truncated, changed, of another key, shape or dtype.
         """
-        mend = "delete it, it will be made anew, or set reference.cache to another folder"
+        mend = "delete it, it will be made again, or set reference.cache to another folder"
         tensors, claim = read_claimed(self.path, mend=mend)
         stored = claim.get("key")
         if not isinstance(stored, dict):
@@ -73,7 +73,7 @@ def cached_features(config: NLUConfig, rows: "Dataset", *, autocast: str = "no")
     """
     if not config.uses_reference_cache:
         return None
-    is_main = PartialState().is_main_process  # weights are read by one alone
+    is_main = PartialState().is_main_process  # only one reads the weights
     key = [features_key(config, rows, autocast=autocast) if is_main else None]
     broadcast_object_list(key)
     return CachedFeatures(resolve_path(config.reference.cache), key[0])
@@ -84,7 +84,7 @@ def features_key(config: NLUConfig, rows: "Dataset", *, autocast: str = "no") ->
 
     In float32 the pre-trained encoder is the same however a method takes it apart; a rounded or quantised residual of
     PiSSA with its factors put back, or their products under autocast, are not quite LoRA's base: such features are
-    shared by equal adapters alone.
+    shared by equal adapters only.
     """
     exact = config.model.dtype == "float32" and config.model.quantization == "none" and autocast == "no"
     adapter = {name: value for name, value in dataclasses.asdict(config.adapter).items() if name != "factors_cache"}

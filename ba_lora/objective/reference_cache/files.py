@@ -20,7 +20,7 @@ from ba_lora.io import file_atomic
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_METADATA = "ba_lora"  # one entry alone: safetensors writes several in no fixed order
+_METADATA = "ba_lora"  # only one entry: safetensors writes several in no fixed order
 
 
 def write_claimed(path: Path, tensors: dict[str, Tensor], claim: dict[str, Any]) -> None:
@@ -29,7 +29,7 @@ def write_claimed(path: Path, tensors: dict[str, Tensor], claim: dict[str, Any])
     claim = claim | {"sha256": _sha256(tensors)}
     with file_atomic(path) as temporary:
         save_file(tensors, temporary, metadata={_METADATA: json.dumps(claim)})
-        temporary.chmod(path.parent.stat().st_mode & 0o666)  # safetensors leaves it to its writer alone
+        temporary.chmod(path.parent.stat().st_mode & 0o666)  # safetensors leaves it to its writer only
 
 
 def read_claimed(path: Path, *, mend: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -213,7 +213,7 @@ def _on_device(model: nn.Module) -> nn.Module:
 
 
 def _compute(cache: CachedReference, file: Path, model: nn.Module) -> dict[str, Tensor]:
-    """Return the tensors of one file. Its batches depend on the file alone, so its bytes do too."""
+    """Return the tensors of one file. Its batches depend on the file only, so its bytes do too."""
     rows, found = cache.rows_of(file), {}
     for batch in _batches(cache, rows):
         for row, logits_NV in zip(batch, _logits(cache, model, batch), strict=True):
@@ -265,7 +265,7 @@ def _logits(cache: CachedReference, model: nn.Module, batch: list[int]) -> list[
     if logits_BTV.shape[-1] != cache.vocabulary:
         raise UserError(
             f"the model gives {logits_BTV.shape[-1]} logits and its config.json says vocab_size {cache.vocabulary}: "
-            "mend one of the two"
+            "fix one of the two"
         )
     return [logits_TV[mask_T] for logits_TV, mask_T in zip(logits_BTV, mask_BT, strict=True)]
 

@@ -4,7 +4,7 @@
          rows-A-B.safetensors  of the positions of rows A … B−1 in their order: tokens [P, K], log_probs [P, K] at the
                                temperature of the key, log_tail [P], entropy [P] (see regularizers.TopLogProbs)
          sample.safetensors    the logits of a few rows over the whole vocabulary, to measure what K leaves out
-         lock                  locked byte by byte while a shard is written (reference_build.py)
+         lock                  locked byte by byte while a shard is written (fill.py)
 
 The cache is of the pre-trained model itself, never of a method's residual: so every method, seed and rank of a table
 shares it. It is bound to one temperature, since the tail's mass at another T does not follow from it. Every file says
@@ -77,7 +77,7 @@ class CachedReference:
 
     To a TokenObjective it is what reference.Reference is.
 
-    `open_cache` makes it, reference_build.py fills it.
+    `open_cache` makes it, fill.py fills it.
     """
 
     consistency = CachedConsistency
@@ -205,7 +205,7 @@ class CachedReference:
         self.report["tail_mass"] = {"mean": total / self.rows.count(0, len(self.rows)), "max": largest}
 
     def _verified(self, file: Path) -> dict[str, Tensor]:
-        mend = "delete it and run again, only its rows are computed anew"
+        mend = "delete it and run again, only its rows are computed again"
         tensors, claim = read_claimed(file, mend=mend)
         if claim.get("cache") != self._digest or claim.get("file") != file.name:
             raise UserError(f"{file} is no file of this reference cache: {mend}")

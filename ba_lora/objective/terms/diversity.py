@@ -31,7 +31,7 @@ class Diversity(PositionTerm):
         return -entropy(logits_NV, top_k=self.top_k)
 
     def walk(self, block: Block, factor: float) -> tuple[Tensor, None]:
-        """n = Σ p log p, dz = p (log p − n); of the top k alone n = Σ s log s, dz = s (log s − n) at those k."""
+        """n = Σ p log p, dz = p (log p − n); of the top k only n = Σ s log s, dz = s (log s − n) at those k."""
         if self.top_k is None or self.top_k >= block.logits.shape[1]:
             p_log_p_BV = block.logits.sub_(block.peak[:, None]).sub_(block.rest[:, None]).mul_(block.softmax)
             values_B = p_log_p_BV.sum(-1)

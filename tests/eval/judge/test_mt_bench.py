@@ -188,7 +188,7 @@ def test_the_published_files_are_fetched_once_and_checked(
     monkeypatch.setattr("urllib.request.urlopen", unreachable)
     with pytest.raises(UserError, match="cannot fetch https://.*: no route; give a folder"):
         fetch(source.name)
-    with pytest.raises(UserError, match="are known at .* alone"):
+    with pytest.raises(UserError, match="are known at"):
         get_task("mt_bench").load(f"{REPOSITORY}@main")
 
 

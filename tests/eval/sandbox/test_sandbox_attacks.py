@@ -67,7 +67,7 @@ def test_nothing_outside_can_be_reached(box, root: Path, tmp_path: Path, monkeyp
 
 @pytest.fixture
 def world(root: Path, tmp_path: Path) -> Iterator[tuple[dict[str, object], Callable[[], set[str]]]]:
-    """Give the names that the programs of HARM use, and a function that tells which harm was done to what they name."""
+    """Give the names that the programs of HARM use, and a function that says which harm was done to what they name."""
     secret = secrets.token_hex(8)
     target, grader = tmp_path / "target", tmp_path / "grader.py"
     for path in (target, grader):

@@ -1,0 +1,463 @@
+"""The commands of all pages run, and their tables hold no number that is not in a file."""
+
+import csv
+import importlib
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import mean, stdev
+
+import pytest
+
+from ba_lora.config.layers import load_config
+from ba_lora.errors import UserError
+from ba_lora.experiments.tables import available_tables
+from ba_lora.runs import results_nlu
+from eval import generate, score
+from scripts import bench
+from tests.conftest import ROOT
+from tests.runs.test_results_nlu import result as nlu_result
+from tests.support.committed import committed_text
+from tests.support.pages import COMMANDS, PAGES, blocks, commands, example, words_of
+
+README, RESULTS = PAGES["README.md"], PAGES["docs/results.md"]
+LAUNCHES = [line for line in COMMANDS if re.search(r"scripts/(ba-lora|lora|pissa|full-ft)\.sh", line)]
+OF_EXAMPLES = [line for line in LAUNCHES if "z_loss" in line or "lora_attention" in line]  # of files in docs/adding.md
+DRY = [line for line in LAUNCHES if line not in OF_EXAMPLES]
+BY_HAND = [line for line in COMMANDS if "outputs/by-hand" in line]
+NLU = [line for line in COMMANDS if "scripts/nlu.sh" in line]
+TRAIN_NLU = [line for line in COMMANDS if "train_nlu.py" in line]
+REPRODUCE = [line for line in COMMANDS if "scripts/reproduce.sh" in line]
+TOY = [
+    line for line in commands("README.md") if line in DRY and ("nlg/toy.yaml" in line or line.endswith("ba-lora.sh"))
+]
+OF_RUNS = [line for line in COMMANDS if "outputs/RUN_ID" in line]  # run as they are by tests/eval/test_eval_nlu.py
+SCORE = [line for line in COMMANDS if "-m eval.score" in line and line not in BY_HAND]
+GENERATE = [line for line in COMMANDS if "-m eval.generate" in line and line not in BY_HAND]
+REPORT = [line for line in COMMANDS if "python -m eval.report " in line or "eval.report.simulation" in line]
+BENCH = [line for line in COMMANDS if "scripts/bench.py" in line]
+OVER_SEEDS = [line for line in COMMANDS if "ba_lora.runs.results_nlu" in line]
+HARNESS = [line for line in COMMANDS if ".cache/lm-eval" in line]
+SITE = [line for line in COMMANDS if ".cache/docs" in line]
+JUDGE = [line for line in COMMANDS if line.startswith("export JUDGE_MODEL=")]
+
+
+def shell(line, timeout_s=3600):
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+    environment["HF_HUB_OFFLINE"] = "1"
+    return subprocess.run(
+        ["sh", "-c", line], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout_s
+    )
+
+
+def test_every_command_is_of_a_kind_that_is_tested_here():
+    assert len(DRY) >= 12 and len(OF_EXAMPLES) == 2 and len(BY_HAND) == 3 and len(TOY) == 2
+    assert len(NLU) >= 6 and len(TRAIN_NLU) == 1 and len(REPRODUCE) >= 5
+    assert len(SCORE) == 4 and len(GENERATE) == len(OVER_SEEDS) == len(JUDGE) == 1 and len(OF_RUNS) == len(BENCH) == 2
+    assert len(HARNESS) == 4 and len(REPORT) == 1 and len(SITE) == 3
+    tested = {*LAUNCHES, *BY_HAND, *NLU, *TRAIN_NLU, *REPRODUCE, *OF_RUNS, *SCORE, *GENERATE, *REPORT, *BENCH}
+    tested |= {*OVER_SEEDS, *HARNESS, *SITE, *JUDGE}
+    assert sorted({*COMMANDS} - tested) == ["sh scripts/test.sh", "sh scripts/test.sh slow"]
+
+
+def test_no_command_hides_in_a_block_of_another_kind():
+    for page, text in PAGES.items():
+        languages = {*re.findall(r"^ *```(\w+)", text, flags=re.M)}
+        assert languages <= {"sh", "text", "python", "yaml", "json"}, page
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 220
+
+
+@pytest.fixture
+def dry_run(capsys, monkeypatch, tmp_path):
+    """Call what a line's script calls, with --dry-run, in this process (a start of Python takes seconds); return what
+    it prints."""
+
+    monkeypatch.setenv("SEED", "1")
+    monkeypatch.setenv("GLUE", "glue")
+    (tmp_path / "test.jsonl").write_text('{"question": "2 + 2?", "answer": "#### 4"}\n')  # the user's own test set
+
+    def run(line):
+        line = os.path.expandvars(line).replace("=test.jsonl", f"={tmp_path}/test.jsonl")
+        words = shlex.split(line.removesuffix("--dry-run"))
+        while "=" in words[0]:
+            monkeypatch.setenv(*words.pop(0).split("=", 1))
+        assert words[0] == "sh"
+        text, given = (ROOT / words[1]).read_text(), ""
+        if inner := re.search(r'^exec sh .*/(\S+\.sh"?)(.*) "\$@"$', text, flags=re.M):  # a script over another one
+            text, given = (ROOT / "scripts" / inner[1].strip('"')).read_text(), inner[2]
+        module, own = re.search(r'python" -m (\S+)(.*) "\$@"$', text, flags=re.M).groups()
+        own += given
+        monkeypatch.setattr("sys.argv", [module, *shlex.split(own), *words[2:], "--dry-run"])
+        monkeypatch.chdir(ROOT)
+        assert importlib.import_module(module).main() == 0
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.mark.parametrize("line", ["ba-lora.sh", "nlu.sh", "reproduce.sh ranks"])
+def test_scripts_start(line):
+    done = shell(f"sh scripts/{line} --dry-run")
+    assert done.returncode == 0 and done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("line", DRY)
+def test_every_launch_resolves_to_its_commands(line, dry_run):
+    """Config, method, overrides, launcher and tasks are checked; a 7B model is not trained."""
+    training, *evaluation = [shlex.split(printed) for printed in dry_run(line).splitlines()]
+    assert "train_nlg.py" in training and (len(evaluation) >= 2 or "eval.tasks=[]" in line)
+    assert ("accelerate.commands.launch" in training) == ("NUM_MACHINES" in line)
+
+
+@pytest.mark.parametrize("line", NLU)
+def test_every_nlu_launch_resolves_to_its_commands(line, dry_run):
+    trainings = [shlex.split(printed) for printed in dry_run(line).splitlines()]
+    methods = re.search(r"method=(\S+)", line)
+    assert len(trainings) == (len(methods[1].split(",")) if methods else 3)
+    assert all("train_nlu.py" in training for training in trainings)
+
+
+@pytest.mark.parametrize("line", REPRODUCE)
+def test_every_table_command_is_understood(line, dry_run):
+    name = shlex.split(line)[2]
+    assert re.search(rf"^{name}: \d+ cells from \d+ runs: ", dry_run(line), flags=re.M)
+
+
+def test_the_library_example_trains(tmp_path, monkeypatch):
+    (script,) = blocks(PAGES["docs/library.md"], "python")
+    monkeypatch.chdir(ROOT)
+    names = {}
+    exec(script.replace("outputs/library", str(tmp_path)), names)
+    losses = [entry["task"] for entry in names["trainer"].state.log_history if "task" in entry]
+    assert len(losses) == 3 and losses[-1] < losses[0]
+
+
+def test_scoring_as_the_pages_tell(tmp_path, monkeypatch, capsys):
+    """Completions, a file of one's own, a folder of runs; MT-Bench without its questions says what is missing."""
+    monkeypatch.delenv("JUDGE_API_KEY", raising=False)
+    rows = [json.loads(line) for line in (ROOT / "data" / "toy" / "test.jsonl").read_text().splitlines()]
+    answers = [f"The answer is: {row['answer']}" for row in rows]
+    run = tmp_path / "RUN"
+    (run / "completions").mkdir(parents=True)
+    own = [{"question": row["query"], "answer": f"#### {row['answer']}"} for row in rows[:5]]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in own))
+    for task, texts in (("toy", answers), ("gsm8k", answers[:5]), ("mt_bench", answers)):
+        lines = [json.dumps({"task_id": f"{task}/{i}", "completion": text}) + "\n" for i, text in enumerate(texts)]
+        (run / "completions" / f"{task}.jsonl").write_text("".join(lines))
+    places = {"outputs/RUN": run, "test.jsonl": tmp_path / "test.jsonl", "--runs outputs": f"--runs {tmp_path}/none"}
+    done = []
+    for line in SCORE:
+        words = " ".join(line.split()[3:])
+        for name, place in places.items():
+            words = words.replace(name, str(place))
+        if "mt_bench" in line or "--runs" in line:
+            with pytest.raises(UserError, match=r"--data|none"):
+                score.main(words.split())
+            continue
+        assert score.main(words.split()) == 0
+        done.append(json.loads(capsys.readouterr().out.splitlines()[-1]))
+    assert [(one["task"], one["metrics"]["strict"]) for one in done] == [("toy", 1.0), ("gsm8k", 1.0)]
+
+
+def test_generating_as_the_pages_tell(tmp_path, tiny_model):
+    (tmp_path / "test.jsonl").write_text(json.dumps({"question": "2 + 2?", "answer": "#### 4"}) + "\n")
+    places = {"outputs/RUN": tiny_model, "test.jsonl": tmp_path / "test.jsonl"}
+    words = words_of("eval.generate", places)
+    generate.main([*words, "--engine", "hf", "--output", str(tmp_path), "max_new_tokens=4"])
+    (line,) = (tmp_path / "gsm8k.jsonl").read_text().splitlines()
+    assert json.loads(line)["task_id"] == "gsm8k/0"
+
+
+@pytest.mark.slow
+def test_the_toys_report_follows_from_the_committed_runs(tmp_path):
+    (line,) = REPORT
+    done = shell(line.replace("outputs/toy-report", str(tmp_path)))
+    assert done.returncode == 0, done.stderr[-3000:]
+    made, committed = (
+        json.loads((tmp_path / "table.json").read_text()),
+        json.loads(committed_text("results/toy/table.json")),
+    )
+    assert [cell["mean"] for cell in made["cells"]] == [cell["mean"] for cell in committed["cells"]]
+
+
+def test_the_bench_knows_its_words():
+    """Every case of every shape is run by tests/scripts/test_bench.py."""
+    for line in BENCH:
+        options = dict(zip(words := shlex.split(line)[2:], words[1:], strict=False))
+        assert options["--device"] == "cpu" and options.get("--shape", "default") in bench.SHAPES
+
+
+def test_a_table_over_seeds_as_the_page_tells(tmp_path, monkeypatch, capsys):
+    for seed in (1, 2):
+        file = tmp_path / f"minilm-sst2-{seed}.json"
+        file.write_text(json.dumps(nlu_result("lora", seed, 0.8, 0.8, None)))
+    (pattern,) = shlex.split(OVER_SEEDS[0])[3:]
+    monkeypatch.setattr("sys.argv", ["results_nlu", *map(str, sorted(tmp_path.glob(Path(pattern).name)))])
+    results_nlu.main()
+    assert "80.00" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_harness_has_its_environment_and_our_task():
+    """Its environment is made once, in .cache; GSM8K's rows are the hub's, so the task is listed and not run."""
+    *environment, evaluation = HARNESS
+    if not (ROOT / ".cache" / "lm-eval" / "bin" / "lm_eval").is_file():
+        for line in environment:
+            done = shell(line)
+            assert done.returncode == 0, done.stderr[-3000:]
+    words = shlex.split(evaluation)
+    place = words[words.index("--include_path") + 1]
+    done = shell(f"{words[0]} ls tasks --include_path {place}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert words[words.index("--tasks") + 1] in done.stdout
+
+
+def test_the_sites_requirements_are_exact_pins():
+    lines = (ROOT / "docs" / "requirements.txt").read_text().splitlines()
+    assert len(lines) > 20 and all(re.fullmatch(r"#.*|[\w.-]+==[\w.]+|", line) for line in lines)
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning():
+    """Its environment is made once, in .cache, and again when a pin changes."""
+    make, install, build = SITE
+    environment, pins = ROOT / ".cache" / "docs", (ROOT / "docs" / "requirements.txt").read_text()
+    stamp = environment / "installed.txt"
+    if not stamp.is_file() or stamp.read_text() != pins:
+        for line in (make, install):
+            done = shell(line)
+            assert done.returncode == 0, done.stderr[-3000:]
+        stamp.write_text(pins)
+    done = shell(build)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    pages = [path.name for path in (ROOT / "docs").glob("*.md")] + ["index.md", "reproduction.md"]
+    site = ROOT / ".cache" / "site"
+    for page in pages:
+        assert (site / page.removesuffix(".md") / "index.html").is_file() or page == "index.md", page
+    assert "BALoRATrainer" in (site / "library" / "index.html").read_text(encoding="utf-8")
+
+
+def test_the_examples_of_a_method_and_a_task_work(tmp_path):
+    """As docs/adding.md tells, in a copy of the tree."""
+    for name in ("ba_lora", "configs", "data", "eval"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "train_nlg.py", tmp_path)
+    for title in ("configs/methods/lora_attention.yaml", "eval/tasks/yes_no.py"):
+        (tmp_path / title).write_text(example("docs/adding.md", title))
+    registry, line = tmp_path / "eval" / "tasks" / "__init__.py", example("docs/adding.md", "eval/tasks/__init__.py")
+    registry.write_text(registry.read_text().replace("_WHERE = {\n", "_WHERE = {\n" + line))
+    (tmp_path / "rows.jsonl").write_text('{"question": "Is 2 even?", "answer": "yes"}\n')
+    (tmp_path / "said.jsonl").write_text('{"task_id": "yes_no/0", "completion": "Yes, it is."}\n')
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+
+    def run(*words):
+        done = subprocess.run([sys.executable, *words], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+    [line] = [line for line in OF_EXAMPLES if "lora_attention" in line]
+    assert "train_nlg.py" in run("-m", "ba_lora.experiments.pipeline", *shlex.split(line)[2:], "--dry-run")
+    said = run("-m", "eval.score", "--task", "yes_no", "--completions", "said.jsonl", "--data", "rows.jsonl")
+    assert json.loads(said.splitlines()[-1])["metrics"]["strict"] == 1.0
+
+
+def test_every_table_is_in_the_list_of_tables():
+    listed = re.findall(r"^\| [^|]+ \| `(\w+)` \|", PAGES["docs/tables.md"], flags=re.M)
+    assert sorted(listed) == available_tables()
+
+
+def test_the_nlu_training_command_resolves():
+    words = shlex.split(TRAIN_NLU[0])
+    config = load_config(words[3], task=words[5], kind="nlu")
+    assert (config.name, config.nlu.task, config.method) == ("bert-large", "sst2", "ba_lora")
+
+
+@pytest.mark.slow
+def test_the_nlu_default_compares_the_methods_in_three_minutes():
+    """LoRA, PiSSA and BA-LoRA, each better than guessing one of three classes; then printed again, not retrained."""
+    started = time.monotonic()
+    done = shell("sh scripts/nlu.sh overwrite=true")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert time.monotonic() - started < 180
+    again = shell("sh scripts/nlu.sh")
+    assert again.returncode == 0 and again.stdout.count("is trained already") == 3
+    table = done.stdout[done.stdout.index("method ") :].splitlines()
+    assert again.stdout.splitlines()[-len(table) :] == table
+    scores = {line.split()[0]: float(line.split()[4]) for line in table[2:5]}
+    assert set(scores) == {"lora", "pissa", "ba_lora"} and min(scores.values()) > 50
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("line", TOY)
+def test_toy_commands_run_as_they_stand(line):
+    done = shell(line)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "strict" in done.stdout and "result: results/runs/toy-" in done.stdout
+
+
+@pytest.mark.slow
+def test_the_stages_by_hand_run_as_they_stand():
+    for line in BY_HAND:
+        done = shell(line)
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout.splitlines()[-1])["metrics"]["strict"] > 0.2
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_files_and_folders_it_names_exist(page):
+    for path in re.findall(r"`((?:configs|scripts|ba_lora|data|eval|results|tests)/[\w./-]+)`", PAGES[page]):
+        assert (ROOT / path).exists(), path
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_its_links_lead_to_files_and_headings(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", PAGES[page]):
+        if target.startswith("http"):
+            continue
+        name, _, heading = target.partition("#")
+        path = ((ROOT / page).parent / name).resolve() if name else ROOT / page
+        assert path.is_file(), target
+        if heading:
+            titles = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), flags=re.M)
+            assert heading in {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}, target
+
+
+def test_the_papers_numbers_are_those_of_the_csv():
+    rows = list(csv.DictReader(open(ROOT / "results" / "paper_reported" / "nlg_main.csv", encoding="utf-8")))
+    known = {(row["model"], row["method"], row["task"]): f"{row['mean']} ± {row['std']}" for row in rows}
+    printed = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in RESULTS.splitlines()
+        if re.match(r"\| (llama|mistral|gemma)", line)
+    ]
+    assert len(printed) == 12
+    for model, method, *cells in printed:
+        wanted = [known[model, method, task] for task in ("gsm8k", "math", "humaneval", "mbpp", "mt_bench")]
+        assert cells[0::2] == wanted and set(cells[1::2]) == {""}
+
+
+def test_the_toys_numbers_are_those_of_the_results():
+    """Mean ± standard deviation (n − 1) over the committed runs of each method."""
+    printed = {
+        cells[0]: cells[1:]
+        for line in README.splitlines()
+        if (cells := [cell.strip() for cell in line.strip("|").split("|")])[0] in ("untuned", "ba_lora")
+    }
+    assert set(printed) == {"untuned", "ba_lora"}
+    results = [json.loads(path.read_text()) for path in (ROOT / "results" / "default" / "runs").glob("toy-*.json")]
+    for method, cells in printed.items():
+        scores = [100 * r["evaluation"]["toy"]["metrics"]["strict"] for r in results if _of_the_table(r, method)]
+        spread = f" ± {stdev(scores):.1f}" if len(scores) > 1 else ""
+        assert cells[:2] == [f"{mean(scores):.1f}{spread}", str(len(scores))]
+
+
+def test_the_toy_table_is_an_extract_of_its_report():
+    """Mean ± standard deviation; perplexity before and after in one cell."""
+    methods = {
+        "not tuned": "untuned",
+        "Full FT": "full_ft",
+        "LoRA": "lora",
+        "LoRA + all three terms": "lora_ba",
+        "PiSSA": "pissa",
+        "BA-LoRA (2024)": "ba_lora",
+        "BA-LoRA (ICLR 2026)": "ba_lora_iclr2026",
+    }
+    cells = {
+        (cell["method"], cell["setting"], cell["column"]): cell
+        for cell in json.loads(committed_text("results/toy/table.json"))["cells"]
+    }
+
+    def shown(method, base, column, decimals):
+        cell = cells[method, f"base={base}", column]
+        spread = "" if cell["std"] is None else f" ± {cell['std']:.{decimals}f}"
+        lost = sum(failure["status"] == "collapsed" for failure in cell["failures"])
+        spread += f" ({lost} of {cell['planned']} collapsed)" if lost else ""
+        return f"{cell['mean']:.{decimals}f}{spread}"
+
+    printed = re.findall(r"^\| (clean|noisy) \| ([^|]+) \| (.*) \|$", RESULTS, flags=re.M)
+    assert [row[:2] for row in printed] == [(base, label) for base in ("clean", "noisy") for label in methods]
+    for base, label, row in printed:
+        before, after = (shown(methods[label], base, column, 2) for column in ("ppl_before", "ppl_after"))
+        wanted = [shown(methods[label], base, column, 1) for column in ("strict", "flexible", "rare", "noisy")]
+        wanted += [f"{before.split()[0]} → {after}", shown(methods[label], base, "distinct_2", 1)]
+        assert row.split(" | ") == wanted, (base, label)
+
+
+def test_what_the_toy_says_is_what_its_comparisons_say():
+    """BA-LoRA (ICLR 2026) against PiSSA, clean and noisy base: differences, intervals, seeds."""
+    comparisons = json.loads(committed_text("results/toy/table.json"))["comparisons"]
+    found = {
+        (one["column"], one["focus"]["setting"]): one
+        for one in comparisons
+        if (one["focus"]["method"], one["other"]["method"]) == ("ba_lora_iclr2026", "pissa")
+    }
+
+    def told(name, base, decimals):
+        one = found[name, f"base={base}"]
+        low, high = (f"{one[key]:.{decimals}f}" for key in ("low", "high"))
+        return f"{one['difference']:+.{decimals}f} ({low} to {high})"
+
+    def cells(label):
+        (row,) = re.findall(rf"^ *\| {re.escape(label)} \|(.*)\|$", RESULTS, flags=re.M)
+        return [cell.strip().replace("−", "-") for cell in row.split("|")]
+
+    for label, name, decimals in (("perplexity after", "ppl_after", 2), ("distinct-2 (%)", "distinct_2", 1)):
+        assert cells(label) == [told(name, base, decimals) for base in ("clean", "noisy")]
+    assert cells("strict (%)") == [told("strict", base, 1) for base in ("clean", "noisy")]
+    by_seed = [found["strict", f"base={base}"]["by_seed"] for base in ("clean", "noisy")]
+    assert cells("strict (%), seeds 42, 1, 2") == [", ".join(f"{value:+.2f}" for value in values) for values in by_seed]
+    of_2024 = [one for one in comparisons if (one["focus"]["method"], one["other"]["method"]) == ("ba_lora", "pissa")]
+    assert all(one["low"] <= 0 <= one["high"] and abs(one["difference"]) <= 0.5 for one in of_2024)
+    assert len(comparisons) == 72 and not any(one["p"] for one in comparisons)
+
+
+def test_reproduction_opens_with_the_verdict_that_the_report_wrote():
+    """Copied from results/toy/table.md, five lines."""
+    lines = json.loads(committed_text("results/toy/table.json"))["verdict"]
+    opening = PAGES["REPRODUCTION.md"].split("## ")[0]
+    assert len(lines) == 5 and [line[2:] for line in opening.splitlines() if line.startswith("- ")] == lines
+    assert committed_text("results/toy/table.md").splitlines()[2:7] == [f"- {line}" for line in lines]
+
+
+def test_what_the_page_on_statistics_says_is_what_was_simulated():
+    lines = json.loads((ROOT / "docs" / "statistics.json").read_text())["lines"]
+    text = PAGES["docs/statistics.md"]
+    of_4 = [line for line in lines if (line["metric"], line["seed_sd"]) == ("accuracy", 4.0)]
+    for name, key in (("false marks, seeds and items", "false"), ("false marks, items only", "false_items_alone")):
+        [row] = [line for line in text.splitlines() if line.startswith(f"| {name}")]
+        shown = [float(cell.strip(" %")) for cell in row.split("|")[2:5]]
+        assert shown == pytest.approx([100 * line[key] for line in of_4], abs=0.06)
+    assert max(line["false"] for line in lines) <= 0.06
+
+
+def test_the_price_of_a_step_is_that_of_the_newest_bench_rows():
+    newest = {}
+    for row in csv.DictReader(committed_text("results/bench.csv").splitlines()):
+        if (row["device"], row["shape"]) == ("cpu", "default"):
+            newest[row["case"], row["vocab"]] = (
+                f"{float(row['step_ratio']):.2f}",
+                f"{float(row['memory_ratio']):.2f}",
+            )
+    names = {"official arithmetic": "official", "fused": "fused", "fused, reference cached": "fused_cache"}
+    for name, case in names.items():
+        (line,) = re.findall(rf"^\| BA-LoRA, {name} \|(.*)\|$", RESULTS, flags=re.M)
+        assert tuple(cell.strip() for cell in line.split("|")) == newest[case, "32000"] + newest[case, "128000"], name
+
+
+def _of_the_table(result, method):
+    from ba_lora.config.layers import load_config
+    from ba_lora.config.schema import training_hash
+
+    if method == "untuned":
+        return result["method"] == "untuned" and result["config"]["model"]["name"] == "data/toy/clean"
+    config = load_config(ROOT / "configs" / "nlg" / "toy.yaml", method=method, overrides=[f"seed={result['seed']}"])
+    return result["method"] == method and result["run_id"].endswith(training_hash(config))
