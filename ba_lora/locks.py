@@ -15,10 +15,11 @@ import json
 import os
 import socket
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
+
+from filelock import FileLock, Timeout
 
 from ba_lora.errors import UserError
 from ba_lora.io import disk_errors
@@ -41,7 +42,8 @@ def work_lock_path(run_path: Path) -> Path:
 def try_lock(path: Path) -> IO[str] | None:
     """Take the lock and return its open file (closing it frees the lock), or None while another process holds it.
 
-    A child that inherits the file's descriptor holds the lock too, until it ends.
+    A child that inherits the file's descriptor holds the lock too, until it ends: for the stages of a grid. What no
+    child inherits uses `locked`.
     """
     while True:
         with disk_errors(path):
@@ -53,19 +55,14 @@ def try_lock(path: Path) -> IO[str] | None:
             file.close()
             return None
         except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                file.close()
-                raise
-            print(f"warning: {path.parent} has no file locks: do not start a run there twice", file=sys.stderr)
+            _warn_without_locks(path, error)
             return file
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                 break
         file.close()  # its last holder has removed it meanwhile
     with disk_errors(path):
-        file.truncate(0)
-        file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}) + "\n")
-        file.flush()
+        _write_holder(file.fileno())
     return file
 
 
@@ -79,30 +76,40 @@ def holder(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def locked(path: Path, *, doing: str, run_path: Path | None = None) -> Iterator[None]:
-    """Hold the lock; at the end its file goes where `run_path` is given and is not there: nothing was made of the run.
+def locked(path: Path, *, doing: str, made: Path | None = None, wait: bool = False) -> Iterator[None]:
+    """Hold the lock, by filelock; at the end its file goes where `made` is given and is not there: nothing was made.
 
-    Raises UserError, "another process (pid …) {doing}", while somebody else holds it.
+    While somebody else holds it, raises UserError, "another process (pid …) {doing}"; wait: says so once, and waits.
     """
-    file = try_lock(path)
-    if file is None:
-        raise UserError(f"another process ({holder(path)}) {doing}: wait for it, or end it first")
-    with file:
+    lock = FileLock(path, on_acquired=_write_holder)
+    try:
+        with disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                lock.acquire(blocking=False)
+            except Timeout:
+                told = f"another process ({holder(path)}) {doing}"
+                if not wait:
+                    raise UserError(f"{told}: wait for it, or end it first") from None
+                print(f"{told}: waiting for it", file=sys.stderr)
+                lock.acquire(poll_interval=0.2)
+            except OSError as error:
+                _warn_without_locks(path, error)
         try:
             yield
         finally:
-            if run_path is not None and not run_path.exists():
+            if made is not None and not made.exists():
                 path.unlink(missing_ok=True)
+    finally:
+        lock.release()
 
 
-@contextlib.contextmanager
-def waiting_lock(path: Path, *, doing: str) -> Iterator[None]:
-    """Hold the lock; while somebody else does, say so once, "another process (pid …) {doing}", and wait."""
-    file = try_lock(path)
-    if file is None:
-        print(f"another process ({holder(path)}) {doing}: waiting for it", file=sys.stderr)
-    while file is None:
-        time.sleep(0.2)
-        file = try_lock(path)
-    with file:
-        yield
+def _write_holder(descriptor: int) -> None:
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode() + b"\n", 0)
+
+
+def _warn_without_locks(path: Path, error: OSError) -> None:
+    if error.errno not in _NO_LOCKS:
+        raise error
+    print(f"warning: {path.parent} has no file locks: do not start a run there twice", file=sys.stderr)

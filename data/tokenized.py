@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ba_lora.errors import UserError
 from ba_lora.io import disk_errors
-from ba_lora.locks import waiting_lock
+from ba_lora.locks import locked
 from ba_lora.prompts import prompt_hash
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def tokenize_once(
     try:
         with disk_errors(path), _no_progress_bars():
             path.parent.mkdir(parents=True, exist_ok=True)
-            with waiting_lock(path.with_suffix(".lock"), doing="tokenizes the same rows"):
+            with locked(path.with_suffix(".lock"), doing="tokenizes the same rows", wait=True):
                 return texts.map(
                     encode_batch,
                     batched=True,

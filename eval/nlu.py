@@ -33,6 +33,7 @@ from typing import Any
 from ba_lora.config.checks import check_place
 from ba_lora.config.layers import load_config
 from ba_lora.config.schema_nlu import NLUConfig
+from ba_lora.console import console_table
 from ba_lora.errors import UserError, run_entry_point
 from ba_lora.experiments.evaluation_state import dev_sources, hub_of
 from ba_lora.glue import find_task
@@ -288,9 +289,7 @@ def summary_table(summaries: Sequence[Mapping[str, Any]]) -> str:
     for summary in summaries:
         cells = [_cell(summary["out_of_domain"].get(name), summary["drop"].get(name)) for name in names]
         rows.append([summary["run"], summary["metric"], _cell(summary["in_domain"]), *cells])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    padded = ([cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows)
-    return "\n".join("  ".join(row).rstrip() for row in padded)
+    return console_table(rows)
 
 
 def _cell(value: float | None, drop: float | None = None) -> str:

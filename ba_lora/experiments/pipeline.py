@@ -294,7 +294,7 @@ def training_stage(spec: Spec, launch: Sequence[str], *, overwrite: bool = False
 def working_on(config: RunConfig) -> contextlib.AbstractContextManager[None]:
     """Hold the lock of whoever takes the run through its stages."""
     path = config.run_path
-    return locked(work_lock_path(path), doing=f"works on {path.name}", run_path=path)
+    return locked(work_lock_path(path), doing=f"works on {path.name}", made=path)
 
 
 def train_run(spec: Spec) -> None:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ba_lora.errors import UserError
 from ba_lora.io import file_atomic
-from ba_lora.locks import waiting_lock
+from ba_lora.locks import locked
 
 SKETCH_SEED = 0  # of the randomised SVD: the components belong to the base, not to a run's seed
 
@@ -68,7 +68,7 @@ class FactorsCache:
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Be the one process that reads and fills the folder; wait while another one is."""
-        with waiting_lock(self._path / ".lock", doing=f"fills {self._path}"):
+        with locked(self._path / ".lock", doing=f"fills {self._path}", wait=True):
             for stale in self._path.glob(".*.tmp"):  # of a killed process: there is no other writer now
                 stale.unlink()
             yield

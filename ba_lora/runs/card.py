@@ -10,44 +10,72 @@ import re
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ba_lora.config.schema import RunConfig, public, to_yaml
 from ba_lora.glue import find_task
 from ba_lora.io import write_text_atomic
 
+TEMPLATE = """\
+---
+{{ card_data }}
+---
+
+# {{ source }} tuned with {{ method }}
+{{ note }}{% if code %}
+```python
+{{ code }}
+```
+{% endif %}
+Trained on {{ rows_used }} rows of {{ data }} ({{ data_source }}, revision {{ revision }}, sha256 {{ sha256 }}).
+
+## Scores
+
+{% for task, metric, score, n in scores %}{% if loop.first %}| task | metric | score (%) | n |
+| --- | --- | --- | --- |
+{% endif %}| {{ task }} | {{ metric }} | {{ score }} | {{ n }} |
+{% else %}Not evaluated yet.
+{% endfor %}
+## Configuration
+
+{{ fence }}yaml
+{{ settings }}{{ fence }}
+"""
+
 
 def write_model_card(run_path: Path, config: RunConfig, result: dict[str, Any]) -> None:
     """Write the card into every exported folder there is."""
-    source = public(config.model.name)
-    data = result.get("data") or {}
-    scores = [
-        f"| {_line(task)} | {_line(name)} | {'undefined' if value is None else format(100 * value, '.2f')} "
-        f"| {_line(entry['n'])} |"
-        for task, entry in sorted((result.get("evaluation") or {}).items())
-        for name, value in entry["metrics"].items()
-    ]
-    table = "\n".join(["| task | metric | score (%) | n |", "| --- | --- | --- | --- |", *scores])
+    folders = [folder for name in ("adapter", "lora", "merged") if (folder := run_path / name).is_dir()]
+    if not folders:
+        return
+    from huggingface_hub import ModelCard, ModelCardData
+
+    source, data = public(config.model.name), result.get("data") or {}
     settings = to_yaml(config, for_others=True)
-    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", settings)), default=0))
-    for name in ("adapter", "lora", "merged"):
-        folder = run_path / name
-        if not folder.is_dir():
-            continue
-        note = _note(name, config)
-        library = "transformers" if name == "merged" else "peft"
-        head = {"base_model": _words(source), "library_name": library, "tags": ["ba-lora", _words(config.method)]}
-        how = "" if note else f"\n```python\n{_loading(name, source, config)}\n```\n"
-        write_text_atomic(
-            folder / "README.md",
-            f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True, width=1000)}---\n\n"
-            f"# {_line(source)} tuned with {_line(config.method)}\n{note}{how}\n"
-            f"Trained on {data.get('rows_used', '?')} rows of {_line(data.get('name', '?'))} "
-            f"({_line(public(data.get('source', '?')))}, revision {_line(data.get('revision'))}, "
-            f"sha256 {data.get('sha256')}).\n\n"
-            f"## Scores\n\n{table if scores else 'Not evaluated yet.'}\n\n"
-            f"## Configuration\n\n{fence}yaml\n{settings}{fence}\n",
+    facts = {
+        "source": _line(source),
+        "method": _line(config.method),
+        "rows_used": data.get("rows_used", "?"),
+        "data": _line(data.get("name", "?")),
+        "data_source": _line(public(data.get("source", "?"))),
+        "revision": _line(data.get("revision")),
+        "sha256": data.get("sha256"),
+        "scores": [
+            (_line(task), _line(name), "undefined" if value is None else f"{100 * value:.2f}", _line(entry["n"]))
+            for task, entry in sorted((result.get("evaluation") or {}).items())
+            for name, value in entry["metrics"].items()
+        ],
+        "settings": settings,
+        "fence": "`" * max(3, 1 + max(map(len, re.findall("`+", settings)), default=0)),
+    }
+    for folder in folders:
+        note = _note(folder.name, config)
+        head = ModelCardData(
+            base_model=_words(source),
+            library_name="transformers" if folder.name == "merged" else "peft",
+            tags=["ba-lora", _words(config.method)],
         )
+        code = "" if note else _loading(folder.name, source, config)
+        card = ModelCard.from_template(head, template_str=TEMPLATE, note=note, code=code, **facts)
+        write_text_atomic(folder / "README.md", f"{card.content}\n")
 
 
 def _note(name: str, config: RunConfig) -> str:

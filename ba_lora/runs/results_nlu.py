@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ba_lora.config.layers import config_of_result
 from ba_lora.config.schema import NOT_TRAINING, setting_differences, training_settings
 from ba_lora.config.schema_nlu import NLUConfig
+from ba_lora.console import console_table, markdown_table
 from ba_lora.errors import CommandParser, UserError, run_entry_point
 from ba_lora.glue import find_task
 from ba_lora.io import read_json
@@ -39,8 +40,7 @@ def selection_report(config: NLUConfig, history: list["Epoch"], best: "Epoch", l
 
 def run_table(results: list[dict[str, Any]]) -> str:
     """Return one line a run: method, task, each metric at the best and at the last epoch, n, seconds, memory."""
-    header = ("method", "task", "selection", "metric", "best", "epoch", "last", "n", "invalid", "train s", "peak MB")
-    rows = [header]
+    rows = [("method", "task", "selection", "metric", "best", "epoch", "last", "n", "invalid", "train s", "peak MB")]
     for result in results:
         training = result["training"]
         selection = training["selection"]
@@ -64,10 +64,7 @@ def run_table(results: list[dict[str, Any]]) -> str:
                         f"{training['peak_memory_mb']:.0f}",
                     )
                 )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(lines)
+    return console_table(rows)
 
 
 def seeds_table(results: list[dict[str, Any]]) -> str:
@@ -83,10 +80,7 @@ def seeds_table(results: list[dict[str, Any]]) -> str:
                 continue
             for metric in result["evaluation"][name]["metrics"]:
                 groups[result["base"], name, metric, selection["protocol"], result["method"]].append(result)
-    lines = [
-        "| base | set | metric | selection | method | best epoch | last epoch | n | seeds |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    rows = [("base", "set", "metric", "selection", "method", "best epoch", "last epoch", "n", "seeds")]
     for (base, name, metric, protocol, method), runs in sorted(groups.items()):
         _check_repetitions(runs, name)
         best = _spread([run["evaluation"][name]["metrics"][metric] for run in runs])
@@ -94,10 +88,8 @@ def seeds_table(results: list[dict[str, Any]]) -> str:
         cells = [best, _spread([scores[metric] for scores in last]) if metric in last[0] else ""]
         sizes = "/".join(sorted({str(run["evaluation"][name]["n"]) for run in runs}))
         seeds = ", ".join(str(seed) for seed in sorted(run["seed"] for run in runs))
-        lines.append(
-            f"| {base} | {name} | {metric} | {protocol} | {method} | {' | '.join(cells)} | {sizes} | {seeds} |"
-        )
-    return "\n".join(lines)
+        rows.append((base, name, metric, protocol, method, *cells, sizes, seeds))
+    return markdown_table(rows)
 
 
 def out_of_domain_table(results: list[dict[str, Any]]) -> str:
@@ -113,10 +105,8 @@ def out_of_domain_table(results: list[dict[str, Any]]) -> str:
                 groups[result["base"], score["of_task"], name, protocol, result["method"]].append(result)
     if not groups:
         return ""
-    lines = [
-        "| base | task | metric | set | selection | method | in domain | out of domain | drop | n | seeds |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    names = "base", "task", "metric", "set", "selection", "method", "in domain", "out of domain", "drop", "n", "seeds"
+    rows = [names]
     for (base, task, name, protocol, method), runs in sorted(groups.items()):
         _check_repetitions(runs, name)
         metric = find_task(task).metrics[0]
@@ -124,9 +114,8 @@ def out_of_domain_table(results: list[dict[str, Any]]) -> str:
         values = [[s["in_domain"] for s in scores], [s["metrics"][metric] for s in scores], [s["drop"] for s in scores]]
         sizes = "/".join(sorted({str(score["n"]) for score in scores}))
         seeds = ", ".join(str(seed) for seed in sorted(run["seed"] for run in runs))
-        cells = " | ".join(_spread(column) for column in values)
-        lines.append(f"| {base} | {task} | {metric} | {name} | {protocol} | {method} | {cells} | {sizes} | {seeds} |")
-    return "\n".join(lines)
+        rows.append((base, task, metric, name, protocol, method, *map(_spread, values), sizes, seeds))
+    return markdown_table(rows)
 
 
 def _check_repetitions(runs: list[dict[str, Any]], name: str) -> None:

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from ba_lora.console import console_table
+
 
 def results_table(results: list[dict[str, Any]]) -> str:
     """Return one line a run and task: method, task, each metric that one of them has in a column of its own (in %; a
@@ -23,11 +25,7 @@ def results_table(results: list[dict[str, Any]]) -> str:
     names = [name for name in names if any(name in metrics for _, _, metrics, _ in lines)]
     rows = [("method", "task", *names, "n", "invalid", "train s", "eval s", "peak MB")]
     rows += [(method, task, *(found.get(name, "") for name in names), *counts) for method, task, found, counts in lines]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    rows.insert(1, tuple("-" * width for width in widths))
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
+    return console_table(rows)
 
 
 def labelled(results: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -1,6 +1,6 @@
 """The judgements on file: each is appended the moment it is there, and found again by what was asked of whom."""
 
-import fcntl
+import contextlib
 import hashlib
 import json
 import os
@@ -11,6 +11,7 @@ from typing import Any
 
 from ba_lora.errors import UserError
 from ba_lora.io import disk_errors
+from ba_lora.locks import locked
 from eval.judge.client import JudgeOptions
 
 KEY = ("question_id", "turn", "answer_hash", "judge", "prompt_hash", "index")
@@ -74,23 +75,21 @@ class Store:
         self.rows: dict[tuple, dict[str, Any]] = {}
 
     def __enter__(self) -> "Store":
-        with disk_errors(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(self.path, "a+b")  # noqa: SIM115 (closed in __exit__)
-        try:
-            try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise UserError(f"another process is judging into {self.path}: wait for it to end") from error
+        lock_path = self.path.with_name(f".{self.path.name}.lock")
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(locked(lock_path, doing=f"is judging into {self.path}", made=self.path))
+            stack.callback(self._remove_if_empty)
+            with disk_errors(self.path):
+                self._file = stack.enter_context(open(self.path, "a+b"))
             self._read()
-        except BaseException:
-            self._file.close()
-            raise
+            self._open = stack.pop_all()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._file.close()
-        if self.path.stat().st_size == 0:
+        self._open.close()
+
+    def _remove_if_empty(self) -> None:
+        if self.path.is_file() and self.path.stat().st_size == 0:
             self.path.unlink()
 
     def _read(self) -> None:

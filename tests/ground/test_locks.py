@@ -114,11 +114,11 @@ def test_two_links_to_one_folder_are_one_run(tmp_path, root):
 
 def test_a_lock_leaves_with_a_run_that_was_not_made(tmp_path):
     path, run = tmp_path / ".run.work.lock", tmp_path / "run"
-    with locked(path, doing="works on run", run_path=run):
+    with locked(path, doing="works on run", made=run):
         waiting = open(path, "a+")  # another process, which has opened the file and not locked it yet
     assert not path.exists()
     fcntl.flock(waiting, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the removed file is nobody's lock any more
-    with locked(path, doing="works on run", run_path=run):
+    with locked(path, doing="works on run", made=run):
         run.mkdir()
     assert path.exists()
     waiting.close()

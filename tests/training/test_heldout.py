@@ -31,7 +31,7 @@ def keeps_worst(monkeypatch):
         arguments.greater_is_better = True
         return arguments
 
-    monkeypatch.setattr("train_nlg.build_arguments", build)
+    monkeypatch.setattr("ba_lora.runs.shell.build_arguments", build)
 
 
 def facts(run):

@@ -356,7 +356,7 @@ def test_two_processes_do_not_pay_for_the_same_judgements(tmp_path: Path) -> Non
     process.start()
     try:
         assert ready.wait(20)
-        with pytest.raises(UserError, match="another process is judging into"):
+        with pytest.raises(UserError, match=r"another process \(pid .*\) is judging into"):
             judge(requests(1), store=tmp_path / "j.jsonl", options=ONE, environ={"JUDGE_MODEL": "x"})
     finally:
         release.set()
