@@ -10,7 +10,7 @@
     overrides: [export.merged=false]    key=value on every run
     rows:                               each entry is a product bases × methods × settings, with overrides of its own
       - bases: [llama-2-7b]             files of configs/<kind>
-        methods: [lora, pissa]          files of configs/methods, or `untuned`: the pre-trained model itself
+        methods: [lora, pissa]          methods (configs/methods), or `untuned`: the pre-trained model itself
         settings: {rank=8: [adapter.rank=8]}     the paper's name of a setting → its overrides; absent: one, ""
         overrides: […]
         gpus: 8                         GPUs of each run, whose batch its overrides divide among them; absent: 1
