@@ -14,14 +14,13 @@ from ba_lora.errors import check_first, run_entry_point
 if __name__ == "__main__":  # what is wrong in the command line is told before the imports below, which take seconds
     check_first(lambda: read_run("nlg", __doc__))
 
-from transformers import EarlyStoppingCallback
-
 from ba_lora.methods.build import left_out_experts
 from ba_lora.models.sizes import check_sizes
 from ba_lora.models.tokenizer import load_tokenizer
 from ba_lora.objective.objective import TokenObjective
 from ba_lora.objective.reference_cache.fill import cached_reference
 from ba_lora.runs.shell import Trained, TrainingRun, run_training
+from ba_lora.training.arguments import early_stopping
 from ba_lora.training.packing import build_collator, faster_attention, prepare_packing
 from ba_lora.training.trainer import BALoRATrainer
 from data.nlg import check_source, load_training_data
@@ -71,9 +70,8 @@ def train(run: TrainingRun) -> Trained:
         eval_dataset=data.heldout,
         data_collator=build_collator(tokenizer, packing=config.data.packing),
         processing_class=tokenizer,
+        callbacks=early_stopping(config),
     )
-    if config.early_stopping.patience is not None:
-        trainer.add_callback(EarlyStoppingCallback(config.early_stopping.patience, config.early_stopping.threshold))
     run.fit(trainer)
 
     training = run.facts(trainer) | {

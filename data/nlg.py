@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ba_lora.config.schema import DataConfig
+from ba_lora.config.schema_nlg import NLGDataConfig
 from ba_lora.errors import UserError
 from ba_lora.objective.regularizers import IGNORE_INDEX
 from ba_lora.paths import resolve_data
@@ -81,7 +81,7 @@ class TrainingData:
     heldout: "Dataset | None" = None
 
 
-def load_training_data(config: DataConfig, tokenizer: "PreTrainedTokenizerBase") -> TrainingData:
+def load_training_data(config: NLGDataConfig, tokenizer: "PreTrainedTokenizerBase") -> TrainingData:
     """Return the rows `config` names, tokenized.
 
     Labels are −100 but on the response and its EOS. A row longer than `max_length` is cut (it then has no EOS); a row
@@ -182,13 +182,13 @@ def encode(
     }
 
 
-def check_source(config: DataConfig) -> None:
+def check_source(config: NLGDataConfig) -> None:
     """Raise UserError where a set has neither a place on the hub nor a file: found before a run's folder is made."""
     if config.source is None and config.name != "toy" and SOURCES[config.name].hub is None:
         raise UserError(f"data.name={config.name} is no set of the hub's: name its file, data.source=FILE")
 
 
-def _read_rows(config: DataConfig) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def _read_rows(config: NLGDataConfig) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     source = SOURCES[config.name]
     if config.name == "toy" and config.source is None:
         from data import toy

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ba_lora.config.schema_nlu import NLUDataConfig, NLURunConfig
+from ba_lora.config.schema_nlu import NLUConfig, NLUDataConfig
 from ba_lora.errors import UserError
 from ba_lora.glue import HUB, GlueTask, find_task, hub_source
 from ba_lora.models.tokenizer import encode_texts
@@ -49,7 +49,7 @@ class _Row:
     label: int | float
 
 
-def load_nlu_data(config: NLURunConfig, tokenizer: "PreTrainedTokenizerBase") -> NLUData:
+def load_nlu_data(config: NLUConfig, tokenizer: "PreTrainedTokenizerBase") -> NLUData:
     """Return the rows `config` names, tokenized.
 
     Training rows with an empty text are left out, dev rows are kept whatever they hold; both are counted, and so are
@@ -96,7 +96,7 @@ def load_nlu_data(config: NLURunConfig, tokenizer: "PreTrainedTokenizerBase") ->
     return NLUData(sets["train"], sets["heldout"], {name: sets[name] for name in dev}, report)
 
 
-def _read(config: NLURunConfig, task: GlueTask) -> tuple[list[_Row], dict[str, list[_Row]], dict[str, dict]]:
+def _read(config: NLUConfig, task: GlueTask) -> tuple[list[_Row], dict[str, list[_Row]], dict[str, dict]]:
     """Return training rows, the rows of each dev set, and where each of them came from."""
     data = config.data
     if data.dev_share is not None and (data.dev or data.source is None):
@@ -121,7 +121,7 @@ def _read(config: NLURunConfig, task: GlueTask) -> tuple[list[_Row], dict[str, l
     return train, dev, origins
 
 
-def _generate(config: NLURunConfig, task: GlueTask) -> tuple[list[_Row], dict[str, list[_Row]], dict[str, dict]]:
+def _generate(config: NLUConfig, task: GlueTask) -> tuple[list[_Row], dict[str, list[_Row]], dict[str, dict]]:
     from data import toy_nlu
 
     toy = config.data.toy
@@ -144,9 +144,7 @@ def _generate(config: NLURunConfig, task: GlueTask) -> tuple[list[_Row], dict[st
     return rows["train"], {name: rows[name]}, {"train": origin, name: origin}
 
 
-def _read_set(
-    name: str | None, config: NLURunConfig, task: GlueTask, *, split: str
-) -> tuple[list[_Row], dict[str, Any]]:
+def _read_set(name: str | None, config: NLUConfig, task: GlueTask, *, split: str) -> tuple[list[_Row], dict[str, Any]]:
     subset = config.nlu.task
     if name is None:
         name = hub_source(config.data.revision)

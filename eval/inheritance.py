@@ -28,7 +28,8 @@ from pathlib import Path
 from typing import Any
 
 from ba_lora.config.layers import load_run
-from ba_lora.config.schema import UNTUNED, RunConfig
+from ba_lora.config.schema import UNTUNED
+from ba_lora.config.schema_nlg import NLGConfig
 from ba_lora.errors import CommandParser, UserError, run_entry_point
 from ba_lora.io import read_jsonl, sha256_file, write_json_atomic, write_jsonl_atomic
 from ba_lora.models.source import model_source
@@ -144,7 +145,7 @@ def _serve(run_path: Path) -> str:
     return "merged" if (run_path / "merged" / "config.json").is_file() else "hot"
 
 
-def _engine_options(config: RunConfig, options: InheritanceOptions) -> EngineOptions:
+def _engine_options(config: NLGConfig, options: InheritanceOptions) -> EngineOptions:
     return EngineOptions(seed=options.seed, trust_remote_code=options.trust_remote_code, revision=config.model.revision)
 
 
@@ -157,7 +158,7 @@ def _perplexity(nll: Sequence[tuple[float, int]]) -> float | None:
 def _measure(
     engine: Engine,
     adapter: str | None,
-    config: RunConfig,
+    config: NLGConfig,
     before: float | None,
     material: Material,
     options: InheritanceOptions,

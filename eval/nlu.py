@@ -32,7 +32,7 @@ from typing import Any
 
 from ba_lora.config.checks import check_place
 from ba_lora.config.layers import load_config
-from ba_lora.config.schema_nlu import NLURunConfig
+from ba_lora.config.schema_nlu import NLUConfig
 from ba_lora.console import console_table
 from ba_lora.errors import UserError, run_entry_point
 from ba_lora.experiments.evaluation_state import dev_sources, hub_of
@@ -63,7 +63,7 @@ class EvaluatedRun:
     model_path: Path
     output: Path
     task: str
-    config: NLURunConfig | None = None
+    config: NLUConfig | None = None
     dev_scores: Mapping[str, dict[str, Any]] = field(default_factory=dict)
     training_counts: Mapping[str, int] | None = None
 

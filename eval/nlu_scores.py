@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ba_lora.config.schema_nlu import NLURunConfig
+from ba_lora.config.schema_nlu import NLUConfig
 from ba_lora.glue import GlueTask, find_task
 from ba_lora.io import read_jsonl
 from eval.metrics import class_scores, glue_scores, intervals
@@ -69,7 +69,7 @@ def _rarest(task: GlueTask, counts: Mapping[str, int]) -> str:
     return min(task.labels, key=lambda label: counts[label])
 
 
-def dev_scores(run_path: Path, config: NLURunConfig, data: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def dev_scores(run_path: Path, config: NLUConfig, data: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Return dev set → score of what the kept epoch's model predicted in training (predictions/best.jsonl).
 
     data: the report of data.nlu.load_nlu_data, as train.json holds it.

@@ -85,7 +85,8 @@ def build_trainer(case: str, shape: Shape, vocabulary: int, device: str, folder:
     from peft import LoraConfig, get_peft_model
     from transformers import Trainer, set_seed
 
-    from ba_lora.config.schema import BALoRAConfig, LossConfig
+    from ba_lora.config.schema import BALoRAConfig
+    from ba_lora.config.schema_nlg import LossConfig
     from ba_lora.training.packing import PackingCollator, prepare_packing
     from ba_lora.training.trainer import BALoRATrainer
 
@@ -194,14 +195,15 @@ def fill_cache(case: str, shape: Shape, vocabulary: int, device: str, folder: Pa
 
 
 def _cache(folder: Path, shape: Shape, vocabulary: int, rows: "Dataset") -> "CachedReference":
-    from ba_lora.config.schema import BALoRAConfig, ReferenceConfig
+    from ba_lora.config.schema import BALoRAConfig
+    from ba_lora.config.schema_nlg import NLGReferenceConfig
     from ba_lora.objective.reference_cache.store import Rows, open_cache
 
     key = {
         "vocabulary": vocabulary,
         "model.dtype": shape.dtype,
-        "reference.top_k": ReferenceConfig().top_k,
-        "reference.dtype": ReferenceConfig().dtype,
+        "reference.top_k": NLGReferenceConfig().top_k,
+        "reference.dtype": NLGReferenceConfig().dtype,
         "regularizers.temperature": BALoRAConfig().temperature,
     }
     return open_cache(folder / "cache", key, Rows.of(rows))

@@ -1,8 +1,9 @@
 """Which values a resolved configuration may have, alone and together; each complaint is one line with the mend.
 
-Sections that are also made by hand, without a file (`BALoRAConfig`, `LossConfig`), check themselves in config.py.
+Sections that are also made by hand, without a file (`BALoRAConfig`, `LossConfig`), check themselves.
 """
 
+import functools
 import re
 import tempfile
 from pathlib import Path
@@ -10,22 +11,14 @@ from typing import Any
 
 from ba_lora.config.heldout import check_heldout
 from ba_lora.config.ranges import check_numbers
-from ba_lora.config.schema import (
-    ATTENTION,
-    DATASETS,
-    DTYPES,
-    GENERATION_OPTIONS,
-    NLG_TASKS,
-    RUN_MEASURES,
-    TUNERS,
-    RunConfig,
-    check_choice,
-    nearest,
-)
-from ba_lora.config.schema_nlu import check_nlu
+from ba_lora.config.registries import tuners
+from ba_lora.config.schema import ATTENTION, DTYPES, RunConfig, check_choice
+from ba_lora.config.schema_nlg import NLGConfig, check_nlg
+from ba_lora.config.schema_nlu import NLUConfig, check_nlu
 from ba_lora.config.trainer import check_trainer
 from ba_lora.errors import UserError
 from ba_lora.paths import PROJECT_ROOT, resolve_path
+from ba_lora.words import nearest
 
 # adapter.options: what PEFT's config of a tuner takes beyond the keys of `adapter` and what leaves reference, loss and
 # export as they are. The rest is refused: PEFT has variants that train other weights, add a loss or change the base.
@@ -58,7 +51,7 @@ def check_config(config: RunConfig) -> None:
     check_choice("model.dtype", config.model.dtype, DTYPES)
     check_choice("model.attention", config.model.attention, ATTENTION)
     check_choice("model.quantization", config.model.quantization, ("none", "nf4"))
-    check_choice("adapter.tuner", config.adapter.tuner, TUNERS)
+    check_choice("adapter.tuner", config.adapter.tuner, tuners())
     check_choice("adapter.dtype", config.adapter.dtype, ("float32", "base"))
     if not re.fullmatch(r"lora|pissa|pissa_niter_[1-9]\d*|corda", config.adapter.init):
         raise UserError(f"adapter.init={config.adapter.init} is unknown: choose lora, pissa, pissa_niter_N or corda")
@@ -76,20 +69,24 @@ def check_config(config: RunConfig) -> None:
         if config.adapter.init == "corda" and getattr(config.adapter, name) is not None:
             raise UserError(f"adapter.{name} is PiSSA's, CorDA's factors depend on the rows: leave it out (null)")
     _check_options(config.adapter.tuner, config.adapter.options)
-    check_choice("reference.dtype", config.reference.dtype, ("float16", "float32"))
-    if config.kind == "nlu":
+    if isinstance(config, NLGConfig):
+        check_nlg(config)
+    elif isinstance(config, NLUConfig):
         check_nlu(config)
-    else:
-        check_choice("data.name", config.data.name, DATASETS)
-        if config.data.num_rows is None and config.data.name == "toy" and config.data.source is None:
-            raise UserError("data.num_rows=null means all rows of a set, the toy's are made on demand: give a number")
-        for task in (*config.eval.tasks, *config.eval.data):
-            check_choice("eval.tasks", task, (*NLG_TASKS, *RUN_MEASURES))
-    check_choice("eval.engine", config.eval.engine, ("auto", "vllm", "hf"))
+    _check_partners(config)
     if config.hub.push and not config.hub.repo_id:
         raise UserError("hub.push=true needs hub.repo_id=<user>/<name>")
     check_trainer(config.trainer)
     check_heldout(config)
+
+
+def _check_partners(config: RunConfig) -> None:
+    """Raise UserError for a setting that counts only beside another one, which is not there."""
+    default = type(config)()
+    for key, (is_there, partner) in config.counts_with.items():
+        value, usual = (functools.reduce(getattr, key.split("."), one) for one in (config, default))
+        if value != usual and not is_there(config):
+            raise UserError(f"{key}={value} has no effect without {partner}: leave it out, or set that, too")
 
 
 def _check_options(tuner: str, options: dict[str, Any]) -> None:
@@ -120,14 +117,6 @@ def _check_names(config: RunConfig) -> None:
     modules = config.adapter.target_modules
     if not (isinstance(modules, str) or (isinstance(modules, list) and all(isinstance(m, str) for m in modules))):
         raise UserError(f"adapter.target_modules={modules}: it must be all-linear or a list of module names")
-    for key, value in config.eval.options.items():
-        if key not in GENERATION_OPTIONS:
-            raise UserError(
-                f"unknown key eval.options.{key}{nearest(str(key), GENERATION_OPTIONS)}; there are "
-                f"{', '.join(GENERATION_OPTIONS)}"
-            )
-        if not isinstance(value, str | int | float | bool | None):
-            raise UserError(f"eval.options.{key}={value}: a single value is needed")
 
 
 def check_places(config: RunConfig) -> None:

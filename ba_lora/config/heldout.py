@@ -6,27 +6,28 @@ each evaluation needs one.
 """
 
 from ba_lora.config.schema import RunConfig, check_choice
+from ba_lora.config.schema_nlg import NLGConfig
 from ba_lora.errors import UserError
 
-_OF_EVALUATION = ("eval_on_start", "load_best_model_at_end")
+_OF_EVALUATION = ("eval_on_start", "eval_steps", "eval_delay", "load_best_model_at_end")
 _METRICS = ("loss", "task", "eval_loss", "eval_task")  # what an evaluation gives; all of them are losses
 
 
 def check_heldout(config: RunConfig) -> None:
     """Raise UserError for settings of the evaluation that do not fit each other."""
-    trainer, patience = config.trainer, config.early_stopping.patience
+    trainer = config.trainer
     strategy = str(trainer.get("eval_strategy") or "no")
     if (metric := trainer.get("metric_for_best_model")) is not None:
         check_choice("trainer.metric_for_best_model", metric, _METRICS)
     if trainer.get("greater_is_better"):
         raise UserError("trainer.greater_is_better=true is refused: the least loss is the best; leave it out")
     typed = [f"trainer.{name}" for name in _OF_EVALUATION if trainer.get(name)]
-    typed += ["early_stopping.patience"] if patience is not None else []
-    if config.kind == "nlu":
+    if not isinstance(config, NLGConfig):
         typed += ["trainer.eval_strategy"] if strategy != "no" else []
         if typed:
             raise UserError(f"{typed[0]}: an NLU run is evaluated after every epoch; nlu.selection says which is kept")
         return
+    typed += ["early_stopping.patience"] if config.early_stopping.patience is not None else []
     share = config.data.heldout_share
     if strategy == "no":
         if typed:

@@ -1,11 +1,12 @@
 """Reading a configuration: base file + method file + `key=value`, three flat layers merged into the dataclasses.
 
     configs/nlg/<model>.yaml        the base: model, data, trainer, evaluation
-    configs/methods/<method>.yaml   only what differs, with `nlg:` and `nlu:` blocks where the two differ
+    configs/methods/<method>.yaml   only what differs, with `nlg:` and `nlu:` blocks where the two differ; `variants:`
+                                    are methods by other names: some `terms` only, or other settings
     key=value                       typed by hand, e.g. `regularizers.lambda_svd=0 trainer.max_steps=20`
 
-NLU has a fourth between the first two, the task's settings (config_nlu.py). What a configuration holds: config.py;
-which values go together: config_checks.py.
+NLU has a fourth between the first two, the task's settings. What a configuration holds: schema.py, schema_nlg.py and
+schema_nlu.py; which values go together: checks.py.
 """
 
 import copy
@@ -13,21 +14,22 @@ import dataclasses
 import functools
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ba_lora.config.checks import check_config
 from ba_lora.config.schema import RunConfig, check_choice
-from ba_lora.config.schema_nlu import LEFT_OUT, NLURunConfig, task_layer
+from ba_lora.config.schema_nlg import NLGConfig
+from ba_lora.config.schema_nlu import LEFT_OUT, NLUConfig, task_layer
 from ba_lora.config.trainer import ALIASES, argument_types, nearest_argument, normalized
 from ba_lora.errors import UserError
 from ba_lora.paths import PROJECT_ROOT, resolve_path
 from ba_lora.words import nearest, take_options
 
 METHODS_PATH = PROJECT_ROOT / "configs" / "methods"
-SCHEMAS: dict[str, type[RunConfig]] = {schema.kind: schema for schema in (RunConfig, NLURunConfig)}
+SCHEMAS: dict[str, type[RunConfig]] = {schema.kind: schema for schema in (NLGConfig, NLUConfig)}
 
 
 def load_config(
@@ -39,7 +41,7 @@ def load_config(
     kind: str | None = None,
     checked: bool = True,
 ) -> RunConfig:
-    """Merge base, task (NLU), method and overrides into a checked `RunConfig`, or `NLURunConfig`.
+    """Merge base, task (NLU), method and overrides into a checked `NLGConfig` or `NLUConfig`.
 
     `config_path` may be a base (then `method` defaults to ba_lora) or a resolved config saved with a run (which
     already names its method). `kind`, nlg or nlu, picks the method's block of that name; None: as the file says.
@@ -64,7 +66,7 @@ def load_config(
                     f"{path} is the resolved config of {name} {saved[name]}: "
                     f"leave {name} {wanted} out, or start from a base in configs/{kind}"
                 )
-        layers = [base]
+        layers = [_without_refused(base, SCHEMAS[kind])]
     else:
         method = method or "ba_lora"
         layers = [base, _method_layer(method, kind), {"method": method, "name": path.stem}]
@@ -103,9 +105,18 @@ def config_of_result(plain: dict[str, Any], *, kind: str) -> RunConfig:
     """Return the config that a result keeps (ba_lora/runs/results.py). Raises UserError for what no config may hold."""
     _refuse_interpolations(plain, "a result's config")
     try:
-        return OmegaConf.to_object(OmegaConf.merge(_structured(SCHEMAS[kind]), plain))
+        return OmegaConf.to_object(OmegaConf.merge(_structured(SCHEMAS[kind]), _without_refused(plain, SCHEMAS[kind])))
     except OmegaConfBaseException as error:
         raise UserError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+
+
+def _without_refused(plain: dict[str, Any], schema: type[RunConfig], prefix: str = "") -> dict[str, Any]:
+    """Return what was saved with a run without the keys that are refused now: they had no effect on it."""
+    return {
+        key: _without_refused(value, schema, f"{prefix}{key}.") if isinstance(value, dict) else value
+        for key, value in plain.items()
+        if f"{prefix}{key}" not in schema.refused
+    }
 
 
 def find_config(name: str | Path, *, kind: str | None) -> Path:
@@ -167,7 +178,7 @@ def _refuse_untyped(layer: dict[str, Any], path: Path, typed: dict[str, Any], *,
             raise UserError(f"{key} in {path} counts only when it is typed: take it out, and type {key}=true")
 
 
-def valid_keys(node: Any = RunConfig, prefix: str = "") -> list[str]:
+def valid_keys(node: Any = NLGConfig, prefix: str = "") -> list[str]:
     """Return every dotted key a configuration may have (free-form sections by their own name alone)."""
     keys = []
     for entry in dataclasses.fields(node):
@@ -178,10 +189,19 @@ def valid_keys(node: Any = RunConfig, prefix: str = "") -> list[str]:
 
 
 @functools.cache
+def _methods() -> dict[str, tuple[str, dict[str, Any], str | None]]:
+    """Return method → (its file's stem, the variant's own settings, the only kind it is for or None)."""
+    found = {}
+    for path in sorted(METHODS_PATH.glob("*.yaml")):
+        layer = read_yaml(path)
+        for name, settings in {path.stem: {}, **(layer.get("variants") or {})}.items():
+            found[name] = (path.stem, settings, layer.get("only"))
+    return found
+
+
 def available_methods(kind: str = "nlg") -> tuple[str, ...]:
-    """Return the names of the method files; those marked `only: nlu` (or nlg) are left out elsewhere."""
-    files = {path.stem: OmegaConf.load(path) for path in METHODS_PATH.glob("*.yaml")}
-    return tuple(sorted(name for name, settings in files.items() if settings.get("only", kind) == kind))
+    """Return the names of the method files and of the variants in them, but for those marked `only:` the other kind."""
+    return tuple(sorted(name for name, (_, _, only) in _methods().items() if only in (None, kind)))
 
 
 def _kind_of(base: dict[str, Any], kind: str | None, config_path: Path) -> str:
@@ -200,10 +220,25 @@ def _method_layer(method: str, kind: str) -> dict[str, Any]:
     if kind == "nlu" and method in LEFT_OUT:
         raise UserError(LEFT_OUT[method])
     check_choice("method", method, available_methods(kind))
-    layer = read_yaml(METHODS_PATH / f"{method}.yaml")
-    layer.pop("only", None)
+    stem, variant, _ = _methods()[method]
+    layer = read_yaml(METHODS_PATH / f"{stem}.yaml")
+    for key in ("only", "variants"):
+        layer.pop(key, None)
     blocks = {name: layer.pop(name, None) or {} for name in ("nlg", "nlu")}
-    return _overlay(layer, blocks[kind])
+    layer = _overlay(layer, blocks[kind])
+    if "terms" in variant:
+        layer["regularizers"] = _of_terms(layer["regularizers"], variant["terms"])
+    return _overlay(layer, {key: value for key, value in variant.items() if key != "terms"})
+
+
+def _of_terms(regularizers: dict[str, Any], terms: list[str]) -> dict[str, Any]:
+    """Return the settings of some terms only: the others' λ is 0, and what else they have is left at the default."""
+    prefixes = tuple(f"{term}_" for term in terms) + (("temperature",) if "consistency" in terms else ())
+    weights = {key: value for key, value in regularizers.items() if key.startswith("lambda_")}
+    return {
+        **{key: value for key, value in regularizers.items() if key.startswith(prefixes)},
+        **{key: value if key.removeprefix("lambda_") in terms else 0 for key, value in weights.items()},
+    }
 
 
 def override_layer(overrides: list[str] | tuple[str, ...]) -> dict[str, Any]:
@@ -221,11 +256,23 @@ def _refuse_unknown(layer: dict[str, Any], source: str | Path, schema: Any, node
     known = {entry.name: entry.type for entry in dataclasses.fields(node)}
     for key, value in layer.items():
         if key not in known:
-            raise UserError(f"unknown key {prefix}{key}{_nearest_key(prefix, str(key), schema)} (read with {source})")
+            _refuse_key(prefix, str(key), source, schema)
         if dataclasses.is_dataclass(known[key]):
             if not isinstance(value, dict):
                 raise UserError(f"{prefix}{key} is a section: give {prefix}{key}.<name>=value")
             _refuse_unknown(value, source, schema, known[key], f"{prefix}{key}.")
+
+
+def _refuse_key(prefix: str, key: str, source: str | Path, schema: type[RunConfig]) -> NoReturn:
+    name = prefix + key
+    if reason := schema.refused.get(name):
+        raise UserError(f"{name} has no effect on a run of {schema.kind.upper()}: {reason} (read with {source})")
+    others = [kind for kind, other in SCHEMAS.items() if name in valid_keys(other)]
+    if others:
+        raise UserError(
+            f"{name} is a key of {others[0].upper()} runs, not of {schema.kind.upper()} (read with {source})"
+        )
+    raise UserError(f"unknown key {name}{_nearest_key(prefix, key, schema)} (read with {source})")
 
 
 def _nearest_key(prefix: str, key: str, schema: Any) -> str:

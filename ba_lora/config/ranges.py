@@ -60,7 +60,6 @@ TRAINER_RANGES = {
     "save_steps": "(0, 10000000000]",
     "eval_steps": "(0, 10000000000]",
     "eval_delay": "[0, 10000000000]",
-    "eval_accumulation_steps": "[1, 10000000000]",
     "save_total_limit": "[1, 1000000]",
     "dataloader_num_workers": "[0, 1024]",
     "dataloader_prefetch_factor": "[1, 1000000]",

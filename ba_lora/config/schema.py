@@ -1,14 +1,15 @@
 """Configuration: what a run's settings are, as typed dataclasses, and how they are hashed and saved.
 
-How they are read, from base, method and `key=value`: layers.py; which values go together: checks.py; what
-differs for NLU: schema_nlu.py. The resolved configuration is saved with every run and reproduces it alone: `python
-train_nlg.py --config outputs/<run_id>/config.yaml` needs no method file.
+How they are read, from base, method and `key=value`: layers.py; which values go together: checks.py; what only one kind
+of run has: schema_nlg.py, schema_nlu.py. The resolved configuration is saved with every run and reproduces it alone:
+`python train_nlg.py --config outputs/<run_id>/config.yaml` needs no method file.
 """
 
 import dataclasses
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,17 +17,13 @@ from typing import Any, ClassVar
 from omegaconf import OmegaConf
 
 from ba_lora.config.ranges import check_numbers, check_range
+from ba_lora.config.registries import schedules
 from ba_lora.errors import UserError
 from ba_lora.paths import PROJECT_ROOT, written_path
 from ba_lora.words import nearest
 
 DTYPES = ("float32", "bfloat16", "float16")
 ATTENTION = ("sdpa", "eager", "flash_attention_2")
-TUNERS = ("full", "bitfit", "lora", "adalora", "loha")
-CONSISTENCY_SCHEDULES = ("constant", "cosine_to_10_percent", "adaptive")
-SCHEDULES = ("constant", "two_phase")
-NLG_TASKS = ("toy", "gsm8k", "math", "heldout", "humaneval", "mbpp", "mt_bench")  # eval/tasks has a class for each
-JUDGED_TASKS = ("mt_bench",)  # of these, those that a judge model grades
 LOSS_IMPLEMENTATIONS = ("fused", "plain")
 LAMBDA_MODES = ("fixed", "gradient_share")
 # What eval.options may hold: settings of eval.generate that change no other part of the run, and choices of the tasks.
@@ -44,7 +41,6 @@ EXTRA_TERMS = tuple(
         if file.stem not in ("__init__", "base", "block", "task", *PUBLISHED_TERMS)
     )
 )
-DATASETS = ("toy", "metamathqa", "codefeedback", "wizardlm", "gsm8k")
 RESULTS_PATH = PROJECT_ROOT / "results" / "runs"
 UNTUNED = "untuned"  # the method name of the pre-trained model itself
 
@@ -121,10 +117,9 @@ class BALoRAConfig:
         check_choice("regularizers.lambda_mode", self.lambda_mode, LAMBDA_MODES)
         self._check_shares()
         check_choice("regularizers.svd_norm", self.svd_norm, ("nuclear", "frobenius"))
-        check_choice("regularizers.consistency_schedule", self.consistency_schedule, CONSISTENCY_SCHEDULES)
-        check_choice("regularizers.diversity_schedule", self.diversity_schedule, SCHEDULES)
-        for term in ("svd", *EXTRA_TERMS):
-            check_choice(f"regularizers.{term}_schedule", getattr(self, f"{term}_schedule"), SCHEDULES)
+        for term in (*PUBLISHED_TERMS, *EXTRA_TERMS):
+            known = [name for name in schedules() if name != "adaptive" or term == "consistency"]  # by position
+            check_choice(f"regularizers.{term}_schedule", getattr(self, f"{term}_schedule"), known)
 
     def _check_shares(self) -> None:
         if self.lambda_mode == "gradient_share":
@@ -142,61 +137,22 @@ class BALoRAConfig:
 
 
 @dataclass
-class LossConfig:
-    """How the loss is computed: the same values, but for rounding, at different costs."""
-
-    implementation: str = "fused"  # fused: in chunks of positions, no logits kept | plain: by way of all logits
-    chunk_memory_mb: float | None = None  # of the fused loss's buffers; None: 256 on a CPU, 1024 on a GPU
-
-    def __post_init__(self) -> None:
-        check_choice("loss.implementation", self.implementation, LOSS_IMPLEMENTATIONS)
-        check_numbers(self, "loss.")
-
-
-@dataclass
 class ReferenceConfig:
-    """Where the pre-trained model's distributions come from: a pass in every step, or a cache on disk.
-
-    The cache belongs to one base, one set of rows and one temperature; methods, seeds and ranks share it.
-    """
+    """Where the pre-trained model's outputs come from: a pass in every step, or a cache on disk."""
 
     cache: str | None = None  # folder, filled where it is not full yet; None: a reference pass in every step
-    top_k: int = 64  # tokens kept a position; the size of the vocabulary: exact
-    dtype: str = "float16"  # float16 | float32, of the log-probabilities on disk
-
-
-@dataclass
-class ToyConfig:
-    """Settings of the self-made word problems (data/toy.py), for `data.name=toy`."""
-
-    label_noise: float = 0.0
-    noisy_families: list[str] = field(default_factory=list)
-    imbalance: float = 0.0
-    seed: int = 0
 
 
 @dataclass
 class DataConfig:
     """The training rows."""
 
-    name: str = "metamathqa"
-    source: str | None = None  # hub id or local json/jsonl/parquet file; None: the set's own place on the hub
+    source: str | None = None  # hub id or local file; None: the set's own place on the hub
     revision: str | None = None
     split: str = "train"
-    num_rows: int | None = 100_000  # None: all
+    num_rows: int | None = None  # None: all
     sample_seed: int | None = None  # None: the first rows; else a seeded sample
-    max_length: int = 512  # tokens of prompt and response together
-    packing: bool = False  # a micro-batch's rows in one sequence without padding (ba_lora/training/packing.py)
-    heldout_share: float | None = None  # of the rows, the same for every seed: kept for trainer.eval_strategy
-    toy: ToyConfig = field(default_factory=ToyConfig)
-
-
-@dataclass
-class EarlyStoppingConfig:
-    """transformers' EarlyStoppingCallback, for runs with `trainer.eval_strategy`."""
-
-    patience: int | None = None  # evaluations without a better trainer.metric_for_best_model; None: no early stopping
-    threshold: float = 0.0  # what an evaluation must be better by
+    max_length: int = 512  # tokens of a row; longer ones are cut
 
 
 @dataclass
@@ -209,14 +165,11 @@ class ExportConfig:
 
 @dataclass
 class EvalConfig:
-    """What `scripts/ba-lora.sh` evaluates after training."""
+    """What `scripts/ba-lora.sh` and `nlu.sh` evaluate after training."""
 
     tasks: list[str] = field(default_factory=list)
     data: dict[str, str] = field(default_factory=dict)  # task → local data file; absent: the task's hub set
-    engine: str = "auto"  # vllm | hf | auto
     limit: int | None = None  # only the first rows of each task
-    untuned: bool = False  # evaluate the pre-trained model too, once for all runs of it
-    options: dict[str, Any] = field(default_factory=dict)  # passed to eval.generate as key=value
 
 
 @dataclass
@@ -230,9 +183,18 @@ class HubConfig:
 
 @dataclass
 class RunConfig:
-    """One run, resolved. NLU runs have settings of their own: config_nlu.NLURunConfig."""
+    """What a run of either kind has, resolved; NLGConfig (schema_nlg.py) and NLUConfig (schema_nlu.py) add their own.
 
-    kind: ClassVar[str] = "nlg"
+    Every key has an effect; `refused` has the keys that a run of this kind has no use for, and why.
+    """
+
+    kind: ClassVar[str]
+    refused: ClassVar[dict[str, str]] = {}
+    # settings that count only beside another one → whether that is there, and how it is set
+    counts_with: ClassVar[dict[str, tuple[Callable[[Any], bool], str]]] = {
+        "adapter.rslora": (lambda config: config.adapter.tuner == "lora", "adapter.tuner=lora"),
+        "adapter.dora": (lambda config: config.adapter.tuner == "lora", "adapter.tuner=lora"),
+    }
 
     name: str = ""  # the base's name, the file's stem
     method: str = ""
@@ -240,11 +202,9 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     regularizers: BALoRAConfig = field(default_factory=BALoRAConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     data: DataConfig = field(default_factory=DataConfig)
     trainer: dict[str, Any] = field(default_factory=dict)  # TrainingArguments by name
-    early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     hub: HubConfig = field(default_factory=HubConfig)
@@ -330,10 +290,12 @@ def training_settings(config: RunConfig) -> dict[str, Any]:
     """Return everything the trained weights depend on, as plain values."""
     plain = dataclasses.asdict(config)
     for key in NOT_TRAINING:
-        plain.pop(key)
+        plain.pop(key, None)
     reference = plain.pop("reference")
     if config.uses_reference_cache:  # where it lies changes no weight, what it keeps does
-        plain["reference"] = {name: value for name, value in reference.items() if name != "cache"}
+        del reference["cache"]
+        # NLU's run ids were made with these two, which NLU has no use for
+        plain["reference"] = {"top_k": 64, "dtype": "float16"} | reference
     for name in EXTRA_TERMS:  # a term that is out changes no weight
         if plain["regularizers"][f"lambda_{name}"] == 0:
             del plain["regularizers"][f"lambda_{name}"], plain["regularizers"][f"{name}_schedule"]
@@ -350,8 +312,8 @@ def training_settings(config: RunConfig) -> dict[str, Any]:
     for key in ("packing", "heldout_share"):  # packed, dropout draws other numbers; held-out rows are not trained on
         if not plain["data"].get(key):
             plain["data"].pop(key, None)
-    if plain["early_stopping"]["patience"] is None:
-        plain.pop("early_stopping")
+    if plain.get("early_stopping", {}).get("patience") is None:
+        plain.pop("early_stopping", None)
     return plain
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from ba_lora.config.ranges import check_range
-from ba_lora.config.schema import BALoRAConfig, RunConfig, check_choice, training_hash
+from ba_lora.config.schema import BALoRAConfig, DataConfig, RunConfig, check_choice, training_hash
 from ba_lora.errors import UserError
 from ba_lora.glue import OUT_OF_DOMAIN, TASKS
 
@@ -55,14 +55,9 @@ class ToyPairsConfig:
 
 
 @dataclass
-class NLUDataConfig:
+class NLUDataConfig(DataConfig):
     """The rows of one GLUE task: from the hub, or from local files of the same columns."""
 
-    source: str | None = None  # the training rows: hub id or local json/jsonl/parquet/csv/tsv file; None: nyu-mll/glue
-    revision: str | None = None
-    split: str = "train"
-    num_rows: int | None = None  # of the training rows; None: all
-    sample_seed: int | None = None  # None: the first rows; else a seeded sample
     max_length: int = 128  # tokens of a sentence or pair
     dev: dict[str, str] = field(default_factory=dict)  # evaluation set → local file
     dev_share: float | None = None  # without a file for it: this share of `source` becomes the dev set, by split_seed
@@ -77,7 +72,7 @@ class NLUDataConfig:
 
 
 @dataclass
-class NLUConfig:
+class NLUTaskConfig:
     """The task, and which epoch's model is kept."""
 
     task: str = ""
@@ -94,14 +89,50 @@ class FeaturesConfig:
 
 
 @dataclass
-class NLURunConfig(RunConfig):
+class NLUConfig(RunConfig):
     """One NLU run, resolved."""
 
     kind: ClassVar[str] = "nlu"
+    refused: ClassVar[dict[str, str]] = {
+        "loss": "the logits of a few classes need no other way to compute the loss",
+        "reference.top_k": "the cache keeps the encoder's features whole",
+        "reference.dtype": "the cache keeps the encoder's features in float32",
+        "data.name": "the task names the rows: task=NAME",
+        "data.packing": "a classifier reads one row at a time",
+        "data.heldout_share": "use nlu.selection=tuned, with nlu.heldout_share",
+        "early_stopping": "an NLU run is evaluated after every epoch; nlu.selection says which is kept",
+        "eval.engine": "transformers runs classifiers",
+        "eval.untuned": "a classifier's head is new: there is no pre-trained one to evaluate",
+        "eval.options": "they are for generating text",
+    }
+    counts_with = (
+        RunConfig.counts_with
+        | dict.fromkeys(
+            ("data.revision", "data.split", "data.sample_seed"),
+            (lambda config: config.nlu.task != "toy_pairs" or config.data.source is not None, "data.source or a task"),
+        )
+        # not toy.dev_rows, which configs/nlu/toy.yaml sets for whoever takes it with another task
+        | dict.fromkeys(
+            ("data.toy.label_noise", "data.toy.noisy_labels", "data.toy.imbalance", "data.toy.seed"),
+            (lambda config: config.nlu.task == "toy_pairs" and config.data.source is None, "task=toy_pairs"),
+        )
+        | {
+            "regularizers.temperature": (
+                lambda config: config.regularizers.consistency_form == "kl",
+                "regularizers.consistency_form=kl",
+            ),
+            "regularizers.diversity_top_k": (
+                lambda config: config.regularizers.diversity_form == "entropy",
+                "regularizers.diversity_form=entropy",
+            ),
+            "nlu.heldout_share": (lambda config: config.nlu.selection == "tuned", "nlu.selection=tuned"),
+            "features.num_rows": (lambda config: bool(config.features.steps), "features.steps"),
+        }
+    )
 
     regularizers: NLURegularizersConfig = field(default_factory=NLURegularizersConfig)
     data: NLUDataConfig = field(default_factory=NLUDataConfig)
-    nlu: NLUConfig = field(default_factory=NLUConfig)
+    nlu: NLUTaskConfig = field(default_factory=NLUTaskConfig)
     features: FeaturesConfig = field(default_factory=FeaturesConfig)
 
     @property
@@ -131,7 +162,7 @@ def task_layer(base: dict[str, Any], task: str | None) -> dict[str, Any]:
     return layer
 
 
-def check_nlu(config: NLURunConfig) -> None:
+def check_nlu(config: NLUConfig) -> None:
     """Raise UserError for NLU settings that are unknown, out of range or do not fit the task."""
     check_choice("task", config.nlu.task, tuple(TASKS))
     task = TASKS[config.nlu.task]

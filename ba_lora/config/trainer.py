@@ -25,6 +25,8 @@ _UNSAFE_ARGUMENTS = {
     "save_only_model": ([False], "a killed run could not go on with its optimizer's state"),
     "ignore_data_skip": ([False], "a resumed run would see other rows"),
     "fsdp": ([None, "", []], "FSDP is not supported: use DDP or DeepSpeed"),
+    "fsdp_config": ([None], "FSDP is not supported: use DDP or DeepSpeed"),
+    "liger_kernel_config": ([None], "the loss is this project's own"),
     "parallelism_config": ([None], "only DDP and DeepSpeed are supported"),
     "use_liger_kernel": ([False], "the loss is this project's own: loss.implementation=fused saves the memory, too"),
 }
@@ -41,6 +43,15 @@ _RESERVED_ARGUMENTS = {
     "prediction_loss_only": "held-out rows have no predictions, only a loss; leave it out",
     "label_names": "the run makes the rows; leave it out",
     "remove_unused_columns": "the run makes the rows; leave it out",
+    **dict.fromkeys(("do_train", "do_eval", "do_predict"), "the Trainer does not read it; leave it out"),
+    **dict.fromkeys(
+        ("hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision"),
+        "it is for Trainer's own pushes, and the exports are pushed by hub.push",
+    ),
+    **dict.fromkeys(
+        ("include_for_metrics", "batch_eval_metrics", "eval_do_concat_batches", "eval_accumulation_steps"),
+        "it is for predictions, and an evaluation inside the training gives a loss only",
+    ),
 }
 # What people type for a TrainingArguments name.
 ALIASES = {

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ba_lora.config.schema import RUN_MEASURES, RunConfig
-from ba_lora.config.schema_nlu import NLURunConfig
+from ba_lora.config.schema_nlu import NLUConfig
 from ba_lora.errors import UserError
 from ba_lora.glue import find_task, hub_source
 from ba_lora.io import read_object, sha256_file
@@ -43,7 +43,8 @@ def read_state(config: RunConfig) -> dict[str, Any] | None:
     settings = found.get("eval")
     if not isinstance(settings, dict) or not isinstance(settings.get("tasks"), list):
         return None
-    return found | {"eval": _scoring_settings(settings)}
+    kept = {name: value for name, value in settings.items() if name in vars(config.eval)}
+    return found | {"eval": _scoring_settings(kept)}
 
 
 def _scoring_settings(settings: dict[str, Any]) -> dict[str, Any]:
@@ -79,7 +80,7 @@ def evaluation_fault(config: RunConfig, state: dict[str, Any], *, graders: Grade
     """
     graders = graders or {}
     faults = list(_task_faults(config, state, graders))
-    if isinstance(config, NLURunConfig):
+    if isinstance(config, NLUConfig):
         faults += _dev_faults(config, graders)
     fault = min(faults, key=lambda fault: fault.regrade, default=None)
     if fault is None or not fault.regrade or config.kind == "nlu":  # eval.nlu predicts what it must
@@ -110,7 +111,7 @@ def _task_faults(config: RunConfig, state: dict[str, Any], graders: Graders) -> 
         path = config.run_path / "scores" / f"{task}.json"
         if task not in scored or not path.is_file():
             yield Fault(f"no score of {task}", stale=False)
-        elif isinstance(config, NLURunConfig) and task in dev_sources(config):
+        elif isinstance(config, NLUConfig) and task in dev_sources(config):
             continue  # MNLI's mismatched set, which training has scored
         elif (score := read_object(path)) is None:
             yield Fault(f"the score of {task} cannot be read", regrade=True)
@@ -118,7 +119,7 @@ def _task_faults(config: RunConfig, state: dict[str, Any], graders: Graders) -> 
             yield fault
 
 
-def _dev_faults(config: NLURunConfig, graders: Graders) -> Iterator[Fault]:
+def _dev_faults(config: NLUConfig, graders: Graders) -> Iterator[Fault]:
     """Yield why the scores of what training has predicted do not hold: eval.nlu makes them from its predictions."""
     for name, pinned in dev_sources(config).items():
         path = config.run_path / "scores" / f"{name}.json"
@@ -133,7 +134,7 @@ def _dev_faults(config: NLURunConfig, graders: Graders) -> Iterator[Fault]:
             yield dataclasses.replace(fault, regrade=True)
 
 
-def dev_sources(config: NLURunConfig) -> dict[str, str | None]:
+def dev_sources(config: NLUConfig) -> dict[str, str | None]:
     """Return dev set → the hub's set with its commit, None where the config names the rows itself; of those that
     training scores."""
     names = find_task(config.nlu.task).dev_sets

@@ -25,7 +25,8 @@ from typing import Any
 
 from ba_lora.config.checks import check_places
 from ba_lora.config.layers import find_config, read_yaml
-from ba_lora.config.schema import JUDGED_TASKS, RUN_MEASURES, UNTUNED, RunConfig, to_yaml
+from ba_lora.config.registries import judged_tasks
+from ba_lora.config.schema import RUN_MEASURES, UNTUNED, RunConfig, to_yaml
 from ba_lora.errors import CommandParser, UserError, run_entry_point
 from ba_lora.experiments.evaluation_state import STATE_FILE, evaluation_fault, evaluation_state, read_state
 from ba_lora.experiments.spec import Spec, untuned_config
@@ -156,7 +157,7 @@ def missing_judge(configs: Iterable[RunConfig], environ: Mapping[str, str]) -> s
     No error: training and generation need no judge, and judgements on file are scored without one.
     """
     left = any(
-        task in JUDGED_TASKS and not (config.run_path / "scores" / f"{task}.json").is_file()
+        task in judged_tasks() and not (config.run_path / "scores" / f"{task}.json").is_file()
         for config in configs
         for task in config.eval.tasks
     )
@@ -165,7 +166,7 @@ def missing_judge(configs: Iterable[RunConfig], environ: Mapping[str, str]) -> s
     try:
         endpoint_from_environment(environ)
     except UserError as error:
-        tasks = ", ".join(JUDGED_TASKS)
+        tasks = ", ".join(judged_tasks())
         return (
             f"warning: {error}; without a judge {tasks} is trained for and answered, but scoring it will fail unless "
             "its judgements are on file"

@@ -352,7 +352,7 @@ def _loha_config(adapter: AdapterConfig, num_steps: int) -> Any:
     return _peft_options(LoHaConfig, adapter, r=adapter.rank, alpha=_alpha(adapter), module_dropout=adapter.dropout)
 
 
-# tuner → PEFT configuration. To add a method: one function here, its name in config.TUNERS, a file in configs/methods.
+# adapter.tuner → PEFT configuration. To add a method: a function here, and a file in configs/methods.
 PEFT_CONFIGS = {"lora": _lora_config, "adalora": _adalora_config, "loha": _loha_config}
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ba_lora.config.schema_nlu import NLURunConfig
+from ba_lora.config.schema_nlu import NLUConfig
 from ba_lora.errors import UserError
 from ba_lora.glue import GlueTask, find_task
 from ba_lora.models.load import quantization_options, torch_dtype, without_load_report
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 
-def load_classifier(config: NLURunConfig, *, source: str | None = None, quantize: bool = True) -> "PreTrainedModel":
+def load_classifier(config: NLUConfig, *, source: str | None = None, quantize: bool = True) -> "PreTrainedModel":
     """Return the model with a head for the task, in `model.dtype`, from `source` where given (merged/, say).
 
     A head that `source` does not hold is drawn from `config.seed`, without touching the global random state.

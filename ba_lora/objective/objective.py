@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ba_lora.config.schema import BALoRAConfig, LossConfig
+from ba_lora.config.schema import BALoRAConfig
+from ba_lora.config.schema_nlg import LossConfig
 from ba_lora.errors import UserError
 from ba_lora.objective.gradient_shares import squared_norm
 from ba_lora.objective.losses.plain import TermSums

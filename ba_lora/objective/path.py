@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 
-from ba_lora.config.schema import LossConfig
+from ba_lora.config.schema_nlg import LossConfig
 from ba_lora.models.layers import gathered
 from ba_lora.objective.losses.fused import default_chunk_memory_mb, fused_loss
 from ba_lora.objective.losses.plain import TermSums, plain_loss

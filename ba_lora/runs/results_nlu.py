@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ba_lora.config.layers import config_of_result
 from ba_lora.config.schema import NOT_TRAINING, setting_differences, training_settings
-from ba_lora.config.schema_nlu import NLURunConfig
+from ba_lora.config.schema_nlu import NLUConfig
 from ba_lora.console import console_table, markdown_table
 from ba_lora.errors import CommandParser, UserError, run_entry_point
 from ba_lora.glue import find_task
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ba_lora.training.epochs import Epoch
 
 
-def selection_report(config: NLURunConfig, history: list["Epoch"], best: "Epoch", last: "Epoch") -> dict[str, Any]:
+def selection_report(config: NLUConfig, history: list["Epoch"], best: "Epoch", last: "Epoch") -> dict[str, Any]:
     """Return how the epoch was chosen, and what best, last and all epochs scored."""
     task = find_task(config.nlu.task)
     chooser = next(iter(task.dev_sets)) if config.nlu.selection == "paper" else "heldout"

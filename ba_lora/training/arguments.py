@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ba_lora.config.schema import RunConfig, check_choice
+from ba_lora.config.schema_nlg import NLGConfig
 from ba_lora.errors import UserError
 from ba_lora.paths import resolve_path
 
 if TYPE_CHECKING:
-    from transformers import TrainingArguments
+    from transformers import TrainerCallback, TrainingArguments
 
 # Optimizers that look for their layers in the model itself, which is not there yet.
 OPTIMIZERS_OF_A_MODEL = (
@@ -41,12 +42,13 @@ def build_arguments(config: RunConfig, run_path: Path) -> "TrainingArguments":
         chosen.setdefault("dataloader_pin_memory", False)
     if not torch.accelerator.is_available():
         chosen.setdefault("use_cpu", True)  # else, under DeepSpeed, each process would take itself for the only one
-    if config.early_stopping.patience is not None:
+    stops_early = isinstance(config, NLGConfig) and config.early_stopping.patience is not None
+    if stops_early:
         chosen.setdefault("restore_callback_states_from_checkpoint", True)  # a resumed run goes on counting
     if chosen.get("load_best_model_at_end"):  # each evaluation has its checkpoint
         chosen.setdefault("save_steps", chosen.get("eval_steps") or chosen["logging_steps"])
     best_is_asked_for = chosen.get("load_best_model_at_end") or chosen["save_strategy"] == "best"
-    if config.early_stopping.patience is not None or best_is_asked_for:
+    if stops_early or best_is_asked_for:
         chosen.setdefault("metric_for_best_model", "loss")
         chosen.setdefault("greater_is_better", False)  # of eval_loss and eval_task
     if chosen.get("gradient_checkpointing"):
@@ -83,6 +85,14 @@ def build_arguments(config: RunConfig, run_path: Path) -> "TrainingArguments":
     if config.kind == "nlu" and is_deepspeed_zero3_enabled():
         raise UserError("NLU runs do not support ZeRO-3: use DDP or configs/deepspeed/zero2.json")
     return arguments
+
+
+def early_stopping(config: NLGConfig) -> "list[TrainerCallback]":
+    """Return the callback that stops a run after `early_stopping.patience` evaluations without a better one, if any."""
+    from transformers import EarlyStoppingCallback
+
+    settings = config.early_stopping
+    return [] if settings.patience is None else [EarlyStoppingCallback(settings.patience, settings.threshold)]
 
 
 def _try_optimizer(arguments: "TrainingArguments") -> None:

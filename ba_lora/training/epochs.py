@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TrainerCallback
 
-from ba_lora.config.schema_nlu import NLURunConfig
+from ba_lora.config.schema_nlu import NLUConfig
 from ba_lora.errors import UserError
 from ba_lora.glue import find_task
 from ba_lora.io import disk_errors, load_tensors, read_jsonl, write_jsonl_atomic
@@ -52,7 +52,7 @@ class EpochEvaluation(TrainerCallback):
     def __init__(
         self,
         trainer: "BALoRATrainer",
-        config: NLURunConfig,
+        config: NLUConfig,
         run_path: Path,
         *,
         dev: dict[str, "Dataset"],

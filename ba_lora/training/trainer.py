@@ -20,7 +20,8 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
 from transformers.utils import logging
 
-from ba_lora.config.schema import BALoRAConfig, LossConfig
+from ba_lora.config.schema import BALoRAConfig
+from ba_lora.config.schema_nlg import LossConfig
 from ba_lora.errors import UserError
 from ba_lora.io import disk_errors
 from ba_lora.methods.adalora import (

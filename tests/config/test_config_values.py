@@ -16,7 +16,8 @@ from ba_lora.config.checks import check_place, check_places
 from ba_lora.config.layers import find_config, load_config, read_yaml
 from ba_lora.config.ranges import RANGES, TRAINER_RANGES, check_range
 from ba_lora.config.schema import GENERATION_OPTIONS, RunConfig, public, to_yaml, training_hash
-from ba_lora.config.schema_nlu import NLURunConfig
+from ba_lora.config.schema_nlg import NLGConfig
+from ba_lora.config.schema_nlu import NLUConfig
 from ba_lora.config.trainer import _RESERVED_ARGUMENTS, argument_types
 from ba_lora.errors import UserError
 from ba_lora.experiments.options import read_grid_options
@@ -52,7 +53,7 @@ def numbers_of(schema: type, prefix: str = "") -> dict[str, type]:
     return found
 
 
-NLG, NLU = numbers_of(RunConfig), numbers_of(NLURunConfig)
+NLG, NLU = numbers_of(NLGConfig), numbers_of(NLUConfig)
 
 
 def test_every_number_has_a_range() -> None:

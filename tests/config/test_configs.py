@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from ba_lora.config.layers import available_methods, load_config
-from ba_lora.config.schema import RunConfig, to_yaml
+from ba_lora.config.schema import to_yaml
+from ba_lora.config.schema_nlg import NLGConfig
 from ba_lora.errors import UserError
 from tests.conftest import ROOT
 
@@ -51,7 +52,7 @@ def test_every_base_takes_every_method(base: Path, method: str) -> None:
         config = load_config(base, method=method, overrides=["model.quantization=none"])
     else:
         config = load_config(base, method=method)
-    assert isinstance(config, RunConfig)
+    assert isinstance(config, NLGConfig)
     assert (config.name, config.method) == (base.stem, method)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ba_lora.config.schema import DATASETS
+from ba_lora.config.registries import data_sets
 from ba_lora.io import read_jsonl
 from data import manifest
 
@@ -36,7 +36,7 @@ def test_hash_of_nested_values() -> None:
 
 def test_every_set_is_described() -> None:
     sets = manifest.load()
-    assert set(DATASETS) | {"math", "humaneval", "mbpp", "mt_bench"} <= set(sets)
+    assert set(data_sets()) | {"math", "humaneval", "mbpp", "mt_bench"} <= set(sets)
     for name, entry in sets.items():
         assert set(entry) <= {"hub", "config", "revision", "license", "files", "splits"}, name
         assert entry["license"] and entry["splits"], name

@@ -12,7 +12,7 @@ import sys
 import pytest
 
 from ba_lora.config.layers import load_config
-from ba_lora.config.schema import JUDGED_TASKS, NLG_TASKS, to_yaml
+from ba_lora.config.schema import to_yaml
 from ba_lora.errors import UserError
 from ba_lora.experiments import pipeline, pipeline_nlu, stages
 from ba_lora.runs import folder as run_folder
@@ -192,10 +192,6 @@ def test_the_pretrained_model_is_recorded_like_a_run_and_once(tmp_path):
     assert datetime.datetime.fromisoformat(result["finished_at"]).tzinfo is not None
     pipeline.prepare_evaluation(config)
     assert (tmp_path / "run" / "train.json").read_bytes() == written
-
-
-def test_the_judged_tasks_are_those_of_the_registry():
-    assert {name for name, task in TASKS.items() if task.judged} == set(JUDGED_TASKS)
 
 
 def test_a_missing_judge_is_told_before_the_training(tmp_path, monkeypatch, capsys):
@@ -456,7 +452,3 @@ def test_a_saved_config_keeps_its_method(root, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["pipeline", "--dry-run", "--method", "lora", str(saved)])
     with pytest.raises(UserError, match="is the resolved config of method pissa"):
         pipeline.main()
-
-
-def test_the_config_knows_every_task():
-    assert sorted(NLG_TASKS) == sorted(TASKS)

@@ -7,7 +7,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from ba_lora.config.schema import AdapterConfig, ModelConfig, RunConfig
+from ba_lora.config.schema import AdapterConfig, ModelConfig
+from ba_lora.config.schema_nlg import NLGConfig
 from ba_lora.errors import UserError
 from ba_lora.methods.build import build_model, left_out_experts
 from eval.engines import adapters
@@ -26,7 +27,7 @@ def moe(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 
 def build(base: Path, run_path: Path, init: str, targets: object = "all-linear") -> torch.nn.Module:
     adapter = AdapterConfig(rank=4, init=init, target_modules=targets)
-    config = RunConfig(model=ModelConfig(name=str(base), dtype="float32"), adapter=adapter)
+    config = NLGConfig(model=ModelConfig(name=str(base), dtype="float32"), adapter=adapter)
     return build_model(config, run_path=run_path, num_steps=10)[0]
 
 

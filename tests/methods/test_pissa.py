@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from ba_lora.config.layers import load_config
-from ba_lora.config.schema import AdapterConfig, ModelConfig, RunConfig, training_hash
+from ba_lora.config.schema import AdapterConfig, ModelConfig, training_hash
+from ba_lora.config.schema_nlg import NLGConfig
 from ba_lora.errors import UserError
 from ba_lora.methods import build as methods
 from ba_lora.methods import factors_cache as pissa_cache
@@ -162,7 +163,7 @@ def test_no_more_is_in_memory_than_a_batch_and_what_was_asked_for(monkeypatch):
 
 
 def run_config(folder, *, init="pissa", **adapter):
-    return RunConfig(
+    return NLGConfig(
         model=ModelConfig(name=str(folder), dtype="float32"), adapter=AdapterConfig(init=init, rank=4, **adapter)
     )
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from ba_lora import BALoRAConfig, BALoRATrainer
-from ba_lora.config.schema import LossConfig
+from ba_lora.config.schema_nlg import LossConfig
 from ba_lora.objective.losses.fused import fused_loss
 from ba_lora.objective.losses.plain import plain_loss
 from ba_lora.objective.terms.base import BatchTerm, PositionTerm

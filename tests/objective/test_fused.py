@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from ba_lora import BALoRAConfig, BALoRATrainer
-from ba_lora.config.schema import LossConfig
+from ba_lora.config.schema_nlg import LossConfig
 from ba_lora.objective import regularizers as reg
 from ba_lora.objective.losses.svd import head_factor
 from tests.support.losses import TermWeights, fused_nlg_loss, nlg_loss

@@ -8,7 +8,8 @@ from transformers import AutoTokenizer, DataCollatorWithPadding
 
 from ba_lora import BALoRAConfig, BALoRATrainer
 from ba_lora.config.layers import load_config
-from ba_lora.config.schema import LossConfig, training_hash
+from ba_lora.config.schema import training_hash
+from ba_lora.config.schema_nlg import LossConfig
 from ba_lora.config.schema_nlu import NLURegularizersConfig
 from ba_lora.errors import UserError
 from ba_lora.objective import regularizers as reg

@@ -15,7 +15,7 @@ import torch
 
 from ba_lora import BALoRAConfig, BALoRATrainer
 from ba_lora.config.layers import load_config
-from ba_lora.config.schema import LossConfig
+from ba_lora.config.schema_nlg import LossConfig
 from ba_lora.errors import UserError
 from ba_lora.objective import regularizers as reg
 from ba_lora.objective.reference_cache import store as reference_cache

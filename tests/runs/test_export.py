@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 from ba_lora import BALoRAConfig, BALoRATrainer, export_lora
 from ba_lora.config.layers import available_methods, load_config
-from ba_lora.config.schema import ModelConfig, RunConfig
+from ba_lora.config.schema import ModelConfig
+from ba_lora.config.schema_nlg import NLGConfig
 from ba_lora.errors import UserError
 from ba_lora.io import read_json
 from ba_lora.runs import export
@@ -325,7 +326,7 @@ def test_the_share_of_the_learned_update_that_an_export_loses(spread, dtype, hot
 @pytest.mark.parametrize(("lost", "passes"), [(0.05, True), (0.2, False)])
 def test_an_export_that_loses_more_than_a_tenth_of_the_change_is_refused(tmp_path, dtype, lost, passes):
     """Relative to what training changed, however small that is beside the logits."""
-    config = RunConfig(model=ModelConfig(name="x", dtype=dtype))
+    config = NLGConfig(model=ModelConfig(name="x", dtype=dtype))
     initial = 10 * torch.randn(20, 50, generator=torch.Generator().manual_seed(0))
     change = 2e-3 if dtype == "float32" else 2.0  # what is lost is below the absolute limit, or below 4 bf16 ulp of 30
     trained = initial + change * torch.ones_like(initial)

@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast, T5EncoderModel
 
-from ba_lora.config.schema_nlu import NLURunConfig
+from ba_lora.config.schema_nlu import NLUConfig
 from ba_lora.io import write_jsonl_atomic
 
 _SMALL = {
@@ -132,7 +132,7 @@ def write_sst2(folder: Path, *, num_rows: int = 24, labels: tuple[int, ...] = (0
     return files
 
 
-def nlu_config(folder: Path, *overrides: str, method: str = "ba_lora", base: Path | None = None) -> NLURunConfig:
+def nlu_config(folder: Path, *overrides: str, method: str = "ba_lora", base: Path | None = None) -> NLUConfig:
     """Return a resolved config on the tiny model in `folder`."""
     from ba_lora.config.layers import load_config
     from tests.conftest import ROOT
@@ -161,7 +161,7 @@ def tiny_pairs(folder: Path, num_rows: int) -> Dataset:
     return load_nlu_data(config, AutoTokenizer.from_pretrained(folder)).train
 
 
-def scored_run(folder: Path, *overrides: str, task: str = "rte", made_from: str | None = None) -> NLURunConfig:
+def scored_run(folder: Path, *overrides: str, task: str = "rte", made_from: str | None = None) -> NLUConfig:
     """Leave in `folder` what a training on the hub's rows leaves there, its model aside; return the run's config.
 
     Each dev set has two rows, of which one is predicted right. made_from: the hub's set with its commit; None: pinned.

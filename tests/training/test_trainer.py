@@ -12,7 +12,7 @@ from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from transformers import Gemma2Config, Gemma2ForCausalLM, Trainer
 
 from ba_lora import BALoRAConfig, BALoRATrainer
-from ba_lora.config.schema import LossConfig
+from ba_lora.config.schema_nlg import LossConfig
 from ba_lora.errors import UserError
 from ba_lora.methods.adalora import adalora_orthogonality, adalora_orthogonality_weight
 from ba_lora.objective import regularizers as reg

@@ -8,7 +8,8 @@ import torch
 from accelerate import PartialState
 from peft.tuners.lora import corda as peft_corda
 
-from ba_lora.config.schema import AdapterConfig, ModelConfig, RunConfig
+from ba_lora.config.schema import AdapterConfig, ModelConfig
+from ba_lora.config.schema_nlg import NLGConfig
 from ba_lora.errors import end_process
 from ba_lora.methods import pissa
 from ba_lora.methods.build import build_model
@@ -38,7 +39,7 @@ def counting(function):
 
 pissa.leading_components = counting(pissa.leading_components)
 peft_corda.collect_eigens_for_layer = counting(peft_corda.collect_eigens_for_layer)
-config = RunConfig(model=ModelConfig(name=name, dtype="float32"), adapter=AdapterConfig(init=init, rank=4))
+config = NLGConfig(model=ModelConfig(name=name, dtype="float32"), adapter=AdapterConfig(init=init, rank=4))
 model, _ = build_model(config, run_path=Path(run), num_steps=1, rows=tiny_rows(8))
 split = sum(hasattr(parameter, "ds_id") for parameter in model.parameters())
 facts = {"rank": process.process_index, "svds": svds, "split": split, "weights": weights_sha256(model)}

@@ -18,7 +18,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
-from ba_lora.config.schema_nlu import NLURunConfig
+from ba_lora.config.schema_nlu import NLUConfig
 from ba_lora.errors import UserError
 from ba_lora.io import sha256_json
 from ba_lora.models.predict import input_columns
@@ -66,7 +66,7 @@ class CachedFeatures:
         return tensors["pooled"]
 
 
-def cached_features(config: NLURunConfig, rows: "Dataset", *, autocast: str = "no") -> CachedFeatures | None:
+def cached_features(config: NLUConfig, rows: "Dataset", *, autocast: str = "no") -> CachedFeatures | None:
     """Return `reference.cache` for a run's encoder and training rows, None without a cache; every process calls it.
 
     `autocast` is the precision that training runs under: no, bf16 or fp16.
@@ -79,7 +79,7 @@ def cached_features(config: NLURunConfig, rows: "Dataset", *, autocast: str = "n
     return CachedFeatures(resolve_path(config.reference.cache), key[0])
 
 
-def features_key(config: NLURunConfig, rows: "Dataset", *, autocast: str = "no") -> dict[str, Any]:
+def features_key(config: NLUConfig, rows: "Dataset", *, autocast: str = "no") -> dict[str, Any]:
     """Return what the features depend on. Labels and the rows' numbers are no part of it.
 
     In float32 the pre-trained encoder is the same however a method takes it apart; a rounded or quantised residual of

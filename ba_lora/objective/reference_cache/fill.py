@@ -22,7 +22,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from ba_lora.config.schema import RunConfig
+from ba_lora.config.schema_nlg import NLGConfig
 from ba_lora.errors import UserError
 from ba_lora.io import disk_errors, sha256_json, write_json_atomic
 from ba_lora.models.load import load_model
@@ -41,7 +41,7 @@ REPORT_S = 20
 
 
 def cached_reference(
-    config: RunConfig, dataset: "Dataset", data_report: dict[str, Any], tokenizer: "PreTrainedTokenizerBase"
+    config: NLGConfig, dataset: "Dataset", data_report: dict[str, Any], tokenizer: "PreTrainedTokenizerBase"
 ) -> CachedReference:
     """Return the full, verified cache of a run's reference, computing what is missing; every process calls it.
 
@@ -66,7 +66,7 @@ def cached_reference(
 
 
 def cache_key(
-    config: RunConfig, rows: Rows, data_report: dict[str, Any], tokenizer: "PreTrainedTokenizerBase"
+    config: NLGConfig, rows: Rows, data_report: dict[str, Any], tokenizer: "PreTrainedTokenizerBase"
 ) -> dict[str, Any]:
     """Return what the cache depends on, most of it under the name of its configuration key.
 

@@ -152,7 +152,7 @@ def test_a_table_without_results_names_the_command(table_path, report, tmp_path)
         ("lora", "config/adapter/rank", 3, "adapter.rank 3 → 8"),
         ("lora", "config/data/num_rows", 3, "data.num_rows 3 → 17"),
         ("lora", "config/model/name", "elsewhere", "model.name elsewhere → data/toy/clean"),
-        ("lora", "config/colour", "red", "colour: Key 'colour' not in 'RunConfig'"),
+        ("lora", "config/colour", "red", "colour: Key 'colour' not in 'NLGConfig'"),
         ("lora", "base", "llama", "base is llama, not toy"),
         (UNTUNED, "config/model/name", "elsewhere", "model.name elsewhere → data/toy/clean"),
         ("lora", "config/trainer/logging_steps", 3, None),  # changes no weight

@@ -1,0 +1,129 @@
+"""The NLG side of the configuration: the settings that only a language model's run has."""
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from ba_lora.config.ranges import check_numbers
+from ba_lora.config.registries import data_sets, tasks
+from ba_lora.config.schema import (
+    GENERATION_OPTIONS,
+    LOSS_IMPLEMENTATIONS,
+    RUN_MEASURES,
+    DataConfig,
+    EvalConfig,
+    ReferenceConfig,
+    RunConfig,
+    check_choice,
+    nearest,
+)
+from ba_lora.errors import UserError
+
+
+@dataclass
+class LossConfig:
+    """How the loss is computed: the same values, but for rounding, at different costs."""
+
+    implementation: str = "fused"  # fused: in chunks of positions, no logits kept | plain: by way of all logits
+    chunk_memory_mb: float | None = None  # of the fused loss's buffers; None: 256 on a CPU, 1024 on a GPU
+
+    def __post_init__(self) -> None:
+        check_choice("loss.implementation", self.implementation, LOSS_IMPLEMENTATIONS)
+        check_numbers(self, "loss.")
+
+
+@dataclass
+class NLGReferenceConfig(ReferenceConfig):
+    """The cache belongs to one base, one set of rows and one temperature; methods, seeds and ranks share it."""
+
+    top_k: int = 64  # tokens kept a position; the size of the vocabulary: exact
+    dtype: str = "float16"  # float16 | float32, of the log-probabilities on disk
+
+
+@dataclass
+class ToyConfig:
+    """Settings of the self-made word problems (data/toy.py), for `data.name=toy`."""
+
+    label_noise: float = 0.0
+    noisy_families: list[str] = field(default_factory=list)
+    imbalance: float = 0.0
+    seed: int = 0
+
+
+@dataclass
+class NLGDataConfig(DataConfig):
+    """The rows of one data set: from the hub, or from a local json, jsonl or parquet file of the same columns."""
+
+    name: str = "metamathqa"
+    num_rows: int | None = 100_000  # None: all
+    packing: bool = False  # a micro-batch's rows in one sequence without padding (ba_lora/training/packing.py)
+    heldout_share: float | None = None  # of the rows, the same for every seed: kept for trainer.eval_strategy
+    toy: ToyConfig = field(default_factory=ToyConfig)
+
+
+@dataclass
+class EarlyStoppingConfig:
+    """transformers' EarlyStoppingCallback, for runs with `trainer.eval_strategy`."""
+
+    patience: int | None = None  # evaluations without a better trainer.metric_for_best_model; None: no early stopping
+    threshold: float = 0.0  # what an evaluation must be better by
+
+
+@dataclass
+class NLGEvalConfig(EvalConfig):
+    """How completions are generated."""
+
+    engine: str = "auto"  # vllm | hf | auto
+    untuned: bool = False  # evaluate the pre-trained model too, once for all runs of it
+    options: dict[str, Any] = field(default_factory=dict)  # passed to eval.generate as key=value
+
+
+@dataclass
+class NLGConfig(RunConfig):
+    """One NLG run, resolved."""
+
+    kind: ClassVar[str] = "nlg"
+    counts_with = (
+        RunConfig.counts_with
+        | dict.fromkeys(
+            ("data.revision", "data.split", "data.sample_seed"),
+            (lambda config: config.data.name != "toy" or config.data.source is not None, "data.source or a data.name"),
+        )
+        # not toy.imbalance, which configs/nlg/toy.yaml sets for whoever takes it with another data set
+        | dict.fromkeys(
+            ("data.toy.label_noise", "data.toy.noisy_families", "data.toy.seed"),
+            (lambda config: config.data.name == "toy" and config.data.source is None, "data.name=toy"),
+        )
+        | {
+            "reference.top_k": (lambda config: config.reference.cache is not None, "reference.cache"),
+            "reference.dtype": (lambda config: config.reference.cache is not None, "reference.cache"),
+            "early_stopping.threshold": (
+                lambda config: config.early_stopping.patience is not None,
+                "early_stopping.patience",
+            ),
+        }
+    )
+
+    loss: LossConfig = field(default_factory=LossConfig)
+    reference: NLGReferenceConfig = field(default_factory=NLGReferenceConfig)
+    data: NLGDataConfig = field(default_factory=NLGDataConfig)
+    early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
+    eval: NLGEvalConfig = field(default_factory=NLGEvalConfig)
+
+
+def check_nlg(config: NLGConfig) -> None:
+    """Raise UserError for NLG settings that are unknown or do not fit each other."""
+    check_choice("reference.dtype", config.reference.dtype, ("float16", "float32"))
+    check_choice("data.name", config.data.name, data_sets())
+    if config.data.num_rows is None and config.data.name == "toy" and config.data.source is None:
+        raise UserError("data.num_rows=null means all rows of a set, the toy's are made on demand: give a number")
+    for task in (*config.eval.tasks, *config.eval.data):
+        check_choice("eval.tasks", task, (*tasks(), *RUN_MEASURES))
+    check_choice("eval.engine", config.eval.engine, ("auto", "vllm", "hf"))
+    for key, value in config.eval.options.items():
+        if key not in GENERATION_OPTIONS:
+            raise UserError(
+                f"unknown key eval.options.{key}{nearest(str(key), GENERATION_OPTIONS)}; there are "
+                f"{', '.join(GENERATION_OPTIONS)}"
+            )
+        if not isinstance(value, str | int | float | bool | None):
+            raise UserError(f"eval.options.{key}={value}: a single value is needed")

@@ -1,0 +1,52 @@
+"""Each list of names stands once; the configuration reads its keys, which are those of the code."""
+
+import pytest
+
+from ba_lora.config import registries
+from ba_lora.config.layers import load_config
+from ba_lora.config.schema import BALoRAConfig
+from ba_lora.errors import UserError
+
+
+def test_the_names_are_those_of_the_code():
+    from ba_lora.methods.build import PEFT_CONFIGS
+    from ba_lora.objective.schedules import SCHEDULES
+    from data.nlg import SOURCES
+    from eval.tasks import TASKS
+
+    assert registries.schedules() == tuple(SCHEDULES)
+    assert registries.tuners() == ("full", "bitfit", *PEFT_CONFIGS)
+    assert registries.data_sets() == tuple(SOURCES)
+    assert registries.tasks() == tuple(TASKS)
+    assert registries.judged_tasks() == tuple(name for name, task in TASKS.items() if task.judged)
+
+
+@pytest.mark.parametrize(
+    ("word", "known"),
+    [
+        ("regularizers.svd_schedule=two_phases", "two_phase"),
+        ("regularizers.svd_schedule=adaptive", "constant"),
+        ("adapter.tuner=lohaa", "loha"),
+        ("data.name=metamath", "metamathqa"),
+        ("eval.tasks=[mtbench]", "mt_bench"),
+    ],
+)
+def test_another_name_is_refused_with_the_known_ones(word, known):
+    with pytest.raises(UserError, match=f"choose one of .*{known}"):
+        load_config("toy", overrides=[word])
+    load_config("toy", overrides=["regularizers.consistency_schedule=adaptive", "regularizers.svd_schedule=two_phase"])
+
+
+def test_one_new_line_in_the_registry_is_enough(tmp_path, monkeypatch):
+    from ba_lora.paths import PROJECT_ROOT
+
+    text = (PROJECT_ROOT / "ba_lora/objective/schedules.py").read_text(encoding="utf-8")
+    copy = tmp_path / "ba_lora/objective/schedules.py"
+    copy.parent.mkdir(parents=True)
+    copy.write_text(text.replace("SCHEDULES = {", 'SCHEDULES = {\n    "halved": constant,'), encoding="utf-8")
+    monkeypatch.setattr(registries, "PROJECT_ROOT", tmp_path)
+    registries._entries.cache_clear()
+    try:
+        assert BALoRAConfig(svd_schedule="halved").svd_schedule == "halved"
+    finally:
+        registries._entries.cache_clear()
