@@ -24,7 +24,7 @@ from scripts import bench
 from tests.conftest import ROOT
 from tests.runs.test_results_nlu import result as nlu_result
 from tests.support.committed import committed_text
-from tests.support.pages import COMMANDS, PAGES, blocks, commands, example, words_of
+from tests.support.pages import COMMANDS, PAGES, blocks, commands, example
 
 README, RESULTS = PAGES["README.md"], PAGES["docs/results.md"]
 LAUNCHES = [line for line in COMMANDS if re.search(r"scripts/(ba-lora|lora|pissa|full-ft)\.sh", line)]
@@ -170,8 +170,9 @@ def test_scoring_as_the_pages_tell(tmp_path, monkeypatch, capsys):
 
 def test_generating_as_the_pages_tell(tmp_path, tiny_model):
     (tmp_path / "test.jsonl").write_text(json.dumps({"question": "2 + 2?", "answer": "#### 4"}) + "\n")
-    places = {"outputs/RUN": tiny_model, "test.jsonl": tmp_path / "test.jsonl"}
-    words = words_of("eval.generate", places)
+    (line,) = GENERATE
+    line = line.replace("outputs/RUN", str(tiny_model)).replace("test.jsonl", str(tmp_path / "test.jsonl"))
+    words = line.split()[3:]
     generate.main([*words, "--engine", "hf", "--output", str(tmp_path), "max_new_tokens=4"])
     (line,) = (tmp_path / "gsm8k.jsonl").read_text().splitlines()
     assert json.loads(line)["task_id"] == "gsm8k/0"
