@@ -80,7 +80,7 @@ def _mark_one(score_path: Path, completions: Path) -> None:
 
 
 def _scorer(score: Mapping) -> str:
-    """Return what makes a score again."""
+    """Return the command that makes a score again."""
     if "of_task" in score:
         return "eval.nlu --model RUN scores the run again"
     if score.get("task") == inheritance.NAME:

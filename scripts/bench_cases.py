@@ -122,7 +122,7 @@ def build_trainer(case: str, shape: Shape, vocabulary: int, device: str, folder:
     return BALoRATrainer(
         model,
         arguments,
-        regularizers=BALoRAConfig(lambda_svd=0.0) if case in WITHOUT_SVD else BALoRAConfig(),
+        regularizers=BALoRAConfig(gradient_every=None, **({"lambda_svd": 0.0} if case in WITHOUT_SVD else {})),
         loss=LossConfig(implementation="plain" if case == "plain" else "fused"),
         reference=_cache(folder, shape, vocabulary, rows) if case in FILLED_BEFORE else None,
         **data,

@@ -234,7 +234,7 @@ def _method_layer(method: str, kind: str) -> dict[str, Any]:
 def _of_terms(regularizers: dict[str, Any], terms: list[str]) -> dict[str, Any]:
     """Return the settings of some terms only: the others' λ is 0, and what else they have is left at the default."""
     prefixes = tuple(f"{term}_" for term in terms) + (("temperature",) if "consistency" in terms else ())
-    weights = {key: value for key, value in regularizers.items() if key.startswith("lambda_")}
+    weights = {key: value for key, value in regularizers.items() if key.startswith("lambda_") and key != "lambda_mode"}
     return {
         **{key: value for key, value in regularizers.items() if key.startswith(prefixes)},
         **{key: value if key.removeprefix("lambda_") in terms else 0 for key, value in weights.items()},

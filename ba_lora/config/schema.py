@@ -1,8 +1,8 @@
 """Configuration: what a run's settings are, as typed dataclasses, and how they are hashed and saved.
 
 How they are read, from base, method and `key=value`: layers.py; which values go together: checks.py; what only one kind
-of run has: schema_nlg.py, schema_nlu.py. The resolved configuration is saved with every run and reproduces it only:
-`python train_nlg.py --config outputs/<run_id>/config.yaml` needs no method file.
+of run has: schema_nlg.py, schema_nlu.py. The resolved configuration is saved with every run and is enough to repeat
+it: `python train_nlg.py --config outputs/<run_id>/config.yaml` needs no method file.
 """
 
 import dataclasses
@@ -110,7 +110,7 @@ class BALoRAConfig:
     svd_schedule: str = "constant"
     lambda_mode: str = "fixed"  # fixed: λ as above | gradient_share: λ(t) by gradient_shares; λ > 0 says what is in
     gradient_shares: dict[str, float] = field(default_factory=dict)  # term → gradient over the task's; else 0.1 each
-    gradient_every: int | None = 20  # steps between two measurements of the shares; None: they are not logged
+    gradient_every: int | None = 50  # steps between two measurements of the shares; None: they are not logged
 
     def __post_init__(self) -> None:
         check_numbers(self, "regularizers.")
@@ -125,6 +125,8 @@ class BALoRAConfig:
         if self.lambda_mode == "gradient_share":
             if self.gradient_every is None:
                 raise UserError("regularizers.lambda_mode=gradient_share measures: set regularizers.gradient_every")
+            if not any(getattr(self, f"lambda_{name}") for name in (*PUBLISHED_TERMS, *EXTRA_TERMS)):
+                raise UserError("regularizers.lambda_mode=gradient_share has no effect without a term: set a λ above 0")
         elif self.gradient_shares:
             raise UserError("regularizers.gradient_shares needs regularizers.lambda_mode=gradient_share")
         for name, share in self.gradient_shares.items():

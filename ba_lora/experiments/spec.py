@@ -20,7 +20,7 @@ class Spec:
     method: str | None
     overrides: tuple[str, ...] = ()
     kind: str = "nlg"
-    trained: bool = True  # False: the pre-trained model itself, evaluated alone
+    trained: bool = True  # False: the pre-trained model itself, evaluated by itself
 
     @classmethod
     def resolve(cls, config_path: str, method: str | None, overrides: Sequence[str], *, kind: str = "nlg") -> "Spec":

@@ -200,6 +200,8 @@ def read_declaration(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     record = read_object(path) or {}
+    if isinstance(record.get("primary"), list):  # of before the tests' whole definition was kept
+        record.setdefault("tests", {})
     kinds = {"sha256": str, "tests": dict, "num_results": int, "declared_at": str}
     if not all(isinstance(record.get(key), kind) for key, kind in kinds.items()):
         raise UserError(f"{path} is damaged: restore it, or delete it (then no test of the table counts as primary)")

@@ -2,15 +2,15 @@
 
     share of a term = λ ‖∂L_term/∂H‖ / ‖∂L_task/∂H‖
 
-H is what goes into the output head (a classifier: its pooled features), over all positions of an optimizer step. The
-gradient there costs a walk over the head, and no pass through the model. A term of the weights only has no share.
+H is what goes into the output head (a classifier: its pooled features; where the loss is taken from the model's own
+logits: these), over all positions of an optimizer step. The gradient there costs a walk over the head, and no pass
+through the model. A term of the weights, such as AdaLoRA's, has no share.
 
 `regularizers.lambda_mode=gradient_share` turns it around: λ(t) is set so that the term has the share asked for. It is
-measured every few steps, smoothed, used from the next step on, and at most 1, since a term that has no gradient yet
-(consistency at step 0) would get any weight.
+measured every few steps, smoothed, used from the next step on, and at most 1, since a term with hardly any gradient
+would get any weight. A term without a gradient keeps the λ it has.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from ba_lora.config.schema import BALoRAConfig
+from ba_lora.errors import UserError
+from ba_lora.io import read_object, write_json_atomic
 from ba_lora.objective.terms.base import ModelTerm, Term
 
 FILE = "gradient_shares.json"  # in a checkpoint
@@ -28,10 +30,12 @@ SMOOTHING = 0.5  # how much of the earlier norms stays at each measurement
 
 def squared_norm(value: Tensor, states: Tensor, unit: float | Tensor) -> Tensor:
     """Return ‖unit · d value/d states‖², 0 where the value does not hang on them."""
-    if not (value.requires_grad and states.requires_grad):
+    gradient = None
+    if value.requires_grad:
+        (gradient,) = torch.autograd.grad(value, states, retain_graph=True, allow_unused=True)
+    if gradient is None:
         return value.new_zeros((), dtype=torch.float64)
-    (gradient,) = torch.autograd.grad(value, states, retain_graph=True, allow_unused=True)
-    return value.new_zeros((), dtype=torch.float64) if gradient is None else (gradient.double() * unit).square().sum()
+    return (torch.linalg.vector_norm(gradient, dtype=torch.float64) * unit).square()
 
 
 class GradientShares:
@@ -52,7 +56,7 @@ class GradientShares:
 
     def due(self, step: int) -> bool:
         """Whether the optimizer step `step` (from 0) is measured."""
-        return self._every is not None and step % self._every == 0
+        return self._every is not None and (step + 1) % self._every == 0
 
     def add(self, squares: Mapping[str, Tensor]) -> None:
         """Add a micro-batch's squared norms, of each term under λ = 1; a term that could not be taken has none."""
@@ -67,12 +71,12 @@ class GradientShares:
         norms = reduce(self._squares).sqrt().tolist()
         self._squares = None
         for name, norm in zip(self.names, norms, strict=True):
-            self._norms[name] = SMOOTHING * self._norms.get(name, norm) + (1 - SMOOTHING) * norm
+            self._norms[name] = SMOOTHING * (self._norms.get(name) or norm) + (1 - SMOOTHING) * norm
         if self._sets_weights:
             task, *_ = self._norms.values()
             for name, share in self._wanted.items():
-                norm = self._norms[name]
-                self.weights[name] = min(share * task / norm, MAX_WEIGHT) if norm else MAX_WEIGHT
+                if (norm := self._norms[name]) or not share:
+                    self.weights[name] = min(share * task / norm, MAX_WEIGHT) if share else 0.0
 
     def logs(self, lambdas: Mapping[str, float]) -> dict[str, float]:
         """Return each term's share under λ(t), and λ(t) where it is set by the shares; {} before a measurement."""
@@ -85,10 +89,15 @@ class GradientShares:
 
     def save(self, folder: Path) -> None:
         """Write the state into a checkpoint."""
-        (folder / FILE).write_text(json.dumps({"norms": self._norms, "weights": self.weights}))
+        write_json_atomic(folder / FILE, {"norms": self._norms, "weights": self.weights})
 
     def load(self, folder: Path) -> None:
-        """Read the state from a checkpoint, where it has one."""
-        if (folder / FILE).is_file():
-            state = json.loads((folder / FILE).read_text())
-            self._norms, self.weights = state["norms"], state["weights"]
+        """Read the state from a checkpoint. Raises UserError where it has none and the weights hang on it."""
+        state = read_object(folder / FILE) or {}
+        self._norms = state.get("norms", {})
+        if self._sets_weights:
+            if "weights" not in state:
+                raise UserError(
+                    f"{folder} has no {FILE}, so λ is not known: train again from the start, or with lambda_mode=fixed"
+                )
+            self.weights = state["weights"]

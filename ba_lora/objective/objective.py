@@ -39,7 +39,7 @@ class Objective:
 
     columns: tuple[str, ...] = ()  # of the data set, which the model does not take
     shifts_labels = True  # whether the label of a position is its next token: Trainer counts by it
-    regularizers = BALoRAConfig()  # whose gradient shares the trainer measures, or sets λ by
+    regularizers = BALoRAConfig(gradient_every=None)  # whose gradient shares the trainer measures, or sets λ by
 
     def __init__(self, terms: Iterable[Term], *, off: dict[str, str] | None = None) -> None:
         self.terms: list[Term] = []

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ba_lora.config.schema_nlu import NLURegularizersConfig
 from ba_lora.errors import UserError
-from ba_lora.models.classifier import catch_pooled, check_head, head_names, unwrapped
+from ba_lora.models.classifier import catch_pooled, check_head, head_names, live_head, run_head, unwrapped
 from ba_lora.objective.losses.plain import TermSums, plain_loss
 from ba_lora.objective.objective import Objective
 from ba_lora.objective.path import evaluating
@@ -63,7 +63,10 @@ class ClassifierObjective(Objective):
         if regularizers.diversity_form == "entropy" and num_labels == 1:
             constant["diversity"] = "one logit has no distribution"
         off = {term: reason for term, reason in constant.items() if getattr(regularizers, f"lambda_{term}") > 0}
-        self.regularizers = dataclasses.replace(regularizers, **{f"lambda_{term}": 0.0 for term in off})
+        shares = {term: share for term, share in regularizers.gradient_shares.items() if term not in off}
+        self.regularizers = dataclasses.replace(
+            regularizers, gradient_shares=shares, **{f"lambda_{term}": 0.0 for term in off}
+        )
         super().__init__([*classifier_terms(self.regularizers, num_labels=num_labels), *extra_terms], off=off)
         self.reference: ReferenceLogits | None = None
         if self.regularizers.lambda_consistency > 0:
@@ -104,16 +107,33 @@ class ClassifierObjective(Objective):
                 outputs = Outputs(model=model, matrix=lambda: features)
                 total = self._batch_terms(outputs, factors, total, sums)
                 if units is not None:
-                    sums = self._with_squares(
-                        sums,
-                        caught["pooled"],
-                        units,
-                        of_positions=lambda term: plain_loss(logits_ND, _identity, positions, [term], {term.name: 1.0})[
-                            0
-                        ],
-                        outputs=outputs,
-                    )
+                    sums = self._measured(model, caught["pooled"], positions, sums, units)
                 return total, sums
+
+    def _measured(
+        self,
+        model: nn.Module,
+        pooled: Tensor,
+        positions: Positions,
+        sums: dict[str, TermSums],
+        units: Mapping[str, float | Tensor],
+    ) -> dict[str, TermSums]:
+        """Add each term's squared gradient norm at the pooled features, from a pass of the head without dropout.
+
+        The features are cut off from the model's pass, whose backward hooks (DDP's, DeepSpeed's) must not run here.
+        """
+        pooled = pooled.detach().requires_grad_()
+        head = nn.ModuleList(live_head(model))
+        with evaluating(head):
+            logits_ND = at_least_float32(run_head(head, pooled))
+        features = logits_ND if self.regularizers.features == "logits" else pooled
+        return self._with_squares(
+            sums,
+            pooled,
+            units,
+            of_positions=lambda term: plain_loss(logits_ND, _identity, positions, [term], {term.name: 1.0})[0],
+            outputs=Outputs(model=model, matrix=lambda: features),
+        )
 
     def _reference_logits(
         self, model: nn.Module, inputs: dict[str, Tensor], rows_N: Tensor | None, *, check: bool

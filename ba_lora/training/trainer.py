@@ -130,11 +130,10 @@ class BALoRATrainer(Trainer):
         number = self._on_host(num_items_in_batch) if training else max(own, 1)
         lambdas = self._lambdas()
         factors = self._factors(lambdas, number, training=training)
-        units = None
-        if training and self._shares.due(self.state.global_step):
-            units = self._factors(dict.fromkeys(lambdas, 1.0), number, training=True)
+        measured = training and self._shares.due(self.state.global_step)
+        units = self._factors(dict.fromkeys(lambdas, 1.0), number, training=True) if measured else None
         total, sums = self.objective.loss(model, inputs, factors, check_reference=self._begins, units=units)
-        if units is not None:
+        if measured:
             self._shares.add({name: found.square for name, found in sums.items() if found.square is not None})
         if training:
             self._record(sums, lambdas, number)

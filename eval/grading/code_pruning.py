@@ -190,7 +190,7 @@ class _Needed:
         statements = [_Statement(node) for node in body if not _is_main_guard(node)]
         definitions = [s.node for s in statements if isinstance(s.node, _Definition)]
         data = {name for s in statements if not isinstance(s.node, _Definition) for name in s.binds}
-        # not followed: functions, of which only calls change nothing, and builtins
+        # not followed: functions, whose calls change nothing by themselves, and builtins
         self._constant = ({node.name for node in definitions} | set(dir(builtins))) - data
         self._outside: dict[int, set[str]] = {}
         for statement in statements:

@@ -77,7 +77,7 @@ def read_formula(tokens: list[str]) -> Tree:
 def value_at(tree: Tree, point: int) -> Value:
     """Return the value of the tree with every letter set to its number at that point. Raises Unreadable.
 
-    What 60 digits show as nearly zero is looked at again with 400, since only rounding could have left it there.
+    What 60 digits show as nearly zero is looked at again with 400, since rounding by itself could have left it there.
     """
     for digits in (DIGITS, MORE_DIGITS):
         value = _evaluated(tree, point, digits)
