@@ -14,17 +14,17 @@ def nearest(word: object, choices: Iterable[str]) -> str:
 
 
 def take_options(
-    words: Sequence[str], keys: Collection[str], *, only: str | None = None
+    words: Sequence[str], keys: Collection[str], *, example: str | None = None
 ) -> tuple[dict[str, str], list[str]]:
     """Return key → text of the `key=value` words for `keys` (the last one counts), and the other words in order.
 
-    only: such as `trainer.max_steps=20`; a word that is no `key=value` then raises UserError with this example.
+    example: such as `trainer.max_steps=20`; a word that is no `key=value` then raises UserError with this example.
     """
     taken, others = {}, []
     for word in words:
         key, equals, text = word.partition("=")
-        if only is not None and not equals:
-            raise UserError(f"cannot read {word!r}: give key=value, such as {only}")
+        if example is not None and not equals:
+            raise UserError(f"cannot read {word!r}: give key=value, such as {example}")
         if equals and key in keys:
             taken[key] = text
         else:

@@ -86,7 +86,8 @@ def _check_partners(config: RunConfig) -> None:
     for key, (is_there, partner) in config.counts_with.items():
         value, usual = (functools.reduce(getattr, key.split("."), one) for one in (config, default))
         if value != usual and not is_there(config):
-            raise UserError(f"{key}={value} has no effect without {partner}: leave it out, or set that, too")
+            without = "null" if usual is None else str(usual).lower() if isinstance(usual, bool) else usual
+            raise UserError(f"{key}={value} has no effect without {partner}: set {key}={without}, or that, too")
 
 
 def _check_options(tuner: str, options: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ def read_run(kind: str, description: str | None) -> RunConfig:
     parser.add_argument("--config", required=True, help=f"a base in configs/{kind}, or a run's own config.yaml")
     if kind == "nlu":
         parser.add_argument("--task", help="a GLUE task; the base may name one")
-    parser.add_argument("--method", help="a file in configs/methods (default ba_lora)")
+    parser.add_argument("--method", help="a file in configs/methods, or one's variant (default ba_lora)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as trainer.max_steps=20")
     typed = vars(parser.parse_intermixed_args())
     config = load_config(typed.pop("config"), **typed, kind=kind)

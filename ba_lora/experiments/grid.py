@@ -2,7 +2,7 @@
 
     sh scripts/reproduce.sh TABLE [--dry-run] [key=value …]          python -m ba_lora.experiments.grid TABLE …
 
-Each stage is a command of ba_lora/experiments/pipeline.py in a process of its own. What is done and still holds is
+Each stage is a command of ba_lora/experiments/stages.py in a process of its own. What is done and still holds is
 skipped; what is stale (its config, its data or its grader changed) is named and redone; what failed is shown with its
 error and redone with retry=true. Runs that share base and evaluation are generated for together, with one start of the
 engine.

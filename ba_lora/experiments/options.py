@@ -28,7 +28,7 @@ class GridOptions:
 
 def read_grid_options(words: Sequence[str]) -> tuple[GridOptions, list[str]]:
     """Return the grid's own options and the overrides from `key=value` words. Raises UserError for a bad value."""
-    typed, overrides = take_options(words, OPTIONS, only="workers=2")
+    typed, overrides = take_options(words, OPTIONS, example="workers=2")
     if "output" in typed:
         check_place(written_path(typed["output"]), "output")
     report = tuple(f"{key}={typed.pop(key)}" for key in REPORT_OPTIONS if key in typed)

@@ -57,7 +57,7 @@ def main() -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--method", help="a file in configs/methods (default ba_lora)")
+    parser.add_argument("--method", help="a file in configs/methods, or one's variant (default ba_lora)")
     parser.add_argument("--dry-run", action="store_true", help="check the config and print the commands, run nothing")
     parser.add_argument("words", nargs="*", metavar="CONFIG key=value", help=f"default config {DEFAULT_CONFIG}")
     options = parser.parse_intermixed_args()

@@ -42,7 +42,7 @@ def main() -> int:
     parser.add_argument("table", metavar="TABLE", help="a file of configs/tables")
     parser.add_argument("words", nargs="*", metavar="key=value")
     options = parser.parse_intermixed_args()
-    own, overrides = take_options(options.words, ("allow", "output", "seeds"), only="allow=engine")
+    own, overrides = take_options(options.words, ("allow", "output", "seeds"), example="allow=engine")
     chosen = written_path(own["output"]) if own.get("output") else None
     if chosen:
         check_place(chosen, "output")

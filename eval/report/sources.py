@@ -45,7 +45,7 @@ class PaperRow:
 
 @dataclass(frozen=True)
 class FailedStage:
-    """The stage of a run that failed last in a grid, named as in ba_lora/experiments/pipeline.py, and its error, one
+    """The stage of a run that failed last in a grid, named as in ba_lora/experiments/stages.py, and its error, one
     line.
 
     `tasks`: where only scorers failed, the task of each and its error.
