@@ -231,7 +231,7 @@ def parity(config: RunConfig, folder: Path) -> Any:
 
 def commands(config: RunConfig, folder: Path) -> list[list[str]]:
     """The commands of the evaluation."""
-    stages = [stage.command for stage in pipeline.evaluation_stages([config])]
+    stages = [stage.call.command for stage in pipeline.evaluation_stages([config])]
     return [[word.replace(str(config.run_path), "RUN") for word in command] for command in stages]
 
 

@@ -231,7 +231,7 @@ def test_a_task_without_data_of_its_own_is_told_before_the_training(tmp_path, mo
     monkeypatch.setattr(sys, "argv", words)
     monkeypatch.setattr(TASKS["heldout"], "hub", None)
     monkeypatch.setattr(
-        pipeline, "ask_module", lambda module, commands: [find_error(name, words) for name, *words in commands]
+        stages, "ask_module", lambda module, commands: [find_error(name, words) for name, *words in commands]
     )
     with pytest.raises(UserError, match="heldout has no data of its own.*eval.data.heldout=FILE"):
         pipeline.main()
@@ -248,7 +248,7 @@ def test_an_nlu_run_is_checked_trained_and_pushed_as_any_other(tmp_path, monkeyp
     monkeypatch.setattr(pipeline_nlu, "run_table", lambda results: "table")
     monkeypatch.setattr(pipeline, "labelled", lambda results: results)
     words = ["minilm", "method=ba_lora", "task=sst2", f"output_dir={tmp_path / 'run'}", "eval.tasks=[yelp]"]
-    monkeypatch.setattr(sys, "argv", ["pipeline_nlu", *words, "hub.push=true", "hub.repo_id=u/n", "eval.untuned=true"])
+    monkeypatch.setattr(sys, "argv", ["pipeline_nlu", *words, "hub.push=true", "hub.repo_id=u/n"])
     assert pipeline_nlu.main() == 0 and done == [["evaluate"], "trained", "evaluated", "pushed"]
     for rank in ("first", "-1"):
         monkeypatch.setenv("MACHINE_RANK", rank)
@@ -344,6 +344,7 @@ def test_a_failed_scoring_takes_away_what_was_scored_in_another_way(tmp_path, ch
     assert pipeline.evaluation_fault(config, state).reason == "no score of gsm8k"
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_printed_without_torch(tmp_path, root, train):
     """Training it has taken minutes; to look at it again takes what reading the files takes."""
     run = train("eval.tasks=[]", method="lora")

@@ -288,7 +288,8 @@ def test_the_run_id_tells_that_a_cache_is_used_but_not_where(root):
     assert run_id("reference.cache=a") == run_id("reference.cache=b") != run_id()
     assert run_id("reference.cache=a", "reference.top_k=32") != run_id("reference.cache=a")
     assert run_id("reference.cache=a", "reference.dtype=float32") != run_id("reference.cache=a")
-    assert run_id("reference.top_k=32") == run_id()
+    with pytest.raises(UserError, match="no effect without reference.cache"):
+        run_id("reference.top_k=32")
     assert run_id("reference.cache=a", method="pissa") == run_id(method="pissa")
 
 

@@ -76,6 +76,7 @@ def check(report, num_points):
     assert [attempt["signal"] for attempt in armed] == [signal.SIGKILL] * num_points, armed
 
 
+@pytest.mark.slow
 def test_resume_after_kill(tmp_path, tiny_model, root):
     """On a bf16 base, whose residual must be rebuilt to the bit, with rows grouped by length, across an epoch."""
     config = write_config(tmp_path, tiny_model, dtype="bfloat16", sampling="group_by_length")

@@ -267,6 +267,7 @@ def test_a_cached_step_runs_the_encoder_once(build, tmp_path):
 # ---- reductions ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("regularizers", "cached"),
     [
