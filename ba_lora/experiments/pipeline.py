@@ -43,7 +43,7 @@ from ba_lora.judge_endpoint import endpoint_from_environment
 from ba_lora.locks import locked, work_lock_path
 from ba_lora.runs.card import write_model_card
 from ba_lora.runs.environment import environment, now
-from ba_lora.runs.folder import claim_folder, is_finished
+from ba_lora.runs.folder import claimed_folder, is_finished
 from ba_lora.runs.results import write_result
 from ba_lora.runs.results_table import labelled, results_table
 from ba_lora.words import take_options
@@ -198,7 +198,8 @@ def train_run(spec: Spec) -> None:
     if config.overwrite or several or not is_finished(config):
         run_stage(training_stage(spec, launch_command(os.environ)))
     else:
-        claim_folder(config)  # takes over what may change of its config
+        with claimed_folder(config):
+            pass  # takes over what may change of its config
         print(f"{config.run_path.name} is trained already (overwrite=true redoes it)", flush=True)
 
 

@@ -35,7 +35,7 @@ from ba_lora.objective.reference_cache.fill import cached_reference
 from ba_lora.objective.schedules import scheduled_weight
 from ba_lora.objective.terms_nlu import classifier_terms
 from ba_lora.runs import export
-from ba_lora.runs.folder import claim_folder
+from ba_lora.runs.folder import claimed_folder
 from ba_lora.runs.parity import compare_logits
 from ba_lora.training.arguments import build_arguments, early_stopping
 from ba_lora.training.epochs import EpochEvaluation
@@ -270,10 +270,10 @@ def run_name(config: RunConfig, folder: Path) -> str:
 def what_is_left(config: RunConfig, folder: Path) -> list[str]:
     """What of an earlier run is there after this one has taken its folder."""
     config = dataclasses.replace(config, output_dir=str(folder / "run"), results_dir=str(folder / "results"))
-    claim_folder(dataclasses.replace(config, overwrite=False))
-    (config.run_path / "log.jsonl").write_text("{}\n")
-    claim_folder(config)
-    return sorted(file.name for file in config.run_path.iterdir())
+    with claimed_folder(dataclasses.replace(config, overwrite=False)):
+        (config.run_path / "log.jsonl").write_text("{}\n")
+    with claimed_folder(config):
+        return sorted(file.name for file in config.run_path.iterdir())
 
 
 def features(config: RunConfig, folder: Path) -> list[int]:
