@@ -21,14 +21,16 @@ RUN/completions/<task>.jsonl, those of other models to --output DIR/<task>.jsonl
 models). A line is {"task_id", "sample", "prompt", "completion", "finish_reason"}; beside it <task>.meta.json tells
 what made the file.
 
-In a task of several turns (mt_bench) the second prompt holds the model's first answer, sample by sample.
+In a task of several turns (mt_bench) the second prompt holds the model's first answer, sample by sample, without a
+reasoning model's thinking.
 
 Keys: max_new_tokens (default: the task's), temperature (0 = greedy; default: the task's, greedy for most), top_p and
 num_samples (default: the task's), the task's own choices (humaneval: protocol; mbpp: subset), seed, limit (first N
 items), template (default: the task's; a key of ba_lora.prompts.TEMPLATES, or fschat/NAME for the form of a published
 chat model, whose stop strings then take the place of the task's), batch_size, dtype (auto, float32, bfloat16,
 float16), max_model_len, attention (sdpa, eager, flash_attention_2; hf only), tensor_parallel_size,
-gpu_memory_utilization (vllm only), revision, trust_remote_code, serve (auto, hot, merged), overwrite.
+gpu_memory_utilization (vllm only), revision, trust_remote_code, serve (auto, hot, merged), thinking
+(the marks around thinking, '<think> </think>'; none: nothing is cut), overwrite.
 
 Completions that answer the very same request (weights, data, prompts, settings, engine) are kept, so that the same
 command goes on where it was stopped, task by task; overwrite=true makes them again. Those of a hub model without a

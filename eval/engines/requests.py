@@ -15,6 +15,7 @@ from eval.completions import read_meta
 from eval.engines import base as engines
 from eval.engines.base import Completion, EngineOptions, Sampling
 from eval.engines.serving import SERVE, ServedModel, run_base
+from eval.grading.thinking import THINKING, check_marks, cut_thinking
 from eval.tasks.base import Item, Source, Task
 
 
@@ -38,6 +39,7 @@ class GenerateOptions:
     revision: str | None = None
     trust_remote_code: bool = False
     serve: str = "auto"
+    thinking: str = THINKING
     overwrite: bool = False
 
     def __post_init__(self) -> None:
@@ -45,6 +47,7 @@ class GenerateOptions:
             raise UserError(f"serve={self.serve} is unknown: choose one of {', '.join(SERVE)}")
         if self.limit is not None and self.limit < 1:
             raise UserError(f"limit is {self.limit}: it must be at least 1")
+        check_marks("thinking", self.thinking)
         temperature = self.temperature if self.temperature is not None else float((self.num_samples or 1) > 1)
         self.sampling(max_new_tokens=1, stop=(), temperature=temperature)  # checks the values
 
@@ -80,7 +83,8 @@ class Questions:
     """What one task asks.
 
     instructions[i]: of items[i], after those of the turns before it; earlier[i]: the places of those turns in `items`;
-    samplings[i]: how to draw items[i].
+    samplings[i]: how to draw items[i]; thinking: the marks around what a reasoning model writes before its answer,
+    which is no part of the conversation that the next turn sees.
     """
 
     task: Task
@@ -90,6 +94,7 @@ class Questions:
     earlier: list[list[int]]
     samplings: list[Sampling]
     template: str
+    thinking: str
 
     def prompts(self, index: int, answers: Sequence[Sequence[Completion]]) -> list[str]:
         """Return the prompts of items[index], given the completions so far: one, or one for each sample of the turn
@@ -98,7 +103,11 @@ class Questions:
         if not turns:
             return [build_prompt(self.instructions[index][0], template=template)]
         return [
-            build_conversation(self.instructions[index], [answer.text for answer in history], template=template)
+            build_conversation(
+                self.instructions[index],
+                [cut_thinking(answer.text, self.thinking) for answer in history],
+                template=template,
+            )
             for history in zip(*(answers[turn] for turn in turns), strict=True)
         ]
 
@@ -134,7 +143,7 @@ def load_questions(task: Task, data: str | None, options: GenerateOptions) -> Qu
         for item in items
     ]
     instructions = [[items[place].instruction for place in [*turns, index]] for index, turns in enumerate(earlier)]
-    return Questions(task, source, items, instructions, earlier, samplings, template)
+    return Questions(task, source, items, instructions, earlier, samplings, template, options.thinking)
 
 
 def request_sha256(model: ServedModel, questions: Questions, kind: str, options: GenerateOptions) -> str | None:
@@ -145,10 +154,14 @@ def request_sha256(model: ServedModel, questions: Questions, kind: str, options:
     weights = weights_state(model)
     if weights is None:
         return None
+    turns = any(questions.earlier)
     request = {
         "weights": weights,
         "engine": [kind, engines.GENERATION_VERSION, engines.device_kind(), *engines.package_versions(kind)],
-        "options": {key: value for key, value in vars(options).items() if key not in ("overwrite", "limit")},
+        "options": {
+            key: value for key, value in vars(options).items() if key not in ("overwrite", "limit", "thinking")
+        },
+        **({"thinking": questions.thinking} if turns else {}),
         "task": [questions.task.name, questions.template],
         "choices": {key: questions.task.choice(key) for key in questions.task.choices},
         "data": [questions.source.name, questions.source.as_result()],  # the record beside the answers names the data
