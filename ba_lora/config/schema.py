@@ -53,7 +53,7 @@ class ModelConfig:
     revision: str | None = None  # hub commit or tag; None: the newest
     dtype: str = "bfloat16"  # of the base's weights
     attention: str = "sdpa"
-    quantization: str = "none"  # none | nf4 (bitsandbytes, needs CUDA)
+    quantization: str = "none"  # none | nf4 (4 bit, by bitsandbytes)
     trust_remote_code: bool = False  # runs the model repository's own Python code; counts only when it is typed
 
 

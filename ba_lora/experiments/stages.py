@@ -170,7 +170,7 @@ def evaluation_stages(configs: Sequence[RunConfig], *, generate: bool = True) ->
         settings = [f"{key}={value}" for key, value in first.eval.options.items()]
         settings += [f"limit={first.eval.limit}"] if first.eval.limit is not None else []
         models, output = folders, None
-        if first.method == UNTUNED:
+        if first.method == UNTUNED and first.model.quantization == "none":
             assert len(configs) == 1, "the pre-trained model has one folder"
             models, output = model_source(first.model), str(first.run_path / "completions")
             settings += [f"revision={first.model.revision}"] if first.model.revision is not None else []

@@ -9,6 +9,9 @@ Each is written beside its final place and renamed, so a killed export leaves no
 again and its logits compared with the trained model's. In float32 they are equal but for rounding. A half-precision
 base costs a share of what was learned, which is measured, reported, and refused above `MAX_SHARE`: training rounded the
 residual W − B₀A₀ to the base's dtype, lora/ stands on W itself, and merged/ rounds W + BA − B₀A₀.
+
+On a quantised base merged/ is the model that was trained, its 4-bit weights written out in the base's dtype plus BA.
+lora/ or adapter/ belongs on the unquantised base, which is another model: its distance is reported and not judged.
 """
 
 import json
@@ -21,7 +24,7 @@ from ba_lora.errors import UserError
 from ba_lora.io import disk_errors, folder_atomic, load_tensors
 from ba_lora.methods.build import probe_logits
 from ba_lora.methods.pissa import factors_path
-from ba_lora.models.pretrained import load_base
+from ba_lora.models.pretrained import load_base, load_dequantized
 from ba_lora.models.source import model_source
 from ba_lora.models.tokenizer import load_tokenizer
 from ba_lora.runs.parity import Parity, compare_logits
@@ -111,6 +114,8 @@ def export_run(
     model = _on_device(_with_adapter(config, serving_adapter(run_path)))
     parities = {name: compare(name, model)}
     if config.export.merged:
+        if config.model.quantization != "none":
+            model = _trained_dequantized(config, run_path)
         merge(model, run_path / "merged", config=config)
         del model
         parities["merged"] = compare("merged", _load_merged(config, run_path / "merged"))
@@ -215,6 +220,20 @@ def _with_adapter(config: RunConfig, adapter_path: Path) -> "nn.Module":
     from peft import PeftModel
 
     return PeftModel.from_pretrained(load_base(config, quantize=False), adapter_path).eval()
+
+
+def _trained_dequantized(config: RunConfig, run_path: Path) -> "nn.Module":
+    """Return the trained model with its 4-bit weights written out in the base's dtype."""
+    from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+
+    source = str(run_path / "residual") if config.adapter.init != "lora" else None
+    weights_name, settings_name = adapter_files(config)
+    settings = json.loads((run_path / "adapter" / settings_name).read_text())
+    plain = {"init_lora_weights": True, "inference_mode": False, "base_model_name_or_path": None}
+    settings = LoraConfig.from_peft_type(**settings | plain)
+    model = get_peft_model(load_dequantized(config, source=source), settings)
+    set_peft_model_state_dict(model, load_tensors(run_path / "adapter" / weights_name))
+    return model.eval()
 
 
 def _load_merged(config: RunConfig, path: Path) -> "nn.Module":

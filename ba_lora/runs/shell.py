@@ -134,7 +134,7 @@ class TrainingRun:
                 "model": {"name": config.model.name, "revision": self.model_commit},
                 "data": trained.data,
                 "training": finite(trained.training),
-                "export": report(parities),
+                "export": report(parities, config),
                 "environment": environment(num_processes=self.process.num_processes),
             },
         )
