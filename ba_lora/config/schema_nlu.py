@@ -14,13 +14,6 @@ from ba_lora.config.schema import BALoRAConfig, DataConfig, RunConfig, check_cho
 from ba_lora.errors import UserError
 from ba_lora.glue import OUT_OF_DOMAIN, TASKS
 
-# Methods of the paper's NLU tables that cannot run here.
-LEFT_OUT = {
-    name: f"method {name} (bottleneck adapters) needs the library `adapters`, whose newest release (1.3.0) wants "
-    "transformers 4.57 and cannot live with the 5.19 used here: it is left out"
-    for name in ("houlsby", "pfeiffer")
-}
-
 
 @dataclass
 class NLURegularizersConfig(BALoRAConfig):

@@ -3,7 +3,7 @@
 outputs/<run_id>/claim.json    what must stay as it was: number of processes, hashes of a local training file, of a
                                local base and of the first factors; with config.yaml it makes the folder a run's
                  config.yaml   the resolved configuration
-                 initial/      the first factors of PiSSA and CorDA
+                 initial/      the first factors of PiSSA and kin
                  checkpoints/  Trainer's, each with the list of its files
                  adapter/ lora/ merged/
                  log.jsonl     every logged step
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ba_lora.config.layers import load_run
+from ba_lora.config.methods import writes_lora
 from ba_lora.config.schema import RunConfig, to_yaml, training_hash
 from ba_lora.errors import UserError
 from ba_lora.io import disk_errors, read_object, sha256_file, write_json_atomic, write_text_atomic
@@ -233,7 +234,7 @@ def _export_fault(run_path: Path, config: RunConfig, trained: dict[str, Any]) ->
     """Return which exported file is gone or has another size than was written, None where all are whole."""
     wanted = set()
     if not config.adapter.trains_own_weights:
-        wanted |= {"adapter"} if config.adapter.init == "lora" else {"adapter", "lora"}
+        wanted |= {"adapter", "lora"} if writes_lora(config.adapter) else {"adapter"}
     if config.export.merged or config.adapter.trains_own_weights:
         wanted.add("merged")
     for name in sorted(wanted):
