@@ -32,7 +32,7 @@ GENERATION_OPTIONS = (
     "max_new_tokens", "temperature", "top_p", "num_samples", "seed", "template", "batch_size", "dtype", "max_model_len",
     "attention", "tensor_parallel_size", "gpu_memory_utilization", "serve", "protocol", "subset",
 )  # fmt: skip
-RUN_MEASURES = ("inheritance",)  # measured on the run itself, not on completions: eval/<name>.py
+RUN_MEASURES = ("inheritance", "likelihood")  # measured on the run itself, not on completions: eval/<name>.py
 PUBLISHED_TERMS = ("consistency", "diversity", "svd")
 # Each further file in objective/terms is a term, with a weight `lambda_<name>` and a `<name>_schedule` of its own.
 EXTRA_TERMS = tuple(
