@@ -29,6 +29,7 @@ from ba_lora.runs.parity import Parity, compare_logits
 if TYPE_CHECKING:
     import torch
     from torch import nn
+    from transformers import PreTrainedTokenizerBase
 
     from ba_lora.training.trainer import BALoRATrainer
 
@@ -125,7 +126,13 @@ def convert_to_lora(adapter_path: Path, initial_factors: Path, output_path: Path
     settings = json.loads((adapter_path / settings_name).read_text())
     with folder_atomic(output_path) as folder:
         write_plain_lora(folder, adapter_path / weights_name, load_tensors(initial_factors), settings)
-        load_tokenizer(config.model, generates=config.kind == "nlg").save_pretrained(folder)
+        _run_tokenizer(config).save_pretrained(folder)
+
+
+def _run_tokenizer(config: RunConfig) -> "PreTrainedTokenizerBase":
+    return load_tokenizer(
+        config.model, **({"template": config.data.template} if config.kind == "nlg" else {"generates": False})
+    )
 
 
 def export_lora(trainer: "BALoRATrainer", folder: str | Path) -> Path:
@@ -168,7 +175,7 @@ def merge(model: "nn.Module", output_path: Path, *, config: RunConfig) -> None:
     merged.config.use_cache = True
     with folder_atomic(output_path) as folder:
         merged.save_pretrained(folder)
-        load_tokenizer(config.model, generates=config.kind == "nlg").save_pretrained(folder)
+        _run_tokenizer(config).save_pretrained(folder)
 
 
 def push_to_hub(run_path: Path, config: RunConfig) -> str:

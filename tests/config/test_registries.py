@@ -11,12 +11,12 @@ from ba_lora.errors import UserError
 def test_the_names_are_those_of_the_code():
     from ba_lora.methods.build import PEFT_CONFIGS
     from ba_lora.objective.schedules import SCHEDULES
-    from data.nlg import SOURCES
+    from data.sets import named_set
     from eval.tasks import TASKS
 
     assert registries.schedules() == tuple(SCHEDULES)
     assert registries.tuners() == ("full", "bitfit", *PEFT_CONFIGS)
-    assert registries.data_sets() == tuple(SOURCES)
+    assert [named_set(name).name for name in registries.data_sets()] == [*registries.data_sets()]
     assert registries.tasks() == tuple(TASKS)
     assert registries.judged_tasks() == tuple(name for name, task in TASKS.items() if task.judged)
 
