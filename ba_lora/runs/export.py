@@ -37,6 +37,7 @@ from ba_lora.runs.parity import Parity, compare_logits
 if TYPE_CHECKING:
     import torch
     from torch import nn
+    from transformers import PreTrainedTokenizerBase
 
     from ba_lora.training.trainer import BALoRATrainer
 
@@ -150,7 +151,7 @@ def convert_to_lora(adapter_path: Path, initial_factors: Path, output_path: Path
     initial = load_tensors(initial_factors) if init_facts(config.adapter).get("residual") else {}
     with folder_atomic(output_path) as folder:
         write_plain_lora(folder, weights, initial, settings)
-        load_tokenizer(config.model, generates=config.kind == "nlg").save_pretrained(folder)
+        _run_tokenizer(config).save_pretrained(folder)
 
 
 def write_rank(adapter_path: Path, output_path: Path, rank: int, *, config: RunConfig) -> None:
@@ -165,7 +166,13 @@ def write_rank(adapter_path: Path, output_path: Path, rank: int, *, config: RunC
             {k: v.contiguous() for k, v in weights.items()}, folder / "adapter_model.safetensors", {"format": "pt"}
         )
         (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n")
-        load_tokenizer(config.model, generates=config.kind == "nlg").save_pretrained(folder)
+        _run_tokenizer(config).save_pretrained(folder)
+
+
+def _run_tokenizer(config: RunConfig) -> "PreTrainedTokenizerBase":
+    return load_tokenizer(
+        config.model, **({"template": config.data.template} if config.kind == "nlg" else {"generates": False})
+    )
 
 
 def export_lora(trainer: "BALoRATrainer", folder: str | Path) -> Path:
@@ -208,7 +215,7 @@ def merge(model: "nn.Module", output_path: Path, *, config: RunConfig) -> None:
     merged.config.use_cache = True
     with folder_atomic(output_path) as folder:
         merged.save_pretrained(folder)
-        load_tokenizer(config.model, generates=config.kind == "nlg").save_pretrained(folder)
+        _run_tokenizer(config).save_pretrained(folder)
 
 
 def push_to_hub(run_path: Path, config: RunConfig) -> str:

@@ -256,7 +256,8 @@ def finish_run(run_path: Path, config: RunConfig, facts: dict[str, Any]) -> dict
     """Write train.json and the result; return the result."""
     exported = [file for name in EXPORTS for file in sorted((run_path / name).glob("*")) if file.name != "README.md"]
     sizes = {str(file.relative_to(run_path)): file.stat().st_size for file in exported if file.is_file()}
-    ended = {"status": "ok", "error": None, "finished_at": now(), "prompt_hash": prompt_hash()}
+    asked = facts.get("data", {}).get("prompt_hash", prompt_hash())
+    ended = {"status": "ok", "error": None, "finished_at": now(), "prompt_hash": asked}
     write_json_atomic(run_path / "train.json", ended | facts | {"files": sizes})
     return write_result(run_path, config)
 

@@ -143,7 +143,7 @@ class PairedTests:
         return _of_metric(self._shared([line["task_id"] for line in lines]), num_tokens, nll, perplexity)
 
     def _predicted(self, run: PlannedRun, column: ReportColumn, entry: Mapping[str, Any]) -> _Items:
-        task = find_task(entry["of_task"])
+        task = find_task(entry.get("definition") or entry["of_task"])
         minority = (entry.get("per_class") or {}).get("minority")
         metric = weighted_metric(column.metric, classes=task.labels, minority=minority)
         if metric is None:
