@@ -43,8 +43,10 @@ def read_answers(run_path: Path, task: str, entry: Entry) -> Answers:
     if "of_task" in entry:
         return _predicted(run_path, task, entry)
     answers = Answers(task)
-    completions = _read(run_path / "completions" / f"{task}.jsonl", answers, "completions")
-    grades = _read(run_path / "grades" / f"{task}.jsonl", answers, "grades")
+    places = [run_path / folder / f"{task}.jsonl" for folder in ("completions", "grades")]
+    if not any(place.is_file() for place in places):
+        return Answers(task, missing=["no completions and no grades at hand"])
+    completions, grades = (_read(place, answers, place.parent.name) for place in places)
     generation = entry.get("generation") or {}
     frame = _Frame(str(generation.get("template") or "alpaca"))
     texts = {_key(line): line for line in completions}
@@ -69,7 +71,7 @@ def _key(line: Mapping[str, Any]) -> tuple[str, int]:
 
 def _read(path: Path, answers: Answers, what: str) -> list[dict[str, Any]]:
     if not path.is_file():
-        answers.missing.append(f"no {what} at hand ({path.name} is not in the run's folder)")
+        answers.missing.append(f"no {what} at hand")
         return []
     try:
         return read_jsonl(path)

@@ -60,12 +60,7 @@ def table_of_runs(paths: Sequence[Path], *, title: str | None = None) -> LooseTa
     Results are read from the runs' own folders, so that these may be moved. The first row is compared with each other;
     where settings of evaluation or data differ there is no test. Raises UserError where no run has a result.
     """
-    runs, missing = [], []
-    for path in paths:
-        try:
-            runs.append(_read_run(path, taken={run.run_id for run in runs}))
-        except (UserError, OSError) as error:
-            missing.append(f"{path.name} is left out: {error}")
+    runs, missing = read_runs(paths)
     if not runs:
         raise UserError(missing[0] if len(missing) == 1 else f"no run could be read: {'; '.join(missing)}")
     rows, changed = _rows(runs)
@@ -95,6 +90,18 @@ def table_of_runs(paths: Sequence[Path], *, title: str | None = None) -> LooseTa
     ]
     table = dataclasses.replace(table, comparisons=tuple(comparisons))
     return LooseTable(table, sources, tuple(runs), changed, tuple(missing))
+
+
+def read_runs(paths: Sequence[Path]) -> tuple[list[ShownRun], list[str]]:
+    """Return the runs at `paths` with their results, and of each that could not be read why, a sentence."""
+    runs: list[ShownRun] = []
+    missing: list[str] = []
+    for path in paths:
+        try:
+            runs.append(_read_run(path, taken={run.run_id for run in runs}))
+        except (UserError, OSError) as error:
+            missing.append(f"{path.name} is left out: {error}")
+    return runs, missing
 
 
 def _seed(result: Mapping[str, Any]) -> int:

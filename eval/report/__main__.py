@@ -41,7 +41,6 @@ from eval.report.sources import Sources, read_failures, read_paper, read_results
 from eval.report.spec import TableSpec, table_spec
 from eval.report.table import ReportTable, build_table
 
-
 INCOMPLETE = 3  # the exit status of a page that lacks something
 
 

@@ -106,8 +106,9 @@ function filterAnswers() {
 async function showAnswers(runId, task, id, sample = 0) {
   const page = taken.get("page");
   const run = page.runs.find((one) => one.id === runId) ?? page.runs.find((one) => Object.values(one.tasks).some((of) => of.n));
+  if (runId && run?.id !== runId) say(`No run ${runId} in this page.`);
+  if (run?.id !== runId) id = undefined;
   if (!run) { byId("answers-count").textContent = "No run of this page has answers at hand."; return; }
-  if (runId && run.id !== runId) say(`No run ${runId} in this page.`);
   const names = Object.keys(run.tasks);
   const chosen = id ? names.find((name) => run.tasks[name].prefix === id.split("/")[0]) ?? task : task;
   const wanted = names.includes(chosen) ? chosen : names.find((name) => run.tasks[name].n) ?? names[0];

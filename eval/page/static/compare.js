@@ -42,8 +42,9 @@ async function showCompare([column, a, b]) {
   const best = places.find((place) => page.columns[place].values) ?? places[0];
   if (best === undefined) return byId("compare-test").replaceChildren(el("p", {}, "No column of this table has items."));
   column = places.includes(column) ? column : best;
-  a = page.rows[a] ? Number(a) : 0;
-  b = page.rows[b] ? Number(b) : Math.min(1, page.rows.length - 1);
+  const filled = [...page.rows.keys()].filter((row) => page.rows[row].cells[column].n);
+  a = page.rows[a] ? Number(a) : filled[0] ?? 0;
+  b = page.rows[b] ? Number(b) : filled.find((row) => row !== a) ?? a;
   choice.value = column;
   byId("compare-a").value = a;
   byId("compare-b").value = b;

@@ -43,7 +43,7 @@ async function drawCurves(holder, runs, name) {
     }
   }
   if (plot.legend) Object.assign(plot.legend, { click_policy: "hide", background_fill_color: paper, background_fill_alpha: 0.8, label_text_color: ink, border_line_color: ink });
-  const place = el("div", { class: "plot", role: "img", "aria-label": `${name} over the steps of ${shown.length} runs; the numbers are in the table below` });
+  const place = el("div", { class: "plot", role: "group", "aria-label": `${name} over the steps of ${shown.length} runs; the numbers are in the table below` });
   const numbers = el("details", {}, el("summary", {}, "the numbers"), el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "The curve's numbers" },
     plainTable(["", "first", "lowest", "highest", "last"], lines.map(([label, values]) => {
       const known = values.filter((value) => value != null);
