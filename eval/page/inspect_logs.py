@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ba_lora.errors import UserError
 from ba_lora.runs.environment import now
 from eval.page.items import Answers, read_answers
-from eval.page.loose import read_runs
+from eval.page.loose import read_shown
 from eval.page.runs import ShownRun
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def write_logs(paths: Sequence[Path], folder: Path) -> list[Path]:
         from inspect_ai.log import write_eval_log
     except ImportError as error:
         raise UserError(INSTALL) from error
-    runs, missing = read_runs(paths)
+    runs, missing = read_shown(paths)
     written = []
     for run in runs:
         for task, entry in run.evaluation.items():

@@ -60,7 +60,7 @@ def table_of_runs(paths: Sequence[Path], *, title: str | None = None) -> LooseTa
     Results are read from the runs' own folders, so that these may be moved. The first row is compared with each other;
     where settings of evaluation or data differ there is no test. Raises UserError where no run has a result.
     """
-    runs, missing = read_runs(paths)
+    runs, missing = read_shown(paths)
     if not runs:
         raise UserError(missing[0] if len(missing) == 1 else f"no run could be read: {'; '.join(missing)}")
     rows, changed = _rows(runs)
@@ -92,7 +92,7 @@ def table_of_runs(paths: Sequence[Path], *, title: str | None = None) -> LooseTa
     return LooseTable(table, sources, tuple(runs), changed, tuple(missing))
 
 
-def read_runs(paths: Sequence[Path]) -> tuple[list[ShownRun], list[str]]:
+def read_shown(paths: Sequence[Path]) -> tuple[list[ShownRun], list[str]]:
     """Return the runs at `paths` with their results, and of each that could not be read why, a sentence."""
     runs: list[ShownRun] = []
     missing: list[str] = []

@@ -41,7 +41,6 @@ def describe_run(run: ShownRun) -> dict[str, Any]:
     log, said = _log(run.run_path)
     if said and training:
         missing.append(said)
-    git = environment.get("git") or {}
     facts = {
         "status": result.get("status"),
         "error": result.get("error"),
@@ -57,7 +56,7 @@ def describe_run(run: ShownRun) -> dict[str, Any]:
         "hardware": hardware_name(environment) if environment else None,
         "Python": environment.get("python"),
         "packages": ", ".join(f"{name} {version}" for name, version in (environment.get("packages") or {}).items()),
-        "commit": f"{git['commit']}{' with uncommitted changes' if git.get('dirty') else ''}" if git.get("commit") else None,
+        "commit": _commit(environment.get("git") or {}),
         "training data": ", ".join(
             f"{key} {value}" for key, value in (result.get("data") or {}).items() if not isinstance(value, dict | list)
         ),
@@ -77,6 +76,11 @@ def describe_run(run: ShownRun) -> dict[str, Any]:
         "files": _files(run.run_path),
         "missing": missing,
     }
+
+
+def _commit(git: Mapping[str, Any]) -> str | None:
+    commit = git.get("commit")
+    return f"{commit} with uncommitted changes" if commit and git.get("dirty") else commit
 
 
 def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Values as script files, and the libraries that a page brings along, from the packages that ship them.
 
-A page on file:// may fetch nothing, but it may load scripts: a value becomes a call `take("name", "<its JSON>")`, read by
-JSON.parse, in which no text of a run can be code or change a prototype.
+A page on file:// may fetch nothing, but it may load scripts: a value becomes a call `take("name", "<its JSON>")`, read
+by JSON.parse, in which no text of a run can be code or change a prototype.
 """
 
 import functools
