@@ -159,6 +159,7 @@ async function showItem(place) {
     el("h3", {}, el("a", { href: link }, answers.id[place])),
     questionView(answers, place, words),
     el("div", { class: sides.length > 1 ? "sides" : "" }, sides));
+  requestAnimationFrame(() => setTimeout(() => performance.mark("answer shown"))); // for scripts/bench_page.py
 }
 
 /** What was asked: question, gold and groups, and the whole prompt, folded. */
