@@ -23,7 +23,7 @@ from ba_lora.io import disk_errors
 from ba_lora.paths import PROJECT_ROOT, stage_environment
 
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
-IMPORTED = ("train_nlg", "train_nlu", "transformers.trainer", "peft.tuners.lora")
+IMPORTED = "ba_lora.experiments.executors.warmed"
 
 
 class WarmExecutor(LocalExecutor):
@@ -34,7 +34,7 @@ class WarmExecutor(LocalExecutor):
             raise UserError("warm: true is for the CPU (a GPU's context cannot be forked): take it out")
         super().__init__(slots)
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(list(IMPORTED))
+        self._context.set_forkserver_preload([IMPORTED])
 
     def start_process(self, stage: Stage, slot: Slot, log_path: Path, locks: Sequence[IO[str]]) -> subprocess.Popen:
         call = stage.call

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
 PROPOSED, COMPLETE, PRUNED, FAILED = "proposed", "complete", "pruned", "failed"
+GRID_NOTES = ("grid_id", "search_space")  # what Optuna's GridSampler notes of a trial
 INSTALL = ".venv/bin/pip install -e '.[search]'"
 
 
@@ -85,7 +86,7 @@ class Journal:
             params=dict(values),
             distributions=self.distributions,
             user_attrs={"proposal": dict(proposal)},
-            system_attrs={key: proposal[key] for key in ("grid_id", "search_space") if key in proposal},
+            system_attrs={key: proposal[key] for key in GRID_NOTES if key in proposal},
         )
         with disk_errors(self.path):
             self._study.add_trial(frozen)
@@ -145,7 +146,7 @@ class Journal:
             value=outcome.loss if outcome and status in (COMPLETE, PRUNED) else None,
             params=trial.values,
             distributions=self.distributions,
-            system_attrs={key: trial.proposal[key] for key in ("grid_id", "search_space") if key in trial.proposal},
+            system_attrs={key: trial.proposal[key] for key in GRID_NOTES if key in trial.proposal},
             intermediate_values=outcome.evaluations if outcome else {},
         )
 
@@ -154,9 +155,9 @@ def open_study(path: Path) -> "optuna.Study":
     """Return the study in a journal, made where there is none. One process at a time: the search's lock sees to it."""
     optuna = import_optuna()
     from optuna.storages import JournalStorage
-    from optuna.storages.journal import BaseJournalFileLock, JournalFileBackend
+    from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
-    class Unlocked(BaseJournalFileLock):
+    class Unlocked(JournalFileOpenLock):
         """Optuna's own locks are files, and kill -9 leaves them behind."""
 
         def acquire(self) -> bool:
@@ -165,7 +166,7 @@ def open_study(path: Path) -> "optuna.Study":
         def release(self) -> None:
             pass
 
-    storage = JournalStorage(JournalFileBackend(str(path), lock_obj=Unlocked()))
+    storage = JournalStorage(JournalFileBackend(str(path), lock_obj=Unlocked(str(path))))
     return optuna.create_study(storage=storage, study_name="search", direction="minimize", load_if_exists=True)
 
 

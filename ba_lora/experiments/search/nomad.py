@@ -93,7 +93,6 @@ class NomadProposer:
 
     def _start(self) -> None:
         space = self._space
-        start = space.start or {parameter.key: parameter.at(0.5) for parameter in space.parameters}
         self._child = subprocess.Popen(
             [sys.executable, "-m", "ba_lora.experiments.search.nomad"],
             cwd=PROJECT_ROOT,
@@ -103,7 +102,7 @@ class NomadProposer:
         )
         self._send(
             {
-                "start": [round(p.share_of(start[p.key]) * _steps(p)) for p in space.parameters],
+                "start": start_point(space),
                 "high": [_steps(parameter) for parameter in space.parameters],
                 "seed": space.search_seed,
                 "trials": space.budget,
@@ -131,7 +130,7 @@ class NomadProposer:
 
     def _ended(self) -> None:
         status = self._child.wait()
-        raise UserError(f"NOMAD's process ended with status {status}; what it said stands above")
+        raise UserError(f"NOMAD's process ended with status {status}; its error stands above")
 
 
 def _steps(parameter: Parameter) -> int:
@@ -140,15 +139,25 @@ def _steps(parameter: Parameter) -> int:
     return int(parameter.high - parameter.low) if parameter.kind == "int" and not parameter.log else STEPS
 
 
+def start_point(space: SearchSpace) -> list[int]:
+    """Return the point that NOMAD starts from: the one nearest to the space's start, else the middle."""
+    start = space.start
+    return [round((0.5 if start is None else p.share_of(start[p.key])) * _steps(p)) for p in space.parameters]
+
+
 def decoded(point: list[int], space: SearchSpace) -> dict[str, Any]:
-    """Return the values of the parameters at a point of whole numbers."""
-    return {p.key: p.at(place / _steps(p)) for p, place in zip(space.parameters, point, strict=True)}
+    """Return the values of the parameters at a point of whole numbers; floats with six digits. The starting point is
+    the space's start itself."""
+    if space.start is not None and point == start_point(space):
+        return space.start
+    values = {p.key: p.at(place / _steps(p)) for p, place in zip(space.parameters, point, strict=True)}
+    return {key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in values.items()}
 
 
 def child() -> None:
     """Run NOMAD for the process at the other end of the pipes."""
     answer = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # NOMAD prints to standard output
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # NOMAD prints there; its errors come on standard error
     import PyNomad
 
     def say(message: dict[str, Any]) -> None:

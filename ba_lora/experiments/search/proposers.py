@@ -7,7 +7,7 @@ several trainings was faster, and a search that was killed makes the same ones a
 
 from typing import Any, Protocol
 
-from ba_lora.experiments.search.journal import Journal, Trial, import_optuna
+from ba_lora.experiments.search.journal import GRID_NOTES, Journal, Trial, import_optuna
 from ba_lora.experiments.search.space import SearchSpace
 
 
@@ -42,9 +42,10 @@ class OptunaProposer:
         number = len(journal.trials)
         if number == 0 and self._space.engine != "grid" and self._space.start is not None:
             return self._space.start, {}
-        trial = journal.study(sampler=self._sampler(number)).ask(journal.distributions)
-        noted = {key: trial.system_attrs[key] for key in ("grid_id", "search_space") if key in trial.system_attrs}
-        return dict(trial.params), noted
+        study = journal.study(sampler=self._sampler(number))
+        study.ask(journal.distributions)
+        asked = study.trials[-1]
+        return dict(asked.params), {key: asked.system_attrs[key] for key in GRID_NOTES if key in asked.system_attrs}
 
     def _sampler(self, number: int) -> Any:
         samplers = import_optuna().samplers
