@@ -93,10 +93,11 @@ class Search:
     # ---- in the trials' order
 
     def _advance(self) -> None:
-        """Propose and tell as far as it goes: trial n is proposed when n − k + 1 outcomes are told, and no more."""
+        """Propose and tell as far as it goes: trial n is proposed as soon as n − k + 1 outcomes are told, before the next
+        one is, but where the engine itself (NOMAD, in the middle of a block) waits for more."""
         while True:
             proposed, told = len(self.journal.trials), self.journal.told
-            is_due = told == max(0, proposed - self.space.trials_at_once + 1)
+            is_due = told >= proposed - self.space.trials_at_once + 1
             if not self._is_proposed and is_due and self._propose():
                 continue
             if told == proposed or not self._running[told].has_ended:

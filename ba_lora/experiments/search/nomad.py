@@ -19,7 +19,7 @@ import sys
 from typing import Any
 
 from ba_lora.errors import UserError
-from ba_lora.experiments.search.journal import INSTALL, PRUNED, Journal, Trial
+from ba_lora.experiments.search.journal import INSTALL, Journal, Trial
 from ba_lora.experiments.search.proposers import Exhausted
 from ba_lora.experiments.search.space import Parameter, SearchSpace
 from ba_lora.paths import PROJECT_ROOT
@@ -74,11 +74,10 @@ class NomadProposer:
         assert outcome is not None
         if trial.number == 0 and outcome.loss is None:
             raise UserError(
-                f"NOMAD cannot start from a trial that fails ({outcome.facts.get('error', outcome.status)}): give other "
-                "values for start"
+                f"NOMAD cannot start from a trial that fails ({outcome.facts.get('error', outcome.status)}): give "
+                "another start"
             )
         failed = outcome.loss is None or not math.isfinite(outcome.loss)
-        assert outcome.status != PRUNED or outcome.loss is not None or failed
         self._answers.append(None if failed else outcome.loss)
         if len(self._answers) == len(self._block):
             self._send(self._answers)

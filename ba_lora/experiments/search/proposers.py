@@ -1,8 +1,8 @@
 """Who proposes the next trial: Optuna's samplers in this process, NOMAD in a child.
 
-Trial n is proposed from the outcomes of the trials 0 … n − k and the proposals after them (k: `trials_at_once`), whatever
-else has ended by then. An engine's random numbers follow from (search_seed, n). So the trials do not depend on which of
-several trainings was faster, and a search that was killed makes the same ones as a search that was not.
+Trial n is proposed from the outcomes of the trials 0 … n − k and the proposals after them (k: `trials_at_once`),
+whatever else has ended by then. An engine's random numbers follow from (search_seed, n). So the trials do not depend
+on which of several trainings was faster, and a search that was killed makes the same ones as one that was not.
 """
 
 from typing import Any, Protocol

@@ -26,7 +26,6 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ba_lora.config.layers import find_config, load_config, read_yaml
@@ -88,7 +87,7 @@ class Parameter:
         return list(dict.fromkeys(values))
 
     def at(self, share: float) -> Any:
-        """Return the value at a share of the way from the low end to the high one, 0 to 1, along the parameter's scale."""
+        """Return the value at a share, 0 to 1, of the way from the low end to the high one on the parameter's scale."""
         if self.kind == "choice":
             return self.choices[round(share * (len(self.choices) - 1))]
         if share in (0, 1):
@@ -202,8 +201,8 @@ def load_space(name: str, *, typed: Mapping[str, Any] | None = None) -> SearchSp
 def _checked(raw: dict[str, Any], name: str) -> SearchSpace:
     if raw["objective"] not in OBJECTIVES:
         raise UserError(
-            f"objective: {raw['objective']} is refused: choose one of {', '.join(OBJECTIVES)}; a search that looks at a "
-            "test set chooses its noise, and leaves nothing to report"
+            f"objective: {raw['objective']} is refused: choose one of {', '.join(OBJECTIVES)}; a search that looks "
+            "at a test set chooses its noise, and leaves nothing to report"
         )
     engine = raw.get("engine", "tpe")
     check_choice("engine", engine, ENGINES)
@@ -378,8 +377,3 @@ def base_kind(config_path: str) -> str:
     """Return nlg or nlu, by what the base's file has."""
     base = read_yaml(find_config(config_path, kind=None))
     return "nlu" if "nlu" in base or "tasks" in base else "nlg"
-
-
-def space_path(name: str) -> Path:
-    """Return the file of a space that has been loaded."""
-    return resolve_path(name) if name.endswith((".yaml", ".yml")) else SPACES_PATH / f"{name}.yaml"

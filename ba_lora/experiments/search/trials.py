@@ -74,7 +74,7 @@ class TrialRuns:
         return found
 
     def loss(self, config: RunConfig) -> float:
-        """Return a whole training's value, to be minimised: of the checkpoint that is exported, the last or the best."""
+        """Return a whole training's value, to be minimised: of the exported checkpoint, the last or the best."""
         if self.space.objective == "heldout_accuracy" and self.kind == "nlg":
             score = read_json(config.run_path / "scores" / f"{HELDOUT_TASK}.json")
             return 1 - score["metrics"]["strict"]
