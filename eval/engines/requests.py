@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ba_lora.chat import ChatTemplate, is_chat, read_template
 from ba_lora.errors import UserError
 from ba_lora.io import sha256_file, sha256_json
-from ba_lora.prompts import build_conversation, build_prompt, template_stops
+from ba_lora.prompts import build_conversation, build_prompt, prompt_hash, template_stops
 from ba_lora.rows import is_commit
 from eval.completions import read_meta
 from eval.engines import base as engines
@@ -95,18 +96,45 @@ class Questions:
     samplings: list[Sampling]
     template: str
     thinking: str
+    chat: ChatTemplate | None = None
+
+    def of_base(self, base: str, options: EngineOptions, *, text: str | None = None) -> "Questions":
+        """Return these questions as a base is asked them: in its own chat template (or `text`, another one), where
+        `template` asks for that. Raises UserError where it has none, or refuses a conversation."""
+        if not is_chat(self.template):
+            return self
+        tokenizer = engines.load_base_tokenizer(base, options)
+        text = text or (None if self.template == "chat" else read_template(self.template))
+        asked = dataclasses.replace(self, chat=ChatTemplate(tokenizer, name=self.template, text=text))
+        asked.chat.end_id  # noqa: B018  a template that ends no answer is told before the model is loaded
+        for instructions in self.instructions:
+            asked.conversation(instructions, [""] * (len(instructions) - 1))
+        return asked
+
+    def conversation(self, instructions: Sequence[str], responses: Sequence[str]) -> str:
+        """Return the prompt for the last of `instructions`, after the earlier ones and the responses to them."""
+        if self.chat is None:
+            return build_conversation(instructions, responses, template=self.template)
+        messages = [{"role": "user", "content": instructions[0].strip()}]
+        for response, instruction in zip(responses, instructions[1:], strict=True):
+            messages.append({"role": "assistant", "content": response.strip()})
+            messages.append({"role": "user", "content": instruction.strip()})
+        return self.chat.prompt(messages)
+
+    @property
+    def prompt_hash(self) -> str:
+        """The template's hash."""
+        return self.chat.hash if self.chat else prompt_hash(template=self.template)
 
     def prompts(self, index: int, answers: Sequence[Sequence[Completion]]) -> list[str]:
         """Return the prompts of items[index], given the completions so far: one, or one for each sample of the turn
         before."""
-        turns, template = self.earlier[index], self.template
+        turns = self.earlier[index]
         if not turns:
-            return [build_prompt(self.instructions[index][0], template=template)]
+            return [self.conversation(self.instructions[index], [])]
         return [
-            build_conversation(
-                self.instructions[index],
-                [cut_thinking(answer.text, self.thinking) for answer in history],
-                template=template,
+            self.conversation(
+                self.instructions[index], [cut_thinking(answer.text, self.thinking) for answer in history]
             )
             for history in zip(*(answers[turn] for turn in turns), strict=True)
         ]
@@ -115,6 +143,10 @@ class Questions:
 def template_and_stops(task: Task, options: GenerateOptions) -> tuple[str, tuple[str, ...]]:
     """Return the template and the strings that end an answer. Raises UserError for an unknown template."""
     template = options.template if options.template is not None else task.template
+    if is_chat(template):
+        if template != "chat":
+            read_template(template)
+        return template, ()  # it ends with the template's own end token
     stop = template_stops(template)
     if stop is None:
         build_prompt("", template=template)  # an unknown template is told before a model is loaded
@@ -162,12 +194,12 @@ def request_sha256(model: ServedModel, questions: Questions, kind: str, options:
             key: value for key, value in vars(options).items() if key not in ("overwrite", "limit", "thinking")
         },
         **({"thinking": questions.thinking} if turns else {}),
-        "task": [questions.task.name, questions.template],
+        "task": [questions.task.name, questions.template, *([questions.chat.hash] if questions.chat else [])],
         "choices": {key: questions.task.choice(key) for key in questions.task.choices},
         "data": [questions.source.name, questions.source.as_result()],  # the record beside the answers names the data
         "items": [item.task_id for item in questions.items],
         "prompts": [
-            build_conversation(instructions, [""] * (len(instructions) - 1), template=questions.template)
+            questions.conversation(instructions, [""] * (len(instructions) - 1))
             for instructions in questions.instructions
         ],
         "samplings": [dataclasses.astuple(sampling) for sampling in questions.samplings],
