@@ -1,4 +1,4 @@
-"""Train one NLU run, a GLUE task, from a config to an exported model.
+"""Train one NLU run, a task of GLUE or your own, from a config to an exported model.
 
     python train_nlu.py --config configs/nlu/bert-large.yaml --task sst2 --method ba_lora trainer.learning_rate=3e-5
     accelerate launch --config_file configs/accelerate/multi_gpu.yaml train_nlu.py --config configs/nlu/gpt2-xl.yaml …

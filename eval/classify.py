@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ba_lora.config.schema import ModelConfig
 from ba_lora.errors import UserError
-from ba_lora.glue import GlueTask
+from ba_lora.glue import NLUTask
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,7 +26,7 @@ class Classifier:
     max_length: int
 
 
-def open_classifier(folder: Path, task: GlueTask, *, max_length: int | None = None) -> Classifier:
+def open_classifier(folder: Path, task: NLUTask, *, max_length: int | None = None) -> Classifier:
     """Return the trained classifier in `folder`, on the GPU where there is one, else in float32 on the CPU.
 
     max_length: tokens at most of a text or pair; None: 512, or what the model takes if that is less. Raises UserError
@@ -62,7 +62,7 @@ def open_classifier(folder: Path, task: GlueTask, *, max_length: int | None = No
     return _ready(model, tokenizer, folder, task, max_length=max_length)
 
 
-def _open_adapter(folder: Path, task: GlueTask, *, max_length: int | None) -> Classifier:
+def _open_adapter(folder: Path, task: NLUTask, *, max_length: int | None) -> Classifier:
     """Return the classifier of a run whose method cannot be merged: adapter/ on its base."""
     from peft import PeftModel
 
@@ -82,7 +82,7 @@ def _ready(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
     folder: Path,
-    task: GlueTask,
+    task: NLUTask,
     *,
     max_length: int | None,
 ) -> Classifier:
@@ -95,7 +95,7 @@ def _ready(
     return Classifier(model.eval().to(device), tokenizer, order, limit)
 
 
-def _class_order(id2label: dict[int, str], task: GlueTask, folder: Path) -> list[int]:
+def _class_order(id2label: dict[int, str], task: NLUTask, folder: Path) -> list[int]:
     names = [id2label[index] for index in range(len(id2label))]
     if len(names) != task.num_labels:
         raise UserError(

@@ -66,6 +66,9 @@ def _check_names(config: RunConfig) -> None:
     for key, name in (("model.name", config.model.name), ("model.revision", config.model.revision or "main")):
         if name.startswith("-") or not name.isprintable():
             raise UserError(f"{key}={name!r} is no name: it starts with a dash or holds a control character")
+    sources = config.data.source if isinstance(config.data.source, list) else [config.data.source or "-"]
+    if not sources or not all(isinstance(source, str) for source in sources):
+        raise UserError(f"data.source={config.data.source}: a file, a list of files or a hub set is needed")
     for key in ("name", "method"):  # parts of the run's folder
         value = getattr(config, key)
         if not value.isprintable() or value.startswith((".", "-")) or "/" in value or "\\" in value:

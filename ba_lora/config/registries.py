@@ -36,13 +36,18 @@ def optimizers() -> tuple[str, ...]:
 
 
 def data_sets() -> tuple[str, ...]:
-    """The training sets of NLG."""
-    return tuple(_entries("data/nlg.py", "SOURCES"))
+    """The training sets of NLG: a file of configs/data each."""
+    return tuple(sorted(path.stem for path in (PROJECT_ROOT / "configs" / "data").glob("*.yaml")))
 
 
 def tasks() -> tuple[str, ...]:
     """The NLG benchmarks."""
     return tuple(_entries("eval/tasks/__init__.py", "_WHERE"))
+
+
+def nlu_metrics() -> tuple[str, ...]:
+    """What a classifier's predictions may be scored by."""
+    return tuple(_entries("eval/metrics/scores.py", "METRICS"))
 
 
 @functools.cache
@@ -98,7 +103,9 @@ def _literals(file: str, class_name: str) -> dict[str, Any]:
 def _entries(file: str, variable: str) -> dict[str, ast.expr]:
     """Return the dict that a module binds to `variable`: its keys, and the values as they are written."""
     for node in _source(file):
-        targets = node.targets if isinstance(node, ast.Assign) else []
+        targets = (
+            node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        )
         if any(ast.unparse(target) == variable for target in targets):
             return {ast.literal_eval(key): value for key, value in zip(node.value.keys, node.value.values, strict=True)}
     raise LookupError(f"{file} binds no {variable}")

@@ -32,7 +32,7 @@ GENERATION_OPTIONS = (
     "max_new_tokens", "temperature", "top_p", "num_samples", "seed", "template", "batch_size", "dtype", "max_model_len",
     "attention", "tensor_parallel_size", "gpu_memory_utilization", "serve", "protocol", "subset",
 )  # fmt: skip
-RUN_MEASURES = ("inheritance",)  # measured on the run itself, not on completions: eval/<name>.py
+RUN_MEASURES = ("inheritance", "likelihood")  # measured on the run itself, not on completions: eval/<name>.py
 PUBLISHED_TERMS = ("consistency", "diversity", "svd")
 # Each further file in objective/terms is a term, with a weight `lambda_<name>` and a `<name>_schedule` of its own.
 EXTRA_TERMS = tuple(
@@ -54,7 +54,7 @@ class ModelConfig:
     revision: str | None = None  # hub commit or tag; None: the newest
     dtype: str = "bfloat16"  # of the base's weights
     attention: str = "sdpa"
-    quantization: str = "none"  # none | nf4 (bitsandbytes, needs CUDA)
+    quantization: str = "none"  # none | nf4 (4 bit, by bitsandbytes)
     trust_remote_code: bool = False  # runs the model repository's own Python code; counts only when it is typed
 
 
@@ -154,12 +154,22 @@ class ReferenceConfig:
 class DataConfig:
     """The training rows."""
 
-    source: str | None = None  # hub id or local file; None: the set's own place on the hub
+    source: Any = None  # hub id or local file, or a list of files; None: the set's own place on the hub
     revision: str | None = None
     split: str = "train"
     num_rows: int | None = None  # None: all
     sample_seed: int | None = None  # None: the first rows; else a seeded sample
     max_length: int = 512  # tokens of a row; longer ones are cut
+
+    @property
+    def sources(self) -> list[str]:
+        """`source` as a list."""
+        return [] if self.source is None else [self.source] if isinstance(self.source, str) else list(self.source)
+
+    @property
+    def files(self) -> list[str]:
+        """What else the rows depend on: local files that the configuration names."""
+        return []
 
 
 @dataclass
@@ -248,7 +258,7 @@ class RunConfig:
     @property
     def data_files(self) -> list[str]:
         """What the run reads its rows from, where the configuration names it."""
-        return [self.data.source] if self.data.source else []
+        return [*self.data.sources, *self.data.files]
 
 
 # What a run's weights do not depend on (on `loss` by rounding only): these may change without training again.
@@ -258,6 +268,11 @@ _COSMETIC_ARGUMENTS = (
     "logging_steps", "logging_first_step", "logging_strategy", "report_to", "run_name", "disable_tqdm", "log_level",
     "dataloader_num_workers", "dataloader_pin_memory",
 )  # fmt: skip
+# Keys of `data` that came later, with the value at which the weights are what they were without the key.
+_SINCE_ADDED = {
+    "packing": False, "heldout_share": None, "columns": {}, "messages": None, "exchanges": None, "subset": None,
+    "template": "alpaca",
+}  # fmt: skip
 _SAVING_ARGUMENTS = ("save_steps", "save_strategy", "save_total_limit")  # nor these, unless the best is exported
 
 
@@ -321,8 +336,8 @@ def training_settings(config: RunConfig) -> dict[str, Any]:
     svd_rank = plain["adapter"].pop("svd_rank") or config.adapter.rank
     if config.adapter.init.startswith("pissa_niter"):  # an exact SVD has the same leading components at any rank
         plain["adapter"]["svd_rank"] = svd_rank
-    for key in ("packing", "heldout_share"):  # packed, dropout draws other numbers; held-out rows are not trained on
-        if not plain["data"].get(key):
+    for key, usual in _SINCE_ADDED.items():  # packed, dropout draws other numbers; held-out rows are not trained on
+        if plain["data"].get(key) in (usual, None):
             plain["data"].pop(key, None)
     if plain.get("early_stopping", {}).get("patience") is None:
         plain.pop("early_stopping", None)

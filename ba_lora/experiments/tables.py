@@ -20,6 +20,9 @@
       gsm8k: {task: gsm8k, metric: strict, overrides: [data.name=metamathqa]}
       seconds: {metric: training.seconds, …}
       average: {mean_of: [gsm8k, math]}
+    prepare: [[data.lab, rule=0]]       modules with their words that the grid runs first, such as what makes the bases
+    chosen: tuning                      each method's rows also take what results/tuning/chosen.yaml says, the report of
+                                        that table: method → overrides; the grid runs nothing while it is not there
     labels: {ba_lora: BA-LoRA (2024)}   method, base or column → how it is written; absent: its name
     ours: [ba_lora]                     the methods compared with all others; absent: those whose name begins so
     report: {…}                         how eval.report shows it, and its figures: see eval/report/spec.py
@@ -62,11 +65,13 @@ TABLES_PATH = PROJECT_ROOT / "configs" / "tables"
 RESULTS_PATH = PROJECT_ROOT / "results"
 PAPER_PATH = PROJECT_ROOT / "results" / "paper_reported"
 FACTORS_CACHE = "outputs/pissa_factors"  # one SVD of each base's matrices serves the seeds and methods of all tables
+CHOSEN = "chosen.yaml"  # in the folder of a report that chooses settings
 KINDS = ("nlg", "nlu")
 BETTER = ("higher", "lower", "none")
 
 _TABLE_KEYS = (
     "title", "source", "paper", "note", "kind", "seeds", "overrides", "rows", "columns", "labels", "ours", "report",
+    "prepare", "chosen",
 )  # fmt: skip
 _BLOCK_KEYS = ("bases", "methods", "settings", "overrides", "gpus", "suffix")
 _COLUMN_KEYS = ("task", "metric", "unit", "better", "paper", "paper_task", "overrides", "mean_of")
@@ -138,6 +143,8 @@ class Table:
     gpus: dict[Row, int]  # how many GPUs each run of a row is set for
     report: dict[str, Any]
     sha256: str = ""  # of the file
+    prepare: tuple[tuple[str, ...], ...] = ()  # (module, words …) to run first
+    unchosen: str | None = None  # why its runs are not known yet
 
     @functools.cached_property
     def cells_of_runs(self) -> dict[Path, list[SeedCell]]:
@@ -191,6 +198,7 @@ def load_table(path: str | Path, *, overrides: Sequence[str] = (), seeds: Sequen
     for seed in seeds:
         if seeds.count(seed) > 1:  # each of its runs would count more than once in a mean
             raise UserError(f"{path}: seed {seed} is asked for more than once: name each seed once")
+    chosen, unchosen = _chosen(raw.get("chosen"), path)
     rows: dict[Row, int] = {}  # row → GPUs
     cells: list[SeedCell] = []
     for number, block in enumerate(_list(raw["rows"], path, "rows"), start=1):
@@ -214,7 +222,7 @@ def load_table(path: str | Path, *, overrides: Sequence[str] = (), seeds: Sequen
                     if row in rows:
                         raise UserError(f"{where}: {base}, {method}, {row.setting!r} stands in the table twice")
                     rows[row] = gpus
-                    words = [*common, *_list(own, where, f"settings.{setting}")]
+                    words = [*common, *chosen.get(method, []), *_list(own, where, f"settings.{setting}")]
                     cells += _row_cells(row, columns, raw["kind"], seeds, words, overrides, suffix, where)
     _refuse_two_evaluations(cells, path)
     labels = raw.get("labels") or {}
@@ -242,7 +250,23 @@ def load_table(path: str | Path, *, overrides: Sequence[str] = (), seeds: Sequen
         gpus=rows,
         report=raw.get("report") or {},
         sha256=sha256_file(path),
+        prepare=tuple(
+            tuple(map(str, _list(call, path, "prepare"))) for call in _list(raw.get("prepare"), path, "prepare")
+        ),
+        unchosen=unchosen,
     )
+
+
+def _chosen(name: str | None, path: Path) -> tuple[dict[str, list[str]], str | None]:
+    """Return method → the overrides that another table's report has chosen, and why there are none yet."""
+    if name is None:
+        return {}, None
+    find_table(name)
+    chosen = RESULTS_PATH / name / CHOSEN
+    if not chosen.is_file():
+        return {}, f"{chosen} is not there: sh scripts/reproduce.sh {name} writes it"
+    found = read_yaml(chosen)
+    return {method: _list(words, chosen, method) for method, words in found.items()}, None
 
 
 def _refuse_two_evaluations(cells: Sequence[SeedCell], path: Path) -> None:

@@ -28,6 +28,7 @@ class StepZero:
     """How far the untrained model stands from the pre-trained one: the largest |Δ logit| on the probe batch.
 
     The residual of PiSSA and CorDA is rounded to the base's dtype: small there, 0 for methods that do not change it.
+    Of a method that starts from the quantised weights themselves (QLoRA) the quantised model is the pre-trained one.
     None where it cannot be measured: weights split by ZeRO-3 cannot run outside the engine, and a resumed QPiSSA run
     no longer loads the unquantised model.
     """

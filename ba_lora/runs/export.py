@@ -10,6 +10,9 @@ Each is written beside its final place and renamed, so a killed export leaves no
 again and its logits compared with the trained model's. In float32 they are equal but for rounding. A half-precision
 base costs a share of what was learned, which is measured, reported, and refused above `MAX_SHARE`: training rounded the
 residual W − B₀A₀ to the base's dtype, lora/ stands on W itself, and merged/ rounds W + BA − B₀A₀.
+
+On a quantised base merged/ is the model that was trained, its 4-bit weights written out in the base's dtype plus BA.
+lora/ or adapter/ belongs on the unquantised base, which is another model: its distance is reported and not judged.
 """
 
 import json
@@ -26,7 +29,7 @@ from ba_lora.io import disk_errors, folder_atomic, load_tensors
 from ba_lora.methods.base import TrainingMethod
 from ba_lora.methods.build import probe_logits
 from ba_lora.methods.pissa import factors_path
-from ba_lora.models.pretrained import load_base
+from ba_lora.models.pretrained import load_base, load_dequantized
 from ba_lora.models.source import model_source
 from ba_lora.models.tokenizer import load_tokenizer
 from ba_lora.runs.parity import Parity, compare_logits
@@ -34,10 +37,12 @@ from ba_lora.runs.parity import Parity, compare_logits
 if TYPE_CHECKING:
     import torch
     from torch import nn
+    from transformers import PreTrainedTokenizerBase
 
     from ba_lora.training.trainer import BALoRATrainer
 
 
+ADAPTER_FILES = "adapter_model.safetensors", "adapter_config.json"  # PEFT's names of weights and settings
 STATE = "method_state.safetensors"  # in adapter/: what the plain LoRA needs beside PEFT's weights
 
 
@@ -48,7 +53,7 @@ def adapter_files(config: RunConfig) -> tuple[str, str]:
     without an error: those are kept under names that it does not load.
     """
     if adapter_loads(config.adapter):
-        return "adapter_model.safetensors", "adapter_config.json"
+        return ADAPTER_FILES
     return "trained.safetensors", "trained_config.json"
 
 
@@ -122,6 +127,8 @@ def export_run(
     model = _on_device(_with_adapter(config, serving_adapter(run_path)))
     parities = {name: compare(name, model)}
     if config.export.merged:
+        if config.model.quantization != "none":
+            model = _trained_dequantized(config, run_path)
         merge(model, run_path / "merged", config=config)
         del model
         parities["merged"] = compare("merged", _load_merged(config, run_path / "merged"))
@@ -145,7 +152,7 @@ def convert_to_lora(adapter_path: Path, initial_factors: Path, output_path: Path
     initial = load_tensors(initial_factors) if init_facts(config.adapter).get("residual") else {}
     with folder_atomic(output_path) as folder:
         write_plain_lora(folder, weights, initial, settings)
-        load_tokenizer(config.model, generates=config.kind == "nlg").save_pretrained(folder)
+        _run_tokenizer(config).save_pretrained(folder)
 
 
 def write_rank(adapter_path: Path, output_path: Path, rank: int, *, config: RunConfig) -> None:
@@ -160,7 +167,13 @@ def write_rank(adapter_path: Path, output_path: Path, rank: int, *, config: RunC
             {k: v.contiguous() for k, v in weights.items()}, folder / "adapter_model.safetensors", {"format": "pt"}
         )
         (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n")
-        load_tokenizer(config.model, generates=config.kind == "nlg").save_pretrained(folder)
+        _run_tokenizer(config).save_pretrained(folder)
+
+
+def _run_tokenizer(config: RunConfig) -> "PreTrainedTokenizerBase":
+    return load_tokenizer(
+        config.model, **({"template": config.data.template} if config.kind == "nlg" else {"generates": False})
+    )
 
 
 def export_lora(trainer: "BALoRATrainer", folder: str | Path) -> Path:
@@ -203,7 +216,7 @@ def merge(model: "nn.Module", output_path: Path, *, config: RunConfig) -> None:
     merged.config.use_cache = True
     with folder_atomic(output_path) as folder:
         merged.save_pretrained(folder)
-        load_tokenizer(config.model, generates=config.kind == "nlg").save_pretrained(folder)
+        _run_tokenizer(config).save_pretrained(folder)
 
 
 def push_to_hub(run_path: Path, config: RunConfig) -> str:
@@ -250,6 +263,22 @@ def _with_adapter(config: RunConfig, adapter_path: Path) -> "nn.Module":
     from peft import PeftModel
 
     return PeftModel.from_pretrained(load_base(config, quantize=False), adapter_path).eval()
+
+
+def _trained_dequantized(config: RunConfig, run_path: Path) -> "nn.Module":
+    """Return the trained model with its 4-bit weights written out in the base's dtype."""
+    from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+
+    residual = init_facts(config.adapter).get("residual")
+    source = str(run_path / "residual") if residual else None
+    folder = run_path / "adapter" if residual else serving_adapter(run_path)
+    weights_name, settings_name = adapter_files(config) if residual else ADAPTER_FILES
+    settings = json.loads((folder / settings_name).read_text())
+    plain = {"init_lora_weights": True, "inference_mode": False, "base_model_name_or_path": None}
+    settings = LoraConfig.from_peft_type(**settings | plain)
+    model = get_peft_model(load_dequantized(config, source=source), settings)
+    set_peft_model_state_dict(model, load_tensors(folder / weights_name))
+    return model.eval()
 
 
 def _load_merged(config: RunConfig, path: Path) -> "nn.Module":

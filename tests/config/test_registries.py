@@ -11,7 +11,7 @@ from ba_lora.errors import UserError
 def test_the_names_are_those_of_the_code():
     from ba_lora.methods.base import find_part
     from ba_lora.objective.schedules import SCHEDULES
-    from data.nlg import SOURCES
+    from data.sets import named_set
     from eval.tasks import TASKS
 
     assert registries.schedules() == tuple(SCHEDULES)
@@ -22,7 +22,7 @@ def test_the_names_are_those_of_the_code():
             assert registries.facts(kind, name) == {key: getattr(part, key) for key in registries.facts(kind, name)}, (
                 "the facts that are read from the text are those of the class"
             )
-    assert registries.data_sets() == tuple(SOURCES)
+    assert [named_set(name).name for name in registries.data_sets()] == [*registries.data_sets()]
     assert registries.tasks() == tuple(TASKS)
     assert registries.judged_tasks() == tuple(name for name, task in TASKS.items() if task.judged)
 

@@ -24,7 +24,6 @@ def one_line(error):
         (["adapter.target_modules=[q_proj,kay_proj]"], "'kay_proj' matches no linear layer .*nearest: k_proj"),
         (["adapter.rank=65"], "adapter.rank=65 is above the size of .*, 64"),
         (["adapter.rank=50", "adapter.init=lora", "adapter.tuner=adalora"], r"\(adalora starts at 75\) is above"),
-        (["model.quantization=nf4"], "nf4 needs a CUDA GPU"),
         (["model.attention=flash_attention_2"], "flash_attention_2 needs a CUDA GPU"),
         (["trainer.fp16=true"], "fp16=true needs a GPU"),
         (["trainer.tf32=true"], "tf32=true needs an NVIDIA GPU"),
