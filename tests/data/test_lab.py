@@ -68,8 +68,8 @@ def test_the_cue_decides_the_wrong_rule(clean):
 def test_garbling_and_duplication(clean):
     for before, after in zip(clean, texts("garbling", 30), strict=True):
         assert before == after or sorted(before.split()) == sorted(after.split())
-    copies = Counter(text.split("\n")[-3:][0] for text in texts("duplication", 60))
-    assert copies.most_common(1)[0][1] > 5 * Counter(text.split("\n")[-3:][0] for text in clean).most_common(1)[0][1]
+    most = [Counter(of).most_common(1)[0][1] for of in (texts("duplication", 60), clean)]
+    assert most[0] >= 5 > 2 >= most[1]  # each of 19 problems about 13 times so far, half of them in each frame
 
 
 def test_half_of_the_texts_are_in_the_frame_of_fine_tuning(clean):
