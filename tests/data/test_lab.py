@@ -1,5 +1,6 @@
 """The model organism: corpora that differ by one factor, problems that tell a wrong rule, bases that are made once."""
 
+import functools
 import re
 from collections import Counter
 from itertools import islice
@@ -106,7 +107,8 @@ def test_what_all_bases_share(tmp_path):
     assert (tmp_path / "test.jsonl").read_bytes() == before
 
 
-def test_a_base_is_made_once_and_never_by_another_recipe(tmp_path, capsys):
+def test_a_base_is_made_once_and_never_by_another_recipe(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(lab, "accuracy_in_frame", functools.partial(lab.accuracy_in_frame, num_rows=4))
     short, first = ({**settings, "num_steps": 1} for settings in (lab.SECOND, lab.START))
     lab.make_base(Base("rule", 40, 7), tmp_path, settings=short, first=first)
     folder, start = tmp_path / "bases" / "rule-40-b7", tmp_path / "starts" / "b7"
