@@ -9,8 +9,8 @@ diversity  `num_samples` completions of each of the task's first `num_prompts` i
            and the entropy in nats of an item's extracted answers, in whatever form they come (those that cannot be read
            count as one answer); each is a mean over items
 
-A run on a quantised base is measured on the unquantised one, before and after: what is exported is a merged model or an
-adapter for that base, and so the two differ only by the training. The result's `quantization` says so.
+Of a quantised base `before` is the unquantised model's, `after` that of merged/, which is the model that was trained:
+the two differ by the quantisation and by the training.
 
 Runs of one base share one start of the model (transformers, whatever engine scored the run: vLLM gives no
 likelihoods). Each run gets RUN/scores/inheritance.json and, for paired tests, RUN/grades/inheritance.jsonl with the
@@ -162,7 +162,6 @@ def _measure(
     ]
     means = {name: sum(measures[name] for measures in of_items) / len(of_items) for name in of_items[0]}
     score = {
-        "quantization": {"trained": config.model.quantization, "measured": "none"},
         "task": NAME,
         "version": VERSION,
         "n": len(samples),

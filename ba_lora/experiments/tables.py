@@ -52,6 +52,7 @@ from pathlib import Path
 from typing import Any
 
 from ba_lora.config.layers import only_typed, override_layer, read_yaml
+from ba_lora.config.methods import init_facts, plain_lora_folder
 from ba_lora.config.schema import UNTUNED, RunConfig
 from ba_lora.errors import UserError
 from ba_lora.experiments.spec import Spec, untuned_config
@@ -336,12 +337,12 @@ def _resolve(row: Row, kind: str, words: Sequence[str], tasks: Sequence[str], ty
     if method is None:
         return dataclasses.replace(Spec.resolve(config_path, method, words, kind=kind), trained=False)
     adapter, more = spec.config.adapter, []
-    if adapter.init.startswith("pissa") and adapter.factors_cache is None:
+    if init_facts(adapter).get("caches") and adapter.factors_cache is None:
         more.append(f"adapter.factors_cache={FACTORS_CACHE}")
     if kind == "nlg" and "serve" not in spec.config.eval.options:
         # All runs of a table that can be are served as adapters on their base: one engine start serves them all, and
         # none needs a merged model on disk. The choice must not depend on how many happen to be evaluated together.
-        hot = adapter.tuner == "lora" and not adapter.dora and spec.config.model.quantization == "none"
+        hot = plain_lora_folder(adapter) != "none" and spec.config.model.quantization == "none"
         more += ["eval.options.serve=hot", "export.merged=false"] if hot else ["eval.options.serve=merged"]
     spec = Spec.resolve(config_path, method, [*more, *words], kind=kind)
     return _with_own_reference(spec) if kind == "nlg" and spec.config.uses_reference_cache else spec

@@ -19,6 +19,19 @@ _WHERE = {
     "humaneval": ("eval.tasks.humaneval", "HumanEval"),
     "mbpp": ("eval.tasks.mbpp", "MBPP"),
     "mt_bench": ("eval.tasks.mt_bench", "MTBench"),
+    "judge": ("eval.tasks.judge", "Judge"),
+    "qa": ("eval.tasks.qa", "QA"),
+    "mgsm_bn": ("eval.tasks.mgsm", "Bengali"),
+    "mgsm_de": ("eval.tasks.mgsm", "German"),
+    "mgsm_en": ("eval.tasks.mgsm", "English"),
+    "mgsm_es": ("eval.tasks.mgsm", "Spanish"),
+    "mgsm_fr": ("eval.tasks.mgsm", "French"),
+    "mgsm_ja": ("eval.tasks.mgsm", "Japanese"),
+    "mgsm_ru": ("eval.tasks.mgsm", "Russian"),
+    "mgsm_sw": ("eval.tasks.mgsm", "Swahili"),
+    "mgsm_te": ("eval.tasks.mgsm", "Telugu"),
+    "mgsm_th": ("eval.tasks.mgsm", "Thai"),
+    "mgsm_zh": ("eval.tasks.mgsm", "Chinese"),
 }
 
 

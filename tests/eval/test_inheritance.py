@@ -93,7 +93,6 @@ def test_tuned_runs_share_one_base(monkeypatch, root, tmp_path, train):
     first, second = (json.loads((run / "scores" / "inheritance.json").read_text()) for run in (hot, merged))
     assert len(starts) == 2  # the base with one adapter on it, and the merged model
     assert done == [False, True]  # each run's measures are written as they are made
-    assert first["quantization"] == {"trained": "none", "measured": "none"}
     used = first["generation"]
     assert (used["engine"], used["template"], used["sampling"]["num_samples"]) == ("hf", "alpaca", 2)
     assert first["perplexity"]["before"] == second["perplexity"]["before"]
