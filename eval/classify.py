@@ -39,6 +39,8 @@ def open_classifier(folder: Path, task: NLUTask, *, max_length: int | None = Non
     import ba_lora.models.t5_encoder  # noqa: F401  makes the Auto classes know the T5 encoder
     from ba_lora.models.tokenizer import load_tokenizer
 
+    if (folder / "adapter_config.json").is_file():
+        return _open_adapter(folder, task, max_length=max_length)
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} holds no model: give a run's folder with merged/, or a model folder")
     on_gpu = torch.cuda.is_available()
@@ -57,10 +59,40 @@ def open_classifier(folder: Path, task: NLUTask, *, max_length: int | None = Non
         logging.set_verbosity(verbosity)
     if report["missing_keys"]:
         raise UserError(f"{folder} has no trained head: {', '.join(sorted(report['missing_keys']))} are missing")
+    return _ready(model, tokenizer, folder, task, max_length=max_length)
+
+
+def _open_adapter(folder: Path, task: NLUTask, *, max_length: int | None) -> Classifier:
+    """Return the classifier of a run whose method cannot be merged: adapter/ on its base."""
+    from peft import PeftModel
+
+    from ba_lora.config.layers import load_run
+    from ba_lora.methods.base import import_tuners
+    from ba_lora.models.pretrained import load_base
+    from ba_lora.models.tokenizer import load_tokenizer
+
+    config = load_run(folder.parent)
+    import_tuners()
+    model = PeftModel.from_pretrained(load_base(config, quantize=False), folder)
+    tokenizer = load_tokenizer(config.model, generates=False)
+    return _ready(model, tokenizer, folder, task, max_length=max_length)
+
+
+def _ready(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    folder: Path,
+    task: NLUTask,
+    *,
+    max_length: int | None,
+) -> Classifier:
+    import torch
+
     order = _class_order(model.config.id2label, task, folder)
     longest = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", DEFAULT_MAX_LENGTH))
     limit = min(max_length or DEFAULT_MAX_LENGTH, longest)
-    return Classifier(model.eval().to("cuda" if on_gpu else "cpu"), tokenizer, order, limit)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return Classifier(model.eval().to(device), tokenizer, order, limit)
 
 
 def _class_order(id2label: dict[int, str], task: NLUTask, folder: Path) -> list[int]:

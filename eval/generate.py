@@ -21,7 +21,8 @@ RUN/completions/<task>.jsonl, those of other models to --output DIR/<task>.jsonl
 models). A line is {"task_id", "sample", "prompt", "completion", "finish_reason"}; beside it <task>.meta.json tells
 what made the file.
 
-In a task of several turns (mt_bench) the second prompt holds the model's first answer, sample by sample.
+In a task of several turns (mt_bench) the second prompt holds the model's first answer, sample by sample, without a
+reasoning model's thinking.
 
 Keys: max_new_tokens (default: the task's), temperature (0 = greedy; default: the task's, greedy for most), top_p and
 num_samples (default: the task's), the task's own choices (humaneval: protocol; mbpp: subset), seed, limit (first N
@@ -29,7 +30,8 @@ items), template (default: the chat template that a run was trained in, else the
 ba_lora.prompts.TEMPLATES; chat for the tokenizer's own chat template; a Jinja file; fschat/NAME for the form of a
 published chat model; the last three bring their own ends of an answer), batch_size, dtype (auto, float32, bfloat16,
 float16), max_model_len, attention (sdpa, eager, flash_attention_2; hf only), tensor_parallel_size,
-gpu_memory_utilization (vllm only), revision, trust_remote_code, serve (auto, hot, merged), overwrite.
+gpu_memory_utilization (vllm only), revision, trust_remote_code, serve (auto, hot, merged), thinking
+(the marks around thinking, '<think> </think>'; none: nothing is cut), overwrite.
 
 Completions that answer the very same request (weights, data, prompts, settings, engine) are kept, so that the same
 command goes on where it was stopped, task by task; overwrite=true makes them again. Those of a hub model without a

@@ -34,6 +34,7 @@ from typing import Any
 
 from ba_lora.config.checks import check_place
 from ba_lora.config.layers import load_config
+from ba_lora.config.methods import tuner_facts
 from ba_lora.config.schema_nlu import NLUConfig
 from ba_lora.console import console_table
 from ba_lora.errors import UserError, run_entry_point
@@ -90,7 +91,7 @@ def find_run(folder: Path, *, task: str | None, output: Path | None) -> Evaluate
     data = read_record(folder / "train.json", "data", fix="run the training again")["data"]
     return EvaluatedRun(
         folder.name,
-        folder / "merged",
+        folder / ("merged" if tuner_facts(config.adapter)["merges"] else "adapter"),
         output,
         task_word(config.nlu.task),
         config,

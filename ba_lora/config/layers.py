@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from ba_lora.config.checks import check_config
 from ba_lora.config.schema import RunConfig, check_choice
 from ba_lora.config.schema_nlg import NLGConfig
-from ba_lora.config.schema_nlu import LEFT_OUT, NLUConfig, task_layer, with_labels
+from ba_lora.config.schema_nlu import NLUConfig, task_layer, with_labels
 from ba_lora.config.trainer import ALIASES, argument_types, nearest_argument, normalized
 from ba_lora.errors import UserError
 from ba_lora.paths import PROJECT_ROOT, resolve_path
@@ -221,8 +221,6 @@ def _kind_of(base: dict[str, Any], kind: str | None, config_path: Path) -> str:
 
 
 def _method_layer(method: str, kind: str) -> dict[str, Any]:
-    if kind == "nlu" and method in LEFT_OUT:
-        raise UserError(LEFT_OUT[method])
     check_choice("method", method, available_methods(kind))
     stem, variant, _ = _methods()[method]
     layer = read_yaml(METHODS_PATH / f"{stem}.yaml")

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 from omegaconf import OmegaConf
 
+from ba_lora.config.methods import tuner_facts
 from ba_lora.config.ranges import check_numbers, check_range
 from ba_lora.config.registries import schedules
 from ba_lora.errors import UserError
@@ -31,7 +32,7 @@ GENERATION_OPTIONS = (
     "max_new_tokens", "temperature", "top_p", "num_samples", "seed", "template", "batch_size", "dtype", "max_model_len",
     "attention", "tensor_parallel_size", "gpu_memory_utilization", "serve", "protocol", "subset",
 )  # fmt: skip
-RUN_MEASURES = ("inheritance",)  # measured on the run itself, not on completions: eval/<name>.py
+RUN_MEASURES = ("inheritance", "likelihood")  # measured on the run itself, not on completions: eval/<name>.py
 HARNESS = "harness/"  # before the name of a task of lm-evaluation-harness: eval/harness.py
 PUBLISHED_TERMS = ("consistency", "diversity", "svd")
 # Each further file in objective/terms is a term, with a weight `lambda_<name>` and a `<name>_schedule` of its own.
@@ -54,16 +55,20 @@ class ModelConfig:
     revision: str | None = None  # hub commit or tag; None: the newest
     dtype: str = "bfloat16"  # of the base's weights
     attention: str = "sdpa"
-    quantization: str = "none"  # none | nf4 (bitsandbytes, needs CUDA)
+    quantization: str = "none"  # none | nf4 (4 bit, by bitsandbytes)
     trust_remote_code: bool = False  # runs the model repository's own Python code; counts only when it is typed
 
 
 @dataclass
 class AdapterConfig:
-    """What is trained: an adapter by PEFT, the biases only (`tuner=bitfit`), or everything (`tuner=full`)."""
+    """What is trained: an adapter, the biases only (`tuner=bitfit`), or everything (`tuner=full`).
+
+    tuner, init and optimizer are files of ba_lora/methods.
+    """
 
     tuner: str = "lora"
-    init: str = "lora"  # lora | pissa | pissa_niter_N | corda
+    init: str = "lora"  # of LoRA's factors: lora (A random, B = 0) | pissa | pissa_niter_N | corda | …
+    optimizer: str | None = None  # that knows A and B; None: trainer.optim as it is
     rank: int = 128
     alpha: float | None = None  # None: equal to the rank, as PiSSA needs for a scaling of 1
     dropout: float = 0.0
@@ -73,12 +78,12 @@ class AdapterConfig:
     factors_cache: str | None = None  # folder where these components are kept for other ranks, seeds and methods
     rslora: bool = False
     dora: bool = False
-    options: dict[str, Any] = field(default_factory=dict)  # further PEFT settings, checked by name
+    options: dict[str, Any] = field(default_factory=dict)  # the method's own settings, checked by name
 
     @property
     def trains_own_weights(self) -> bool:
         """Whether the model's own weights are trained and saved, and no adapter."""
-        return self.tuner in ("full", "bitfit")
+        return tuner_facts(self)["own_weights"]
 
 
 def with_extra_terms(config_class: type) -> type:
@@ -173,6 +178,9 @@ class ExportConfig:
     """What is written after training besides the adapter."""
 
     merged: bool = True
+    ranks: list[int] = field(
+        default_factory=list
+    )  # of a method for every rank (DyLoRA): a plain LoRA of each, ranks/<b>
     tolerance: float | None = None  # largest |Δ logit| allowed between trained and exported; None: by dtype
 
 
@@ -205,8 +213,8 @@ class RunConfig:
     refused: ClassVar[dict[str, str]] = {}
     # settings that count only beside another one → whether that is there, and how it is set
     counts_with: ClassVar[dict[str, tuple[Callable[[Any], bool], str]]] = {
-        "adapter.rslora": (lambda config: config.adapter.tuner == "lora", "adapter.tuner=lora"),
-        "adapter.dora": (lambda config: config.adapter.tuner == "lora", "adapter.tuner=lora"),
+        "adapter.rslora": (lambda config: tuner_facts(config.adapter)["has_factors"], "adapter.tuner=lora"),
+        "adapter.dora": (lambda config: tuner_facts(config.adapter)["takes_dora"], "adapter.tuner=lora"),
     }
 
     name: str = ""  # the base's name, the file's stem
@@ -324,6 +332,8 @@ def training_settings(config: RunConfig) -> dict[str, Any]:
     plain["trainer"] = {k: v for k, v in plain["trainer"].items() if k not in (*_COSMETIC_ARGUMENTS, *saving)}
     plain["model"]["trust_remote_code"] = False  # who trusts the code gets the same weights
     plain["adapter"].pop("factors_cache")
+    if config.adapter.optimizer is None:  # run ids were made without the key
+        del plain["adapter"]["optimizer"]
     svd_rank = plain["adapter"].pop("svd_rank") or config.adapter.rank
     if config.adapter.init.startswith("pissa_niter"):  # an exact SVD has the same leading components at any rank
         plain["adapter"]["svd_rank"] = svd_rank

@@ -18,13 +18,6 @@ from ba_lora.glue import AUTO, OUT_OF_DOMAIN, TASKS, NLUTask, find_task, plain_l
 from ba_lora.paths import data_suffix, resolve_path
 from ba_lora.rows import stream_rows
 
-# Methods of the paper's NLU tables that cannot run here.
-LEFT_OUT = {
-    name: f"method {name} (bottleneck adapters) needs the library `adapters`, whose newest release (1.3.0) wants "
-    "transformers 4.57 and cannot live with the 5.19 used here: it is left out"
-    for name in ("houlsby", "pfeiffer")
-}
-
 
 @dataclass
 class NLURegularizersConfig(BALoRAConfig):

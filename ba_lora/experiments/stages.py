@@ -172,7 +172,7 @@ def evaluation_stages(configs: Sequence[RunConfig], *, generate: bool = True) ->
         settings = [f"{key}={value}" for key, value in first.eval.options.items()]
         settings += [f"limit={first.eval.limit}"] if first.eval.limit is not None else []
         models, output = folders, None
-        if first.method == UNTUNED:
+        if first.method == UNTUNED and first.model.quantization == "none":
             assert len(configs) == 1, "the pre-trained model has one folder"
             models, output = model_source(first.model), str(first.run_path / "completions")
             if is_chat(first.data.template) and "template" not in first.eval.options:
@@ -216,7 +216,7 @@ def _harness_stages(config: RunConfig, files: Mapping[str, str]) -> list[Stage]:
     """Return a call of lm-evaluation-harness for each of its tasks: one that fails leaves the others their scores."""
     stages = []
     model, output = str(config.run_path), None
-    if config.method == UNTUNED:
+    if config.method == UNTUNED and config.model.quantization == "none":
         model, output = model_source(config.model), str(config.run_path / "scores")
     for task in config.eval.tasks:
         if task.startswith(HARNESS):

@@ -16,6 +16,7 @@ from eval.completions import read_meta
 from eval.engines import base as engines
 from eval.engines.base import Completion, EngineOptions, Sampling
 from eval.engines.serving import SERVE, ServedModel, run_base
+from eval.grading.thinking import THINKING, check_marks, cut_thinking
 from eval.tasks.base import Item, Source, Task
 
 
@@ -39,6 +40,7 @@ class GenerateOptions:
     revision: str | None = None
     trust_remote_code: bool = False
     serve: str = "auto"
+    thinking: str = THINKING
     overwrite: bool = False
 
     def __post_init__(self) -> None:
@@ -46,6 +48,7 @@ class GenerateOptions:
             raise UserError(f"serve={self.serve} is unknown: choose one of {', '.join(SERVE)}")
         if self.limit is not None and self.limit < 1:
             raise UserError(f"limit is {self.limit}: it must be at least 1")
+        check_marks("thinking", self.thinking)
         temperature = self.temperature if self.temperature is not None else float((self.num_samples or 1) > 1)
         self.sampling(max_new_tokens=1, stop=(), temperature=temperature)  # checks the values
 
@@ -81,7 +84,8 @@ class Questions:
     """What one task asks.
 
     instructions[i]: of items[i], after those of the turns before it; earlier[i]: the places of those turns in `items`;
-    samplings[i]: how to draw items[i].
+    samplings[i]: how to draw items[i]; thinking: the marks around what a reasoning model writes before its answer,
+    which is no part of the conversation that the next turn sees.
     """
 
     task: Task
@@ -91,6 +95,7 @@ class Questions:
     earlier: list[list[int]]
     samplings: list[Sampling]
     template: str
+    thinking: str
     chat: ChatTemplate | None = None
 
     def of_base(self, base: str, options: EngineOptions, *, text: str | None = None) -> "Questions":
@@ -128,7 +133,9 @@ class Questions:
         if not turns:
             return [self.conversation(self.instructions[index], [])]
         return [
-            self.conversation(self.instructions[index], [answer.text for answer in history])
+            self.conversation(
+                self.instructions[index], [cut_thinking(answer.text, self.thinking) for answer in history]
+            )
             for history in zip(*(answers[turn] for turn in turns), strict=True)
         ]
 
@@ -168,7 +175,7 @@ def load_questions(task: Task, data: str | None, options: GenerateOptions) -> Qu
         for item in items
     ]
     instructions = [[items[place].instruction for place in [*turns, index]] for index, turns in enumerate(earlier)]
-    return Questions(task, source, items, instructions, earlier, samplings, template)
+    return Questions(task, source, items, instructions, earlier, samplings, template, options.thinking)
 
 
 def request_sha256(model: ServedModel, questions: Questions, kind: str, options: GenerateOptions) -> str | None:
@@ -179,10 +186,14 @@ def request_sha256(model: ServedModel, questions: Questions, kind: str, options:
     weights = weights_state(model)
     if weights is None:
         return None
+    turns = any(questions.earlier)
     request = {
         "weights": weights,
         "engine": [kind, engines.GENERATION_VERSION, engines.device_kind(), *engines.package_versions(kind)],
-        "options": {key: value for key, value in vars(options).items() if key not in ("overwrite", "limit")},
+        "options": {
+            key: value for key, value in vars(options).items() if key not in ("overwrite", "limit", "thinking")
+        },
+        **({"thinking": questions.thinking} if turns else {}),
         "task": [questions.task.name, questions.template, *([questions.chat.hash] if questions.chat else [])],
         "choices": {key: questions.task.choice(key) for key in questions.task.choices},
         "data": [questions.source.name, questions.source.as_result()],  # the record beside the answers names the data

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ba_lora.errors import UserError
 from ba_lora.experiments.tables import Row
 from ba_lora.glue import find_task
 from eval.metrics.bootstrap import weighted_metric
@@ -161,6 +162,17 @@ class PairedTests:
 
     def _shared(self, ids: Sequence[str]) -> tuple[str, ...]:
         return self._ids.setdefault(tuple(ids), tuple(ids))
+
+
+def run_items(sources: Sources, column: ReportColumn, runs: Sequence[PlannedRun]) -> Array:
+    """Return the grades of runs on the items of a column, [runs, N], in the order of the items' ids. Raises UserError
+    where one has none at hand, or other items."""
+    found = [None if column.items is None else sources.grades(run, column.items) for run in runs]
+    for run, grades in zip(runs, found, strict=True):
+        if grades is None or grades.keys() != found[0].keys():
+            why = "has no grades at hand" if grades is None else f"has other items than {runs[0].run_id}"
+            raise UserError(f"{run.run_id} {why} for column {column.name}: bring the runs' outputs along")
+    return np.array([[total / number for _, (total, number) in sorted(grades.items())] for grades in found])
 
 
 def _of_metric(

@@ -12,6 +12,7 @@ __all__ = ["TASKS", "Grade", "Item", "Source", "Task", "get_task"]
 # name -> (module, class); imported on first use, since a grader's dependencies are heavy
 _WHERE = {
     "toy": ("eval.tasks.toy", "Toy"),
+    "lab": ("eval.tasks.lab", "Lab"),
     "gsm8k": ("eval.tasks.gsm8k", "GSM8K"),
     "math": ("eval.tasks.hendrycks_math", "HendrycksMath"),
     "heldout": ("eval.tasks.heldout", "Heldout"),

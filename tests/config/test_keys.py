@@ -19,7 +19,7 @@ import yaml
 from accelerate import Accelerator
 
 from ba_lora.config.layers import SCHEMAS, config_of_result, load_config
-from ba_lora.config.schema import RunConfig, to_yaml, training_hash
+from ba_lora.config.schema import BALoRAConfig, RunConfig, to_yaml, training_hash
 from ba_lora.config.trainer import _RESERVED_ARGUMENTS, _UNSAFE_ARGUMENTS, argument_types
 from ba_lora.errors import UserError
 from ba_lora.experiments import pipeline
@@ -35,11 +35,12 @@ from ba_lora.objective.reference_cache.fill import cached_reference
 from ba_lora.objective.schedules import scheduled_weight
 from ba_lora.objective.terms_nlu import classifier_terms
 from ba_lora.runs import export
-from ba_lora.runs.folder import claim_folder
+from ba_lora.runs.folder import claimed_folder
 from ba_lora.runs.parity import compare_logits
 from ba_lora.training.arguments import build_arguments, early_stopping
 from ba_lora.training.epochs import EpochEvaluation
 from ba_lora.training.packing import build_collator
+from ba_lora.training.trainer import BALoRATrainer
 from data.nlg import load_training_data
 from data.nlu import load_nlu_data
 from tests.support.tiny import collate, tiny_peft, tiny_rows
@@ -90,6 +91,15 @@ def built(config: RunConfig, folder: Path) -> dict[str, Any]:
     }
     settings = model.peft_config["default"].to_dict() if hasattr(model, "peft_config") else {}
     return found | {"settings": json.dumps(settings, default=sorted, sort_keys=True)}
+
+
+def built_optimizer(config: RunConfig, folder: Path) -> list[Any]:
+    """The learning rates of A and B."""
+    model, _ = build_model(config, run_path=folder, num_steps=100)
+    trainer = BALoRATrainer(
+        model, build_arguments(config, folder), regularizers=BALoRAConfig(0, 0, 0), train_dataset=tiny_rows(2)
+    )
+    return sorted({group["lr"] for group in trainer.create_optimizer().param_groups})
 
 
 def files_of(key: str) -> Callable[[RunConfig, Path], Any]:
@@ -219,7 +229,9 @@ def exports(config: RunConfig, folder: Path) -> set[str]:
     with contextlib.ExitStack() as stack:
         for name, value in fakes.items():
             stack.enter_context(mock.patch.object(export, name, return_value=value))
-        return set(export.export_run(config, folder, {}, logits))
+        write_rank = stack.enter_context(mock.patch.object(export, "write_rank"))
+        exported = set(export.export_run(config, folder, {}, logits))
+        return exported | {str(call.args[1]) for call in write_rank.mock_calls}
 
 
 def parity(config: RunConfig, folder: Path) -> Any:
@@ -270,10 +282,10 @@ def run_name(config: RunConfig, folder: Path) -> str:
 def what_is_left(config: RunConfig, folder: Path) -> list[str]:
     """What of an earlier run is there after this one has taken its folder."""
     config = dataclasses.replace(config, output_dir=str(folder / "run"), results_dir=str(folder / "results"))
-    claim_folder(dataclasses.replace(config, overwrite=False))
-    (config.run_path / "log.jsonl").write_text("{}\n")
-    claim_folder(config)
-    return sorted(file.name for file in config.run_path.iterdir())
+    with claimed_folder(dataclasses.replace(config, overwrite=False)):
+        (config.run_path / "log.jsonl").write_text("{}\n")
+    with claimed_folder(config):
+        return sorted(file.name for file in config.run_path.iterdir())
 
 
 def features(config: RunConfig, folder: Path) -> list[int]:
@@ -319,6 +331,7 @@ BOTH = {
     "model.trust_remote_code": Key("true", hub_loading),
     "adapter.tuner": Key("loha", built, ("method=lora",)),
     "adapter.init": Key("pissa", built, ("method=lora",)),
+    "adapter.optimizer": Key("lora_plus", built_optimizer),
     "adapter.rank": Key("2", built),
     "adapter.alpha": Key("3", built),
     "adapter.dropout": Key("0.5", built),
@@ -330,6 +343,7 @@ BOTH = {
     "adapter.options": Key("{exclude_modules: [q_proj, query]}", built, ("method=lora",)),
     "data.num_rows": Key("5", rows),
     "trainer": Key("{learning_rate: 0.5}", arguments),
+    "export.ranks": Key("[1, 2]", exports, ("method=dylora", "adapter.rank=4")),
     "export.merged": Key("false", exports, ("method=lora",)),
     "export.tolerance": Key("1.0", parity),
     "hub.push": Key("true", whole_run, ("hub.repo_id=a/b",)),
