@@ -172,6 +172,8 @@ def check_nlg(config: NLGConfig) -> None:
     for task in (*config.eval.tasks, *config.eval.data):
         if not task.startswith(HARNESS):  # the harness knows its own names, and is asked before the training
             check_choice("eval.tasks", task, (*tasks(), *RUN_MEASURES))
+        if task in RUN_MEASURES and is_chat(data.template):
+            raise UserError(f"eval.tasks: {task} asks in the Alpaca frame, and the run is trained in {data.template}")
     check_choice("eval.engine", config.eval.engine, ("auto", "vllm", "hf"))
     for key, value in config.eval.options.items():
         if key not in GENERATION_OPTIONS:

@@ -32,7 +32,8 @@ def driver(monkeypatch):
     return asked
 
 
-def test_scores_go_into_the_run_and_its_result(train, driver, tmp_path, capsys):
+def test_scores_go_into_the_run_and_its_result(train, driver, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("ba_lora.config.schema.RESULTS_PATH", tmp_path / "results")  # where the run's result is
     run = train(method="lora")
     rows = tmp_path / "bbq.jsonl"
     rows.write_text('{"context": "?"}\n')
