@@ -127,7 +127,7 @@ def record_failure(config: RunConfig, failures: Sequence[StageFailure]) -> str:
     The record is that of the first failure. Where only scorers failed, its "tasks" are these scorers' tasks, each with
     its error: all other scores of the run are good.
     """
-    errors = [_error(failure) for failure in failures]
+    errors = [stage_error(failure) for failure in failures]
     first = failures[0]
     record = {"stage": first.stage.name, "status": first.status, "error": errors[0], "log": str(first.log_path)}
     tasks = {failure.stage.task: error for failure, error in zip(failures, errors, strict=True)}
@@ -135,7 +135,7 @@ def record_failure(config: RunConfig, failures: Sequence[StageFailure]) -> str:
     return "; ".join(f"{failure.stage.name}: {error}" for failure, error in zip(failures, errors, strict=True))
 
 
-def _error(failure: StageFailure) -> str:
+def stage_error(failure: StageFailure) -> str:
     """Return the last line of the stage's log that reads like an error, else its last line, else the exit status."""
     lines = log_lines(failure.log_path)
     found = [match[1] for line in lines if (match := _ERROR_LINE.match(line))]

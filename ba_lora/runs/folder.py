@@ -7,6 +7,7 @@ outputs/<run_id>/claim.json    what must stay as it was: number of processes, ha
                  checkpoints/  Trainer's, each with the list of its files
                  adapter/ lora/ merged/
                  log.jsonl     every logged step
+                 evaluations.jsonl    those inside the training, as soon as they are known; stop: a request to end it
                  train.json    written last: what training and export did (status, times, terms, environment)
 
 A run without a checkpoint and without an export has nothing to lose: it starts over where something has changed since,
@@ -32,6 +33,7 @@ from ba_lora.prompts import prompt_hash
 from ba_lora.runs.environment import now
 from ba_lora.runs.results import check_result_place, result_fault, write_result
 from ba_lora.training.checkpoints import MANIFEST, checkpoint_folders
+from ba_lora.training.evaluations import EVALUATIONS, STOP
 
 CLAIM = "claim.json"
 EXPORTS = ("adapter", "lora", "merged")
@@ -39,7 +41,7 @@ FIRST_FACTORS = ("initial", "residual")
 # What a run and its evaluation write into the folder, but for the checkpoints: overwrite=true removes nothing else. Not
 # judgements/: they are paid for, and each is kept under the very answer that it judges.
 _OWN = (
-    "train.json", "log.jsonl", "evaluation.json", "initial", "residual", "epochs", "features",
+    "train.json", "log.jsonl", EVALUATIONS, STOP, "evaluation.json", "initial", "residual", "epochs", "features",
     "predictions", "completions", "grades", "scores", "checkpoints/runs", *EXPORTS,
     *(f"{name}.rejected" for name in EXPORTS), *(f".{name}.saving" for name in EXPORTS),
 )  # fmt: skip

@@ -38,6 +38,7 @@ from ba_lora.runs.parity import probe_batch, report
 from ba_lora.training.arguments import build_arguments, count_steps
 from ba_lora.training.log import mean_gradient_shares
 from ba_lora.training.trainer import BALoRATrainer
+from ba_lora.training.watch import WatchedTraining
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -88,6 +89,7 @@ class TrainingRun:
         arguments = self.arguments
         effective = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
         self.print(f"training: {self.num_steps} steps of {effective} rows, {arguments.world_size} process(es)")
+        trainer.add_callback(WatchedTraining(self.run_path))
         reset_peak_memory()  # the SVDs of the initialisation are no part of training
         started = time.perf_counter()
         self._checkpoint = trainer.train_or_resume(self.run_path / "checkpoints", num_steps=self.num_steps)

@@ -22,6 +22,7 @@ from eval.report.cells import Cell
 from eval.report.sheets import ARROWS, Drawn
 from eval.report.sources import Sources
 from eval.report.spec import Figure, PlannedRun, ReportColumn, TableSpec, row_name, setting_value
+from eval.report.stats import mean_interval
 from eval.report.style import (
     HALO,
     HOLLOW,
@@ -76,7 +77,7 @@ def _dots(table: ReportTable, figure: Figure, sources: Sources) -> tuple[Canvas,
                 continue
             cell, y, style = table.cell(row, column), series.index(_series(spec, row)), styles[_series(spec, row)]
             if cell.mean is not None:
-                low, high = _interval(cell)
+                low, high = mean_interval(cell.values)
                 axis.plot([low, high], [y, y], color=style.colour, lw=1.2, zorder=2)
                 axis.plot(cell.values, [y] * len(cell.values), "|", color="0.25", ms=6, mew=0.8, zorder=3)
                 axis.plot(cell.mean, y, style.marker, color=style.colour, mec="black", mew=0.5, zorder=4)
@@ -97,16 +98,6 @@ def _dots(table: ReportTable, figure: Figure, sources: Sources) -> tuple[Canvas,
     if handles := _paper_handle(table, figure, marker="D"):
         add_legend(canvas, handles)
     return canvas, _caption(table, figure)
-
-
-def _interval(cell: Cell) -> tuple[float, float]:
-    """Return the mean's 95 % confidence interval over seeds (t); of one seed only the mean."""
-    if cell.std is None:
-        return cell.mean, cell.mean
-    from scipy import stats
-
-    half = float(stats.t.ppf(0.975, len(cell.values) - 1)) * cell.std / np.sqrt(len(cell.values))
-    return cell.mean - half, cell.mean + half
 
 
 def _styles(spec: TableSpec) -> dict[tuple[str, ...], Style]:

@@ -73,7 +73,7 @@ def test_every_command_is_of_a_kind_that_is_tested_here():
     )
     tested = {*LAUNCHES, *BY_HAND, *NLU, *TRAIN_NLU, *REPRODUCE, *OF_RUNS, *SCORE, *GENERATE, *REPORT, *BENCH}
     tested |= {*OVER_SEEDS, *HARNESS, *SITE, *JUDGE, *SHOW, *CONVERT, *EVAL_OWN}
-    assert sorted({*COMMANDS} - tested) == ["sh scripts/test.sh", "sh scripts/test.sh slow"]
+    assert sorted({*COMMANDS} - tested) == ["sh scripts/test.sh", "sh scripts/test.sh gpu", "sh scripts/test.sh slow"]
 
 
 def test_no_command_hides_in_a_block_of_another_kind():
