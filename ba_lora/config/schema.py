@@ -33,6 +33,7 @@ GENERATION_OPTIONS = (
     "attention", "tensor_parallel_size", "gpu_memory_utilization", "serve", "protocol", "subset",
 )  # fmt: skip
 RUN_MEASURES = ("inheritance", "likelihood")  # measured on the run itself, not on completions: eval/<name>.py
+HARNESS = "harness/"  # before the name of a task of lm-evaluation-harness: eval/harness.py
 PUBLISHED_TERMS = ("consistency", "diversity", "svd")
 # Each further file in objective/terms is a term, with a weight `lambda_<name>` and a `<name>_schedule` of its own.
 EXTRA_TERMS = tuple(

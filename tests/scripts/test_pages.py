@@ -18,8 +18,9 @@ import pytest
 from ba_lora.config.layers import load_config
 from ba_lora.errors import UserError
 from ba_lora.experiments.tables import available_tables
-from ba_lora.runs import results_nlu
-from eval import generate, score
+from ba_lora.runs import convert, results_nlu
+from data import show
+from eval import generate, harness, score
 from scripts import bench
 from tests.conftest import ROOT
 from tests.runs.test_results_nlu import result as nlu_result
@@ -43,7 +44,10 @@ GENERATE = [line for line in COMMANDS if "-m eval.generate" in line and line not
 REPORT = [line for line in COMMANDS if "python -m eval.report " in line or "eval.report.simulation" in line]
 BENCH = [line for line in COMMANDS if "scripts/bench.py" in line]
 OVER_SEEDS = [line for line in COMMANDS if "ba_lora.runs.results_nlu" in line]
-HARNESS = [line for line in COMMANDS if ".cache/lm-eval" in line]
+HARNESS = [line for line in COMMANDS if "scripts/harness.sh" in line]
+SHOW = [line for line in COMMANDS if "-m data.show" in line]
+CONVERT = [line for line in COMMANDS if "ba_lora.runs.convert" in line]
+EVAL_OWN = [line for line in COMMANDS if "outputs/RUN_OWN" in line]  # run by tests/data/test_own_task.py
 SITE = [line for line in COMMANDS if ".cache/docs" in line]
 JUDGE = [line for line in COMMANDS if line.startswith("export JUDGE_MODEL=")]
 
@@ -60,9 +64,15 @@ def test_every_command_is_of_a_kind_that_is_tested_here():
     assert len(DRY) >= 12 and len(OF_EXAMPLES) == 2 and len(BY_HAND) == 3 and len(TOY) == 2
     assert len(NLU) >= 6 and len(TRAIN_NLU) == 1 and len(REPRODUCE) >= 5
     assert len(SCORE) == 4 and len(GENERATE) == len(OVER_SEEDS) == len(JUDGE) == 1 and len(OF_RUNS) == len(BENCH) == 2
-    assert len(HARNESS) == 4 and len(REPORT) == 1 and len(SITE) == 3
+    assert (
+        len(HARNESS) == 3
+        and len(SHOW) == len(EVAL_OWN) == 1
+        and len(CONVERT) == 3
+        and len(REPORT) == 1
+        and len(SITE) == 3
+    )
     tested = {*LAUNCHES, *BY_HAND, *NLU, *TRAIN_NLU, *REPRODUCE, *OF_RUNS, *SCORE, *GENERATE, *REPORT, *BENCH}
-    tested |= {*OVER_SEEDS, *HARNESS, *SITE, *JUDGE}
+    tested |= {*OVER_SEEDS, *HARNESS, *SITE, *JUDGE, *SHOW, *CONVERT, *EVAL_OWN}
     assert sorted({*COMMANDS} - tested) == ["sh scripts/test.sh", "sh scripts/test.sh gpu", "sh scripts/test.sh slow"]
 
 
@@ -120,7 +130,8 @@ def test_every_launch_resolves_to_its_commands(line, dry_run):
 
 @pytest.mark.parametrize("line", NLU)
 def test_every_nlu_launch_resolves_to_its_commands(line, dry_run):
-    trainings = [shlex.split(printed) for printed in dry_run(line).splitlines()]
+    stages = [shlex.split(printed) for printed in dry_run(line).splitlines()]
+    trainings = [stage for stage in stages if "eval.nlu" not in stage]  # the example's sets out of its domain
     methods = re.search(r"method=(\S+)", line)
     assert len(trainings) == (len(methods[1].split(",")) if methods else 3)
     assert all("train_nlu.py" in training for training in trainings)
@@ -207,19 +218,38 @@ def test_a_table_over_seeds_as_the_page_tells(tmp_path, monkeypatch, capsys):
     assert "80.00" in capsys.readouterr().out
 
 
+def test_the_harness_understands_the_words_of_the_pages():
+    for line in HARNESS:
+        asked = harness.read_words(shlex.split(line)[2:])
+        assert asked.model.endswith("outputs/RUN") and asked.tasks and set(asked.files) <= set(asked.tasks)
+
+
 @pytest.mark.slow
-def test_the_harness_has_its_environment_and_our_task():
-    """Its environment is made once, in .cache; GSM8K's rows are the hub's, so the task is listed and not run."""
-    *environment, evaluation = HARNESS
-    if not (ROOT / ".cache" / "lm-eval" / "bin" / "lm_eval").is_file():
-        for line in environment:
-            done = shell(line)
-            assert done.returncode == 0, done.stderr[-3000:]
-    words = shlex.split(evaluation)
-    place = words[words.index("--include_path") + 1]
-    done = shell(f"{words[0]} ls tasks --include_path {place}")
+def test_the_harness_has_its_environment_and_the_tasks():
+    """Its environment is made once, in .cache; most tasks' rows are the hub's: they are looked up and not run."""
+    done = shell("sh scripts/harness.sh --setup")
     assert done.returncode == 0, done.stderr[-3000:]
-    assert words[words.index("--tasks") + 1] in done.stdout
+    for line in HARNESS:
+        harness.check([word for word in shlex.split(line.partition(" --data")[0])[2:]])
+    with pytest.raises(UserError, match="has no task mmluu .nearest: mmlu"):
+        harness.check(["outputs/RUN", "mmluu"])
+
+
+def test_the_rows_are_shown_as_the_page_tells(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["show", *shlex.split(SHOW[0])[3:]])
+    assert show.main() == 0
+    text = capsys.readouterr().out
+    assert "410 used" in text and text.count("tokens, ") == 3 and "### System:" in text
+
+
+@pytest.mark.parametrize("line", CONVERT)
+def test_the_verbs_of_the_pages_are_understood(line, monkeypatch):
+    """They are run by tests/runs/test_convert.py."""
+    called = []
+    for verb in ("convert", "merge_adapter", "compare_models"):
+        monkeypatch.setattr(convert, verb, lambda *words, **more: called.append(words) or {"max_difference": 0})
+    monkeypatch.setattr("sys.argv", ["convert", *shlex.split(line)[3:]])
+    assert convert.main() == 0 and len(called) == 1
 
 
 def test_the_sites_requirements_are_exact_pins():
