@@ -7,8 +7,8 @@
 TABLE is a file of configs/tables, by its name or path. `seeds` and `key=value` are those that its runs were made with
 (sh scripts/reproduce.sh TABLE key=value …), since they are part of what a run is called. Written to `output`, by
 default results/TABLE, and with such words, which make it another table, results/TABLE-<their hash>: table.md,
-table.tex, table.csv, table.json and figures/<name>.png and .pdf. Read are the runs' results, grades and logs, the
-table's config and results/paper_reported; no model, no GPU.
+table.tex, table.csv, table.json, figures/<name>.png and .pdf, and chosen.yaml where the table chooses for another one.
+Read are the runs' results, grades and logs, the table's config and results/paper_reported; no model, no GPU.
 
 Beside them page/index.html (eval/page/): the table, its runs and every answer, in a browser without a network. --runs
 makes such a page of any runs, run folders or folders that hold some, by default outputs/page; --inspect writes their
@@ -29,11 +29,12 @@ from typing import Any
 from ba_lora.config.checks import check_place
 from ba_lora.errors import CommandParser, UserError, run_entry_point
 from ba_lora.experiments.state import read_declaration
-from ba_lora.experiments.tables import find_table, load_table, report_folder
+from ba_lora.experiments.tables import CHOSEN, find_table, load_table, report_folder
 from ba_lora.io import read_object, write_bytes_atomic, write_json_atomic, write_text_atomic
 from ba_lora.paths import PROJECT_ROOT, resolve_path, written_path
 from ba_lora.words import take_options
 from eval.report.figures import draw_figures
+from eval.report.hypothesis_figures import chosen_levels
 from eval.report.render import to_csv, to_json, to_latex, to_markdown
 from eval.report.settings import check_allowed
 from eval.report.sheets import Drawn
@@ -159,12 +160,15 @@ def write_report(table: ReportTable, sources: Sources, folder: Path) -> list[tup
     drawn = [(_with_earlier(figure, folder), files) for figure, files in draw_figures(table, sources)]
     figures = [figure for figure, _ in drawn]
     facts = to_json(table, figures)
+    chosen = chosen_levels(table) if table.spec.clusters and table.spec.choose else {}
     _refuse_lost_tests(facts, folder / "table.json")
     texts = {"tex": to_latex(table), "csv": to_csv(table), "md": to_markdown(table, figures)}
     for figure, files in drawn:
         for suffix, content in files.items():
             write_bytes_atomic(folder / "figures" / f"{figure.name}.{suffix}", content)
     write_json_atomic(folder / "table.json", facts)
+    if chosen:
+        write_text_atomic(folder / CHOSEN, "".join(f"{name}: {json.dumps(words)}\n" for name, words in chosen.items()))
     for suffix, text in texts.items():
         write_text_atomic(folder / f"table.{suffix}", text)
     return drawn

@@ -147,7 +147,7 @@ class PairedTests:
         return _of_metric(self._shared([line["task_id"] for line in lines]), num_tokens, nll, perplexity)
 
     def _predicted(self, run: PlannedRun, column: ReportColumn, entry: Mapping[str, Any]) -> ItemValues:
-        task = find_task(entry["of_task"])
+        task = find_task(entry.get("definition") or entry["of_task"])
         minority = (entry.get("per_class") or {}).get("minority")
         metric = weighted_metric(column.metric, classes=task.labels, minority=minority)
         if metric is None:
@@ -166,6 +166,17 @@ class PairedTests:
 
     def _shared(self, ids: Sequence[str]) -> tuple[str, ...]:
         return self._ids.setdefault(tuple(ids), tuple(ids))
+
+
+def run_items(sources: Sources, column: ReportColumn, runs: Sequence[PlannedRun]) -> Array:
+    """Return the grades of runs on the items of a column, [runs, N], in the order of the items' ids. Raises UserError
+    where one has none at hand, or other items."""
+    found = [None if column.items is None else sources.grades(run, column.items) for run in runs]
+    for run, grades in zip(runs, found, strict=True):
+        if grades is None or grades.keys() != found[0].keys():
+            why = "has no grades at hand" if grades is None else f"has other items than {runs[0].run_id}"
+            raise UserError(f"{run.run_id} {why} for column {column.name}: bring the runs' outputs along")
+    return np.array([[total / number for _, (total, number) in sorted(grades.items())] for grades in found])
 
 
 def _of_metric(
