@@ -17,7 +17,6 @@ ROOT = Path(__file__).resolve().parents[2]
 SHELL = shutil.which("dash") or "sh"
 REQUIREMENTS = sorted(ROOT.glob("requirements*.txt"))
 # Imports of packages that need not be installed where the tests run.
-# Modules of what is not installed everywhere → distribution.
 ELSEWHERE = {"vllm": "vllm", "flash_attn": "flash-attn", "inspect_ai": "inspect-ai", "playwright": "playwright"}
 
 # Answers as a Python would, and writes what pip was asked for to $CALLS. Fails when the call matches $FAIL.
