@@ -71,7 +71,7 @@ def test_every_command_is_of_a_kind_that_is_tested_here():
     tested |= {*OVER_SEEDS, *HARNESS, *SITE, *JUDGE}
     assert len(PAGE) == 2 and len(CHAT) == 1 and len(INSPECT) == 4
     tested |= {*PAGE, *CHAT, *INSPECT}
-    assert sorted({*COMMANDS} - tested) == ["sh scripts/test.sh", "sh scripts/test.sh slow"]
+    assert sorted({*COMMANDS} - tested) == ["sh scripts/test.sh", "sh scripts/test.sh gpu", "sh scripts/test.sh slow"]
 
 
 def test_no_command_hides_in_a_block_of_another_kind():
