@@ -14,7 +14,7 @@ key=value changes every run (`data.num_rows=1000`), but for
     retry=true         redo what failed                 workers=N     at most N runs at a time
     seeds=[1,2]        instead of the table's seeds     gpus=N        rows set for N GPUs a run (default: the fewest)
     only=WORD[,WORD]   the rows of these bases, methods, settings: only=llama-2-7b,lora,pissa
-    output=DIR         of the report                allow=NAME    for the report; see eval/report/__main__.py
+    output=DIR, allow=NAME, page=no    for the report; see eval/report/__main__.py
 """
 
 import argparse

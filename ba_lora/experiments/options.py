@@ -9,7 +9,7 @@ from ba_lora.experiments.tables import Row, Table
 from ba_lora.paths import written_path
 from ba_lora.words import nearest, take_options
 
-REPORT_OPTIONS = ("output", "allow")
+REPORT_OPTIONS = ("output", "allow", "page")
 MAX_WORKERS = 1024
 OPTIONS = ("retry", "workers", "gpus", "seeds", "only", *REPORT_OPTIONS)
 

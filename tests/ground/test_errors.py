@@ -20,7 +20,9 @@ RESUMING = {
     "eval.generate",
 }
 OTHERS = {
+    "eval.chat",
     "eval.check",
+    "eval.compare",
     "eval.rescore",
     "eval.score",
     "eval.nlu",

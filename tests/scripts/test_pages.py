@@ -2,6 +2,7 @@
 
 import csv
 import importlib
+import io
 import json
 import os
 import re
@@ -20,11 +21,13 @@ from ba_lora.errors import UserError
 from ba_lora.experiments.tables import available_tables
 from ba_lora.runs import convert, results_nlu
 from data import show
-from eval import generate, harness, score
+from eval import chat, compare, generate, harness, score
+from eval.report import __main__ as report
 from scripts import bench
 from tests.conftest import ROOT
 from tests.runs.test_results_nlu import result as nlu_result
 from tests.support.committed import committed_text
+from tests.support.page_world import toy_run
 from tests.support.pages import COMMANDS, PAGES, blocks, commands, example
 
 README, RESULTS = PAGES["README.md"], PAGES["docs/results.md"]
@@ -41,7 +44,10 @@ TOY = [
 OF_RUNS = [line for line in COMMANDS if "outputs/RUN_ID" in line]  # run as they are by tests/eval/test_eval_nlu.py
 SCORE = [line for line in COMMANDS if "-m eval.score" in line and line not in BY_HAND]
 GENERATE = [line for line in COMMANDS if "-m eval.generate" in line and line not in BY_HAND]
-REPORT = [line for line in COMMANDS if "python -m eval.report " in line or "eval.report.simulation" in line]
+REPORT = [line for line in COMMANDS if "python -m eval.report toy " in line or "eval.report.simulation" in line]
+PAGE = [line for line in COMMANDS if re.search(r"eval\.report --runs|eval\.compare", line)]
+CHAT = [line for line in COMMANDS if "eval.chat" in line]
+INSPECT = [line for line in COMMANDS if ".cache/inspect" in line]
 BENCH = [line for line in COMMANDS if "scripts/bench.py" in line]
 OVER_SEEDS = [line for line in COMMANDS if "ba_lora.runs.results_nlu" in line]
 HARNESS = [line for line in COMMANDS if "scripts/harness.sh" in line]
@@ -72,7 +78,8 @@ def test_every_command_is_of_a_kind_that_is_tested_here():
         and len(SITE) == 3
     )
     tested = {*LAUNCHES, *BY_HAND, *NLU, *TRAIN_NLU, *REPRODUCE, *OF_RUNS, *SCORE, *GENERATE, *REPORT, *BENCH}
-    tested |= {*OVER_SEEDS, *HARNESS, *SITE, *JUDGE, *SHOW, *CONVERT, *EVAL_OWN}
+    assert len(PAGE) == 2 and len(CHAT) == 1 and len(INSPECT) == 4
+    tested |= {*OVER_SEEDS, *HARNESS, *SITE, *JUDGE, *SHOW, *CONVERT, *EVAL_OWN, *PAGE, *CHAT, *INSPECT}
     assert sorted({*COMMANDS} - tested) == ["sh scripts/test.sh", "sh scripts/test.sh gpu", "sh scripts/test.sh slow"]
 
 
@@ -193,12 +200,43 @@ def test_generating_as_the_pages_tell(tmp_path, tiny_model):
 def test_the_toys_report_follows_from_the_committed_runs(tmp_path):
     (line,) = REPORT
     done = shell(line.replace("outputs/toy-report", str(tmp_path)))
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode in (0, report.INCOMPLETE), done.stderr[-3000:]  # 0 where outputs/ has the runs' answers
+    assert (tmp_path / "page" / "index.html").is_file()
     made, committed = (
         json.loads((tmp_path / "table.json").read_text()),
         json.loads(committed_text("results/toy/table.json")),
     )
     assert [cell["mean"] for cell in made["cells"]] == [cell["mean"] for cell in committed["cells"]]
+
+
+def test_the_page_of_runs_as_the_pages_tell(tmp_path, monkeypatch):
+    for name in ("RUN", "OTHER_RUN"):
+        toy_run(tmp_path / name, "lora", len(name), completion=lambda place, gold: gold, items=5)
+    monkeypatch.setattr(report, "PROJECT_ROOT", tmp_path / "project")
+    monkeypatch.setattr(compare, "PROJECT_ROOT", tmp_path / "project")
+    for line in PAGE:
+        words = line.replace("outputs/RUN", f"{tmp_path}/RUN").replace("outputs/OTHER_RUN", f"{tmp_path}/OTHER_RUN")
+        words = words.replace("--runs outputs", f"--runs {tmp_path}").replace(
+            "=outputs/", f"={tmp_path}/project/outputs/"
+        )
+        monkeypatch.setattr("sys.argv", words.split()[2:])
+        assert (report if "eval.report" in line else compare).main() == 0
+    made = [path.parent.name for path in tmp_path.glob("project/outputs/*/index.html")]
+    assert sorted(made) == ["compare", "page"]
+
+
+def test_asking_as_the_page_tells(tmp_path, tiny_model, monkeypatch, capsys):
+    (tmp_path / "other").symlink_to(tiny_model)
+    line = CHAT[0].replace("outputs/RUN", str(tiny_model)).replace("outputs/OTHER_RUN", str(tmp_path / "other"))
+    monkeypatch.setattr("sys.stdin", io.StringIO("What is 2 + 3?\n"))
+    assert chat.main([*line.split()[3:], "max_new_tokens=3"]) == 0
+    assert "[other]" in capsys.readouterr().out
+
+
+def test_logs_for_inspect_take_the_environment_that_the_page_tells(root):
+    """Made and read by tests/eval/page/test_inspect_logs.py in such an environment."""
+    pinned = re.search(r"inspect-ai==[\d.]+", (root / "pyproject.toml").read_text())[0]
+    assert INSPECT[2].endswith(pinned) and INSPECT[3].split()[2:4] == ["eval.report", "--inspect"]
 
 
 def test_the_bench_knows_its_words():
