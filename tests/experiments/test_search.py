@@ -305,3 +305,35 @@ def test_no_gpu_is_forked():
 
     with pytest.raises(UserError, match="warm: true is for the CPU"):
         WarmExecutor([Slot("GPU 0", {}, (Path("gpu.lock"),))])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["tpe", "nomad"])
+def test_real_trainings_killed_and_resumed_have_the_values_of_those_that_were_not(tmp_path, engine):
+    """The space of configs/search/toy.yaml, forked from a warm process."""
+
+    def start(name):
+        words = ["toy", "toy", "trials=3", f"engine={engine}", "workers=1", f"output={tmp_path / name}"]
+        command = [sys.executable, "-m", "ba_lora.experiments.search", *words]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+
+    whole = start("whole")
+    assert whole.wait() == 0, whole.stdout.read()
+    killed = start("killed")
+    while not (tmp_path / "killed" / f"{engine}-s0" / "trials" / "t0001-s42" / "config.yaml").is_file():
+        assert killed.poll() is None, killed.stdout.read()
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    resumed = start("killed")
+    assert resumed.wait() == 0, resumed.stdout.read()
+    one, other = (
+        json.loads((tmp_path / name / f"{engine}-s0" / "trials.json").read_text())["trials"]
+        for name in ("whole", "killed")
+    )
+    assert [(trial["values"], trial["value"]) for trial in one] == [
+        (trial["values"], trial["value"]) for trial in other
+    ]

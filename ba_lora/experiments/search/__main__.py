@@ -71,12 +71,15 @@ def main() -> int:
     kind = base_kind(config_path)
     whole = _whole_folder(config_path, space_name, spaces[0], typed, words)
     check_place(whole, "output")
+    check_runs(spaces[0], config_path, method=typed.get("method"), words=words, kind=kind)
     asked = [_asked(space, whole, config_path, typed.get("method"), words, kind) for space in spaces]
+    _, runs, first = asked[0]  # they differ in engine and seed only
+    runs.check(first)
     import_optuna()
     for space in spaces:
         open_proposer(space).close()  # whether its package is there
     if parsed.dry_run:
-        print("\n".join(_dry_run(asked)))
+        print("\n".join(_dry_run(asked, gpus=gpus or 1)))
         return 0
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     for space, runs, first in asked:
@@ -120,21 +123,18 @@ def _executor(space: SearchSpace, slots: list[Any]) -> LocalExecutor:
 def _asked(
     space: SearchSpace, whole: Path, config_path: str, method: str | None, words: Sequence[str], kind: str
 ) -> tuple[SearchSpace, TrialRuns, dict[str, Any]]:
-    """Return the search with its checked runs and the values of a first trial."""
-    check_runs(space, config_path, method=method, words=words, kind=kind)
+    """Return the search with its runs and the values of a first trial."""
     folder = whole / f"{space.engine}-s{space.search_seed}"
     runs = TrialRuns(space, folder, config_path, method=method, words=words, kind=kind)
-    first = space.start or {parameter.key: parameter.at(0.5) for parameter in space.parameters}
-    runs.check(first)
-    return space, runs, first
+    return space, runs, space.start or {parameter.key: parameter.at(0.5) for parameter in space.parameters}
 
 
-def _dry_run(asked: Sequence[tuple[SearchSpace, TrialRuns, dict[str, Any]]]) -> list[str]:
+def _dry_run(asked: Sequence[tuple[SearchSpace, TrialRuns, dict[str, Any]]], *, gpus: int) -> list[str]:
     lines = []
     for space, runs, first in asked:
         lines.append(f"{runs.folder}: {space.budget} trials by {space.engine}, {len(space.seeds)} training(s) each")
         spec = runs.spec(0, first, space.seeds[0])
-        lines.append(shlex.join(training_stage(spec, launch_command({}, num_gpus=1)).call.command))
+        lines.append(shlex.join(training_stage(spec, launch_command({}, num_gpus=gpus)).call.command))
     return lines
 
 

@@ -93,8 +93,8 @@ class Search:
     # ---- in the trials' order
 
     def _advance(self) -> None:
-        """Propose and tell as far as it goes: trial n is proposed as soon as n − k + 1 outcomes are told, before the next
-        one is, but where the engine itself (NOMAD, in the middle of a block) waits for more."""
+        """Propose and tell as far as it goes: trial n is proposed as soon as n − k + 1 outcomes are told, before the
+        next one is; NOMAD may wait for more, to the end of its block."""
         while True:
             proposed, told = len(self.journal.trials), self.journal.told
             is_due = told >= proposed - self.space.trials_at_once + 1
@@ -190,10 +190,11 @@ class Search:
                 facts = {"error": stage_error(failures[0]), "log": str(failures[0].log_path)}
                 running.outcome = Outcome(FAILED, None, self._evaluations(running), facts)
             else:
-                loss = self.runs.loss(spec.config)
-                running.facts.append({"seed": spec.config.seed, "loss": loss} | self.runs.facts(spec.config))
-                self._prune(running)
-                running.losses.append(loss)
+                self._prune(running)  # where the training was faster than the last look at it
+                if running.outcome is None:
+                    loss = self.runs.loss(spec.config)
+                    running.facts.append({"seed": spec.config.seed, "loss": loss} | self.runs.facts(spec.config))
+                    running.losses.append(loss)
                 if running.outcome is None and len(running.losses) == len(running.specs):
                     mean = sum(running.losses) / len(running.losses)
                     running.outcome = Outcome(COMPLETE, mean, self._evaluations(running))
