@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ba_lora.errors import UserError
+from ba_lora.experiments.search.best import TRIALS
 from ba_lora.experiments.search.journal import COMPLETE
-from ba_lora.experiments.search.outcome import TRIALS
 from ba_lora.io import read_object
 
 

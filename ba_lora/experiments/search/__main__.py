@@ -33,6 +33,7 @@ from ba_lora.config.schema import training_settings
 from ba_lora.errors import CommandParser, UserError, run_entry_point
 from ba_lora.experiments.executors.local import LocalExecutor, local_slots
 from ba_lora.experiments.options import MAX_WORKERS
+from ba_lora.experiments.search.best import search_folder
 from ba_lora.experiments.search.journal import Journal, import_optuna
 from ba_lora.experiments.search.loop import Search
 from ba_lora.experiments.search.outcome import summary_lines, write_outcome
@@ -163,12 +164,12 @@ def _whole_folder(
     if "output" in typed:
         return written_path(typed["output"])
     base = find_config(config_path, kind=None).stem
-    name = "-".join([base, typed.get("method", "ba_lora"), space.name])
+    folder = search_folder(base, typed.get("method", "ba_lora"), space.name)
     own = sorted([*words, *(f"{key}={typed[key]}" for key in ("trials", "seeds", "trials_at_once") if key in typed)])
     if own or space_name.endswith((".yaml", ".yml")):
         text = "\n".join([space_name, *own])
-        name += f"-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-    return PROJECT_ROOT / "outputs" / "searches" / name
+        return folder.with_name(f"{folder.name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}")
+    return folder
 
 
 def _number(key: str, text: str | None, *, least: int = 1) -> int | None:
