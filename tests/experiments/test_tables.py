@@ -269,7 +269,7 @@ def test_one_run_is_not_evaluated_in_two_ways(tmp_path):
     assert len(load_table(write(tmp_path, rows=rows, columns=columns)).specs()) == 4
 
 
-def test_rows_take_the_best_values_of_their_own_searches(write, tmp_path, monkeypatch):
+def test_rows_take_the_best_values_of_their_own_searches(tmp_path, monkeypatch):
     monkeypatch.setattr("ba_lora.experiments.search.best.SEARCHES_PATH", tmp_path)
     for engine, method, value, rate in (
         ("tpe", "lora", 0.5, 1e-3),
@@ -289,14 +289,14 @@ def test_rows_take_the_best_values_of_their_own_searches(write, tmp_path, monkey
             "settings": {"": [], "rank=4": ["adapter.rank=4"]},
         }
     ]
-    table = load_table(write(rows=rows))
+    table = load_table(write(tmp_path, rows=rows))
     rates = {cell.row: cell.config.trainer["learning_rate"] for cell in table.cells}
     assert rates == {
         Row("toy", "lora"): 2e-3, Row("toy", "lora", "rank=4"): 2e-3,
         Row("toy", "pissa"): 3e-3, Row("toy", "pissa", "rank=4"): 3e-3,
     }  # fmt: skip
     with pytest.raises(UserError, match="trainer.learning_rate is what this table varies"):
-        load_table(write(rows=rows), overrides=["trainer.learning_rate=1"])
+        load_table(write(tmp_path, rows=rows), overrides=["trainer.learning_rate=1"])
     rows[0]["methods"] = ["ba_lora"]
     with pytest.raises(UserError, match="make it with: sh scripts/search.sh toy rates method=ba_lora"):
-        load_table(write(rows=rows))
+        load_table(write(tmp_path, rows=rows))

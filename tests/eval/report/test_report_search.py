@@ -1,6 +1,7 @@
 """The page of a search and the comparison of engines follow from its trials.json."""
 
 import json
+from random import Random
 
 import pytest
 
@@ -21,7 +22,8 @@ def made(folder, engine, seed, values, *, objective="heldout_loss"):
     for number, value in enumerate(values):
         status = "failed" if value is None else "pruned" if isinstance(value, tuple) else "complete"
         value = value[0] if status == "pruned" else value
-        shares = [(number * 7 + 3 * place) % 11 / 10 for place in range(len(space.parameters))]
+        random = Random(number)
+        shares = [random.random() for _ in space.parameters]
         settings = {
             parameter.key: parameter.at(share) for parameter, share in zip(space.parameters, shares, strict=True)
         }
