@@ -31,6 +31,7 @@ from ba_lora.errors import CommandParser, UserError, run_entry_point
 from ba_lora.experiments.evaluation_state import STATE_FILE, evaluation_fault, evaluation_state, read_state
 from ba_lora.experiments.spec import Spec, untuned_config
 from ba_lora.experiments.stages import (
+    ask_module,
     check_evaluation,
     evaluation_stages,
     launch_command,
@@ -43,7 +44,7 @@ from ba_lora.judge_endpoint import endpoint_from_environment
 from ba_lora.locks import locked, work_lock_path
 from ba_lora.runs.card import write_model_card
 from ba_lora.runs.environment import environment, now
-from ba_lora.runs.folder import claim_folder, is_finished
+from ba_lora.runs.folder import claimed_folder, is_finished
 from ba_lora.runs.results import write_result
 from ba_lora.runs.results_table import labelled, results_table
 from ba_lora.words import take_options
@@ -198,7 +199,8 @@ def train_run(spec: Spec) -> None:
     if config.overwrite or several or not is_finished(config):
         run_stage(training_stage(spec, launch_command(os.environ)))
     else:
-        claim_folder(config)  # takes over what may change of its config
+        with claimed_folder(config):
+            pass  # takes over what may change of its config
         print(f"{config.run_path.name} is trained already (overwrite=true redoes it)", flush=True)
 
 
@@ -215,10 +217,15 @@ def evaluate_run(config: RunConfig) -> dict[str, Any]:
 
 
 def prepare_evaluation(config: RunConfig) -> None:
-    """Give the pre-trained model a folder like a run's, once: its scores belong to the very train.json there."""
+    """Give the pre-trained model a folder like a run's, once: its scores belong to the very train.json there.
+
+    A quantised one gets merged/ too: what is evaluated is the quantised model.
+    """
     if config.method == UNTUNED and read_object(config.run_path / "train.json") is None:
         write_text_atomic(config.run_path / "config.yaml", to_yaml(config))
+        quantized = config.model.quantization != "none"
         facts = {
+            "export": ask_module("eval.dequantize", str(config.run_path)) if quantized else None,
             "status": "ok",
             "error": None,
             "finished_at": now(),

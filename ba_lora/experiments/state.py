@@ -26,7 +26,7 @@ from ba_lora.glue import HUB, HUB_REVISION
 from ba_lora.io import read_json, read_object, write_json_atomic, write_text_atomic
 from ba_lora.paths import PROJECT_ROOT
 from ba_lora.rows import is_commit
-from ba_lora.runs.environment import now
+from ba_lora.runs.environment import git_state, now
 from ba_lora.runs.folder import CLAIM, is_trained, source_sha256
 from ba_lora.runs.results import result_fault
 
@@ -190,6 +190,7 @@ def declare(table: Table, folder: Path) -> None:
             "tests": deciding(table),
             "num_results": sum(result.is_file() for result in results),
             "declared_at": now(),
+            "commit": git_state()["commit"],
         },
     )
 

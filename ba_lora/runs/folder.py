@@ -3,7 +3,7 @@
 outputs/<run_id>/claim.json    what must stay as it was: number of processes, hashes of a local training file, of a
                                local base and of the first factors; with config.yaml it makes the folder a run's
                  config.yaml   the resolved configuration
-                 initial/      the first factors of PiSSA and CorDA
+                 initial/      the first factors of PiSSA and kin
                  checkpoints/  Trainer's, each with the list of its files
                  adapter/ lora/ merged/
                  log.jsonl     every logged step
@@ -16,13 +16,13 @@ and config as well, by which the folder remains the run's.
 """
 
 import contextlib
-import functools
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ba_lora.config.layers import load_run
+from ba_lora.config.methods import writes_lora
 from ba_lora.config.schema import RunConfig, to_yaml, training_hash
 from ba_lora.errors import UserError
 from ba_lora.io import disk_errors, read_object, sha256_file, write_json_atomic, write_text_atomic
@@ -47,26 +47,23 @@ _OWN = (
 )  # fmt: skip
 
 
-def claim_folder(config: RunConfig, *, num_processes: int = 1) -> None:
-    """Make the run's folder, or take up one of the very same training configuration.
+@contextlib.contextmanager
+def claimed_folder(config: RunConfig, *, num_processes: int = 1) -> Iterator[None]:
+    """Make the run's folder, or take up one of the very same training configuration, and hold its training lock.
 
-    From here to its end this process holds the run's training lock (see locks.py). Raises UserError when another
-    process does, when the folder belongs to another configuration, another number of processes or another version of
-    a local training file, or holds something else, or when the result would replace that of another configuration:
-    nothing has changed then. `overwrite=true` removes the run there, and its result, first.
-    Call it on one process only.
+    Raises UserError when another process holds the lock (see locks.py), when the folder belongs to another
+    configuration, another number of processes or another version of a local training file, or holds something else,
+    or when the result would replace that of another configuration: nothing has changed then. `overwrite=true` removes
+    the run there, and its result, first. Enter it on one process only.
     """
     path = config.run_path
     with disk_errors(path):
         if path.exists() and not path.is_dir():
             raise UserError(f"{path} is a file: choose another output_dir")
     check_result_place(config)
-    _hold_training_lock(path)
-    try:
+    with locked(training_lock_path(path), doing=f"trains {path.name}", made=path):
         _claim(config, num_processes)
-    finally:
-        if not path.exists():  # a full disk: the lock is of no run
-            training_lock_path(path).unlink(missing_ok=True)
+        yield
 
 
 def _claim(config: RunConfig, num_processes: int) -> None:
@@ -207,13 +204,6 @@ def _inputs(config: RunConfig) -> dict[str, str | None]:
     return {name: folder_hash(folder) for name, folder in folders.items()}
 
 
-@functools.cache  # once a process: there is no going back from a claimed folder
-def _hold_training_lock(run_path: Path) -> contextlib.ExitStack:
-    stack = contextlib.ExitStack()
-    stack.enter_context(locked(training_lock_path(run_path), doing=f"trains {run_path.name}"))
-    return stack
-
-
 def source_sha256(config: RunConfig) -> str | None:
     """Return the sha256 of the local files that the run reads its rows from, None where there are none."""
     files = [resolve_path(name) for name in config.data_files]
@@ -246,7 +236,7 @@ def _export_fault(run_path: Path, config: RunConfig, trained: dict[str, Any]) ->
     """Return which exported file is gone or has another size than was written, None where all are whole."""
     wanted = set()
     if not config.adapter.trains_own_weights:
-        wanted |= {"adapter"} if config.adapter.init == "lora" else {"adapter", "lora"}
+        wanted |= {"adapter", "lora"} if writes_lora(config.adapter) else {"adapter"}
     if config.export.merged or config.adapter.trains_own_weights:
         wanted.add("merged")
     for name in sorted(wanted):
@@ -268,7 +258,8 @@ def finish_run(run_path: Path, config: RunConfig, facts: dict[str, Any]) -> dict
     """Write train.json and the result; return the result."""
     exported = [file for name in EXPORTS for file in sorted((run_path / name).glob("*")) if file.name != "README.md"]
     sizes = {str(file.relative_to(run_path)): file.stat().st_size for file in exported if file.is_file()}
-    ended = {"status": "ok", "error": None, "finished_at": now(), "prompt_hash": prompt_hash()}
+    asked = facts.get("data", {}).get("prompt_hash", prompt_hash())
+    ended = {"status": "ok", "error": None, "finished_at": now(), "prompt_hash": asked}
     write_json_atomic(run_path / "train.json", ended | facts | {"files": sizes})
     return write_result(run_path, config)
 
@@ -319,8 +310,6 @@ def _record_end(run_path: Path, config: RunConfig, ended: dict[str, Any]) -> Non
     with contextlib.suppress(OSError, UserError):
         if not (run_path / "checkpoints").is_dir() and not has_begun(run_path):
             remove_run(run_path)
-            if not run_path.exists():
-                training_lock_path(run_path).unlink()
             return
         write_json_atomic(run_path / "train.json", ended)
     with contextlib.suppress(OSError, UserError):

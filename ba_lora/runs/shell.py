@@ -4,6 +4,7 @@ A script's `train(run)` prepares the data, calls `run.build_model`, makes its ob
 `run.fit`, and returns what `Trained` holds; all around it stands here.
 """
 
+import contextlib
 import gc
 import signal
 import time
@@ -24,7 +25,15 @@ from ba_lora.processes import on_main_process, start_processes
 from ba_lora.runs.card import write_model_card
 from ba_lora.runs.environment import environment, peak_memory_mb, reset_peak_memory, total_peak_memory_mb
 from ba_lora.runs.export import export_run, push_to_hub, save_trained
-from ba_lora.runs.folder import claim_folder, complete_result, finish_run, is_trained, keep_base, keep_factors, recorded
+from ba_lora.runs.folder import (
+    claimed_folder,
+    complete_result,
+    finish_run,
+    is_trained,
+    keep_base,
+    keep_factors,
+    recorded,
+)
 from ba_lora.runs.parity import probe_batch, report
 from ba_lora.training.arguments import build_arguments, count_steps
 from ba_lora.training.log import mean_gradient_shares
@@ -127,7 +136,7 @@ class TrainingRun:
                 "model": {"name": config.model.name, "revision": self.model_commit},
                 "data": trained.data,
                 "training": finite(trained.training),
-                "export": report(parities),
+                "export": report(parities, config),
                 "environment": environment(num_processes=self.process.num_processes),
             },
         )
@@ -150,14 +159,15 @@ def run_training(
 
     process = start_processes(config.trainer)
     run = TrainingRun(config, process, build_arguments(config, config.run_path))  # what this refuses leaves no folder
-    # One process makes the run's folder, or refuses it to another config; its error is everybody's.
-    on_main_process(process, claim_folder, config, num_processes=process.num_processes)
-    if is_trained(run.run_path, config):
-        on_main_process(process, complete_result, config)
-        run.print(f"{run.run_path.name} is trained already (overwrite=true redoes it)")
-    else:
-        with recorded(run.run_path, config, main=process.is_main_process):
-            set_seed(config.seed)
-            run.export(train(run))
-    if config.hub.push and process.is_main_process:
-        print(f"pushed to {push_to_hub(run.run_path, config)}")
+    with contextlib.ExitStack() as held:
+        # One process makes the run's folder and locks it, or refuses it to another config; its error is everybody's.
+        on_main_process(process, held.enter_context, claimed_folder(config, num_processes=process.num_processes))
+        if is_trained(run.run_path, config):
+            on_main_process(process, complete_result, config)
+            run.print(f"{run.run_path.name} is trained already (overwrite=true redoes it)")
+        else:
+            with recorded(run.run_path, config, main=process.is_main_process):
+                set_seed(config.seed)
+                run.export(train(run))
+        if config.hub.push and process.is_main_process:
+            print(f"pushed to {push_to_hub(run.run_path, config)}")

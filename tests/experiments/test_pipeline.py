@@ -15,7 +15,6 @@ from ba_lora.config.layers import load_config
 from ba_lora.config.schema import to_yaml
 from ba_lora.errors import UserError
 from ba_lora.experiments import pipeline, pipeline_nlu, stages
-from ba_lora.runs import folder as run_folder
 from ba_lora.runs.results_table import labelled, results_table
 from eval.check import find_error
 from eval.tasks import TASKS
@@ -348,7 +347,6 @@ def test_a_failed_scoring_takes_away_what_was_scored_in_another_way(tmp_path, ch
 def test_a_finished_run_is_printed_without_torch(tmp_path, root, train):
     """Training it has taken minutes; to look at it again takes what reading the files takes."""
     run = train("eval.tasks=[]", method="lora")
-    run_folder._hold_training_lock.cache_clear()  # the lock of this process
     words = [str(tmp_path / "base.yaml"), "--method", "lora", f"output_dir={run}", "eval.tasks=[]"]
     program = (
         "import sys; from ba_lora.experiments import pipeline; sys.argv[0] = 'pipeline'; status = pipeline.main(); "

@@ -14,7 +14,7 @@ import pytest
 from ba_lora.config.layers import load_config
 from ba_lora.errors import UserError
 from ba_lora.locks import holder, locked, training_lock_path, try_lock, work_lock_path
-from ba_lora.runs.folder import claim_folder
+from ba_lora.runs.folder import claimed_folder
 
 HOLD = "import sys, time; from pathlib import Path; from ba_lora.locks import try_lock; f = try_lock(Path(sys.argv[1]))"
 
@@ -86,13 +86,13 @@ def test_a_run_is_not_started_twice(tmp_path, root):
     child = start_holder(tmp_path / ".run.lock", root)
     try:
         with pytest.raises(UserError, match=rf"another process \(pid {child.pid} on .*\) trains run"):
-            claim_folder(config)
+            claimed_folder(config).__enter__()
         assert not (tmp_path / "run").exists()
     finally:
         child.kill()
         child.wait()
-    claim_folder(config)
-    claim_folder(config)  # its own lock does not shut a process out
+    with claimed_folder(config):
+        assert (tmp_path / "run").is_dir()
 
 
 def test_two_links_to_one_folder_are_one_run(tmp_path, root):
@@ -106,7 +106,9 @@ def test_two_links_to_one_folder_are_one_run(tmp_path, root):
     child = start_holder(training_lock_path(tmp_path / "one"), root)
     try:
         with pytest.raises(UserError, match="trains two"):
-            claim_folder(load_config("configs/nlg/toy.yaml", overrides=[f"output_dir={tmp_path / 'two'}"]))
+            claimed_folder(
+                load_config("configs/nlg/toy.yaml", overrides=[f"output_dir={tmp_path / 'two'}"])
+            ).__enter__()
     finally:
         child.kill()
         child.wait()

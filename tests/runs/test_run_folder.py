@@ -14,21 +14,25 @@ from ba_lora.errors import UserError
 from ba_lora.io import read_json, write_json_atomic
 from ba_lora.models.source import folder_hash, model_source
 from ba_lora.runs import folder as run
-from ba_lora.runs.folder import CLAIM, claim_folder, is_finished, is_trained, keep_base, keep_factors, recorded
+from ba_lora.runs.folder import CLAIM, claimed_folder, is_finished, is_trained, keep_base, keep_factors, recorded
 from ba_lora.runs.results import assemble, result_fault, write_result
 from tests.support.tiny import only_result, save_tiny_model
 
 
 @pytest.fixture
 def configured(tmp_path, tiny_model):
-    """A config by overrides: `configured("seed=3")`; no lock of an earlier claim is held."""
+    """A config by overrides: `configured("seed=3")`."""
 
     def make(*words, name="run"):
-        run._hold_training_lock.cache_clear()
         own = [f"output_dir={tmp_path / name}", f"results_dir={tmp_path / 'results'}", f"model.name={tiny_model}"]
         return load_config("configs/nlg/toy.yaml", overrides=[*own, *words])
 
     return make
+
+
+def claim(config, **keywords):
+    with claimed_folder(config, **keywords):
+        pass
 
 
 def files(folder):
@@ -47,7 +51,7 @@ def give_checkpoint(path):
 
 def trained(config):
     """Claim the folder and finish it as a run does, with made-up weights."""
-    claim_folder(config)
+    claim(config)
     for name in ("adapter", "lora", "merged"):
         put(config.run_path / name / "adapter_model.safetensors", name)
     return run.finish_run(config.run_path, config, {"training": {"steps": 1}})
@@ -77,26 +81,26 @@ def test_a_result_of_another_config_is_never_replaced(configured):
     result = assemble(config.run_path, other)
     write_json_atomic(config.result_path, result)
     with pytest.raises(UserError, match="is the result of another config: .*overwrite=true replaces it"):
-        claim_folder(config)
+        claim(config)
     assert [path.name for path in config.run_path.parent.iterdir()] == ["results"], "not even a lock"
     with pytest.raises(UserError, match="is the result of another config"):
         write_result(config.run_path, config)
     assert read_json(config.result_path) == result and not config.run_path.exists()
-    claim_folder(configured("overwrite=true"))
+    claim(configured("overwrite=true"))
     assert not config.result_path.exists()
 
 
 def test_another_folder_of_the_same_config_says_that_it_replaces_the_result(configured, capsys):
     trained(configured(name="a"))
     capsys.readouterr()
-    claim_folder(configured(name="b"))
+    claim(configured(name="b"))
     assert "is of this config, made in another folder: this run's result replaces it" in capsys.readouterr().out
 
 
 def test_a_failed_attempt_does_not_replace_a_result(configured):
     good = trained(configured(name="a"))
     config = configured(name="b")
-    claim_folder(config)
+    claim(config)
     (config.run_path / "checkpoints").mkdir()  # the trainer was made
     with pytest.raises(UserError, match="loss is not finite"), recorded(config.run_path, config, main=True):
         raise UserError("loss is not finite at step 3")
@@ -108,7 +112,7 @@ def test_a_folder_in_the_results_place_is_told_before_anything(configured, tmp_p
     config = configured()
     config.result_path.mkdir(parents=True)
     with pytest.raises(UserError, match="is a folder, and the run's result"):
-        claim_folder(config)
+        claim(config)
     assert not (tmp_path / "run").exists()
 
 
@@ -147,7 +151,7 @@ def test_only_a_run_with_a_checkpoint_is_held_by_its_config_and_data(configured,
     rows = tmp_path / "rows.jsonl"
     rows.write_text("before")
     words = ["data.name=metamathqa", f"data.source={rows}"]
-    claim_folder(configured(*words))
+    claim(configured(*words))
     path = tmp_path / "run"
     put(path / "initial" / "initial_factors.safetensors")
     if has_checkpoint:
@@ -162,10 +166,10 @@ def test_only_a_run_with_a_checkpoint_is_held_by_its_config_and_data(configured,
     for overrides, more, message in changes:
         if has_checkpoint:
             with pytest.raises(UserError, match=message):
-                claim_folder(configured(*overrides), **more)
+                claim(configured(*overrides), **more)
             assert files(path) == before
         else:
-            claim_folder(configured(*overrides), **more)
+            claim(configured(*overrides), **more)
             assert sorted(files(path)) == [CLAIM, "config.yaml"]
             assert read_json(path / CLAIM)["num_processes"] == more.get("num_processes", 1)
 
@@ -178,7 +182,7 @@ def test_an_export_that_fails_again_takes_no_finished_run_away(configured, error
     put(config.run_path / "scores" / "toy.json")
     put(config.run_path / "merged" / "adapter_model.safetensors", "cut")
     before = files(config.run_path)
-    claim_folder(configured())
+    claim(configured())
     assert "it is trained again from the start" in capsys.readouterr().out
     with pytest.raises(type(error)), recorded(config.run_path, config, main=True):
         raise error
@@ -189,13 +193,13 @@ def test_an_export_that_fails_again_takes_no_finished_run_away(configured, error
 
 def test_a_failed_run_stays_one_where_somebody_else_has_put_something(configured, tmp_path):
     kept = ["judgements/mt_bench.jsonl", "notes.txt"]
-    claim_folder(configured())
+    claim(configured())
     for name in kept:
         put(tmp_path / "run" / name)
     with pytest.raises(UserError), recorded(tmp_path / "run", configured(), main=True):
         raise UserError("before the training")
     assert sorted(files(tmp_path / "run")) == sorted([*kept, CLAIM, "config.yaml"])
-    claim_folder(configured("seed=5"))
+    claim(configured("seed=5"))
     assert load_run(tmp_path / "run").seed == 5
 
 
@@ -227,7 +231,7 @@ def test_overwrite_never_empties_a_foreign_folder(configured, tmp_path, found):
     before = files(path)
     for words in ([], ["overwrite=true"]):
         with pytest.raises(UserError, match="no run's folder"):
-            claim_folder(configured(*words))
+            claim(configured(*words))
         assert files(path) == before
 
 
@@ -240,7 +244,7 @@ def test_overwrite_removes_only_what_a_run_writes(configured, tmp_path):
         put(config.run_path / name)
     put(config.run_path / ".merged.0123abcd.tmp" / "half")
     put(config.run_path / "scores" / "toy.json")
-    claim_folder(configured("overwrite=true"))
+    claim(configured("overwrite=true"))
     assert sorted(files(config.run_path)) == sorted([*kept, CLAIM, "config.yaml"])
     assert not config.result_path.exists()
 
@@ -252,14 +256,14 @@ def test_a_link_in_a_run_is_removed_and_not_followed(configured, tmp_path):
     (config.run_path / "merged" / "adapter_model.safetensors").unlink()
     (config.run_path / "merged").rmdir()
     (config.run_path / "merged").symlink_to(tmp_path / "elsewhere")
-    claim_folder(configured("overwrite=true"))
+    claim(configured("overwrite=true"))
     assert (tmp_path / "elsewhere" / "thesis.tex").read_text() == "words"
 
 
 def test_a_folder_of_a_process_killed_while_it_made_it_is_taken_up(configured, tmp_path):
     put(tmp_path / "run" / CLAIM, json.dumps({"num_processes": 1, "source_sha256": None}))
     put(tmp_path / "run" / ".config.yaml.0123abcd.tmp")
-    claim_folder(configured("seed=5"))
+    claim(configured("seed=5"))
     assert load_config(tmp_path / "run" / "config.yaml").seed == 5
 
 
@@ -274,7 +278,7 @@ def test_a_damaged_claim_is_one_line_and_nothing_is_touched(configured, text, wo
     (config.run_path / CLAIM).write_text(text)
     before = files(config.run_path)
     with pytest.raises(UserError, match="claim.json or config.yaml is damaged: nothing in it is touched") as caught:
-        claim_folder(configured(word))
+        claim(configured(word))
     assert "\n" not in str(caught.value) and files(config.run_path) == before and not is_finished(config)
 
 
@@ -287,7 +291,7 @@ def test_a_damaged_train_json_is_no_trained_run(configured, capsys, text):
     assert not is_trained(config.run_path, config) and not is_finished(config)
     with pytest.raises(UserError, match="train.json is gone or damaged"):
         assemble(config.run_path, config)
-    claim_folder(configured())
+    claim(configured())
     told = capsys.readouterr().out
     assert text == "{}" or "train.json cannot be read: no checkpoint is left to export it from: it is trained" in told
 
@@ -310,14 +314,14 @@ def test_the_base_and_the_first_factors_are_those_of_the_start(configured, tmp_p
     base = save_tiny_model(tmp_path / "base")
     word = f"model.name={base}"
     config = configured(word)
-    claim_folder(config)
+    claim(config)
     keep_base(config, commit=None)
     factors = config.run_path / "initial" / "initial_factors.safetensors"
     put(factors)
     keep_factors(config)
     if has_checkpoint:
         give_checkpoint(config.run_path)
-    claim_folder(configured(word))  # nothing has changed
+    claim(configured(word))  # nothing has changed
     assert factors.is_file()
     file = factors if changed == "initial" else base / "model.safetensors"
     content = bytearray(file.read_bytes())
@@ -325,16 +329,16 @@ def test_the_base_and_the_first_factors_are_those_of_the_start(configured, tmp_p
     file.write_bytes(content)
     if has_checkpoint:
         with pytest.raises(UserError, match="has changed since run was started: bring it back, or overwrite=true"):
-            claim_folder(configured(word))
+            claim(configured(word))
         assert factors.is_file()
     else:
-        claim_folder(configured(word))
+        claim(configured(word))
         assert not factors.exists() and "base" not in read_json(config.run_path / CLAIM)
 
 
 def test_a_base_that_moves_on_the_hub_is_not_mixed_with_itself(configured):
     config = configured()
-    claim_folder(config)
+    claim(config)
     factors = config.run_path / "initial" / "initial_factors.safetensors"
     put(factors)  # of a base that no claim names
     keep_base(config, commit="a" * 40)
@@ -424,7 +428,7 @@ def test_an_end_in_training_is_recorded(configured, tmp_path, error, status, kin
     if kind == "nlu":
         words = ["task=toy_pairs", f"output_dir={tmp_path / 'run'}", f"results_dir={tmp_path / 'results'}"]
         config = load_config("configs/nlu/toy.yaml", overrides=words, kind="nlu")
-    claim_folder(config)
+    claim(config)
     (config.run_path / "checkpoints").mkdir()
     with pytest.raises(BaseException), recorded(config.run_path, config, main=True):  # noqa: B017, PT011
         raise error
@@ -435,7 +439,7 @@ def test_an_end_in_training_is_recorded(configured, tmp_path, error, status, kin
 def test_the_result_tells_of_a_full_disk(configured, monkeypatch):
     """The run's own disk takes nothing more; results lie on another one."""
     config = configured()
-    claim_folder(config)
+    claim(config)
     (config.run_path / "checkpoints").mkdir()
 
     def full(path, value):
