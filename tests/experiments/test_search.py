@@ -16,9 +16,8 @@ from ba_lora.errors import UserError
 from ba_lora.experiments.executors.local import LocalExecutor, Slot
 from ba_lora.experiments.search import loop
 from ba_lora.experiments.search.journal import COMPLETE, FAILED, PRUNED, Journal, Outcome
-from ba_lora.experiments.search.loop import Search
+from ba_lora.experiments.search.loop import Search, open_proposer
 from ba_lora.experiments.search.outcome import write_outcome
-from ba_lora.experiments.search.proposers import open_proposer
 from ba_lora.experiments.search.space import load_space
 from ba_lora.experiments.search.trials import TrialRuns
 from tests.conftest import ROOT

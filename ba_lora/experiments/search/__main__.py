@@ -35,9 +35,8 @@ from ba_lora.experiments.executors.local import LocalExecutor, local_slots
 from ba_lora.experiments.options import MAX_WORKERS
 from ba_lora.experiments.search.best import search_folder
 from ba_lora.experiments.search.journal import Journal, import_optuna
-from ba_lora.experiments.search.loop import Search
+from ba_lora.experiments.search.loop import Search, open_proposer
 from ba_lora.experiments.search.outcome import summary_lines, write_outcome
-from ba_lora.experiments.search.proposers import open_proposer
 from ba_lora.experiments.search.space import TYPED, SearchSpace, base_kind, check_runs, load_space
 from ba_lora.experiments.search.trials import TrialRuns
 from ba_lora.experiments.stages import launch_command, training_stage

@@ -11,7 +11,9 @@ from typing import IO, Any
 from ba_lora.errors import UserError
 from ba_lora.experiments.executors.local import LocalExecutor, Slot, StageQueue
 from ba_lora.experiments.search.journal import COMPLETE, FAILED, PRUNED, Journal, Outcome, Trial
-from ba_lora.experiments.search.proposers import Exhausted, Proposer
+from ba_lora.experiments.search.nomad import NomadProposer
+from ba_lora.experiments.search.proposers import Exhausted, OptunaProposer, Proposer
+from ba_lora.experiments.search.space import SearchSpace
 from ba_lora.experiments.search.trials import TrialRuns, ask_to_stop, remove_weights
 from ba_lora.experiments.spec import Spec
 from ba_lora.experiments.stages import Stage, evaluation_stages, launch_command, training_stage
@@ -225,6 +227,11 @@ class Search:
                 running.outcome = Outcome(PRUNED, loss, seen, {"pruned_at_step": step})
                 ask_to_stop(running.specs[0].config.run_path)
                 return
+
+
+def open_proposer(space: SearchSpace) -> Proposer:
+    """Return the space's engine. Raises UserError where its package is missing."""
+    return NomadProposer(space) if space.engine == "nomad" else OptunaProposer(space)
 
 
 def best_of(trials: list[Trial]) -> Trial | None:
