@@ -280,7 +280,7 @@ def test_outcomes_are_told_in_order(tmp_path, write):
     ],
 )
 def test_what_is_wrong_on_the_command_line_is_one_line(words, message, monkeypatch, tmp_path):
-    from ba_lora.experiments.search import __main__ as command
+    from ba_lora.experiments.search import main as command
 
     monkeypatch.setattr(sys, "argv", ["search", *words, "--dry-run"])
     with pytest.raises(UserError, match=message) as error:
@@ -313,7 +313,7 @@ def test_real_trainings_killed_and_resumed_have_the_values_of_those_that_were_no
 
     def start(name):
         words = ["toy", "toy", "trials=3", f"engine={engine}", "workers=1", f"output={tmp_path / name}"]
-        command = [sys.executable, "-m", "ba_lora.experiments.search", *words]
+        command = [sys.executable, "-m", "ba_lora.experiments.search.main", *words]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         return subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

@@ -1,6 +1,6 @@
 """Search for hyper-parameters: trials of a space, each a short training, on held-out rows.
 
-    sh scripts/search.sh CONFIG SPACE [key=value …]        python -m ba_lora.experiments.search CONFIG SPACE …
+    sh scripts/search.sh CONFIG SPACE [key=value …]        python -m ba_lora.experiments.search.main CONFIG …
 
 CONFIG is a base (a file, or a name in configs/nlg or configs/nlu), SPACE a file of configs/search by its name or path
 (ba_lora/experiments/search/space.py describes it). The same command goes on after Ctrl-C or kill -9, with the trials of
@@ -50,7 +50,7 @@ OWN = ("output", "workers", "gpus", "method", *TYPED)
 
 def main() -> int:
     parser = CommandParser(
-        prog="python -m ba_lora.experiments.search",
+        prog="python -m ba_lora.experiments.search.main",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
