@@ -13,6 +13,8 @@
         methods: [lora, pissa]          methods (configs/methods), or `untuned`: the pre-trained model itself
         settings: {rank=8: [adapter.rank=8]}     the paper's name of a setting → its overrides; absent: one, ""
         overrides: […]
+        search: tuned                   each row takes the best values of its base's and method's own search
+                                        (sh scripts/search.sh BASE tuned method=METHOD) beneath its settings
         gpus: 8                         GPUs of each run, whose batch its overrides divide among them; absent: 1
         suffix: vllm                    a run folder of its own (outputs/<run_id>-vllm) where nothing that is trained
                                         differs from another row's; also part of the setting's name
@@ -45,6 +47,7 @@ rows or columns of the table apart cannot be typed.
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -55,6 +58,7 @@ from ba_lora.config.layers import only_typed, override_layer, read_yaml
 from ba_lora.config.methods import init_facts, plain_lora_folder, tuner_facts
 from ba_lora.config.schema import UNTUNED, RunConfig
 from ba_lora.errors import UserError
+from ba_lora.experiments.search.best import best_words
 from ba_lora.experiments.spec import Spec, untuned_config
 from ba_lora.glue import find_task
 from ba_lora.io import sha256_file
@@ -73,7 +77,7 @@ _TABLE_KEYS = (
     "title", "source", "paper", "note", "kind", "seeds", "overrides", "rows", "columns", "labels", "ours", "report",
     "prepare", "chosen",
 )  # fmt: skip
-_BLOCK_KEYS = ("bases", "methods", "settings", "overrides", "gpus", "suffix")
+_BLOCK_KEYS = ("bases", "methods", "settings", "overrides", "gpus", "suffix", "search")
 _COLUMN_KEYS = ("task", "metric", "unit", "better", "paper", "paper_task", "overrides", "mean_of")
 
 
@@ -214,6 +218,11 @@ def load_table(path: str | Path, *, overrides: Sequence[str] = (), seeds: Sequen
             raise UserError(f"{where}: settings is a mapping, name: [key=value, …]")
         own_words = [word for name, own in settings.items() for word in _list(own, where, f"settings.{name}")]
         own_words += [*_list(block.get("overrides"), where, "overrides"), *(w for c in columns for w in c.overrides)]
+        pairs = itertools.product(
+            _list(block.get("bases"), where, "bases"), _list(block.get("methods"), where, "methods")
+        )
+        searched = {pair: best_words(*pair, str(block["search"])) for pair in pairs if block.get("search")}
+        own_words += [word for words in searched.values() for word in words]
         _refuse_typed(overrides, own_words, kind=raw["kind"])
         for base in _list(block.get("bases"), where, "bases"):
             for method in _list(block.get("methods"), where, "methods"):
@@ -222,7 +231,8 @@ def load_table(path: str | Path, *, overrides: Sequence[str] = (), seeds: Sequen
                     if row in rows:
                         raise UserError(f"{where}: {base}, {method}, {row.setting!r} stands in the table twice")
                     rows[row] = gpus
-                    words = [*common, *chosen.get(method, []), *_list(own, where, f"settings.{setting}")]
+                    best = [*searched.get((base, method), []), *chosen.get(method, [])]
+                    words = [*common, *best, *_list(own, where, f"settings.{setting}")]
                     cells += _row_cells(row, columns, raw["kind"], seeds, words, overrides, suffix, where)
     _refuse_two_evaluations(cells, path)
     labels = raw.get("labels") or {}

@@ -16,9 +16,8 @@ from ba_lora.errors import UserError
 from ba_lora.experiments.executors.local import LocalExecutor, Slot
 from ba_lora.experiments.search import loop
 from ba_lora.experiments.search.journal import COMPLETE, FAILED, PRUNED, Journal, Outcome
-from ba_lora.experiments.search.loop import Search
+from ba_lora.experiments.search.loop import Search, open_proposer
 from ba_lora.experiments.search.outcome import write_outcome
-from ba_lora.experiments.search.proposers import open_proposer
 from ba_lora.experiments.search.space import load_space
 from ba_lora.experiments.search.trials import TrialRuns
 from tests.conftest import ROOT
@@ -281,7 +280,7 @@ def test_outcomes_are_told_in_order(tmp_path, write):
     ],
 )
 def test_what_is_wrong_on_the_command_line_is_one_line(words, message, monkeypatch, tmp_path):
-    from ba_lora.experiments.search import __main__ as command
+    from ba_lora.experiments.search import main as command
 
     monkeypatch.setattr(sys, "argv", ["search", *words, "--dry-run"])
     with pytest.raises(UserError, match=message) as error:
@@ -305,3 +304,35 @@ def test_no_gpu_is_forked():
 
     with pytest.raises(UserError, match="warm: true is for the CPU"):
         WarmExecutor([Slot("GPU 0", {}, (Path("gpu.lock"),))])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["tpe", "nomad"])
+def test_real_trainings_killed_and_resumed_have_the_values_of_those_that_were_not(tmp_path, engine):
+    """The space of configs/search/toy.yaml, forked from a warm process."""
+
+    def start(name):
+        words = ["toy", "toy", "trials=3", f"engine={engine}", "workers=1", f"output={tmp_path / name}"]
+        command = [sys.executable, "-m", "ba_lora.experiments.search.main", *words]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+
+    whole = start("whole")
+    assert whole.wait() == 0, whole.stdout.read()
+    killed = start("killed")
+    while not (tmp_path / "killed" / f"{engine}-s0" / "trials" / "t0001-s42" / "config.yaml").is_file():
+        assert killed.poll() is None, killed.stdout.read()
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    resumed = start("killed")
+    assert resumed.wait() == 0, resumed.stdout.read()
+    one, other = (
+        json.loads((tmp_path / name / f"{engine}-s0" / "trials.json").read_text())["trials"]
+        for name in ("whole", "killed")
+    )
+    assert [(trial["values"], trial["value"]) for trial in one] == [
+        (trial["values"], trial["value"]) for trial in other
+    ]

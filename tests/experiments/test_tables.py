@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import json
 import re
 
 import pytest
@@ -266,6 +267,39 @@ def test_one_run_is_not_evaluated_in_two_ways(tmp_path):
         {**rows[0], "settings": {"": settings["warm"]}, "suffix": "warm"},
     ]
     assert len(load_table(write(tmp_path, rows=rows, columns=columns)).specs()) == 4
+
+
+def test_rows_take_the_best_values_of_their_own_searches(tmp_path, monkeypatch):
+    monkeypatch.setattr("ba_lora.experiments.search.best.SEARCHES_PATH", tmp_path)
+    for engine, method, value, rate in (
+        ("tpe", "lora", 0.5, 1e-3),
+        ("nomad", "lora", 0.4, 2e-3),
+        ("tpe", "pissa", 0.9, 3e-3),
+    ):
+        folder = tmp_path / f"toy-{method}-rates" / f"{engine}-s0"
+        folder.mkdir(parents=True)
+        trials = [{"number": 0, "value": value, "words": [f"trainer.learning_rate={rate}"]}]
+        facts = {"space": {"objective": "heldout_loss"}, "best": 0, "trials": trials}
+        (folder / "trials.json").write_text(json.dumps(facts))
+    rows = [
+        {
+            "bases": ["toy"],
+            "methods": ["lora", "pissa"],
+            "search": "rates",
+            "settings": {"": [], "rank=4": ["adapter.rank=4"]},
+        }
+    ]
+    table = load_table(write(tmp_path, rows=rows))
+    rates = {cell.row: cell.config.trainer["learning_rate"] for cell in table.cells}
+    assert rates == {
+        Row("toy", "lora"): 2e-3, Row("toy", "lora", "rank=4"): 2e-3,
+        Row("toy", "pissa"): 3e-3, Row("toy", "pissa", "rank=4"): 3e-3,
+    }  # fmt: skip
+    with pytest.raises(UserError, match="trainer.learning_rate is what this table varies"):
+        load_table(write(tmp_path, rows=rows), overrides=["trainer.learning_rate=1"])
+    rows[0]["methods"] = ["ba_lora"]
+    with pytest.raises(UserError, match="make it with: sh scripts/search.sh toy rates method=ba_lora"):
+        load_table(write(tmp_path, rows=rows))
 
 
 def test_a_table_takes_what_another_one_has_chosen(tmp_path, monkeypatch):

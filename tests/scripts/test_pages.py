@@ -37,6 +37,7 @@ DRY = [line for line in LAUNCHES if line not in OF_EXAMPLES]
 BY_HAND = [line for line in COMMANDS if "outputs/by-hand" in line]
 NLU = [line for line in COMMANDS if "scripts/nlu.sh" in line]
 TRAIN_NLU = [line for line in COMMANDS if "train_nlu.py" in line]
+SEARCH = [line for line in COMMANDS if "scripts/search.sh" in line]
 REPRODUCE = [line for line in COMMANDS if "scripts/reproduce.sh" in line]
 TOY = [
     line for line in commands("README.md") if line in DRY and ("nlg/toy.yaml" in line or line.endswith("ba-lora.sh"))
@@ -70,16 +71,10 @@ def test_every_command_is_of_a_kind_that_is_tested_here():
     assert len(DRY) >= 12 and len(OF_EXAMPLES) == 2 and len(BY_HAND) == 3 and len(TOY) == 2
     assert len(NLU) >= 6 and len(TRAIN_NLU) == 1 and len(REPRODUCE) >= 5
     assert len(SCORE) == 4 and len(GENERATE) == len(OVER_SEEDS) == len(JUDGE) == 1 and len(OF_RUNS) == len(BENCH) == 2
-    assert (
-        len(HARNESS) == 3
-        and len(SHOW) == len(EVAL_OWN) == 1
-        and len(CONVERT) == 3
-        and len(REPORT) == 1
-        and len(SITE) == 3
-    )
+    assert len(HARNESS) == len(CONVERT) == len(SITE) == 3 and len(SHOW) == len(EVAL_OWN) == len(REPORT) == 1
+    assert len(PAGE) == 2 and len(CHAT) == 1 and len(INSPECT) == 4 and len(SEARCH) >= 4
     tested = {*LAUNCHES, *BY_HAND, *NLU, *TRAIN_NLU, *REPRODUCE, *OF_RUNS, *SCORE, *GENERATE, *REPORT, *BENCH}
-    assert len(PAGE) == 2 and len(CHAT) == 1 and len(INSPECT) == 4
-    tested |= {*OVER_SEEDS, *HARNESS, *SITE, *JUDGE, *SHOW, *CONVERT, *EVAL_OWN, *PAGE, *CHAT, *INSPECT}
+    tested |= {*OVER_SEEDS, *HARNESS, *SITE, *JUDGE, *SHOW, *CONVERT, *EVAL_OWN, *PAGE, *CHAT, *INSPECT, *SEARCH}
     assert sorted({*COMMANDS} - tested) == ["sh scripts/test.sh", "sh scripts/test.sh gpu", "sh scripts/test.sh slow"]
 
 
@@ -148,6 +143,13 @@ def test_every_nlu_launch_resolves_to_its_commands(line, dry_run):
 def test_every_table_command_is_understood(line, dry_run):
     name = shlex.split(line)[2]
     assert re.search(rf"^{name}: \d+ cells from \d+ runs: ", dry_run(line), flags=re.M)
+
+
+@pytest.mark.parametrize("line", SEARCH)
+def test_every_search_command_is_understood(line, dry_run):
+    told = dry_run(line).splitlines()
+    assert len(told) in (2, 12, 18) and re.search(r": \d+ trials by \w+, 1 training\(s\) each$", told[0])
+    assert all("train_nlg.py" in p and ("accelerate" in p) == ("gpus=4" in line) for p in told[1::2])
 
 
 def test_the_library_example_trains(tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ba_lora.config.schema import setting_differences
 from ba_lora.errors import UserError
 from ba_lora.experiments.search.space import Parameter, SearchSpace
-from ba_lora.io import disk_errors, read_json, write_json_atomic
+from ba_lora.io import disk_errors, read_object, write_json_atomic
 
 if TYPE_CHECKING:
     import optuna
@@ -199,8 +199,8 @@ def _claim(folder: Path, identity: dict[str, Any], *, optuna_version: str) -> No
             folder.mkdir(parents=True, exist_ok=True)
         write_json_atomic(path, identity | {"optuna": optuna_version})
         return
-    found = read_json(path)
-    if not isinstance(found, dict) or not {"space", "run", "optuna"} <= found.keys():
+    found = read_object(path)
+    if found is None or not {"space", "run", "optuna"} <= found.keys():
         raise UserError(f"{path} is damaged: restore it, or give another output=DIR")
     now = json.loads(json.dumps(identity))
     if changes := setting_differences({key: found[key] for key in now}, now):
