@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from ba_lora.config.ranges import check_range
-from ba_lora.config.schema import BALoRAConfig, DataConfig, RunConfig, check_choice, training_hash
+from ba_lora.config.schema import BALoRAConfig, DataConfig, RunConfig, check_choice
 from ba_lora.errors import UserError
 from ba_lora.glue import OUT_OF_DOMAIN, TASKS
 
@@ -136,9 +136,8 @@ class NLUConfig(RunConfig):
     features: FeaturesConfig = field(default_factory=FeaturesConfig)
 
     @property
-    def run_id(self) -> str:
-        """`<base>-<task>-<method>-s<seed>-<hash>`."""
-        return f"{self.name}-{self.nlu.task}-{self.method}-s{self.seed}-{training_hash(self)}"
+    def run_name(self) -> str:
+        return f"{self.name}-{self.nlu.task}-{self.method}"
 
     @property
     def data_files(self) -> list[str]:
