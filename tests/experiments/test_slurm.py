@@ -6,9 +6,14 @@ What an executor does with a training is tested on a real one, too: USR1 in its 
 import collections
 import json
 import os
+import re
 import signal
+import subprocess
 
 import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
 
 from ba_lora.experiments import grid
 from ba_lora.experiments.executors.slurm import SlurmExecutor, queue_states
@@ -176,3 +181,44 @@ def test_ctrl_c_cancels_the_jobs_only_when_told(folder, cluster, cancel):
 def _note(folder, line):
     with open(folder / "said", "a", encoding="utf-8") as file:
         file.write(line + "\n")
+
+
+@pytest.mark.slow
+def test_a_real_training_that_is_told_to_stop_ends_as_without_it(cluster, tiny_model, tmp_path, root):
+    """scripts/slurm/submit.sh, two processes: USR1 in the middle, saved, requeued, resumed; the very same weights."""
+    trainer = {"per_device_train_batch_size": 2, "max_steps": 200, "save_steps": 20, "learning_rate": 0.01}
+    base = {
+        "model": {"name": str(tiny_model), "dtype": "float32"},
+        "adapter": {"rank": 4, "dropout": 0.1},
+        "data": {"name": "toy", "num_rows": 40, "max_length": 400},
+        "trainer": trainer | {"logging_steps": 1, "disable_tqdm": True, "use_cpu": True},
+        "eval": {"tasks": [], "untuned": False},
+        "export": {"merged": False},
+        "results_dir": str(tmp_path / "results"),
+    }
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
+    environment = os.environ | {"NUM_PROCESSES": "2", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    environment["ACCELERATE_CONFIG"] = "configs/accelerate/cpu.yaml"
+
+    def call(script, name):
+        words = ["sh", f"scripts/{script}", str(tmp_path / "base.yaml"), f"output_dir={tmp_path / name}"]
+        done = subprocess.run(words, cwd=root, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+    job = call("slurm/submit.sh", "stopped").split()[-1]
+    log = root / "outputs" / "slurm" / f"{job}.log"
+    try:
+        cluster.until((tmp_path / "stopped" / "checkpoints" / "checkpoint-20" / "files.json").is_file, seconds=600)
+        cluster.ask("scancel", "--batch", "--signal=USR1", job)
+        cluster.until((tmp_path / "stopped" / "train.json").is_file, seconds=600)
+        cluster.until(lambda: not jobs_in("RUNNING", "PENDING", "COMPLETING"))
+        text = log.read_text()
+    finally:
+        log.unlink(missing_ok=True)
+    steps = [int(step) for step in re.findall(r"told to stop \(USR1\): saved at step (\d+) of 200", text)]
+    assert len(steps) == 1 and f"resumed from step {steps[0]} of 200" in text
+    call("ba-lora.sh", "whole")
+    weights = [load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("stopped", "whole")]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
