@@ -23,7 +23,8 @@ from ba_lora.runs.shell import Trained, TrainingRun, run_training
 from ba_lora.training.arguments import early_stopping
 from ba_lora.training.packing import build_collator, faster_attention, prepare_packing
 from ba_lora.training.trainer import BALoRATrainer
-from data.nlg import check_source, load_training_data
+from data.nlg import load_training_data
+from data.sets import check_source
 
 
 def main() -> None:
@@ -34,12 +35,12 @@ def train(run: TrainingRun) -> Trained:
     """Train one run; every process of a distributed run calls it. What stands around it: ba_lora/runs/shell.py."""
     config = run.config
 
-    # Data: rows → prompt + response, labels on the response only.
-    tokenizer = load_tokenizer(config.model)
+    # Data: rows → prompt + response in the template, labels on the response only.
+    tokenizer = load_tokenizer(config.model, template=config.data.template)
     data = load_training_data(config.data, tokenizer)
     run.print(
         "data: {rows_used} of {rows_chosen} chosen rows, {rows_cut} cut to {max_length} tokens, {rows_dropped} dropped "
-        "(nothing of the response left), {rows_empty} empty, {rows_heldout} held out".format(
+        "(nothing of the response left), {rows_empty} empty, {rows_duplicate} repeated, {rows_heldout} held out".format(
             **data.report, max_length=config.data.max_length
         )
     )

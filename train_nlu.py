@@ -1,4 +1,4 @@
-"""Train one NLU run, a GLUE task, from a config to an exported model.
+"""Train one NLU run, a task of GLUE or your own, from a config to an exported model.
 
     python train_nlu.py --config configs/nlu/bert-large.yaml --task sst2 --method ba_lora trainer.learning_rate=3e-5
     accelerate launch --config_file configs/accelerate/multi_gpu.yaml train_nlu.py --config configs/nlu/gpt2-xl.yaml …
@@ -52,7 +52,7 @@ def train(run: TrainingRun) -> Trained:
     check_sizes(config, tokenizer, data.train, data.heldout, *data.dev.values())
 
     # Model: the pre-trained one, with a new head and the method's adapter.
-    model = run.build_model(data.train, tokenizer)
+    model = run.build_model(data.train, tokenizer, rows=data.train)
 
     # Objective and trainer: L = L_task + λ1 L_consistency + λ2 L_diversity + λ3 L_svd.
     objective = ClassifierObjective(

@@ -15,9 +15,10 @@ logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to 
 if TYPE_CHECKING:
     from ba_lora.config.schema import BALoRAConfig
     from ba_lora.runs.export import export_lora
+    from ba_lora.training.sft import BALoRASFTTrainer
     from ba_lora.training.trainer import BALoRATrainer
 
-__all__ = ["BALoRAConfig", "BALoRATrainer", "export_lora"]
+__all__ = ["BALoRAConfig", "BALoRASFTTrainer", "BALoRATrainer", "export_lora"]
 
 
 def __getattr__(name: str) -> Any:
@@ -26,6 +27,10 @@ def __getattr__(name: str) -> Any:
         from ba_lora.training.trainer import BALoRATrainer
 
         return BALoRATrainer
+    if name == "BALoRASFTTrainer":
+        from ba_lora.training.sft import BALoRASFTTrainer
+
+        return BALoRASFTTrainer
     if name == "BALoRAConfig":
         from ba_lora.config.schema import BALoRAConfig
 

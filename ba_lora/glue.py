@@ -1,15 +1,29 @@
-"""The GLUE tasks, and the self-made one of the same shape: columns, labels, evaluation sets, metrics.
+"""The tasks of classifiers: columns, labels, evaluation sets, metrics. GLUE's and the self-made one are files of
+configs/nlu/tasks; one of your own is a mapping of the same keys in a configuration (`nlu.task`), with a name:
+
+    {name: tass, text: [text], label: label, labels: [N, NEU, P], metrics: [macro_f1, accuracy]}
 
 Shared by training data (data/nlu.py), the model's head and the evaluation, so that a label means one thing everywhere.
-Label names stand in the order of the ids of `nyu-mll/glue`.
 """
 
-from dataclasses import dataclass
+import functools
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
 
 from ba_lora.errors import UserError
+from ba_lora.paths import PROJECT_ROOT
+from ba_lora.words import nearest
 
 HUB = "nyu-mll/glue"
 HUB_REVISION = "bcdcba79d07bc864c1c254ccfcedcce55bcc9a8c"
+TASKS_PATH = PROJECT_ROOT / "configs" / "nlu" / "tasks"
+AUTO = "auto"  # labels: taken from the training file
+KEYS = ("name", "text", "label", "labels", "range", "metrics", "dev", "hub", "sets")
+REGRESSION_METRICS = ("pearson", "spearman")
 
 
 def hub_source(revision: str | None = None) -> str:
@@ -18,58 +32,175 @@ def hub_source(revision: str | None = None) -> str:
 
 
 @dataclass(frozen=True)
-class GlueTask:
+class NLUTask:
     """One task.
 
-    columns: the text columns, one for single sentences, two for pairs.
-    labels: label names by id; empty for regression.
+    columns: the text columns, one for single sentences, two for pairs; label: the column of the labels.
+    labels: label names by id; empty for regression, and None where they are still to be read from the training file.
     metrics: names of what is reported, the first one chooses the best epoch.
     dev_sets: name of each evaluation set → its split on the hub; the first one chooses the best epoch.
-    score_range: of a regression's labels.
+    score_range: of a regression's labels. hub: where the rows live, None for those of files only.
+    sets: sets of another domain in columns or labels of their own → {text, label, map: {their label: ours}}.
+    definition: the mapping in a configuration, for a task of one's own; None for a named one.
     """
 
+    name: str
     columns: tuple[str, ...]
-    labels: tuple[str, ...]
+    labels: tuple[str, ...] | None
     metrics: tuple[str, ...]
     dev_sets: dict[str, str]
     score_range: tuple[float, float] | None = None
+    label: str = "label"
+    hub: str | None = None
+    sets: dict[str, dict[str, Any]] = field(default_factory=dict)
+    definition: dict[str, Any] | None = None
+
+    @property
+    def is_own(self) -> bool:
+        """Whether a configuration describes it."""
+        return self.definition is not None
 
     @property
     def is_regression(self) -> bool:
-        return not self.labels
+        return self.score_range is not None
 
     @property
     def num_labels(self) -> int:
         """The number D of logits: one a class, or one for regression."""
-        return max(len(self.labels), 1)
+        return max(len(self.labels or ()), 1)
+
+    def label_id(self, value: Any) -> int | None:
+        """Return the id of a label as it stands in a file, a name or an id; None where it is neither."""
+        text = plain_label(value)
+        if text in self.labels:
+            return self.labels.index(text)
+        try:
+            number = float(text)
+        except ValueError:
+            return None
+        return int(number) if number.is_integer() and 0 <= number < len(self.labels) else None
 
 
-_PAIR = ("sentence1", "sentence2")
-TASKS = {
-    "cola": GlueTask(("sentence",), ("unacceptable", "acceptable"), ("matthews",), {"cola": "validation"}),
-    "sst2": GlueTask(("sentence",), ("negative", "positive"), ("accuracy",), {"sst2": "validation"}),
-    "mrpc": GlueTask(_PAIR, ("not_equivalent", "equivalent"), ("accuracy", "f1"), {"mrpc": "validation"}),
-    "stsb": GlueTask(_PAIR, (), ("pearson", "spearman"), {"stsb": "validation"}, (0.0, 5.0)),
-    "qqp": GlueTask(
-        ("question1", "question2"), ("not_duplicate", "duplicate"), ("accuracy", "f1"), {"qqp": "validation"}
-    ),
-    "mnli": GlueTask(
-        ("premise", "hypothesis"),
-        ("entailment", "neutral", "contradiction"),
-        ("accuracy",),
-        {"mnli": "validation_matched", "mnli_mm": "validation_mismatched"},
-    ),
-    "qnli": GlueTask(("question", "sentence"), ("entailment", "not_entailment"), ("accuracy",), {"qnli": "validation"}),
-    "rte": GlueTask(_PAIR, ("entailment", "not_entailment"), ("accuracy",), {"rte": "validation"}),
-    "wnli": GlueTask(_PAIR, ("not_entailment", "entailment"), ("accuracy",), {"wnli": "validation"}),
-    # Not of GLUE: made by data/toy_nlu.py, in MNLI's columns and labels.
-    "toy_pairs": GlueTask(
-        ("premise", "hypothesis"),
-        ("entailment", "neutral", "contradiction"),
-        ("accuracy",),
-        {"toy_pairs": "test"},
-    ),
-}
+def plain_label(value: Any) -> str:
+    """Return a label as a name: its text without blanks around it, 1 for 1.0."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return str(value).strip()
+
+
+def parse_task(plain: Mapping[str, Any], where: str, *, name: str | None = None) -> NLUTask:
+    """Return the task that a mapping describes; `name` is that of a named one. Raises UserError naming `where`."""
+
+    def refuse(reason: str) -> UserError:
+        return UserError(f"{where}: {reason}")
+
+    if unknown := [key for key in plain if key not in KEYS]:
+        raise refuse(f"unknown key {unknown[0]}{nearest(str(unknown[0]), KEYS)}; a task has {', '.join(KEYS)}")
+    given = name or plain.get("name")
+    if not isinstance(given, str) or not given or not given.replace("_", "").replace("-", "").isalnum():
+        raise refuse(f"name={given}: a word of letters, digits, - and _ is needed; it becomes part of files' names")
+    if name is None and given in TASKS:
+        raise refuse(f"name={given} is the name of a task of configs/nlu/tasks: give yours another one")
+    columns = _words(plain.get("text"))
+    if columns is None or len(columns) not in (1, 2):
+        raise refuse("text must name the column of the text, or the two columns of a pair: text: [premise, hypothesis]")
+    label = plain.get("label", "label")
+    if not isinstance(label, str):
+        raise refuse(
+            f"label={label}: the name of one column is needed (several labels a row are not supported: train one task "
+            "for each label)"
+        )
+    if (plain.get("labels") is None) == (plain.get("range") is None):
+        raise refuse("give labels (a list, or auto) for classes, or range: [LOW, HIGH] for a regression")
+    labels, score_range = (), None
+    if plain.get("range") is not None:
+        score_range = _range(plain["range"], refuse)
+    elif plain["labels"] == AUTO:
+        labels = None
+    else:
+        labels = _labels(plain["labels"], refuse)
+    usual = REGRESSION_METRICS if score_range else ("accuracy", "macro_f1")
+    metrics = _words(plain.get("metrics") or list(usual))
+    if not metrics or any((metric in REGRESSION_METRICS) != (score_range is not None) for metric in metrics):
+        kind = "a regression has pearson and spearman" if score_range else "pearson and spearman are a regression's"
+        raise refuse(f"metrics={plain.get('metrics')}: a list of metrics is needed, and {kind}")
+    if "f1" in metrics and labels is not None and len(labels) != 2:
+        raise refuse(f"metrics: f1 is of two classes, and there are {len(labels)}: use macro_f1")
+    dev = plain.get("dev") or {given: "validation"}
+    sets = plain.get("sets") or {}
+    if not isinstance(dev, Mapping) or not isinstance(sets, Mapping):
+        raise refuse("dev and sets are mappings of names")
+    for other, form in sets.items():
+        if not isinstance(form, Mapping) or set(form) - {"text", "label", "map"}:
+            raise refuse(f"sets.{other} may have text, label and map: {{their label: ours}}")
+        for ours in (form.get("map") or {}).values():
+            if labels is not None and plain_label(ours) not in labels:
+                raise refuse(f"sets.{other}.map leads to {ours}, which is none of the labels {', '.join(labels)}")
+    return NLUTask(
+        name=given,
+        columns=columns,
+        labels=labels,
+        metrics=metrics,
+        dev_sets=dict(dev),
+        score_range=score_range,
+        label=label,
+        hub=plain.get("hub"),
+        sets={key: dict(value) for key, value in sets.items()},
+        definition=dict(plain) if name is None else None,
+    )
+
+
+def _words(value: Any) -> tuple[str, ...] | None:
+    values = [value] if isinstance(value, str) else value
+    return tuple(values) if isinstance(values, list | tuple) and all(isinstance(v, str) for v in values) else None
+
+
+def _range(value: Any, refuse: Any) -> tuple[float, float]:
+    numbers = isinstance(value, list | tuple) and len(value) == 2
+    if not numbers or not all(type(v) in (int, float) for v in value) or not value[0] < value[1]:
+        raise refuse(f"range={value}: two numbers, the lower first, are needed: range: [0, 5]")
+    return float(value[0]), float(value[1])
+
+
+def _labels(value: Any, refuse: Any) -> tuple[str, ...]:
+    if not isinstance(value, list | tuple) or any(isinstance(v, list | dict) or v is None for v in value):
+        raise refuse(f"labels={value}: a list of names is needed, or auto")
+    labels = tuple(map(plain_label, value))
+    if len(labels) < 2:
+        raise refuse(f"labels={list(labels)}: at least two classes are needed")
+    if len({label.lower() for label in labels}) < len(labels):
+        raise refuse(f"labels={list(labels)}: two of them are alike but for capitals")
+    return labels
+
+
+def _named(name: str) -> NLUTask:
+    path = TASKS_PATH / f"{name}.yaml"
+    return parse_task(yaml.safe_load(path.read_text(encoding="utf-8")), str(path), name=name)
+
+
+class _NamedTasks(Mapping[str, NLUTask]):
+    """The files of configs/nlu/tasks, each read when it is asked for."""
+
+    def __init__(self) -> None:
+        self._read = functools.cache(_named)
+        self._names = sorted(path.stem for path in TASKS_PATH.glob("*.yaml"))
+
+    def __getitem__(self, name: str) -> NLUTask:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._read(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self):  # noqa: ANN204
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+TASKS: Mapping[str, NLUTask] = _NamedTasks()
 
 
 # Task → the sets of GLUE-X on which a model tuned on it is evaluated as it is (eval/tasks/glue_x.py knows how).
@@ -85,8 +216,20 @@ OUT_OF_DOMAIN = {
 }
 
 
-def find_task(name: str) -> GlueTask:
-    """Return the task called `name`. Raises UserError naming the tasks there are."""
-    if name not in TASKS:
-        raise UserError(f"unknown task {name!r}: choose one of {', '.join(TASKS)}")
-    return TASKS[name]
+def task_word(task: str | Mapping[str, Any]) -> str:
+    """Return a task as one word of a command line, which `find_task` reads: its name, or its mapping as JSON."""
+    return task if isinstance(task, str) else json.dumps(task, ensure_ascii=False)
+
+
+def find_task(task: str | Mapping[str, Any]) -> NLUTask:
+    """Return the task of a name, of a mapping, or of a mapping as JSON text. Raises UserError naming the tasks."""
+    if isinstance(task, str) and task.startswith("{"):
+        try:
+            task = json.loads(task)
+        except ValueError as error:
+            raise UserError(f"the task {task:.60} is no JSON mapping: {error}") from error
+    if isinstance(task, Mapping):
+        return parse_task(task, "nlu.task")
+    if task not in TASKS:
+        raise UserError(f"unknown task {task!r}: choose one of {', '.join(TASKS)}")
+    return TASKS[task]

@@ -3,13 +3,16 @@
 import contextlib
 import errno
 import glob
+import gzip
 import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import stat
 import uuid
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
@@ -168,12 +171,25 @@ def check_readable(path: Path) -> None:
         )
 
 
-def _open_text(path: Path) -> TextIO:
+def open_text(path: Path, *, encoding: str = "utf-8", newline: str | None = None) -> TextIO:
+    """Return a text file, opened; unpacked where its name ends in .gz. Raises UserError."""
     check_readable(path)
     try:
-        return open(path, encoding="utf-8")
+        opener = gzip.open if path.suffix == ".gz" else open
+        return opener(path, "rt", encoding=encoding, newline=newline)
     except PermissionError as error:
         raise UserError(f"cannot read {path}: permission denied") from error
+
+
+@contextlib.contextmanager
+def reading_errors(path: Path) -> Iterator[None]:
+    """Turn what goes wrong while a text file is read, other characters than UTF-8 or a damaged .gz, into one line."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"{path} is no gzip file, or is cut short: {error}") from error
 
 
 def _parse(text: str, path: Path, *, line: int | None = None, finite: bool = False) -> object:
@@ -199,11 +215,8 @@ def read_json(path: str | Path, *, finite: bool = False) -> object:
     finite: refuse NaN and ±∞, which none of our own files holds.
     """
     path = Path(path)
-    with _open_text(path) as file:
-        try:
-            return _parse(file.read().removeprefix(BOM), path, finite=finite)
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+    with open_text(path) as file, reading_errors(path):
+        return _parse(file.read().removeprefix(BOM), path, finite=finite)
 
 
 def read_object(path: str | Path) -> dict | None:
@@ -220,23 +233,71 @@ def read_object(path: str | Path) -> dict | None:
 
 def read_jsonl(path: str | Path) -> list[dict]:
     """Return the objects of a jsonl file, blank lines skipped. Raises UserError for a broken line or an empty file."""
-    path = Path(path)
-    rows = []
-    with _open_text(path) as file:
-        try:
-            for number, line in enumerate(file, start=1):
-                text = line.removeprefix(BOM)  # joined files have several
-                if not text.strip():
-                    continue
-                row = _parse(text, path, line=number)
-                if not isinstance(row, dict):
-                    raise UserError(f"{path}, line {number}: a JSON object is needed, found {type(row).__name__}")
-                rows.append(row)
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+    rows = list(iterate_jsonl(path))
     if not rows:
         raise UserError(f"{path} is empty: at least one line is needed")
     return rows
+
+
+def iterate_jsonl(path: str | Path) -> Iterator[dict]:
+    """Yield the objects of a jsonl file one by one, blank lines skipped. Raises UserError for a broken line."""
+    path = Path(path)
+    with open_text(path) as file, reading_errors(path):
+        for number, line in enumerate(file, start=1):
+            text = line.removeprefix(BOM)  # joined files have several
+            if not text.strip():
+                continue
+            row = _parse(text, path, line=number)
+            if not isinstance(row, dict):
+                raise UserError(f"{path}, line {number}: a JSON object is needed, found {type(row).__name__}")
+            yield row
+
+
+_BLANK = re.compile(r"[ \t\n\r]*")
+
+
+def iterate_json(path: str | Path) -> Iterator[dict]:
+    """Yield the objects of a .json file: of its array, the one that it is, or one a line as in jsonl, which many
+    published ".json" files hold. The text is held whole, its objects are not. Raises UserError."""
+    path = Path(path)
+    with open_text(path) as file, reading_errors(path):
+        text = file.read().removeprefix(BOM)
+    place = _BLANK.match(text).end()
+    decoder = json.JSONDecoder()
+
+    def parsed(place: int) -> tuple[object, int]:
+        value, end = decoder.raw_decode(text, place)
+        return value, _BLANK.match(text, end).end()
+
+    try:
+        if text[place : place + 1] != "[":
+            value, end = parsed(place)
+            if not isinstance(value, dict):
+                raise UserError(f"{path}: an array of JSON objects is needed")
+            if end == len(text):
+                yield value
+                return
+            del text
+            yield from iterate_jsonl(path)
+            return
+        place = _BLANK.match(text, place + 1).end()
+        while text[place : place + 1] != "]":
+            value, place = parsed(place)
+            if not isinstance(value, dict):
+                raise UserError(f"{path}: an array of JSON objects is needed")
+            yield value
+            if text[place : place + 1] == ",":
+                place = _BLANK.match(text, place + 1).end()
+            elif text[place : place + 1] != "]":
+                raise json.JSONDecodeError("Expecting ',' delimiter", text, place)
+        if text[place + 1 :].strip():
+            raise json.JSONDecodeError("Extra data", text, place + 1)
+    except UserError:
+        raise
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not readable JSON ({error})") from error
 
 
 def is_pickle(path: str | Path) -> bool:

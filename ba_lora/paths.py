@@ -4,7 +4,12 @@ import os
 from pathlib import Path
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
-LOCAL_SUFFIXES = (".json", ".jsonl", ".parquet", ".csv", ".tsv")  # of data files
+LOCAL_SUFFIXES = (".json", ".jsonl", ".parquet", ".csv", ".tsv")  # of data files; .gz may follow
+
+
+def data_suffix(path: Path) -> str:
+    """Return which of LOCAL_SUFFIXES a file's name ends in, before a .gz; another ending as it is."""
+    return Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
 
 
 def user_folder() -> Path:
@@ -34,7 +39,7 @@ def resolve_data(data: str) -> str:
     """Return the absolute path (see `resolve_path`) of a data file, which exists or has a data file's suffix; a hub's
     name as it is."""
     path = resolve_path(data)
-    return str(path) if path.exists() or path.suffix in LOCAL_SUFFIXES else data
+    return str(path) if path.exists() or data_suffix(path) in LOCAL_SUFFIXES else data
 
 
 def no_such_file(path: Path) -> str:

@@ -17,6 +17,12 @@ ALPACA_INTRODUCTION = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 )
 ALPACA = ALPACA_INTRODUCTION + "\n\n### Instruction:\n{instruction}\n\n### Response:"
+# The frame of Alpaca's rows that have an input (Taori et al., 2023).
+ALPACA_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
+    "response that appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n"
+    "### Response:"
+)
 STEP_BY_STEP = " Let's think step by step."  # what the official GSM8K and MATH evaluators append
 
 CODE_BLOCK = "\n```python\n"  # the official HumanEval evaluator begins the response inside a code block
@@ -34,11 +40,15 @@ FSCHAT = "fschat/"
 _BOS_TEXTS = ("<s>", "<bos>", "<|begin_of_text|>", "<｜begin▁of▁sentence｜>")
 
 
-def build_prompt(instruction: str, *, template: str = "alpaca") -> str:
+def build_prompt(instruction: str, *, template: str = "alpaca", context: str = "") -> str:
     """Return `instruction` inside the frame named `template`: a key of `TEMPLATES`, or "fschat/NAME".
 
-    Raises UserError (a ValueError) for an unknown template.
+    context: Alpaca's input, for its own frame. Raises UserError (a ValueError) for an unknown template.
     """
+    if context.strip():
+        assert template == "alpaca", "no other frame has an input"
+        before, _, after = ALPACA_WITH_INPUT.partition("{input}")
+        return before.replace("{instruction}", instruction.strip()) + context.strip() + after
     return build_conversation([instruction], [], template=template)
 
 

@@ -1,18 +1,19 @@
-"""Rows of a data set, from a local json/jsonl/parquet/csv/tsv file or from the hub, and where they came from."""
+"""Rows of data sets, from local json/jsonl/parquet/csv/tsv files (or .gz of these) or from the hub, and where from."""
 
 import csv
-import json
+import gzip
+import itertools
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from ba_lora.errors import UserError
 from ba_lora.hub import hub_obstacle
-from ba_lora.io import check_readable, read_json, read_jsonl, sha256_file
-from ba_lora.paths import LOCAL_SUFFIXES, PROJECT_ROOT
+from ba_lora.io import check_readable, iterate_json, iterate_jsonl, open_text, reading_errors, sha256_file
+from ba_lora.paths import LOCAL_SUFFIXES, PROJECT_ROOT, data_suffix
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -52,10 +53,38 @@ def load_rows(
     A name with one of the local suffixes, or that exists on disk, is a file; anything else is asked from the hub.
     Raises UserError in one line when it is absent, gated, out of reach, empty or damaged.
     """
-    path = Path(data)
-    if path.suffix in LOCAL_SUFFIXES or path.exists():
-        return _local_rows(path), Source(name=portable_name(path), sha256=sha256_file(path))
-    return _hub_rows(data, split=split, configs=configs)
+    rows, source = stream_rows([data], split=split, configs=configs)
+    return list(rows), source
+
+
+def stream_rows(
+    names: Sequence[str],
+    *,
+    split: str,
+    configs: Callable[[str], tuple[str | None, ...]] = lambda name: (None,),
+) -> tuple[Iterator[dict], Source]:
+    """Return the rows of several files or sets, one after another and one in memory at a time, and their source; see
+    `load_rows`. A damaged or empty file is told when the rows are read."""
+    parts, sources = [], []
+    for name in names:
+        path = Path(name)
+        if data_suffix(path) in LOCAL_SUFFIXES or path.exists():
+            check_readable(path)
+            parts.append(_local_rows(path))
+            sources.append(Source(name=portable_name(path), sha256=sha256_file(path)))
+        else:
+            rows, source = _hub_rows(name, split=split, configs=configs)
+            parts.append(rows)
+            sources.append(source)
+    if len(sources) == 1:
+        return parts[0], sources[0]
+    digests, commits = [source.sha256 for source in sources], [source.revision for source in sources]
+    return itertools.chain.from_iterable(parts), Source(
+        name=", ".join(source.name for source in sources),
+        sha256="+".join(digests) if all(digests) else None,
+        fingerprint="+".join(filter(None, (source.fingerprint for source in sources))) or None,
+        revision="+".join(commits) if all(commits) else None,
+    )
 
 
 def choose_rows(rows: list[Row], num_rows: int | None, sample_seed: int | None) -> list[Row]:
@@ -74,54 +103,61 @@ def portable_name(path: Path) -> str:
     return absolute.relative_to(PROJECT_ROOT).as_posix() if absolute.is_relative_to(PROJECT_ROOT) else str(path)
 
 
-def _local_rows(path: Path) -> list[dict]:
-    check_readable(path)
-    if path.suffix == ".parquet":
-        import pyarrow.parquet
+def _local_rows(path: Path) -> Iterator[dict]:
+    readers = {".parquet": _parquet_rows, ".json": iterate_json, ".jsonl": iterate_jsonl}
+    reader = (readers | dict.fromkeys((".csv", ".tsv"), _table_rows)).get(data_suffix(path))
+    if reader is None:
+        raise UserError(f"{path} is not a data file: give one of {', '.join(LOCAL_SUFFIXES)}, or a hub name")
+    number = -1
+    for number, row in enumerate(reader(path)):
+        _refuse_half_characters(row, number, path)
+        yield row
+    if number < 0:
+        raise UserError(f"{path} is empty: at least one row is needed")
 
+
+def _parquet_rows(path: Path) -> Iterator[dict]:
+    import pyarrow.parquet
+
+    opened = gzip.open(path) if path.suffix == ".gz" else open(path, "rb")
+    with reading_errors(path), opened as file:
         try:
-            rows = pyarrow.parquet.read_table(path).to_pylist()
+            for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=1000):
+                yield from batch.to_pylist()
+        except gzip.BadGzipFile:
+            raise
         except (pyarrow.ArrowException, OSError) as error:
             raise UserError(f"{path} is not a readable parquet file: {str(error).splitlines()[0]}") from error
-    elif path.suffix == ".json":
-        rows = _json_rows(path)
-    elif path.suffix == ".jsonl":
-        rows = read_jsonl(path)
-    elif path.suffix in (".csv", ".tsv"):
-        rows = _table_rows(path)
-    else:
-        raise UserError(f"{path} is not a data file: give one of {', '.join(LOCAL_SUFFIXES)}, or a hub name")
-    if not rows:
-        raise UserError(f"{path} is empty: at least one row is needed")
-    refuse_surrogates(rows, path)
-    return rows
 
 
 def refuse_surrogates(rows: list[dict], path: Path) -> None:
     """Raise UserError for a text with half of a character, as JSON's \\ud83d without its other half gives."""
-
-    def is_whole(value: object) -> bool:
-        if isinstance(value, str):
-            return value.isascii() or not re.search("[\ud800-\udfff]", value)
-        if isinstance(value, dict):
-            return all(is_whole(part) for item in value.items() for part in item)
-        return all(is_whole(part) for part in value) if isinstance(value, list) else True
-
     for number, row in enumerate(rows):
-        for column, value in row.items():
-            if not is_whole([column, value]):
-                raise UserError(
-                    f"{path}, row {number}: {column!a} holds half of a character (a lone surrogate, \\ud800 to "
-                    "\\udfff), which no tokenizer takes: remove it"
-                )
+        _refuse_half_characters(row, number, path)
 
 
-def _table_rows(path: Path) -> list[dict]:
-    """Return the lines under the header, every value as text. In .tsv files a quotation mark is an ordinary letter."""
+def _is_whole(value: object) -> bool:
+    if isinstance(value, str):
+        return value.isascii() or not re.search("[\ud800-\udfff]", value)
+    if isinstance(value, dict):
+        return all(_is_whole(part) for item in value.items() for part in item)
+    return all(map(_is_whole, value)) if isinstance(value, list) else True
+
+
+def _refuse_half_characters(row: dict, number: int, path: Path) -> None:
+    for column, value in row.items():
+        if not _is_whole([column, value]):
+            raise UserError(
+                f"{path}, row {number}: {column!a} holds half of a character (a lone surrogate, \\ud800 to "
+                "\\udfff), which no tokenizer takes: remove it"
+            )
+
+
+def _table_rows(path: Path) -> Iterator[dict]:
+    """Yield the lines under the header, every value as text. In .tsv files a quotation mark is an ordinary letter."""
     csv.field_size_limit(2**31 - 1)  # Python's default, 131,072 characters, is less than some texts have
-    form = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {"strict": True}
-    rows = []
-    with open(path, encoding="utf-8-sig", newline="") as file:
+    form = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if data_suffix(path) == ".tsv" else {"strict": True}
+    with open_text(path, encoding="utf-8-sig", newline="") as file, reading_errors(path):
         reader = csv.reader(file, **form)
         try:
             header = next(reader, [])
@@ -133,43 +169,20 @@ def _table_rows(path: Path) -> list[dict]:
                         f"{path}, line {reader.line_num}: {len(values)} values under a header of {len(header)} columns"
                     )
                 if values:
-                    rows.append(dict(zip(header, values, strict=True)))
+                    yield dict(zip(header, values, strict=True))
         except csv.Error as error:
             raise UserError(f"{path}, line {reader.line_num}: not a valid table ({error})") from error
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
-    return rows
 
 
-def _json_rows(path: Path) -> list[dict]:
-    """A .json file holds one array of objects; many published ".json" files hold one object a line instead."""
-    try:
-        rows = read_json(path)
-    except UserError:
-        with open(path, encoding="utf-8-sig", errors="replace") as file:
-            first = next((line for line in file if line.strip()), "")
-        try:
-            one_object_a_line = isinstance(json.loads(first), dict)
-        except (ValueError, RecursionError):
-            one_object_a_line = False
-        if not one_object_a_line:
-            raise
-        return read_jsonl(path)
-    if isinstance(rows, dict):
-        rows = [rows]
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise UserError(f"{path}: an array of JSON objects is needed")
-    return rows
-
-
-def _hub_rows(data: str, *, split: str, configs: Callable[[str], tuple[str | None, ...]]) -> tuple[list[dict], Source]:
+def _hub_rows(
+    data: str, *, split: str, configs: Callable[[str], tuple[str | None, ...]]
+) -> tuple[Iterator[dict], Source]:
     name, _, revision = data.partition("@")
     mend = "give a local file (--data FILE, data.source=FILE), or make the hub reachable"
     import datasets
 
     obstacle = hub_obstacle()
-    rows: list[dict] = []
-    fingerprints, commits = [], set()
+    parts, fingerprints, commits = [], [], set()
     for config in configs(name):
         try:
             part = datasets.load_dataset(name, config, split=split, revision=revision or None)
@@ -177,15 +190,15 @@ def _hub_rows(data: str, *, split: str, configs: Callable[[str], tuple[str | Non
             cause = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             offline = f" ({obstacle})" if obstacle else ""
             raise UserError(f"cannot load {data} from the hub{offline}: {cause[:300]}; {mend}") from error
-        rows.extend(part)
+        parts.append(part)
         fingerprints.append(part._fingerprint)
         commits |= _commits(part)
     if is_commit(revision) and (others := commits - {revision}):
         raise UserError(f"asked for {data}, found commit {others.pop()} in the cache; {mend}")  # offline, any will do
-    if not rows:
+    if not any(map(len, parts)):
         raise UserError(f"{data} has no rows in split {split!r}; {mend}")
     commit = commits.pop() if len(commits) == 1 else revision if is_commit(revision) else None
-    return rows, Source(name=data, fingerprint="+".join(fingerprints), revision=commit)
+    return itertools.chain.from_iterable(parts), Source(name=data, fingerprint="+".join(fingerprints), revision=commit)
 
 
 def is_commit(revision: str | None) -> bool:

@@ -1,29 +1,29 @@
-"""Training rows for the NLG experiments: load, put into the Alpaca frame, tokenize, label the response only.
+"""Training rows for the NLG experiments: read, made into conversations, put into a template, tokenized, labelled.
 
-Every set is read from the hub by name or from a local json, jsonl or parquet file of the same columns:
+    rows → conversations (data/conversations.py) → those chosen → tokens with labels on the answers (data/encoding.py)
 
-    toy           generated (data/toy.py)
-    metamathqa    query, response                    meta-math/MetaMathQA
-    codefeedback  query, answer                      m-a-p/CodeFeedback-Filtered-Instruction
-    wizardlm      conversations (first exchange)     WizardLMTeam/WizardLM_evol_instruct_V2_196k
-    gsm8k         question, answer (ends "#### N")   openai/gsm8k
+What is read stands in a file of configs/data or in `data.columns` and `data.messages`: data/sets.py. Rows pass one by
+one into an Arrow file and are tokenized from there, in several processes where they are many.
 """
 
+import array
+import hashlib
+import json
 import random
-import re
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from ba_lora.chat import load_chat
 from ba_lora.config.schema_nlg import NLGDataConfig
 from ba_lora.errors import UserError
-from ba_lora.objective.regularizers import IGNORE_INDEX
-from ba_lora.paths import resolve_data
-from ba_lora.prompts import build_prompt
-from ba_lora.rows import choose_rows, load_rows
+from ba_lora.prompts import prompt_hash
+from ba_lora.rows import choose_rows, stream_rows
 from data import manifest
-from data.tokenized import tokenize_once
+from data.conversations import read_conversation
+from data.encoding import Encoder
+from data.sets import DataSet, chosen_set, places
+from data.tokenized import rows_on_disk, tokenize_once
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -31,109 +31,134 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class TrainingSet:
-    """Where a set lives, the columns it needs, and how a row becomes (instruction, response)."""
-
-    hub: str | None
-    columns: tuple[str, ...]
-    to_pair: Callable[[dict[str, Any]], tuple[str, str]]
-    subset: str | None = None
-
-
-def _metamathqa_pair(row: dict[str, Any]) -> tuple[str, str]:
-    return row["query"], row["response"]
-
-
-def _codefeedback_pair(row: dict[str, Any]) -> tuple[str, str]:
-    return row["query"], row["answer"]
-
-
-def _wizardlm_pair(row: dict[str, Any]) -> tuple[str, str]:
-    """Return the first human turn and the answer to it; ("", "") where the conversation does not start that way."""
-    turns = row["conversations"]
-    if len(turns) < 2 or turns[0].get("from") != "human" or turns[1].get("from") != "gpt":
-        return "", ""
-    return turns[0]["value"], turns[1]["value"]
-
-
-def _gsm8k_pair(row: dict[str, Any]) -> tuple[str, str]:
-    """Drop the calculator notes (<<48/2=24>>) and end with "The answer is: N" as MetaMathQA does."""
-    solution = re.sub(r"<<[^<>]*>>", "", row["answer"])
-    return row["question"], re.sub(r"####\s*(.+?)\s*$", r"The answer is: \1", solution)
-
-
-SOURCES = {
-    "toy": TrainingSet(None, ("query", "response"), _metamathqa_pair),
-    "metamathqa": TrainingSet("meta-math/MetaMathQA", ("query", "response"), _metamathqa_pair),
-    "codefeedback": TrainingSet("m-a-p/CodeFeedback-Filtered-Instruction", ("query", "answer"), _codefeedback_pair),
-    "wizardlm": TrainingSet("WizardLMTeam/WizardLM_evol_instruct_V2_196k", ("conversations",), _wizardlm_pair),
-    "gsm8k": TrainingSet("openai/gsm8k", ("question", "answer"), _gsm8k_pair, subset="main"),
-}
-
-
-@dataclass(frozen=True)
 class TrainingData:
-    """The tokenized rows (input_ids, labels, length, and `row`, their number here) and what became of the raw ones;
-    `heldout`: those that are kept out of training (`data.heldout_share`), None where there are none."""
+    """The tokenized rows (input_ids, labels, length, and `row`, their number here) and what became of the raw ones.
+
+    heldout: those that are kept out of training (`data.heldout_share`), None where there are none. numbers: what
+    happened → the rows it happened to, numbered as in the source: used, heldout, cut, dropped, empty, duplicate.
+    """
 
     dataset: "Dataset"
     report: dict[str, Any]
     heldout: "Dataset | None" = None
+    numbers: dict[str, list[int]] = field(default_factory=dict)
 
 
 def load_training_data(config: NLGDataConfig, tokenizer: "PreTrainedTokenizerBase") -> TrainingData:
     """Return the rows `config` names, tokenized.
 
-    Labels are −100 but on the response and its EOS. A row longer than `max_length` is cut (it then has no EOS); a row
-    of which nothing of the response would be left is dropped. Both are counted in the report, as are rows without text.
-    Raises UserError for a missing or empty file, wrong columns, a broken line, an absent set, or when no row is left.
+    Labels are −100 but on the answers and their end tokens. A row longer than `max_length` is cut (it then lacks the
+    last end token); a row of which no answer would be left is dropped. Both are counted in the report, as are rows
+    without text and rows that another one repeats (which are trained on).
+    Raises UserError for a missing or empty file, wrong columns, roles or templates, a broken line, an absent set, or
+    when no row is left.
     """
-    rows, origin = _read_rows(config)
-    source = SOURCES[config.name]
-    checked = manifest.check_rows(config.name, config.split, rows, source.columns, file_sha256=origin["file_sha256"])
-    num_read = len(rows)
-    rows = choose_rows(rows, config.num_rows, config.sample_seed)
-    pairs, empty = [], 0
-    for row in rows:
-        try:
-            instruction, response = source.to_pair(row)
-            instruction, response = instruction.strip(), response.strip()
-        except (AttributeError, TypeError, KeyError) as error:
-            raise UserError(
-                f"{origin['source']}: a row's {', '.join(source.columns)} is not text: {row!r:.120}"
-            ) from error
-        if instruction and response:
-            pairs.append((instruction, response))
-        else:
-            empty += 1
-    encoded = tokenize_once(pairs, encode, tokenizer, max_length=config.max_length) if pairs else ()
+    encoder = Encoder(tokenizer, config.max_length, load_chat(tokenizer, config.template))
+    rows, found, origin = _open_rows(config)
+    reader = _Reader(rows, found, encoder, origin["source"])
+    with rows_on_disk(reader) as conversations:
+        checked = manifest.check_rows(found.name, config.split, reader.digest, file_sha256=origin["file_sha256"])
+        chosen = choose_rows(range(len(reader.hashes)), config.num_rows, config.sample_seed)
+        empty = [number for number in chosen if number in reader.empty]
+        filled = [number for number in chosen if number not in reader.empty]
+        digest = hashlib.sha256(f"{reader.sha256} {config.num_rows} {config.sample_seed}".encode()).hexdigest()
+        encoded = tokenize_once(conversations, filled, encoder, origin["source"], digest=digest) if filled else ()
     if not len(encoded):
         raise UserError(
-            f"no row of {origin['source']} is left to train on: all {len(rows)} are empty or their prompt fills "
+            f"no row of {origin['source']} is left to train on: all {len(chosen)} are empty or their prompt fills "
             f"data.max_length={config.max_length}; raise data.max_length or check the file"
         )
+    kept = encoded["number"][:]
+    numbers = {
+        "cut": [number for number, cut in zip(kept, encoded["cut"][:], strict=True) if cut],
+        "dropped": sorted(set(filled) - set(kept)),
+        "empty": empty,
+        "duplicate": _repeated(filled, reader.hashes),
+    }
     heldout = None
     if config.heldout_share:
         encoded, heldout = _hold_out(encoded, config.heldout_share)
+    numbers |= {"used": encoded["number"][:], "heldout": heldout["number"][:] if heldout is not None else []}
+    used = set(numbers["used"])
     report = {
-        "name": config.name,
+        "name": found.name,
         **origin,
-        "rows_read": num_read,
-        "rows_chosen": len(rows),
+        "rows_read": len(reader.hashes),
+        "rows_chosen": len(chosen),
         "rows_used": len(encoded),
-        "rows_cut": sum(encoded["cut"]),
-        "rows_dropped": len(pairs) - len(encoded) - len(heldout or ()),
-        "rows_empty": empty,
-        "rows_heldout": len(heldout or ()),
+        "rows_cut": sum(number in used for number in numbers["cut"]),
+        "rows_dropped": len(numbers["dropped"]),
+        "rows_empty": len(empty),
+        "rows_duplicate": len(numbers["duplicate"]),
+        "rows_heldout": len(numbers["heldout"]),
         "sha256": checked["sha256"],
         "manifest": checked["status"],
+        "prompt_hash": encoder.chat.hash if encoder.chat else prompt_hash(),
         "tokens": sum(encoded["length"]),
         "response_tokens": sum(encoded["response_length"]),
     }
+    further = ["response_length", "cut", "number"]
     if heldout is not None:
-        heldout = heldout.remove_columns(["response_length", "cut"])
-    dataset = encoded.remove_columns(["response_length", "cut"]).add_column("row", list(range(len(encoded))))
-    return TrainingData(dataset, report, heldout)
+        heldout = heldout.remove_columns(further)
+    dataset = encoded.remove_columns(further).add_column("row", list(range(len(encoded))))
+    return TrainingData(dataset, report, heldout, numbers)
+
+
+class _Reader:
+    """Yields the conversation of each row, and remembers of the rows what is needed later; an empty row yields []."""
+
+    def __init__(self, rows: Iterable[dict[str, Any]], of: DataSet, encoder: Encoder, source: str) -> None:
+        self._rows, self._of, self._encoder, self._source = rows, of, encoder, source
+        self._sha = hashlib.sha256()
+        self.digest = manifest.RowDigest(of.read)
+        self.hashes = array.array("Q")  # of each row's conversation
+        self.empty: set[int] = set()
+
+    @property
+    def sha256(self) -> str:
+        """Of all conversations."""
+        return self._sha.hexdigest()
+
+    def __iter__(self) -> Iterator[list[dict[str, str]]]:
+        found: list[str] = []
+        for number, row in enumerate(self._rows):
+            where = f"{self._source}, row {number}"
+            if missing := [column for column in self._of.needed if column not in row]:
+                self._refuse_columns(row, found, missing, where)
+            found = found or sorted(row)
+            self.digest.add(row)
+            conversation = read_conversation(row, self._of, where)
+            self._encoder.check(conversation, where)
+            line = json.dumps(conversation).encode()
+            self._sha.update(line)
+            self.hashes.append(int.from_bytes(hashlib.sha256(line).digest()[:8]))
+            if not conversation:
+                self.empty.add(number)
+            yield conversation
+
+    def _refuse_columns(self, row: dict[str, Any], found: list[str], missing: list[str], where: str) -> None:
+        needed = ", ".join(self._of.needed)
+        if found:
+            raise UserError(f"{where} lacks a column, {missing[0]}: {needed} are needed in every row")
+        how = (
+            "name the columns there are, data.columns or data.messages"
+            if self._of.name == "own"
+            else "choose the matching data.name, or name the columns, data.columns={instruction: …, response: …}"
+        )
+        raise UserError(
+            f"{self._source} has the columns {', '.join(sorted(row))}; data.name={self._of.name} needs {needed}: {how}"
+        )
+
+
+def _repeated(numbers: list[int], hashes: "array.array[int]") -> list[int]:
+    """Return the rows whose conversation stands in an earlier one already."""
+    seen: set[int] = set()
+    found = []
+    for number in numbers:
+        if hashes[number] in seen:
+            found.append(number)
+        seen.add(hashes[number])
+    return found
 
 
 def _hold_out(rows: "Dataset", share: float) -> tuple["Dataset", "Dataset"]:
@@ -148,48 +173,9 @@ def _hold_out(rows: "Dataset", share: float) -> tuple["Dataset", "Dataset"]:
     return rows.select([row for row in range(len(rows)) if row not in held]), rows.select(sorted(held))
 
 
-def encode(
-    instruction: str, response: str, tokenizer: "PreTrainedTokenizerBase", *, max_length: int
-) -> dict[str, Any] | None:
-    """Return input_ids, labels, length, response_length (EOS counts) and cut for one row, or None where `max_length`
-    leaves nothing of the response.
-
-    One space joins prompt and response (the paper is silent; its evaluation prompts go on with a space too).
-    """
-    prompt = build_prompt(instruction)
-    prompt_ids = tokenizer(prompt)["input_ids"]
-    eos = [tokenizer.eos_token_id]
-    if prompt_ids and prompt_ids[-1] == tokenizer.eos_token_id:  # some tokenizers end every text with EOS
-        prompt_ids, eos = prompt_ids[:-1], []
-    input_ids = tokenizer(f"{prompt} {response}")["input_ids"] + eos
-    if (
-        input_ids[: len(prompt_ids)] != prompt_ids
-    ):  # a token spans the seam: generation will start from the prompt's ids
-        input_ids = prompt_ids + tokenizer(f" {response}", add_special_tokens=False)["input_ids"]
-        input_ids.append(tokenizer.eos_token_id)
-    if len(prompt_ids) >= max_length:
-        return None
-    cut = len(input_ids) > max_length
-    input_ids = input_ids[:max_length]
-    labels = [IGNORE_INDEX] * len(prompt_ids) + input_ids[len(prompt_ids) :]
-    response_length = len(input_ids) - len(prompt_ids)
-    return {
-        "input_ids": input_ids,
-        "labels": labels,
-        "length": len(input_ids),
-        "response_length": response_length,
-        "cut": cut,
-    }
-
-
-def check_source(config: NLGDataConfig) -> None:
-    """Raise UserError where a set has neither a place on the hub nor a file: found before a run's folder is made."""
-    if config.source is None and config.name != "toy" and SOURCES[config.name].hub is None:
-        raise UserError(f"data.name={config.name} is no set of the hub's: name its file, data.source=FILE")
-
-
-def _read_rows(config: NLGDataConfig) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    source = SOURCES[config.name]
+def _open_rows(config: NLGDataConfig) -> tuple[Iterable[dict[str, Any]], DataSet, dict[str, Any]]:
+    """Return the raw rows, how they are read, and where they come from."""
+    found = chosen_set(config)
     if config.name == "toy" and config.source is None:
         from data import toy
 
@@ -205,24 +191,6 @@ def _read_rows(config: NLGDataConfig) -> tuple[list[dict[str, Any]], dict[str, A
             )
         except ValueError as error:
             raise UserError(f"data.toy: {error}") from error
-        return rows, {"source": "generated by data/toy.py", "revision": None, "file_sha256": None}
-    check_source(config)
-    name, revision = config.source or source.hub, config.revision
-    if config.source is None:
-        revision = revision or manifest.pinned_revision(config.name)
-    name = resolve_data(name)
-    if revision and not Path(name).is_absolute():
-        name = f"{name}@{revision}"
-    rows, where = load_rows(name, split=config.split, configs=lambda hub: (source.subset,))
-    origin = {"source": where.name, "revision": where.revision, "file_sha256": where.sha256}
-    found = sorted(rows[0])
-    missing = [column for column in source.columns if column not in found]
-    if missing:
-        raise UserError(
-            f"{name} has the columns {', '.join(found)}; data.name={config.name} needs {', '.join(source.columns)}: "
-            "choose the matching data.name, or rename the columns"
-        )
-    for number, row in enumerate(rows):
-        if any(column not in row for column in source.columns):
-            raise UserError(f"{name}, row {number} lacks a column: {', '.join(source.columns)} are needed in every row")
-    return rows, origin
+        return rows, found, {"source": "generated by data/toy.py", "revision": None, "file_sha256": None}
+    rows, where = stream_rows(places(config, found), split=config.split, configs=lambda hub: (found.subset,))
+    return rows, found, {"source": where.name, "revision": where.revision, "file_sha256": where.sha256}

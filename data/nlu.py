@@ -1,8 +1,9 @@
-"""Rows for the NLU experiments: a GLUE task from the hub (`nyu-mll/glue`) or from local files of the same columns.
+"""Rows for the NLU experiments: a GLUE task from the hub (`nyu-mll/glue`), or any task from files of its columns.
 
     training rows → class shares (data/imbalance.py) → number of rows → a held-out part (selection=tuned) → tokens
 
-Columns and labels of each task stand in ba_lora/glue.py. Labels are ids, or names; in csv and tsv files as text.
+Columns and labels of each task stand in configs/nlu/tasks, or in the configuration (`nlu.task`). Labels are ids, or
+names; in csv and tsv files as text.
 """
 
 import collections
@@ -15,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from ba_lora.config.schema_nlu import NLUConfig, NLUDataConfig
 from ba_lora.errors import UserError
-from ba_lora.glue import HUB, GlueTask, find_task, hub_source
+from ba_lora.glue import HUB, NLUTask, find_task, hub_source
 from ba_lora.models.tokenizer import encode_texts
 from ba_lora.paths import resolve_data
-from ba_lora.rows import Source, choose_rows, load_rows
+from ba_lora.rows import Source, choose_rows, stream_rows
 from data.imbalance import imbalanced_rows
 
 if TYPE_CHECKING:
@@ -64,14 +65,19 @@ def load_nlu_data(config: NLUConfig, tokenizer: "PreTrainedTokenizerBase") -> NL
             f"{config.model.name} takes: lower it"
         )
     train, dev, origins = _read(config, task)
-    report = {"name": config.nlu.task, **origins["train"], "rows_read": len(train)}
+    report = {"name": task.name, **origins["train"], "rows_read": len(train)}
     filled = [row for row in train if all(text.strip() for text in row.texts)]
     report["rows_empty"] = len(train) - len(filled)
     train = _choose(filled, config.data, task)
     heldout: list[_Row] = []
     if config.nlu.selection == "tuned":
-        train, heldout = _split(train, config.nlu.heldout_share, config.data.split_seed)
+        train, heldout = _split(train, config.nlu.heldout_share, config.data.split_seed, task)
     _refuse_one_class(train, task, where=origins["train"]["source"])
+    if empty := [name for name, count in (_class_counts(train, task) or {}).items() if task.is_own and not count]:
+        raise UserError(
+            f"no training row of {origins['train']['source']} is of class {empty[0]}: take it out of nlu.task.labels, "
+            "or use more rows (data.num_rows)"
+        )
 
     sets, cut = {}, {}
     for name, rows in {"train": train, "heldout": heldout, **dev}.items():
@@ -80,6 +86,7 @@ def load_nlu_data(config: NLUConfig, tokenizer: "PreTrainedTokenizerBase") -> NL
         "rows_used": len(train),
         "rows_cut": cut["train"],
         "rows_heldout": len(heldout),
+        "rows_duplicate": len(train) - len({(row.texts, row.label) for row in train}),
         "classes": _class_counts(train, task),
         "tokens": sum(map(len, sets["train"]["input_ids"])),
         "dev": {
@@ -96,24 +103,24 @@ def load_nlu_data(config: NLUConfig, tokenizer: "PreTrainedTokenizerBase") -> NL
     return NLUData(sets["train"], sets["heldout"], {name: sets[name] for name in dev}, report)
 
 
-def _read(config: NLUConfig, task: GlueTask) -> tuple[list[_Row], dict[str, list[_Row]], dict[str, dict]]:
+def _read(config: NLUConfig, task: NLUTask) -> tuple[list[_Row], dict[str, list[_Row]], dict[str, dict]]:
     """Return training rows, the rows of each dev set, and where each of them came from."""
     data = config.data
     if data.dev_share is not None and (data.dev or data.source is None):
-        other = "data.dev names the dev set" if data.dev else f"{config.nlu.task} has a dev set of its own"
+        other = "data.dev names the dev set" if data.dev else f"{task.name} has a dev set of its own"
         raise UserError(f"data.dev_share={data.dev_share:g} would not be used, {other}: leave data.dev_share out")
     if config.nlu.task == "toy_pairs" and data.source is None:
         return _generate(config, task)
-    train, origin = _read_set(data.source, config, task, split=data.split)
+    train, origin = _read_set(data.sources, config, task, split=data.split)
     origins, dev = {"train": origin}, {}
     for name, split in task.dev_sets.items():
         if name in data.dev:
-            dev[name], origins[name] = _read_set(data.dev[name], config, task, split=split)
+            dev[name], origins[name] = _read_set([data.dev[name]], config, task, split=split)
         elif data.source is None:
-            dev[name], origins[name] = _read_set(None, config, task, split=split)
+            dev[name], origins[name] = _read_set([], config, task, split=split)
     if data.dev_share is not None:
         name = next(iter(task.dev_sets))
-        train, dev[name] = _split(train, data.dev_share, data.split_seed)
+        train, dev[name] = _split(train, data.dev_share, data.split_seed, task)
         origins[name] = origin | {"split": f"{data.dev_share:g} of the training rows, seed {data.split_seed}"}
     first = next(iter(task.dev_sets))
     if first not in dev:
@@ -121,7 +128,7 @@ def _read(config: NLUConfig, task: GlueTask) -> tuple[list[_Row], dict[str, list
     return train, dev, origins
 
 
-def _generate(config: NLUConfig, task: GlueTask) -> tuple[list[_Row], dict[str, list[_Row]], dict[str, dict]]:
+def _generate(config: NLUConfig, task: NLUTask) -> tuple[list[_Row], dict[str, list[_Row]], dict[str, dict]]:
     from data import toy_nlu
 
     toy = config.data.toy
@@ -144,49 +151,51 @@ def _generate(config: NLUConfig, task: GlueTask) -> tuple[list[_Row], dict[str, 
     return rows["train"], {name: rows[name]}, {"train": origin, name: origin}
 
 
-def _read_set(name: str | None, config: NLUConfig, task: GlueTask, *, split: str) -> tuple[list[_Row], dict[str, Any]]:
-    subset = config.nlu.task
-    if name is None:
-        name = hub_source(config.data.revision)
-    else:
-        name = resolve_data(name)
-        if config.data.revision and not Path(name).is_absolute():
-            name = f"{name}@{config.data.revision}"
-    rows, source = load_rows(name, split=split, configs=lambda hub: (subset if hub == HUB else None,))
+def _read_set(names: list[str], config: NLUConfig, task: NLUTask, *, split: str) -> tuple[list[_Row], dict[str, Any]]:
+    revision = config.data.revision
+    found = [resolve_data(name) for name in names]
+    found = [f"{name}@{revision}" if revision and not Path(name).is_absolute() else name for name in found]
+    stream, source = stream_rows(
+        found or [hub_source(revision)], split=split, configs=lambda hub: (task.name if hub == HUB else None,)
+    )
+    rows = list(stream)
     origin = {
         "source": source.name,
         "revision": source.revision,
         "sha256": source.sha256,
         "data_sha256": source.as_result(),  # as in the scores of the sets that are evaluated later
     }
-    _check_columns(rows, task, source, config.nlu.task)
+    _check_columns(rows, task, source)
     found = [_to_row(number, row, task, source.name) for number, row in enumerate(rows)]
     return found, origin if source.sha256 else origin | {"split": split}
 
 
-def _check_columns(rows: list[dict[str, Any]], task: GlueTask, source: Source, name: str) -> None:
-    needed = (*task.columns, "label")
+def _check_columns(rows: list[dict[str, Any]], task: NLUTask, source: Source) -> None:
+    needed = (*task.columns, task.label)
     if any(column not in rows[0] for column in needed):
         raise UserError(
-            f"{source.name} has the columns {', '.join(sorted(rows[0]))}; the task {name} needs {', '.join(needed)}: "
-            "choose the matching task, or rename the columns"
+            f"{source.name} has the columns {', '.join(sorted(rows[0]))}; the task {task.name} needs "
+            f"{', '.join(needed)}: "
+            + ("name them in nlu.task" if task.is_own else "choose the matching task, or describe yours in nlu.task")
         )
     for number, row in enumerate(rows):
         if any(column not in row for column in needed):
             raise UserError(f"{source.name}, row {number} lacks a column: {', '.join(needed)} are needed in every row")
 
 
-def _to_row(number: int, row: dict[str, Any], task: GlueTask, where: str) -> _Row:
+def _to_row(number: int, row: dict[str, Any], task: NLUTask, where: str) -> _Row:
     texts = tuple(row[column] for column in task.columns)
     if not all(isinstance(text, str) for text in texts):
         raise UserError(f"{where}, row {number}: {', '.join(task.columns)} must be text: {row!r:.120}")
-    return _Row(number, texts, _to_label(row["label"], task, f"{where}, row {number}"))
+    return _Row(number, texts, _to_label(row[task.label], task, f"{where}, row {number}"))
 
 
-def _to_label(value: Any, task: GlueTask, where: str) -> int | float:
+def _to_label(value: Any, task: NLUTask, where: str) -> int | float:
     """Return the label's id, or the score. Raises UserError for what is neither, and for unlabelled rows."""
-    if isinstance(value, str) and value.strip() in task.labels:
-        return task.labels.index(value.strip())
+    if isinstance(value, list | dict):
+        raise UserError(f"{where}: several labels a row are not supported: train one task for each label")
+    if not task.is_regression and (found := task.label_id(value)) is not None:
+        return found
     try:
         number = float(value)
     except (TypeError, ValueError):
@@ -198,13 +207,11 @@ def _to_label(value: Any, task: GlueTask, where: str) -> int | float:
         if not low <= number <= high:
             raise UserError(f"{where}: label {value!r} is no score from {low:g} to {high:g}")
         return number
-    if not (number.is_integer() and 0 <= number < len(task.labels)):
-        labels = ", ".join(f"{index} ({name})" for index, name in enumerate(task.labels))
-        raise UserError(f"{where}: label {value!r} is out of range: labels are {labels}")
-    return int(number)
+    labels = ", ".join(f"{index} ({name})" for index, name in enumerate(task.labels))
+    raise UserError(f"{where}: label {value!r} is out of range: labels are {labels}")
 
 
-def _choose(rows: list[_Row], config: NLUDataConfig, task: GlueTask) -> list[_Row]:
+def _choose(rows: list[_Row], config: NLUDataConfig, task: NLUTask) -> list[_Row]:
     """Return the rows to train on: with the asked class shares, or the first ones, or a seeded sample."""
     if config.class_shares:
         chosen = imbalanced_rows(
@@ -218,19 +225,30 @@ def _choose(rows: list[_Row], config: NLUDataConfig, task: GlueTask) -> list[_Ro
     return choose_rows(rows, config.num_rows, config.sample_seed)
 
 
-def _split(rows: Sequence[_Row], share: float, seed: int) -> tuple[list[_Row], list[_Row]]:
-    """Return (the rest, a random `share` of the rows), each in the file's order."""
+def _split(rows: Sequence[_Row], share: float, seed: int, task: NLUTask) -> tuple[list[_Row], list[_Row]]:
+    """Return (the rest, a random `share` of the rows), each in the file's order.
+
+    Of a task of one's own both have the classes in like shares; GLUE's are drawn as they always were.
+    """
     count = round(share * len(rows))
     if not 0 < count < len(rows):
         raise UserError(f"a share of {share:g} of {len(rows)} rows leaves one part empty: use more rows")
-    taken = set(random.Random(f"split/{seed}").sample(range(len(rows)), count))
+    drawn = random.Random(f"split/{seed}").sample(range(len(rows)), count)
+    if task.is_own and not task.is_regression:
+        order = list(range(len(rows)))
+        random.Random(f"split/{seed}").shuffle(order)
+        order.sort(key=lambda index: rows[index].label)
+        drawn = [
+            row for place, row in enumerate(order) if (place + 1) * count // len(rows) > place * count // len(rows)
+        ]
+    taken = set(drawn)
     return (
         [row for index, row in enumerate(rows) if index not in taken],
         [row for index, row in enumerate(rows) if index in taken],
     )
 
 
-def _refuse_one_class(rows: list[_Row], task: GlueTask, *, where: str) -> None:
+def _refuse_one_class(rows: list[_Row], task: NLUTask, *, where: str) -> None:
     if not rows:
         raise UserError(f"no row of {where} is left to train on: all are empty")
     if not task.is_regression and len({row.label for row in rows}) == 1:
@@ -238,7 +256,7 @@ def _refuse_one_class(rows: list[_Row], task: GlueTask, *, where: str) -> None:
         raise UserError(f"all {len(rows)} training rows of {where} are of class {name}: there is nothing to learn")
 
 
-def _class_counts(rows: list[_Row], task: GlueTask) -> dict[str, int] | None:
+def _class_counts(rows: list[_Row], task: NLUTask) -> dict[str, int] | None:
     if task.is_regression:
         return None
     counts = collections.Counter(row.label for row in rows)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ba_lora.config.schema import ModelConfig
 from ba_lora.errors import UserError
-from ba_lora.glue import GlueTask
+from ba_lora.glue import NLUTask
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,7 +26,7 @@ class Classifier:
     max_length: int
 
 
-def open_classifier(folder: Path, task: GlueTask, *, max_length: int | None = None) -> Classifier:
+def open_classifier(folder: Path, task: NLUTask, *, max_length: int | None = None) -> Classifier:
     """Return the trained classifier in `folder`, on the GPU where there is one, else in float32 on the CPU.
 
     max_length: tokens at most of a text or pair; None: 512, or what the model takes if that is less. Raises UserError
@@ -39,6 +39,8 @@ def open_classifier(folder: Path, task: GlueTask, *, max_length: int | None = No
     import ba_lora.models.t5_encoder  # noqa: F401  makes the Auto classes know the T5 encoder
     from ba_lora.models.tokenizer import load_tokenizer
 
+    if (folder / "adapter_config.json").is_file():
+        return _open_adapter(folder, task, max_length=max_length)
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} holds no model: give a run's folder with merged/, or a model folder")
     on_gpu = torch.cuda.is_available()
@@ -57,13 +59,43 @@ def open_classifier(folder: Path, task: GlueTask, *, max_length: int | None = No
         logging.set_verbosity(verbosity)
     if report["missing_keys"]:
         raise UserError(f"{folder} has no trained head: {', '.join(sorted(report['missing_keys']))} are missing")
+    return _ready(model, tokenizer, folder, task, max_length=max_length)
+
+
+def _open_adapter(folder: Path, task: NLUTask, *, max_length: int | None) -> Classifier:
+    """Return the classifier of a run whose method cannot be merged: adapter/ on its base."""
+    from peft import PeftModel
+
+    from ba_lora.config.layers import load_run
+    from ba_lora.methods.base import import_tuners
+    from ba_lora.models.pretrained import load_base
+    from ba_lora.models.tokenizer import load_tokenizer
+
+    config = load_run(folder.parent)
+    import_tuners()
+    model = PeftModel.from_pretrained(load_base(config, quantize=False), folder)
+    tokenizer = load_tokenizer(config.model, generates=False)
+    return _ready(model, tokenizer, folder, task, max_length=max_length)
+
+
+def _ready(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    folder: Path,
+    task: NLUTask,
+    *,
+    max_length: int | None,
+) -> Classifier:
+    import torch
+
     order = _class_order(model.config.id2label, task, folder)
     longest = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", DEFAULT_MAX_LENGTH))
     limit = min(max_length or DEFAULT_MAX_LENGTH, longest)
-    return Classifier(model.eval().to("cuda" if on_gpu else "cpu"), tokenizer, order, limit)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return Classifier(model.eval().to(device), tokenizer, order, limit)
 
 
-def _class_order(id2label: dict[int, str], task: GlueTask, folder: Path) -> list[int]:
+def _class_order(id2label: dict[int, str], task: NLUTask, folder: Path) -> list[int]:
     names = [id2label[index] for index in range(len(id2label))]
     if len(names) != task.num_labels:
         raise UserError(

@@ -21,14 +21,17 @@ RUN/completions/<task>.jsonl, those of other models to --output DIR/<task>.jsonl
 models). A line is {"task_id", "sample", "prompt", "completion", "finish_reason"}; beside it <task>.meta.json tells
 what made the file.
 
-In a task of several turns (mt_bench) the second prompt holds the model's first answer, sample by sample.
+In a task of several turns (mt_bench) the second prompt holds the model's first answer, sample by sample, without a
+reasoning model's thinking.
 
 Keys: max_new_tokens (default: the task's), temperature (0 = greedy; default: the task's, greedy for most), top_p and
 num_samples (default: the task's), the task's own choices (humaneval: protocol; mbpp: subset), seed, limit (first N
-items), template (default: the task's; a key of ba_lora.prompts.TEMPLATES, or fschat/NAME for the form of a published
-chat model, whose stop strings then take the place of the task's), batch_size, dtype (auto, float32, bfloat16,
+items), template (default: the chat template that a run was trained in, else the task's; a key of
+ba_lora.prompts.TEMPLATES; chat for the tokenizer's own chat template; a Jinja file; fschat/NAME for the form of a
+published chat model; the last three bring their own ends of an answer), batch_size, dtype (auto, float32, bfloat16,
 float16), max_model_len, attention (sdpa, eager, flash_attention_2; hf only), tensor_parallel_size,
-gpu_memory_utilization (vllm only), revision, trust_remote_code, serve (auto, hot, merged), overwrite.
+gpu_memory_utilization (vllm only), revision, trust_remote_code, serve (auto, hot, merged), thinking
+(the marks around thinking, '<think> </think>'; none: nothing is cut), overwrite.
 
 Completions that answer the very same request (weights, data, prompts, settings, engine) are kept, so that the same
 command goes on where it was stopped, task by task; overwrite=true makes them again. Those of a hub model without a
@@ -51,7 +54,6 @@ from ba_lora.config.checks import check_place
 from ba_lora.errors import CommandParser, UserError, run_entry_point
 from ba_lora.io import write_json_atomic, write_jsonl_atomic
 from ba_lora.models.sizes import check_tokens
-from ba_lora.prompts import build_conversation, prompt_hash
 from ba_lora.rows import portable_name
 from eval.completions import PROMPT_TOO_LONG
 from eval.engines import base as engines
@@ -65,7 +67,7 @@ from eval.engines.requests import (
     request_sha256,
     template_and_stops,
 )
-from eval.engines.serving import ServedModel, plan_serving
+from eval.engines.serving import ServedModel, kept_template, plan_serving
 from eval.options import parse_options, read_data, split_options
 from eval.tasks import TASKS, get_task
 from eval.tasks.base import Task
@@ -101,10 +103,10 @@ def needed_length(base: str, all_questions: Sequence[Questions], options: Engine
     longest = 0
     for questions in all_questions:
         unanswered = [
-            build_conversation(instructions, [""] * (len(instructions) - 1), template=questions.template)
+            questions.conversation(instructions, [""] * (len(instructions) - 1))
             for instructions in questions.instructions
         ]
-        encoded = engines.encode_prompts(tokenizer, unanswered)
+        encoded = engines.encode_prompts(tokenizer, unanswered, chat=questions.chat is not None)
         check_tokens(tokenizer, config.vocab_size, base, encoded)
         for ids, instructions, sampling in zip(encoded, questions.instructions, questions.samplings, strict=True):
             # an answer's text may take a few tokens more in the next prompt than when it was made
@@ -128,7 +130,11 @@ def complete(
         settings = sampling if turn == 0 else dataclasses.replace(sampling, num_samples=1)
         answers = iter(
             engine.generate(
-                [prompt for one in asked for prompt in one], adapter=adapter, progress=progress, **vars(settings)
+                [prompt for one in asked for prompt in one],
+                adapter=adapter,
+                progress=progress,
+                **({"chat_end": questions.chat.end_id} if questions.chat else {}),
+                **vars(settings),
             )
         )
         for index, one in zip(indices, asked, strict=True):
@@ -189,7 +195,7 @@ def generation_record(
         "max_model_len": engine.context,
         "choices": {key: questions.task.choice(key) for key in questions.task.choices},
         "template": questions.template,
-        "prompt_hash": prompt_hash(template=questions.template),
+        "prompt_hash": questions.prompt_hash,
         "sampling": describe_sampling(questions),
         "num_prompt_too_long": sum(completion.finish_reason == PROMPT_TOO_LONG for completion in first),
         "num_clamped": sum(completion.clamped for completion in first),
@@ -211,6 +217,17 @@ def describe_sampling(questions: Questions) -> dict:
     if len(temperatures) > 1:
         record["temperature"] = {str(value): count for value, count in sorted(temperatures.items())}
     return record
+
+
+def trained_template(served: Sequence[ServedModel]) -> str | None:
+    """Return the text of the chat template that all these runs were trained in; None where they are no runs, or were
+    trained in the Alpaca frame, of which each task has its own form. Raises UserError where they differ."""
+    found = {model.name: kept_template(model.run) for model in served}
+    if len(set(found.values())) > 1:
+        raise UserError(
+            f"{', '.join(found)} were trained in different templates: ask them one by one, or all by template=NAME"
+        )
+    return next(iter(found.values()), None)
 
 
 def choose_tasks(names: Sequence[str], choices: Mapping[str, str]) -> list[Task]:
@@ -243,12 +260,17 @@ def run(
     folders = dict(zip(served, completion_folders(served, output), strict=True))
     for folder in folders.values():
         check_place(folder, "--output" if output else "completions")
-    all_questions = [load_questions(task, (data or {}).get(task.name), options) for task in chosen]
+    text = trained_template(served) if options.template is None else None
+    if text is not None:
+        options = dataclasses.replace(options, template="chat")
+    loaded = [load_questions(task, (data or {}).get(task.name), options) for task in chosen]
     groups: dict[tuple[str, str | None], list[ServedModel]] = {}
     for model in served:
         groups.setdefault((model.base, model.revision), []).append(model)
     records: dict[tuple[ServedModel, str], dict] = {}
     for (base, revision), members in groups.items():
+        settings = dataclasses.replace(options.engine(), revision=revision)
+        all_questions = [questions.of_base(base, settings, text=text) for questions in loaded]
         left = []
         for model, questions in itertools.product(members, all_questions):
             request = request_sha256(model, questions, kind, options)
@@ -261,7 +283,6 @@ def run(
             print(f"{model.name} {questions.task.name}: answered already → {answers}", flush=True)
         if not left:
             continue
-        settings = dataclasses.replace(options.engine(), revision=revision)
         settings = dataclasses.replace(settings, max_model_len=needed_length(base, all_questions, settings))
         hot = dict.fromkeys(model for model, _, _ in left if model.adapter is not None)
         names = {model: f"adapter{index}" for index, model in enumerate(hot)}
@@ -278,10 +299,7 @@ def run(
                 records[model, questions.task.name] = record
                 print(summary(record, folders[model]), flush=True)
     return [
-        records[model, questions.task.name]
-        for members in groups.values()
-        for model in members
-        for questions in all_questions
+        records[model, questions.task.name] for members in groups.values() for model in members for questions in loaded
     ]
 
 

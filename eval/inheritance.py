@@ -9,8 +9,8 @@ diversity  `num_samples` completions of each of the task's first `num_prompts` i
            and the entropy in nats of an item's extracted answers, in whatever form they come (those that cannot be read
            count as one answer); each is a mean over items
 
-A run on a quantised base is measured on the unquantised one, before and after: what is exported is a merged model or an
-adapter for that base, and so the two differ only by the training. The result's `quantization` says so.
+Of a quantised base `before` is the unquantised model's, `after` that of merged/, which is the model that was trained:
+the two differ by the quantisation and by the training.
 
 Runs of one base share one start of the model (transformers, whatever engine scored the run: vLLM gives no
 likelihoods). Each run gets RUN/scores/inheritance.json and, for paired tests, RUN/grades/inheritance.jsonl with the
@@ -28,18 +28,15 @@ from pathlib import Path
 from typing import Any
 
 from ba_lora.config.layers import load_run
-from ba_lora.config.schema import UNTUNED
 from ba_lora.config.schema_nlg import NLGConfig
 from ba_lora.errors import CommandParser, UserError, run_entry_point
 from ba_lora.io import read_jsonl, sha256_file, write_json_atomic, write_jsonl_atomic
-from ba_lora.models.source import model_source
 from ba_lora.paths import resolve_data, resolve_path
 from ba_lora.prompts import build_prompt, prompt_hash
 from ba_lora.runs.results import refresh_result
-from eval.engines import serving
-from eval.engines.base import Engine, EngineOptions
-from eval.engines.open import open_engine
+from eval.engines.base import Engine
 from eval.options import parse_options, split_options
+from eval.run_models import open_models
 from eval.tasks import get_task
 from eval.tasks.base import Item, Task
 
@@ -97,15 +94,21 @@ def answer_entropy(answers: Sequence[str | None]) -> float:
     return -sum(share * math.log(share) for share in shares)
 
 
+def load_texts(path: Path) -> list[str]:
+    """Read the texts of a jsonl file. Raises UserError for a file that is missing, or has no texts."""
+    rows = read_jsonl(path)
+    if not all(isinstance(row.get("text"), str) and row["text"] for row in rows):
+        raise UserError(f'{path}: every line must be {{"text": "…"}}')
+    return [row["text"] for row in rows]
+
+
 def load_material(texts_path: Path, task_name: str, data: str | None, options: InheritanceOptions) -> Material:
     """Read texts and items. Raises UserError for a file that is missing, or has no texts."""
-    rows = read_jsonl(texts_path)
-    if not all(isinstance(row.get("text"), str) and row["text"] for row in rows):
-        raise UserError(f'{texts_path}: every line must be {{"text": "…"}}')
+    texts = load_texts(texts_path)
     task = get_task(task_name)
     items, source = task.load(data)
     return Material(
-        texts=[row["text"] for row in rows],
+        texts=texts,
         task=task,
         items=task.select(items)[: options.num_prompts],
         data_sha256=[sha256_file(texts_path), source.as_result()],
@@ -115,41 +118,16 @@ def load_material(texts_path: Path, task_name: str, data: str | None, options: I
 def measure_runs(
     run_paths: Sequence[Path], material: Material, options: InheritanceOptions
 ) -> Iterator[tuple[Path, Measures]]:
-    """Yield (run folder, measures) as they are done.
-
-    Every pre-trained model is loaded once, with all adapters that go onto it; what belongs to one run only (full
-    fine-tuning, DoRA, …) comes after, from its merged model.
-    """
-    configs = {path: load_run(path) for path in run_paths}
-    tuned = [path for path in run_paths if configs[path].method != UNTUNED]
-    served = {model.run: model for path in tuned for model in serving.plan_serving([str(path)], serve=_serve(path))}
-    groups: dict[tuple[str, str | None], list[Path]] = {}
-    for path, config in configs.items():
-        groups.setdefault((model_source(config.model), config.model.revision), []).append(path)
-    for (base, _), members in groups.items():
-        names = {path: f"adapter{i}" for i, path in enumerate(members) if path in served and served[path].adapter}
-        adapters = {name: served[path].adapter for path, name in names.items()}
-        settings = _engine_options(configs[members[0]], options)
-        with open_engine("hf", base, adapters=adapters, options=settings) as engine:
-            before = _perplexity(engine.nll(material.texts))
-            for path in members:
-                if path in names or path not in served:
-                    yield path, _measure(engine, names.get(path), configs[path], before, material, options)
-        for path in members:
-            if path in served and path not in names:
-                with open_engine("hf", served[path].base, options=_engine_options(configs[path], options)) as engine:
-                    yield path, _measure(engine, None, configs[path], before, material, options)
+    """Yield (run folder, measures) as they are done; see `open_models`."""
+    before = None
+    for one in open_models(run_paths, seed=options.seed, trust_remote_code=options.trust_remote_code):
+        if one.path is None:
+            before = perplexity(one.engine.nll(material.texts))
+        else:
+            yield one.path, _measure(one.engine, one.adapter, one.config, before, material, options)
 
 
-def _serve(run_path: Path) -> str:
-    return "merged" if (run_path / "merged" / "config.json").is_file() else "hot"
-
-
-def _engine_options(config: NLGConfig, options: InheritanceOptions) -> EngineOptions:
-    return EngineOptions(seed=options.seed, trust_remote_code=options.trust_remote_code, revision=config.model.revision)
-
-
-def _perplexity(nll: Sequence[tuple[float, int]]) -> float | None:
+def perplexity(nll: Sequence[tuple[float, int]]) -> float | None:
     """Return exp of the mean over all texts' tokens; None where a diverged model has no finite one."""
     mean = math.fsum(total for total, _ in nll) / sum(count for _, count in nll)
     return math.exp(mean) if mean < MAX_EXPONENT else None
@@ -184,14 +162,13 @@ def _measure(
     ]
     means = {name: sum(measures[name] for measures in of_items) / len(of_items) for name in of_items[0]}
     score = {
-        "quantization": {"trained": config.model.quantization, "measured": "none"},
         "task": NAME,
         "version": VERSION,
         "n": len(samples),
         "invalid": sum(answer is None for one in answers for answer in one),
         "answer_entropy": means.pop("answer_entropy"),
         "metrics": means,
-        "perplexity": {"before": before, "after": _perplexity(nll), "num_tokens": sum(count for _, count in nll)},
+        "perplexity": {"before": before, "after": perplexity(nll), "num_tokens": sum(count for _, count in nll)},
         "data_sha256": material.data_sha256,
         "prompt_hash": prompt_hash(template=task.template),
         "generation": {

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from ba_lora.errors import UserError
 from ba_lora.glue import TASKS as GLUE_TASKS
 from ba_lora.words import nearest
-from eval import inheritance
+from eval import inheritance, likelihood
 from eval.nlu_scores import CLASS_METRICS
 from eval.tasks import TASKS
 from eval.tasks.glue import own_sets
@@ -24,12 +24,16 @@ def patterns(task: str) -> list[tuple[str, str]]:
     if task == inheritance.NAME:
         names = [*(f"distinct_{n}" for n in (1, 2, 3)), "answer_entropy", "perplexity.before", "perplexity.after"]
         groups: tuple[str, ...] = ()
+    elif task == likelihood.NAME:
+        names = ["p_right", "p_wrong", "nll", "kl", "ece", "perplexity.before", "perplexity.after"]
+        names += [f"cue_gap.{role}" for role in ("corrected", "uncorrected", "tuned", "unseen")]
+        groups = likelihood.GROUPS
     elif task in TASKS:
         names, groups = list(TASKS[task].metrics), TASKS[task].groups
     else:
         of_set = [name for name in GLUE_TASKS if task in (*own_sets(name), *out_of_domain(name))]
         if not of_set:
-            known = [*TASKS, inheritance.NAME, *(one for name in GLUE_TASKS for one in own_sets(name))]
+            known = [*TASKS, inheritance.NAME, likelihood.NAME, *(one for name in GLUE_TASKS for one in own_sets(name))]
             raise UserError(f"task {task} is unknown{nearest(task, known)}")
         names = [*dict.fromkeys(metric for name in of_set for metric in GLUE_TASKS[name].metrics), *CLASS_METRICS]
         names += [f"per_class.{name}" for name in CLASS_METRICS] + ["in_domain", "drop"]

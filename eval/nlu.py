@@ -3,9 +3,10 @@
     python -m eval.nlu --model RUN_DIR [RUN_DIR …] [--task sst2 [imdb yelp …]] [--data imdb=FILE …] [--output DIR]
 
 The first name after --task is the task the run was trained on, the others are out-of-domain sets, and only these are
-evaluated. Without --task: the run's own task and all its out-of-domain sets for which data is at hand, in a file named
-by --data or on the hub; the others are named with the reason. --data takes a local json/jsonl/parquet/csv/tsv file or
-a hub name; --max-rows N draws N rows of each set with a fixed seed.
+evaluated. A task of your own may be evaluated on any set, --data OTHER=FILE, in its own columns and labels, or in those
+that `sets` in its nlu.task names. Without --task: the run's own task and all its out-of-domain sets for which data is
+at hand, in a file named by --data or on the hub; the others are named with the reason. --data takes a local
+json/jsonl/parquet/csv/tsv file or a hub name; --max-rows N draws N rows of each set with a fixed seed.
 
 In domain is what the kept epoch's model scored on the run's dev set in training, or on the set given by
 --data <task>=FILE. The scores of a run's dev sets are made again in each call, from the predictions that training kept:
@@ -23,6 +24,7 @@ import dataclasses
 import importlib.metadata
 import json
 import random
+import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -32,11 +34,12 @@ from typing import Any
 
 from ba_lora.config.checks import check_place
 from ba_lora.config.layers import load_config
+from ba_lora.config.methods import tuner_facts
 from ba_lora.config.schema_nlu import NLUConfig
 from ba_lora.console import console_table
 from ba_lora.errors import UserError, run_entry_point
 from ba_lora.experiments.evaluation_state import dev_sources, hub_of
-from ba_lora.glue import find_task
+from ba_lora.glue import find_task, task_word
 from ba_lora.io import sha256_file, write_json_atomic, write_jsonl_atomic
 from ba_lora.paths import resolve_data
 from ba_lora.rows import Source
@@ -82,19 +85,25 @@ def find_run(folder: Path, *, task: str | None, output: Path | None) -> Evaluate
         if task is None:
             raise UserError(f"{folder} has no config.yaml, so its task is not known: add --task")
         return EvaluatedRun(folder.name, folder, output, task)
-    config = load_config(folder / "config.yaml", kind="nlu", overrides=[f"output_dir={folder}"], checked=False)
-    if task not in (None, config.nlu.task):
-        raise UserError(f"{folder} was trained on {config.nlu.task}: put that first after --task, not {task}")
+    config = dataclasses.replace(_config(folder), output_dir=str(folder))
+    if task is not None and find_task(task).name != config.nlu.name:
+        raise UserError(f"{folder} was trained on {config.nlu.name}: put that first after --task, not {task}")
     data = read_record(folder / "train.json", "data", fix="run the training again")["data"]
     return EvaluatedRun(
         folder.name,
-        folder / "merged",
+        folder / ("merged" if tuner_facts(config.adapter)["merges"] else "adapter"),
         output,
-        config.nlu.task,
+        task_word(config.nlu.task),
         config,
         dev_scores=dev_scores(folder, config, data),
         training_counts=data["classes"],
     )
+
+
+def _config(folder: Path) -> NLUConfig | None:
+    if not (folder / "config.yaml").is_file():
+        return None
+    return load_config(folder / "config.yaml", kind="nlu", checked=False)
 
 
 @dataclass(frozen=True)
@@ -200,7 +209,7 @@ def plan_run(run: EvaluatedRun, sets: Sets, names: Sequence[str] | None) -> Plan
     names: the out-of-domain sets that must be evaluated; None: those for which data is at hand. Raises UserError for a
     set that is not to be had, a run without the model that must predict, and one that training scored on other data.
     """
-    wanted = out_of_domain(run.task) if names is None else names
+    wanted = [*out_of_domain(run.task), *sets.given] if names is None else names
     trained, to_predict, skipped = {}, [], {}
     for name in dict.fromkeys([run.own_set, *run.dev_scores, *wanted]):
         if name in run.dev_scores and name not in sets.given:
@@ -256,7 +265,7 @@ def evaluate_classifier(plan: Plan) -> dict[str, Any]:
             write_model_card(run.output, run.config, result)
     return {
         "run": run.name,
-        "task": run.task,
+        "task": find_task(run.task).name,
         "metric": metric,
         "in_domain": in_domain,
         "out_of_domain": {name: score["metrics"][metric] for name, score in asked.items()},
@@ -311,8 +320,6 @@ def _read_command(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path)
     parser.add_argument("--max-rows", type=int)
     parsed = parser.parse_args(arguments)
-    if parsed.task:
-        find_task(parsed.task[0])
     if parsed.max_rows is not None and parsed.max_rows < 1:
         raise UserError(f"--max-rows {parsed.max_rows}: a number of at least 1 is needed")
     return parsed
@@ -325,6 +332,7 @@ def check(arguments: Sequence[str]) -> None:
     if not parsed.task:
         raise UserError("--task is needed to check the command without its runs; see python -m eval.nlu --help")
     task, *names = parsed.task
+    find_task(task)
     sets = Sets(_read_data_words(parsed.data, {task}), max_rows=parsed.max_rows)
     for name in names:
         find_set(task, name)
@@ -343,6 +351,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     several = parsed.output is not None and len(folders) > 1
     if parsed.output:
         check_place(parsed.output, "--output")
+    own = {run.nlu.name: task_word(run.nlu.task) for run in map(_config, folders) if run}
+    task = own.get(task, task)  # a task of one's own is known by its name to the runs that were trained on it
+    if task is not None:
+        find_task(task)
     runs = [
         find_run(folder, task=task, output=parsed.output / folder.name if several else parsed.output)
         for folder in folders
@@ -357,15 +369,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _read_data_words(words: Sequence[str], tasks: set[str]) -> dict[str, str]:
     known = {name for task in tasks for name in (*own_sets(task), *out_of_domain(task))}
+    free = any(find_task(task).is_own for task in tasks)  # any further set, in the task's own columns
     files = {}
     for word in words:
         name, equals, data = word.partition("=")
         if not equals or not data:
             raise UserError(f"cannot read --data {word!r}: it is SET=FILE, such as imdb=imdb.jsonl")
-        if name not in known:
-            raise UserError(
-                f"--data {word}: {name} is no set of {' or '.join(sorted(tasks))}: {', '.join(sorted(known))}"
-            )
+        if name not in known and not (free and re.fullmatch(r"[\w-]+", name)):
+            of = " or ".join(sorted(find_task(task).name for task in tasks))
+            raise UserError(f"--data {word}: {name} is no set of {of}: {', '.join(sorted(known))}")
         files[name] = resolve_data(data)
     return files
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ba_lora.config.schema_nlu import NLUConfig
-from ba_lora.glue import GlueTask, find_task
+from ba_lora.glue import NLUTask, find_task
 from ba_lora.io import read_jsonl
 from eval.metrics import class_scores, glue_scores, intervals
 from eval.tasks.glue import VERSION
@@ -27,11 +27,11 @@ def score_predictions(
     lines: Sequence[Mapping[str, Any]],
     *,
     name: str,
-    of_task: str,
+    of_task: str | Mapping[str, Any],
     training_counts: Mapping[str, int] | None = None,
     imbalanced: bool = False,
 ) -> dict[str, Any]:
-    """Return the score of the set called `name`, for a model of the task `of_task`.
+    """Return the score of the set called `name`, for a model of the task `of_task` (as `find_task` takes it).
 
     lines: predictions as ba_lora.models.predict.prediction_lines makes them. training_counts: class → rows it had in
     training; None where that is not known: then the minority is the rarest class of the lines. imbalanced: the training
@@ -39,7 +39,8 @@ def score_predictions(
     """
     task = find_task(of_task)
     invalid = [line["task_id"] for line in lines if line["prediction"] is None]
-    score = {"task": name, "version": VERSION, "of_task": of_task, "n": len(lines), "invalid": len(invalid)}
+    score = {"task": name, "version": VERSION, "of_task": task.name, "n": len(lines), "invalid": len(invalid)}
+    score |= {"definition": task.definition} if task.is_own else {}
     if invalid:
         note = (
             f"undefined: {len(invalid)} of {len(lines)} predictions are NaN or infinite, the first for {invalid[0]}: "
@@ -65,7 +66,7 @@ def score_predictions(
     }
 
 
-def _rarest(task: GlueTask, counts: Mapping[str, int]) -> str:
+def _rarest(task: NLUTask, counts: Mapping[str, int]) -> str:
     return min(task.labels, key=lambda label: counts[label])
 
 

@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from ba_lora.config.checks import check_config
 from ba_lora.config.schema import RunConfig, check_choice
 from ba_lora.config.schema_nlg import NLGConfig
-from ba_lora.config.schema_nlu import LEFT_OUT, NLUConfig, task_layer
+from ba_lora.config.schema_nlu import NLUConfig, task_layer, with_labels
 from ba_lora.config.trainer import ALIASES, argument_types, nearest_argument, normalized
 from ba_lora.errors import UserError
 from ba_lora.paths import PROJECT_ROOT, resolve_path
@@ -61,7 +61,9 @@ def load_config(
     if kind == "nlg" and task is not None:
         raise UserError(f"task={task} is for NLU (sh scripts/nlu.sh); what is evaluated here is eval.tasks=[NAME]")
     if "method" in base:
-        saved = {"method": base["method"], "task": (base.get("nlu") or {}).get("task")}
+        described = (base.get("nlu") or {}).get("task")
+        described = described.get("name") if isinstance(described, dict) else described
+        saved = {"method": base["method"], "task": described}
         for name, wanted in (("method", method), ("task", task)):
             if wanted not in (None, saved[name]):
                 raise UserError(
@@ -92,6 +94,8 @@ def load_config(
         ) from error
     config = OmegaConf.to_object(merged)
     config.trainer = normalized(config.trainer)
+    if isinstance(config, NLUConfig):
+        config = with_labels(config)
     if checked:
         check_config(config)
     return config
@@ -219,8 +223,6 @@ def _kind_of(base: dict[str, Any], kind: str | None, config_path: Path) -> str:
 
 
 def _method_layer(method: str, kind: str) -> dict[str, Any]:
-    if kind == "nlu" and method in LEFT_OUT:
-        raise UserError(LEFT_OUT[method])
     check_choice("method", method, available_methods(kind))
     stem, variant, _ = _methods()[method]
     layer = read_yaml(METHODS_PATH / f"{stem}.yaml")

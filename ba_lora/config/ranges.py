@@ -26,6 +26,7 @@ RANGES = {
     "data.num_rows": "[1, 1000000000]",
     "data.sample_seed": "[0, 4294967295]",
     "data.max_length": "[2, 10000000]",
+    "data.exchanges": "[1, 1000000]",
     "data.dev_share": "(0, 1)",
     "data.heldout_share": "(0, 1)",
     "data.split_seed": "[0, 4294967295]",

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Self
 
 from omegaconf import OmegaConf
 
+from ba_lora.config.methods import tuner_facts
 from ba_lora.config.ranges import check_numbers, check_range
 from ba_lora.config.registries import schedules
 from ba_lora.errors import UserError
@@ -31,7 +32,7 @@ GENERATION_OPTIONS = (
     "max_new_tokens", "temperature", "top_p", "num_samples", "seed", "template", "batch_size", "dtype", "max_model_len",
     "attention", "tensor_parallel_size", "gpu_memory_utilization", "serve", "protocol", "subset",
 )  # fmt: skip
-RUN_MEASURES = ("inheritance",)  # measured on the run itself, not on completions: eval/<name>.py
+RUN_MEASURES = ("inheritance", "likelihood")  # measured on the run itself, not on completions: eval/<name>.py
 PUBLISHED_TERMS = ("consistency", "diversity", "svd")
 # Each further file in objective/terms is a term, with a weight `lambda_<name>` and a `<name>_schedule` of its own.
 EXTRA_TERMS = tuple(
@@ -53,16 +54,20 @@ class ModelConfig:
     revision: str | None = None  # hub commit or tag; None: the newest
     dtype: str = "bfloat16"  # of the base's weights
     attention: str = "sdpa"
-    quantization: str = "none"  # none | nf4 (bitsandbytes, needs CUDA)
+    quantization: str = "none"  # none | nf4 (4 bit, by bitsandbytes)
     trust_remote_code: bool = False  # runs the model repository's own Python code; counts only when it is typed
 
 
 @dataclass
 class AdapterConfig:
-    """What is trained: an adapter by PEFT, the biases only (`tuner=bitfit`), or everything (`tuner=full`)."""
+    """What is trained: an adapter, the biases only (`tuner=bitfit`), or everything (`tuner=full`).
+
+    tuner, init and optimizer are files of ba_lora/methods.
+    """
 
     tuner: str = "lora"
-    init: str = "lora"  # lora | pissa | pissa_niter_N | corda
+    init: str = "lora"  # of LoRA's factors: lora (A random, B = 0) | pissa | pissa_niter_N | corda | …
+    optimizer: str | None = None  # that knows A and B; None: trainer.optim as it is
     rank: int = 128
     alpha: float | None = None  # None: equal to the rank, as PiSSA needs for a scaling of 1
     dropout: float = 0.0
@@ -72,12 +77,12 @@ class AdapterConfig:
     factors_cache: str | None = None  # folder where these components are kept for other ranks, seeds and methods
     rslora: bool = False
     dora: bool = False
-    options: dict[str, Any] = field(default_factory=dict)  # further PEFT settings, checked by name
+    options: dict[str, Any] = field(default_factory=dict)  # the method's own settings, checked by name
 
     @property
     def trains_own_weights(self) -> bool:
         """Whether the model's own weights are trained and saved, and no adapter."""
-        return self.tuner in ("full", "bitfit")
+        return tuner_facts(self)["own_weights"]
 
 
 def with_extra_terms(config_class: type) -> type:
@@ -149,12 +154,22 @@ class ReferenceConfig:
 class DataConfig:
     """The training rows."""
 
-    source: str | None = None  # hub id or local file; None: the set's own place on the hub
+    source: Any = None  # hub id or local file, or a list of files; None: the set's own place on the hub
     revision: str | None = None
     split: str = "train"
     num_rows: int | None = None  # None: all
     sample_seed: int | None = None  # None: the first rows; else a seeded sample
     max_length: int = 512  # tokens of a row; longer ones are cut
+
+    @property
+    def sources(self) -> list[str]:
+        """`source` as a list."""
+        return [] if self.source is None else [self.source] if isinstance(self.source, str) else list(self.source)
+
+    @property
+    def files(self) -> list[str]:
+        """What else the rows depend on: local files that the configuration names."""
+        return []
 
 
 @dataclass
@@ -162,6 +177,9 @@ class ExportConfig:
     """What is written after training besides the adapter."""
 
     merged: bool = True
+    ranks: list[int] = field(
+        default_factory=list
+    )  # of a method for every rank (DyLoRA): a plain LoRA of each, ranks/<b>
     tolerance: float | None = None  # largest |Δ logit| allowed between trained and exported; None: by dtype
 
 
@@ -194,8 +212,8 @@ class RunConfig:
     refused: ClassVar[dict[str, str]] = {}
     # settings that count only beside another one → whether that is there, and how it is set
     counts_with: ClassVar[dict[str, tuple[Callable[[Any], bool], str]]] = {
-        "adapter.rslora": (lambda config: config.adapter.tuner == "lora", "adapter.tuner=lora"),
-        "adapter.dora": (lambda config: config.adapter.tuner == "lora", "adapter.tuner=lora"),
+        "adapter.rslora": (lambda config: tuner_facts(config.adapter)["has_factors"], "adapter.tuner=lora"),
+        "adapter.dora": (lambda config: tuner_facts(config.adapter)["takes_dora"], "adapter.tuner=lora"),
     }
 
     name: str = ""  # the base's name, the file's stem
@@ -250,7 +268,7 @@ class RunConfig:
     @property
     def data_files(self) -> list[str]:
         """What the run reads its rows from, where the configuration names it."""
-        return [self.data.source] if self.data.source else []
+        return [*self.data.sources, *self.data.files]
 
 
 # What a run's weights do not depend on (on `loss` by rounding only): these may change without training again.
@@ -260,6 +278,11 @@ _COSMETIC_ARGUMENTS = (
     "logging_steps", "logging_first_step", "logging_strategy", "report_to", "run_name", "disable_tqdm", "log_level",
     "dataloader_num_workers", "dataloader_pin_memory",
 )  # fmt: skip
+# Keys of `data` that came later, with the value at which the weights are what they were without the key.
+_SINCE_ADDED = {
+    "packing": False, "heldout_share": None, "columns": {}, "messages": None, "exchanges": None, "subset": None,
+    "template": "alpaca",
+}  # fmt: skip
 _SAVING_ARGUMENTS = ("save_steps", "save_strategy", "save_total_limit")  # nor these, unless the best is exported
 
 
@@ -318,11 +341,13 @@ def training_settings(config: RunConfig) -> dict[str, Any]:
     plain["trainer"] = {k: v for k, v in plain["trainer"].items() if k not in (*_COSMETIC_ARGUMENTS, *saving)}
     plain["model"]["trust_remote_code"] = False  # who trusts the code gets the same weights
     plain["adapter"].pop("factors_cache")
+    if config.adapter.optimizer is None:  # run ids were made without the key
+        del plain["adapter"]["optimizer"]
     svd_rank = plain["adapter"].pop("svd_rank") or config.adapter.rank
     if config.adapter.init.startswith("pissa_niter"):  # an exact SVD has the same leading components at any rank
         plain["adapter"]["svd_rank"] = svd_rank
-    for key in ("packing", "heldout_share"):  # packed, dropout draws other numbers; held-out rows are not trained on
-        if not plain["data"].get(key):
+    for key, usual in _SINCE_ADDED.items():  # packed, dropout draws other numbers; held-out rows are not trained on
+        if plain["data"].get(key) in (usual, None):
             plain["data"].pop(key, None)
     if plain.get("early_stopping", {}).get("patience") is None:
         plain.pop("early_stopping", None)

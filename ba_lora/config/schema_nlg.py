@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from ba_lora.chat import is_chat, read_template
 from ba_lora.config.ranges import check_numbers
 from ba_lora.config.registries import data_sets, tasks
 from ba_lora.config.schema import (
@@ -17,6 +18,8 @@ from ba_lora.config.schema import (
 )
 from ba_lora.errors import UserError
 from ba_lora.words import nearest
+
+FRAMES = ("alpaca", "chat")  # what data.template may be besides a file
 
 
 @dataclass
@@ -51,13 +54,27 @@ class ToyConfig:
 
 @dataclass
 class NLGDataConfig(DataConfig):
-    """The rows of one data set: from the hub, or from a local json, jsonl or parquet file of the same columns."""
+    """The rows of one data set: a named one (configs/data), or your own by `columns` or `messages`."""
 
     name: str = "metamathqa"
+    subset: str | None = None  # of `source`, where that is a hub set of several configurations
+    columns: dict[str, str] = field(default_factory=dict)  # instruction, response and, if need be, input → column
+    messages: str | None = None  # or the column with a list of turns: {role, content} or {from, value}
+    exchanges: int | None = None  # only the first questions and answers of each list of turns; None: all
+    template: str = "alpaca"  # alpaca | chat: the tokenizer's own chat template | a Jinja file
     num_rows: int | None = 100_000  # None: all
     packing: bool = False  # a micro-batch's rows in one sequence without padding (ba_lora/training/packing.py)
     heldout_share: float | None = None  # of the rows, the same for every seed: kept for trainer.eval_strategy
     toy: ToyConfig = field(default_factory=ToyConfig)
+
+    @property
+    def has_own_form(self) -> bool:
+        """Whether the configuration itself says how a row becomes a conversation."""
+        return bool(self.columns) or self.messages is not None
+
+    @property
+    def files(self) -> list[str]:
+        return [self.template] if self.template not in FRAMES else []
 
 
 @dataclass
@@ -96,6 +113,9 @@ class NLGConfig(RunConfig):
         | {
             "reference.top_k": (lambda config: config.reference.cache is not None, "reference.cache"),
             "reference.dtype": (lambda config: config.reference.cache is not None, "reference.cache"),
+            "data.subset": (lambda config: config.data.source is not None, "data.source"),
+            "data.columns": (lambda config: config.data.source is not None, "data.source"),
+            "data.messages": (lambda config: config.data.source is not None, "data.source"),
             "early_stopping.threshold": (
                 lambda config: config.early_stopping.patience is not None,
                 "early_stopping.patience",
@@ -110,10 +130,42 @@ class NLGConfig(RunConfig):
     eval: NLGEvalConfig = field(default_factory=NLGEvalConfig)
 
 
+PARTS = ("instruction", "input", "response")
+
+
+def check_row_form(
+    where: str, columns: dict[str, Any], messages: str | None, exchanges: int | None, *, named: bool = False
+) -> None:
+    """Raise UserError where `columns`, `messages` and `exchanges` do not say how a row becomes a conversation.
+
+    named: a named set says that, and `exchanges` is what is asked of it.
+    """
+    if columns and messages:
+        raise UserError(f"{where} has columns and messages, which are two forms of a row: keep one")
+    for part, column in columns.items():
+        check_choice("data.columns", part, PARTS)
+        if not isinstance(column, str):
+            raise UserError(f"data.columns.{part}={column}: the name of a column is needed")
+    for part in ("instruction", "response"):
+        if columns and part not in columns:
+            raise UserError(f"data.columns of {where} has no {part}: give data.columns.{part}=COLUMN")
+    if exchanges is not None and columns:
+        raise UserError("data.exchanges has no effect on columns, which are one exchange: leave it out")
+
+
 def check_nlg(config: NLGConfig) -> None:
     """Raise UserError for NLG settings that are unknown or do not fit each other."""
     check_choice("reference.dtype", config.reference.dtype, ("float16", "float32"))
     check_choice("data.name", config.data.name, data_sets())
+    data = config.data
+    check_row_form("the configuration", data.columns, data.messages, data.exchanges, named=not data.has_own_form)
+    if data.template not in FRAMES and not is_chat(data.template):
+        raise UserError(
+            f"data.template={data.template} is unknown: choose alpaca, chat or a Jinja file (FILE.jinja)"
+            f"{nearest(data.template, FRAMES)}"
+        )
+    if data.template not in FRAMES:
+        read_template(data.template)
     if config.data.num_rows is None and config.data.name == "toy" and config.data.source is None:
         raise UserError("data.num_rows=null means all rows of a set, the toy's are made on demand: give a number")
     for task in (*config.eval.tasks, *config.eval.data):

@@ -1,25 +1,22 @@
 """The NLU side of the configuration: what differs from an NLG run, in dataclasses of the same shape.
 
     configs/nlu/<model>.yaml   a base; its `tasks:` map holds each task's own settings, merged over the base
-    --task NAME, task=NAME     which of them (or `nlu.task` in the base)
+    --task NAME, task=NAME     which of them (or `nlu.task` in the base, a name or a task of your own)
 
 `load_config` merges base, task, method and overrides, in this order.
 """
 
+import functools
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from ba_lora.config.ranges import check_range
+from ba_lora.config.registries import nlu_metrics
 from ba_lora.config.schema import BALoRAConfig, DataConfig, RunConfig, check_choice
 from ba_lora.errors import UserError
-from ba_lora.glue import OUT_OF_DOMAIN, TASKS
-
-# Methods of the paper's NLU tables that cannot run here.
-LEFT_OUT = {
-    name: f"method {name} (bottleneck adapters) needs the library `adapters`, whose newest release (1.3.0) wants "
-    "transformers 4.57 and cannot live with the 5.19 used here: it is left out"
-    for name in ("houlsby", "pfeiffer")
-}
+from ba_lora.glue import AUTO, OUT_OF_DOMAIN, TASKS, NLUTask, find_task, plain_label
+from ba_lora.paths import data_suffix, resolve_path
+from ba_lora.rows import stream_rows
 
 
 @dataclass
@@ -56,7 +53,7 @@ class ToyPairsConfig:
 
 @dataclass
 class NLUDataConfig(DataConfig):
-    """The rows of one GLUE task: from the hub, or from local files of the same columns."""
+    """The rows of one task: of GLUE's from the hub, or from local files of the task's columns."""
 
     max_length: int = 128  # tokens of a sentence or pair
     dev: dict[str, str] = field(default_factory=dict)  # evaluation set → local file
@@ -75,9 +72,14 @@ class NLUDataConfig(DataConfig):
 class NLUTaskConfig:
     """The task, and which epoch's model is kept."""
 
-    task: str = ""
+    task: Any = ""  # a name (configs/nlu/tasks), or a mapping that describes one of your own (ba_lora/glue.py)
     selection: str = "paper"  # best epoch by: paper (the dev set, as the papers do) | tuned (a held-out part of TRAIN)
     heldout_share: float = 0.1  # of the training rows, for selection=tuned
+
+    @property
+    def name(self) -> str:
+        """The task's name."""
+        return self.task if isinstance(self.task, str) else str(self.task.get("name"))
 
 
 @dataclass
@@ -137,11 +139,16 @@ class NLUConfig(RunConfig):
 
     @property
     def run_name(self) -> str:
-        return f"{self.name}-{self.nlu.task}-{self.method}"
+        return f"{self.name}-{self.nlu.name}-{self.method}"
 
     @property
     def data_files(self) -> list[str]:
         return [*super().data_files, *self.data.dev.values()]
+
+    @property
+    def definition(self) -> NLUTask:
+        """The task. Raises UserError where it is none."""
+        return find_task(self.nlu.task)
 
 
 def task_layer(base: dict[str, Any], task: str | None) -> dict[str, Any]:
@@ -150,7 +157,11 @@ def task_layer(base: dict[str, Any], task: str | None) -> dict[str, Any]:
     Raises UserError for a task that does not exist, or that a base with such a map has no settings for.
     """
     tasks = base.pop("tasks", None)
-    task = task or (base.get("nlu") or {}).get("task")
+    described = (base.get("nlu") or {}).get("task")
+    if isinstance(described, dict) and task in (None, described.get("name")):
+        layer = dict((tasks or {}).get(described.get("name")) or {})
+        return layer | {"nlu": {**(layer.get("nlu") or {}), "task": described}}
+    task = task or described
     if not task:
         raise UserError(f"which task? add --task NAME: one of {', '.join(tasks or TASKS)}")
     check_choice("task", task, tuple(TASKS))
@@ -163,20 +174,76 @@ def task_layer(base: dict[str, Any], task: str | None) -> dict[str, Any]:
 
 def check_nlu(config: NLUConfig) -> None:
     """Raise UserError for NLU settings that are unknown, out of range or do not fit the task."""
-    check_choice("task", config.nlu.task, tuple(TASKS))
-    task = TASKS[config.nlu.task]
+    if isinstance(config.nlu.task, str):
+        check_choice("task", config.nlu.task, tuple(TASKS))
+    task = config.definition
+    for metric in task.metrics:
+        check_choice("nlu.task.metrics", metric, nlu_metrics())
+    if task.hub is None and config.data.source is None and task.name != "toy_pairs":
+        raise UserError(f"the task {task.name} has no rows of its own: name them, data.source=FILE")
     check_choice("nlu.selection", config.nlu.selection, ("paper", "tuned"))
     data = config.data
     for name in data.dev:
         check_choice("data.dev", name, tuple(task.dev_sets))
     for name in data.class_shares:
         if task.is_regression:
-            raise UserError(f"data.class_shares needs classes, and {config.nlu.task} is a regression")
+            raise UserError(f"data.class_shares needs classes, and {task.name} is a regression")
         check_choice("data.class_shares", name, task.labels)
         check_range(f"data.class_shares.{name}", data.class_shares[name], "[0, 1]")
     for name in (*config.eval.tasks, *config.eval.data):
-        check_choice("eval.tasks", name, OUT_OF_DOMAIN.get(config.nlu.task, ()))
+        if not task.is_own:
+            check_choice("eval.tasks", name, OUT_OF_DOMAIN.get(task.name, ()))
+        elif name not in config.eval.data:
+            raise UserError(f"eval.tasks: {name} is a set of your own: name its file, eval.data.{name}=FILE")
     if any(step < 0 for step in config.features.steps):
         raise UserError(f"features.steps={config.features.steps}: steps count from 0")
     if config.nlu.task == "toy_pairs" and data.source is None and data.num_rows is None:
         raise UserError("data.num_rows=null means all rows of a set, and the toy's are made on demand: give a number")
+
+
+MAX_CLASSES = 1000  # more different labels than that are no classes
+
+
+def with_labels(config: NLUConfig) -> NLUConfig:
+    """Replace `labels: auto` in the config's task by the labels of its training file, sorted; return the config.
+
+    From there on the run has them in its config, whatever becomes of the file. Raises UserError for a set of the hub, a
+    file without the column, a row without a label or with several, and for more than MAX_CLASSES.
+    """
+    task = config.nlu.task
+    if not (isinstance(task, dict) and task.get("labels") == AUTO):
+        return config
+    definition = find_task(task)
+    files = [resolve_path(source) for source in config.data.sources]
+    if not files or not all(file.is_file() or data_suffix(file) for file in files):
+        raise UserError("nlu.task.labels=auto reads the labels from local files: name data.source=FILE, or the labels")
+    state = tuple((str(file), file.stat().st_mtime_ns if file.is_file() else 0) for file in files)
+    labels = _labels_of(state, definition.label, config.data.split)
+    config.nlu.task = task | {"labels": list(labels)}
+    return config
+
+
+@functools.lru_cache(maxsize=64)  # a table reads one config hundreds of times; a changed file is read again
+def _labels_of(files: tuple[tuple[str, int], ...], column: str, split: str) -> tuple[str, ...]:
+    names = [name for name, _ in files]
+    rows, source = stream_rows(names, split=split)
+    found: set[str] = set()
+    for number, row in enumerate(rows):
+        where = f"{source.name}, row {number}"
+        if column not in row:
+            raise UserError(f"{where} has no column {column} for the label; it has {', '.join(sorted(row))}")
+        value = row[column]
+        if isinstance(value, list | dict):
+            raise UserError(f"{where}: several labels a row are not supported: train one task for each label")
+        if value is None or not plain_label(value):
+            raise UserError(f"{where} has no label: take the row out, or name the labels (nlu.task.labels)")
+        found.add(plain_label(value))
+        if len(found) > MAX_CLASSES:
+            raise UserError(
+                f"{source.name}: {column} has more than {MAX_CLASSES} different labels: for numbers give "
+                "nlu.task.range, else name another column"
+            )
+    try:
+        return tuple(sorted(found, key=float))
+    except ValueError:
+        return tuple(sorted(found))

@@ -140,7 +140,8 @@ def dev_sources(config: NLUConfig) -> dict[str, str | None]:
     names = find_task(config.nlu.task).dev_sets
     if config.data.source is not None:
         return dict.fromkeys([name for name in names if name in config.data.dev] or [next(iter(names))])
-    return {name: None if name in config.data.dev else hub_source(config.data.revision) for name in names}
+    hub = hub_source(config.data.revision)
+    return {name: None if name in config.data.dev else hub for name in names}
 
 
 def hub_of(score: Mapping[str, Any]) -> str | None:

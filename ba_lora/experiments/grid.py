@@ -391,6 +391,12 @@ def main() -> int:
         raise UserError(f"which table? {', '.join(available_tables())}")
     options, overrides = read_grid_options(parsed.words)
     whole = load_table(find_table(parsed.table), overrides=overrides, seeds=options.seeds)
+    for call in whole.prepare if not parsed.dry_run else ():
+        prepare(call, options.workers)
+    if whole.prepare and not parsed.dry_run:  # what was chosen then is known now
+        whole = load_table(find_table(parsed.table), overrides=overrides, seeds=options.seeds)
+    if whole.unchosen and not parsed.dry_run:
+        raise UserError(f"{whole.id}: {whole.unchosen}")
     table = select_rows(whole, options.only)
     table, gpus, left_out = rows_for_gpus(table, options.gpus)
     check_columns(whole)
@@ -398,7 +404,9 @@ def main() -> int:
         check_places(spec.config)
     graders = ask_grader_versions()
     if parsed.dry_run:
-        print("\n".join([*dry_run(table, plan_runs(table, graders), retry=options.retry), *left_out]))
+        first = [f"first: python -m {' '.join(call)}" for call in whole.prepare]
+        first += [f"the runs below are not yet those of the table: {whole.unchosen}"] if whole.unchosen else []
+        print("\n".join([*first, *dry_run(table, plan_runs(table, graders), retry=options.retry), *left_out]))
         return 0
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     executor = open_executor(
@@ -427,6 +435,15 @@ def main() -> int:
     report = [sys.executable, "-m", "eval.report", parsed.table, *seeds, *options.report, *overrides]
     status = subprocess.run(report, cwd=PROJECT_ROOT, env=stage_environment()).returncode
     return 1 if grid.failed else status
+
+
+def prepare(call: Sequence[str], workers: int | None) -> None:
+    """Run what a table needs first. Raises UserError where it fails; it has said why."""
+    words = [*call, *([f"workers={workers}"] if workers else [])]
+    _say(f"first: python -m {' '.join(words)}")
+    status = subprocess.run([sys.executable, "-m", *words], cwd=PROJECT_ROOT, env=stage_environment()).returncode
+    if status:
+        raise UserError(f"python -m {' '.join(words)} failed with exit status {status}; see above")
 
 
 def _say(line: str) -> None:

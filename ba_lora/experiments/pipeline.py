@@ -32,6 +32,7 @@ from ba_lora.errors import CommandParser, UserError, run_entry_point
 from ba_lora.experiments.evaluation_state import STATE_FILE, evaluation_fault, evaluation_state, read_state
 from ba_lora.experiments.spec import Spec, untuned_config
 from ba_lora.experiments.stages import (
+    ask_module,
     check_evaluation,
     evaluation_stages,
     launch_command,
@@ -217,10 +218,15 @@ def evaluate_run(config: RunConfig) -> dict[str, Any]:
 
 
 def prepare_evaluation(config: RunConfig) -> None:
-    """Give the pre-trained model a folder like a run's, once: its scores belong to the very train.json there."""
+    """Give the pre-trained model a folder like a run's, once: its scores belong to the very train.json there.
+
+    A quantised one gets merged/ too: what is evaluated is the quantised model.
+    """
     if config.method == UNTUNED and read_object(config.run_path / "train.json") is None:
         write_text_atomic(config.run_path / "config.yaml", to_yaml(config))
+        quantized = config.model.quantization != "none"
         facts = {
+            "export": ask_module("eval.dequantize", str(config.run_path)) if quantized else None,
             "status": "ok",
             "error": None,
             "finished_at": now(),

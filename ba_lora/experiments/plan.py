@@ -17,6 +17,7 @@ from ba_lora.experiments.spec import Spec
 from ba_lora.experiments.stages import CHECKED, Call, ask_module, evaluation_stages, refusals
 from ba_lora.experiments.state import DONE, FAILED, MISSING, RUNNING, STALE, RunState, changed_config, inspect
 from ba_lora.experiments.tables import SeedCell, Table
+from ba_lora.glue import task_word
 from ba_lora.locks import holder, try_lock, work_lock_path
 
 
@@ -63,7 +64,7 @@ def refused_evaluations(configs: Iterable[RunConfig]) -> dict[Path, str]:
     """
     alike: dict[str, list[RunConfig]] = {}
     for config in configs:
-        task = config.nlu.task if config.kind == "nlu" else None
+        task = task_word(config.nlu.task) if config.kind == "nlu" else None
         key = json.dumps([config.kind, task, dataclasses.asdict(config.model), dataclasses.asdict(config.eval)])
         alike.setdefault(key, []).append(config)
     refused: dict[Path, str] = {}

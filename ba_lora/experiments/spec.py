@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ba_lora.chat import is_chat
 from ba_lora.config.layers import load_config
 from ba_lora.config.schema import UNTUNED, RunConfig
 from ba_lora.paths import PROJECT_ROOT
@@ -31,7 +32,10 @@ class Spec:
 
 def untuned_config(config: RunConfig) -> RunConfig:
     """Return the "run" of the pre-trained model itself, under the method name `untuned`: one for all runs on it."""
-    key = json.dumps([dataclasses.asdict(config.model), dataclasses.asdict(config.eval)], sort_keys=True)
+    asked = [dataclasses.asdict(config.model), dataclasses.asdict(config.eval)]
+    if is_chat(getattr(config.data, "template", "")):
+        asked.append(config.data.template)
+    key = json.dumps(asked, sort_keys=True)
     name = f"{config.name}-{UNTUNED}-{hashlib.sha256(key.encode()).hexdigest()[:10]}"
     return dataclasses.replace(
         config,

@@ -12,11 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ba_lora.chat import is_chat
 from ba_lora.config.layers import find_config, read_yaml
 from ba_lora.config.schema import RUN_MEASURES, UNTUNED, RunConfig
 from ba_lora.errors import UserError
 from ba_lora.experiments.evaluation_state import data_file
 from ba_lora.experiments.spec import Spec
+from ba_lora.glue import task_word
 from ba_lora.models.source import model_source
 from ba_lora.paths import PROJECT_ROOT, resolve_path, stage_environment
 
@@ -173,9 +175,12 @@ def evaluation_stages(configs: Sequence[RunConfig], *, generate: bool = True) ->
         settings = [f"{key}={value}" for key, value in first.eval.options.items()]
         settings += [f"limit={first.eval.limit}"] if first.eval.limit is not None else []
         models, output = folders, None
-        if first.method == UNTUNED:
+        if first.method == UNTUNED and first.model.quantization == "none":
             assert len(configs) == 1, "the pre-trained model has one folder"
             models, output = model_source(first.model), str(first.run_path / "completions")
+            if is_chat(first.data.template) and "template" not in first.eval.options:
+                template = first.data.template
+                settings.append(f"template={template if template == 'chat' else resolve_path(template)}")
             settings += [f"revision={first.model.revision}"] if first.model.revision is not None else []
         options = {
             "model": models,
@@ -215,7 +220,7 @@ def _nlu_stages(configs: Sequence[RunConfig], *, regrade: bool) -> list[Stage]:
     run_paths = tuple(config.run_path for config in configs)
     options = {
         "model": [str(path) for path in run_paths],
-        "task": [first.nlu.task, *first.eval.tasks],
+        "task": [task_word(first.nlu.task), *first.eval.tasks],
         "data": [f"{name}={data_file(first, name)}" for name in first.eval.data],
         "max-rows": None if first.eval.limit is None else str(first.eval.limit),
     }

@@ -26,7 +26,7 @@ from ba_lora.glue import HUB, HUB_REVISION
 from ba_lora.io import read_json, read_object, write_json_atomic, write_text_atomic
 from ba_lora.paths import PROJECT_ROOT
 from ba_lora.rows import is_commit
-from ba_lora.runs.environment import now
+from ba_lora.runs.environment import git_state, now
 from ba_lora.runs.folder import CLAIM, is_trained, source_sha256
 from ba_lora.runs.results import result_fault
 
@@ -127,7 +127,7 @@ def record_failure(config: RunConfig, failures: Sequence[StageFailure]) -> str:
     The record is that of the first failure. Where only scorers failed, its "tasks" are these scorers' tasks, each with
     its error: all other scores of the run are good.
     """
-    errors = [_error(failure) for failure in failures]
+    errors = [stage_error(failure) for failure in failures]
     first = failures[0]
     record = {"stage": first.stage.name, "status": first.status, "error": errors[0], "log": str(first.log_path)}
     tasks = {failure.stage.task: error for failure, error in zip(failures, errors, strict=True)}
@@ -135,7 +135,7 @@ def record_failure(config: RunConfig, failures: Sequence[StageFailure]) -> str:
     return "; ".join(f"{failure.stage.name}: {error}" for failure, error in zip(failures, errors, strict=True))
 
 
-def _error(failure: StageFailure) -> str:
+def stage_error(failure: StageFailure) -> str:
     """Return what the failure says itself, else the last line of the stage's log that reads like an error, else its
     last line, else the exit status."""
     if failure.error is not None:
@@ -193,6 +193,7 @@ def declare(table: Table, folder: Path) -> None:
             "tests": deciding(table),
             "num_results": sum(result.is_file() for result in results),
             "declared_at": now(),
+            "commit": git_state()["commit"],
         },
     )
 

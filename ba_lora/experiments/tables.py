@@ -20,6 +20,9 @@
       gsm8k: {task: gsm8k, metric: strict, overrides: [data.name=metamathqa]}
       seconds: {metric: training.seconds, …}
       average: {mean_of: [gsm8k, math]}
+    prepare: [[data.lab, rule=0]]       modules with their words that the grid runs first, such as what makes the bases
+    chosen: tuning                      each method's rows also take what results/tuning/chosen.yaml says, the report of
+                                        that table: method → overrides; the grid runs nothing while it is not there
     labels: {ba_lora: BA-LoRA (2024)}   method, base or column → how it is written; absent: its name
     ours: [ba_lora]                     the methods compared with all others; absent: those whose name begins so
     report: {…}                         how eval.report shows it, and its figures: see eval/report/spec.py
@@ -50,6 +53,7 @@ from typing import Any
 
 from ba_lora.config.checks import check_config
 from ba_lora.config.layers import only_typed, override_layer, read_yaml
+from ba_lora.config.methods import init_facts, plain_lora_folder
 from ba_lora.config.schema import UNTUNED, RunConfig
 from ba_lora.errors import UserError
 from ba_lora.experiments.spec import Spec, untuned_config
@@ -62,11 +66,13 @@ TABLES_PATH = PROJECT_ROOT / "configs" / "tables"
 RESULTS_PATH = PROJECT_ROOT / "results"
 PAPER_PATH = PROJECT_ROOT / "results" / "paper_reported"
 FACTORS_CACHE = "outputs/pissa_factors"  # one SVD of each base's matrices serves the seeds and methods of all tables
+CHOSEN = "chosen.yaml"  # in the folder of a report that chooses settings
 KINDS = ("nlg", "nlu")
 BETTER = ("higher", "lower", "none")
 
 _TABLE_KEYS = (
     "title", "source", "paper", "note", "kind", "seeds", "overrides", "rows", "columns", "labels", "ours", "report",
+    "prepare", "chosen",
 )  # fmt: skip
 _BLOCK_KEYS = ("bases", "methods", "settings", "overrides", "gpus", "suffix")
 _COLUMN_KEYS = ("task", "metric", "unit", "better", "paper", "paper_task", "overrides", "mean_of")
@@ -138,6 +144,8 @@ class Table:
     gpus: dict[Row, int]  # how many GPUs each run of a row is set for
     report: dict[str, Any]
     sha256: str = ""  # of the file
+    prepare: tuple[tuple[str, ...], ...] = ()  # (module, words …) to run first
+    unchosen: str | None = None  # why its runs are not known yet
 
     @functools.cached_property
     def cells_of_runs(self) -> dict[Path, list[SeedCell]]:
@@ -191,6 +199,7 @@ def load_table(path: str | Path, *, overrides: Sequence[str] = (), seeds: Sequen
     for seed in seeds:
         if seeds.count(seed) > 1:  # each of its runs would count more than once in a mean
             raise UserError(f"{path}: seed {seed} is asked for more than once: name each seed once")
+    chosen, unchosen = _chosen(raw.get("chosen"), path)
     rows: dict[Row, int] = {}  # row → GPUs
     cells: list[SeedCell] = []
     blocks = _list(raw["rows"], path, "rows")
@@ -213,7 +222,7 @@ def load_table(path: str | Path, *, overrides: Sequence[str] = (), seeds: Sequen
                     if row in rows:
                         raise UserError(f"{where}: {base}, {method}, {row.setting!r} stands in the table twice")
                     rows[row] = gpus
-                    words = [*common, *_list(own, where, f"settings.{setting}")]
+                    words = [*common, *chosen.get(method, []), *_list(own, where, f"settings.{setting}")]
                     cells += _row_cells(row, columns, raw["kind"], seeds, words, overrides, suffix, where)
     _refuse_two_evaluations(cells, path)
     labels = raw.get("labels") or {}
@@ -241,7 +250,23 @@ def load_table(path: str | Path, *, overrides: Sequence[str] = (), seeds: Sequen
         gpus=rows,
         report=raw.get("report") or {},
         sha256=sha256_file(path),
+        prepare=tuple(
+            tuple(map(str, _list(call, path, "prepare"))) for call in _list(raw.get("prepare"), path, "prepare")
+        ),
+        unchosen=unchosen,
     )
+
+
+def _chosen(name: str | None, path: Path) -> tuple[dict[str, list[str]], str | None]:
+    """Return method → the overrides that another table's report has chosen, and why there are none yet."""
+    if name is None:
+        return {}, None
+    find_table(name)
+    chosen = RESULTS_PATH / name / CHOSEN
+    if not chosen.is_file():
+        return {}, f"{chosen} is not there: sh scripts/reproduce.sh {name} writes it"
+    found = read_yaml(chosen)
+    return {method: _list(words, chosen, method) for method, words in found.items()}, None
 
 
 def _refuse_two_evaluations(cells: Sequence[SeedCell], path: Path) -> None:
@@ -327,12 +352,12 @@ def _resolve(row: Row, kind: str, words: Sequence[str], tasks: Sequence[str], ty
         spec = _with_defaults(spec, {"eval.tasks": tasks}, [], [*words, *tasks_words, *typed])
         return dataclasses.replace(spec, trained=False)
     adapter, more = spec.config.adapter, {}
-    if adapter.init.startswith("pissa") and adapter.factors_cache is None:
+    if init_facts(adapter).get("caches") and adapter.factors_cache is None:
         more["adapter.factors_cache"] = FACTORS_CACHE
     if kind == "nlg" and "serve" not in spec.config.eval.options:
         # All runs of a table that can be are served as adapters on their base: one engine start serves them all, and
         # none needs a merged model on disk. The choice must not depend on how many happen to be evaluated together.
-        hot = adapter.tuner == "lora" and not adapter.dora and spec.config.model.quantization == "none"
+        hot = plain_lora_folder(adapter) != "none" and spec.config.model.quantization == "none"
         more |= {"eval.options.serve": "hot", "export.merged": False} if hot else {"eval.options.serve": "merged"}
     shown = [f"{key}={str(value).lower() if value is False else value}" for key, value in more.items()]
     spec = _with_defaults(spec, {**more, "eval.tasks": tasks}, shown, [*words, *tasks_words, *typed])

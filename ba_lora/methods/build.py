@@ -1,7 +1,7 @@
-"""From the pre-trained model to the model that is trained: PEFT does the adapters, this file chooses and checks.
+"""From the pre-trained model to the model that is trained: the method's parts do it, this file chooses and checks.
 
-The first factors of PiSSA (ba_lora/methods/pissa.py) and CorDA (ba_lora/methods/corda.py) are saved with the run: a
-resumed run builds the very same residual from them.
+The first factors of an init (PiSSA, CorDA, …) are saved with the run: a resumed run builds the very same model from
+them.
 """
 
 import copy
@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any
 from ba_lora.config.schema import AdapterConfig, RunConfig
 from ba_lora.errors import UserError, in_one_line
 from ba_lora.methods import pissa
-from ba_lora.methods.adalora import freeze_rank_counts
+from ba_lora.methods.base import DEFAULT, Init, TrainingMethod, TrainingRows
 from ba_lora.models.pretrained import load_base
-from ba_lora.paths import resolve_path
 from ba_lora.words import nearest
 
 if TYPE_CHECKING:
@@ -29,6 +28,7 @@ class StepZero:
     """How far the untrained model stands from the pre-trained one: the largest |Δ logit| on the probe batch.
 
     The residual of PiSSA and CorDA is rounded to the base's dtype: small there, 0 for methods that do not change it.
+    Of a method that starts from the quantised weights themselves (QLoRA) the quantised model is the pre-trained one.
     None where it cannot be measured: weights split by ZeRO-3 cannot run outside the engine, and a resumed QPiSSA run
     no longer loads the unquantised model.
     """
@@ -53,8 +53,8 @@ def build_model(
     """Load the pre-trained model and return it ready to train (all weights, or a PEFT model) and its `StepZero`.
 
     `num_steps` is the number of optimizer steps (AdaLoRA's schedule needs it), `rows` are the tokenized training rows
-    (CorDA's initialisation does). Where `run_path` holds the first factors of PiSSA or CorDA, they are used instead of
-    a new SVD. Raises UserError for settings that do not fit the model.
+    (data-driven inits need them). Where `run_path` holds the first factors of an init, they are used instead of new
+    ones. Raises UserError for settings that do not fit the model.
     """
     before = {}
 
@@ -65,7 +65,9 @@ def build_model(
 
     from transformers.integrations import is_deepspeed_zero3_enabled
 
-    model = _build(config, run_path, num_steps, measure, rows)
+    method = TrainingMethod.of(config.adapter, seed=config.seed)
+    model = _build(method, config, run_path, num_steps, measure, rows)
+    model.training_method = method
     if "logits" not in before:
         return model, StepZero(None)
     initial = probe_logits(model, probe)
@@ -84,29 +86,40 @@ def probe_logits(model: "nn.Module", probe: dict) -> "torch.Tensor":
         logits = model(**{name: tensor.to(device) for name, tensor in probe.items()}).logits
     model.train(training)
     if logits.ndim == 3:
-        logits = logits[probe["attention_mask"].bool().to(logits.device)]
+        mask = probe["attention_mask"].bool().to(logits.device)
+        logits = logits[:, -mask.shape[1] :][mask]  # virtual tokens may stand before them
     return logits.float().cpu()
 
 
 def _build(
+    method: TrainingMethod,
     config: RunConfig,
     run_path: Path,
     num_steps: int,
     measure: Callable[["nn.Module"], "nn.Module"],
     rows: "Dataset | None",
 ) -> "nn.Module":
-    adapter = config.adapter
-    if adapter.trains_own_weights:
+    adapter, tuner = config.adapter, method.tuner
+    if tuner.own_weights:
         if config.model.dtype == "float16":
             raise UserError("this method cannot train float16 weights: use model.dtype=float32 or bfloat16")
         model = measure(_to_device(load_base(config)))
-        return _biases_alone(model) if adapter.tuner == "bitfit" else model
+        tuner.choose(model)
+        return model
     if adapter.dtype == "base" and config.model.dtype == "float16":
         raise UserError("float16 adapters cannot be trained: use adapter.dtype=float32")
-    if adapter.init == "lora":
-        model = measure(_to_device(load_base(config)))
-        return _with_adapter(model, config, num_steps)
-    return _build_on_residual(config, run_path, num_steps, measure, rows)
+    given = None if rows is None else TrainingRows(rows, config.seed)
+    if given is None and any(part is not None and part.needs_rows for part in (tuner, method.init)):
+        raise UserError(f"method {config.method} runs training rows first, and none were given to build_model")
+    if method.init is not None:
+        model = _build_on_factors(method, method.init, config, run_path, num_steps, measure, given)
+    else:
+        model = _with_adapter(measure(_to_device(load_base(config))), config, num_steps, method)
+    tuner.choose_weights(model, pissa.factors_path(run_path), given)
+    tuner.prepare(model)
+    if method.optimizer is not None:
+        method.optimizer.prepare(model)
+    return model
 
 
 def _to_device(model: "nn.Module") -> "nn.Module":
@@ -119,76 +132,71 @@ def _to_device(model: "nn.Module") -> "nn.Module":
     return model.to(PartialState().device)
 
 
-def _build_on_residual(
+def _build_on_factors(
+    method: TrainingMethod,
+    init: Init,
     config: RunConfig,
     run_path: Path,
     num_steps: int,
     measure: Callable[["nn.Module"], "nn.Module"],
-    rows: "Dataset | None",
+    rows: TrainingRows | None,
 ) -> "nn.Module":
-    """CorDA, PiSSA, or QPiSSA: there the residual is made in full precision, in the host's memory, then quantised."""
+    """A₀ and B₀ by an init. Of QPiSSA the residual is made in full precision, in the host's memory, then quantised."""
     from accelerate import PartialState
+    from transformers.integrations import is_deepspeed_zero3_enabled
 
-    adapter, quantized = config.adapter, config.model.quantization != "none"
+    quantized = config.model.quantization != "none"
     factors, residual = pissa.factors_path(run_path), run_path / "residual"
     has_factors = factors.is_file()
     has_residual = has_factors and residual.is_dir()
     PartialState().wait_for_everyone()  # no process may write the files before every process has looked for them
     if not (quantized and has_residual):
+        if init.needs_rows and not has_factors and is_deepspeed_zero3_enabled():
+            raise UserError(
+                f"adapter.init={config.adapter.init} runs rows before training, which ZeRO-3's split weights cannot: "
+                "use ZeRO-2"
+            )
         model = load_base(config, quantize=False)
-        model = _with_adapter(measure(model if quantized else _to_device(model)), config, num_steps)
-        if not has_factors and adapter.init == "corda":
-            _write_corda_factors(model, factors, rows, config.seed)
-        elif not has_factors:
-            cache = adapter.factors_cache and pissa.FactorsCache(resolve_path(adapter.factors_cache))
-            pissa.write_factors(model, factors, pissa.requested_svd(adapter), cache=cache)
-        pissa.load_factors(model, factors, subtract=True)
+        model = _with_adapter(measure(model if quantized else _to_device(model)), config, num_steps, method)
+        if not has_factors:
+            init.write_factors(model, factors, config, rows)
+        model = init.load_factors(model, factors)
     if quantized:
         if not has_residual:
             pissa.save_residual(model, residual)
             del model
-        model = _with_adapter(load_base(config, source=str(residual)), config, num_steps)
+        model = _with_adapter(load_base(config, source=str(residual)), config, num_steps, method)
         pissa.load_factors(model, factors, subtract=False)
-    model.peft_config["default"].init_lora_weights = config.adapter.init
+    if init.residual:
+        model.peft_config[DEFAULT].init_lora_weights = config.adapter.init
     return model
 
 
-def _write_corda_factors(model: "nn.Module", path: Path, rows: "Dataset", seed: int) -> None:
-    from transformers.integrations import is_deepspeed_zero3_enabled
-
-    from ba_lora.methods import corda
-
-    if is_deepspeed_zero3_enabled():
-        raise UserError("adapter.init=corda runs rows before training, which ZeRO-3's split weights cannot: use ZeRO-2")
-    corda.write_factors(model, path, corda.calibration_rows(model, rows, seed))
-
-
-def _biases_alone(model: "nn.Module") -> "nn.Module":
-    """BitFit (arXiv 2106.10199): train every bias of the pre-trained part, and the new head."""
-    from ba_lora.models.classifier import backbone, head_names
-
-    model.requires_grad_(False)
-    biases = [p for name, p in backbone(model).named_parameters() if name.rsplit(".", 1)[-1] == "bias"]
-    if not biases:
-        raise UserError(f"method bitfit trains biases, and this {model.config.model_type} model has none")
-    for parameter in [*biases, *(p for name in head_names(model) for p in getattr(model, name).parameters())]:
-        parameter.requires_grad_(True)
-    return model
-
-
-def _with_adapter(model: "nn.Module", config: RunConfig, num_steps: int) -> "nn.Module":
+def _with_adapter(model: "nn.Module", config: RunConfig, num_steps: int, method: TrainingMethod) -> "nn.Module":
     from peft import get_peft_model
 
     adapter = config.adapter
-    targets = _check_targets(model, config)
-    peft_config = PEFT_CONFIGS[adapter.tuner](adapter, num_steps)
+    targets = _check_targets(model, config, method)
+    peft_config = method.tuner.peft_config(num_steps)
+    if hasattr(peft_config, "target_modules"):
+        chosen = adapter.target_modules
+        peft_config.target_modules = (
+            chosen if chosen == "all-linear" else {chosen} if isinstance(chosen, str) else set(chosen)
+        )
+        if config.kind == "nlu" or method.tuner.names_layers:
+            peft_config.target_modules = set(targets)
+        method.tuner.set_layers(peft_config, targets)
+        _leave_experts_out(model, peft_config, adapter)
     if config.kind == "nlu":  # the head is trained whole; `all-linear` would take parts of it for the encoder's
         from ba_lora.models.classifier import head_names
 
-        peft_config.task_type = "SEQ_CLS"  # by which PEFT trains `classifier` and `score` of itself
-        peft_config.modules_to_save = [n for n in head_names(model) if n not in ("classifier", "score")] or None
-        peft_config.target_modules = set(targets)
-    _leave_experts_out(model, peft_config, adapter)
+        others = head_names(model)
+        if method.tuner.holds_head:
+            peft_config.task_type, others = None, others[1:]
+        else:
+            peft_config.task_type = "SEQ_CLS"  # by which PEFT trains `classifier` and `score` of itself
+            others = [name for name in others if name not in ("classifier", "score")]
+        peft_config.modules_to_save = others or None
     peft_config.revision = config.model.revision
     model = get_peft_model(model, peft_config, autocast_adapter_dtype=adapter.dtype == "float32")
     if adapter.dtype == "base":
@@ -196,7 +204,6 @@ def _with_adapter(model: "nn.Module", config: RunConfig, num_steps: int) -> "nn.
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(dtype)
-    freeze_rank_counts(model)
     if config.trainer.get("gradient_checkpointing"):
         model.enable_input_require_grads()
     return model
@@ -236,12 +243,17 @@ def left_out_experts(model: "nn.Module") -> str | None:
     return f"adapter: on {adapted}; the fused experts and the routers stay as they are, in every method"
 
 
-def _check_targets(model: "nn.Module", config: RunConfig) -> list[str]:
-    """Return the paths of the layers to adapt. Raises UserError for targets that match nothing, or are smaller than
-    the rank."""
-    adapter = config.adapter
+def _check_targets(model: "nn.Module", config: RunConfig, method: TrainingMethod) -> list[str]:
+    """Return the paths of the layers to adapt. Raises UserError for targets that match nothing, are smaller than the
+    rank, or of a type that the method has no layer for."""
+    from transformers.pytorch_utils import Conv1D
+
+    adapter, tuner = config.adapter, method.tuner
     linear = _linear_modules(model, kind=config.kind)
-    if adapter.target_modules == "all-linear":
+    chosen = tuner.chosen_layers(model, linear)
+    if chosen is not None:
+        targets = {path: linear.get(path, (0, 0)) for path in chosen}
+    elif adapter.target_modules == "all-linear":
         targets = linear
     else:
         wanted = adapter.target_modules
@@ -256,11 +268,19 @@ def _check_targets(model: "nn.Module", config: RunConfig) -> list[str]:
         targets = {p: m for p, m in linear.items() if any(p == n or p.endswith(f".{n}") for n in wanted)}
     if not targets:
         raise UserError(f"no linear layer to adapt was found in this {model.config.model_type} model")
-    name, size = min(((path, min(shape)) for path, shape in targets.items()), key=lambda pair: pair[1])
-    rank = adalora_first_rank(adapter.rank) if adapter.tuner == "adalora" else adapter.rank
-    if rank > size:
-        first = f" (adalora starts at {rank})" if adapter.tuner == "adalora" else ""
-        raise UserError(f"adapter.rank={adapter.rank}{first} is above the size of {name}, {size}: use a smaller rank")
+    kinds = {"Conv1D" if isinstance(model.get_submodule(path), Conv1D) else "Linear" for path in targets}
+    if missing := sorted(kinds - set(tuner.layer_types)):
+        raise UserError(
+            f"adapter.tuner={adapter.tuner} has no layer for the {', '.join(missing)} layers of this "
+            f"{model.config.model_type} model: choose another method"
+        )
+    for path, shape in targets.items():
+        largest = tuner.largest_rank(*shape)
+        if largest is not None and tuner.first_rank > largest:
+            first = f" ({adapter.tuner} starts at {tuner.first_rank})" if tuner.first_rank != adapter.rank else ""
+            raise UserError(
+                f"adapter.rank={adapter.rank}{first} is above the size of {path}, {largest}: use a smaller rank"
+            )
     return list(targets)
 
 
@@ -285,75 +305,6 @@ def _linear_modules(model: "nn.Module", *, kind: str) -> dict[str, tuple[int, in
         elif isinstance(module, Conv1D):
             found[name] = (module.nx, module.nf)
     return found
-
-
-def _peft_options(config_class: type, adapter: AdapterConfig, **settings: Any) -> Any:
-    targets = adapter.target_modules
-    targets = (
-        targets
-        if isinstance(targets, str) and targets == "all-linear"
-        else list([targets] if isinstance(targets, str) else targets)
-    )
-    try:
-        return config_class(task_type="CAUSAL_LM", target_modules=targets, **settings, **adapter.options)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"adapter.options: {in_one_line(error)}") from error
-
-
-def _alpha(adapter: AdapterConfig) -> float:
-    alpha = adapter.rank if adapter.alpha is None else adapter.alpha
-    return int(alpha) if float(alpha).is_integer() else alpha
-
-
-def _lora_config(adapter: AdapterConfig, num_steps: int) -> Any:
-    from peft import LoraConfig
-
-    return _peft_options(
-        LoraConfig,
-        adapter,
-        r=adapter.rank,
-        lora_alpha=_alpha(adapter),
-        lora_dropout=adapter.dropout,
-        use_rslora=adapter.rslora,
-        use_dora=adapter.dora,
-        init_lora_weights=True,  # the factors of PiSSA and CorDA take their place
-    )
-
-
-def adalora_first_rank(rank: int) -> int:
-    """Return the rank that AdaLoRA begins with and prunes to `rank`."""
-    return rank * 3 // 2
-
-
-def _adalora_config(adapter: AdapterConfig, num_steps: int) -> Any:
-    """Ranks start at 1.5 × `rank` and are pruned to it between 10 % and 70 % of the steps, unless options say more."""
-    from peft import AdaLoraConfig
-
-    if num_steps < 10:
-        raise UserError(f"adapter.tuner=adalora prunes over the steps and needs at least 10, this run has {num_steps}")
-    schedule = {"tinit": num_steps // 10, "tfinal": num_steps * 3 // 10, "deltaT": max(1, num_steps // 100)}
-    chosen = {name: adapter.options.get(name, value) for name, value in schedule.items()}
-    options = {name: value for name, value in adapter.options.items() if name not in schedule}
-    return _peft_options(
-        AdaLoraConfig,
-        dataclasses.replace(adapter, options=options),
-        init_r=adalora_first_rank(adapter.rank),
-        target_r=adapter.rank,
-        lora_alpha=_alpha(adapter),
-        lora_dropout=adapter.dropout,
-        total_step=num_steps,
-        **chosen,
-    )
-
-
-def _loha_config(adapter: AdapterConfig, num_steps: int) -> Any:
-    from peft import LoHaConfig
-
-    return _peft_options(LoHaConfig, adapter, r=adapter.rank, alpha=_alpha(adapter), module_dropout=adapter.dropout)
-
-
-# adapter.tuner → PEFT configuration. To add a method: a function here, and a file in configs/methods.
-PEFT_CONFIGS = {"lora": _lora_config, "adalora": _adalora_config, "loha": _loha_config}
 
 
 def parameter_counts(model: "nn.Module") -> tuple[int, int]:

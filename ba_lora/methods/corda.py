@@ -23,13 +23,16 @@ from accelerate import PartialState
 from torch import nn
 
 from ba_lora.errors import UserError
+from ba_lora.methods.base import TrainingRows
 from ba_lora.methods.factors_cache import Components
-from ba_lora.methods.pissa import named_adapter_layers, save_factors
+from ba_lora.methods.pissa import ResidualInit, named_adapter_layers, save_factors
 from ba_lora.models.layers import adapter_layers
 from ba_lora.processes import on_main_process
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+    from ba_lora.config.schema import RunConfig
 
 TOKENS_AN_INPUT = 128
 COVARIANCE_BYTES = 8 * 2**30  # of float32 covariances at a time: LLaMA-2-7B has 28 GB of them, and goes in four passes
@@ -129,3 +132,18 @@ def _groups(layers: dict[str, nn.Module], covariance_bytes: int) -> Iterator[dic
         group[name] = layer
         size += needed
     yield group
+
+
+class Corda(ResidualInit):
+    """The leading components of W C, C⁻¹ taken back in A₀."""
+
+    kinds = ("nlg",)
+    limits = "runs training rows through a language model: not for NLU, nor for nf4"
+    needs_rows = True
+    draws = "rows of CorDA's covariances"
+
+    def write_factors(self, model: nn.Module, path: Path, config: "RunConfig", rows: TrainingRows | None) -> None:
+        write_factors(model, path, calibration_rows(model, rows.dataset, rows.seed))
+
+
+INIT = Corda

@@ -7,7 +7,7 @@ read the one file of factors, from which a killed run goes on and the export tak
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -17,11 +17,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ba_lora.io import folder_atomic, load_tensors
+from ba_lora.methods.base import DEFAULT, Init, TrainingRows
 from ba_lora.methods.factors_cache import SKETCH_SEED, SVD, Components, FactorsCache, tensor_sha256
 from ba_lora.models.layers import adapter_layers, factor_parameters, gathered
+from ba_lora.paths import resolve_path
 
 if TYPE_CHECKING:
-    from ba_lora.config.schema import AdapterConfig
+    from ba_lora.config.schema import AdapterConfig, RunConfig
 
 FACTORS_FILE = "initial_factors.safetensors"  # A₀ and B₀, by the adapter file's own names
 BATCH_BYTES = 2**30  # of float32 weights decomposed at once; an SVD needs about four times as much beside them
@@ -112,20 +114,46 @@ def save_factors(model: nn.Module, path: Path, components: Mapping[str, Componen
 
     The first process writes; of the others `components` may be empty.
     """
-    process = PartialState()
-    if process.is_main_process:
+    pairs = {}
+    if PartialState().is_main_process:
         first = dict(named_adapter_layers(model))[next(iter(components))]
-        rank, scaling = first.r["default"], first.scaling["default"]
-        dtype = factor_parameters(first, "default")[0].dtype
-        tensors = {}
+        rank, scaling = first.r[DEFAULT], first.scaling[DEFAULT]
         for name, found in components.items():
             left, values, right = found.leading(rank)
             roots = (values / scaling).sqrt()
-            tensors[f"{name}.lora_A.weight"] = (roots[:, None] * right).to(dtype)
-            tensors[f"{name}.lora_B.weight"] = (left * roots).to(dtype)
+            pairs[name] = (roots[:, None] * right, left * roots)
+    save_pairs(model, path, pairs)
+
+
+def save_pairs(model: nn.Module, path: Path, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    """Write (A₀, B₀) of each LoRA layer in the adapter's dtype; every process calls it.
+
+    The first process writes; of the others `pairs` may be empty.
+    """
+    process = PartialState()
+    if process.is_main_process:
+        dtype = factor_parameters(named_adapter_layers(model)[0][1], DEFAULT)[0].dtype
+        tensors = {}
+        for name, (first, second) in pairs.items():
+            tensors[f"{name}.lora_A.weight"] = first.to("cpu", dtype).contiguous()
+            tensors[f"{name}.lora_B.weight"] = second.to("cpu", dtype).contiguous()
         with folder_atomic(path.parent) as folder:
             save_file(tensors, folder / path.name)
     process.wait_for_everyone()
+
+
+def save_weight_factors(
+    model: nn.Module, path: Path, factors: Callable[[Tensor, int, float], tuple[Tensor, Tensor]]
+) -> None:
+    """Write what `factors` makes of each weight: (float32 W [out, in], r, s) → (A₀, B₀). Every process calls it."""
+    pairs = {}
+    for name, layer in named_adapter_layers(model):
+        weight = layer.get_base_layer().weight
+        with gathered([weight], modify=False):
+            if PartialState().is_main_process:
+                weight_OI = _oriented(weight.detach(), layer.fan_in_fan_out).to(PartialState().device, torch.float32)
+                pairs[name] = tuple(part.cpu() for part in factors(weight_OI, layer.r[DEFAULT], layer.scaling[DEFAULT]))
+    save_pairs(model, path, pairs)
 
 
 def load_factors(model: nn.Module, path: Path, *, subtract: bool) -> None:
@@ -187,3 +215,27 @@ def named_adapter_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Return (name, layer) of the model's PEFT layers."""
     names = {module: name for name, module in model.named_modules()}
     return [(names[layer], layer) for layer in adapter_layers(model)]
+
+
+class ResidualInit(Init):
+    """A₀ and B₀ of whichever kind, and a base that keeps W − s B₀A₀."""
+
+    def load_factors(self, model: nn.Module, path: Path) -> nn.Module:
+        load_factors(model, path, subtract=True)
+        return model
+
+
+class Pissa(ResidualInit):
+    """The leading components, in both factors alike."""
+
+    quantizes = True
+    caches = True
+    rebuilt_by_peft = True
+
+    def write_factors(self, model: nn.Module, path: Path, config: "RunConfig", rows: TrainingRows | None) -> None:
+        folder = self.adapter.factors_cache
+        cache = FactorsCache(resolve_path(folder)) if folder else None
+        write_factors(model, path, requested_svd(self.adapter), cache=cache)
+
+
+INIT = Pissa

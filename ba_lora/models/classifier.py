@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ba_lora.config.schema_nlu import NLUConfig
 from ba_lora.errors import UserError
-from ba_lora.glue import GlueTask, find_task
+from ba_lora.glue import NLUTask, find_task
 from ba_lora.models.load import quantization_options, torch_dtype, without_load_report
 from ba_lora.models.source import hub_errors, model_source
 
@@ -64,7 +64,7 @@ def load_classifier(config: NLUConfig, *, source: str | None = None, quantize: b
     return model
 
 
-def _set_labels(model_config: "PretrainedConfig", task: GlueTask) -> None:
+def _set_labels(model_config: "PretrainedConfig", task: NLUTask) -> None:
     names = task.labels or ("score",)
     model_config.id2label = dict(enumerate(names))  # also sets num_labels
     model_config.label2id = {name: number for number, name in enumerate(names)}

@@ -8,11 +8,11 @@ if TYPE_CHECKING:
     from torch import nn
 
 REFERENCE_ADAPTER = "reference"  # the frozen adapter beside the trained one (objective/reference.py)
-RESIDUAL_INITS = ("pissa", "corda", "olora", "lora_ga")  # for these PEFT takes s B₀A₀ from the base
+RESIDUAL_INITS = ("pissa", "corda", "olora", "lora_ga", "milora")  # for these s B₀A₀ is taken from the base
 
 
 def has_residual_base(config: object) -> bool:
-    """Return whether PEFT took the adapter's first product from the base when it made this adapter."""
+    """Return whether the adapter's first product was taken from the base when it was made."""
     return str(getattr(config, "init_lora_weights", "")).lower().startswith(RESIDUAL_INITS)
 
 
@@ -23,12 +23,15 @@ def adapter_layers(model: "nn.Module") -> "list[nn.Module]":
     return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
 
 
-def adapter_parameters(layer: "nn.Module", adapter: str) -> "list[nn.Parameter]":
-    """Return all parameters of one adapter in a PEFT layer: factors (an embedding's too), DoRA's magnitude, …"""
+def adapter_parameters(layer: "nn.Module", adapter: str, *, beside: str | None = None) -> "list[nn.Parameter]":
+    """Return all parameters of one adapter in a PEFT layer: factors (an embedding's too), DoRA's magnitude, …
+
+    beside: only those of which another adapter has its own, too.
+    """
     found = []
     for name in dict.fromkeys(layer.adapter_layer_names):  # PEFT lists DoRA's magnitude twice
         entries = getattr(layer, name, {})
-        if adapter in entries:
+        if adapter in entries and (beside or adapter) in entries:
             entry = entries[adapter]
             found += list(entry.parameters()) if hasattr(entry, "parameters") else [entry]
     return found

@@ -91,13 +91,8 @@ def torch_dtype(name: str) -> "torch.dtype":
 
 def check_hardware(config: ModelConfig) -> None:
     """Raise UserError where the configuration asks for a GPU, or a package, that is not there."""
-    import torch
-
-    if config.quantization == "nf4":
-        if not torch.cuda.is_available():
-            raise UserError("model.quantization=nf4 needs a CUDA GPU, and none was found: use model.quantization=none")
-        if importlib.util.find_spec("bitsandbytes") is None:
-            raise UserError("model.quantization=nf4 needs bitsandbytes: pip install -r requirements-gpu.txt")
+    if config.quantization == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError("model.quantization=nf4 needs bitsandbytes: pip install -r requirements.txt")
     if config.attention == "flash_attention_2" and (lack := flash_attention_lacks(config.dtype)):
         raise UserError(f"model.attention=flash_attention_2 needs {lack}")
 

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from ba_lora.config.schema import RunConfig
-from ba_lora.models.load import check_hardware, load_model
+from ba_lora.models.load import check_hardware, load_model, torch_dtype, without_load_report
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -17,3 +17,11 @@ def load_base(config: RunConfig, *, source: str | None = None, quantize: bool = 
         check_hardware(config.model)
         return load_classifier(config, source=source, quantize=quantize)
     return load_model(config.model, source=source, quantize=quantize)
+
+
+def load_dequantized(config: RunConfig, *, source: str | None = None) -> "PreTrainedModel":
+    """Return the quantised model with its weights written out again in `model.dtype`: the same function, no longer
+    small."""
+    model = load_base(config, source=source)
+    with without_load_report():
+        return model.dequantize(dtype=torch_dtype(config.model.dtype))

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from ba_lora.chat import is_chat, read_template
 from ba_lora.config.schema import ModelConfig
 from ba_lora.errors import UserError
 from ba_lora.models.source import hub_errors, model_source
@@ -11,9 +12,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def load_tokenizer(config: ModelConfig, *, generates: bool = True) -> "PreTrainedTokenizerBase":
+def load_tokenizer(config: ModelConfig, *, generates: bool = True, template: str = "chat") -> "PreTrainedTokenizerBase":
     """Return the model's tokenizer, right-padded; without a pad token of its own it pads with EOS.
 
+    template: `data.template`; a file becomes the tokenizer's chat template, and is exported with it.
     `generates`: the model ends its texts itself, so an EOS token must be there; else it is a classifier's, which takes
     pairs, too.
     Padding with EOS is safe here: labels and attention mask are made from lengths, never from token values.
@@ -28,6 +30,8 @@ def load_tokenizer(config: ModelConfig, *, generates: bool = True) -> "PreTraine
         raise UserError(f"the tokenizer of {config.name} has no EOS token: generation could never stop; set one")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if is_chat(template) and template != "chat":
+        tokenizer.chat_template = read_template(template)
     tokenizer.padding_side = "right"
     if not generates:
         _separate_pairs(tokenizer)

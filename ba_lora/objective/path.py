@@ -45,9 +45,12 @@ class LossPath:
         self._knows_factor = False
 
     def states(self, module: nn.Module, inputs: dict[str, Tensor], mask_BT: Tensor) -> tuple[Tensor, Head]:
-        """Return what goes into the head at the positions of the mask [N, D], and the head, by a pass of `module`."""
+        """Return what goes into the head at the positions of the mask [N, D], and the head, by a pass of `module`.
+
+        The mask's are the last positions: virtual tokens may stand before them.
+        """
         head, hidden_BTD, _ = self.last_hidden(module, inputs)
-        return hidden_BTD[mask_BT], head
+        return hidden_BTD[:, -mask_BT.shape[1] :][mask_BT], head
 
     def last_hidden(self, module: nn.Module, inputs: dict[str, Tensor]) -> tuple[nn.Module, Tensor, Tensor]:
         """Return the head, what goes into it [B, T, D], and the logits that the model itself makes of it."""
@@ -119,7 +122,7 @@ class LogitsPath(LossPath):
     """The plain loss from the model's own logits, with the identity as head."""
 
     def states(self, module: nn.Module, inputs: dict[str, Tensor], mask_BT: Tensor) -> tuple[Tensor, Head]:
-        return module(**inputs, use_cache=False).logits[mask_BT], _identity
+        return module(**inputs, use_cache=False).logits[:, -mask_BT.shape[1] :][mask_BT], _identity
 
 
 def choose_path(

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from ba_lora.config.schema import BALoRAConfig
 from ba_lora.errors import UserError
+from ba_lora.methods.base import Tuner, method_of
 from ba_lora.models.layers import REFERENCE_ADAPTER, adapter_layers, adapter_parameters, gathered, has_residual_base
 from ba_lora.objective.terms.consistency import Consistency
 
@@ -102,20 +103,27 @@ def build_reference(model: nn.Module, *, trained_apart: Iterable[str] = ()) -> R
         raise UserError(f"one adapter is needed, called default; this model has {', '.join(model.peft_config)}")
     _check_trained(model, layers, trained_apart)
     config = model.peft_config["default"]
-    _check_init(config)
-    if not (has_residual_base(config) or getattr(config, "use_dora", False)):
+    tuner = method_of(model).tuner
+    if type(tuner) is Tuner:  # PEFT alone has made the model
+        _check_init(config)
+    tuner.check_reference()
+    if not tuner.needs_frozen_copy(model):
         return Reference(layers, frozen_factors=False)
     frozen_config = copy.deepcopy(config)
     frozen_config.init_lora_weights = True  # "pissa" would run again, on the residual
     frozen_config.inference_mode = True
     frozen_config.lora_dropout = 0.0
+    for entry in dataclasses.fields(frozen_config):  # what such a variant adds is not there at step 0
+        if entry.metadata.get("is_lora_variant") and entry.name != "use_dora":
+            setattr(frozen_config, entry.name, None)
     keeps_dtype = all(p.dtype == torch.float32 for p in adapter_parameters(layers[0], "default"))
     with torch.random.fork_rng():
         model.add_adapter(REFERENCE_ADAPTER, frozen_config, autocast_adapter_dtype=keeps_dtype)
     # A checkpoint that also held this adapter would be loaded wrongly: Trainer would skip the trained one silently.
     model.save_pretrained = functools.partial(model.save_pretrained, selected_adapters=["default"])
     for layer in layers:
-        trained, frozen = adapter_parameters(layer, "default"), adapter_parameters(layer, REFERENCE_ADAPTER)
+        frozen = adapter_parameters(layer, REFERENCE_ADAPTER)
+        trained = adapter_parameters(layer, "default", beside=REFERENCE_ADAPTER)
         with gathered([*trained, *frozen]), torch.no_grad():
             for source, target in zip(trained, frozen, strict=True):
                 target.data = target.data.to(source.dtype)

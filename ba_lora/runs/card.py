@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from ba_lora.config.methods import adapter_loads, init_facts, writes_lora
 from ba_lora.config.schema import RunConfig, public, to_yaml
 from ba_lora.glue import find_task
 from ba_lora.io import write_text_atomic
@@ -80,15 +81,19 @@ def write_model_card(run_path: Path, config: RunConfig, result: dict[str, Any]) 
 
 def _note(name: str, config: RunConfig) -> str:
     """Return what must be said of a folder that cannot be loaded on the untouched base; "" for the others."""
-    if name != "adapter" or config.adapter.init == "lora":
+    if name != "adapter" or not writes_lora(config.adapter):
         return ""
     note = (
         "\nThis is the adapter as trained, on the residual base. On the untouched base use the plain LoRA in `lora/`, "
         "or `merged/`.\n"
     )
-    if config.adapter.init != "pissa":
+    if not init_facts(config.adapter).get("residual"):
+        note = (
+            "\nThis is the adapter as trained. Use the plain LoRA in `lora/`, which is the same model, or `merged/`.\n"
+        )
+    if not adapter_loads(config.adapter):
         note += (
-            "\nPEFT cannot repeat its initialisation and rebuild the residual: the weights are kept in "
+            "\nPEFT by itself cannot make the trained model of it: the weights are kept in "
             "`trained.safetensors`, which PEFT does not load.\n"
         )
     return note

@@ -1,14 +1,18 @@
 """What a trained run leaves to the world: adapter, plain LoRA, merged model; each compared with the trained model.
 
-    adapter/   the trained PEFT adapter as it is. That of PiSSA or CorDA belongs to the residual base W − B₀A₀, so:
-    lora/      these two only: a plain LoRA of rank 2r on the untouched base (plain_lora.py), in float32; any PEFT or
-               vLLM loads it without knowing where it comes from
+    adapter/   the trained PEFT adapter as it is. That of PiSSA and kin belongs to the residual base W − B₀A₀, and some
+               methods need more than PEFT's weights, so:
+    lora/      of these: a plain LoRA on the untouched base (plain_lora.py; of PiSSA and kin its rank is 2r), in
+               float32; any PEFT or vLLM loads it without knowing where it comes from
     merged/    an ordinary model folder, W + BA − B₀A₀, in the base's dtype
 
 Each is written beside its final place and renamed, so a killed export leaves nothing half-written, and each is loaded
 again and its logits compared with the trained model's. In float32 they are equal but for rounding. A half-precision
 base costs a share of what was learned, which is measured, reported, and refused above `MAX_SHARE`: training rounded the
 residual W − B₀A₀ to the base's dtype, lora/ stands on W itself, and merged/ rounds W + BA − B₀A₀.
+
+On a quantised base merged/ is the model that was trained, its 4-bit weights written out in the base's dtype plus BA.
+lora/ or adapter/ belongs on the unquantised base, which is another model: its distance is reported and not judged.
 """
 
 import json
@@ -16,12 +20,16 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from safetensors.torch import save_file
+
+from ba_lora.config.methods import adapter_loads, init_facts, writes_lora
 from ba_lora.config.schema import RunConfig, public
 from ba_lora.errors import UserError
 from ba_lora.io import disk_errors, folder_atomic, load_tensors
+from ba_lora.methods.base import TrainingMethod
 from ba_lora.methods.build import probe_logits
 from ba_lora.methods.pissa import factors_path
-from ba_lora.models.pretrained import load_base
+from ba_lora.models.pretrained import load_base, load_dequantized
 from ba_lora.models.source import model_source
 from ba_lora.models.tokenizer import load_tokenizer
 from ba_lora.runs.parity import Parity, compare_logits
@@ -29,17 +37,21 @@ from ba_lora.runs.parity import Parity, compare_logits
 if TYPE_CHECKING:
     import torch
     from torch import nn
+    from transformers import PreTrainedTokenizerBase
 
     from ba_lora.training.trainer import BALoRATrainer
+
+
+STATE = "method_state.safetensors"  # in adapter/: what the plain LoRA needs beside PEFT's weights
 
 
 def adapter_files(config: RunConfig) -> tuple[str, str]:
     """Return the names of the weights and settings in adapter/.
 
-    PEFT rebuilds the residual of an exact PiSSA adapter when it loads it. It cannot rebuild a randomised one
-    (pissa_niter_N) and would be wrong without an error, nor CorDA's: those are kept under names that it does not load.
+    PEFT rebuilds the residual of an exact PiSSA adapter when it loads it. It cannot rebuild others and would be wrong
+    without an error: those are kept under names that it does not load.
     """
-    if config.adapter.init in ("lora", "pissa"):
+    if adapter_loads(config.adapter):
         return "adapter_model.safetensors", "adapter_config.json"
     return "trained.safetensors", "trained_config.json"
 
@@ -52,13 +64,11 @@ def serving_adapter(run_path: Path) -> Path:
 
 def save_trained(trainer: "BALoRATrainer", config: RunConfig, run_path: Path) -> None:
     """Write the trained weights: adapter/ for adapters, merged/ for full fine-tuning. Every process calls it."""
-    from ba_lora.methods.adalora import set_saved_ranks
-
     target = run_path / ("merged" if config.adapter.trains_own_weights else "adapter")
     temporary = target.with_name(f".{target.name}.saving")
     main = trainer.accelerator.is_main_process
     trainer.model.config.use_cache = True  # what was off for training; generation wants it
-    set_saved_ranks(trainer.plain_model())
+    trainer.method.tuner.before_save(trainer.plain_model())
     if main:
         shutil.rmtree(temporary, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
@@ -73,6 +83,9 @@ def save_trained(trainer: "BALoRATrainer", config: RunConfig, run_path: Path) ->
                         shutil.move(file, folder / file.name)
                 if not config.adapter.trains_own_weights:
                     _mend_adapter_files(folder, config)
+                if state := trainer.method.tuner.state(trainer.plain_model()):
+                    if writes_lora(config.adapter):
+                        save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, folder / STATE)
     finally:
         if main:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -105,12 +118,16 @@ def export_run(
 
     if config.adapter.trains_own_weights:
         return {"merged": compare("merged", _load_merged(config, run_path / "merged"))}
-    if config.adapter.init != "lora":
+    if writes_lora(config.adapter):
         convert_to_lora(run_path / "adapter", factors_path(run_path), run_path / "lora", config=config)
+    for rank in config.export.ranks:
+        write_rank(run_path / "adapter", run_path / "ranks" / str(rank), rank, config=config)
     name = serving_adapter(run_path).name
     model = _on_device(_with_adapter(config, serving_adapter(run_path)))
     parities = {name: compare(name, model)}
     if config.export.merged:
+        if config.model.quantization != "none":
+            model = _trained_dequantized(config, run_path)
         merge(model, run_path / "merged", config=config)
         del model
         parities["merged"] = compare("merged", _load_merged(config, run_path / "merged"))
@@ -118,14 +135,44 @@ def export_run(
 
 
 def convert_to_lora(adapter_path: Path, initial_factors: Path, output_path: Path, *, config: RunConfig) -> None:
-    """Write the plain LoRA equal to an adapter on a residual base, with its tokenizer."""
+    """Write the plain LoRA equal to a trained adapter, with its tokenizer.
+
+    What the method adds (`to_plain_lora`) comes first, then the residual of its init is taken back.
+    """
     from ba_lora.training.plain_lora import write_plain_lora
 
     weights_name, settings_name = adapter_files(config)
     settings = json.loads((adapter_path / settings_name).read_text())
+    state = load_tensors(adapter_path / STATE) if (adapter_path / STATE).is_file() else {}
+    weights = load_tensors(adapter_path / weights_name)
+    weights, settings = TrainingMethod.of(config.adapter, seed=config.seed).tuner.to_plain_lora(
+        weights, settings, state
+    )
+    initial = load_tensors(initial_factors) if init_facts(config.adapter).get("residual") else {}
     with folder_atomic(output_path) as folder:
-        write_plain_lora(folder, adapter_path / weights_name, load_tensors(initial_factors), settings)
-        load_tokenizer(config.model, generates=config.kind == "nlg").save_pretrained(folder)
+        write_plain_lora(folder, weights, initial, settings)
+        _run_tokenizer(config).save_pretrained(folder)
+
+
+def write_rank(adapter_path: Path, output_path: Path, rank: int, *, config: RunConfig) -> None:
+    """Write the first `rank` rows of A and columns of B as a plain LoRA of that rank, with the same α."""
+    settings = json.loads((adapter_path / "adapter_config.json").read_text()) | {"r": rank}
+    weights = {
+        name: value[:rank] if ".lora_A." in name else value[:, :rank] if ".lora_B." in name else value
+        for name, value in load_tensors(adapter_path / "adapter_model.safetensors").items()
+    }
+    with folder_atomic(output_path) as folder:
+        save_file(
+            {k: v.contiguous() for k, v in weights.items()}, folder / "adapter_model.safetensors", {"format": "pt"}
+        )
+        (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+        _run_tokenizer(config).save_pretrained(folder)
+
+
+def _run_tokenizer(config: RunConfig) -> "PreTrainedTokenizerBase":
+    return load_tokenizer(
+        config.model, **({"template": config.data.template} if config.kind == "nlg" else {"generates": False})
+    )
 
 
 def export_lora(trainer: "BALoRATrainer", folder: str | Path) -> Path:
@@ -133,14 +180,13 @@ def export_lora(trainer: "BALoRATrainer", folder: str | Path) -> Path:
 
     Of PiSSA and kin that is a LoRA of twice the rank, else the adapter itself. Every process calls it.
     """
-    from ba_lora.methods.adalora import set_saved_ranks
     from ba_lora.training.plain_lora import SETTINGS, WEIGHTS, write_plain_lora
 
     folder = Path(folder)
     model = trainer.plain_model()
     if not hasattr(model, "peft_config"):
         raise UserError("export_lora needs a model with an adapter: save_model writes a model without one")
-    set_saved_ranks(model)
+    trainer.method.tuner.before_save(model)
     temporary = folder.with_name(f".{folder.name}.saving")
     main = trainer.accelerator.is_main_process
     try:
@@ -151,7 +197,7 @@ def export_lora(trainer: "BALoRATrainer", folder: str | Path) -> Path:
             with folder_atomic(folder) as target:
                 if trainer.initial_factors:
                     settings = json.loads((temporary / SETTINGS).read_text())
-                    write_plain_lora(target, temporary / WEIGHTS, trainer.initial_factors, settings)
+                    write_plain_lora(target, load_tensors(temporary / WEIGHTS), trainer.initial_factors, settings)
                 for file in temporary.iterdir():  # no pickles, and no card that knows nothing of the training
                     if not (target / file.name).exists() and file.name not in ("training_args.bin", "README.md"):
                         shutil.move(file, target / file.name)
@@ -165,10 +211,11 @@ def export_lora(trainer: "BALoRATrainer", folder: str | Path) -> Path:
 def merge(model: "nn.Module", output_path: Path, *, config: RunConfig) -> None:
     """Merge the adapter of a PEFT model into its base and write an ordinary model folder with its tokenizer."""
     merged = model.merge_and_unload(safe_merge=True)
+    TrainingMethod.of(config.adapter, seed=config.seed).tuner.finish_merge(merged)
     merged.config.use_cache = True
     with folder_atomic(output_path) as folder:
         merged.save_pretrained(folder)
-        load_tokenizer(config.model, generates=config.kind == "nlg").save_pretrained(folder)
+        _run_tokenizer(config).save_pretrained(folder)
 
 
 def push_to_hub(run_path: Path, config: RunConfig) -> str:
@@ -215,6 +262,20 @@ def _with_adapter(config: RunConfig, adapter_path: Path) -> "nn.Module":
     from peft import PeftModel
 
     return PeftModel.from_pretrained(load_base(config, quantize=False), adapter_path).eval()
+
+
+def _trained_dequantized(config: RunConfig, run_path: Path) -> "nn.Module":
+    """Return the trained model with its 4-bit weights written out in the base's dtype."""
+    from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+
+    source = str(run_path / "residual") if config.adapter.init != "lora" else None
+    weights_name, settings_name = adapter_files(config)
+    settings = json.loads((run_path / "adapter" / settings_name).read_text())
+    plain = {"init_lora_weights": True, "inference_mode": False, "base_model_name_or_path": None}
+    settings = LoraConfig.from_peft_type(**settings | plain)
+    model = get_peft_model(load_dequantized(config, source=source), settings)
+    set_peft_model_state_dict(model, load_tensors(run_path / "adapter" / weights_name))
+    return model.eval()
 
 
 def _load_merged(config: RunConfig, path: Path) -> "nn.Module":

@@ -3,10 +3,11 @@
 outputs/<run_id>/claim.json    what must stay as it was: number of processes, hashes of a local training file, of a
                                local base and of the first factors; with config.yaml it makes the folder a run's
                  config.yaml   the resolved configuration
-                 initial/      the first factors of PiSSA and CorDA
+                 initial/      the first factors of PiSSA and kin
                  checkpoints/  Trainer's, each with the list of its files
                  adapter/ lora/ merged/
                  log.jsonl     every logged step
+                 evaluations.jsonl    those inside the training, as soon as they are known; stop: a request to end it
                  train.json    written last: what training and export did (status, times, terms, environment)
 
 A run without a checkpoint and without an export has nothing to lose: it starts over where something has changed since,
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from ba_lora.config.layers import load_run
+from ba_lora.config.methods import writes_lora
 from ba_lora.config.schema import RunConfig, to_yaml, training_hash
 from ba_lora.errors import UserError
 from ba_lora.io import disk_errors, read_object, sha256_file, write_json_atomic, write_text_atomic
@@ -31,6 +33,7 @@ from ba_lora.prompts import prompt_hash
 from ba_lora.runs.environment import now
 from ba_lora.runs.results import check_result_place, result_fault, write_result
 from ba_lora.training.checkpoints import MANIFEST, checkpoint_folders
+from ba_lora.training.evaluations import EVALUATIONS, STOP
 
 CLAIM = "claim.json"
 EXPORTS = ("adapter", "lora", "merged")
@@ -38,7 +41,7 @@ FIRST_FACTORS = ("initial", "residual")
 # What a run and its evaluation write into the folder, but for the checkpoints: overwrite=true removes nothing else. Not
 # judgements/: they are paid for, and each is kept under the very answer that it judges.
 _OWN = (
-    "train.json", "log.jsonl", "evaluation.json", "initial", "residual", "epochs", "features",
+    "train.json", "log.jsonl", EVALUATIONS, STOP, "evaluation.json", "initial", "residual", "epochs", "features",
     "predictions", "completions", "grades", "scores", "checkpoints/runs", *EXPORTS,
     *(f"{name}.rejected" for name in EXPORTS), *(f".{name}.saving" for name in EXPORTS),
 )  # fmt: skip
@@ -233,7 +236,7 @@ def _export_fault(run_path: Path, config: RunConfig, trained: dict[str, Any]) ->
     """Return which exported file is gone or has another size than was written, None where all are whole."""
     wanted = set()
     if not config.adapter.trains_own_weights:
-        wanted |= {"adapter"} if config.adapter.init == "lora" else {"adapter", "lora"}
+        wanted |= {"adapter", "lora"} if writes_lora(config.adapter) else {"adapter"}
     if config.export.merged or config.adapter.trains_own_weights:
         wanted.add("merged")
     for name in sorted(wanted):
@@ -255,7 +258,8 @@ def finish_run(run_path: Path, config: RunConfig, facts: dict[str, Any]) -> dict
     """Write train.json and the result; return the result."""
     exported = [file for name in EXPORTS for file in sorted((run_path / name).glob("*")) if file.name != "README.md"]
     sizes = {str(file.relative_to(run_path)): file.stat().st_size for file in exported if file.is_file()}
-    ended = {"status": "ok", "error": None, "finished_at": now(), "prompt_hash": prompt_hash()}
+    asked = facts.get("data", {}).get("prompt_hash", prompt_hash())
+    ended = {"status": "ok", "error": None, "finished_at": now(), "prompt_hash": asked}
     write_json_atomic(run_path / "train.json", ended | facts | {"files": sizes})
     return write_result(run_path, config)
 

@@ -32,12 +32,20 @@ class Parity(NamedTuple):
         return f"{self.difference:.2g} ({100 * self.share:.2g} % of what training changed)"
 
 
-def report(parities: dict[str, Parity]) -> dict[str, dict[str, float | None]]:
-    """Return what a result says of the exports."""
-    return {
+def report(parities: dict[str, Parity], config: RunConfig) -> dict[str, Any]:
+    """Return what a result says of the exports.
+
+    unquantized_logit_difference: of a quantised base, how far the trained model is from its float parent, the
+    unquantised base with the same adapter.
+    """
+    told: dict[str, Any] = {
         "max_logit_difference": {name: parity.difference for name, parity in parities.items()},
         "share_of_learned_change": {name: parity.share for name, parity in parities.items()},
     }
+    if config.model.quantization != "none":
+        (parent,) = (parity for name, parity in parities.items() if name != "merged")
+        told["unquantized_logit_difference"] = parent.difference
+    return told
 
 
 def probe_batch(rows: list[dict[str, Any]], pad_token_id: int, *, num_rows: int = 2, length: int = 128) -> dict:
@@ -63,8 +71,8 @@ def compare_logits(
     """Return how far an export's logits are from the trained model's. Raises UserError where that is too far.
 
     Allowed are `export.tolerance` where it is given; in float32 `FLOAT32_TOLERANCE`; and everywhere `MAX_SHARE` of what
-    training changed, or, where that is hardly anything, `ULPS`. Exports of a quantised base belong to the unquantised
-    one and are measured, not judged.
+    training changed, or, where that is hardly anything, `ULPS`. An adapter from a quantised base is compared on the
+    unquantised one, and measured, not judged.
     """
     import torch
 
@@ -78,7 +86,7 @@ def compare_logits(
     parity = Parity(difference, share)
     if config.export.tolerance is not None:
         allowed, is_near = f"{config.export.tolerance:.3g}", difference <= config.export.tolerance
-    elif config.model.quantization != "none":
+    elif config.model.quantization != "none" and name != "merged":
         allowed, is_near = "any", not math.isnan(difference)
     elif share is not None and share > MAX_SHARE:
         allowed, is_near = f"{MAX_SHARE:.0%} of that change", False

@@ -52,11 +52,13 @@ def evaluation(run_path: Path) -> dict[str, Any]:
     Raises UserError for a file that is damaged.
     """
     found = {}
-    for path in sorted((run_path / "scores").glob("*.json")):
+    folder = run_path / "scores"
+    for path in sorted(folder.rglob("*.json")):  # those of lm-evaluation-harness are in a folder of their own
         score = read_record(path, "metrics", "n", fix="delete it, and score the run again")
-        meta_path = run_path / "completions" / f"{path.stem}.meta.json"
+        name = path.relative_to(folder).with_suffix("").as_posix()
+        meta_path = run_path / "completions" / f"{name}.meta.json"
         meta = read_record(meta_path, fix="delete it, and generate again") if meta_path.is_file() else None
-        found[path.stem] = {"generation": meta} | score
+        found[name] = {"generation": meta} | score
     return found
 
 

@@ -109,8 +109,8 @@ def out_of_domain_table(results: list[dict[str, Any]]) -> str:
     rows = [names]
     for (base, task, name, protocol, method), runs in sorted(groups.items()):
         _check_repetitions(runs, name)
-        metric = find_task(task).metrics[0]
         scores = [run["evaluation"][name] for run in runs]
+        metric = find_task(scores[0].get("definition") or task).metrics[0]
         values = [[s["in_domain"] for s in scores], [s["metrics"][metric] for s in scores], [s["drop"] for s in scores]]
         sizes = "/".join(sorted({str(score["n"]) for score in scores}))
         seeds = ", ".join(str(seed) for seed in sorted(run["seed"] for run in runs))

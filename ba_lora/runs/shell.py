@@ -41,6 +41,7 @@ from ba_lora.training.arguments import build_arguments, count_steps
 from ba_lora.training.log import mean_gradient_shares
 from ba_lora.training.stop import STOPPED, StopOnSignal
 from ba_lora.training.trainer import BALoRATrainer
+from ba_lora.training.watch import WatchedTraining
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -101,6 +102,7 @@ class TrainingRun:
         arguments = self.arguments
         effective = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
         self.print(f"training: {self.num_steps} steps of {effective} rows, {arguments.world_size} process(es)")
+        trainer.add_callback(WatchedTraining(self.run_path))
         reset_peak_memory()  # the SVDs of the initialisation are no part of training
         trainer.add_callback(self.stop)
         started = time.perf_counter()
@@ -152,7 +154,7 @@ class TrainingRun:
                 "model": {"name": config.model.name, "revision": self.model_commit},
                 "data": trained.data,
                 "training": finite(trained.training),
-                "export": report(parities),
+                "export": report(parities, config),
                 "environment": environment(
                     num_processes=self.process.num_processes, num_gpus=[m.num_gpus for m in self.machines]
                 ),

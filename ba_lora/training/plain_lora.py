@@ -81,17 +81,20 @@ def plain_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def write_plain_lora(folder: Path, trained: Path, initial: Mapping[str, Tensor], settings: Mapping[str, Any]) -> None:
-    """Write weights and settings of the plain LoRA into `folder`; `trained` is the adapter's file of weights.
+def write_plain_lora(
+    folder: Path, weights: Mapping[str, Tensor], initial: Mapping[str, Tensor], settings: Mapping[str, Any]
+) -> None:
+    """Write weights and settings of the plain LoRA into `folder`; `weights` are the trained adapter's.
 
-    Raises UserError where it is not of the layers that `initial` is of.
+    `initial` is {} where the base was left whole. Raises UserError where they are not of the same layers.
     """
-    weights = load_tensors(trained)
     factors = [name for name in weights if "lora_A" in name or "lora_B" in name or "lora_embedding" in name]
-    if sorted(initial) != sorted(name for name in factors if not name.endswith(".bias")):
-        raise UserError(f"{trained} and the first factors are of different layers: they are of different runs")
-    save_file(plain_lora(weights, initial), folder / WEIGHTS, metadata={"format": "pt"})
-    (folder / SETTINGS).write_text(json.dumps(plain_settings(settings), indent=2) + "\n")
+    if initial and sorted(initial) != sorted(name for name in factors if not name.endswith(".bias")):
+        raise UserError(f"the adapter for {folder} and the first factors are of different layers: of different runs")
+    weights = plain_lora(weights, initial) if initial else {name: value.contiguous() for name, value in weights.items()}
+    settings = plain_settings(settings) if initial else {**settings, "init_lora_weights": True}
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
 
 
 # ---- checkpoints ----

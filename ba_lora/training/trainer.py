@@ -13,24 +13,19 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
+from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback, TrainerState
 from transformers.utils import logging
 
 from ba_lora.config.schema import BALoRAConfig
 from ba_lora.config.schema_nlg import LossConfig
 from ba_lora.errors import UserError
-from ba_lora.io import disk_errors
-from ba_lora.methods.adalora import (
-    AdaLoraCallback,
-    adalora_orthogonality,
-    adalora_orthogonality_weight,
-    freeze_rank_counts,
-    is_adalora,
-)
+from ba_lora.io import disk_errors, load_tensors
+from ba_lora.methods.base import method_of
 from ba_lora.objective.gradient_shares import GradientShares
 from ba_lora.objective.losses.plain import TermSums
 from ba_lora.objective.objective import Objective, TokenObjective
@@ -51,6 +46,20 @@ from ba_lora.training.plain_lora import check_initial_factors, initial_factors, 
 from ba_lora.training.sampler import SeededLengthGroupedSampler, reachable_sampler
 
 logger = logging.get_logger(__name__)
+
+
+METHOD_STATE = "method_state.safetensors"  # in a checkpoint: what the method keeps beside PEFT's weights
+
+
+class AfterStep(TrainerCallback):
+    """Calls the method after each optimizer step, while the gradients are still there."""
+
+    def __init__(self, trainer: "BALoRATrainer") -> None:
+        self._trainer = trainer
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        trainer = self._trainer
+        trainer.method.tuner.after_step(trainer._bare_model(), state.global_step, trainer.optimizer)
 
 
 class BALoRATrainer(Trainer):
@@ -83,7 +92,8 @@ class BALoRATrainer(Trainer):
     ) -> None:
         if (objective is None) == (regularizers is None):
             raise ValueError("give BALoRATrainer either an objective or regularizers")
-        freeze_rank_counts(model)
+        self.method = method_of(model)
+        self.method.tuner.prepare(model)
         self.initial_factors = initial_factors(model)
         if objective is None:
             objective = TokenObjective(model, regularizers, loss=loss, reference=reference, extra_terms=extra_terms)
@@ -98,13 +108,12 @@ class BALoRATrainer(Trainer):
         self._loss_shifts_labels = objective.shifts_labels
         self._num_items: tuple[Tensor | int | None, Tensor | int | None] = (None, None)  # on the device, on the host
         self._evaluated: Tensor | int = 0  # [the task's loss, its positions], summed over an evaluation
+        self._step_begun: int | None = None  # the optimizer step whose first micro-batch has come
         self._begins = False  # whether this is the training's very first micro-batch, on every process alike
-        if is_adalora(model):
-            if self.is_deepspeed_enabled:
-                raise UserError("AdaLoRA ranks directions by gradients that DeepSpeed hides: use DDP or one process")
-            self.add_callback(AdaLoraCallback())
-            weight = adalora_orthogonality_weight(model)
-            objective.extend([ModelTerm(name="orthogonality", weight=weight, function=adalora_orthogonality)])
+        if self.is_deepspeed_enabled and self.method.no_deepspeed:
+            raise UserError(self.method.no_deepspeed)
+        objective.extend(ModelTerm(**term._asdict()) for term in self.method.tuner.terms(model))
+        self.add_callback(AfterStep(self))
         self._term_meter, self._token_meter = TermMeter([term.name for term in objective.terms]), TokenMeter()
         self._shares = GradientShares(objective.terms, objective.regularizers)
         for callback in (ProgressCallback, PrinterCallback):  # one line of loss terms instead of a dictionary
@@ -193,10 +202,14 @@ class BALoRATrainer(Trainer):
         """Trainer's, after which a loss of inf or NaN ends the training (Trainer would keep it out of the log)."""
         self._begins = self.state.global_step == 0 and not self._token_meter.has_begun
         self._token_meter.add(inputs)
+        if self.state.global_step != self._step_begun:
+            self._step_begun = self.state.global_step
+            self.method.tuner.begin_step(self._bare_model(), self._step_begun)
         loss = super().training_step(model, inputs, *arguments, **settings)
         self._begins = False
         if self.accelerator.sync_gradients:
             self._shares.close(self._summed)
+            self.method.tuner.before_step(self._bare_model(), self.state.global_step)
         if not bool(loss.isfinite()):  # no further wait for the device: Trainer asks the same
             self._stop_diverged("loss is", self.state.global_step + 1)
         return loss
@@ -281,9 +294,6 @@ class BALoRATrainer(Trainer):
         """
         before = num_steps if self.is_deepspeed_enabled else None
         checkpoint = find_checkpoint(checkpoints, before=before)
-        if checkpoint is not None and is_adalora(self.model):
-            logger.warning("AdaLoRA keeps the importance of its directions in no checkpoint: training starts over")
-            checkpoint = None
         if checkpoint is not None and self.is_deepspeed_enabled and stopped_early(checkpoint):
             checkpoint = find_checkpoint(checkpoints, before=step_of(checkpoint))
         self.accelerator.wait_for_everyone()
@@ -295,6 +305,7 @@ class BALoRATrainer(Trainer):
         if checkpoint is not None and (step_of(checkpoint) >= num_steps or stopped_early(checkpoint)):
             check_initial_factors(self.initial_factors, checkpoint)
             self._load_from_checkpoint(str(checkpoint))
+            self._load_method_state(checkpoint)
             self._check_weights()
             self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
             if self.args.load_best_model_at_end and self.best_step() is not None:
@@ -310,7 +321,31 @@ class BALoRATrainer(Trainer):
         if checkpoint is not None:
             check_initial_factors(self.initial_factors, Path(checkpoint))
             self._shares.load(Path(checkpoint))
+            self._load_method_state(Path(checkpoint))
         super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _bare_model(self) -> nn.Module:
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
+    def _save_method_state(self, folder: Path) -> None:
+        if state := self.method.tuner.state(self._bare_model()):
+            save_file({name: value.detach().cpu().contiguous() for name, value in state.items()}, folder / METHOD_STATE)
+
+    def _load_method_state(self, checkpoint: Path) -> None:
+        path = checkpoint / METHOD_STATE
+        if path.is_file():
+            self.method.tuner.load_state(self._bare_model(), load_tensors(path))
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Trainer's, or that of the method."""
+        if self.optimizer is None and self.method.optimizer is not None:
+            made_for = self.model if model is None else model
+            self.method.optimizer.prepare(made_for)
+            decayed = set(self.get_decay_parameter_names(made_for))
+            default = self.get_optimizer_cls_and_kwargs(self.args, made_for)
+            self.optimizer = self.method.optimizer.make(made_for, self.args, decayed, default)
+            return self.optimizer
+        return super().create_optimizer(*([] if model is None else [model]))
 
     def best_step(self) -> int | None:
         """Return the step of the best checkpoint by `metric_for_best_model`; None where there is none (any more)."""
@@ -325,9 +360,11 @@ class BALoRATrainer(Trainer):
             self.accelerator.wait_for_everyone()
             limit, self.args.save_total_limit = self.args.save_total_limit, None
             try:
-                super()._save_checkpoint(model, trial)
+                with self.method.tuner.checkpointing(self._bare_model()):
+                    super()._save_checkpoint(model, trial)
                 self.accelerator.wait_for_everyone()
                 if self.args.should_save:
+                    self._save_method_state(folder)
                     write_fingerprint(self.initial_factors, folder)
                     self._shares.save(folder)
                     write_checkpoint_manifest(folder)

@@ -12,12 +12,10 @@ pre-training-like: whole texts in a plain "Question: … Answer: …" frame, sev
 """
 
 import json
-import math
 import platform
 import random
 import re
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -27,29 +25,14 @@ sys.path.insert(0, str(ROOT))  # the script runs from anywhere, without an insta
 from ba_lora.errors import CommandParser, UserError, run_entry_point  # noqa: E402
 from ba_lora.io import folder_atomic, write_json_atomic, write_jsonl_atomic  # noqa: E402
 from ba_lora.prompts import build_prompt  # noqa: E402
+from data.tiny_llama import ARCHITECTURE, OPTIMIZER, VOCAB_SIZE, train, untrained_llama  # noqa: E402
 from data.toy import FAMILIES, generate_problems, pretraining_prompt  # noqa: E402
 
 VARIANTS = {
     "clean": {},
     "noisy": {"label_noise": 0.5, "noisy_families": ("multiply", "sharing"), "imbalance": 0.3},
 }
-VOCAB_SIZE = 576
 SAMPLE_SEED = 20_000  # training reads seeds from 0, held-out accuracy 10,000
-ARCHITECTURE = {
-    "vocab_size": VOCAB_SIZE,
-    "hidden_size": 128,
-    "intermediate_size": 320,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "head_dim": 32,  # the smallest that vLLM's CPU attention takes
-    "max_position_embeddings": 2048,
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": False,  # as the Llamas of the paper: the head is a matrix of its own
-    "attention_bias": False,
-    "mlp_bias": False,
-    "initializer_range": 0.05,
-}
 TRAINING = {
     "seed": 0,
     "threads": 1,
@@ -59,11 +42,7 @@ TRAINING = {
     "short_length": 128,
     "long_length": 512,
     "long_every": 6,
-    "learning_rate": 3e-3,
-    "betas": (0.9, 0.98),
-    "weight_decay": 0.05,
-    "warmup": 0.03,
-    "clip": 1.0,
+    **OPTIMIZER,
 }
 
 
@@ -118,18 +97,6 @@ def train_tokenizer(seed: int):
 def text(row: dict[str, str]) -> str:
     """Return the pre-training text of one problem."""
     return f"{pretraining_prompt(row['query'])} {row['response']}"
-
-
-def untrained_llama(seed: int):
-    """Return a randomly initialised Llama of `ARCHITECTURE`."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(seed)
-    config = LlamaConfig(**ARCHITECTURE, pad_token_id=0, bos_token_id=1, eos_token_id=2)
-    config.architectures = ["LlamaForCausalLM"]
-    config.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
-    return LlamaForCausalLM(config)
 
 
 class PackedCorpus:
@@ -199,43 +166,12 @@ def pretrain(variant: str, *, output: Path, num_steps: int, num_held_out: int) -
         f"{variant}: {num_parameters} parameters, {num_steps} steps of {TRAINING['tokens_per_step']} tokens", flush=True
     )
 
-    matrices = [parameter for parameter in model.parameters() if parameter.ndim == 2]
-    vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": TRAINING["weight_decay"]}, {"params": vectors, "weight_decay": 0.0}],
-        lr=TRAINING["learning_rate"],
-        betas=TRAINING["betas"],
-    )
-    warmup = max(1, round(TRAINING["warmup"] * num_steps))
-
-    def scale(step: int) -> float:  # linear warm-up, then cosine to 2 %
-        if step < warmup:
-            return (step + 1) / warmup
-        return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, num_steps - warmup)))
-
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, scale)
-    curve, recent, start, cpu_start = [], [], time.perf_counter(), time.process_time()
-    model.train()
-    for step in range(num_steps):
+    def batch(step: int):
         is_long = (step + 1) % TRAINING["long_every"] == 0
         length = TRAINING["long_length" if is_long else "short_length"]
-        ids_BT = corpus.batch(TRAINING["tokens_per_step"] // length, length)
-        loss = model(input_ids=ids_BT, labels=ids_BT).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), TRAINING["clip"])
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad(set_to_none=True)
-        recent.append(loss.item())
-        if (step + 1) % 50 == 0 or step + 1 == num_steps:
-            seconds = time.perf_counter() - start
-            point = {"step": step + 1, "loss": round(sum(recent) / len(recent), 4)}
-            curve.append({**point, "seconds": round(seconds, 1)})
-            recent = []
-            print(f"step {step + 1}/{num_steps}  loss {point['loss']:.4f}  {seconds:.0f} s", flush=True)
-    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
+        return corpus.batch(TRAINING["tokens_per_step"] // length, length)
 
-    model.eval()
+    trained = train(model, batch, num_steps=num_steps, settings=TRAINING, say=lambda line: print(line, flush=True))
     accuracy = {
         "pretrain_wording": held_out_accuracy(model, tokenizer, num_rows=num_held_out, wording="pretrain"),
         "test_wording": held_out_accuracy(model, tokenizer, num_rows=num_held_out, wording="test"),
@@ -252,15 +188,15 @@ def pretrain(variant: str, *, output: Path, num_steps: int, num_held_out: int) -
             "num_parameters": num_parameters,
             "num_steps": num_steps,
             "training": TRAINING,
-            "seconds": round(seconds, 1),
-            "cpu_seconds": round(cpu_seconds, 1),  # what it takes on an idle machine; `seconds` is wall-clock time
+            "seconds": trained["seconds"],
+            "cpu_seconds": trained["cpu_seconds"],
             "versions": {
                 "python": platform.python_version(),
                 "torch": torch.__version__,
                 "transformers": transformers.__version__,
             },
             "held_out_accuracy": accuracy,
-            "loss_curve": curve,
+            "loss_curve": trained["loss_curve"],
         }
         write_json_atomic(folder / "pretraining.json", log)
     print(f"wrote {output}", flush=True)

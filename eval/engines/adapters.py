@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ba_lora.errors import UserError, in_one_line
 from ba_lora.io import is_pickle, read_json
+from ba_lora.methods.base import import_tuners
 from ba_lora.models.layers import RESIDUAL_INITS
 from ba_lora.models.sizes import load_skeleton
 from ba_lora.paths import resolve_path
@@ -81,6 +82,7 @@ def check_adapter(path: str | Path, base: str, options: "EngineOptions") -> None
     """
     path, name = Path(path), "checked"
     _require_weights(path)
+    import_tuners()
     model = load_skeleton(base, revision=options.revision, trust_remote_code=options.trust_remote_code)
     import torch
     from peft import get_peft_model

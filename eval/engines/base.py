@@ -133,8 +133,15 @@ def load_base_tokenizer(base: str, options: EngineOptions = EngineOptions()) -> 
         )
 
 
-def encode_prompts(tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str]) -> list[list[int]]:
-    """Return the prompts' ids by the tokenizer's own BOS rule; a final EOS, which some append, is taken off."""
+def encode_prompts(
+    tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str], *, chat: bool = False
+) -> list[list[int]]:
+    """Return the prompts' ids by the tokenizer's own BOS rule; a final EOS, which some append, is taken off.
+
+    chat: a chat template wrote the prompts, special tokens and all: nothing is added.
+    """
+    if chat and prompts:
+        return [list(ids) for ids in tokenizer(list(prompts), add_special_tokens=False)["input_ids"]]
     encoded = []
     for ids in tokenizer(list(prompts))["input_ids"] if prompts else []:
         if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
@@ -241,17 +248,21 @@ class Engine:
         *,
         adapter: str | None = None,
         progress: str | None = None,
+        chat_end: int | None = None,
         **sampling: Any,
     ) -> list[list[Completion]]:
         """Return `num_samples` completions for each prompt, in the prompts' order.
 
-        adapter: a name given to `open_engine`, None for the base itself; progress: label of a progress bar;
-        sampling: the fields of `Sampling`. Raises UserError for impossible settings or an unknown adapter.
+        adapter: a name given to `open_engine`, None for the base itself; progress: label of a progress bar; chat_end:
+        the token that ends an answer, for prompts that a chat template wrote; sampling: the fields of `Sampling`.
+        Raises UserError for impossible settings or an unknown adapter.
         """
         settings = Sampling(**sampling)
         if adapter is not None and adapter not in self.adapters:
             raise UserError(f"unknown adapter {adapter!r}: this engine has {', '.join(self.adapters) or 'none'}")
-        encoded = encode_prompts(self.tokenizer, prompts)
+        encoded = encode_prompts(self.tokenizer, prompts, chat=chat_end is not None)
+        if chat_end is not None and chat_end not in self.ends:
+            self.ends = [*self.ends, chat_end]
         self.check_tokens(encoded)
         room = [settings.max_new_tokens if self.context is None else self.context - len(ids) for ids in encoded]
         fitting = [index for index, ids in enumerate(encoded) if room[index] >= 1 and ids]

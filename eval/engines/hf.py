@@ -159,6 +159,41 @@ class HFEngine(Engine):
                     found[place] = (total, len(row) - 1)
         return found
 
+    def log_probs(
+        self, texts: Sequence[tuple[str, str]], *, adapter: str | None = None
+    ) -> "Iterator[tuple[int, list[int], torch.Tensor, torch.Tensor]]":
+        """Yield of each (prompt, continuation), in any order, its number, and of the continuation's T tokens where
+        each ends in its text (characters), the ids [T], and the log-probabilities in nats, float32 [T, vocabulary].
+
+        Both are encoded together, without EOS; a token over the seam is the continuation's. Raises UserError for a
+        tokenizer that does not tell where its tokens are, and for texts beyond the context.
+        """
+        import torch
+
+        if not self.tokenizer.is_fast:
+            raise UserError(f"{self.base}: a fast tokenizer is needed, which tells where its tokens are in the text")
+        encoded = self.tokenizer([prompt + more for prompt, more in texts], return_offsets_mapping=True)
+        rows, places = encoded["input_ids"], encoded["offset_mapping"]
+        self.check_tokens(rows)
+        if self.context is not None and max(map(len, rows)) > self.context:
+            raise UserError(f"{self.base}: a text has {max(map(len, rows))} tokens, the context is {self.context}")
+        order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
+        with self._active(adapter), torch.inference_mode():
+            for start in range(0, len(order), self._batch_size):
+                batch = order[start : start + self._batch_size]
+                width = len(rows[batch[-1]])
+                ids_BT = torch.tensor([rows[i] + [0] * (width - len(rows[i])) for i in batch])
+                mask_BT = torch.tensor([[1] * len(rows[i]) + [0] * (width - len(rows[i])) for i in batch])
+                logits_BTV = self._model(
+                    input_ids=ids_BT.to(self._model.device), attention_mask=mask_BT.to(self._model.device)
+                ).logits
+                for index, ids_T, logits_TV in zip(batch, ids_BT, logits_BTV, strict=True):
+                    seam, length = len(texts[index][0]), len(rows[index])
+                    first = next(t for t in range(length) if places[index][t][1] > seam)
+                    ends = [end - seam for _, end in places[index][first:length]]
+                    log_probs_TV = logits_TV[first - 1 : length - 1].float().log_softmax(-1).cpu()
+                    yield index, ends, ids_T[first:length], log_probs_TV
+
     @contextlib.contextmanager
     def _active(self, adapter: str | None) -> Iterator[None]:
         """Make `adapter`, or for None the bare base, answer."""

@@ -7,14 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ba_lora.chat import ChatTemplate, is_chat, read_template
 from ba_lora.errors import UserError
 from ba_lora.io import sha256_file, sha256_json
-from ba_lora.prompts import build_conversation, build_prompt, template_stops
+from ba_lora.prompts import build_conversation, build_prompt, prompt_hash, template_stops
 from ba_lora.rows import is_commit
 from eval.completions import read_meta
 from eval.engines import base as engines
 from eval.engines.base import Completion, EngineOptions, Sampling
 from eval.engines.serving import SERVE, ServedModel, run_base
+from eval.grading.thinking import THINKING, check_marks, cut_thinking
 from eval.tasks.base import Item, Source, Task
 
 
@@ -38,6 +40,7 @@ class GenerateOptions:
     revision: str | None = None
     trust_remote_code: bool = False
     serve: str = "auto"
+    thinking: str = THINKING
     overwrite: bool = False
 
     def __post_init__(self) -> None:
@@ -45,6 +48,7 @@ class GenerateOptions:
             raise UserError(f"serve={self.serve} is unknown: choose one of {', '.join(SERVE)}")
         if self.limit is not None and self.limit < 1:
             raise UserError(f"limit is {self.limit}: it must be at least 1")
+        check_marks("thinking", self.thinking)
         temperature = self.temperature if self.temperature is not None else float((self.num_samples or 1) > 1)
         self.sampling(max_new_tokens=1, stop=(), temperature=temperature)  # checks the values
 
@@ -80,7 +84,8 @@ class Questions:
     """What one task asks.
 
     instructions[i]: of items[i], after those of the turns before it; earlier[i]: the places of those turns in `items`;
-    samplings[i]: how to draw items[i].
+    samplings[i]: how to draw items[i]; thinking: the marks around what a reasoning model writes before its answer,
+    which is no part of the conversation that the next turn sees.
     """
 
     task: Task
@@ -90,15 +95,47 @@ class Questions:
     earlier: list[list[int]]
     samplings: list[Sampling]
     template: str
+    thinking: str
+    chat: ChatTemplate | None = None
+
+    def of_base(self, base: str, options: EngineOptions, *, text: str | None = None) -> "Questions":
+        """Return these questions as a base is asked them: in its own chat template (or `text`, another one), where
+        `template` asks for that. Raises UserError where it has none, or refuses a conversation."""
+        if not is_chat(self.template):
+            return self
+        tokenizer = engines.load_base_tokenizer(base, options)
+        text = text or (None if self.template == "chat" else read_template(self.template))
+        asked = dataclasses.replace(self, chat=ChatTemplate(tokenizer, name=self.template, text=text))
+        asked.chat.end_id  # noqa: B018  a template that ends no answer is told before the model is loaded
+        for instructions in self.instructions:
+            asked.conversation(instructions, [""] * (len(instructions) - 1))
+        return asked
+
+    def conversation(self, instructions: Sequence[str], responses: Sequence[str]) -> str:
+        """Return the prompt for the last of `instructions`, after the earlier ones and the responses to them."""
+        if self.chat is None:
+            return build_conversation(instructions, responses, template=self.template)
+        messages = [{"role": "user", "content": instructions[0].strip()}]
+        for response, instruction in zip(responses, instructions[1:], strict=True):
+            messages.append({"role": "assistant", "content": response.strip()})
+            messages.append({"role": "user", "content": instruction.strip()})
+        return self.chat.prompt(messages)
+
+    @property
+    def prompt_hash(self) -> str:
+        """The template's hash."""
+        return self.chat.hash if self.chat else prompt_hash(template=self.template)
 
     def prompts(self, index: int, answers: Sequence[Sequence[Completion]]) -> list[str]:
         """Return the prompts of items[index], given the completions so far: one, or one for each sample of the turn
         before."""
-        turns, template = self.earlier[index], self.template
+        turns = self.earlier[index]
         if not turns:
-            return [build_prompt(self.instructions[index][0], template=template)]
+            return [self.conversation(self.instructions[index], [])]
         return [
-            build_conversation(self.instructions[index], [answer.text for answer in history], template=template)
+            self.conversation(
+                self.instructions[index], [cut_thinking(answer.text, self.thinking) for answer in history]
+            )
             for history in zip(*(answers[turn] for turn in turns), strict=True)
         ]
 
@@ -106,6 +143,10 @@ class Questions:
 def template_and_stops(task: Task, options: GenerateOptions) -> tuple[str, tuple[str, ...]]:
     """Return the template and the strings that end an answer. Raises UserError for an unknown template."""
     template = options.template if options.template is not None else task.template
+    if is_chat(template):
+        if template != "chat":
+            read_template(template)
+        return template, ()  # it ends with the template's own end token
     stop = template_stops(template)
     if stop is None:
         build_prompt("", template=template)  # an unknown template is told before a model is loaded
@@ -134,7 +175,7 @@ def load_questions(task: Task, data: str | None, options: GenerateOptions) -> Qu
         for item in items
     ]
     instructions = [[items[place].instruction for place in [*turns, index]] for index, turns in enumerate(earlier)]
-    return Questions(task, source, items, instructions, earlier, samplings, template)
+    return Questions(task, source, items, instructions, earlier, samplings, template, options.thinking)
 
 
 def request_sha256(model: ServedModel, questions: Questions, kind: str, options: GenerateOptions) -> str | None:
@@ -145,16 +186,20 @@ def request_sha256(model: ServedModel, questions: Questions, kind: str, options:
     weights = weights_state(model)
     if weights is None:
         return None
+    turns = any(questions.earlier)
     request = {
         "weights": weights,
         "engine": [kind, engines.GENERATION_VERSION, engines.device_kind(), *engines.package_versions(kind)],
-        "options": {key: value for key, value in vars(options).items() if key not in ("overwrite", "limit")},
-        "task": [questions.task.name, questions.template],
+        "options": {
+            key: value for key, value in vars(options).items() if key not in ("overwrite", "limit", "thinking")
+        },
+        **({"thinking": questions.thinking} if turns else {}),
+        "task": [questions.task.name, questions.template, *([questions.chat.hash] if questions.chat else [])],
         "choices": {key: questions.task.choice(key) for key in questions.task.choices},
         "data": [questions.source.name, questions.source.as_result()],  # the record beside the answers names the data
         "items": [item.task_id for item in questions.items],
         "prompts": [
-            build_conversation(instructions, [""] * (len(instructions) - 1), template=questions.template)
+            questions.conversation(instructions, [""] * (len(instructions) - 1))
             for instructions in questions.instructions
         ],
         "samplings": [dataclasses.astuple(sampling) for sampling in questions.samplings],

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ba_lora.chat import is_chat
 from ba_lora.errors import UserError
 from eval.engines import adapters
 from eval.engines import base as engines
@@ -57,6 +58,21 @@ def plan_serving(models: Sequence[str], *, serve: str = "auto", revision: str | 
             engines.require_model(name)
             served.append(ServedModel(name, name, "model", revision=None if path.is_dir() else revision))
     return served
+
+
+def kept_template(run: Path | None) -> str | None:
+    """Return the chat template that a run was trained in, as its exports keep it; None for another frame, or no run.
+
+    Raises UserError where the run has none of its exports left.
+    """
+    from ba_lora.config.layers import load_run
+
+    if run is None or not is_chat(getattr(load_run(run).data, "template", "")):
+        return None
+    files = [run / name / "chat_template.jinja" for name in ("adapter", "merged", "lora")]
+    if not (found := [file for file in files if file.is_file()]):
+        raise UserError(f"{run} was trained in a chat template, and none of its exports holds it: export the run again")
+    return found[0].read_text(encoding="utf-8")
 
 
 def run_base(run: Path) -> tuple[str | None, str | None]:

@@ -41,7 +41,8 @@ class Request:
     @property
     def messages(self) -> list[dict[str, str]]:
         """The messages, in OpenAI's form."""
-        return [{"role": "system", "content": self.system}, {"role": "user", "content": self.user}]
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        return [*system, {"role": "user", "content": self.user}]
 
     def key(self, judge: str, index: int, options: JudgeOptions) -> tuple:
         """Return the key under which the judgement is stored."""

@@ -26,8 +26,9 @@ class Scores:
 def glue_scores(names: Sequence[str], labels: Sequence[float], predictions: Sequence[float]) -> Scores:
     """Return the named metrics of predictions: class ids, or numbers for pearson and spearman.
 
-    names: of accuracy, f1 (binary, of class 1), matthews, pearson, spearman. Raises UserError for predictions that are
-    NaN or infinite, for numbers of labels and predictions that differ, and for none at all.
+    names: of accuracy, f1 (binary, of class 1), macro_f1 (over the classes that occur), matthews, pearson, spearman.
+    Raises UserError for predictions that are NaN or infinite, for numbers of labels and predictions that differ, and
+    for none at all.
     """
     labels, predictions = checked(labels, predictions)
     values, notes = {}, {}
@@ -45,12 +46,12 @@ def class_scores(
 
     Macro-F1 is the mean over the classes that occur in labels or predictions (scikit-learn's default).
     """
-    from sklearn.metrics import f1_score, recall_score
+    from sklearn.metrics import recall_score
 
     labels, predictions = checked(labels, predictions)
     found = recall_score(labels, predictions, labels=range(len(classes)), average=None, zero_division=np.nan)
     recall = {name: None if np.isnan(value) else float(value) for name, value in zip(classes, found, strict=True)}
-    macro_f1 = float(f1_score(labels, predictions, average="macro", zero_division=np.nan))
+    macro_f1, _ = _macro_f1(labels, predictions)
     notes = {} if recall[minority] is not None else {"minority_recall": f"no row is of class {minority}"}
     return Scores({"macro_f1": macro_f1, "minority_recall": recall[minority]}, notes), recall
 
@@ -109,9 +110,16 @@ def _correlation(name: str) -> Callable[[np.ndarray, np.ndarray], tuple[float | 
     return correlation
 
 
+def _macro_f1(labels: np.ndarray, predictions: np.ndarray) -> tuple[float | None, str | None]:
+    from sklearn.metrics import f1_score
+
+    return float(f1_score(labels, predictions, average="macro", zero_division=np.nan)), None
+
+
 METRICS: Mapping[str, Callable[[np.ndarray, np.ndarray], tuple[float | None, str | None]]] = {
     "accuracy": _accuracy,
     "f1": _f1,
+    "macro_f1": _macro_f1,
     "matthews": _matthews,
     "pearson": _correlation("pearsonr"),
     "spearman": _correlation("spearmanr"),

@@ -1,12 +1,19 @@
 """Results to tables and figures.
 
-    python -m eval.report TABLE [allow=NAME,…] [output=DIR] [seeds=[1,2]] [key=value …]
+    python -m eval.report TABLE [allow=NAME,…] [output=DIR] [page=no] [seeds=[1,2]] [key=value …]
+    python -m eval.report --runs FOLDER [FOLDER …] [output=DIR]
+    python -m eval.report --inspect RUN [RUN …] [output=DIR]
 
 TABLE is a file of configs/tables, by its name or path. `seeds` and `key=value` are those that its runs were made with
 (sh scripts/reproduce.sh TABLE key=value …), since they are part of what a run is called. Written to `output`, by
 default results/TABLE, and with such words, which make it another table, results/TABLE-<their hash>: table.md,
-table.tex, table.csv, table.json and figures/<name>.png and .pdf. Read are the runs' results, grades and logs, the
-table's config and results/paper_reported; no model, no GPU.
+table.tex, table.csv, table.json, figures/<name>.png and .pdf, and chosen.yaml where the table chooses for another one.
+Read are the runs' results, grades and logs, the table's config and results/paper_reported; no model, no GPU.
+
+Beside them page/index.html (eval/page/): the table, its runs and every answer, in a browser without a network. --runs
+makes such a page of any runs, run folders or folders that hold some, by default outputs/page; --inspect writes their
+answers as logs for Inspect's viewer, by default outputs/inspect. Where something is missing in the page (answers, logs)
+it is made all the same, says what, and the exit status is 3.
 
 allow=engine,dtype admits results whose settings differ, footnoted; see eval/report/settings.py for the names.
 """
@@ -15,18 +22,19 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ba_lora.config.checks import check_place
 from ba_lora.errors import CommandParser, UserError, run_entry_point
 from ba_lora.experiments.state import read_declaration
-from ba_lora.experiments.tables import find_table, load_table, report_folder
+from ba_lora.experiments.tables import CHOSEN, find_table, load_table, report_folder
 from ba_lora.io import read_object, write_bytes_atomic, write_json_atomic, write_text_atomic
-from ba_lora.paths import written_path
+from ba_lora.paths import PROJECT_ROOT, resolve_path, written_path
 from ba_lora.words import take_options
 from eval.report.figures import draw_figures
+from eval.report.hypothesis_figures import chosen_levels
 from eval.report.render import to_csv, to_json, to_latex, to_markdown
 from eval.report.settings import check_allowed
 from eval.report.sheets import Drawn
@@ -34,36 +42,97 @@ from eval.report.sources import Sources, read_failures, read_paper, read_results
 from eval.report.spec import TableSpec, table_spec
 from eval.report.table import ReportTable, build_table
 
+INCOMPLETE = 3  # the exit status of a page that lacks something
+
 
 def main() -> int:
     parser = CommandParser(
         prog="python -m eval.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("table", metavar="TABLE", help="a file of configs/tables")
+    parser.add_argument("table", nargs="?", metavar="TABLE", help="a file of configs/tables")
+    parser.add_argument("--runs", nargs="+", metavar="FOLDER", help="runs of no table: only a page")
+    parser.add_argument("--inspect", nargs="+", metavar="RUN", help="logs for Inspect's viewer")
     parser.add_argument("words", nargs="*", metavar="key=value")
     options = parser.parse_intermixed_args()
-    own, overrides = take_options(options.words, ("allow", "output", "seeds"), example="allow=engine")
+    asked = [name for name in ("table", "runs", "inspect") if getattr(options, name)]
+    if asked == ["runs"] or asked == ["inspect"]:
+        return _of_runs(asked[0], getattr(options, asked[0]), options.words)
+    if len(asked) != 1 or "=" in options.table:
+        raise UserError("give a TABLE, or --runs FOLDER …, or --inspect RUN …; see python -m eval.report --help")
+    return _of_table(options.table, options.words)
+
+
+def _of_runs(kind: str, words: Sequence[str], more: Sequence[str]) -> int:
+    """Write the page, or the logs, of any runs; return the exit status."""
+    from eval.page.loose import find_runs
+
+    own, folders = take_options([*words, *more], ("output",))
+    if wrong := [word for word in folders if "=" in word]:
+        raise UserError(f"--{kind} takes folders and output=DIR, not {wrong[0]}")
+    runs = find_runs([resolve_path(folder) for folder in folders])
+    name = "page" if kind == "runs" else "inspect"
+    output = written_path(own["output"]) if own.get("output") else PROJECT_ROOT / "outputs" / name
+    check_place(output, "output")
+    if kind == "inspect":
+        from eval.page.inspect_logs import write_logs
+
+        for path in write_logs(runs, output):
+            print(f"log: {path}")
+        return 0
+    return loose_page(runs, output)
+
+
+def loose_page(runs: Sequence[Path], output: Path) -> int:
+    """Write the page of runs that stand in no table; return the exit status."""
+    from eval.page.build import write_page
+    from eval.page.loose import table_of_runs
+
+    made = table_of_runs(runs)
+    missing = write_page(output, made.table, made.sources, made.shown, changed=made.changed, missing=made.missing)
+    return _told(output, missing)
+
+
+def _told(page: Path, missing: Sequence[str]) -> int:
+    for line in missing[:10]:
+        print(f"missing in the page: {line}", file=sys.stderr)
+    if len(missing) > 10:
+        print(f"missing in the page: {len(missing) - 10} things more; it lists them", file=sys.stderr)
+    print(f"page: {page / 'index.html'}")
+    return INCOMPLETE if missing else 0
+
+
+def _of_table(name: str, words: Sequence[str]) -> int:
+    """Write a table's report and its page; return the exit status."""
+    own, overrides = take_options(words, ("allow", "output", "page", "seeds"), example="allow=engine")
+    if own.get("page", "yes") not in ("yes", "no"):
+        raise UserError(f"page={own['page']}: yes or no is needed")
     chosen = written_path(own["output"]) if own.get("output") else None
     if chosen:
         check_place(chosen, "output")
     allow = tuple(own["allow"].split(",")) if own.get("allow") else ()
     check_allowed(allow)
     seeds = _seeds(own["seeds"]) if "seeds" in own else None
-    spec = table_spec(load_table(find_table(options.table), overrides=overrides, seeds=seeds))
+    spec = table_spec(load_table(find_table(name), overrides=overrides, seeds=seeds))
     made_with = [*overrides, *([f"seeds={','.join(map(str, seeds))}"] if seeds else [])]
     folder = report_folder(spec.name, made_with)
     output = chosen or folder
     check_place(output, "output")
-    command = " ".join(["sh scripts/reproduce.sh", options.table, *made_with])
+    command = " ".join(["sh scripts/reproduce.sh", name, *made_with])
     sources = read_sources(spec, command=command, declared=read_declaration(folder))
     table = build_table(spec, sources, allow=allow)
-    figures = write_report(table, sources, output)
-    for figure in figures:
+    drawn = write_report(table, sources, output)
+    for figure, _ in drawn:
         if figure.missing:
             print(f"note: figure {figure.name} is not drawn: {figure.missing}", file=sys.stderr)
     print((output / "table.md").read_text(encoding="utf-8"))
     print(f"report: {output}")
-    return 0
+    if own.get("page") == "no":
+        return 0
+    from eval.page.build import shown_runs, write_page
+
+    return _told(
+        output / "page", write_page(output / "page", table, sources, shown_runs(table, sources), figures=drawn)
+    )
 
 
 def _seeds(text: str) -> tuple[int, ...]:
@@ -82,8 +151,8 @@ def read_sources(spec: TableSpec, *, command: str, declared: Mapping[str, Any] |
     return Sources(results, read_paper(spec.paper, renamed=spec.names), hashes, read_failures(runs), declared)
 
 
-def write_report(table: ReportTable, sources: Sources, folder: Path) -> list[Drawn]:
-    """Write the table's files and figures, each atomically and none before all are made; return the figures.
+def write_report(table: ReportTable, sources: Sources, folder: Path) -> list[tuple[Drawn, dict[str, bytes]]]:
+    """Write the table's files and figures, each atomically and none before all are made; return the figures and files.
 
     What an earlier report was made from (logs, features, grades) may lie on another machine. Its figure that cannot be
     drawn stays, and its caption says so; a report that would lose tests raises UserError.
@@ -91,15 +160,18 @@ def write_report(table: ReportTable, sources: Sources, folder: Path) -> list[Dra
     drawn = [(_with_earlier(figure, folder), files) for figure, files in draw_figures(table, sources)]
     figures = [figure for figure, _ in drawn]
     facts = to_json(table, figures)
+    chosen = chosen_levels(table) if table.spec.clusters and table.spec.choose else {}
     _refuse_lost_tests(facts, folder / "table.json")
     texts = {"tex": to_latex(table), "csv": to_csv(table), "md": to_markdown(table, figures)}
     for figure, files in drawn:
         for suffix, content in files.items():
             write_bytes_atomic(folder / "figures" / f"{figure.name}.{suffix}", content)
     write_json_atomic(folder / "table.json", facts)
+    if chosen:
+        write_text_atomic(folder / CHOSEN, "".join(f"{name}: {json.dumps(words)}\n" for name, words in chosen.items()))
     for suffix, text in texts.items():
         write_text_atomic(folder / f"table.{suffix}", text)
-    return figures
+    return drawn
 
 
 def _with_earlier(figure: Drawn, folder: Path) -> Drawn:

@@ -1,7 +1,7 @@
 """The comparisons of a table: which rows are tested against which, and what came of it."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,9 +53,16 @@ class Comparison:
 
 def compare(spec: TableSpec, sources: Sources, cells: Cells, rows: Sequence[Row]) -> list[Comparison]:
     """Compare the rows of every planned comparison whose two cells have values."""
+    return compare_pairs(spec, sources, cells, planned_comparisons(spec, rows))
+
+
+def compare_pairs(
+    spec: TableSpec, sources: Sources, cells: Cells, pairs: Iterable[tuple[ReportColumn, Row, Row]]
+) -> list[Comparison]:
+    """Compare focus and other in the column, of each (column, focus, other) whose two cells have values."""
     planned = [
         (column, focus, other)
-        for column, focus, other in planned_comparisons(spec, rows)
+        for column, focus, other in pairs
         if cells[focus, column.name].values and cells[other, column.name].values
     ]
     tests = PairedTests(spec, sources, cells)

@@ -17,11 +17,12 @@ from matplotlib.lines import Line2D
 
 from ba_lora.errors import UserError
 from ba_lora.experiments.tables import Row
-from eval.report import features
+from eval.report import features, hypothesis_figures
 from eval.report.cells import Cell
 from eval.report.sheets import ARROWS, Drawn
 from eval.report.sources import Sources
 from eval.report.spec import Figure, PlannedRun, ReportColumn, TableSpec, row_name, setting_value
+from eval.report.stats import mean_interval
 from eval.report.style import (
     HALO,
     HOLLOW,
@@ -32,6 +33,7 @@ from eval.report.style import (
     line_handle,
     log_x,
     panel_grid,
+    pareto_front,
     save,
     styles_of,
     y_axis,
@@ -75,7 +77,7 @@ def _dots(table: ReportTable, figure: Figure, sources: Sources) -> tuple[Canvas,
                 continue
             cell, y, style = table.cell(row, column), series.index(_series(spec, row)), styles[_series(spec, row)]
             if cell.mean is not None:
-                low, high = _interval(cell)
+                low, high = mean_interval(cell.values)
                 axis.plot([low, high], [y, y], color=style.colour, lw=1.2, zorder=2)
                 axis.plot(cell.values, [y] * len(cell.values), "|", color="0.25", ms=6, mew=0.8, zorder=3)
                 axis.plot(cell.mean, y, style.marker, color=style.colour, mec="black", mew=0.5, zorder=4)
@@ -96,16 +98,6 @@ def _dots(table: ReportTable, figure: Figure, sources: Sources) -> tuple[Canvas,
     if handles := _paper_handle(table, figure, marker="D"):
         add_legend(canvas, handles)
     return canvas, _caption(table, figure)
-
-
-def _interval(cell: Cell) -> tuple[float, float]:
-    """Return the mean's 95 % confidence interval over seeds (t); of one seed only the mean."""
-    if cell.std is None:
-        return cell.mean, cell.mean
-    from scipy import stats
-
-    half = float(stats.t.ppf(0.975, len(cell.values) - 1)) * cell.std / np.sqrt(len(cell.values))
-    return cell.mean - half, cell.mean + half
 
 
 def _styles(spec: TableSpec) -> dict[tuple[str, ...], Style]:
@@ -326,29 +318,29 @@ def _features(table: ReportTable, figure: Figure, sources: Sources) -> tuple[Can
     )
 
 
+def _of_models(draw: Callable[..., tuple[Canvas, str] | None]) -> Callable[..., tuple[Canvas, str]]:
+    """Return a figure of a table with hypotheses as one of the kinds below."""
+
+    def kind(table: ReportTable, figure: Figure, sources: Sources) -> tuple[Canvas, str]:
+        if not table.spec.hypotheses:
+            raise UserError(f"figure {figure.name}: {figure.kind} shows a table with report.hypotheses")
+        if (drawn := draw(table, figure)) is None:
+            raise NothingToDraw("no arm has all its values yet")
+        return drawn
+
+    return kind
+
+
 _KINDS: dict[str, Callable[[ReportTable, Figure, Sources], tuple[Canvas, str]]] = {
     "dots": _dots,
     "lines": _lines,
     "scatter": _scatter,
     "training": _training,
     "features": _features,
+    "dose": _of_models(hypothesis_figures.draw_dose),
+    "tradeoff": _of_models(hypothesis_figures.draw_tradeoff),
+    "forest": _of_models(hypothesis_figures.draw_forest),
 }
-
-
-def pareto_front(
-    points: Sequence[tuple[float, float]], *, better: tuple[str, str] = ("lower", "higher")
-) -> list[tuple[float, float]]:
-    """Return the points that no other point is at least as good as in both values and better in one, sorted by x.
-
-    better: the good direction of x and y, "lower" or "higher" ("none" counts as lower for x, higher for y).
-    """
-    signs = (1 if better[0] == "higher" else -1, -1 if better[1] == "lower" else 1)
-    good = [(signs[0] * x, signs[1] * y) for x, y in points]
-    return sorted(
-        point
-        for point, mine in zip(points, good, strict=True)
-        if not any(other != mine and other[0] >= mine[0] and other[1] >= mine[1] for other in good)
-    )
 
 
 def _rows(table: ReportTable, figure: Figure) -> list[Row]:

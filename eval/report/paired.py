@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ba_lora.errors import UserError
 from ba_lora.experiments.tables import Row
 from ba_lora.glue import find_task
 from eval.metrics.bootstrap import weighted_metric
@@ -39,7 +40,7 @@ class Untested(Exception):
 
 
 @dataclass(frozen=True)
-class _Items:
+class ItemValues:
     """What one run left for the items of a column, in the order of `ids`: values whose mean is the run's value, and the
     labels where there are some, which two runs must share."""
 
@@ -53,7 +54,7 @@ class PairedTests:
 
     def __init__(self, spec: TableSpec, sources: Sources, cells: Mapping[tuple[Row, str], "Cell"]) -> None:
         self._spec, self._sources, self._cells = spec, sources, cells
-        self._read: dict[tuple[str, str], _Items] = {}  # (run, column) → its items
+        self._read: dict[tuple[str, str], ItemValues] = {}  # (run, column) → its items
         self._ids: dict[tuple[str, ...], tuple[str, ...]] = {}  # the runs on one set share one tuple
 
     def test(self, column: ReportColumn, focus: Row, other: Row) -> tuple[Estimate | None, str | None]:
@@ -91,7 +92,7 @@ class PairedTests:
     ) -> tuple[tuple[str, ...], Array, Array]:
         """Return the items that all runs of the two rows have, and each row's values [seeds, items]."""
         left = [
-            [self._items(run, column) for seed in of_row for run in self._spec.planned(row, column) if run.seed == seed]
+            [self.items(run, column) for seed in of_row for run in self._spec.planned(row, column) if run.seed == seed]
             for row, of_row in zip(rows, seeds, strict=True)
         ]
         first, *others = [one for of_row in left for one in of_row]
@@ -101,7 +102,8 @@ class PairedTests:
             raise Untested("a single item")
         return first.ids, *(np.stack([one.values_N for one in of_row]) for of_row in left)
 
-    def _items(self, run: PlannedRun, column: ReportColumn) -> _Items:
+    def items(self, run: PlannedRun, column: ReportColumn) -> ItemValues:
+        """Return what the tests know of a run's items in a column. Raises Untested, with the reason."""
         if column.task is None:
             raise Untested("no mean over items")
         key = run.run_id, column.name
@@ -109,12 +111,15 @@ class PairedTests:
             result = self._sources.result(run)
             entry = result["evaluation"][column.task]
             is_classifier = "of_task" in entry
+            what, read = "grades", self._graded
             if is_classifier:
-                what, items = "predictions", self._predicted(run, column, entry)
+                what, read = "predictions", self._predicted
             elif column.metric == "perplexity.after":
-                what, items = "likelihoods", self._likely(run, column)
-            else:
-                what, items = "grades", self._graded(run, column)
+                what, read = "likelihoods", self._likely
+            try:
+                items = read(run, column, entry)
+            except UserError as error:  # the page says what is the matter with the file
+                raise Untested(f"{what} cannot be read") from error
             value = items.values_N.mean()
             score = metric_value(result, column)
             if not abs(value - score) <= ROUNDING * max(1.0, abs(score)):
@@ -122,7 +127,7 @@ class PairedTests:
             self._read[key] = items
         return self._read[key]
 
-    def _graded(self, run: PlannedRun, column: ReportColumn) -> _Items:
+    def _graded(self, run: PlannedRun, column: ReportColumn, entry: Mapping[str, Any]) -> ItemValues:
         if column.items is None:
             raise Untested("no mean over items")
         grades = self._sources.grades(run, column.items)
@@ -131,18 +136,18 @@ class PairedTests:
         ids = sorted(grades)
         sums_N, rated_N = np.array([grades[item] for item in ids]).T
         if (rated_N == rated_N[0]).all():
-            return _Items(self._shared(ids), sums_N / rated_N)
+            return ItemValues(self._shared(ids), sums_N / rated_N)
         return _of_metric(self._shared(ids), rated_N, sums_N, _ratio)
 
-    def _likely(self, run: PlannedRun, column: ReportColumn) -> _Items:
+    def _likely(self, run: PlannedRun, column: ReportColumn, entry: Mapping[str, Any]) -> ItemValues:
         lines = self._sources.likelihoods(run, column.task)
         if lines is None:
             raise Untested("no likelihoods at hand")
         nll, num_tokens = (np.array([line[name] for line in lines], np.float64) for name in ("nll", "num_tokens"))
         return _of_metric(self._shared([line["task_id"] for line in lines]), num_tokens, nll, perplexity)
 
-    def _predicted(self, run: PlannedRun, column: ReportColumn, entry: Mapping[str, Any]) -> _Items:
-        task = find_task(entry["of_task"])
+    def _predicted(self, run: PlannedRun, column: ReportColumn, entry: Mapping[str, Any]) -> ItemValues:
+        task = find_task(entry.get("definition") or entry["of_task"])
         minority = (entry.get("per_class") or {}).get("minority")
         metric = weighted_metric(column.metric, classes=task.labels, minority=minority)
         if metric is None:
@@ -156,20 +161,31 @@ class PairedTests:
         ids = self._shared([line["task_id"] for line in lines])
         labels, predictions = (np.array([line[name] for line in lines]) for name in ("label", "prediction"))
         if column.metric == "accuracy":
-            return _Items(ids, (labels == predictions).astype(np.float64))
+            return ItemValues(ids, (labels == predictions).astype(np.float64))
         return _of_metric(ids, labels, predictions, metric)
 
     def _shared(self, ids: Sequence[str]) -> tuple[str, ...]:
         return self._ids.setdefault(tuple(ids), tuple(ids))
 
 
+def run_items(sources: Sources, column: ReportColumn, runs: Sequence[PlannedRun]) -> Array:
+    """Return the grades of runs on the items of a column, [runs, N], in the order of the items' ids. Raises UserError
+    where one has none at hand, or other items."""
+    found = [None if column.items is None else sources.grades(run, column.items) for run in runs]
+    for run, grades in zip(runs, found, strict=True):
+        if grades is None or grades.keys() != found[0].keys():
+            why = "has no grades at hand" if grades is None else f"has other items than {runs[0].run_id}"
+            raise UserError(f"{run.run_id} {why} for column {column.name}: bring the runs' outputs along")
+    return np.array([[total / number for _, (total, number) in sorted(grades.items())] for grades in found])
+
+
 def _of_metric(
     ids: tuple[str, ...], labels_N: Array, values_N: Array, metric: Callable[[Array, Array, Array], Array]
-) -> _Items:
+) -> ItemValues:
     pseudo_N = pseudo_values(metric, labels_N, values_N)
     if pseudo_N is None:
         raise Untested("undefined without one of the items")
-    return _Items(ids, pseudo_N, None if metric is _ratio else labels_N)
+    return ItemValues(ids, pseudo_N, None if metric is _ratio else labels_N)
 
 
 def _ratio(counts_RK: Array, rated_K: Array, sums_K: Array) -> Array:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ba_lora.experiments.tables import Row
+from eval.report.hypothesis_figures import hypothesis_sheet, level_sheet
 from eval.report.sheets import (
     Drawn,
     Sheet,
@@ -42,7 +43,13 @@ STATISTICS = "t over seeds and items, crossed"  # what the comparisons' interval
 def to_markdown(table: ReportTable, figures: Sequence[Drawn] = ()) -> str:
     """Return the report as Markdown, the figures linked from figures/."""
     parts = [f"# {escape_markdown(table.spec.title)}"]
-    parts += [_bullets(verdict(table)), _markdown_sheet(main_sheet(table)), *map(escape_markdown, legend(table))]
+    if table.findings:
+        parts += ["## Hypotheses", escape_markdown(table.standing), _markdown_sheet(hypothesis_sheet(table))]
+    if table.spec.clusters:
+        parts += ["## Means over the pre-trained models", _markdown_sheet(level_sheet(table)), "## Every model"]
+    else:
+        parts.append(_bullets(verdict(table)))
+    parts += [_markdown_sheet(main_sheet(table)), *map(escape_markdown, legend(table))]
     notes = [f"<sup>{letter(number)}</sup> {escape_markdown(text)}" for number, text in enumerate(table.footnotes)]
     if notes:
         parts.append("  \n".join(notes))
@@ -127,6 +134,8 @@ def to_json(table: ReportTable, figures: Sequence[Drawn] = ()) -> dict[str, Any]
         "columns": [dataclasses.asdict(column) for column in spec.columns],
         "cells": [cell_facts(table, row, column) for row in spec.rows for column in spec.columns],
         "comparisons": [{**dataclasses.asdict(one), "is_significant": one.is_significant} for one in table.comparisons],
+        "hypotheses": [dataclasses.asdict(one) for one in table.findings],
+        "standing": table.standing,
         "statistics": STATISTICS,
         "table_sha256": spec.sha256,
         "declaration": table.declaration,

@@ -1,5 +1,6 @@
 """What the seed of a run moves: two methods may be compared seed by seed only where it moves the same in both."""
 
+from ba_lora.config.methods import init_facts, tuner_facts
 from ba_lora.config.schema import RunConfig
 
 
@@ -11,12 +12,13 @@ def moved_by_seed(config: RunConfig) -> tuple[str, ...]:
     """
     adapter = config.adapter
     moved = ["order of the rows"]
-    if adapter.init == "corda":
-        moved.append("rows of CorDA's covariances")
-    elif adapter.tuner in ("adalora", "loha") or (adapter.tuner == "lora" and adapter.init == "lora"):
+    tuner, init = tuner_facts(adapter), init_facts(adapter)
+    if init.get("draws"):
+        moved.append(init["draws"])
+    elif tuner["draws"] and not init:
         moved.append("initialisation of the adapter")
     if config.kind == "nlu":
         moved += ["initialisation of the head", "dropout of the encoder"]
-    if adapter.dropout and adapter.tuner not in ("full", "bitfit"):
+    if adapter.dropout and not adapter.trains_own_weights:
         moved.append("dropout of the adapter")
     return tuple(moved)

@@ -11,8 +11,11 @@
       collapsed: {column: strict, below: 10, columns: [strict]}    # or above: a run beyond it is counted as a failure
                                        # in these columns (default: all), beside the mean of the others
       compare_within: [base]           # what ranked and compared rows have in common: base, setting, both or none
+      clusters: base                   # the word of a setting that names a pre-trained model: means are over these
+      hypotheses: {…}                  # about them, instead of comparisons of two rows (hypotheses.py)
       choose: heldout                  # of rows that differ in their setting, the best in this column is compared, in
-                                       # the other columns
+                                       # the other columns; with clusters: the best settings, which are overrides, are
+                                       # written to chosen.yaml for another table (`chosen`)
       names: {not stated: roberta-large}                 # the paper file's name of a model, method or setting → ours
       columns: {parameters: {scale: 1.0e-6, decimals: 1}}     # how a column's numbers are shown; `allow`: in it only
       figures:
@@ -21,6 +24,9 @@
         pareto: {kind: scatter, columns: [gsm8k], x: seconds}
         terms: {kind: training, terms: [loss (nats), svd], methods: [pissa, ba_lora]}    # a unit may follow
         tsne: {kind: features}         # over steps (features.py)
+        dose: {kind: dose, columns: [wrong], x: noise}     # these three: of a table with hypotheses
+        front: {kind: tradeoff, columns: [accuracy], x: wrong, level: noise=40}      # (hypothesis_figures.py)
+        forest: {kind: forest}
 
 The terms of a training figure are names of a run's log.jsonl (LOGGED_NAMES of ba_lora/training/log.py). A training or
 features figure shows the runs behind `columns`, needed where a row's columns are trained on several sets.
@@ -42,6 +48,7 @@ from ba_lora.experiments.state import deciding
 from ba_lora.experiments.tables import Row, Table
 from eval.report.checks import choice, mapping, words
 from eval.report.declared import Collapse, Primary, parse_collapse, parse_primary
+from eval.report.hypotheses import Hypothesis, parse_hypotheses
 from eval.report.seeds import moved_by_seed
 from eval.report.stats import MOST_PRIMARY
 
@@ -52,6 +59,9 @@ FIGURE_KINDS = {  # kind → what it needs
     "scatter": ("columns", "x"),
     "training": ("terms",),
     "features": (),
+    "dose": ("columns", "x"),
+    "tradeoff": ("columns", "x", "level"),
+    "forest": (),
 }
 _PERCENT = 100.0
 
@@ -141,6 +151,7 @@ class Figure:
     x: str = ""
     log_x: bool = False
     terms: tuple[str, ...] = ()
+    level: str = ""
     methods: tuple[str, ...] = ()
     title: str = ""
     caption: str = ""
@@ -176,6 +187,8 @@ class TableSpec:
     num_primary: int = 0  # tests of the primary family, whether or not they can be made yet
     paired: bool = False
     collapsed: Collapse | None = None
+    clusters: str = ""  # the word of a setting that names the pre-trained model
+    hypotheses: tuple[Hypothesis, ...] = ()
     sha256: str = ""  # of the table's file
     deciding: dict[str, Any] = field(default_factory=dict)  # what ba_lora.experiments.state.deciding says of the table
 
@@ -279,7 +292,7 @@ def parse_report(block: Any, *, rows: Sequence[Row], columns: Sequence[ReportCol
     """
     known = (
         "allow", "against", "compare", "compare_within", "choose", "primary", "paired", "collapsed", "names", "columns",
-        "figures",
+        "figures", "clusters", "hypotheses",
     )  # fmt: skip
     block = mapping(block, known, where=f"{source}: report")
     values: dict[str, Any] = {
@@ -302,6 +315,12 @@ def parse_report(block: Any, *, rows: Sequence[Row], columns: Sequence[ReportCol
         raise UserError(f"{source}: report.paired must be true or false, found {values['paired']!r}")
     if "collapsed" in block:
         values["collapsed"] = parse_collapse(block["collapsed"], names, where=f"{source}: report.collapsed")
+    values["clusters"] = block.get("clusters", "")
+    if "hypotheses" in block and not values["clusters"]:
+        raise UserError(f"{source}: report.hypotheses needs report.clusters: the word that names the pre-trained model")
+    values["hypotheses"] = parse_hypotheses(
+        block.get("hypotheses") or {}, rows, names, clusters=values["clusters"], where=f"{source}: report.hypotheses"
+    )
     shown = mapping(block.get("columns") or {}, names, where=f"{source}: report.columns")
     values["columns"] = tuple(
         _show(column, shown.get(column.name) or {}, where=f"{source}: report.columns.{column.name}")
@@ -412,7 +431,7 @@ def _figure(name: str, entry: Any, *, columns: Sequence[str], where: str) -> Fig
     missing = [key for key in FIGURE_KINDS[kind] if not values.get(key)]
     if missing:
         raise UserError(f"{where}: a figure of kind {kind} needs {' and '.join(missing)}")
-    for column in (*values["columns"], *([values["x"]] if kind == "scatter" else [])):
+    for column in (*values["columns"], *([values["x"]] if kind in ("scatter", "tradeoff") else [])):
         choice(column, columns, where=where)
     if values["terms"]:
         from ba_lora.training.log import LOGGED_NAMES
@@ -435,6 +454,8 @@ def _pairs(value: Any, rows: Sequence[Row], *, where: str) -> tuple[tuple[str, s
 
 def planned_comparisons(spec: TableSpec, rows: Sequence[Row]) -> list[tuple[ReportColumn, Row, Row]]:
     """Return (column, focus, other) of every comparison among `rows`, whether or not they have values."""
+    if spec.clusters:  # it is about all pre-trained models together: two rows of one tell nothing
+        return []
     pairs = [
         (focus, other)
         for block in spec.blocks()

@@ -14,6 +14,17 @@ def mean_std(values: Sequence[float]) -> tuple[float, float | None]:
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
+def mean_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Return the 95 % confidence interval of the mean over seeds (t); of one value only that value."""
+    mean, std = mean_std(values)
+    if std is None:
+        return mean, mean
+    from scipy import stats
+
+    half = float(stats.t.ppf(0.975, len(values) - 1)) * std / float(np.sqrt(len(values)))
+    return mean - half, mean + half
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """Return p-values adjusted by Holm's step-down method (Scandinavian Journal of Statistics 6, 1979), in order.
 

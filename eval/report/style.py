@@ -85,6 +85,22 @@ def panel_grid(
     return canvas, axes[:count]
 
 
+def pareto_front(
+    points: Sequence[tuple[float, float]], *, better: tuple[str, str] = ("lower", "higher")
+) -> list[tuple[float, float]]:
+    """Return the points that no other point is at least as good as in both values and better in one, sorted by x.
+
+    better: the good direction of x and y, "lower" or "higher" ("none" counts as lower for x, higher for y).
+    """
+    signs = (1 if better[0] == "higher" else -1, -1 if better[1] == "lower" else 1)
+    good = [(signs[0] * x, signs[1] * y) for x, y in points]
+    return sorted(
+        point
+        for point, mine in zip(points, good, strict=True)
+        if not any(other != mine and other[0] >= mine[0] and other[1] >= mine[1] for other in good)
+    )
+
+
 def log_x(axis: Axes, ticks: list[float]) -> None:
     """A logarithmic axis with a tick at each value; 0, where there is one, stands a step before the smallest."""
     positive = [tick for tick in ticks if tick > 0]

@@ -11,6 +11,9 @@ from ba_lora.experiments.tables import Row
 from ba_lora.runs.environment import hardware_name
 from eval.report.cells import COLLAPSED, Cell, CellKey, FailedRun
 from eval.report.comparisons import Comparison, as_declared, compare
+from eval.report.crossed import Array
+from eval.report.hypotheses import Clusters, Finding, decide_all, standing
+from eval.report.paired import run_items
 from eval.report.settings import Used, differences
 from eval.report.sources import PaperRow, Sources
 from eval.report.spec import PlannedRun, ReportColumn, TableSpec, metric_value, why_missing
@@ -28,6 +31,8 @@ class ReportTable:
     unmatched_paper: tuple[PaperRow, ...]  # what the paper reports in this table for which it has no cell
     provenance: tuple[dict[str, Any], ...]
     declaration: str = ""
+    findings: tuple[Finding, ...] = ()
+    standing: str = ""  # of the hypotheses
 
     def cell(self, row: Row, column: ReportColumn) -> Cell:
         return self.cells[row, column.name]
@@ -59,6 +64,7 @@ def build_table(spec: TableSpec, sources: Sources, *, allow: Iterable[str] = ())
             )
     rows = _chosen_rows(spec, cells, notes)
     _mark(spec, cells, rows, notes)
+    findings = find(spec, sources, cells) if spec.hypotheses else ()
     return ReportTable(
         spec=spec,
         cells=cells,
@@ -67,7 +73,24 @@ def build_table(spec: TableSpec, sources: Sources, *, allow: Iterable[str] = ())
         unmatched_paper=_unmatched(spec, sources),
         provenance=tuple(_provenance(spec, sources)),
         declaration=declaration,
+        findings=findings,
+        standing=standing(sources.declared, spec.deciding, spec.sha256) if findings else "",
     )
+
+
+def find(spec: TableSpec, sources: Sources, cells: Mapping[CellKey, Cell]) -> tuple[Finding, ...]:
+    """Return what came of the table's hypotheses."""
+
+    def values(row: Row, name: str) -> Array:
+        column = spec.column(name)
+        runs = [run for run in spec.planned(row, column) if run.run_id in cells[row, name].run_ids]
+        return column.scale * run_items(sources, column, runs)
+
+    def num_missing(row: Row, name: str) -> int:
+        cell = cells[row, name]
+        return cell.num_planned - len(cell.values)
+
+    return tuple(decide_all(spec.hypotheses, Clusters(spec.rows, spec.clusters, values, num_missing)))
 
 
 class _Footnotes:
@@ -164,7 +187,7 @@ def _chosen_rows(spec: TableSpec, cells: dict[CellKey, Cell], notes: _Footnotes)
     has a value or has failed, and a setting that lost a run is not chosen. A footnote says of how many settings it was
     chosen, and whether at an edge of them in the table's order.
     """
-    if spec.choose is None:
+    if spec.choose is None or spec.clusters:
         return spec.rows
     column = spec.column(spec.choose)
     groups: dict[tuple[str, str], list[Row]] = {}

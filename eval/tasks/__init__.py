@@ -12,12 +12,26 @@ __all__ = ["TASKS", "Grade", "Item", "Source", "Task", "get_task"]
 # name -> (module, class); imported on first use, since a grader's dependencies are heavy
 _WHERE = {
     "toy": ("eval.tasks.toy", "Toy"),
+    "lab": ("eval.tasks.lab", "Lab"),
     "gsm8k": ("eval.tasks.gsm8k", "GSM8K"),
     "math": ("eval.tasks.hendrycks_math", "HendrycksMath"),
     "heldout": ("eval.tasks.heldout", "Heldout"),
     "humaneval": ("eval.tasks.humaneval", "HumanEval"),
     "mbpp": ("eval.tasks.mbpp", "MBPP"),
     "mt_bench": ("eval.tasks.mt_bench", "MTBench"),
+    "judge": ("eval.tasks.judge", "Judge"),
+    "qa": ("eval.tasks.qa", "QA"),
+    "mgsm_bn": ("eval.tasks.mgsm", "Bengali"),
+    "mgsm_de": ("eval.tasks.mgsm", "German"),
+    "mgsm_en": ("eval.tasks.mgsm", "English"),
+    "mgsm_es": ("eval.tasks.mgsm", "Spanish"),
+    "mgsm_fr": ("eval.tasks.mgsm", "French"),
+    "mgsm_ja": ("eval.tasks.mgsm", "Japanese"),
+    "mgsm_ru": ("eval.tasks.mgsm", "Russian"),
+    "mgsm_sw": ("eval.tasks.mgsm", "Swahili"),
+    "mgsm_te": ("eval.tasks.mgsm", "Telugu"),
+    "mgsm_th": ("eval.tasks.mgsm", "Thai"),
+    "mgsm_zh": ("eval.tasks.mgsm", "Chinese"),
 }
 
 

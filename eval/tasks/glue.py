@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ba_lora.errors import UserError
-from ba_lora.glue import HUB, HUB_REVISION, TASKS, GlueTask
+from ba_lora.glue import HUB, HUB_REVISION, NLUTask, find_task, plain_label
 from ba_lora.rows import Source, load_rows
 
 VERSION = "1"  # of the sets, maps and metrics; bumped whenever some row's gold label or a score's value changes
@@ -82,18 +82,28 @@ def class_names(names: Sequence[str]) -> dict[int | str, str]:
 
 
 def own_sets(name: str) -> dict[str, EvaluationSet]:
-    """Return the dev sets of the task called `name`: of MNLI, matched and mismatched."""
-    task = TASKS[name]
-    hub = {} if name == "toy_pairs" else {"hub": HUB, "config": name, "revision": HUB_REVISION}
-    score = ScoreColumn(("label",), *task.score_range) if task.is_regression else None
-    return {
-        set_name: EvaluationSet(set_name, (task.columns,), class_names(task.labels), score=score, split=split, **hub)
-        for set_name, split in task.dev_sets.items()
-    }
+    """Return the dev sets of a task (its name, or its mapping as JSON): of MNLI, matched and mismatched."""
+    task = find_task(name)
+    hub = {"hub": HUB, "config": task.name, "revision": HUB_REVISION} if task.hub == HUB else {}
+    return {set_name: set_of(task, set_name, split=split, **hub) for set_name, split in task.dev_sets.items()}
+
+
+def set_of(task: NLUTask, name: str, *, split: str = "test", **hub: str) -> EvaluationSet:
+    """Return a set in the columns and labels of a task, or in those that the task's `sets` names for it."""
+    form = task.sets.get(name, {})
+    columns, label = form.get("text", task.columns), form.get("label", task.label)
+    columns = (columns,) if isinstance(columns, str) else tuple(columns)
+    score = ScoreColumn((label,), *task.score_range) if task.is_regression else None
+    classes = class_names(task.labels)
+    if task.is_own and not task.is_regression:
+        names = [plain_label(raw) for raw in form["map"]] if "map" in form else task.labels
+        named = {_plain(name): name for name in names}
+        classes = named if "map" in form or any(isinstance(raw, int) for raw in named) else classes | named
+    return EvaluationSet(name, (columns,), classes, labels=(label,), score=score, split=split, **hub)
 
 
 def to_examples(
-    rows: Sequence[dict], of: EvaluationSet, *, task: GlueTask, label_map: Mapping[str, str], source: str
+    rows: Sequence[dict], of: EvaluationSet, *, task: NLUTask, label_map: Mapping[str, str], source: str
 ) -> Examples:
     """Return the rows of the set `of` as examples of `task`.
 

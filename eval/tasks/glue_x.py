@@ -21,8 +21,8 @@ import dataclasses
 from collections.abc import Mapping
 
 from ba_lora.errors import UserError
-from ba_lora.glue import find_task
-from eval.tasks.glue import EvaluationSet, ScoreColumn, class_names, own_sets
+from ba_lora.glue import find_task, plain_label
+from eval.tasks.glue import EvaluationSet, ScoreColumn, class_names, own_sets, set_of
 
 _SENTIMENT = class_names(("negative", "positive"))
 _ENTAILMENT = {**class_names(("entailment", "not_entailment")), "non-entailment": "not_entailment"}
@@ -155,8 +155,8 @@ _SCORES = {"sick": ScoreColumn(("relatedness_score",), 1.0, 5.0, offset=-1.0)}
 
 def out_of_domain(task: str) -> list[str]:
     """Return the names of the task's out-of-domain sets; none for WNLI and the self-made task."""
-    find_task(task)
-    return list(LABEL_MAPS.get(task, {}))
+    found = find_task(task)
+    return list(found.sets) if found.is_own else list(LABEL_MAPS.get(task, {}))
 
 
 def find_set(task: str, name: str) -> tuple[EvaluationSet, Mapping[str, str]]:
@@ -164,7 +164,10 @@ def find_set(task: str, name: str) -> tuple[EvaluationSet, Mapping[str, str]]:
 
     Raises UserError for a set that has no label map for this task.
     """
-    own = own_sets(task)
+    own, found = own_sets(task), find_task(task)
+    if found.is_own:  # a set that the task says nothing of has its own columns and labels
+        label_map = found.sets.get(name, {}).get("map") or {label: label for label in found.labels}
+        return own.get(name) or set_of(found, name), {plain_label(a): plain_label(b) for a, b in label_map.items()}
     if name in LABEL_MAPS.get(task, {}):
         return _as_out_of_domain(task, name), LABEL_MAPS[task][name]
     if name in own:

@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 import ba_lora.models.t5_encoder  # noqa: F401  the Auto classes then know the T5 encoder
 from ba_lora.config.layers import available_methods, load_config
 from ba_lora.config.schema import to_yaml
-from ba_lora.config.schema_nlu import LEFT_OUT, NLUConfig
+from ba_lora.config.schema_nlu import NLUConfig
 from ba_lora.errors import UserError
 from ba_lora.glue import OUT_OF_DOMAIN, TASKS
 from ba_lora.models.classifier import load_classifier
@@ -107,13 +107,6 @@ def test_the_out_of_domain_names_are_those_that_can_be_evaluated():
     from eval.tasks.glue_x import out_of_domain
 
     assert {task: tuple(out_of_domain(task)) for task in OUT_OF_DOMAIN} == OUT_OF_DOMAIN
-
-
-@pytest.mark.parametrize("method", LEFT_OUT)
-def test_what_is_left_out_says_why(method):
-    with pytest.raises(UserError, match="`adapters`.*left out") as error:
-        load_config(BASES[0], task="sst2", method=method, kind="nlu")
-    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(

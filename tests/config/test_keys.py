@@ -19,7 +19,7 @@ import yaml
 from accelerate import Accelerator
 
 from ba_lora.config.layers import SCHEMAS, config_of_result, load_config
-from ba_lora.config.schema import RunConfig, to_yaml, training_hash
+from ba_lora.config.schema import BALoRAConfig, RunConfig, to_yaml, training_hash
 from ba_lora.config.trainer import _RESERVED_ARGUMENTS, _UNSAFE_ARGUMENTS, argument_types
 from ba_lora.errors import UserError
 from ba_lora.experiments import pipeline
@@ -40,6 +40,7 @@ from ba_lora.runs.parity import compare_logits
 from ba_lora.training.arguments import build_arguments, early_stopping
 from ba_lora.training.epochs import EpochEvaluation
 from ba_lora.training.packing import build_collator
+from ba_lora.training.trainer import BALoRATrainer
 from data.nlg import load_training_data
 from data.nlu import load_nlu_data
 from tests.support.tiny import collate, tiny_peft, tiny_rows
@@ -90,6 +91,15 @@ def built(config: RunConfig, folder: Path) -> dict[str, Any]:
     }
     settings = model.peft_config["default"].to_dict() if hasattr(model, "peft_config") else {}
     return found | {"settings": json.dumps(settings, default=sorted, sort_keys=True)}
+
+
+def built_optimizer(config: RunConfig, folder: Path) -> list[Any]:
+    """The learning rates of A and B."""
+    model, _ = build_model(config, run_path=folder, num_steps=100)
+    trainer = BALoRATrainer(
+        model, build_arguments(config, folder), regularizers=BALoRAConfig(0, 0, 0), train_dataset=tiny_rows(2)
+    )
+    return sorted({group["lr"] for group in trainer.create_optimizer().param_groups})
 
 
 def files_of(key: str) -> Callable[[RunConfig, Path], Any]:
@@ -194,7 +204,7 @@ def rows(config: RunConfig, folder: Path) -> Any:
 def row_loading(config: RunConfig, folder: Path) -> str:
     """How the rows are asked for."""
     if config.kind == "nlg":
-        return arguments_of("data.nlg.load_rows", lambda: rows(config, folder))
+        return arguments_of("data.nlg.stream_rows", lambda: rows(config, folder))
     return arguments_of("data.nlu.load_rows", lambda: rows(config, folder))
 
 
@@ -219,7 +229,9 @@ def exports(config: RunConfig, folder: Path) -> set[str]:
     with contextlib.ExitStack() as stack:
         for name, value in fakes.items():
             stack.enter_context(mock.patch.object(export, name, return_value=value))
-        return set(export.export_run(config, folder, {}, logits))
+        write_rank = stack.enter_context(mock.patch.object(export, "write_rank"))
+        exported = set(export.export_run(config, folder, {}, logits))
+        return exported | {str(call.args[1]) for call in write_rank.mock_calls}
 
 
 def parity(config: RunConfig, folder: Path) -> Any:
@@ -303,6 +315,7 @@ class Key:
 
 HUB_TEXT = ("data.name=metamathqa",)
 LOCAL = ("data.name=metamathqa", "data.source={here}/rows.jsonl")
+TALKS = ("data.source={here}/talks.jsonl", "data.messages=talk", "data.template={here}/one.jinja")
 SST2 = ("nlu.task=sst2", "data.source={here}/sst2/train.jsonl", "data.dev.sst2={here}/sst2/dev.jsonl")
 CACHED = ("data.num_rows=4", "reference.cache={here}/cache")
 NOISE = "data.toy.label_noise=0.5"
@@ -318,6 +331,7 @@ BOTH = {
     "model.trust_remote_code": Key("true", hub_loading),
     "adapter.tuner": Key("loha", built, ("method=lora",)),
     "adapter.init": Key("pissa", built, ("method=lora",)),
+    "adapter.optimizer": Key("lora_plus", built_optimizer),
     "adapter.rank": Key("2", built),
     "adapter.alpha": Key("3", built),
     "adapter.dropout": Key("0.5", built),
@@ -329,6 +343,7 @@ BOTH = {
     "adapter.options": Key("{exclude_modules: [q_proj, query]}", built, ("method=lora",)),
     "data.num_rows": Key("5", rows),
     "trainer": Key("{learning_rate: 0.5}", arguments),
+    "export.ranks": Key("[1, 2]", exports, ("method=dylora", "adapter.rank=4")),
     "export.merged": Key("false", exports, ("method=lora",)),
     "export.tolerance": Key("1.0", parity),
     "hub.push": Key("true", whole_run, ("hub.repo_id=a/b",)),
@@ -374,6 +389,11 @@ NLG = BOTH | regularizers(nlg_loss) | {
     "data.split": Key("test", row_loading, HUB_TEXT),
     "data.max_length": Key("100", rows),
     "data.name": Key("gsm8k", rows, LOCAL),
+    "data.subset": Key("b", row_loading, ("data.source=owner/name", "data.subset=a")),
+    "data.columns": Key("{instruction: question, response: answer}", rows, LOCAL),
+    "data.messages": Key("talk", rows, ("data.source={here}/talks.jsonl", "data.messages=short")),
+    "data.exchanges": Key("1", rows, (*TALKS, "data.exchanges=2")),
+    "data.template": Key("{here}/other.jinja", rows, TALKS),
     "data.packing": Key("true", collator),
     "data.heldout_share": Key("0.5", rows, ("trainer.eval_strategy=epoch", "data.heldout_share=0.1")),
     "data.toy.label_noise": Key("0.5", rows),
@@ -454,6 +474,13 @@ def here(tmp_path_factory) -> Path:
             for i in range(6)
         ]
         write_jsonl_atomic(folder / f"{name}.jsonl", made)
+    talk = [{"role": role, "content": "Well."} for role in ("user", "assistant", "user", "assistant")]
+    write_jsonl_atomic(folder / "talks.jsonl", [{"talk": talk, "short": talk[:2]}])
+    for name, mark in (("one", "#"), ("other", "##")):
+        (folder / f"{name}.jinja").write_text(
+            f"{{% for m in messages %}}{mark} {{{{ m.content }}}}{{{{ eos_token }}}}{{% endfor %}}"
+            f"{{% if add_generation_prompt %}}{mark} {{% endif %}}"
+        )
     write_sst2(folder / "sst2")
     save_tiny_encoder(folder / "encoder")
     save_tiny_encoder(folder / "encoder2")

@@ -9,14 +9,20 @@ from ba_lora.errors import UserError
 
 
 def test_the_names_are_those_of_the_code():
-    from ba_lora.methods.build import PEFT_CONFIGS
+    from ba_lora.methods.base import find_part
     from ba_lora.objective.schedules import SCHEDULES
-    from data.nlg import SOURCES
+    from data.sets import named_set
     from eval.tasks import TASKS
 
     assert registries.schedules() == tuple(SCHEDULES)
-    assert registries.tuners() == ("full", "bitfit", *PEFT_CONFIGS)
-    assert registries.data_sets() == tuple(SOURCES)
+    for kind, names in (("tuner", registries.tuners()), ("init", registries.inits()[1:])):
+        assert names
+        for name in names:
+            part = find_part(kind, name)
+            assert registries.facts(kind, name) == {key: getattr(part, key) for key in registries.facts(kind, name)}, (
+                "the facts that are read from the text are those of the class"
+            )
+    assert [named_set(name).name for name in registries.data_sets()] == [*registries.data_sets()]
     assert registries.tasks() == tuple(TASKS)
     assert registries.judged_tasks() == tuple(name for name, task in TASKS.items() if task.judged)
 

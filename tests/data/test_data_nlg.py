@@ -13,8 +13,9 @@ from ba_lora.config.schema_nlg import NLGDataConfig
 from ba_lora.errors import UserError
 from ba_lora.models.tokenizer import load_tokenizer
 from ba_lora.prompts import build_prompt
-from data import nlg
-from data.nlg import encode, load_training_data
+from data import sets
+from data.encoding import encode
+from data.nlg import load_training_data
 from tests.support.tiny import save_tiny_model
 
 
@@ -238,8 +239,9 @@ def test_the_tokenizer_of_the_fixture_is_byte_level(tiny_model):
 
 
 def test_a_set_without_a_place_on_the_hub_needs_a_file(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setitem(nlg.SOURCES, "metamathqa", dataclasses.replace(nlg.SOURCES["metamathqa"], hub=None))
-    for ask in (nlg.check_source, lambda config: load_training_data(config, tokenizer)):
+    found = dataclasses.replace(sets.named_set("metamathqa"), hub=None)
+    monkeypatch.setattr(sets, "named_set", lambda name: found)
+    for ask in (sets.check_source, lambda config: load_training_data(config, tokenizer)):
         with pytest.raises(UserError, match="data.name=metamathqa is no set of the hub.*data.source=FILE"):
             ask(NLGDataConfig(name="metamathqa"))
-    nlg.check_source(NLGDataConfig(name="metamathqa", source=write(tmp_path / "rows.jsonl", ROWS)))
+    sets.check_source(NLGDataConfig(name="metamathqa", source=write(tmp_path / "rows.jsonl", ROWS)))

@@ -14,6 +14,13 @@ COLUMNS = ("query", "response")
 ROWS = [{"query": "2 + 2?", "response": "4", "extra": 1}, {"query": "Größe\n?", "response": "é"}]
 
 
+def digest(rows: list, columns: tuple) -> manifest.RowDigest:
+    found = manifest.RowDigest(columns)
+    for row in rows:
+        found.add(row)
+    return found
+
+
 def test_hash_by_hand() -> None:
     text = '{"query":"2 + 2?","response":"4"}\n{"query":"Größe\\n?","response":"é"}\n'
     assert manifest.canonical_sha256(ROWS, COLUMNS) == hashlib.sha256(text.encode()).hexdigest()
@@ -62,7 +69,7 @@ def known(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_matches(known: None, capsys: pytest.CaptureFixture) -> None:
-    result = manifest.check_rows("known", "train", ROWS, COLUMNS)
+    result = manifest.check_rows("known", "train", digest(ROWS, COLUMNS))
     assert result == {"sha256": manifest.canonical_sha256(ROWS, COLUMNS), "status": "matches"}
     assert capsys.readouterr().err == ""
 
@@ -71,13 +78,13 @@ def test_differs_warns_in_one_line_with_both_hashes(
     known: None, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changed = [ROWS[0], {"query": "x", "response": "y"}]
-    result = manifest.check_rows("known", "train", changed, COLUMNS)
+    result = manifest.check_rows("known", "train", digest(changed, COLUMNS))
     assert result["status"] == "differs"
     printed = capsys.readouterr().err
     assert printed.count("\n") == 1 and printed.startswith("warning: ")
     assert result["sha256"] in printed and manifest.canonical_sha256(ROWS, COLUMNS) in printed
     monkeypatch.setenv("RANK", "1")
-    manifest.check_rows("known", "train", changed, COLUMNS)
+    manifest.check_rows("known", "train", digest(changed, COLUMNS))
     assert capsys.readouterr().err == ""
 
 
@@ -94,7 +101,7 @@ def test_differs_warns_in_one_line_with_both_hashes(
 def test_unknown(
     known: None, capsys: pytest.CaptureFixture, name: str, split: str, rows: list, columns: tuple, file_sha256: str
 ) -> None:
-    result = manifest.check_rows(name, split, rows, columns, file_sha256=file_sha256)
+    result = manifest.check_rows(name, split, digest(rows, columns), file_sha256=file_sha256)
     assert result["status"] == "unknown" and len(result["sha256"]) == 64
     assert capsys.readouterr().err == ""
 
@@ -102,19 +109,19 @@ def test_unknown(
 def test_a_published_file_is_known_by_its_hash(known: None, monkeypatch: pytest.MonkeyPatch) -> None:
     entry = {"files": {"a.json": "ab"}, "splits": {"train": {"rows": 9, "columns": list(COLUMNS), "sha256": None}}}
     monkeypatch.setattr(manifest, "load", lambda: {"known": entry})
-    assert manifest.check_rows("known", "train", ROWS, COLUMNS, file_sha256="ab")["status"] == "matches"
-    assert manifest.check_rows("known", "train", ROWS, COLUMNS, file_sha256="cd")["status"] == "unknown"
+    assert manifest.check_rows("known", "train", digest(ROWS, COLUMNS), file_sha256="ab")["status"] == "matches"
+    assert manifest.check_rows("known", "train", digest(ROWS, COLUMNS), file_sha256="cd")["status"] == "unknown"
 
 
 def test_a_hub_split_of_another_length_differs(known: None, monkeypatch: pytest.MonkeyPatch) -> None:
     entry = {"splits": {"train": {"rows": 9, "columns": list(COLUMNS), "sha256": None}}}
     monkeypatch.setattr(manifest, "load", lambda: {"known": entry})
-    assert manifest.check_rows("known", "train", ROWS, COLUMNS)["status"] == "differs"
+    assert manifest.check_rows("known", "train", digest(ROWS, COLUMNS))["status"] == "differs"
 
 
 def test_the_committed_toy_file_is_the_recorded_one(root: Path) -> None:
     rows = read_jsonl(root / "data" / "toy" / "test.jsonl")
-    assert manifest.check_rows("toy", "test", rows, COLUMNS)["status"] == "matches"
+    assert manifest.check_rows("toy", "test", digest(rows, COLUMNS))["status"] == "matches"
 
 
 @pytest.mark.real
@@ -134,7 +141,7 @@ def test_real_files(real_data: Path, name: str, split: str, file: str) -> None:
     if name.startswith("mbpp"):
         rows = [row for row in rows if 11 <= row["task_id"] <= 510]
     columns = manifest.load()[name]["splits"][split]["columns"]
-    assert manifest.check_rows(name, split, rows, columns)["status"] == "matches"
+    assert manifest.check_rows(name, split, digest(rows, columns))["status"] == "matches"
 
 
 def test_the_tasks_read_the_pinned_revisions():

@@ -356,3 +356,42 @@ def test_a_result_names_models_by_their_place_in_the_repository(root: Path, tmp_
     assert recorded_name(str(root / "data" / "toy" / "clean")) == "data/toy/clean"
     assert recorded_name("meta-llama/Llama-2-7b-hf") == "meta-llama/Llama-2-7b-hf"
     assert recorded_name(str(tmp_path)) == str(tmp_path)
+
+
+@pytest.mark.parametrize("template", ["chat", "file"])
+def test_a_run_is_asked_in_the_chat_template_it_was_trained_in(tiny_model, train, tmp_path, template):
+    """train_nlg.py, its exports, then eval.generate without a word about templates."""
+    from tests.support.chat_templates import chat_tokenizer
+
+    tokenizer = chat_tokenizer(tiny_model, "chatml")
+    text = tokenizer.chat_template
+    if template == "file":
+        tokenizer.chat_template = None
+        text = text.replace("<|im_start|>", "<|im_start|>>")
+        (tmp_path / "own.jinja").write_text(text)
+    model = tmp_path / "instruct"
+    shutil.copytree(tiny_model, model)
+    tokenizer.save_pretrained(model)
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    base.resize_token_embeddings(len(tokenizer))
+    base.save_pretrained(model)
+    rows = [{"talk": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": "Ja."}]} for n in range(8)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    chosen = "chat" if template == "chat" else tmp_path / "own.jinja"
+    words = [f"model.name={model}", f"data.source={tmp_path / 'rows.jsonl'}", "data.messages=talk"]
+    run = train(*words, f"data.template={chosen}", "data.name=metamathqa", method="lora")
+    if template == "file":
+        (tmp_path / "own.jinja").unlink()
+    data = tmp_path / "test.jsonl"
+    data.write_text(json.dumps({"question": "2 + 3?", "answer": "#### 5"}) + "\n")
+    (record,) = generate.run(
+        [str(run)], ["gsm8k"], engine="hf", data={"gsm8k": str(data)}, options=GenerateOptions(max_new_tokens=4)
+    )
+    (line,) = read_jsonl(run / "completions" / "gsm8k.jsonl")
+    mark = "<|im_start|>>" if template == "file" else "<|im_start|>"
+    assert line["prompt"] == f"{mark}user\n2 + 3?<|im_end|>\n{mark}assistant\n"
+    trained = json.loads((run / "train.json").read_text())
+    assert record["template"] == "chat" and record["prompt_hash"] == trained["prompt_hash"]
+    assert record["prompt_hash"] != prompt_hash()
+    with pytest.raises(UserError, match="trained in different templates"):
+        generate.run([str(run), str(tiny_model)], ["gsm8k"], engine="hf", data={"gsm8k": str(data)}, output="x")

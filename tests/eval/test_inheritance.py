@@ -13,7 +13,7 @@ from ba_lora.errors import UserError
 from ba_lora.experiments.pipeline import prepare_evaluation
 from ba_lora.experiments.spec import untuned_config
 from ba_lora.io import read_jsonl
-from eval import inheritance
+from eval import inheritance, run_models
 from eval.engines.open import open_engine
 
 
@@ -42,9 +42,9 @@ def test_likelihood_equals_one_text_at_a_time(tiny_model):
 
 
 def test_a_diverged_model_has_no_perplexity():
-    assert inheritance._perplexity([(2 * math.log(5.0), 1), (math.log(5.0), 2)]) == pytest.approx(5.0)
-    assert inheritance._perplexity([(math.nan, 3)]) is None
-    assert inheritance._perplexity([(2e3, 2)]) is None  # above every float
+    assert inheritance.perplexity([(2 * math.log(5.0), 1), (math.log(5.0), 2)]) == pytest.approx(5.0)
+    assert inheritance.perplexity([(math.nan, 3)]) is None
+    assert inheritance.perplexity([(2e3, 2)]) is None  # above every float
 
 
 def run_main(monkeypatch, *words):
@@ -81,19 +81,18 @@ def test_tuned_runs_share_one_base(monkeypatch, root, tmp_path, train):
     merged = train("trainer.learning_rate=0.05", method="lora", name="merged")
     texts = root / "data" / "toy" / "clean" / "sample.jsonl"
     starts, done = [], []
-    opened = inheritance.open_engine
+    opened = run_models.open_engine
 
     def open_and_look(*words, **options):
         starts.append(words[1])
         done.append((hot / "scores" / "inheritance.json").is_file())
         return opened(*words, **options)
 
-    monkeypatch.setattr(inheritance, "open_engine", open_and_look)
+    monkeypatch.setattr(run_models, "open_engine", open_and_look)
     run_main(monkeypatch, "--run", hot, merged, "--texts", texts, "--task", "toy", *SMALL)
     first, second = (json.loads((run / "scores" / "inheritance.json").read_text()) for run in (hot, merged))
     assert len(starts) == 2  # the base with one adapter on it, and the merged model
     assert done == [False, True]  # each run's measures are written as they are made
-    assert first["quantization"] == {"trained": "none", "measured": "none"}
     used = first["generation"]
     assert (used["engine"], used["template"], used["sampling"]["num_samples"]) == ("hf", "alpaca", 2)
     assert first["perplexity"]["before"] == second["perplexity"]["before"]

@@ -9,7 +9,7 @@ import yaml
 
 from ba_lora.config.layers import read_yaml
 from ba_lora.errors import UserError
-from ba_lora.experiments import tables
+from ba_lora.experiments import grid, tables
 from ba_lora.experiments.spec import Spec
 from ba_lora.experiments.stages import evaluation_stages, training_stage
 from ba_lora.experiments.tables import Row, load_table
@@ -279,3 +279,31 @@ def test_one_run_is_not_evaluated_in_two_ways(tmp_path):
         {**rows[0], "settings": {"": settings["warm"]}, "suffix": "warm"},
     ]
     assert len(load_table(write(tmp_path, rows=rows, columns=columns)).specs()) == 4
+
+
+def test_a_table_takes_what_another_one_has_chosen(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "RESULTS_PATH", tmp_path / "results")
+    path = write(tmp_path, chosen="tuned", prepare=[["data.lab", "rule=0"]])
+    before = load_table(path)
+    assert before.prepare == (("data.lab", "rule=0"),) and "chosen.yaml is not there" in before.unchosen
+    (tmp_path / "results" / "tuned").mkdir(parents=True)
+    (tmp_path / "results" / "tuned" / "chosen.yaml").write_text(
+        'lora: ["adapter.rank=2", "trainer.learning_rate=0.01"]'
+    )
+    after = load_table(path)
+    assert after.unchosen is None
+    ranks = {(cell.row.method, cell.row.setting): cell.config.adapter.rank for cell in after.cells}
+    assert ranks["lora", ""] == 2 and ranks["ba_lora", ""] == 8
+    assert ranks["lora", "rank=4"] == 4  # the table's own words come after
+    with pytest.raises(UserError, match="no such table: tunned"):
+        load_table(write(tmp_path, chosen="tunned"))
+
+
+def test_a_grid_runs_nothing_before_its_settings_are_chosen(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "RESULTS_PATH", tmp_path / "results")
+    monkeypatch.setattr("sys.argv", ["grid", str(write(tmp_path, chosen="tuned"))])
+    with pytest.raises(UserError, match="sh scripts/reproduce.sh tuned writes it"):
+        grid.main()
+    monkeypatch.setattr("sys.argv", ["grid", str(write(tmp_path, prepare=[["json.tool", f"{tmp_path}/none"]]))])
+    with pytest.raises(UserError, match="python -m json.tool .* failed with exit status"):
+        grid.main()

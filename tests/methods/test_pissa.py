@@ -170,7 +170,7 @@ def run_config(folder, *, init="pissa", **adapter):
 
 @pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2], ids=["llama", "gpt2"])
 def test_four_bit_trains_on_the_residual_from_disk(tmp_path, monkeypatch, build):
-    """QPiSSA's way through the files, on the CPU: quantising itself is left out, since bitsandbytes needs a GPU."""
+    """QPiSSA's way through the files; quantising itself is left out here, so that the weights can be compared."""
     source = save_tiny_model(tmp_path / "model", model=build())
     plain, _ = methods.build_model(run_config(source), run_path=tmp_path / "plain", num_steps=1)
     loads = []

@@ -16,9 +16,11 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from ba_lora.config.layers import available_methods
+from ba_lora.config.layers import available_methods, load_config
 from ba_lora.errors import UserError
+from ba_lora.glue import find_task
 from ba_lora.runs.export import serving_adapter
+from eval.classify import open_classifier
 from tests.support.tiers import mostly_slow
 from tests.support.tiny import only_result
 from tests.support.tiny_nlu import publish, tiny_overrides, write_sst2
@@ -32,7 +34,11 @@ def logits(model, folder):
         return model.eval()(**batch).logits
 
 
-@pytest.mark.parametrize("method", mostly_slow(available_methods("nlu"), ("full_ft", "bitfit", "lora", "ba_lora")))
+MERGED = [method for method in available_methods("nlu") if load_config("toy", kind="nlu", method=method).export.merged]
+APART = sorted({*available_methods("nlu")} - {*MERGED})
+
+
+@pytest.mark.parametrize("method", mostly_slow(MERGED, ("full_ft", "bitfit", "lora", "ba_lora")))
 def test_every_method_trains_and_exports(train_nlu, tiny_encoder, method):
     """merged = adapter with its head on the untouched encoder, by plain PEFT."""
     steps = ["trainer.num_train_epochs=4"] if method == "adalora" else []
@@ -48,6 +54,20 @@ def test_every_method_trains_and_exports(train_nlu, tiny_encoder, method):
         torch.testing.assert_close(served, merged, atol=1e-4, rtol=0)
     assert load_file(run / "merged" / "model.safetensors")["classifier.weight"].abs().max() > 0
     assert not [path for path in run.rglob("*") if path.suffix in (".bin", ".pt") and "checkpoints" not in path.parts]
+
+
+@pytest.mark.parametrize("method", mostly_slow(APART, ("nmtune", "houlsby")))
+def test_what_cannot_be_merged_is_evaluated_from_its_adapter(train_nlu, tiny_encoder, method):
+    """The classifier that the evaluation opens predicts what the trained one did."""
+    run = train_nlu(method=method)
+    assert not (run / "merged").exists() and not (run / "lora").exists()
+    facts = json.loads((run / "train.json").read_text())
+    assert 0 <= facts["export"]["max_logit_difference"]["adapter"] < 1e-4
+    classifier = open_classifier(run / "adapter", find_task("toy_pairs"))
+    base = AutoModelForSequenceClassification.from_pretrained(tiny_encoder, num_labels=3)
+    assert (logits(classifier.model, run / "adapter") - logits(base, run / "adapter")).abs().max() > 1e-3
+    terms = {name for line in (run / "log.jsonl").read_text().splitlines() for name in json.loads(line)}
+    assert ("nmtune_covariance" in terms) == (method == "nmtune")
 
 
 def test_the_record_names_the_commit_of_an_unpinned_base(train_nlu, tiny_encoder, tmp_path, monkeypatch):

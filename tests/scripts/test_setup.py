@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SHELL = shutil.which("dash") or "sh"
 REQUIREMENTS = sorted(ROOT.glob("requirements*.txt"))
 # Imports of packages that need not be installed where the tests run.
-ELSEWHERE = {"vllm": "vllm", "flash_attn": "flash-attn", "bitsandbytes": "bitsandbytes"}
+ELSEWHERE = {"vllm": "vllm", "flash_attn": "flash-attn"}
 
 # Answers as a Python would, and writes what pip was asked for to $CALLS. Fails when the call matches $FAIL.
 FAKE_PYTHON = """#!/bin/sh

@@ -143,22 +143,27 @@ class LocalExecutor(Executor):
                 continue
             log_name = f"{job.stage.run_paths[0].name}.{job.stage.name.replace(' ', '-')}.log"
             job.work.log_path = job.work.log_folder / log_name
-            locks = [*job.work.locks, *job.slot_locks]
-            mode = "ab" if job.work.seconds else "wb"  # work that was stopped on its way, and goes on
-            with disk_errors(job.work.log_path), open(job.work.log_path, mode) as log:
-                job.process = subprocess.Popen(
-                    job.stage.call.command,
-                    cwd=PROJECT_ROOT,
-                    env={**stage_environment(), **job.slot.environment},
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    pass_fds=[lock.fileno() for lock in locks],
-                    start_new_session=True,  # only the grid gets Ctrl-C, which then ends its stages in order
-                )
+            locks, goes_on = [*job.work.locks, *job.slot_locks], job.work.seconds > 0
+            job.process = self.start_process(job.stage, job.slot, job.work.log_path, locks, append=goes_on)
             return False
         job.work.seconds += time.monotonic() - job.work.started
         return True
+
+    def start_process(
+        self, stage: Stage, slot: Slot, log_path: Path, locks: Sequence[IO[str]], *, append: bool = False
+    ) -> subprocess.Popen:
+        """Start a stage in a process group of its own, which holds the locks until it ends."""
+        with disk_errors(log_path), open(log_path, "ab" if append else "wb") as log:
+            return subprocess.Popen(
+                stage.call.command,
+                cwd=PROJECT_ROOT,
+                env={**stage_environment(), **slot.environment},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                pass_fds=[lock.fileno() for lock in locks],
+                start_new_session=True,  # only the grid gets Ctrl-C, which then ends its stages in order
+            )
 
     def _close(self, job: _Job) -> None:
         self._jobs.remove(job)

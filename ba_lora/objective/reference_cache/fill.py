@@ -79,7 +79,7 @@ def cache_key(
         "model.dtype": config.model.dtype,
         "model.quantization": config.model.quantization,
         "tokenizer": sha256_json(sorted(tokenizer.get_vocab().items())),
-        "prompt": prompt_hash(),
+        "prompt": data_report.get("prompt_hash", prompt_hash()),
         "data.name": config.data.name,
         "data.source": None if local_data else data_report["source"],
         "data.revision": data_report["revision"],

@@ -17,6 +17,8 @@ from ba_lora.errors import UserError
 from ba_lora.io import read_json, read_jsonl
 from ba_lora.prompts import ALPACA, build_conversation, build_prompt, prompt_hash, template_stops
 from eval import generate, score
+from eval.engines.base import Completion
+from eval.engines.requests import GenerateOptions, load_questions
 from eval.judge.client import JudgeOptions
 from eval.judge.store import short_sha256
 from eval.tasks import get_task
@@ -225,6 +227,21 @@ def test_conversations() -> None:
     for name in ("fschat/vicuna", "fschat/chatgpt", "vicuna"):
         with pytest.raises(UserError, match="choose"):
             build_prompt("One", template=name)
+
+
+@pytest.mark.parametrize(
+    ("thinking", "seen"),
+    [
+        ("<think> </think>", "It is 12."),
+        ("[T] [/T]", "<think>9?</think>\nIt is 12."),
+        ("none", "<think>9?</think>\nIt is 12."),
+    ],
+)
+def test_the_second_turn_does_not_see_the_thinking_of_the_first(folder: Path, thinking: str, seen: str) -> None:
+    questions = load_questions(get_task("mt_bench"), str(folder), GenerateOptions(thinking=thinking))
+    answers = [[Completion("<think>9?</think>\nIt is 12.", "stop", 9)] for _ in questions.items]
+    turns = questions.instructions[1]
+    assert questions.prompts(1, answers) == [build_conversation(turns, [seen])]
 
 
 @pytest.fixture(scope="module")

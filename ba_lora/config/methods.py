@@ -1,0 +1,133 @@
+"""What the configuration knows of methods, from the facts that each states in its own file (ba_lora/methods/base.py).
+
+`adapter` is an AdapterConfig, `config` a RunConfig (schema.py, which asks here).
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ba_lora.config.ranges import check_range
+from ba_lora.config.registries import facts, tuners
+from ba_lora.errors import UserError
+from ba_lora.words import nearest
+
+LAYER_OPTIONS = ("exclude_modules", "layers_to_transform", "layers_pattern")
+# What PEFT's configurations would take, and no run may ask for.
+_OTHER_WEIGHTS = "it trains weights unknown to reference and export"
+_REFUSED_OPTIONS = {
+    **dict.fromkeys(
+        ("modules_to_save", "bias", "lora_bias", "trainable_token_indices", "target_parameters"), _OTHER_WEIGHTS
+    ),
+    "monteclora_config": "adapter.tuner=monteclora has its KL term in the loss",
+    "kasa_config": "it changes the base's weights, which reference and export take for the pre-trained ones",
+    **dict.fromkeys(
+        ("r", "init_r", "target_r", "alpha", "lora_alpha", "lora_dropout", "module_dropout", "use_rslora", "use_dora",
+         "init_lora_weights", "target_modules", "task_type", "peft_type", "revision", "inference_mode", "rank_pattern",
+         "alpha_pattern", "total_step"),
+        "it is set by the run itself: use the keys of adapter",
+    ),
+}  # fmt: skip
+
+
+def tuner_facts(adapter: Any) -> dict[str, Any]:
+    return facts("tuner", adapter.tuner)
+
+
+def init_facts(adapter: Any) -> dict[str, Any]:
+    """Return the facts of `init`, {} for LoRA's own random A and B = 0."""
+    name = adapter.init.split("_niter_")[0]
+    return {} if name == "lora" else facts("init", name)
+
+
+def optimizer_facts(adapter: Any) -> dict[str, Any]:
+    return facts("optimizer", adapter.optimizer) if adapter.optimizer else {}
+
+
+def plain_lora_folder(adapter: Any) -> str:
+    """Return which folder of a run is a plain LoRA on the untouched base: adapter, lora, or none."""
+    tuner = tuner_facts(adapter)
+    if adapter.dora or tuner["plain_lora"] == "none":
+        return "none"
+    return "lora" if init_facts(adapter).get("residual") else tuner["plain_lora"]
+
+
+def writes_lora(adapter: Any) -> bool:
+    """Whether the export writes lora/ beside adapter/."""
+    return plain_lora_folder(adapter) == "lora"
+
+
+def adapter_loads(adapter: Any) -> bool:
+    """Whether PEFT makes the trained model of adapter/ and the base: of a residual init only where it can repeat it."""
+    init = init_facts(adapter)
+    if init.get("residual"):
+        return init["rebuilt_by_peft"] and "_niter_" not in adapter.init
+    return tuner_facts(adapter)["plain_lora"] != "lora"
+
+
+def option_values(options: Mapping[str, tuple], chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the part's own options (those with a default), chosen or default."""
+    return {name: chosen.get(name, default) for name, (default, allowed) in options.items() if allowed is not None}
+
+
+def check_method(config: Any) -> None:
+    """Raise UserError for parts that do not go together or with the run."""
+    adapter = config.adapter
+    tuner, init, optimizer = tuner_facts(adapter), init_facts(adapter), optimizer_facts(adapter)
+    named = [("tuner", adapter.tuner, tuner), ("init", adapter.init, init), ("optimizer", adapter.optimizer, optimizer)]
+    if init and (not tuner["has_factors"] or adapter.dora):
+        fitting = ", ".join(name for name in tuners() if facts("tuner", name)["has_factors"])
+        raise UserError(f"adapter.init={adapter.init} needs adapter.dora=false and an adapter.tuner of {fitting}")
+    if optimizer and not tuner["has_factors"]:
+        raise UserError(
+            f"adapter.optimizer={adapter.optimizer} is for LoRA's A and B: adapter.tuner={adapter.tuner} has none"
+        )
+    for key, name, found in named:
+        if found and config.kind not in found["kinds"]:
+            raise UserError(f"adapter.{key}={name} {found['limits']}")
+    if config.model.quantization != "none":
+        for key, name, found in named[:2]:
+            if found and not found["quantizes"]:
+                raise UserError(
+                    f"model.quantization={config.model.quantization} needs another adapter.{key}, such as lora: "
+                    f"adapter.{key}={name} {found['limits']}"
+                )
+    if adapter.dropout and not tuner["has_dropout"]:
+        raise UserError(f"adapter.dropout has no effect with adapter.tuner={adapter.tuner}: set it to 0")
+    if not tuner["merges"] and config.export.merged:
+        raise UserError(f"adapter.tuner={adapter.tuner} cannot be merged into the model: set export.merged=false")
+    if config.export.ranks and not tuner["cuts_ranks"]:
+        raise UserError("export.ranks is for methods that train every rank, such as dylora: leave it out")
+    for rank in config.export.ranks:
+        if not 1 <= rank <= adapter.rank:
+            raise UserError(f"export.ranks={rank}: it must be at least 1 and at most adapter.rank={adapter.rank}")
+    for name in ("svd_rank", "factors_cache"):
+        if init and not init["caches"] and getattr(adapter, name) is not None:
+            raise UserError(f"adapter.{name} is PiSSA's, which {adapter.init} has no use for: leave it out (null)")
+    if optimizer and optimizer["replaces_adamw"]:
+        chosen = config.trainer.get("optim", "adamw_torch")
+        if not str(chosen).startswith("adamw_torch"):
+            raise UserError(
+                f"adapter.optimizer={adapter.optimizer} is built on AdamW: trainer.optim={chosen} does not go with it"
+            )
+    _check_options(adapter, named)
+
+
+def _check_options(adapter: Any, named: list[tuple[str, Any, dict[str, Any]]]) -> None:
+    known: dict[str, tuple] = {}
+    if named[0][2]["selects_layers"]:
+        known |= dict.fromkeys(LAYER_OPTIONS, (None, None))
+    for _, _, found in named:
+        known |= found.get("options", {})
+    for name, value in adapter.options.items():
+        if name not in known:
+            if name in _REFUSED_OPTIONS:
+                raise UserError(f"adapter.options.{name} is refused: {_REFUSED_OPTIONS[name]}")
+            choices = f"choose from {', '.join(known)}{nearest(name, list(known))}" if known else "there is none"
+            raise UserError(f"unknown key adapter.options.{name} for adapter.tuner={adapter.tuner}: {choices}")
+        default, allowed = known[name]
+        if isinstance(allowed, str):
+            check_range(f"adapter.options.{name}", value, allowed)
+            if isinstance(default, int) and not isinstance(value, int):
+                raise UserError(f"adapter.options.{name}={value}: it must be a whole number")
+        elif allowed is not None and value not in allowed:
+            raise UserError(f"adapter.options.{name}={value} is unknown: choose one of {', '.join(map(str, allowed))}")

@@ -1,0 +1,233 @@
+"""The search itself: propose, train, prune, tell; `Search` takes one engine through its budget.
+
+Everything that counts is on disk before the next step depends on it (journal.py), so the same command goes on after
+kill -9. Trials are proposed, and their outcomes told, in their numbers' order; trainings run in any (proposers.py).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import IO, Any
+
+from ba_lora.errors import UserError
+from ba_lora.experiments.executors.base import Slot, StageQueue
+from ba_lora.experiments.executors.local import LocalExecutor
+from ba_lora.experiments.search.journal import COMPLETE, FAILED, PRUNED, Journal, Outcome, Trial
+from ba_lora.experiments.search.proposers import Exhausted, Proposer
+from ba_lora.experiments.search.trials import TrialRuns, ask_to_stop, remove_weights
+from ba_lora.experiments.spec import Spec
+from ba_lora.experiments.stages import Stage, evaluation_stages, launch_command, training_stage
+from ba_lora.experiments.state import stage_error
+from ba_lora.io import disk_errors
+from ba_lora.locks import holder, try_lock, work_lock_path
+from ba_lora.runs.folder import is_trained
+
+POLL_S = 0.1
+MAX_FAILURES = 5  # trials in a row, from the first on: then it is no matter of the values
+
+
+@dataclass
+class _Running:
+    """A proposed trial whose outcome is not told yet."""
+
+    trial: Trial
+    specs: list[Spec]  # a seed each
+    losses: list[float] = field(default_factory=list)  # of the seeds that are done
+    facts: list[dict[str, Any]] = field(default_factory=list)
+    seconds: float = 0.0
+    work: StageQueue | None = None
+    outcome: Outcome | None = None
+
+    @property
+    def spec(self) -> Spec:
+        """The training that runs, or is next."""
+        return self.specs[len(self.losses)]
+
+    @property
+    def has_ended(self) -> bool:
+        return self.outcome is not None and self.work is None
+
+
+class Search:
+    """Takes a search from what its journal holds to the end of its budget. Use `run`."""
+
+    def __init__(
+        self,
+        journal: Journal,
+        runs: TrialRuns,
+        proposer: Proposer,
+        executor: LocalExecutor,
+        *,
+        say: Callable[[str], None] = print,
+    ) -> None:
+        self.journal, self.runs, self.space = journal, runs, journal.space
+        self._proposer, self._executor, self._say = proposer, executor, say
+        self._running: dict[int, _Running] = {}
+        self._exhausted: str | None = None
+        self._waits_for = ""
+
+    def run(self) -> str | None:
+        """Work until the budget is spent; return why it was not, where the engine had no further trial."""
+        try:
+            for trial in self.journal.trials[self.journal.told :]:
+                self._begin(trial)
+            while True:
+                self._advance()
+                if self.journal.told == len(self.journal.trials) and self._is_proposed:
+                    return self._exhausted
+                while (slot := self._executor.free_slot()) is not None and self._start(slot):
+                    pass
+                for work in self._executor.wait(POLL_S):
+                    self._ended(next(running for running in self._running.values() if running.work is work))
+                for running in list(self._running.values()):
+                    self._prune(running)
+        finally:
+            self._executor.cancel()
+            for running in self._running.values():
+                if running.work is not None:
+                    running.work.release()
+            self._proposer.close()
+
+    @property
+    def _is_proposed(self) -> bool:
+        return self._exhausted is not None or len(self.journal.trials) >= self.space.budget
+
+    # ---- in the trials' order
+
+    def _advance(self) -> None:
+        """Propose and tell as far as it goes: trial n is proposed as soon as n − k + 1 outcomes are told, before the next
+        one is, but where the engine itself (NOMAD, in the middle of a block) waits for more."""
+        while True:
+            proposed, told = len(self.journal.trials), self.journal.told
+            is_due = told >= proposed - self.space.trials_at_once + 1
+            if not self._is_proposed and is_due and self._propose():
+                continue
+            if told == proposed or not self._running[told].has_ended:
+                return
+            self._tell(self._running.pop(told))
+
+    def _propose(self) -> bool:
+        try:
+            proposal = self._proposer.propose(self.journal)
+        except Exhausted as error:
+            self._exhausted = str(error)
+            return False
+        if proposal is None:
+            return False
+        self._begin(self.journal.propose(*proposal))
+        return True
+
+    def _begin(self, trial: Trial) -> None:
+        self._running[trial.number] = running = _Running(trial, [])
+        try:
+            running.specs = [self.runs.spec(trial.number, trial.values, seed) for seed in self.space.seeds]
+        except UserError as error:
+            running.outcome = Outcome(FAILED, facts={"error": str(error)})
+
+    def _tell(self, running: _Running) -> None:
+        trial, outcome = running.trial, running.outcome
+        assert outcome is not None
+        self.journal.tell(trial.number, outcome)
+        self._proposer.tell(trial)
+        for spec in running.specs:
+            remove_weights(spec.config.run_path)
+        shown = "" if outcome.loss is None else f" {self._shown(outcome.loss)}"
+        error = f": {outcome.facts['error']}" if outcome.status == FAILED else ""
+        best = self.best()
+        told = f", best {self._shown(best.outcome.loss)} of trial {best.number}" if best else ""
+        values = " ".join(self.space.words(trial.values))
+        of_all = f"{trial.number + 1} of {self.space.budget}"
+        self._say(f"trial {trial.number}: {outcome.status}{shown}{error} | {values}   [{of_all}{told}]")
+        first = self.journal.trials[:MAX_FAILURES]
+        if trial.number == MAX_FAILURES - 1 and all(one.outcome.status == FAILED for one in first):
+            raise UserError(f"the first {MAX_FAILURES} trials have failed, the last one with: {outcome.facts['error']}")
+
+    def best(self) -> Trial | None:
+        """Return the trial with the least loss of those that are whole, the first of equals; None where none is."""
+        return best_of(self.journal.trials)
+
+    def _shown(self, loss: float) -> str:
+        return f"{self.space.objective} {1 - loss if self.space.maximise else loss:.5g}"
+
+    # ---- in any order
+
+    def _start(self, slot: Slot) -> bool:
+        """Start the next training on the slot; return whether there was one."""
+        for running in self._running.values():
+            if running.outcome is not None or running.work is not None:
+                continue
+            spec = running.spec
+            lock_path = work_lock_path(spec.config.run_path)
+            if (lock := try_lock(lock_path)) is None:  # of a killed search, whose stages live on
+                if holder(lock_path) != self._waits_for:
+                    self._waits_for = holder(lock_path)
+                    self._say(f"waiting: trial {running.trial.number} is worked on by {self._waits_for}")
+                continue
+            running.work = self._work(spec, slot, lock)
+            self._executor.submit(running.work, slot)
+            return True
+        return False
+
+    def _work(self, spec: Spec, slot: Slot, lock: IO[str]) -> StageQueue:
+        config = spec.config
+        stages: list[Stage] = []
+        if not is_trained(config.run_path, config):
+            launch = launch_command(slot.environment, num_gpus=slot.num_gpus)
+            stages.append(training_stage(spec, launch))
+        if config.kind == "nlg" and config.eval.tasks:
+            stages += evaluation_stages([config])
+        log_folder = self.runs.folder / "logs"
+        with disk_errors(log_folder):
+            log_folder.mkdir(parents=True, exist_ok=True)
+        return StageQueue(stages, log_folder, [lock])
+
+    def _ended(self, running: _Running) -> None:
+        work, spec = running.work, running.spec
+        assert work is not None
+        running.seconds += work.seconds
+        try:
+            if running.outcome is not None:  # pruned while it ran
+                running.outcome.facts["seconds"] = round(running.seconds, 2)
+            elif failures := work.failures.get(spec.config.run_path):
+                facts = {"error": stage_error(failures[0]), "log": str(failures[0].log_path)}
+                running.outcome = Outcome(FAILED, None, self._evaluations(running), facts)
+            else:
+                loss = self.runs.loss(spec.config)
+                running.facts.append({"seed": spec.config.seed, "loss": loss} | self.runs.facts(spec.config))
+                self._prune(running)
+                running.losses.append(loss)
+                if running.outcome is None and len(running.losses) == len(running.specs):
+                    mean = sum(running.losses) / len(running.losses)
+                    running.outcome = Outcome(COMPLETE, mean, self._evaluations(running))
+            if running.outcome is not None:
+                running.outcome.facts |= {"seconds": round(running.seconds, 2), "runs": running.facts}
+        finally:
+            running.work = None
+            work.release()
+
+    def _evaluations(self, running: _Running) -> dict[int, float]:
+        return {step: loss for step, loss, _ in self.runs.evaluations(running.specs[0].config)}
+
+    def _prune(self, running: _Running) -> None:
+        """End a trial at the first evaluation that the rule is against; of the first seed's, but for the last one.
+
+        The rule looks at the outcomes that the trial was proposed from. So it does not matter when this is called.
+        """
+        if self.space.pruning is None or running.losses or running.outcome is not None or running.work is None:
+            return
+        number = running.trial.number
+        upto = max(0, number - self.space.trials_at_once + 1)
+        seen: dict[int, float] = {}
+        for step, loss, is_last in self.runs.evaluations(running.specs[0].config):
+            if is_last:
+                return
+            seen[step] = loss
+            if self.journal.is_pruned(number, seen, upto=upto):
+                running.outcome = Outcome(PRUNED, loss, seen, {"pruned_at_step": step})
+                ask_to_stop(running.specs[0].config.run_path)
+                return
+
+
+def best_of(trials: list[Trial]) -> Trial | None:
+    """Return the whole trial with the least loss, the first of equals; None where none is whole."""
+    whole = [trial for trial in trials if trial.outcome is not None and trial.outcome.status == COMPLETE]
+    return min(whole, key=lambda trial: trial.outcome.loss, default=None)

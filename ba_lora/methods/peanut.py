@@ -1,0 +1,29 @@
+"""PEANuT, first called NEAT (Zhong et al. 2024, arXiv 2410.01870): ΔW = s B f(A W), a small network of the weight.
+
+A [r, out] is random, B [out, r] = 0; `depth` layers more have r × r matrices with a residual. By PEFT, as in the code
+of the paper's NLU runs. Their code for language models is another form, f(W A) B with A over the inputs; and ΔW is
+built anew in every pass, which takes the memory of the weights.
+"""
+
+from typing import Any
+
+from ba_lora.methods.base import Tuner, peft_settings
+
+
+class Peanut(Tuner):
+    """2 r out + 2 depth r² parameters a layer; `scaling` is s, whatever adapter.alpha is."""
+
+    options = {"depth": (None, None), "act_fn": (None, None), "scaling": (None, None)}
+    layer_types = ("Linear",)
+    has_dropout = False
+
+    def largest_rank(self, num_in: int, num_out: int) -> None:
+        return None
+
+    def peft_config(self, num_steps: int) -> Any:
+        from peft import PeanutConfig
+
+        return peft_settings(PeanutConfig, self.adapter, known=self.options, r=self.adapter.rank)
+
+
+TUNER = Peanut

@@ -1,0 +1,46 @@
+"""Prompt tuning (Lester et al. 2021, arXiv 2104.08691): trained embeddings stand before each input; by PEFT.
+
+There is no layer to merge and no step 0 that is the pre-trained model: the virtual tokens are there from the start.
+"""
+
+from typing import Any, ClassVar
+
+from torch import nn
+
+from ba_lora.errors import UserError
+from ba_lora.methods.base import Tuner, peft_settings
+
+
+class PromptTuning(Tuner):
+    """tokens · hidden size parameters, drawn at random. The rank has no effect."""
+
+    options = {"num_virtual_tokens": (20, "[1, 100000]")}
+    config_class: ClassVar[str] = "PromptTuningConfig"
+    kinds = ("nlg",)
+    limits = "is for language models with whole weights: NLU compares adapters in the layers"
+    selects_layers = False
+    has_dropout = False
+    merges = False
+    no_deepspeed = "virtual tokens are not tried under DeepSpeed: use DDP or one process"
+
+    def largest_rank(self, num_in: int, num_out: int) -> None:
+        return None
+
+    def peft_config(self, num_steps: int) -> Any:
+        import peft
+
+        return peft_settings(getattr(peft, self.config_class), self.adapter, known=type(self).options, **self.option)
+
+    def check_reference(self) -> None:
+        raise UserError(
+            "virtual tokens change the model before the first step: consistency with the pre-trained model would not "
+            "begin at 0; set regularizers.lambda_consistency=0"
+        )
+
+    def prepare(self, model: nn.Module) -> None:
+        """Raises UserError for gradient checkpointing, which would be without effect or wrong for prefixes."""
+        if getattr(model.get_base_model(), "is_gradient_checkpointing", False):
+            raise UserError("virtual tokens do not go with trainer.gradient_checkpointing=true: set it to false")
+
+
+TUNER = PromptTuning

@@ -1,0 +1,72 @@
+"""SAM, second-order approximation (Fu et al. 2022, arXiv 2211.15583): trained are the weights with the largest squared
+gradient, (∂L/∂w)², of the loss on training rows; the others stay.
+
+`share` of the weights over all layers; the gradient is the mean over `rows` rows. (Not sharpness-aware minimisation.)
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from safetensors.torch import save_file
+from torch import nn
+
+from ba_lora.io import folder_atomic, load_tensors
+from ba_lora.methods.base import TrainingRows, Tuner, peft_settings
+from ba_lora.methods.rows import batches
+from ba_lora.methods.sparse import SparseConfig, choose_places, sparse_layers
+from ba_lora.processes import on_main_process
+
+
+class Sam(Tuner):
+    """share · Σ in · out parameters. The rank has no effect."""
+
+    options = {"share": (0.01, "(0, 1)"), "rows": (128, "[1, 1000000]")}
+    selects_layers = False
+    names_layers = True
+    has_dropout = False
+    needs_rows = True
+    draws = True
+
+    def largest_rank(self, num_in: int, num_out: int) -> None:
+        return None
+
+    def peft_config(self, num_steps: int) -> Any:
+        return peft_settings(SparseConfig, self.adapter, known=self.options)
+
+    def choose_weights(self, model: nn.Module, path: Path, rows: TrainingRows | None) -> None:
+        def compute() -> None:
+            with folder_atomic(path.parent) as folder:
+                save_file(self._places(model, rows), folder / path.name)
+
+        if not path.is_file():
+            PartialState().wait_for_everyone()
+            on_main_process(PartialState(), compute)
+        choose_places(model, load_tensors(path))
+
+    def _places(self, model: nn.Module, rows: TrainingRows) -> dict[str, torch.Tensor]:
+        layers = sparse_layers(model)
+        weights = {name: layer.base_layer.weight for name, layer in layers.items()}
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        for weight in weights.values():
+            weight.requires_grad_(True)
+        with torch.random.fork_rng(), model.disable_adapter():
+            for batch in batches(model, rows, num_rows=self.option["rows"], batch_size=1):
+                model(**batch).loss.backward()
+        squares = {name: weight.grad.float().square().flatten() for name, weight in weights.items()}
+        for weight in weights.values():
+            weight.requires_grad_(False)
+            weight.grad = None
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        number = max(1, round(self.option["share"] * sum(map(len, squares.values()))))
+        # the number-th largest of all: no layer can hold more of them than so many
+        largest = torch.cat([square.topk(min(number, len(square))).values for square in squares.values()])
+        least = largest.topk(number).values[-1]
+        return {name: (square >= least).nonzero().flatten().cpu() for name, square in squares.items()}
+
+
+TUNER = Sam

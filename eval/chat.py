@@ -1,0 +1,166 @@
+"""Ask a trained model in the terminal, or two runs side by side.
+
+    python -m eval.chat RUN [RUN] [--turns] [--engine hf|vllm|auto] [key=value …]
+
+RUN is what eval.generate takes: a run's folder, an adapter's or a model's, a hub id. A question is a line; each is put
+into the prompt that the run was trained with (its eval.options.template, else the Alpaca frame) and asked by itself;
+with --turns the conversation goes on, and /new begins another. /quit or the end of the input leaves. Two runs of one
+base share one start of the model. Keys are those of eval.generate, such as max_new_tokens=256 or temperature=0.7;
+answers are greedy by default.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import re
+import shutil
+import sys
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
+from itertools import zip_longest
+from pathlib import Path
+
+from ba_lora.config.layers import load_run
+from ba_lora.errors import CommandParser, UserError, run_entry_point
+from ba_lora.prompts import build_conversation, build_prompt, template_stops
+from eval.engines.base import Engine, Sampling
+from eval.engines.open import KINDS, choose_engine, open_engine
+from eval.engines.requests import GenerateOptions
+from eval.engines.serving import ServedModel, plan_serving
+from eval.options import parse_options
+from eval.tasks.base import ALPACA_STOPS
+
+MAX_NEW_TOKENS = 512
+NARROW = 80  # columns of a terminal below which answers stand below each other
+_UNSEEN = re.compile(r"[^\S\n\t ]|[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e\u2066-\u2069\ufeff]")
+
+
+@dataclasses.dataclass
+class Speaker:
+    """A model that is asked: its engine and adapter there, its template and sampling, and the turns so far."""
+
+    name: str
+    engine: Engine
+    adapter: str | None
+    template: str
+    sampling: Sampling
+    turns: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+
+    def ask(self, question: str, *, keep: bool) -> str:
+        """Return the answer; keep: after the turns before it, and to be one of them."""
+        asked = [*(turn[0] for turn in self.turns), question]
+        prompt = build_conversation(asked, [turn[1] for turn in self.turns], template=self.template)
+        ((completion,),) = self.engine.generate([prompt], adapter=self.adapter, **vars(self.sampling))
+        if keep:
+            self.turns.append((question, completion.text))
+        ending = {"length": " […]", "prompt_too_long": "[the conversation is longer than the model's context: /new]"}
+        return completion.text.strip() + ending.get(completion.finish_reason or "", "")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = CommandParser(
+        prog="python -m eval.chat", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", nargs="+", metavar="RUN", help="one or two run, model or adapter folders, hub ids")
+    parser.add_argument("--turns", action="store_true", help="each question goes on with the conversation")
+    parser.add_argument("--engine", default="hf", help=", ".join(KINDS))
+    parsed = parser.parse_intermixed_args(arguments)
+    models = [word for word in parsed.run if "=" not in word]
+    options, _ = parse_options([word for word in parsed.run if "=" in word], GenerateOptions)
+    if not 1 <= len(models) <= 2:
+        raise UserError(f"give one RUN or two, not {len(models)}")
+    if options.num_samples not in (None, 1):
+        raise UserError("num_samples: a question gets one answer here; leave it out")
+    kind = choose_engine(parsed.engine)
+    templates = [_template(model, options) for model in models]
+    served = plan_serving(models, serve=options.serve, revision=options.revision)
+    with contextlib.ExitStack() as stack:
+        talk(_open(served, templates, kind, options, stack), sys.stdin, print, keep=parsed.turns)
+    return 0
+
+
+def _template(model: str, options: GenerateOptions) -> str:
+    """Return the template that a model is asked in. Raises UserError for an unknown one, and for a classifier."""
+    template = options.template
+    if (Path(model) / "config.yaml").is_file():
+        config = load_run(Path(model))
+        if config.kind == "nlu":
+            raise UserError(f"{model} is a classifier and gives labels, no text: see python -m eval.nlu --help")
+        template = template or config.eval.options.get("template")
+    template = template or "alpaca"
+    build_prompt("", template=template)
+    return template
+
+
+def _open(
+    served: Sequence[ServedModel],
+    templates: Sequence[str],
+    kind: str,
+    options: GenerateOptions,
+    stack: contextlib.ExitStack,
+) -> list[Speaker]:
+    """Start an engine for each base; they are closed with `stack`."""
+    names = {model: f"adapter{place}" for place, model in enumerate(served) if model.adapter is not None}
+    engines: dict[tuple[str, str | None], Engine] = {}
+    for base, revision in dict.fromkeys((model.base, model.revision) for model in served):
+        adapters = {name: m.adapter for m, name in names.items() if (m.base, m.revision) == (base, revision)}
+        settings = dataclasses.replace(options.engine(), revision=revision)
+        print(f"chat: starting {kind} on {base}", file=sys.stderr)
+        engines[base, revision] = stack.enter_context(open_engine(kind, base, adapters=adapters, options=settings))
+    return [
+        Speaker(
+            name=Path(model.name).name or model.name,
+            engine=engines[model.base, model.revision],
+            adapter=names.get(model),
+            template=template,
+            sampling=options.sampling(
+                max_new_tokens=MAX_NEW_TOKENS,
+                stop=ALPACA_STOPS if (stops := template_stops(template)) is None else stops,
+                temperature=0.0,
+            ),
+        )
+        for model, template in zip(served, templates, strict=True)
+    ]
+
+
+def talk(speakers: Sequence[Speaker], lines: Iterable[str], write: Callable[[str], object], *, keep: bool) -> None:
+    """Ask every line of all speakers, and write what they answer, until the lines end or one says /quit."""
+    write(f"asking {' and '.join(speaker.name for speaker in speakers)}; /new begins again, /quit leaves")
+    for line in lines:
+        question = line.strip()
+        if question == "/quit":
+            return
+        if question == "/new":
+            for speaker in speakers:
+                speaker.turns.clear()
+            write("a new conversation")
+        elif question.startswith("/"):
+            write(f"{question.split()[0]} is unknown: /new, /quit")
+        elif question:
+            answers = [visible(speaker.ask(question, keep=keep)) for speaker in speakers]
+            write(
+                side_by_side([speaker.name for speaker in speakers], answers, width=shutil.get_terminal_size().columns)
+            )
+
+
+def visible(text: str) -> str:
+    """Return a text without characters that would steer the terminal or turn others round: as ⟨U+001B⟩."""
+    return _UNSEEN.sub(lambda found: f"⟨U+{ord(found[0]):04X}⟩", text)
+
+
+def side_by_side(names: Sequence[str], texts: Sequence[str], *, width: int) -> str:
+    """Return texts under their names: of two in columns, where the terminal is wide enough."""
+    if len(texts) == 1:
+        return f"\n{texts[0]}\n"
+    if width < NARROW:
+        return "\n".join(f"\n[{name}]\n{text}" for name, text in zip(names, texts, strict=True)) + "\n"
+    room = (width - 3) // 2
+    columns = [
+        [line for part in f"[{name}]\n{text}".split("\n") for line in (textwrap.wrap(part, room) or [""])]
+        for name, text in zip(names, texts, strict=True)
+    ]
+    return "\n" + "\n".join(f"{a:<{room}} │ {b}".rstrip() for a, b in zip_longest(*columns, fillvalue="")) + "\n"
+
+
+if __name__ == "__main__":
+    run_entry_point(main)

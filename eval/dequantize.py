@@ -1,0 +1,46 @@
+"""The pre-trained model of a quantised row as an ordinary model folder, for the evaluation of what was not trained.
+
+    echo '"RUN"' | python -m eval.dequantize
+
+RUN is the folder of the "run" of a pre-trained model (method untuned) with `model.quantization` in its config. Written
+is RUN/merged, its 4-bit weights in `model.dtype`: the function is that of the quantised model, and any engine takes
+it. Printed is {"unquantized_logit_difference"}: the largest |Δ logit| to the unquantised model, on the rows that every
+run's exports are compared on.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from ba_lora.config.layers import load_run
+from ba_lora.config.schema_nlg import NLGConfig
+from ba_lora.errors import run_entry_point
+from ba_lora.io import folder_atomic
+from ba_lora.methods.build import probe_logits
+from ba_lora.models.pretrained import load_base, load_dequantized
+from ba_lora.models.tokenizer import load_tokenizer
+from ba_lora.runs.parity import probe_batch
+from data.nlg import load_training_data
+
+
+def write_dequantized(run_path: Path, config: NLGConfig) -> float:
+    """Write merged/ of the pre-trained quantised model; return the largest |Δ logit| to the unquantised one."""
+    tokenizer = load_tokenizer(config.model)
+    rows = load_training_data(config.data, tokenizer).dataset
+    probe = probe_batch(rows.select(range(min(2, len(rows)))).to_list(), tokenizer.pad_token_id)
+    logits = probe_logits(load_base(config, quantize=False), probe)
+    model = load_dequantized(config)
+    model.config.use_cache = True
+    with folder_atomic(run_path / "merged") as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    return (probe_logits(model, probe) - logits).abs().max().item()
+
+
+def main() -> None:
+    run_path = Path(json.load(sys.stdin))
+    print(json.dumps({"unquantized_logit_difference": write_dequantized(run_path, load_run(run_path))}))
+
+
+if __name__ == "__main__":
+    run_entry_point(main)

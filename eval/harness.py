@@ -1,0 +1,218 @@
+"""Any task of lm-evaluation-harness on a run or a model: `sh scripts/harness.sh` calls this.
+
+    python -m eval.harness MODEL TASK … [--data TASK=FILE …] [--include-path DIR …] [--engine auto|hf|vllm] [--limit N]
+                           [--shots N] [--batch-size N] [--output DIR]
+
+MODEL is a run's folder (its merged model, else its adapter on the base), a model or adapter folder, or a hub id. The
+harness runs in .cache/lm-eval, an environment of its own. TASK is a name that the harness knows, or one of
+eval/lm_eval. --data reads a task's rows from a local file (json, jsonl, parquet, csv, tsv; MGSM's published tsv) in the
+columns that the task reads; without it they come from the hub. --include-path adds task files of your own.
+
+Each score is written to RUN/scores/harness/<task>.json, and so into the run's result as harness/<task>:
+
+    {"task", "version", "n", "shots", "limit", "invalid": 0, "metrics", "stderr", "interval_95", "harness", "engine",
+     "data_sha256"}
+
+A metric is named as the harness names it, with its filter where it has one (exact_match_flexible_extract). interval_95
+is the harness's own standard error times 1.96. Of other models --output DIR says where the scores go.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ba_lora.config.checks import check_place
+from ba_lora.config.layers import load_run
+from ba_lora.console import console_table
+from ba_lora.errors import CommandParser, UserError, run_entry_point
+from ba_lora.io import read_object, sha256_file, write_json_atomic, write_jsonl_atomic
+from ba_lora.paths import PROJECT_ROOT, resolve_data, resolve_path
+from ba_lora.rows import load_rows
+from ba_lora.runs.card import write_model_card
+from ba_lora.runs.results import refresh_result
+from eval.engines.open import choose_engine
+from eval.engines.serving import ServedModel, plan_serving
+from eval.tasks import TASKS
+
+HARNESS = PROJECT_ROOT / ".cache" / "lm-eval"
+DRIVER = PROJECT_ROOT / "eval" / "lm_eval" / "driver.py"
+PREFIX = "harness/"  # of a task's name among a run's scores
+
+
+def read_words(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Return what a command line asks for. Raises UserError."""
+    parser = CommandParser(
+        prog="sh scripts/harness.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", help="a run, model or adapter folder, or a hub id")
+    parser.add_argument("tasks", nargs="+", metavar="TASK", help="a task of the harness")
+    parser.add_argument("--data", nargs="+", default=[], metavar="TASK=FILE")
+    parser.add_argument("--include-path", "--include_path", nargs="+", default=[], metavar="DIR")
+    parser.add_argument("--engine", default="hf", help="hf, vllm or auto")
+    parser.add_argument("--limit", type=int)
+    parser.add_argument("--shots", type=int)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--output", type=Path)
+    asked = parser.parse_intermixed_args(arguments)
+    asked.tasks = [task.removeprefix(PREFIX) for task in asked.tasks]
+    for name in ("limit", "batch_size"):
+        if getattr(asked, name) is not None and getattr(asked, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(asked, name)}: a number of at least 1 is needed")
+    asked.files = {}
+    for word in asked.data:
+        task, equals, file = word.removeprefix(PREFIX).partition("=")
+        if not equals or task not in asked.tasks:
+            raise UserError(f"--data {word}: it is TASK=FILE, with one of the tasks {', '.join(asked.tasks)}")
+        asked.files[task] = resolve_data(file)
+    asked.folders = [str(DRIVER.parent), *(str(resolve_path(folder)) for folder in asked.include_path)]
+    if missing := [folder for folder in asked.folders if not Path(folder).is_dir()]:
+        raise UserError(f"--include-path: no such folder: {missing[0]}")
+    return asked
+
+
+def call_driver(request: Mapping[str, Any]) -> dict[str, Any]:
+    """Have the harness do what is asked (eval/lm_eval/driver.py), in its environment. Raises UserError in one line."""
+    python = HARNESS / "bin" / "python"
+    if not python.is_file():
+        raise UserError("lm-evaluation-harness is not set up: sh scripts/harness.sh --setup")
+    with tempfile.TemporaryDirectory() as folder:
+        asked, answer = Path(folder) / "request.json", Path(folder) / "answer.json"
+        write_json_atomic(asked, dict(request) | {"folder": folder})
+        done = subprocess.run(
+            [python, DRIVER, asked, answer], cwd=PROJECT_ROOT, stdout=sys.stderr, stderr=subprocess.PIPE, text=True
+        )
+        found = read_object(answer)
+    if found is None:
+        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        raise UserError(f"lm-evaluation-harness ended with status {done.returncode}: {last[:300]}")
+    if "error" in found:
+        raise UserError(found["error"])
+    return found
+
+
+def model_arguments(served: ServedModel, engine: str) -> dict[str, Any]:
+    """Return the harness's model_args for a model as it is served."""
+    arguments: dict[str, Any] = {"pretrained": served.base}
+    if served.revision is not None:
+        arguments["revision"] = served.revision
+    if served.adapter is not None:
+        arguments["peft" if engine == "hf" else "lora_local_path"] = str(served.adapter)
+    if engine == "vllm":
+        settings = read_object(served.adapter / "adapter_config.json") if served.adapter else None
+        arguments |= {"max_lora_rank": settings["r"], "enable_lora": True} if settings else {}
+        return arguments | {"gpu_memory_utilization": 0.85}
+    return arguments | {"dtype": "auto"}
+
+
+def jsonl_of(task: str, file: str, folder: Path) -> str:
+    """Return a jsonl file with the rows of a local file; MGSM's published tables are given the hub's columns."""
+    if task.startswith("mgsm_"):
+        language = next((name for name in TASKS if name.startswith("mgsm_") and task.endswith(name[-3:])), None)
+        if language is not None:
+            items, _ = TASKS[language].load(file)
+            number = {item.task_id: float(item.gold.replace(",", "")) for item in items}
+            rows = [
+                {"question": item.instruction, "answer": None, "answer_number": _whole(number[item.task_id])}
+                for item in items
+            ]
+            write_jsonl_atomic(folder / f"{task}.jsonl", rows)
+            return str(folder / f"{task}.jsonl")
+    rows, _ = load_rows(file)
+    write_jsonl_atomic(folder / f"{task}.jsonl", rows)
+    return str(folder / f"{task}.jsonl")
+
+
+def _whole(number: float) -> int | float:
+    return int(number) if number.is_integer() else number
+
+
+def to_score(task: str, found: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the score of one task from what the driver tells of it."""
+    metrics, stderr = {}, {}
+    for key, value in found["results"].items():
+        name, _, of = key.partition(",")
+        name = f"{name}_{of}" if of not in ("", "none") else name
+        name = name.replace("-", "_")
+        if "_stderr" in name:
+            stderr[name.replace("_stderr", "", 1)] = value
+        elif of:
+            metrics[name] = value
+    intervals = {
+        name: [value - 1.96 * stderr[name], value + 1.96 * stderr[name]]
+        for name, value in metrics.items()
+        if name in stderr
+    }
+    return {
+        "task": f"{PREFIX}{task}",
+        "version": str(found["version"]),
+        "n": found["n"],
+        "shots": found["shots"],
+        "invalid": 0,
+        "metrics": metrics,
+        "stderr": stderr,
+        "interval_95": intervals,
+        **asked,
+    }
+
+
+def evaluate_by_harness(asked: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Evaluate, write the scores, and return them by task."""
+    engine = choose_engine(asked.engine)
+    (served,) = plan_serving([asked.model])
+    if served.run is None and asked.output is None:
+        raise UserError(f"{asked.model} is no run folder: say with --output DIR where the scores go")
+    folder = asked.output or served.run / "scores"
+    check_place(folder, "--output" if asked.output else "scores")
+    request = {"tasks": asked.tasks, "include_path": asked.folders, "check": False, "limit": asked.limit}
+    request |= {"model": engine, "model_args": model_arguments(served, engine), "shots": asked.shots}
+    with tempfile.TemporaryDirectory() as place:
+        files = {task: jsonl_of(task, file, Path(place)) for task, file in asked.files.items()}
+        found = call_driver(request | {"batch_size": asked.batch_size, "data": files})
+    made = {"limit": asked.limit, "harness": found["version"], "engine": engine}
+    scores = {}
+    for task, result in found["tasks"].items():
+        file = asked.files.get(task)
+        source = {"data_sha256": sha256_file(file) if file and Path(file).is_file() else None}
+        scores[task] = to_score(task, result, made | source)
+        write_json_atomic(folder / PREFIX / f"{task}.json", scores[task])
+    if served.run is not None and asked.output is None:
+        config = load_run(served.run)
+        result = refresh_result(served.run, config.result_path)
+        if result is not None:
+            write_model_card(served.run, config, result)
+    return scores
+
+
+def check(arguments: Sequence[str]) -> None:
+    """Raise the UserError that the command would end with, as far as no model is needed: its words, its files, tasks
+    that the harness does not know."""
+    asked = read_words(arguments)
+    choose_engine(asked.engine)
+    for task, file in asked.files.items():
+        if Path(file).exists():
+            load_rows(file)
+        elif Path(file).is_absolute():
+            raise UserError(f"--data {task}: no such file: {file}")
+    call_driver({"tasks": asked.tasks, "include_path": asked.folders, "check": True})
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Read the command line, evaluate, print one line a metric and the scores as JSON."""
+    scores = evaluate_by_harness(read_words(arguments))
+    rows = [("task", "metric", "value", "± 1.96 stderr", "n", "shots")]
+    for score in scores.values():
+        for name, value in score["metrics"].items():
+            error = f"{1.96 * score['stderr'][name]:.4f}" if name in score["stderr"] else ""
+            rows.append((score["task"], name, f"{value:.4f}", error, str(score["n"]), str(score["shots"])))
+    print(console_table(rows))
+    print(json.dumps(scores, ensure_ascii=False))
+    return 0
+
+
+if __name__ == "__main__":
+    run_entry_point(main)

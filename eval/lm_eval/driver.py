@@ -1,0 +1,100 @@
+"""Runs lm-evaluation-harness, in its own environment: a request as JSON in, a JSON object out, both by file.
+
+    python eval/lm_eval/driver.py REQUEST.json ANSWER.json
+
+request: tasks, include_path (folders), data (task → jsonl file of rows), model, model_args, limit, shots, batch_size,
+check (true: find the tasks and stop), folder (for files in between). answer: {"error"} in one line, or {"version",
+"tasks": name → …}. eval/harness.py writes the one and reads the other.
+"""
+
+import difflib
+import importlib.metadata
+import json
+import os
+import sys
+from typing import Any
+
+
+def evaluate(request: dict[str, Any]) -> dict[str, Any]:
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=request["include_path"])
+    known = set(manager.all_tasks)
+    for name in request["tasks"]:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+            hint = f" (nearest: {', '.join(near)})" if near else ""
+            return {
+                "error": f"lm-evaluation-harness has no task {name}{hint}; --include-path DIR adds tasks of your own"
+            }
+    if request["check"]:
+        return {"version": importlib.metadata.version("lm-eval"), "tasks": {}}
+
+    import lm_eval
+    import torch
+
+    tasks: list[Any] = []
+    for name in request["tasks"]:
+        file = request["data"].get(name)
+        tasks.append(name if file is None else local_task(name, file, manager, request["folder"]))
+    found = lm_eval.simple_evaluate(
+        model=request["model"],
+        model_args=request["model_args"],
+        tasks=tasks,
+        task_manager=manager,
+        limit=request["limit"],
+        num_fewshot=request["shots"],
+        batch_size=request["batch_size"],
+        device="cuda" if torch.cuda.is_available() else "cpu",
+        bootstrap_iters=1000,
+        log_samples=False,
+        random_seed=0,
+        numpy_random_seed=1234,
+        torch_random_seed=1234,
+        fewshot_random_seed=1234,
+    )
+    members = {name: [] for name in found["results"]} | found.get("group_subtasks", {})
+    return {
+        "version": importlib.metadata.version("lm-eval"),
+        "tasks": {
+            name: {
+                "results": {key: value for key, value in result.items() if isinstance(value, int | float)},
+                "version": found["versions"].get(name),
+                "shots": found["n-shot"].get(name),
+                "n": sum(
+                    found["n-samples"][one]["effective"]
+                    for one in (members[name] or [name])
+                    if one in found.get("n-samples", {})
+                ),
+            }
+            for name, result in found["results"].items()
+        },
+    }
+
+
+def local_task(name: str, file: str, manager: Any, folder: str) -> str:
+    """Return a task file that is the harness's task with its rows, of any split that it reads, from a jsonl file."""
+    path = os.path.join(folder, f"{name}.yaml")
+    files = dict.fromkeys(("train", "validation", "test"), file)
+    changes = {"include": str(manager.task_index[name].yaml_path), "task": name, "dataset_path": "json"}
+    changes |= {"dataset_name": None, "dataset_kwargs": {"data_files": files}}
+    with open(path, "w", encoding="utf-8") as made:
+        json.dump(changes, made)  # JSON is YAML
+    return path
+
+
+def main() -> None:
+    request_path, answer_path = sys.argv[1:]
+    with open(request_path, encoding="utf-8") as file:
+        request = json.load(file)
+    try:
+        answer = evaluate(request)
+    except Exception as error:  # the harness raises many kinds; the last line of the cause is the one to tell
+        text = " ".join(str(error).split()) or type(error).__name__
+        answer = {"error": f"{type(error).__name__}: {text}"[:400]}
+    with open(answer_path, "w", encoding="utf-8") as file:
+        json.dump(answer, file)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,261 @@
+"""Rows of one's own: files of every kind, columns, messages, templates; labels on the answers and nothing else."""
+
+import gzip
+import json
+
+import pytest
+
+from ba_lora.chat import ChatTemplate
+from ba_lora.config.layers import load_config
+from ba_lora.config.schema import ModelConfig
+from ba_lora.config.schema_nlg import NLGDataConfig
+from ba_lora.errors import UserError
+from ba_lora.models.tokenizer import load_tokenizer
+from ba_lora.prompts import build_prompt
+from data import sets, tokenized
+from data.nlg import load_training_data
+from tests.support.chat_templates import FAMILIES, chat_tokenizer
+
+ROWS = [
+    {"frage": f"Was ist {n}?", "antwort": f"Das ist {n}.", "kontext": "" if n % 2 else f"Zahl {n}"} for n in range(4)
+]
+COLUMNS = {"instruction": "frage", "response": "antwort"}
+TALK = [
+    {"role": "user", "content": "Hallo, wer bist du?"},
+    {"role": "assistant", "content": "Ein Modell."},
+    {"role": "user", "content": "Und was kannst du?"},
+    {"role": "assistant", "content": "Rechnen: 1 + 1 = 2."},
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model):
+    return load_tokenizer(ModelConfig(name=str(tiny_model)))
+
+
+def answers(item, tokenizer):
+    """Return the labelled texts of a row, one for each run of labels."""
+    found, ids = [], []
+    for label in [*item["labels"], -100]:
+        if label != -100:
+            ids.append(label)
+        elif ids:
+            found.append(tokenizer.decode(ids))
+            ids = []
+    return found
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def table(rows, mark):
+    return "\n".join([mark.join(rows[0]), *(mark.join(row.values()) for row in rows)]) + "\n"
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("ending", ["csv", "tsv", "json", "jsonl", "parquet"])
+def test_files_of_every_kind_give_the_same_tokens(tokenizer, tmp_path, ending, packed):
+    if ending == "parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "a")
+        content = (tmp_path / "a").read_bytes()
+    elif ending in ("csv", "tsv"):
+        content = table(ROWS, "," if ending == "csv" else "\t").encode()
+    else:
+        content = (json.dumps(ROWS) if ending == "json" else "\n".join(map(json.dumps, ROWS))).encode()
+    path = tmp_path / (f"rows.{ending}.gz" if packed else f"rows.{ending}")
+    path.write_bytes(gzip.compress(content) if packed else content)
+    data = load_training_data(NLGDataConfig(source=str(path), columns=COLUMNS, num_rows=None), tokenizer)
+    assert [answers(item, tokenizer) for item in data.dataset] == [[f" Das ist {n}.</s>"] for n in range(4)]
+    assert data.report["name"] == "own" and data.report["manifest"] == "unknown"
+
+
+def test_several_files_are_one_set_and_must_be_alike(tokenizer, tmp_path):
+    files = [write(tmp_path / "a.jsonl", ROWS[:2]), write(tmp_path / "b.jsonl", ROWS[2:])]
+    data = load_training_data(NLGDataConfig(source=files, columns=COLUMNS), tokenizer)
+    assert data.report["rows_used"] == 4 and data.report["file_sha256"].count("+") == 1
+    files[1] = write(tmp_path / "c.jsonl", [{"frage": "?"}])
+    with pytest.raises(UserError, match="row 2 lacks a column, antwort"):
+        load_training_data(NLGDataConfig(source=files, columns=COLUMNS), tokenizer)
+
+
+def test_an_input_stands_in_alpacas_own_frame(tokenizer, tmp_path):
+    source = write(tmp_path / "rows.jsonl", ROWS)
+    config = NLGDataConfig(source=source, columns=COLUMNS | {"input": "kontext"})
+    first, second, *_ = load_training_data(config, tokenizer).dataset
+    assert "### Input:\nZahl 0\n\n### Response: Das ist 0." in tokenizer.decode(first["input_ids"])
+    assert tokenizer.decode(second["input_ids"]) == "<s>" + build_prompt("Was ist 1?") + " Das ist 1.</s>"
+
+
+@pytest.mark.parametrize("form", ["openai", "sharegpt", "json text"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_labels_are_the_answers_and_their_end_tokens(tiny_model, tmp_path, family, form):
+    tokenizer = chat_tokenizer(tiny_model, family)
+    talk = TALK if family == "gemma" else [{"role": "system", "content": "Sei kurz."}, *TALK]
+    if form == "sharegpt":
+        names = {"user": "human", "assistant": "gpt", "system": "system"}
+        talk = [{"from": names[turn["role"]], "value": turn["content"]} for turn in talk]
+    rows = [{"talk": json.dumps(talk) if form == "json text" else talk}]
+    config = NLGDataConfig(source=write(tmp_path / "a.jsonl", rows), messages="talk", template="chat")
+    (item,) = load_training_data(config, tokenizer).dataset
+    end = {"chatml": "<|im_end|>", "llama3": "<|eot_id|>", "gemma": "<end_of_turn>", "mistral": "</s>"}
+    mark = end.get(family, "<|im_end|>")
+    blank, think = (" " if family == "mistral" else ""), ("<think>\n\n</think>\n\n" if family == "qwen3" else "")
+    assert answers(item, tokenizer) == [f"{blank}Ein Modell.{mark}", f"{blank}{think}Rechnen: 1 + 1 = 2.{mark}"]
+    roles = [
+        {
+            "role": {"human": "user", "gpt": "assistant"}.get(turn.get("from"), turn.get("from")),
+            "content": turn["value"],
+        }
+        if form == "sharegpt"
+        else turn
+        for turn in talk
+    ]
+    whole = tokenizer.apply_chat_template(roles, return_dict=True)
+    assert item["input_ids"] == whole["input_ids"], "nothing is added to what the template writes"
+    chat = ChatTemplate(tokenizer)
+    first = next(place for place, label in enumerate(item["labels"]) if label != -100)
+    asked = tokenizer(chat.prompt(roles[: -len(TALK) + 1]), add_special_tokens=False)["input_ids"]
+    assert item["input_ids"][:first] == asked, "generation starts from the very tokens before the answer"
+    assert tokenizer.convert_ids_to_tokens(chat.end_id) == mark
+
+
+def test_labels_are_those_of_the_templates_own_mask(tiny_model):
+    tokenizer = chat_tokenizer(tiny_model, "chatml_with_mask")
+    ids, learned = ChatTemplate(tokenizer).encode(TALK, "row 0")
+    own = tokenizer.apply_chat_template(TALK, return_dict=True, return_assistant_tokens_mask=True)
+    assert own["input_ids"] == ids and own["assistant_masks"] == [int(value) for value in learned]
+    block = "{% generation %}{{ m.content +"
+    wrong = tokenizer.chat_template.replace(block, "{{ m.content[:3] }}{% generation %}{{ m.content[3:] +")
+    with pytest.raises(UserError, match="row 0: .*marks other tokens as answers"):
+        ChatTemplate(tokenizer, text=wrong).check_mask(TALK, "row 0")
+
+
+def test_a_token_across_the_seam_is_taken_apart(tiny_model):
+    """A prompt that ends with a blank, which the tokenizer would join to the answer's first word."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["</s>", "<unk>", "▁Q", "▁", "A", "▁A", "Q"]
+    inner = Tokenizer(
+        models.BPE({word: i for i, word in enumerate(words)}, [("▁", "A"), ("▁", "Q")], unk_token="<unk>")
+    )
+    inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>")
+    text = (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ m.content + ' ' }}{% else %}{{ m.content + eos_token }}"
+        "{% endif %}{% endfor %}"
+    )
+    chat = ChatTemplate(tokenizer, text=text)
+    ids, learned = chat.encode([{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}], "row 0")
+    assert tokenizer.convert_ids_to_tokens(ids) == ["Q", "▁", "A", "</s>"] and learned == [False, False, True, True]
+
+
+THINKING = [TALK[0], {"role": "assistant", "content": "<think>hm</think>Ja."}, *TALK[2:]]
+
+
+@pytest.mark.parametrize(
+    ("talk", "template", "message"),
+    [
+        (THINKING, FAMILIES["qwen3"][0], "changes answer 1 of the conversation"),
+        (TALK, "{% for m in messages %}{{ m.content }}{% endfor %}", "ends an answer with no special token"),
+        (TALK, "{{ messages | length }}", "writes what stands before answer 1 in another way|changes answer 1"),
+        (TALK, "{{ messages[0].no.such }}", "refuses a conversation of user"),
+    ],
+)
+def test_a_template_that_would_mislabel_is_refused(tiny_model, tmp_path, talk, template, message):
+    tokenizer = chat_tokenizer(tiny_model, "qwen3")
+    (tmp_path / "own.jinja").write_text(template)
+    config = NLGDataConfig(
+        source=write(tmp_path / "a.jsonl", [{"talk": talk}]), messages="talk", template=str(tmp_path / "own.jinja")
+    )
+    with pytest.raises(UserError, match=message) as error:
+        load_training_data(config, tokenizer)
+    assert "a.jsonl, row 0" in str(error.value) or "refuses" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("turns", "message"),
+    [
+        ([{"role": "robot", "content": "x"}], "row 1, turn 0: the role 'robot' is unknown; known are system, user"),
+        ([{"role": "user", "content": [{"type": "text"}]}], "turn 0: content must be text"),
+        ([{"text": "x"}], "has neither role and content nor from and value; it has text"),
+        (["x"], "turn 0 is no object of role and content"),
+        ("no json", "is text, but no JSON list of turns"),
+        (5, "must be a list of turns, found int"),
+    ],
+)
+def test_bad_turns_are_named_with_their_row(tokenizer, tmp_path, turns, message):
+    rows = [{"talk": TALK[:2]}, {"talk": turns}]
+    config = NLGDataConfig(source=write(tmp_path / "a.jsonl", rows), messages="talk")
+    with pytest.raises(UserError, match=message) as error:
+        load_training_data(config, tokenizer)
+    assert "\n" not in str(error.value)
+
+
+def test_what_the_alpaca_frame_has_no_room_for(tokenizer, tmp_path):
+    source = write(tmp_path / "a.jsonl", [{"talk": TALK}])
+    with pytest.raises(UserError, match="row 0 has several exchanges .*data.exchanges=1"):
+        load_training_data(NLGDataConfig(source=source, messages="talk"), tokenizer)
+    (item,) = load_training_data(NLGDataConfig(source=source, messages="talk", exchanges=1), tokenizer).dataset
+    assert answers(item, tokenizer) == [" Ein Modell.</s>"]
+    source = write(tmp_path / "b.jsonl", [{"talk": [{"role": "system", "content": "x"}, *TALK[:2]]}])
+    with pytest.raises(UserError, match="row 0 has a system turn"):
+        load_training_data(NLGDataConfig(source=source, messages="talk"), tokenizer)
+    with pytest.raises(UserError, match="has no chat template"):
+        load_training_data(NLGDataConfig(source=source, messages="talk", template="chat"), tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["data.columns={instruction: a}"], "has no response: give data.columns.response=COLUMN"),
+        (["data.columns={question: a, response: b}"], "data.columns=question is unknown.*instruction, input, response"),
+        (["data.columns={instruction: a, response: b}", "data.messages=m"], "columns and messages"),
+        (["data.template=chatt"], "data.template=chatt is unknown.*nearest: chat"),
+        (["data.template=no.jinja"], "no such file: .*no.jinja"),
+        (["data.source=5"], "data.source=5: a file, a list of files or a hub set is needed"),
+    ],
+)
+def test_a_wrong_key_is_told_before_anything_is_read(words, message):
+    with pytest.raises(UserError, match=message) as error:
+        load_config("toy", overrides=["data.source=rows.jsonl", *words])
+    assert "\n" not in str(error.value)
+
+
+def test_a_new_set_is_a_file(tokenizer, tmp_path, monkeypatch):
+    (tmp_path / "mine.yaml").write_text(
+        "columns: {instruction: frage, response: antwort}\nreplace: {response: [['Das', 'Es']]}\n"
+    )
+    monkeypatch.setattr(sets, "SETS_PATH", tmp_path)
+    source = write(tmp_path / "rows.jsonl", ROWS)
+    data = load_training_data(NLGDataConfig(name="mine", source=source), tokenizer)
+    assert answers(data.dataset[0], tokenizer) == [" Es ist 0.</s>"]
+    for text, message in (
+        ("colums: {}", "unknown key colums; there are"),
+        ("hub: a/b", "names neither columns nor messages"),
+        ("columns: {instruction: a, response: b}\nreplace: {response: [['(', '']]}", "replace needs pairs"),
+    ):
+        sets.named_set.cache_clear()
+        (tmp_path / "mine.yaml").write_text(text)
+        with pytest.raises(UserError, match=message):
+            load_training_data(NLGDataConfig(name="mine", source=source), tokenizer)
+
+
+def test_many_rows_are_tokenized_by_several_processes_alike(tokenizer, tmp_path, monkeypatch):
+    rows = [{"frage": f"{n}?", "antwort": "x" * (n % 7)} for n in range(60)] + [{"frage": "1?", "antwort": "x"}]
+    config = NLGDataConfig(source=write(tmp_path / "rows.jsonl", rows), columns=COLUMNS, num_rows=None)
+    one = load_training_data(config, tokenizer)
+    monkeypatch.setattr(tokenized, "MANY_ROWS", 50)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1})
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    several = load_training_data(config, tokenizer)
+    assert several.dataset.to_list() == one.dataset.to_list()
+    assert several.report == one.report and several.numbers == one.numbers
+    assert one.report["rows_empty"] == 9 and one.numbers["duplicate"] == [60] and one.report["rows_duplicate"] == 1
+    assert not list((tmp_path / "cache").rglob("rows-*")), "the rows' own file is removed"

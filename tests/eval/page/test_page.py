@@ -1,0 +1,209 @@
+"""What a page is made of: items from every kind of file, script files, runs of no table, and what is missing."""
+
+import json
+import re
+import subprocess
+
+import pytest
+
+from ba_lora.errors import UserError
+from eval import compare
+from eval.page.build import POLICY, SCRIPTS, write_page
+from eval.page.items import read_answers
+from eval.page.loose import find_runs, table_of_runs
+from eval.page.runs import ShownRun, describe_run
+from eval.page.scripts import libraries, script
+from eval.report.__main__ import INCOMPLETE
+from eval.report.__main__ import main as report
+from tests.support.page_world import HOSTILE, ITEMS, SEEDS, solved, toy_run
+
+
+def entry(world, run, task):
+    return json.loads((world / run / "scores" / f"{task}.json").read_text()) | {"generation": {"template": "alpaca"}}
+
+
+def test_an_answer_has_question_gold_extraction_and_verdict(world):
+    answers = read_answers(world / "toy-lora-s1", "toy", entry(world, "toy-lora-s1", "toy"))
+    assert (answers.kind, answers.metrics, answers.missing, len(answers.rows)) == (
+        "text",
+        ["strict", "flexible"],
+        [],
+        ITEMS,
+    )
+    row = answers.rows[1]
+    assert row["question"].startswith("Ben is at the shop") and row["prompt"].endswith("### Response:")
+    assert row["metrics"]["strict"] == float(solved("lora", 1, 1)) == 1.0 and row["extracted"]["strict"] == row["gold"]
+    assert row["groups"] == {"family": "shopping"} and answers.rows[9]["finish"] == "length"
+
+
+def test_hostile_answers_come_back_letter_by_letter(world):
+    answers = read_answers(world / "toy-ba_lora-s1", "toy", entry(world, "toy-ba_lora-s1", "toy"))
+    assert tuple(row["completion"] for row in answers.rows[: len(HOSTILE)]) == HOSTILE
+
+
+def test_a_second_turn_has_its_own_question_and_judgements(world):
+    answers = read_answers(world / "toy-full_ft-judged", "mt_bench", entry(world, "toy-full_ft-judged", "mt_bench"))
+    first, second = answers.rows
+    assert (first["question"], second["question"]) == ("Write a haiku.", "Now a limerick.")
+    assert [one["judgement"] for one in second["judgements"]] == [f"Turn 2 was judged. [[{n}]]" for n in (8, 9)]
+    assert answers.kind == "judged" and len(first["judgements"]) == 2
+
+
+def test_a_classifiers_answer_is_its_prediction(world):
+    answers = read_answers(world / "minilm-sst2", "sst2", entry(world, "minilm-sst2", "sst2"))
+    assert [row["metrics"]["correct"] for row in answers.rows] == [0.0, 1.0, 0.0, 1.0]
+    assert answers.rows[2]["probabilities"] == {"negative": 0.1192, "positive": 0.8808}
+    assert (answers.rows[2]["question"], answers.rows[2]["gold"]) == ("film 2 is bad", "negative")
+
+
+def test_what_is_gone_or_damaged_is_said_and_the_rest_is_there(world, tmp_path):
+    run = toy_run(tmp_path / "run", "lora", 1, completion=lambda place, gold: gold, items=5)
+    scored = entry(tmp_path, "run", "toy")
+    (run / "grades" / "toy.jsonl").write_text('{"task_id": "toy/0"\n')
+    answers = read_answers(run, "toy", scored)
+    assert len(answers.rows) == 5 and not any(row["is_graded"] for row in answers.rows)
+    assert (
+        len(answers.missing) == 1 and "grades cannot be read" in answers.missing[0] and "line 1" in answers.missing[0]
+    )
+    (run / "grades" / "toy.jsonl").unlink()
+    (run / "completions" / "toy.jsonl").unlink()
+    assert read_answers(run, "toy", scored).missing == ["no completions and no grades at hand"]
+    (run / "log.jsonl").write_text("[]")
+    told = describe_run(ShownRun("run", {"status": "ok", "training": {"seconds": 1}, "config": {}}, run))
+    assert len(told["missing"]) == 1 and "the log cannot be read" in told["missing"][0]
+
+
+def test_odd_files_of_a_run_raise_nothing(tmp_path):
+    """Whatever stands in a line: values of other types than ours."""
+    lines = [
+        {}, {"task_id": 3, "sample": "x", "completion": 7, "prompt": None, "finish_reason": {}},
+        {"task_id": "toy/0", "metrics": 3, "extracted": [1], "groups": "x", "gold": {"a": 1}},
+        {"task_id": "mt_bench/x/turny", "completion": None, "metrics": {"rating": None}},
+    ]  # fmt: skip
+    for folder in ("completions", "grades", "judgements"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "mt_bench.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    answers = read_answers(tmp_path, "mt_bench", {"generation": {"template": "no such template"}})
+    assert answers.kind == "judged" and len(answers.rows) == 4
+
+
+@pytest.mark.parametrize("text", [*HOSTILE, "'", "\\", "\n", "\r"])
+def test_a_script_file_gives_back_the_very_value(text):
+    """Its string literal is taken apart as JavaScript takes it apart: no line ends in it, no quote ends it."""
+    value = {"__proto__": text, text: [text, float("nan")]}
+    made = script("name", value)
+    literal = re.fullmatch(r"take\(\"name\", '(.*)'\);\n", made)[1]
+    assert not re.search(r"[\n\r\u2028\u2029\ud800-\udfff]|(?<!\\)(?:\\\\)*'", literal)
+    assert json.loads(re.sub(r"\\(.)", r"\1", literal)) == {"__proto__": text, text: [text, None]}
+    made.encode()
+
+
+def test_no_text_is_parsed_as_html_and_nothing_foreign_may_run():
+    from eval.page.build import HERE
+
+    ours = "".join((HERE / "static" / name).read_text() for name in SCRIPTS)
+    assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function|srcdoc", ours)
+    assert ours.count("\n") < 1000
+    assert "script-src 'self' file:;" in POLICY and "unsafe-eval" not in POLICY and "default-src 'none'" in POLICY
+    templates = "".join(path.read_text() for path in (HERE / "templates").iterdir())
+    assert not re.search(r"\|\s*safe|autoescape|\son\w+=|style=", templates)
+
+
+def test_the_libraries_come_from_their_packages(root):
+    files = libraries()
+    assert b"globalThis.DataTable = " in files["datatables.js"] and b"MIT" in files["LICENSES.txt"]
+    tracked = subprocess.run(["git", "ls-files", "*.js"], cwd=root, capture_output=True, text=True).stdout.split()
+    assert all(name.startswith(("eval/page/static/", "results/toy/page/")) for name in tracked)
+
+
+def test_runs_of_no_table_are_rows_by_what_differs(world):
+    made = table_of_runs(find_runs([world]))
+    wanted = [("minilm", "lora"), ("toy", "ba_lora"), ("toy", "full_ft"), ("toy", "lora"), ("toy", "pissa")]
+    assert [(row.base, row.method) for row in made.table.spec.rows] == wanted
+    assert not any(row.setting for row in made.table.spec.rows)
+    row = made.table.spec.rows[3]
+    cell = made.table.cells[row, "toy.strict"]
+    assert cell.seeds == SEEDS and cell.values == (32.5, 32.5)
+    with pytest.raises(UserError, match="no such run"):
+        find_runs([world / "nothing"])
+
+
+def test_a_setting_that_differs_makes_a_row_and_a_copy_has_its_name(tmp_path):
+    for name, words in (("a", []), ("b", ["adapter.rank=4"]), ("c", [])):
+        toy_run(tmp_path / name, "lora", 1, completion=lambda place, gold: gold, items=3, overrides=words)
+    made = table_of_runs(find_runs([tmp_path]))
+    assert [row.setting for row in made.table.spec.rows] == ["adapter.rank=8", "adapter.rank=4", "adapter.rank=8 c"]
+
+
+def test_the_page_of_runs_and_its_exit_status(world, tmp_path, monkeypatch, capsys):
+    def run(*words):
+        monkeypatch.setattr("sys.argv", ["eval.report", *map(str, words)])
+        return report()
+
+    assert run("--runs", world / "toy-lora-s1", world / "toy-lora-s2", f"output={tmp_path / 'page'}") == 0
+    index = (tmp_path / "page" / "index.html").read_text()
+    assert "Content-Security-Policy" in index and 'href="#/cell/0/0"' in index and "not at hand" not in index
+    items = sorted(path.name for path in (tmp_path / "page" / "data").glob("items-*"))
+    assert items == ["items-0.js"]  # both runs were asked the same
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.yaml").write_text("method: [")
+    assert run("--runs", world / "toy-lora-s1", tmp_path / "broken", f"output={tmp_path / 'page'}") == INCOMPLETE
+    assert "broken is left out" in capsys.readouterr().err
+    assert "broken is left out" in (tmp_path / "page" / "index.html").read_text()
+    for words, told in (
+        (["--runs", world, "x=3"], "takes folders and output=DIR"),
+        (["--runs", world, "--inspect", world], "give a TABLE"),
+        ([], "give a TABLE"),
+        (["--runs", tmp_path / "broken", f"output={tmp_path / 'other'}"], "broken"),
+        (["toy", "page=maybe"], "yes or no"),
+    ):
+        with pytest.raises(UserError, match=told):
+            run(*words)
+    assert not (tmp_path / "other").exists()
+
+
+def test_compare_prints_settings_scores_and_why_there_is_no_test(world, capsys):
+    runs = [str(world / name) for name in ("toy-ba_lora-s1", "toy-ba_lora-s2", "toy-lora-s1", "toy-lora-s2")]
+    assert compare.main(runs) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"^seed +1 +2 +1 +2$", printed, flags=re.M) and "regularizers.lambda_svd" in printed
+    assert re.search(r"^toy: strict +53\.75 ± 19\.45 \(2\) +32\.50 ± 0\.00 \(2\)$", printed, flags=re.M)
+    line = next(line for line in printed.splitlines() if re.match(r"toy: strict +toy lora", line))
+    assert "+21.25" in line and "no test: 2 seeds, 5 are needed" in line and f"of {ITEMS}" in line
+    grades = {
+        run: [
+            json.loads(text)["metrics"]["strict"]
+            for text in (world / run / "grades/toy.jsonl").read_text().splitlines()
+        ]
+        for run in ("toy-ba_lora-s1", "toy-ba_lora-s2", "toy-lora-s1", "toy-lora-s2")
+    }
+    ours, theirs = ([*zip(*(grades[f"toy-{m}-s{s}"] for s in SEEDS), strict=True)] for m in ("ba_lora", "lora"))
+    better = [sum(a) - sum(b) for a, b in zip(ours, theirs, strict=True)]
+    assert f"{sum(d > 0 for d in better)}, {sum(d < 0 for d in better)} of {ITEMS}" in line
+
+
+def test_compare_tests_five_seeds_and_refuses_other_items(tmp_path, capsys):
+    for method, base in (("lora", 3), ("pissa", 2)):
+        for seed in range(5):
+
+            def completion(place, gold, base=base, seed=seed):
+                return f"The answer is: {gold if (place + seed) % base == 0 else 'none'}"
+
+            toy_run(tmp_path / f"{method}-{seed}", method, seed, completion=completion, items=12)
+    assert compare.main([str(tmp_path)]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if re.match(r"toy: strict +toy pissa", line))
+    assert re.search(r"0\.\d{3}|< 0\.0001", line) and "no test" not in line
+    rows = (tmp_path / "test.jsonl").read_text().splitlines()
+    (tmp_path / "test.jsonl").write_text("\n".join(rows[:6]) + "\n")
+    other = toy_run(tmp_path / "fewer", "dora", 1, completion=lambda place, gold: gold, items=6)
+    compare.main([str(tmp_path / "lora-1"), str(other)])
+    assert "no test: settings differ, see the notes" in capsys.readouterr().out
+
+
+def test_a_page_takes_the_place_of_an_earlier_one_whole(world, tmp_path):
+    made = table_of_runs(find_runs([world / "toy-lora-s1"]))
+    (tmp_path / "page" / "data").mkdir(parents=True)
+    (tmp_path / "page" / "data" / "run-99.js").write_text("of an earlier page")
+    write_page(tmp_path / "page", made.table, made.sources, made.shown)
+    assert not (tmp_path / "page" / "data" / "run-99.js").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["page"]

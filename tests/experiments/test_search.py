@@ -1,0 +1,308 @@
+"""Searches over trainings of milliseconds (tests/workers/fake_trial.py): engines, order, pruning, kill -9, failures."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ba_lora.errors import UserError
+from ba_lora.experiments.executors.base import Slot
+from ba_lora.experiments.executors.local import LocalExecutor
+from ba_lora.experiments.search import loop
+from ba_lora.experiments.search.journal import COMPLETE, FAILED, PRUNED, Journal, Outcome
+from ba_lora.experiments.search.loop import Search
+from ba_lora.experiments.search.outcome import write_outcome
+from ba_lora.experiments.search.proposers import open_proposer
+from ba_lora.experiments.search.space import load_space
+from ba_lora.experiments.search.trials import TrialRuns
+from tests.conftest import ROOT
+from tests.workers import fake_trial
+
+WORKER = ROOT / "tests" / "workers" / "fake_trial.py"
+PARAMETERS = {
+    "trainer.learning_rate": {"float": [1e-4, 1e-1], "log": True, "start": 1e-3, "points": 2},
+    "adapter.rank": {"choice": [4, 8, 16], "start": 8},
+    "adapter.dropout": {"float": [0.0, 0.5], "start": 0.25, "points": 2},
+}
+SPACE = {
+    "title": "fake",
+    "trials": 8,
+    "objective": "heldout_loss",
+    "overrides": ["data.heldout_share=0.1", "trainer.eval_strategy=epoch"],
+    "parameters": PARAMETERS,
+}
+
+
+@pytest.fixture(autouse=True)
+def fakes(monkeypatch):
+    for name in ("training_stage", "is_trained"):
+        monkeypatch.setattr(loop, name, getattr(loop, name))  # so that it is put back
+    fake_trial.use()
+
+
+@pytest.fixture
+def write(tmp_path):
+    def file(**changes):
+        path = tmp_path / "space.yaml"
+        path.write_text(yaml.safe_dump(SPACE | changes, sort_keys=False))
+        return path
+
+    return file
+
+
+def search(folder, path, *, workers=1, say=lambda line: None, stop_after=None, **typed):
+    """Run a search in this process; return its trials as (status, values, rounded loss)."""
+    space = load_space(str(path), typed=typed)
+    runs = TrialRuns(space, folder, "toy", method="lora", words=[], kind="nlg")
+    journal = Journal(folder, space, {"words": []})
+    slots = [Slot(f"worker {number}", {}) for number in range(workers)]
+    Search(journal, runs, open_proposer(space), LocalExecutor(slots), say=say).run()
+    write_outcome(folder, journal, runs)
+    return tried(journal)
+
+
+def tried(journal):
+    return [
+        (trial.outcome.status, trial.values, None if trial.outcome.loss is None else round(trial.outcome.loss, 9))
+        for trial in journal.trials
+    ]
+
+
+@pytest.mark.parametrize("engine", ["tpe", "random", "grid", "nomad"])
+def test_an_engine_spends_its_budget_and_finds_what_is_better(tmp_path, write, engine):
+    lines = []
+    found = search(tmp_path / engine, write(), engine=engine, say=lines.append)
+    assert len(found) == 8 and all(status == COMPLETE for status, _, _ in found)
+    assert len({json.dumps(values) for _, values, _ in found}) == 8
+    losses = [loss for _, _, loss in found]
+    if engine != "grid":
+        assert found[0][1] == {"trainer.learning_rate": 1e-3, "adapter.rank": 8, "adapter.dropout": 0.25}
+        assert min(losses) < losses[0]
+    assert lines[-1].startswith("trial 7: complete") and f"best heldout_loss {min(losses):.5g}" in lines[-1]
+    assert not list(tmp_path.glob("*/trials/*/adapter"))  # weights are not kept
+    best = yaml.safe_load((tmp_path / engine / "best.yaml").read_text())
+    values = found[losses.index(min(losses))][1]
+    assert best["trainer"]["learning_rate"] == values["trainer.learning_rate"] and best["method"] == "lora"
+    assert best["adapter"]["rank"] == values["adapter.rank"] and best["data"]["heldout_share"] is None
+    with open(tmp_path / engine / "trials.csv") as file:
+        assert [float(row["heldout_loss"]) for row in csv.DictReader(file)] == pytest.approx(losses)
+
+
+def test_the_search_seed_decides(tmp_path, write):
+    first, again, other = (
+        search(tmp_path / name, write(), engine="random", search_seed=seed)
+        for name, seed in (("a", 1), ("b", 1), ("c", 2))
+    )
+    assert first == again and first[1:] != other[1:]
+
+
+@pytest.mark.parametrize("engine", ["tpe", "nomad"])
+def test_trials_do_not_depend_on_how_many_trainings_run_at_once(tmp_path, write, engine):
+    """Three trials are proposed ahead; one worker or three, the trials are the same."""
+    one = search(tmp_path / "one", write(trials_at_once=3), engine=engine)
+    three = search(tmp_path / "three", write(trials_at_once=3), engine=engine, workers=3)
+    assert one == three and len(one) == 8
+
+
+def test_a_trial_is_the_mean_over_its_seeds(tmp_path, write):
+    (one,) = search(tmp_path / "one", write(trials=1, seeds=[10]))
+    (both,) = search(tmp_path / "both", write(trials=1, seeds=[10, 30]))
+    assert both[2] == pytest.approx(one[2] + 0.1)  # the fake loss has seed / 100
+    facts = json.loads((tmp_path / "both" / "trials.json").read_text())["trials"][0]
+    assert [run["seed"] for run in facts["runs"]] == [10, 30] and facts["seconds"] > 0
+
+
+def test_what_is_worse_than_the_others_is_pruned(tmp_path, write):
+    rule = {"percentile": 50, "startup_trials": 3, "warmup_steps": 2}
+    whole = search(tmp_path / "whole", write(), engine="random")
+    pruned = search(tmp_path / "pruned", write(pruning=rule), engine="random")
+    again = search(tmp_path / "again", write(pruning=rule, trials_at_once=1), engine="random", workers=2)
+    assert pruned == again
+    assert [values for _, values, _ in pruned] == [values for _, values, _ in whole]  # random points look at no value
+    statuses = [status for status, _, _ in pruned]
+    assert statuses[:3] == [COMPLETE] * 3 and PRUNED in statuses
+    for (status, _, loss), (_, _, at_end) in zip(pruned, whole, strict=True):
+        assert loss == at_end if status == COMPLETE else loss > at_end  # the fake loss falls with the steps
+    best = min(loss for status, _, loss in pruned if status == COMPLETE)
+    assert best == min(loss for _, _, loss in whole)
+
+
+def run(folder, space, *words, **environment):
+    return subprocess.Popen(
+        [sys.executable, str(WORKER), "search", "toy", str(space), "method=lora", f"output={folder}", *words],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def rows(folder):
+    with open(folder / "trials.csv") as file:
+        return [{key: row[key] for key in row if key != "seconds"} for row in csv.DictReader(file)]
+
+
+@pytest.mark.parametrize("engine", ["tpe", pytest.param("nomad", marks=pytest.mark.slow)])
+def test_kill_9_and_the_same_command_make_the_trials_of_the_search_that_was_not_killed(tmp_path, write, engine):
+    space = write(pruning={"percentile": 60, "startup_trials": 2})
+    whole = run(tmp_path / "whole", space, f"engine={engine}")
+    assert whole.wait() == 0, whole.stdout.read()
+    folder = tmp_path / "killed" / f"{engine}-s0"
+    for number in (2, 5):  # killed in the training of these trials
+        killed = run(tmp_path / "killed", space, f"engine={engine}", FAKE_SECONDS="0.4")
+        while not (folder / "trials" / f"t{number:04}-s42" / "trainings.txt").is_file():
+            assert killed.poll() is None, killed.stdout.read()
+            time.sleep(0.01)
+        killed.send_signal(signal.SIGKILL)
+        killed.wait()
+        assert not (folder / "trials.csv").is_file()
+    with open(folder / "journal.log", "a") as file:
+        file.write('{"op_code": 6, "half a li')  # as if it had been killed while it wrote
+    resumed = run(tmp_path / "killed", space, f"engine={engine}")
+    assert resumed.wait() == 0, resumed.stdout.read()
+    assert rows(folder) == rows(tmp_path / "whole" / f"{engine}-s0")
+    started = [len(path.read_text().splitlines()) for path in sorted(folder.glob("trials/*/trainings.txt"))]
+    assert len(started) == 8 and sum(started) <= 8 + 2  # what was known has not been trained again
+    text = resumed.stdout.read()
+    assert "trials are known already" in text and "best config" in text
+
+
+def test_a_finished_search_is_printed_again(tmp_path, write):
+    space = write(trials=2)
+    for _ in range(2):
+        done = run(tmp_path / "s", space)
+        assert done.wait() == 0
+    assert "2 of 2 trials are known already" in done.stdout.read()
+    assert len(list((tmp_path / "s").glob("*/trials/*/trainings.txt"))) == 2
+
+
+def test_a_second_search_in_the_same_folder_is_refused_at_once(tmp_path, write):
+    first = run(tmp_path / "s", write(), FAKE_SECONDS="1")
+    while not list((tmp_path / "s").glob("*/trials/*/trainings.txt")):
+        assert first.poll() is None
+        time.sleep(0.05)
+    second = run(tmp_path / "s", write())
+    assert second.wait() == 2 and "searches in" in second.stdout.read()
+    first.terminate()
+    assert first.wait() == 130
+    assert "error: interrupted; the same command goes on" in first.stdout.read()
+
+
+def test_a_failed_trial_is_told_and_the_others_go_on(tmp_path, write, monkeypatch):
+    monkeypatch.setenv("FAKE_FAIL", "adapter.rank=4")
+    lines = []
+    found = search(tmp_path / "s", write(), engine="grid", say=lines.append)
+    failed = [status == FAILED for status, _, _ in found]
+    assert 0 < sum(failed) < 8 and failed == [values["adapter.rank"] == 4 for _, values, _ in found]
+    assert any("failed: loss is not finite at step 3" in line for line in lines)
+    with open(tmp_path / "s" / "trials.csv") as file:
+        assert [bool(row["error"]) for row in csv.DictReader(file)] == failed
+
+
+def test_nomad_goes_on_after_a_failed_trial_but_cannot_start_from_one(tmp_path, write, monkeypatch):
+    monkeypatch.setenv("FAKE_FAIL", "adapter.rank=16")
+    found = search(tmp_path / "s", write(), engine="nomad")
+    assert len(found) == 8 and {status for status, _, _ in found} >= {COMPLETE}
+    monkeypatch.setenv("FAKE_FAIL", "adapter.rank=8")
+    with pytest.raises(UserError, match="NOMAD cannot start from a trial that fails .loss is not finite"):
+        search(tmp_path / "t", write(), engine="nomad")
+
+
+def test_a_search_whose_first_trials_all_fail_ends(tmp_path, write, monkeypatch):
+    monkeypatch.setenv("FAKE_FAIL", "seed=42")
+    with pytest.raises(UserError, match="the first 5 trials have failed, the last one with: loss is not finite"):
+        search(tmp_path / "s", write(), engine="random")
+
+
+def test_an_engine_that_has_no_further_point_says_so(tmp_path, write):
+    done = run(tmp_path / "s", write(trials=30, parameters={"adapter.rank": {"choice": [4, 8, 16]}}), "engine=nomad")
+    text = done.communicate()[0]
+    assert done.returncode == 0 and "nomad had no further trial to propose after 3: " in text
+
+
+def test_a_folder_of_another_search_is_refused(tmp_path, write):
+    search(tmp_path / "s", write(trials=2))
+    with pytest.raises(UserError, match=r"holds another search .space.trials 2 → 3"):
+        search(tmp_path / "s", write(trials=3))
+    file = tmp_path / "s" / "search.json"
+    found = json.loads(file.read_text())
+    file.write_text(json.dumps(found | {"optuna": "4.0.0"}))
+    with pytest.raises(UserError, match="begun with Optuna 4.0.0"):
+        search(tmp_path / "s", write(trials=2))
+    file.write_text("{")
+    with pytest.raises(UserError, match="search.json is damaged"):
+        search(tmp_path / "s", write(trials=2))
+    file.unlink()
+    with pytest.raises(UserError, match="has a journal.log and no search.json"):
+        search(tmp_path / "s", write(trials=2))
+
+
+def test_the_journal_is_a_study_that_optuna_reads(tmp_path, write):
+    import optuna
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    found = search(tmp_path / "s", write(trials=3))
+    storage = JournalStorage(JournalFileBackend(str(tmp_path / "s" / "journal.log")))
+    study = optuna.load_study(study_name="search", storage=storage)
+    assert [trial.params for trial in study.trials] == [values for _, values, _ in found]
+    assert study.best_value == pytest.approx(min(loss for _, _, loss in found))
+
+
+def test_outcomes_are_told_in_order(tmp_path, write):
+    journal = Journal(tmp_path / "s", load_space(str(write())), {})
+    for value in (4, 8):
+        journal.propose({"trainer.learning_rate": 1e-3, "adapter.rank": value, "adapter.dropout": 0.0}, {})
+    with pytest.raises(AssertionError, match="in order"):
+        journal.tell(1, Outcome(COMPLETE, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["toy"], "a config and a search space are needed, found toy"),
+        (["toy", "nosuch"], "no such search space: nosuch"),
+        (["nosuch", "toy"], "no such config"),
+        (["toy", "toy", "trials=many"], "trials=many: a whole number"),
+        (["toy", "toy", "engine=tpe,tpe"], "named twice"),
+        (["toy", "toy", "engine=bayes"], "engine=bayes is unknown"),
+        (["toy", "toy", "seeds=1,a"], "seeds=a: a whole number"),
+        (["toy", "toy", "method=lola"], "lola"),
+        (["toy", "toy", "workers=0"], "workers=0"),
+        (["toy", "toy", "trainer.learning_rate=1"], "the search chooses trainer.learning_rate"),
+        (["toy", "toy", "output=/proc/x"], "output"),
+    ],
+)
+def test_what_is_wrong_on_the_command_line_is_one_line(words, message, monkeypatch, tmp_path):
+    from ba_lora.experiments.search import __main__ as command
+
+    monkeypatch.setattr(sys, "argv", ["search", *words, "--dry-run"])
+    with pytest.raises(UserError, match=message) as error:
+        command.main()
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_package_is_one_line(monkeypatch, write):
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    from ba_lora.experiments.search.journal import import_optuna
+
+    with pytest.raises(UserError, match="needs Optuna, which is not installed: run .venv/bin/pip install"):
+        import_optuna()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="engine nomad needs PyNomadBBO"):
+        open_proposer(load_space(str(write()), typed={"engine": "nomad"}))
+
+
+def test_no_gpu_is_forked():
+    from ba_lora.experiments.executors.warm import WarmExecutor
+
+    with pytest.raises(UserError, match="warm: true is for the CPU"):
+        WarmExecutor([Slot("GPU 0", {}, (Path("gpu.lock"),))])

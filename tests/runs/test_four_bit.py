@@ -1,0 +1,109 @@
+"""4-bit bases for real, on the CPU: QLoRA, QPiSSA and Q-BA-LoRA from config to the exported model."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ba_lora.config.layers import load_run
+from ba_lora.io import read_json, read_jsonl
+from ba_lora.methods.build import build_model
+from ba_lora.models.load import load_model
+from ba_lora.models.pretrained import load_dequantized
+from tests.support.tiny import only_result
+
+NF4 = "model.quantization=nf4"
+
+
+def four_bit_layers(model):
+    from bitsandbytes.nn import Linear4bit
+
+    return [module for module in model.modules() if isinstance(module, Linear4bit)]
+
+
+@pytest.mark.parametrize("method", ["lora", "pissa", "ba_lora"])
+def test_the_merged_model_is_the_one_that_was_trained(train, tmp_path, method):
+    run = train(NF4, method=method)
+    export = only_result(tmp_path / "results")["export"]
+    assert export["max_logit_difference"]["merged"] < 1e-4
+    served = "adapter" if method == "lora" else "lora"
+    # On the unquantised base the same adapter makes another model, which is told.
+    assert export["unquantized_logit_difference"] == export["max_logit_difference"][served] > 1e-3
+
+    config = load_run(run)
+    model, _ = build_model(config, run_path=run, num_steps=3)
+    layers = four_bit_layers(model)
+    assert len(layers) == len(layers_with_adapter(model)) > 0
+    assert all(layer.weight.dtype == torch.uint8 and not layer.weight.requires_grad for layer in layers)
+    if method == "ba_lora":  # the reference is the model at step 0, the 4-bit one
+        first = read_jsonl(run / "log.jsonl")[0]
+        assert first["consistency"] == pytest.approx(0, abs=1e-9) and first["loss"] > 1
+
+
+def layers_with_adapter(model):
+    return [module for module in model.modules() if hasattr(module, "lora_A")]
+
+
+def test_a_resumed_run_has_the_very_weights_of_an_uninterrupted_one(train, monkeypatch):
+    from ba_lora.training.trainer import BALoRATrainer
+
+    whole = train(NF4, name="whole")
+    real = BALoRATrainer.training_step
+    steps = iter(range(1, 100))
+
+    def stop_at_3(self, *args, **kwargs):
+        if next(steps) == 3:
+            raise KeyboardInterrupt
+        return real(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(BALoRATrainer, "training_step", stop_at_3)
+        train(NF4, name="stopped")
+    stopped = train(NF4, name="stopped")
+    assert read_json(stopped / "train.json")["training"]["resumed_from"] == "checkpoint-2"
+    for name in ("adapter/adapter_model.safetensors", "lora/adapter_model.safetensors", "merged/model.safetensors"):
+        assert (stopped / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_the_residual_of_qpissa_is_what_is_quantised(train):
+    """Its 4-bit weights are those of W − B₀A₀, which the factors make W again but for the rounding of 4 bit."""
+    run = train(NF4, "trainer.max_steps=1", method="pissa")
+    config = load_run(run)
+    base = load_model(config.model, quantize=False)
+    residual = load_dequantized(config, source=str(run / "residual"))
+    factors = load_file(run / "initial" / "initial_factors.safetensors")
+    left = "base_model.model.model.layers.0.self_attn.q_proj"
+    product = factors[f"{left}.lora_B.weight"] @ factors[f"{left}.lora_A.weight"]
+    weight = base.model.layers[0].self_attn.q_proj.weight.detach()
+    rounded = residual.model.layers[0].self_attn.q_proj.weight.detach()
+    error = (rounded + product - weight).norm() / (weight - product).norm()
+    plain = load_dequantized(config).model.layers[0].self_attn.q_proj.weight.detach()
+    assert 0.01 < error < 0.15  # NF4's
+    assert (rounded + product - weight).norm() < (plain - weight).norm()  # QPiSSA's claim, of its smaller residual
+
+
+def test_the_pretrained_model_in_4_bit_is_evaluated_as_such(tmp_path, tiny_model, train):
+    import json
+    import subprocess
+    import sys
+
+    from ba_lora.config.schema import to_yaml
+    from ba_lora.experiments.spec import untuned_config
+    from ba_lora.experiments.stages import evaluation_stages
+
+    config = untuned_config(load_run(train(NF4, "eval.tasks=[toy]", "trainer.max_steps=1", method="lora")))
+    run = tmp_path / "untuned"
+    config.output_dir = str(run)
+    run.mkdir()
+    (run / "config.yaml").write_text(to_yaml(config))
+    done = subprocess.run(
+        [sys.executable, "-m", "eval.dequantize"], input=json.dumps(str(run)), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["unquantized_logit_difference"] > 1e-3
+    merged = load_model(config.model, source=str(run / "merged"), quantize=False)
+    four_bit = load_model(config.model)
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        assert merged(input_ids=ids).logits.allclose(four_bit(input_ids=ids).logits, atol=1e-4)
+    (generate, *_) = evaluation_stages([config])
+    assert generate.call.options["model"] == [str(run)]

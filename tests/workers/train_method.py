@@ -1,0 +1,40 @@
+"""Train a method on the tiny model for 4 steps under python or torchrun, without and with BA-LoRA's terms; save them.
+
+train_method.py BASE RUN ACCUMULATION OUT METHOD [METHOD …]     RUN: folder of the runs' first factors
+"""
+
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+
+from ba_lora import BALoRAConfig, BALoRATrainer
+from ba_lora.errors import end_process
+from ba_lora.methods.build import build_model
+from tests.methods.test_methods import CASES, config_of
+from tests.support.tiny import adapter_weights, arguments, collate, tiny_rows
+
+base, run, accumulation, output = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
+torch.set_num_threads(1)
+PartialState(cpu=True)
+found = {}
+for method in sys.argv[5:]:
+    steps = CASES[method].steps
+    torch.manual_seed(1)
+    model, _ = build_model(config_of(method, base), run_path=run / method, num_steps=steps, rows=tiny_rows(24))
+    trainer = BALoRATrainer(
+        model,
+        arguments(
+            Path(tempfile.mkdtemp()), max_steps=steps, learning_rate=1e-3, gradient_accumulation_steps=accumulation
+        ),
+        regularizers=BALoRAConfig(0.5, 0.3, 0.0),
+        train_dataset=tiny_rows(48),
+        data_collator=collate,
+    )
+    trainer.train()
+    found[method] = adapter_weights(model)
+if PartialState().is_main_process:
+    torch.save({"processes": PartialState().num_processes, "weights": found}, output)
+end_process()
