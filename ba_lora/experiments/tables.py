@@ -341,7 +341,7 @@ def _resolve(row: Row, kind: str, words: Sequence[str], tasks: Sequence[str], ty
     if kind == "nlu" and method is None:
         raise UserError(f"a classifier's head is new: there is no {UNTUNED} model to evaluate")
     for word in words:
-        if only_typed(override_layer([str(word)])):
+        if _counts_only_typed(str(word)):
             raise UserError(f"{word} counts only when it is typed: take it out of the table's file")
     spec = Spec.resolve(config_path, method, [*words, *typed], kind=kind)
     if kind == "nlu":  # training scores the run's own dev sets; what is left are the sets out of its domain
@@ -362,6 +362,11 @@ def _resolve(row: Row, kind: str, words: Sequence[str], tasks: Sequence[str], ty
     shown = [f"{key}={str(value).lower() if value is False else value}" for key, value in more.items()]
     spec = _with_defaults(spec, {**more, "eval.tasks": tasks}, shown, [*words, *tasks_words, *typed])
     return _with_own_reference(spec) if kind == "nlg" and spec.config.uses_reference_cache else spec
+
+
+@functools.lru_cache(maxsize=4096)  # the words of a table come again in every row
+def _counts_only_typed(word: str) -> bool:
+    return bool(only_typed(override_layer([word])))
 
 
 def _with_defaults(spec: Spec, values: dict[str, Any], more: Sequence[str], words: Sequence[str]) -> Spec:

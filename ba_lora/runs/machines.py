@@ -155,7 +155,7 @@ class Watch:
 
         self.rank, self.machines = process.process_index, machines
         self.lost_after_s = float(os.environ.get("BA_LORA_LOST_AFTER") or LOST_AFTER_S)
-        self.beat_s = min(5.0, self.lost_after_s / 6)
+        self.beat_s = min(5.0, self.lost_after_s / 12)
         self._changed = dict.fromkeys(range(process.num_processes), time.monotonic())
         self._signs: dict[int, str] = {}
         self._answered = time.monotonic()
@@ -199,7 +199,7 @@ class Watch:
         if now - self._answered > silent_s:
             told, who = "cannot be reached", [f"{self.machines[0]}, which holds the meeting point,"]
         else:
-            silent = [rank for rank, changed in self._changed.items() if now - changed > silent_s]
+            silent = [r for r, changed in self._changed.items() if r != self.rank and now - changed > silent_s]
             told, who = "was lost" if len(silent) == 1 else "were lost", [self._name(rank) for rank in silent]
         if not who:
             return None
@@ -219,14 +219,14 @@ class Watch:
             self._store.set(str(self.rank), f"{ENDED} {why}"[:400])
 
     def cause(self) -> str | None:
-        """Return what has broken a collective operation, after watching the others for a while."""
-        started = time.monotonic()
-        while (waited := time.monotonic() - started) < 4 * self.beat_s:
+        """Return what has broken a collective operation, after watching the others for some of their signs."""
+        deadline = time.monotonic() + max(6 * self.beat_s, 5.0)
+        while time.monotonic() < deadline:
             for rank, sign in self._signs.items():
                 if rank != self.rank and sign.startswith(f"{ENDED} "):
                     return f"{self._name(rank)} has ended: {sign.removeprefix(ENDED).strip()}"
             time.sleep(0.2)
-        return self.lost(waited * 0.9)
+        return self.lost(max(4 * self.beat_s, 3.5))
 
 
 @contextlib.contextmanager
