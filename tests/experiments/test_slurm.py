@@ -186,7 +186,7 @@ def _note(folder, line):
 @pytest.mark.slow
 def test_a_real_training_that_is_told_to_stop_ends_as_without_it(cluster, tiny_model, tmp_path, root):
     """scripts/slurm/submit.sh, two processes: USR1 in the middle, saved, requeued, resumed; the very same weights."""
-    trainer = {"per_device_train_batch_size": 2, "max_steps": 200, "save_steps": 20, "learning_rate": 0.01}
+    trainer = {"per_device_train_batch_size": 2, "max_steps": 80, "save_steps": 10, "learning_rate": 0.01}
     base = {
         "model": {"name": str(tiny_model), "dtype": "float32"},
         "adapter": {"rank": 4, "dropout": 0.1},
@@ -209,15 +209,15 @@ def test_a_real_training_that_is_told_to_stop_ends_as_without_it(cluster, tiny_m
     job = call("slurm/submit.sh", "stopped").split()[-1]
     log = root / "outputs" / "slurm" / f"{job}.log"
     try:
-        cluster.until((tmp_path / "stopped" / "checkpoints" / "checkpoint-20" / "files.json").is_file, seconds=600)
+        cluster.until((tmp_path / "stopped" / "checkpoints" / "checkpoint-10" / "files.json").is_file, seconds=600)
         cluster.ask("scancel", "--batch", "--signal=USR1", job)
         cluster.until((tmp_path / "stopped" / "train.json").is_file, seconds=600)
         cluster.until(lambda: not jobs_in("RUNNING", "PENDING", "COMPLETING"))
         text = log.read_text()
     finally:
         log.unlink(missing_ok=True)
-    steps = [int(step) for step in re.findall(r"told to stop \(USR1\): saved at step (\d+) of 200", text)]
-    assert len(steps) == 1 and f"resumed from step {steps[0]} of 200" in text
+    steps = [int(step) for step in re.findall(r"told to stop \(USR1\): saved at step (\d+) of 80", text)]
+    assert len(steps) == 1 and f"resumed from step {steps[0]} of 80" in text
     call("ba-lora.sh", "whole")
     weights = [load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("stopped", "whole")]
     assert weights[0].keys() == weights[1].keys()
