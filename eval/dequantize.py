@@ -4,8 +4,8 @@
 
 RUN is the folder of the "run" of a pre-trained model (method untuned) with `model.quantization` in its config. Written
 is RUN/merged, its 4-bit weights in `model.dtype`: the function is that of the quantised model, and any engine takes
-it. Printed is {"unquantized_logit_difference"}: the largest |Δ logit| to the unquantised model, on the rows that every
-run's exports are compared on.
+it. Printed is {"unquantized_logit_difference"}: the largest |Δ logit| to the unquantised model, on the first prompts of
+the first task.
 """
 
 import json
@@ -19,15 +19,18 @@ from ba_lora.io import folder_atomic
 from ba_lora.methods.build import probe_logits
 from ba_lora.models.pretrained import load_base, load_dequantized
 from ba_lora.models.tokenizer import load_tokenizer
+from ba_lora.prompts import build_prompt
 from ba_lora.runs.parity import probe_batch
-from data.nlg import load_training_data
+from eval.tasks import get_task
 
 
 def write_dequantized(run_path: Path, config: NLGConfig) -> float:
     """Write merged/ of the pre-trained quantised model; return the largest |Δ logit| to the unquantised one."""
     tokenizer = load_tokenizer(config.model)
-    rows = load_training_data(config.data, tokenizer).dataset
-    probe = probe_batch(rows.select(range(min(2, len(rows)))).to_list(), tokenizer.pad_token_id)
+    task = get_task(config.eval.tasks[0])
+    items, _ = task.load(config.eval.data.get(task.name))
+    prompts = [build_prompt(item.instruction, template=task.template) for item in items[:2]]
+    probe = probe_batch([{"input_ids": tokenizer(prompt)["input_ids"]} for prompt in prompts], tokenizer.pad_token_id)
     logits = probe_logits(load_base(config, quantize=False), probe)
     model = load_dequantized(config)
     model.config.use_cache = True

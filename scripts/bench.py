@@ -6,9 +6,11 @@
 
 Each case (scripts/bench_cases.py, bench_nlu.py) lives in a process of its own, and the cases take turns of one step
 each, so that whatever else the machine does meets all of them alike. The step time is the median over the repeats, the
-memory the process's own maximum (resident on a CPU, allocated on a GPU), and both are given as ratios to stock PiSSA of
-the same turns. One JSON object a case goes to stdout; with spread, hardware and versions it is appended to
-results/bench.csv, and results/bench.png shows the newest row of each case.
+memory the process's own maximum (resident on a CPU, allocated on a GPU). Both are given as ratios to stock PiSSA of the
+same turns (`step_ratio`, `memory_ratio`) and to the fastest PiSSA among them (`best_step_ratio`, `best_memory_ratio`):
+stock PiSSA makes logits at every position, which a careful user avoids. One JSON object a case goes to stdout; with
+spread, hardware and versions it is appended to results/bench.csv, and results/bench.png shows the newest row of each
+case.
 
 Cases that take turns hold their weights at once. On a CPU all of them do; on a GPU, where a 7B case needs 19 GB before
 activations and `official` 32, one case and stock PiSSA at a time (--together changes either). Every group has a stock
@@ -17,8 +19,9 @@ different groups are compared by these ratios only. On a GPU a step begins with 
 alike: what a process kept for its next step would be missing in the other's.
 
 A step is what transformers' Trainer does from one optimizer step to the next: rows, forward, backward, clipping, AdamW.
-`floor_ratio` is the ratio by operation counts only: of the matrix products that no implementation of the case can
-leave out. A measured ratio can lie below it, since stock PiSSA also pays for passes over all logits.
+`floor_ratio` and `best_floor_ratio` are these ratios by operation counts only: of the matrix products that no
+implementation of the case can leave out. A measured ratio can lie below it, since stock PiSSA also pays for passes over
+all logits.
 """
 
 import argparse
@@ -49,10 +52,11 @@ SHAPES = bench_cases.SHAPES | bench_nlu.SHAPES
 
 PRINTED = (
     "case", "device", "shape", "vocab", "step_s", "tokens_per_s", "peak_mb", "step_ratio", "memory_ratio",
+    "best_step_ratio", "best_memory_ratio",
 )  # fmt: skip
 STORED = (
-    *PRINTED, "floor_ratio", "repeats", "step_s_min", "step_s_quartiles", "attention", "threads", "hardware",
-    "versions", "commit", "dirty", "finished_at",
+    *PRINTED, "floor_ratio", "best_floor_ratio", "repeats", "step_s_min", "step_s_quartiles", "attention", "threads",
+    "hardware", "versions", "commit", "dirty", "finished_at",
 )  # fmt: skip
 
 
@@ -83,7 +87,7 @@ def main() -> None:
     settings = {"repeats": options.repeats, "warmup": options.warmup}
     for vocabulary in options.vocab or shape.vocabularies:
         with tempfile.TemporaryDirectory(prefix="ba-lora-bench-") as folder:  # the groups share a reference cache
-            for group in grouped(cases, together):
+            for group in grouped(cases, together, kind(options.shape).PISSA):
                 rows = measure(group, options.shape, vocabulary, options.device, Path(folder), **settings)
                 for row in rows:
                     print(json.dumps({key: row[key] for key in PRINTED}), flush=True)
@@ -99,10 +103,12 @@ def kind(shape_name: str) -> ModuleType:
 # ---- taking turns ----
 
 
-def grouped(cases: Sequence[str], together: int) -> list[list[str]]:
-    """Return the cases in their order, `together` to a group, each group behind a stock PiSSA of its own."""
-    others = [case for case in cases if case != STOCK]
-    return [[STOCK, *others[start : start + together]] for start in range(0, max(len(others), 1), together)]
+def grouped(cases: Sequence[str], together: int, pissa: Sequence[str]) -> list[list[str]]:
+    """Return the cases in their order, `together` to a group, each group behind PiSSAs of its own: stock PiSSA, and
+    those of `pissa` that are asked for."""
+    bases = [case for case in pissa if case == STOCK or case in cases]
+    others = [case for case in cases if case not in bases]
+    return [[*bases, *others[start : start + together]] for start in range(0, max(len(others), 1), together)]
 
 
 def measure(
@@ -150,9 +156,18 @@ def measure(
             process.terminate()
             process.join()
 
+    medians = {case: statistics.median(of_case) for case, of_case in seconds.items()}
+    best = min((case for case in kind(shape_name).PISSA if case in cases), key=medians.__getitem__)
+
+    def ratios(prefix: str, case: str, base: str) -> dict[str, float]:
+        return {
+            f"{prefix}step_ratio": round(medians[case] / medians[base], 4),
+            f"{prefix}memory_ratio": round(reports[case]["peak_mb"] / reports[base]["peak_mb"], 4),
+            f"{prefix}floor_ratio": round(operations(case, shape, vocabulary) / operations(base, shape, vocabulary), 4),
+        }
+
     def row(case: str) -> dict[str, Any]:
-        step_s, stock_s = statistics.median(seconds[case]), statistics.median(seconds[STOCK])
-        report, stock = reports[case], reports[STOCK]
+        step_s, report = medians[case], reports[case]
         low, _, high = statistics.quantiles(seconds[case], n=4) if repeats > 1 else (step_s,) * 3
         return {
             "case": case,
@@ -162,9 +177,8 @@ def measure(
             "step_s": round(step_s, 4),
             "tokens_per_s": round(report["tokens"] / step_s, 1),
             "peak_mb": round(report["peak_mb"], 1),
-            "step_ratio": round(step_s / stock_s, 4),
-            "memory_ratio": round(report["peak_mb"] / stock["peak_mb"], 4),
-            "floor_ratio": round(operations(case, shape, vocabulary) / operations(STOCK, shape, vocabulary), 4),
+            **ratios("", case, STOCK),
+            **ratios("best_", case, best),
             "repeats": repeats,
             "step_s_min": round(min(seconds[case]), 4),
             "step_s_quartiles": f"{low:.4f} {high:.4f}",

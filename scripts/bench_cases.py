@@ -1,7 +1,10 @@
 """What scripts/bench.py measures of NLG: a Llama of random weights, the cases' trainers, their count of operations.
 
     pissa        Trainer + PEFT as anyone would write them: the floor of what BA-LoRA adds to
-    lora         the same without PiSSA's initialisation
+    pissa_fused  PiSSA under our fused loss with every λ 0: no logits are kept, none made where there is no label
+    pissa_cce    Trainer + PEFT with the loss of the package cut-cross-entropy (its kernels on CUDA, its torch.compile
+                 form on a CPU); left out where the package is not installed
+    lora         pissa without PiSSA's initialisation
     official     the official recipe's arithmetic, rewritten from its description: a second full model, the logits of
                  both at all positions, KL and entropy over all of them, torch.svd_lowrank of the logits
     plain        BALoRATrainer (paper2024), loss by way of the logits of the response positions
@@ -29,8 +32,9 @@ if TYPE_CHECKING:
 
     from ba_lora.objective.reference_cache.store import CachedReference
 
+PISSA = ("pissa", "pissa_fused", "pissa_cce")  # the fastest of a group is its best PiSSA
 CASES = (
-    "pissa", "lora", "official", "plain", "fused", "fused_cache", "fused_no_svd", "fused_cache_no_svd", "padded",
+    *PISSA, "lora", "official", "plain", "fused", "fused_cache", "fused_no_svd", "fused_cache_no_svd", "padded",
     "packed",
 )  # fmt: skip
 WITHOUT_SVD = ("fused_no_svd", "fused_cache_no_svd")
@@ -55,7 +59,8 @@ class Shape:
     init: str = "pissa"
     dtype: str = "float32"
     checkpointing: bool = False
-    cases: tuple[str, ...] = tuple(case for case in CASES if case not in WITHOUT_SVD)  # unless others are asked for
+    # unless others are asked for
+    cases: tuple[str, ...] = tuple(case for case in CASES if case not in (*WITHOUT_SVD, "pissa_cce"))
 
     def lengths(self, case: str) -> list[int]:
         """Return the tokens of each row of a micro-batch; every micro-batch has the same ones.
@@ -74,7 +79,7 @@ SHAPES = {
     "default": Shape((32_000, 128_000), 512, 6, 8, 1376, batch=4, length=256, response=176, rank=64),
     "llama2-7b": Shape(
         (32_000,), 4096, 32, 32, 11008, batch=16, length=512, response=352, rank=128, init="pissa_niter_16",
-        dtype="bfloat16", checkpointing=True, cases=CASES,
+        dtype="bfloat16", checkpointing=True, cases=tuple(case for case in CASES if case != "pissa_cce"),
     ),
     "toy": Shape((512,), 64, 2, 2, 96, batch=2, length=32, response=22, rank=4),
 }  # fmt: skip
@@ -115,14 +120,18 @@ def build_trainer(case: str, shape: Shape, vocabulary: int, device: str, folder:
         gradient_checkpointing_kwargs={"use_reentrant": False} if shape.checkpointing else None,
     )
     data = {"train_dataset": rows, "data_collator": PackingCollator() if case == "packed" else _padded}
+    if case == "pissa_cce":
+        return _cce_trainer(device)(model, arguments, **data)
     if case in ("pissa", "lora"):
         return Trainer(model, arguments, **data)
     if case == "official":
         return _official_trainer(pretrained)(model, arguments, **data)
+    left_out = {"pissa_fused": ("consistency", "diversity", "svd")} | dict.fromkeys(WITHOUT_SVD, ("svd",))
+    weights = {f"lambda_{term}": 0.0 for term in left_out.get(case, ())}
     return BALoRATrainer(
         model,
         arguments,
-        regularizers=BALoRAConfig(gradient_every=None, **({"lambda_svd": 0.0} if case in WITHOUT_SVD else {})),
+        regularizers=BALoRAConfig(gradient_every=None, **weights),
         loss=LossConfig(implementation="plain" if case == "plain" else "fused"),
         reference=_cache(folder, shape, vocabulary, rows) if case in FILLED_BEFORE else None,
         **data,
@@ -261,6 +270,38 @@ def _official_trainer(pretrained: "torch.nn.Module") -> type["Trainer"]:
     return OfficialTrainer
 
 
+def _cce_trainer(device: str) -> type["Trainer"]:
+    """Return a Trainer whose loss is cut-cross-entropy's (Wijmans et al. 2024, arXiv 2411.09009)."""
+    from transformers import Trainer
+
+    from ba_lora.errors import UserError
+
+    try:
+        from cut_cross_entropy import linear_cross_entropy
+    except ImportError as error:
+        raise UserError(
+            f"case pissa_cce needs the package cut-cross-entropy ({error}): pip install cut-cross-entropy==25.1.1"
+        ) from error
+
+    class CCETrainer(Trainer):
+        def compute_loss(
+            self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+        ) -> Any:
+            llama = self.accelerator.unwrap_model(model).get_base_model()
+            hidden_BTD = llama.model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])[0]
+            total = linear_cross_entropy(
+                hidden_BTD,
+                llama.lm_head.weight,
+                inputs["labels"],
+                shift=True,
+                reduction="sum",
+                impl="cce" if device == "cuda" else "torch_compile",
+            )
+            return total / num_items_in_batch
+
+    return CCETrainer
+
+
 def operations(case: str, shape: Shape, vocabulary: int) -> float:
     """Return the multiply-adds of a step's matrix products: what no implementation of the case can leave out.
 
@@ -282,6 +323,6 @@ def operations(case: str, shape: Shape, vocabulary: int) -> float:
         return step + 2 * tokens * head
     if case == "official":
         return step + tokens * frozen + 3 * tokens * head
-    if case in FILLED_BEFORE:
+    if case in (*FILLED_BEFORE, "pissa_fused", "pissa_cce"):
         return step + 2 * positions * head
     return step + forward + 3 * positions * head

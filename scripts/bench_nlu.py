@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import Trainer
 
-CASES = ("pissa", "lora", "ba_lora", "ba_lora_cache", "ba_lora_pooled")
+PISSA = ("pissa",)
+CASES = (*PISSA, "lora", "ba_lora", "ba_lora_cache", "ba_lora_pooled")
 FILLED_BEFORE: tuple[str, ...] = ()  # the trainer fills its cache itself, before its first step
 
 

@@ -4,17 +4,26 @@
 #     sh scripts/test.sh                        the default suite by two workers, about 20 minutes on 2 cores
 #     sh scripts/test.sh slow                   everything, one test at a time: some measure time
 #     sh scripts/test.sh slow --slow-minutes=25    slow tests only, from the day's place on, for so many minutes
+#     sh scripts/test.sh gpu                    the checks of a CUDA machine, with a table of their figures
 #     sh scripts/test.sh tests/eval/test_score.py    further arguments go to pytest (paths count from the repository's root)
 set -eu
 cd -- "$(dirname -- "$0")/.."
 
-MARKS="not slow"
+MARKS="not slow and not gpu"
 WORKERS=2
-if [ "${1:-}" = slow ]; then
-    MARKS=""
+case "${1:-}" in
+slow)
+    MARKS="not gpu"
     WORKERS=0
     shift
-fi
+    ;;
+gpu)
+    MARKS=gpu
+    WORKERS=0
+    shift
+    set -- tests/gpu "$@"
+    ;;
+esac
 
 sh scripts/setup.sh
 

@@ -64,7 +64,7 @@ def test_every_command_is_of_a_kind_that_is_tested_here():
     assert len(HARNESS) == 4 and len(REPORT) == 1 and len(SITE) == 3
     tested = {*LAUNCHES, *BY_HAND, *NLU, *TRAIN_NLU, *REPRODUCE, *OF_RUNS, *SCORE, *GENERATE, *REPORT, *BENCH}
     tested |= {*OVER_SEEDS, *HARNESS, *SITE, *JUDGE, *SUBMIT}
-    left = ["sh scripts/slurm/install.sh", "sh scripts/test.sh", "sh scripts/test.sh slow"]
+    left = ["sh scripts/slurm/install.sh", *(f"sh scripts/test.sh{word}" for word in ("", " gpu", " slow"))]
     assert len(SUBMIT) == 1 and sorted({*COMMANDS} - tested) == left
 
 
