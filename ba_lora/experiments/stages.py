@@ -123,6 +123,9 @@ def launch_command(environ: Mapping[str, str], *, num_gpus: int | None = None) -
         command += ["--num_machines", str(num_machines)]
         command += ["--machine_rank", str(whole_number(environ, "MACHINE_RANK", 0))]
         command += ["--main_process_ip", environ["MASTER_ADDR"]]
+        if restarts := whole_number(environ, "MAX_RESTARTS", 0):
+            is_first = str(environ["MACHINE_RANK"] == "0").lower()
+            command += ["--max_restarts", str(restarts), "--rdzv_backend", "c10d", "--rdzv_conf", f"is_host={is_first}"]
     # on one machine 0 takes any free port, so that two runs there do not meet
     command += ["--main_process_port", str(whole_number(environ, "MASTER_PORT", 0))]
     return command

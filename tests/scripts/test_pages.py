@@ -36,6 +36,7 @@ OF_EXAMPLES = [line for line in LAUNCHES if "z_loss" in line or "lora_attention"
 DRY = [line for line in LAUNCHES if line not in OF_EXAMPLES]
 BY_HAND = [line for line in COMMANDS if "outputs/by-hand" in line]
 NLU = [line for line in COMMANDS if "scripts/nlu.sh" in line]
+SUBMIT = [line for line in COMMANDS if "scripts/slurm/submit.sh" in line]
 TRAIN_NLU = [line for line in COMMANDS if "train_nlu.py" in line]
 SEARCH = [line for line in COMMANDS if "scripts/search.sh" in line]
 REPRODUCE = [line for line in COMMANDS if "scripts/reproduce.sh" in line]
@@ -75,7 +76,9 @@ def test_every_command_is_of_a_kind_that_is_tested_here():
     assert len(PAGE) == 2 and len(CHAT) == 1 and len(INSPECT) == 4 and len(SEARCH) >= 4
     tested = {*LAUNCHES, *BY_HAND, *NLU, *TRAIN_NLU, *REPRODUCE, *OF_RUNS, *SCORE, *GENERATE, *REPORT, *BENCH}
     tested |= {*OVER_SEEDS, *HARNESS, *SITE, *JUDGE, *SHOW, *CONVERT, *EVAL_OWN, *PAGE, *CHAT, *INSPECT, *SEARCH}
-    assert sorted({*COMMANDS} - tested) == ["sh scripts/test.sh", "sh scripts/test.sh gpu", "sh scripts/test.sh slow"]
+    tested |= {*SUBMIT}
+    left = ["sh scripts/slurm/install.sh", *(f"sh scripts/test.sh{word}" for word in ("", " gpu", " slow"))]
+    assert len(SUBMIT) == 1 and sorted({*COMMANDS} - tested) == left
 
 
 def test_no_command_hides_in_a_block_of_another_kind():
@@ -128,6 +131,23 @@ def test_every_launch_resolves_to_its_commands(line, dry_run):
     training, *evaluation = [shlex.split(printed) for printed in dry_run(line).splitlines()]
     assert "train_nlg.py" in training and (len(evaluation) >= 2 or "eval.tasks=[]" in line)
     assert ("accelerate.commands.launch" in training) == ("NUM_MACHINES" in line)
+
+
+@pytest.mark.parametrize("line", SUBMIT)
+def test_every_submission_is_a_run_and_a_job(line, dry_run, tmp_path):
+    """What it checks before it asks sbatch, and what sbatch is given."""
+    words = line[line.index("sh scripts") :].replace("slurm/submit.sh", "ba-lora.sh")
+    assert "train_nlg.py" in dry_run(words)
+    (tmp_path / "sbatch").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    (tmp_path / "sbatch").chmod(0o755)
+    text = (ROOT / "scripts/slurm/submit.sh").read_text().replace('sh "$ROOT/scripts/ba-lora.sh"', ": sh")
+    script = tmp_path / "repository" / "scripts" / "slurm" / "submit.sh"
+    script.parent.mkdir(parents=True)
+    script.write_text(text)
+    done = shell(f"PATH={tmp_path}:$PATH; " + line.replace("scripts/slurm/submit.sh", str(script)))
+    given = done.stdout.splitlines()
+    assert given[:2] == ["--nodes=2", "--gpus-per-node=8"] and given[-2:] == shlex.split(line)[-2:]
+    assert given[-3].endswith("scripts/slurm/train.sbatch") and (ROOT / "scripts/slurm/train.sbatch").is_file()
 
 
 @pytest.mark.parametrize("line", NLU)
