@@ -3,7 +3,7 @@
     python -m eval.report.search FOLDER [FOLDER …] [output=DIR]
 
 FOLDER is a search's (sh scripts/search.sh), of which trials.json is read. Written there: report.md, and as figures the
-best value by trial, Optuna's importances (PED-ANOVA), slices and parallel coordinates. With `output`, also what tells
+best value by trial, Optuna's importances (fANOVA), slices and parallel coordinates. With `output`, also what tells
 the engines apart, there: engines.md, engines.json, engines.png and .pdf.
 """
 
@@ -74,7 +74,7 @@ def study_of(search: SearchTrials) -> "optuna.Study":
 
 
 def importances(search: SearchTrials) -> dict[str, float]:
-    """Return how much of the value each parameter decides, by PED-ANOVA (arXiv 2304.10255), which sums to 1; {} for
+    """Return how much of the value each parameter decides, by fANOVA (Hutter et al., ICML 2014), which sums to 1; {} for
     fewer than 4 whole trials, or where all have one value."""
     values = {trial["value"] for trial in search.whole}
     if len(search.whole) < 4 or len(values) < 2:
@@ -83,7 +83,7 @@ def importances(search: SearchTrials) -> dict[str, float]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return optuna.importance.get_param_importances(
-            study_of(search), evaluator=optuna.importance.PedAnovaImportanceEvaluator()
+            study_of(search), evaluator=optuna.importance.FanovaImportanceEvaluator(seed=0)
         )
 
 
@@ -116,7 +116,7 @@ def _page(search: SearchTrials, found: dict[str, float]) -> str:
     if found:
         lines += ["", "## What mattered", "", "| parameter | importance |", "| --- | --- |"]
         lines += [f"| {name} | {share:.2f} |" for name, share in found.items()]
-        lines += ["", "By PED-ANOVA, over the whole trials. With few trials it is a hint, not a measurement."]
+        lines += ["", "By fANOVA, over the whole trials. With few trials it is a hint, not a measurement."]
         lines += [
             "",
             *(f"![{name}](figures/{name}.png)" for name in ("history", "importances", "slice", "parallel_coordinates")),

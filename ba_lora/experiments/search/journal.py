@@ -109,13 +109,12 @@ class Journal:
             storage.set_trial_state_values(trial_id, state, values)
         self.trials[number].outcome = outcome
 
-    def study(self, upto: int | None = None, *, sampler: Any = None) -> "optuna.Study":
-        """Return the first `upto` trials' outcomes (all those told) in a study in memory, with the proposals after them
-        as running trials."""
-        upto = self.told if upto is None else upto
+    def study(self, *, sampler: Any) -> "optuna.Study":
+        """Return a study in memory: the trials up to the first that is not told, and those after them as running."""
+        told = self.told
         study = self._optuna.create_study(direction="minimize", sampler=sampler)
         for trial in self.trials:
-            study.add_trial(self._frozen(trial, known=trial.number < upto))
+            study.add_trial(self._frozen(trial, known=trial.number < told))
         return study
 
     def is_pruned(self, number: int, evaluations: Mapping[int, float], *, upto: int) -> bool:
