@@ -48,7 +48,7 @@ def test_an_interrupted_command_says_so_below_its_progress_bar(resumes, said, mo
     assert printed.splitlines() == ["step 3: 12 %", said]
     log = tmp_path / "train.log"
     log.write_text(printed + "resource_tracker: cleaned up at the end\n", encoding="utf-8")
-    found = grid_state._error(StageFailure(Stage("train", Call("train_nlg.py"), ()), 130, log))
+    found = grid_state.stage_error(StageFailure(Stage("train", Call("train_nlg.py"), ()), 130, log))
     assert found == said.removeprefix("error: ")
 
 
