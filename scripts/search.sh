@@ -1,10 +1,10 @@
 #!/bin/sh
-# Rerun a table or figure of configs/tables: what is missing is trained and evaluated, then the report is written.
+# Search for hyper-parameters: trials of a space on held-out rows, then a report and the best config.
 #
-#     sh scripts/reproduce.sh TABLE [--dry-run] [key=value …]       e.g. toy, nlg_main, ablation
+#     sh scripts/search.sh CONFIG SPACE [--dry-run] [key=value …]       e.g. toy toy, llama-2-7b tuned method=lora
 #
-# --dry-run prints the runs, which are done, time and disk. The same command goes on after Ctrl-C or a crash; see
-# ba_lora/experiments/grid.py for retry=true, workers=N, gpus=N, seeds=[…], only=….
+# SPACE: a file of configs/search. The same command goes on after Ctrl-C or kill -9; see
+# ba_lora/experiments/search/main.py for engine=…, search_seed=…, trials=N, workers=N, gpus=N, output=DIR.
 set -eu
 ROOT=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
 BA_LORA_FOLDER=${BA_LORA_FOLDER:-$PWD} # relative paths count from here
@@ -12,4 +12,4 @@ export BA_LORA_FOLDER
 sh "$ROOT/scripts/setup.sh"
 cd "$ROOT"
 export PATH="$ROOT/.venv/bin:$PATH"
-exec "$ROOT/.venv/bin/python" -m ba_lora.experiments.search "$@"
+exec "$ROOT/.venv/bin/python" -m ba_lora.experiments.search.main "$@"

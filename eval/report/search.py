@@ -3,7 +3,7 @@
     python -m eval.report.search FOLDER [FOLDER …] [output=DIR]
 
 FOLDER is a search's (sh scripts/search.sh), of which trials.json is read. Written there: report.md, and as figures the
-best value by trial, Optuna's importances (PED-ANOVA), slices and parallel coordinates. With `output`, also what tells
+best value by trial, Optuna's importances (fANOVA), slices and parallel coordinates. With `output`, also what tells
 the engines apart, there: engines.md, engines.json, engines.png and .pdf.
 """
 
@@ -22,7 +22,7 @@ from ba_lora.io import write_bytes_atomic, write_json_atomic, write_text_atomic
 from ba_lora.paths import written_path
 from ba_lora.words import take_options
 from eval.report.search_figures import comparison_figure, search_figures
-from eval.report.search_trials import Found, read_search, short_names
+from eval.report.search_trials import SearchTrials, read_search, short_names
 
 if TYPE_CHECKING:
     import optuna
@@ -54,7 +54,7 @@ def main() -> int:
     return 0
 
 
-def study_of(search: Found) -> "optuna.Study":
+def study_of(search: SearchTrials) -> "optuna.Study":
     """Return the trials, with the objective's own values, as Optuna's functions read them."""
     optuna = import_optuna()
     short = short_names([parameter["key"] for parameter in search.space["parameters"]])
@@ -73,8 +73,8 @@ def study_of(search: Found) -> "optuna.Study":
     return study
 
 
-def importances(search: Found) -> dict[str, float]:
-    """Return how much of the value each parameter decides, by PED-ANOVA (arXiv 2304.10255), which sums to 1; {} for
+def importances(search: SearchTrials) -> dict[str, float]:
+    """Return how much of the value each parameter decides, by fANOVA (Hutter et al., ICML 2014), which sums to 1; {} for
     fewer than 4 whole trials, or where all have one value."""
     values = {trial["value"] for trial in search.whole}
     if len(search.whole) < 4 or len(values) < 2:
@@ -83,14 +83,14 @@ def importances(search: Found) -> dict[str, float]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return optuna.importance.get_param_importances(
-            study_of(search), evaluator=optuna.importance.PedAnovaImportanceEvaluator()
+            study_of(search), evaluator=optuna.importance.FanovaImportanceEvaluator(seed=0)
         )
 
 
 # ---- one search
 
 
-def write_search_report(search: Found) -> None:
+def write_search_report(search: SearchTrials) -> None:
     """Write a search's page and figures into its folder."""
     found = importances(search)
     for name, content in search_figures(search, found).items():
@@ -98,7 +98,7 @@ def write_search_report(search: Found) -> None:
     write_text_atomic(search.folder / "report.md", _page(search, found))
 
 
-def _page(search: Found, found: dict[str, float]) -> str:
+def _page(search: SearchTrials, found: dict[str, float]) -> str:
     space, best, objective = search.space, search.best, search.space["objective"]
     lines = [f"# {search.facts['title']}", ""]
     seeds = ", ".join(map(str, space["seeds"]))
@@ -116,7 +116,7 @@ def _page(search: Found, found: dict[str, float]) -> str:
     if found:
         lines += ["", "## What mattered", "", "| parameter | importance |", "| --- | --- |"]
         lines += [f"| {name} | {share:.2f} |" for name, share in found.items()]
-        lines += ["", "By PED-ANOVA, over the whole trials. With few trials it is a hint, not a measurement."]
+        lines += ["", "By fANOVA, over the whole trials. With few trials it is a hint, not a measurement."]
         lines += [
             "",
             *(f"![{name}](figures/{name}.png)" for name in ("history", "importances", "slice", "parallel_coordinates")),
@@ -141,7 +141,7 @@ def _shown(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _cost(search: Found) -> list[str]:
+def _cost(search: SearchTrials) -> list[str]:
     seconds = [trial["seconds"] for trial in search.trials if trial.get("seconds") is not None]
     memory = [
         run["peak_memory_mb"] for trial in search.trials for run in trial.get("runs", []) if run["peak_memory_mb"]
@@ -168,7 +168,7 @@ def _cost(search: Found) -> list[str]:
 # ---- several
 
 
-def write_comparison(searches: Sequence[Found], folder: Path) -> None:
+def write_comparison(searches: Sequence[SearchTrials], folder: Path) -> None:
     """Write what tells the engines apart. Raises UserError where the searches are not of one space and budget."""
     first = searches[0].space
     for search in searches[1:]:
@@ -190,7 +190,7 @@ def write_comparison(searches: Sequence[Found], folder: Path) -> None:
     write_text_atomic(folder / "engines.md", _comparison_page(searches, facts, differences))
 
 
-def _engine(found: Sequence[Found]) -> dict[str, Any]:
+def _engine(found: Sequence[SearchTrials]) -> dict[str, Any]:
     curves = [search.best_so_far() for search in found]
     length = min(map(len, curves))
     finals = [curve[-1] for curve in curves]
@@ -207,7 +207,7 @@ def _engine(found: Sequence[Found]) -> dict[str, Any]:
     }
 
 
-def _differences(groups: dict[str, list[Found]]) -> list[dict[str, Any]]:
+def _differences(groups: dict[str, list[SearchTrials]]) -> list[dict[str, Any]]:
     """Return, for each pair of engines, the difference of the mean best value, with Welch's 95 % interval where each
     has at least two searches."""
     from scipy.stats import ttest_ind
@@ -226,7 +226,7 @@ def _differences(groups: dict[str, list[Found]]) -> list[dict[str, Any]]:
     return found
 
 
-def _comparison_page(searches: Sequence[Found], facts: dict[str, Any], differences: list[dict[str, Any]]) -> str:
+def _comparison_page(searches: Sequence[SearchTrials], facts: dict[str, Any], differences: list[dict[str, Any]]) -> str:
     space = searches[0].space
     objective, better = space["objective"], "higher" if searches[0].maximise else "lower"
     lines = [f"# {searches[0].facts['title']}: engines", ""]

@@ -10,13 +10,13 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 
 from ba_lora.experiments.search.journal import PRUNED
-from eval.report.search_trials import Found, short_names
+from eval.report.search_trials import SearchTrials, short_names
 from eval.report.style import RC, add_legend, as_files, line_handle, panel_grid, style_of
 
 COLOURS = "viridis"
 
 
-def search_figures(search: Found, importances: Mapping[str, float]) -> dict[str, bytes]:
+def search_figures(search: SearchTrials, importances: Mapping[str, float]) -> dict[str, bytes]:
     """Return each figure's PNG; {} where there are no importances, which need a few whole trials."""
     if not importances:
         return {}
@@ -41,11 +41,11 @@ def search_figures(search: Found, importances: Mapping[str, float]) -> dict[str,
     return files
 
 
-def _objective(search: Found) -> str:
+def _objective(search: SearchTrials) -> str:
     return search.space["objective"].replace("_", " ")
 
 
-def _history(axis: Axes, search: Found) -> None:
+def _history(axis: Axes, search: SearchTrials) -> None:
     whole, style = search.whole, style_of(0)
     axis.plot([t["number"] + 1 for t in whole], [t["value"] for t in whole], "o", ms=3, color="0.6", label="a trial")
     pruned = [t for t in search.trials if t["status"] == PRUNED and t["value"] is not None]
@@ -60,7 +60,7 @@ def _history(axis: Axes, search: Found) -> None:
     axis.legend()
 
 
-def _slice(axis: Axes, search: Found, parameter: Mapping[str, Any]) -> None:
+def _slice(axis: Axes, search: SearchTrials, parameter: Mapping[str, Any]) -> None:
     """The value against one parameter; later trials are darker."""
     whole, key = search.whole, parameter["key"]
     places = [_place(parameter, trial["values"][key]) for trial in whole]
@@ -78,7 +78,7 @@ def _place(parameter: Mapping[str, Any], value: Any) -> float:
     return parameter["choices"].index(value) if parameter["kind"] == "choice" else value
 
 
-def _parallel_coordinates(canvas: Any, axis: Axes, search: Found) -> None:
+def _parallel_coordinates(canvas: Any, axis: Axes, search: SearchTrials) -> None:
     """A line a trial over all parameters, each from its low end (bottom) to its high one; the best are drawn last."""
     from ba_lora.experiments.search.space import Parameter
 
@@ -108,7 +108,7 @@ def _end(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def comparison_figure(groups: Mapping[str, Sequence[Found]]) -> dict[str, bytes]:
+def comparison_figure(groups: Mapping[str, Sequence[SearchTrials]]) -> dict[str, bytes]:
     """Return the best value so far by trial: each search thin, the mean of each engine thick; as png and pdf."""
     with matplotlib.rc_context(RC):
         canvas, (axis,) = panel_grid(1, across=1, panel_width=4.6, panel_height=3.0)

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from ba_lora.errors import UserError
+from ba_lora.experiments.search.best import TRIALS
 from ba_lora.experiments.search.journal import COMPLETE
-from ba_lora.experiments.search.outcome import TRIALS
 from ba_lora.io import read_object
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchTrials:
     """A search as its trials.json tells it."""
 
     folder: Path
@@ -50,12 +50,12 @@ class Found:
         return found
 
 
-def read_search(folder: Path) -> Found:
+def read_search(folder: Path) -> SearchTrials:
     """Return a search. Raises UserError where the folder is none's, or its trials.json is damaged."""
     facts = read_object(folder / TRIALS)
     if facts is None or not {"title", "space", "trials", "best"} <= facts.keys():
         raise UserError(f"{folder / TRIALS} is not there or damaged: sh scripts/search.sh writes it at a search's end")
-    return Found(folder, facts)
+    return SearchTrials(folder, facts)
 
 
 def short_names(keys: Sequence[str]) -> dict[str, str]:

@@ -13,12 +13,12 @@ import pytest
 import yaml
 
 from ba_lora.errors import UserError
-from ba_lora.experiments.executors.local import LocalExecutor, Slot
+from ba_lora.experiments.executors.base import Slot
+from ba_lora.experiments.executors.local import LocalExecutor
 from ba_lora.experiments.search import loop
 from ba_lora.experiments.search.journal import COMPLETE, FAILED, PRUNED, Journal, Outcome
-from ba_lora.experiments.search.loop import Search
+from ba_lora.experiments.search.loop import Search, open_proposer
 from ba_lora.experiments.search.outcome import write_outcome
-from ba_lora.experiments.search.proposers import open_proposer
 from ba_lora.experiments.search.space import load_space
 from ba_lora.experiments.search.trials import TrialRuns
 from tests.conftest import ROOT
@@ -281,7 +281,7 @@ def test_outcomes_are_told_in_order(tmp_path, write):
     ],
 )
 def test_what_is_wrong_on_the_command_line_is_one_line(words, message, monkeypatch, tmp_path):
-    from ba_lora.experiments.search import __main__ as command
+    from ba_lora.experiments.search import main as command
 
     monkeypatch.setattr(sys, "argv", ["search", *words, "--dry-run"])
     with pytest.raises(UserError, match=message) as error:
@@ -300,8 +300,79 @@ def test_a_missing_package_is_one_line(monkeypatch, write):
         open_proposer(load_space(str(write()), typed={"engine": "nomad"}))
 
 
+def test_the_page_tells_what_the_committed_comparison_found():
+    facts = json.loads((ROOT / "results" / "search_toy" / "engines.json").read_text())
+    page = (ROOT / "docs" / "search.md").read_text()
+    for engine, one in facts["engines"].items():
+        each = ", ".join(f"{value:.4f}" for value in one["best"])
+        assert f"| {engine} | {one['mean_best']:.4f} ± {one['sd_best']:.4f} | {each} |" in page
+    assert all(entry["interval"][0] < 0 < entry["interval"][1] for entry in facts["differences"])  # no engine wins
+    for engine, one in facts["engines"].items():
+        for seed, best in zip(one["search_seeds"], one["best"], strict=True):
+            with open(ROOT / "results" / "search_toy" / f"{engine}-s{seed}" / "trials.csv") as file:
+                assert min(float(row["heldout_loss"]) for row in csv.DictReader(file)) == best
+
+
 def test_no_gpu_is_forked():
     from ba_lora.experiments.executors.warm import WarmExecutor
 
     with pytest.raises(UserError, match="warm: true is for the CPU"):
         WarmExecutor([Slot("GPU 0", {}, (Path("gpu.lock"),))])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["tpe", "nomad"])
+def test_real_trainings_killed_and_resumed_have_the_values_of_those_that_were_not(tmp_path, engine):
+    """The space of configs/search/toy.yaml, forked from a warm process."""
+
+    def start(name):
+        words = ["toy", "toy", "trials=3", f"engine={engine}", "workers=1", f"output={tmp_path / name}"]
+        command = [sys.executable, "-m", "ba_lora.experiments.search.main", *words]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+
+    whole = start("whole")
+    assert whole.wait() == 0, whole.stdout.read()
+    killed = start("killed")
+    while not (tmp_path / "killed" / f"{engine}-s0" / "trials" / "t0001-s42" / "config.yaml").is_file():
+        assert killed.poll() is None, killed.stdout.read()
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    resumed = start("killed")
+    assert resumed.wait() == 0, resumed.stdout.read()
+    one, other = (
+        json.loads((tmp_path / name / f"{engine}-s0" / "trials.json").read_text())["trials"]
+        for name in ("whole", "killed")
+    )
+    assert [(trial["values"], trial["value"]) for trial in one] == [
+        (trial["values"], trial["value"]) for trial in other
+    ]
+
+
+@pytest.mark.slow
+def test_accuracy_on_held_out_rows_is_generated_and_scored(tmp_path):
+    """A real training, which is then asked for the answers of rows that the toy's own generator has made."""
+    from data.toy import generate_problems
+
+    rows = generate_problems(num_rows=12, seed=9, split="finetune")
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    space = {
+        "title": "accuracy",
+        "engine": "random",
+        "trials": 1,
+        "objective": "heldout_accuracy",
+        "overrides": ["data.num_rows=960", "trainer.num_train_epochs=1", "trainer.save_strategy=no", "eval.engine=hf"],
+        "parameters": {"trainer.learning_rate": {"float": [1e-3, 1e-2], "start": 5e-3}},
+    }
+    (tmp_path / "space.yaml").write_text(yaml.safe_dump(space))
+    words = ["toy", str(tmp_path / "space.yaml"), "method=lora", f"eval.data.heldout={tmp_path / 'rows.jsonl'}"]
+    command = [sys.executable, "-m", "ba_lora.experiments.search.main", *words, f"output={tmp_path / 's'}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    (trial,) = json.loads((tmp_path / "s" / "random-s0" / "trials.json").read_text())["trials"]
+    score = json.loads((tmp_path / "s" / "random-s0" / "trials" / "t0000-s42" / "scores" / "heldout.json").read_text())
+    assert trial["value"] == pytest.approx(score["metrics"]["strict"]) and score["n"] == 12
+    assert trial["value"] > 0  # it has learnt the answer's form and more

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import json
 import re
 
 import pytest
@@ -159,6 +160,19 @@ def test_what_tells_rows_or_columns_apart_cannot_be_typed(tmp_path, word, messag
     assert "\n" not in str(caught.value)
 
 
+def test_what_all_rows_set_alike_can_be_typed(tmp_path):
+    """It tells none of them apart: in one block or in several."""
+    block = {"bases": ["toy"], "methods": ["lora"], "overrides": ["trainer.max_steps=9", "adapter.alpha=8"]}
+    other = block | {"methods": ["pissa"], "overrides": ["trainer.max_steps=9", "adapter.alpha=4"]}
+    path = write(tmp_path, rows=[block, other])
+    table = load_table(path, overrides=["trainer.max_steps=2"])
+    assert {spec.config.trainer["max_steps"] for spec in table.specs()} == {2}
+    for key in ("adapter.alpha", "trainer.learning_rate"):
+        lone = [block | {"overrides": [*block["overrides"], "trainer.learning_rate=1e-3"]}, other]
+        with pytest.raises(UserError, match=f"{key} is what this table varies"):
+            load_table(write(tmp_path, rows=lone), overrides=[f"{key}=1"])
+
+
 def test_the_task_of_an_nlu_table_cannot_be_typed():
     with pytest.raises(UserError, match="task is what this table varies"):
         load_table(tables.find_table("diversity_form"), overrides=["task=rte"])
@@ -266,6 +280,39 @@ def test_one_run_is_not_evaluated_in_two_ways(tmp_path):
         {**rows[0], "settings": {"": settings["warm"]}, "suffix": "warm"},
     ]
     assert len(load_table(write(tmp_path, rows=rows, columns=columns)).specs()) == 4
+
+
+def test_rows_take_the_best_values_of_their_own_searches(tmp_path, monkeypatch):
+    monkeypatch.setattr("ba_lora.experiments.search.best.SEARCHES_PATH", tmp_path)
+    for engine, method, value, rate in (
+        ("tpe", "lora", 0.5, 1e-3),
+        ("nomad", "lora", 0.4, 2e-3),
+        ("tpe", "pissa", 0.9, 3e-3),
+    ):
+        folder = tmp_path / f"toy-{method}-rates" / f"{engine}-s0"
+        folder.mkdir(parents=True)
+        trials = [{"number": 0, "value": value, "words": [f"trainer.learning_rate={rate}"]}]
+        facts = {"space": {"objective": "heldout_loss"}, "best": 0, "trials": trials}
+        (folder / "trials.json").write_text(json.dumps(facts))
+    rows = [
+        {
+            "bases": ["toy"],
+            "methods": ["lora", "pissa"],
+            "search": "rates",
+            "settings": {"": [], "rank=4": ["adapter.rank=4"]},
+        }
+    ]
+    table = load_table(write(tmp_path, rows=rows))
+    rates = {cell.row: cell.config.trainer["learning_rate"] for cell in table.cells}
+    assert rates == {
+        Row("toy", "lora"): 2e-3, Row("toy", "lora", "rank=4"): 2e-3,
+        Row("toy", "pissa"): 3e-3, Row("toy", "pissa", "rank=4"): 3e-3,
+    }  # fmt: skip
+    with pytest.raises(UserError, match="trainer.learning_rate is what this table varies"):
+        load_table(write(tmp_path, rows=rows), overrides=["trainer.learning_rate=1"])
+    rows[0]["methods"] = ["ba_lora"]
+    with pytest.raises(UserError, match="make it with: sh scripts/search.sh toy rates method=ba_lora"):
+        load_table(write(tmp_path, rows=rows))
 
 
 def test_a_table_takes_what_another_one_has_chosen(tmp_path, monkeypatch):

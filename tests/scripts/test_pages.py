@@ -19,8 +19,9 @@ import pytest
 from ba_lora.config.layers import load_config
 from ba_lora.errors import UserError
 from ba_lora.experiments.tables import available_tables
-from ba_lora.runs import results_nlu
-from eval import chat, compare, generate, score
+from ba_lora.runs import convert, results_nlu
+from data import show
+from eval import chat, compare, generate, harness, score
 from eval.report import __main__ as report
 from scripts import bench
 from tests.conftest import ROOT
@@ -35,7 +36,9 @@ OF_EXAMPLES = [line for line in LAUNCHES if "z_loss" in line or "lora_attention"
 DRY = [line for line in LAUNCHES if line not in OF_EXAMPLES]
 BY_HAND = [line for line in COMMANDS if "outputs/by-hand" in line]
 NLU = [line for line in COMMANDS if "scripts/nlu.sh" in line]
+SUBMIT = [line for line in COMMANDS if "scripts/slurm/submit.sh" in line]
 TRAIN_NLU = [line for line in COMMANDS if "train_nlu.py" in line]
+SEARCH = [line for line in COMMANDS if "scripts/search.sh" in line]
 REPRODUCE = [line for line in COMMANDS if "scripts/reproduce.sh" in line]
 TOY = [
     line for line in commands("README.md") if line in DRY and ("nlg/toy.yaml" in line or line.endswith("ba-lora.sh"))
@@ -49,7 +52,10 @@ CHAT = [line for line in COMMANDS if "eval.chat" in line]
 INSPECT = [line for line in COMMANDS if ".cache/inspect" in line]
 BENCH = [line for line in COMMANDS if "scripts/bench.py" in line]
 OVER_SEEDS = [line for line in COMMANDS if "ba_lora.runs.results_nlu" in line]
-HARNESS = [line for line in COMMANDS if ".cache/lm-eval" in line]
+HARNESS = [line for line in COMMANDS if "scripts/harness.sh" in line]
+SHOW = [line for line in COMMANDS if "-m data.show" in line]
+CONVERT = [line for line in COMMANDS if "ba_lora.runs.convert" in line]
+EVAL_OWN = [line for line in COMMANDS if "outputs/RUN_OWN" in line]  # run by tests/data/test_own_task.py
 SITE = [line for line in COMMANDS if ".cache/docs" in line]
 JUDGE = [line for line in COMMANDS if line.startswith("export JUDGE_MODEL=")]
 
@@ -66,12 +72,13 @@ def test_every_command_is_of_a_kind_that_is_tested_here():
     assert len(DRY) >= 12 and len(OF_EXAMPLES) == 2 and len(BY_HAND) == 3 and len(TOY) == 2
     assert len(NLU) >= 6 and len(TRAIN_NLU) == 1 and len(REPRODUCE) >= 5
     assert len(SCORE) == 4 and len(GENERATE) == len(OVER_SEEDS) == len(JUDGE) == 1 and len(OF_RUNS) == len(BENCH) == 2
-    assert len(HARNESS) == 4 and len(REPORT) == 1 and len(SITE) == 3
+    assert len(HARNESS) == len(CONVERT) == len(SITE) == 3 and len(SHOW) == len(EVAL_OWN) == len(REPORT) == 1
+    assert len(PAGE) == 2 and len(CHAT) == 1 and len(INSPECT) == 4 and len(SEARCH) >= 4
     tested = {*LAUNCHES, *BY_HAND, *NLU, *TRAIN_NLU, *REPRODUCE, *OF_RUNS, *SCORE, *GENERATE, *REPORT, *BENCH}
-    tested |= {*OVER_SEEDS, *HARNESS, *SITE, *JUDGE}
-    assert len(PAGE) == 2 and len(CHAT) == 1 and len(INSPECT) == 4
-    tested |= {*PAGE, *CHAT, *INSPECT}
-    assert sorted({*COMMANDS} - tested) == ["sh scripts/test.sh", "sh scripts/test.sh gpu", "sh scripts/test.sh slow"]
+    tested |= {*OVER_SEEDS, *HARNESS, *SITE, *JUDGE, *SHOW, *CONVERT, *EVAL_OWN, *PAGE, *CHAT, *INSPECT, *SEARCH}
+    tested |= {*SUBMIT}
+    left = ["sh scripts/slurm/install.sh", *(f"sh scripts/test.sh{word}" for word in ("", " gpu", " slow"))]
+    assert len(SUBMIT) == 1 and sorted({*COMMANDS} - tested) == left
 
 
 def test_no_command_hides_in_a_block_of_another_kind():
@@ -126,9 +133,27 @@ def test_every_launch_resolves_to_its_commands(line, dry_run):
     assert ("accelerate.commands.launch" in training) == ("NUM_MACHINES" in line)
 
 
+@pytest.mark.parametrize("line", SUBMIT)
+def test_every_submission_is_a_run_and_a_job(line, dry_run, tmp_path):
+    """What it checks before it asks sbatch, and what sbatch is given."""
+    words = line[line.index("sh scripts") :].replace("slurm/submit.sh", "ba-lora.sh")
+    assert "train_nlg.py" in dry_run(words)
+    (tmp_path / "sbatch").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    (tmp_path / "sbatch").chmod(0o755)
+    text = (ROOT / "scripts/slurm/submit.sh").read_text().replace('sh "$ROOT/scripts/ba-lora.sh"', ": sh")
+    script = tmp_path / "repository" / "scripts" / "slurm" / "submit.sh"
+    script.parent.mkdir(parents=True)
+    script.write_text(text)
+    done = shell(f"PATH={tmp_path}:$PATH; " + line.replace("scripts/slurm/submit.sh", str(script)))
+    given = done.stdout.splitlines()
+    assert given[:2] == ["--nodes=2", "--gpus-per-node=8"] and given[-2:] == shlex.split(line)[-2:]
+    assert given[-3].endswith("scripts/slurm/train.sbatch") and (ROOT / "scripts/slurm/train.sbatch").is_file()
+
+
 @pytest.mark.parametrize("line", NLU)
 def test_every_nlu_launch_resolves_to_its_commands(line, dry_run):
-    trainings = [shlex.split(printed) for printed in dry_run(line).splitlines()]
+    stages = [shlex.split(printed) for printed in dry_run(line).splitlines()]
+    trainings = [stage for stage in stages if "eval.nlu" not in stage]  # the example's sets out of its domain
     methods = re.search(r"method=(\S+)", line)
     assert len(trainings) == (len(methods[1].split(",")) if methods else 3)
     assert all("train_nlu.py" in training for training in trainings)
@@ -138,6 +163,13 @@ def test_every_nlu_launch_resolves_to_its_commands(line, dry_run):
 def test_every_table_command_is_understood(line, dry_run):
     name = shlex.split(line)[2]
     assert re.search(rf"^{name}: \d+ cells from \d+ runs: ", dry_run(line), flags=re.M)
+
+
+@pytest.mark.parametrize("line", SEARCH)
+def test_every_search_command_is_understood(line, dry_run):
+    told = dry_run(line).splitlines()
+    assert len(told) in (2, 12, 18) and re.search(r": \d+ trials by \w+, 1 training\(s\) each$", told[0])
+    assert all("train_nlg.py" in p and ("accelerate" in p) == ("gpus=4" in line) for p in told[1::2])
 
 
 def test_the_library_example_trains(tmp_path, monkeypatch):
@@ -246,19 +278,38 @@ def test_a_table_over_seeds_as_the_page_tells(tmp_path, monkeypatch, capsys):
     assert "80.00" in capsys.readouterr().out
 
 
+def test_the_harness_understands_the_words_of_the_pages():
+    for line in HARNESS:
+        asked = harness.read_words(shlex.split(line)[2:])
+        assert asked.model.endswith("outputs/RUN") and asked.tasks and set(asked.files) <= set(asked.tasks)
+
+
 @pytest.mark.slow
-def test_the_harness_has_its_environment_and_our_task():
-    """Its environment is made once, in .cache; GSM8K's rows are the hub's, so the task is listed and not run."""
-    *environment, evaluation = HARNESS
-    if not (ROOT / ".cache" / "lm-eval" / "bin" / "lm_eval").is_file():
-        for line in environment:
-            done = shell(line)
-            assert done.returncode == 0, done.stderr[-3000:]
-    words = shlex.split(evaluation)
-    place = words[words.index("--include_path") + 1]
-    done = shell(f"{words[0]} ls tasks --include_path {place}")
+def test_the_harness_has_its_environment_and_the_tasks():
+    """Its environment is made once, in .cache; most tasks' rows are the hub's: they are looked up and not run."""
+    done = shell("sh scripts/harness.sh --setup")
     assert done.returncode == 0, done.stderr[-3000:]
-    assert words[words.index("--tasks") + 1] in done.stdout
+    for line in HARNESS:
+        harness.check([word for word in shlex.split(line.partition(" --data")[0])[2:]])
+    with pytest.raises(UserError, match="has no task mmluu .nearest: mmlu"):
+        harness.check(["outputs/RUN", "mmluu"])
+
+
+def test_the_rows_are_shown_as_the_page_tells(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["show", *shlex.split(SHOW[0])[3:]])
+    assert show.main() == 0
+    text = capsys.readouterr().out
+    assert "410 used" in text and text.count("tokens, ") == 3 and "### System:" in text
+
+
+@pytest.mark.parametrize("line", CONVERT)
+def test_the_verbs_of_the_pages_are_understood(line, monkeypatch):
+    """They are run by tests/runs/test_convert.py."""
+    called = []
+    for verb in ("convert", "merge_adapter", "compare_models"):
+        monkeypatch.setattr(convert, verb, lambda *words, **more: called.append(words) or {"max_difference": 0})
+    monkeypatch.setattr("sys.argv", ["convert", *shlex.split(line)[3:]])
+    assert convert.main() == 0 and len(called) == 1
 
 
 def test_the_sites_requirements_are_exact_pins():

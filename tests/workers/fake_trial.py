@@ -2,7 +2,7 @@
 settings; and a whole search over such trainings.
 
     python fake_trial.py train RUN key=value …         FAKE_FAIL=WORD: trainings with this word fail
-    python fake_trial.py search CONFIG SPACE …         what python -m ba_lora.experiments.search would do
+    python fake_trial.py search CONFIG SPACE …         what sh scripts/search.sh would do
 """
 
 import json
@@ -10,6 +10,7 @@ import math
 import os
 import sys
 import time
+import types
 from pathlib import Path
 
 STEPS = 4
@@ -40,9 +41,10 @@ def train(run_path: Path, words: list[str]) -> int:
 
 def search(words: list[str]) -> None:
     from ba_lora.errors import run_entry_point
-    from ba_lora.experiments.search import __main__ as command
+    from ba_lora.experiments.search import main as command
 
     use()
+    command.subprocess = types.SimpleNamespace(run=lambda *_, **__: types.SimpleNamespace(returncode=0))  # no report
     sys.argv = ["search", *words]
     run_entry_point(command.main, resumes=True)
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ba_lora.config.schema import setting_differences
 from ba_lora.errors import UserError
 from ba_lora.experiments.search.space import Parameter, SearchSpace
-from ba_lora.io import disk_errors, read_json, write_json_atomic
+from ba_lora.io import disk_errors, read_object, write_json_atomic
 
 if TYPE_CHECKING:
     import optuna
@@ -109,13 +109,12 @@ class Journal:
             storage.set_trial_state_values(trial_id, state, values)
         self.trials[number].outcome = outcome
 
-    def study(self, upto: int | None = None, *, sampler: Any = None) -> "optuna.Study":
-        """Return the first `upto` trials' outcomes (all those told) in a study in memory, with the proposals after them
-        as running trials."""
-        upto = self.told if upto is None else upto
+    def study(self, *, sampler: Any) -> "optuna.Study":
+        """Return a study in memory: the trials up to the first that is not told, and those after them as running."""
+        told = self.told
         study = self._optuna.create_study(direction="minimize", sampler=sampler)
         for trial in self.trials:
-            study.add_trial(self._frozen(trial, known=trial.number < upto))
+            study.add_trial(self._frozen(trial, known=trial.number < told))
         return study
 
     def is_pruned(self, number: int, evaluations: Mapping[int, float], *, upto: int) -> bool:
@@ -199,8 +198,8 @@ def _claim(folder: Path, identity: dict[str, Any], *, optuna_version: str) -> No
             folder.mkdir(parents=True, exist_ok=True)
         write_json_atomic(path, identity | {"optuna": optuna_version})
         return
-    found = read_json(path)
-    if not isinstance(found, dict) or not {"space", "run", "optuna"} <= found.keys():
+    found = read_object(path)
+    if found is None or not {"space", "run", "optuna"} <= found.keys():
         raise UserError(f"{path} is damaged: restore it, or give another output=DIR")
     now = json.loads(json.dumps(identity))
     if changes := setting_differences({key: found[key] for key in now}, now):

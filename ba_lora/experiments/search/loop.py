@@ -9,9 +9,12 @@ from dataclasses import dataclass, field
 from typing import IO, Any
 
 from ba_lora.errors import UserError
-from ba_lora.experiments.executors.local import LocalExecutor, Slot, StageQueue
+from ba_lora.experiments.executors.base import Slot, StageQueue
+from ba_lora.experiments.executors.local import LocalExecutor
 from ba_lora.experiments.search.journal import COMPLETE, FAILED, PRUNED, Journal, Outcome, Trial
-from ba_lora.experiments.search.proposers import Exhausted, Proposer
+from ba_lora.experiments.search.nomad import NomadProposer
+from ba_lora.experiments.search.proposers import Exhausted, OptunaProposer, Proposer
+from ba_lora.experiments.search.space import SearchSpace
 from ba_lora.experiments.search.trials import TrialRuns, ask_to_stop, remove_weights
 from ba_lora.experiments.spec import Spec
 from ba_lora.experiments.stages import Stage, evaluation_stages, launch_command, training_stage
@@ -93,8 +96,8 @@ class Search:
     # ---- in the trials' order
 
     def _advance(self) -> None:
-        """Propose and tell as far as it goes: trial n is proposed as soon as n − k + 1 outcomes are told, before the next
-        one is, but where the engine itself (NOMAD, in the middle of a block) waits for more."""
+        """Propose and tell as far as it goes: trial n is proposed as soon as n − k + 1 outcomes are told, before the
+        next one is; NOMAD may wait for more, to the end of its block."""
         while True:
             proposed, told = len(self.journal.trials), self.journal.told
             is_due = told >= proposed - self.space.trials_at_once + 1
@@ -190,10 +193,11 @@ class Search:
                 facts = {"error": stage_error(failures[0]), "log": str(failures[0].log_path)}
                 running.outcome = Outcome(FAILED, None, self._evaluations(running), facts)
             else:
-                loss = self.runs.loss(spec.config)
-                running.facts.append({"seed": spec.config.seed, "loss": loss} | self.runs.facts(spec.config))
-                self._prune(running)
-                running.losses.append(loss)
+                self._prune(running)  # where the training was faster than the last look at it
+                if running.outcome is None:
+                    loss = self.runs.loss(spec.config)
+                    running.facts.append({"seed": spec.config.seed, "loss": loss} | self.runs.facts(spec.config))
+                    running.losses.append(loss)
                 if running.outcome is None and len(running.losses) == len(running.specs):
                     mean = sum(running.losses) / len(running.losses)
                     running.outcome = Outcome(COMPLETE, mean, self._evaluations(running))
@@ -224,6 +228,11 @@ class Search:
                 running.outcome = Outcome(PRUNED, loss, seen, {"pruned_at_step": step})
                 ask_to_stop(running.specs[0].config.run_path)
                 return
+
+
+def open_proposer(space: SearchSpace) -> Proposer:
+    """Return the space's engine. Raises UserError where its package is missing."""
+    return NomadProposer(space) if space.engine == "nomad" else OptunaProposer(space)
 
 
 def best_of(trials: list[Trial]) -> Trial | None:

@@ -10,13 +10,15 @@ logarithm, where it is `log`). NOMAD has no order-free categories: the choices a
     python -m ba_lora.experiments.search.nomad      the child: JSON lines in, JSON lines out
 """
 
+import contextlib
 import importlib.util
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 from ba_lora.errors import UserError
 from ba_lora.experiments.search.journal import INSTALL, Journal, Trial
@@ -111,11 +113,9 @@ class NomadProposer:
 
     def _send(self, value: Any) -> None:
         assert self._child is not None
-        try:
+        with contextlib.suppress(BrokenPipeError):  # the next read says why
             self._child.stdin.write(json.dumps(value) + "\n")
             self._child.stdin.flush()
-        except BrokenPipeError:
-            self._ended()
 
     def _read_block(self) -> None:
         assert self._child is not None
@@ -127,8 +127,12 @@ class NomadProposer:
             raise Exhausted(message["ended"])
         self._block = message["points"]
 
-    def _ended(self) -> None:
+    def _ended(self) -> NoReturn:
+        """Tell how the child has ended. In small spaces NOMAD crashes once it has tried every point: what was tried
+        counts, as where it says that it has no further point."""
         status = self._child.wait()
+        if status in (-signal.SIGSEGV, -signal.SIGABRT):
+            raise Exhausted(f"NOMAD crashed ({signal.Signals(-status).name})")
         raise UserError(f"NOMAD's process ended with status {status}; its error stands above")
 
 

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from ba_lora.config.schema import to_yaml
+from ba_lora.experiments.search.best import TRIALS
 from ba_lora.experiments.search.journal import PROPOSED, Journal, Trial
 from ba_lora.experiments.search.loop import best_of
 from ba_lora.experiments.search.trials import TrialRuns
 from ba_lora.io import read_object, write_json_atomic, write_text_atomic
 from ba_lora.runs.environment import hardware_name
 
-TRIALS, BEST = "trials.json", "best.yaml"
+BEST = "best.yaml"
 
 
 def write_outcome(folder: Path, journal: Journal, runs: TrialRuns, *, ended_early: str | None = None) -> Path | None:

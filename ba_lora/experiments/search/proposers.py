@@ -62,12 +62,3 @@ class OptunaProposer:
 
     def close(self) -> None:
         pass
-
-
-def open_proposer(space: SearchSpace) -> Proposer:
-    """Return the space's engine. Raises UserError where its package is missing."""
-    if space.engine == "nomad":
-        from ba_lora.experiments.search.nomad import NomadProposer
-
-        return NomadProposer(space)
-    return OptunaProposer(space)

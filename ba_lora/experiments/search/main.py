@@ -1,6 +1,6 @@
 """Search for hyper-parameters: trials of a space, each a short training, on held-out rows.
 
-    sh scripts/search.sh CONFIG SPACE [key=value …]        python -m ba_lora.experiments.search CONFIG SPACE …
+    sh scripts/search.sh CONFIG SPACE [key=value …]        python -m ba_lora.experiments.search.main CONFIG …
 
 CONFIG is a base (a file, or a name in configs/nlg or configs/nlu), SPACE a file of configs/search by its name or path
 (ba_lora/experiments/search/space.py describes it). The same command goes on after Ctrl-C or kill -9, with the trials of
@@ -33,10 +33,10 @@ from ba_lora.config.schema import training_settings
 from ba_lora.errors import CommandParser, UserError, run_entry_point
 from ba_lora.experiments.executors.local import LocalExecutor, local_slots
 from ba_lora.experiments.options import MAX_WORKERS
+from ba_lora.experiments.search.best import search_folder
 from ba_lora.experiments.search.journal import Journal, import_optuna
-from ba_lora.experiments.search.loop import Search
+from ba_lora.experiments.search.loop import Search, open_proposer
 from ba_lora.experiments.search.outcome import summary_lines, write_outcome
-from ba_lora.experiments.search.proposers import open_proposer
 from ba_lora.experiments.search.space import TYPED, SearchSpace, base_kind, check_runs, load_space
 from ba_lora.experiments.search.trials import TrialRuns
 from ba_lora.experiments.stages import launch_command, training_stage
@@ -50,7 +50,7 @@ OWN = ("output", "workers", "gpus", "method", *TYPED)
 
 def main() -> int:
     parser = CommandParser(
-        prog="python -m ba_lora.experiments.search",
+        prog="python -m ba_lora.experiments.search.main",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -71,12 +71,15 @@ def main() -> int:
     kind = base_kind(config_path)
     whole = _whole_folder(config_path, space_name, spaces[0], typed, words)
     check_place(whole, "output")
+    check_runs(spaces[0], config_path, method=typed.get("method"), words=words, kind=kind)
     asked = [_asked(space, whole, config_path, typed.get("method"), words, kind) for space in spaces]
+    _, runs, first = asked[0]  # they differ in engine and seed only
+    runs.check(first)
     import_optuna()
     for space in spaces:
         open_proposer(space).close()  # whether its package is there
     if parsed.dry_run:
-        print("\n".join(_dry_run(asked)))
+        print("\n".join(_dry_run(asked, gpus=gpus or 1)))
         return 0
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     for space, runs, first in asked:
@@ -120,21 +123,18 @@ def _executor(space: SearchSpace, slots: list[Any]) -> LocalExecutor:
 def _asked(
     space: SearchSpace, whole: Path, config_path: str, method: str | None, words: Sequence[str], kind: str
 ) -> tuple[SearchSpace, TrialRuns, dict[str, Any]]:
-    """Return the search with its checked runs and the values of a first trial."""
-    check_runs(space, config_path, method=method, words=words, kind=kind)
+    """Return the search with its runs and the values of a first trial."""
     folder = whole / f"{space.engine}-s{space.search_seed}"
     runs = TrialRuns(space, folder, config_path, method=method, words=words, kind=kind)
-    first = space.start or {parameter.key: parameter.at(0.5) for parameter in space.parameters}
-    runs.check(first)
-    return space, runs, first
+    return space, runs, space.start or {parameter.key: parameter.at(0.5) for parameter in space.parameters}
 
 
-def _dry_run(asked: Sequence[tuple[SearchSpace, TrialRuns, dict[str, Any]]]) -> list[str]:
+def _dry_run(asked: Sequence[tuple[SearchSpace, TrialRuns, dict[str, Any]]], *, gpus: int) -> list[str]:
     lines = []
     for space, runs, first in asked:
         lines.append(f"{runs.folder}: {space.budget} trials by {space.engine}, {len(space.seeds)} training(s) each")
         spec = runs.spec(0, first, space.seeds[0])
-        lines.append(shlex.join(training_stage(spec, launch_command({}, num_gpus=1)).call.command))
+        lines.append(shlex.join(training_stage(spec, launch_command({}, num_gpus=gpus)).call.command))
     return lines
 
 
@@ -163,12 +163,12 @@ def _whole_folder(
     if "output" in typed:
         return written_path(typed["output"])
     base = find_config(config_path, kind=None).stem
-    name = "-".join([base, typed.get("method", "ba_lora"), space.name])
+    folder = search_folder(base, typed.get("method", "ba_lora"), space.name)
     own = sorted([*words, *(f"{key}={typed[key]}" for key in ("trials", "seeds", "trials_at_once") if key in typed)])
     if own or space_name.endswith((".yaml", ".yml")):
         text = "\n".join([space_name, *own])
-        name += f"-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-    return PROJECT_ROOT / "outputs" / "searches" / name
+        return folder.with_name(f"{folder.name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}")
+    return folder
 
 
 def _number(key: str, text: str | None, *, least: int = 1) -> int | None:

@@ -1,0 +1,35 @@
+"""The best values of finished searches, for tables: `search: SPACE` in an entry of a table's rows."""
+
+from pathlib import Path
+
+from ba_lora.errors import UserError
+from ba_lora.io import read_object
+from ba_lora.paths import PROJECT_ROOT
+
+TRIALS = "trials.json"
+SEARCHES_PATH = PROJECT_ROOT / "outputs" / "searches"
+
+
+def search_folder(base: str, method: str, space: str) -> Path:
+    """Return the folder of a base's and method's searches of a space, by all engines and seeds."""
+    return SEARCHES_PATH / f"{base}-{method}-{space}"
+
+
+def best_words(base: str, method: str, space: str) -> list[str]:
+    """Return `key=value` of the best trial of all these searches. Raises UserError, naming the command, where there is
+    none."""
+    folder = search_folder(base, method, space)
+    found = []
+    for path in sorted(folder.glob(f"*/{TRIALS}")):
+        facts = read_object(path)
+        if facts is None:
+            raise UserError(f"{path} is damaged: delete it, and give the search's command again")
+        sign = -1 if facts["space"]["objective"] == "heldout_accuracy" else 1
+        found += [
+            (sign * trial["value"], trial["words"]) for trial in facts["trials"] if trial["number"] == facts["best"]
+        ]
+    if not found:
+        raise UserError(
+            f"no finished search in {folder}: make it with: sh scripts/search.sh {base} {space} method={method}"
+        )
+    return min(found, key=lambda entry: entry[0])[1]
