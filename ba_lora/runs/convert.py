@@ -91,7 +91,7 @@ def convert(adapter: Path, output: Path, *, base: str | None = None, initial: Pa
             "saved before training"
         )
     with disk_errors(output), folder_atomic(output) as folder:
-        write_plain_lora(folder, weights, factors, settings)
+        write_plain_lora(folder, load_tensors(weights), factors, settings)
         _copy_tokenizer(adapter, folder)
 
 

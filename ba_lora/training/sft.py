@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ba_lora.config.schema import BALoRAConfig
 from ba_lora.config.schema_nlg import LossConfig
 from ba_lora.errors import UserError
+from ba_lora.methods.base import method_of
 from ba_lora.objective.objective import TokenObjective
 from ba_lora.objective.schedules import scheduled_weight
 from ba_lora.objective.terms.base import Term
@@ -44,6 +45,9 @@ class BALoRALoss:
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        self.method = method_of(self.model)  # for export_lora
+        if list(self.method.tuner.terms(self.model)):
+            raise UserError("this adapter adds a term to the loss, which BALoRATrainer knows: use BALoRATrainer")
         self.initial_factors = initial_factors(self.model)
         self._has_begun = False
         regularizers = regularizers or BALoRAConfig()
