@@ -65,7 +65,7 @@ class LikelihoodOptions:
 
 
 @dataclass
-class Measured:
+class TeacherForced:
     """What one model gives: of each item its values; of the right results' tokens (confidence, is it right); of the
     items chosen for it the log-probabilities [T, V] at the right response."""
 
@@ -75,13 +75,18 @@ class Measured:
 
 
 def measure(
-    engine: "HFEngine", adapter: str | None, task: Task, items: Sequence[Item], reference: Measured | None, num_kl: int
-) -> Measured:
+    engine: "HFEngine",
+    adapter: str | None,
+    task: Task,
+    items: Sequence[Item],
+    reference: TeacherForced | None,
+    num_kl: int,
+) -> TeacherForced:
     """Measure one model; reference: the pre-trained one, None where this is it."""
     prompts = [build_prompt(item.instruction, template=task.template) for item in items]
     befores = [f" {item.meta['before']}" for item in items]
     chosen = set(range(0, len(items), -(-len(items) // num_kl)))
-    found = Measured([{} for _ in items], [], {})
+    found = TeacherForced([{} for _ in items], [], {})
     tokens: dict[int, list[tuple[float, bool]]] = {}
     right = [(prompt, f" {item.meta['response']}") for prompt, item in zip(prompts, items, strict=True)]
     for index, ends, ids_T, log_probs_TV in engine.log_probs(right, adapter=adapter):
