@@ -74,7 +74,7 @@ class TeacherForced:
     log_probs: dict[int, "torch.Tensor"]
 
 
-def measure(
+def measure_model(
     engine: "HFEngine",
     adapter: str | None,
     task: Task,
@@ -158,11 +158,11 @@ def main() -> None:
     sha256 = [sha256_file(texts_path), source.as_result()]
     for one in open_models([Path(run) for run in runs], seed=0, trust_remote_code=options.trust_remote_code):
         if one.path is None:
-            reference = measure(one.engine, None, task, items, None, options.kl_items)
+            reference = measure_model(one.engine, None, task, items, None, options.kl_items)
             before = perplexity(one.engine.nll(texts))
             continue
         is_reference = one.adapter is None and one.config.method == "untuned"
-        found = reference if is_reference else measure(
+        found = reference if is_reference else measure_model(
             one.engine, one.adapter, task, items, reference, options.kl_items
         )  # fmt: skip
         after = before if is_reference else perplexity(one.engine.nll(texts, adapter=one.adapter))
