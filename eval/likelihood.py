@@ -35,7 +35,7 @@ from ba_lora.io import sha256_file, write_json_atomic, write_jsonl_atomic
 from ba_lora.paths import resolve_data, resolve_path
 from ba_lora.prompts import build_prompt, prompt_hash
 from ba_lora.runs.results import refresh_result
-from eval.inheritance import load_texts, perplexity
+from eval.inheritance import load_texts, text_perplexity
 from eval.options import parse_options, split_options
 from eval.run_models import open_models
 from eval.tasks import get_task
@@ -159,13 +159,13 @@ def main() -> None:
     for one in open_models([Path(run) for run in runs], seed=0, trust_remote_code=options.trust_remote_code):
         if one.path is None:
             reference = measure_model(one.engine, None, task, items, None, options.kl_items)
-            before = perplexity(one.engine.nll(texts))
+            before = text_perplexity(one.engine.nll(texts))
             continue
         is_reference = one.adapter is None and one.config.method == "untuned"
         found = reference if is_reference else measure_model(
             one.engine, one.adapter, task, items, reference, options.kl_items
         )  # fmt: skip
-        after = before if is_reference else perplexity(one.engine.nll(texts, adapter=one.adapter))
+        after = before if is_reference else text_perplexity(one.engine.nll(texts, adapter=one.adapter))
         score: dict[str, Any] = {
             "task": NAME,
             "version": VERSION,
