@@ -18,8 +18,9 @@ base answers in it. Bases of one seed have the same problems, frames and start: 
 (imbalance: by which families are drawn).
 
 Written below `output`, and kept there: starts/b<seed>/, bases/<factor>-<level>-b<seed>/ (level 0:
-bases/clean-b<seed>/), each a model folder with lab.json, and once finetune.jsonl, test.jsonl, valid.jsonl (the problems
-of one role a family, ROLES) and clean.jsonl (texts of the clean corpus, for perplexity). A base that is there is kept.
+bases/clean-b<seed>/), each a model folder with lab.json, and once finetune.jsonl, test.jsonl, valid.jsonl (the
+problems of one role a family, ROLES) and clean.jsonl (texts of the clean corpus, for perplexity). A base that is
+there is kept.
 """
 
 import random

@@ -171,6 +171,8 @@ def _find(one: Hypothesis, clusters: Clusters) -> Finding:
     if missing := clusters.missing(one):
         return Finding(one, NOT_RUN, num_missing=missing)
     levels = [clusters.effect_at(one.arms, level, one.column) for level in one.levels]
+    if min(map(len, levels)) < 2:
+        raise UserError(f"hypothesis {one.name}: a level with one pre-trained model tells nothing: take two or more")
     estimate = effect(levels)
     guard = None
     if one.guard:

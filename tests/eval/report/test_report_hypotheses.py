@@ -120,7 +120,7 @@ def test_models_are_the_sample_where_items_are_alike():
 
 @pytest.mark.parametrize("sd", [0.0, 1.0, 4.0])
 def test_no_effect_is_seldom_called_one(sd):
-    """Of 600 experiments without an effect, 5 models a level, arms differ by chance with this sd: at most 6.5 %."""
+    """Of 600 experiments without an effect, 5 models a level, arms that differ by chance: at most 6.5 %."""
     random, wrong = np.random.default_rng(1), 0
     for _ in range(600):
         easy_N = random.normal(0, 10, 120)
