@@ -12,14 +12,14 @@ A corpus is data/toy.py's word problems with one factor at a level in percent; 0
     imbalance    the families' shares fall geometrically, by this percentage from one to the next (data/toy.py)
 
 Pre-training has two parts, since arithmetic takes a tiny model long to learn. The first, on clean problems in a plain
-frame, is done once a seed, from weights of its own (seed 0: the committed data/toy/clean). The second goes on from there
-on the corpus with the fault, once a level. In it half of the texts are in the frame of fine-tuning, so that the base
-answers in it. Bases of one seed have the same problems, frames and start: they differ by the factor only (imbalance: by
-which families are drawn).
+frame, is done once a seed, from weights of its own (seed 0: the committed data/toy/clean). The second goes on from
+there on the corpus with the fault, once a level. In it half of the texts are in the frame of fine-tuning, so that the
+base answers in it. Bases of one seed have the same problems, frames and start: they differ by the factor only
+(imbalance: by which families are drawn).
 
-Written below `output`, and kept there: starts/b<seed>/, bases/<factor>-<level>-b<seed>/ (level 0: bases/clean-b<seed>/),
-each a model folder with lab.json, and once finetune.jsonl, test.jsonl, valid.jsonl (the problems of one role a family, ROLES) and
-clean.jsonl (texts of the clean corpus, for perplexity). A base that is there is kept.
+Written below `output`, and kept there: starts/b<seed>/, bases/<factor>-<level>-b<seed>/ (level 0:
+bases/clean-b<seed>/), each a model folder with lab.json, and once finetune.jsonl, test.jsonl, valid.jsonl (the problems
+of one role a family, ROLES) and clean.jsonl (texts of the clean corpus, for perplexity). A base that is there is kept.
 """
 
 import random

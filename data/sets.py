@@ -70,6 +70,8 @@ def chosen_set(config: NLGDataConfig) -> DataSet:
     """Return the set that a configuration names, or that its own columns or messages describe."""
     if not config.has_own_form:
         found = named_set(config.name)
+        if config.exchanges is not None and found.columns:
+            raise UserError(f"data.exchanges has no effect on data.name={config.name}: its rows are one exchange each")
         return found if config.exchanges is None else dataclasses.replace(found, exchanges=config.exchanges)
     return DataSet(
         name="own",

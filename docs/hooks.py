@@ -20,6 +20,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for path in (ROOT / "docs").glob("*.md"):
         for figure in re.findall(r"\]\(\.\./(results/[^)]*\.png)\)", path.read_text(encoding="utf-8")):
             files.append(File.generated(config, figure, abs_src_path=str(ROOT / figure)))
+        for folder in re.findall(r"\]\(\.\./(results/[^)]*)/index\.html\)", path.read_text(encoding="utf-8")):
+            for file in sorted((ROOT / folder).rglob("*.*")):
+                files.append(File.generated(config, str(file.relative_to(ROOT)), abs_src_path=str(file)))
     return files
 
 

@@ -64,9 +64,10 @@ def printed_parts(loose: LooseTable) -> list[str]:
         "Scores\n"
         + console_table([header, *([c.label, *(_score(loose, row, c) for row in table.spec.rows)] for c in columns)])
     )
-    if table.comparisons:
-        header = ["column", "first − other", "difference", "95 % interval", "p", "items won, lost", ""]
-        rows = [header, *(_comparison(loose, one) for one in table.comparisons)]
+    first = [one for one in table.comparisons if one.focus == table.spec.rows[0]]
+    if first:
+        header = ["column", "first − other", "difference", "95 % interval", "p", "p, corrected", "items won, lost", ""]
+        rows = [header, *(_comparison(loose, one) for one in first)]
         parts.append(f"{row_name(table.spec.rows[0])} against each other row\n" + console_table(rows))
     notes = [*table.footnotes, *loose.missing]
     return [*parts, *(["Notes\n" + "\n".join(f"- {note}" for note in notes)] if notes else [])]
@@ -103,6 +104,7 @@ def _comparison(loose: LooseTable, one: Comparison) -> list[str]:
         signed(one.difference, column.decimals),
         interval,
         probability(one.p),
+        probability(one.p_adjusted),
         "" if counts is None else f"{counts[0]}, {counts[1]} of {counts[2]}",
         f"no test: {one.untested}" if one.untested else "",
     ]

@@ -26,7 +26,7 @@ from eval.tasks import get_task
 
 def write_dequantized(run_path: Path, config: NLGConfig) -> float:
     """Write merged/ of the pre-trained quantised model; return the largest |Δ logit| to the unquantised one."""
-    tokenizer = load_tokenizer(config.model)
+    tokenizer = load_tokenizer(config.model, template=config.data.template)
     task = get_task(config.eval.tasks[0])
     items, _ = task.load(config.eval.data.get(task.name))
     prompts = [build_prompt(item.instruction, template=task.template) for item in items[:2]]

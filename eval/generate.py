@@ -58,7 +58,7 @@ from ba_lora.rows import portable_name
 from eval.completions import PROMPT_TOO_LONG
 from eval.engines import base as engines
 from eval.engines.base import Completion, Engine, EngineOptions, Sampling
-from eval.engines.open import KINDS, choose_engine, open_engine
+from eval.engines.open import KINDS, check_engine, choose_engine, open_engine
 from eval.engines.requests import (
     GenerateOptions,
     Questions,
@@ -340,7 +340,7 @@ def read_command(arguments: Sequence[str] | None) -> dict[str, Any]:
 def check(arguments: Sequence[str]) -> None:
     """Raise the UserError that the command would end with, as far as no model and no data of the hub is needed."""
     asked = read_command(arguments)
-    choose_engine(asked["engine"])
+    check_engine(asked["engine"])
     for task in choose_tasks(asked["tasks"], asked["choices"]):
         template_and_stops(task, asked["options"])
         data = asked["data"].get(task.name) or task.default_data()

@@ -1,7 +1,7 @@
 """Any task of lm-evaluation-harness on a run or a model: `sh scripts/harness.sh` calls this.
 
     python -m eval.harness MODEL TASK … [--data TASK=FILE …] [--include-path DIR …] [--engine auto|hf|vllm] [--limit N]
-                           [--shots N] [--batch-size N] [--output DIR]
+                           [--shots N] [--batch-size N] [--revision COMMIT] [--output DIR]
 
 MODEL is a run's folder (its merged model, else its adapter on the base), a model or adapter folder, or a hub id. The
 harness runs in .cache/lm-eval, an environment of its own. TASK is a name that the harness knows, or one of
@@ -28,6 +28,7 @@ from typing import Any
 
 from ba_lora.config.checks import check_place
 from ba_lora.config.layers import load_run
+from ba_lora.config.schema import HARNESS as PREFIX
 from ba_lora.console import console_table
 from ba_lora.errors import CommandParser, UserError, run_entry_point
 from ba_lora.io import read_object, sha256_file, write_json_atomic, write_jsonl_atomic
@@ -39,9 +40,8 @@ from eval.engines.open import choose_engine
 from eval.engines.serving import ServedModel, plan_serving
 from eval.tasks import TASKS
 
-HARNESS = PROJECT_ROOT / ".cache" / "lm-eval"
+ENVIRONMENT = PROJECT_ROOT / ".cache" / "lm-eval"
 DRIVER = PROJECT_ROOT / "eval" / "lm_eval" / "driver.py"
-PREFIX = "harness/"  # of a task's name among a run's scores
 
 
 def read_words(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -49,8 +49,12 @@ def read_words(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = CommandParser(
         prog="sh scripts/harness.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model", help="a run, model or adapter folder, or a hub id")
-    parser.add_argument("tasks", nargs="+", metavar="TASK", help="a task of the harness")
+    parser.add_argument(
+        "words", nargs="*", metavar="MODEL TASK", help="the model, then tasks; or by --model and --task"
+    )
+    parser.add_argument("--model", help="a run, model or adapter folder, or a hub id")
+    parser.add_argument("--task", nargs="+", default=[], help="tasks of the harness")
+    parser.add_argument("--revision", help="of a hub id")
     parser.add_argument("--data", nargs="+", default=[], metavar="TASK=FILE")
     parser.add_argument("--include-path", "--include_path", nargs="+", default=[], metavar="DIR")
     parser.add_argument("--engine", default="hf", help="hf, vllm or auto")
@@ -59,7 +63,12 @@ def read_words(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--output", type=Path)
     asked = parser.parse_intermixed_args(arguments)
-    asked.tasks = [task.removeprefix(PREFIX) for task in asked.tasks]
+    if asked.model is None and asked.words:
+        asked.model = asked.words.pop(0)
+    asked.tasks = [task.removeprefix(PREFIX) for task in (*asked.task, *asked.words)]
+    if asked.model is None or not asked.tasks:
+        raise UserError("a model and at least one task are needed: sh scripts/harness.sh RUN TASK")
+    asked.model = str(resolve_path(asked.model)) if resolve_path(asked.model).exists() else asked.model
     for name in ("limit", "batch_size"):
         if getattr(asked, name) is not None and getattr(asked, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(asked, name)}: a number of at least 1 is needed")
@@ -77,7 +86,7 @@ def read_words(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def call_driver(request: Mapping[str, Any]) -> dict[str, Any]:
     """Have the harness do what is asked (eval/lm_eval/driver.py), in its environment. Raises UserError in one line."""
-    python = HARNESS / "bin" / "python"
+    python = ENVIRONMENT / "bin" / "python"
     if not python.is_file():
         raise UserError("lm-evaluation-harness is not set up: sh scripts/harness.sh --setup")
     with tempfile.TemporaryDirectory() as folder:
@@ -163,7 +172,7 @@ def to_score(task: str, found: Mapping[str, Any], asked: Mapping[str, Any]) -> d
 def evaluate_by_harness(asked: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Evaluate, write the scores, and return them by task."""
     engine = choose_engine(asked.engine)
-    (served,) = plan_serving([asked.model])
+    (served,) = plan_serving([asked.model], revision=asked.revision)
     if served.run is None and asked.output is None:
         raise UserError(f"{asked.model} is no run folder: say with --output DIR where the scores go")
     folder = asked.output or served.run / "scores"

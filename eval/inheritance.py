@@ -122,12 +122,12 @@ def measure_runs(
     before = None
     for one in open_models(run_paths, seed=options.seed, trust_remote_code=options.trust_remote_code):
         if one.path is None:
-            before = perplexity(one.engine.nll(material.texts))
+            before = texts_perplexity(one.engine.nll(material.texts))
         else:
             yield one.path, _measure(one.engine, one.adapter, one.config, before, material, options)
 
 
-def perplexity(nll: Sequence[tuple[float, int]]) -> float | None:
+def texts_perplexity(nll: Sequence[tuple[float, int]]) -> float | None:
     """Return exp of the mean over all texts' tokens; None where a diverged model has no finite one."""
     mean = math.fsum(total for total, _ in nll) / sum(count for _, count in nll)
     return math.exp(mean) if mean < MAX_EXPONENT else None
@@ -168,7 +168,7 @@ def _measure(
         "invalid": sum(answer is None for one in answers for answer in one),
         "answer_entropy": means.pop("answer_entropy"),
         "metrics": means,
-        "perplexity": {"before": before, "after": perplexity(nll), "num_tokens": sum(count for _, count in nll)},
+        "perplexity": {"before": before, "after": texts_perplexity(nll), "num_tokens": sum(count for _, count in nll)},
         "data_sha256": material.data_sha256,
         "prompt_hash": prompt_hash(template=task.template),
         "generation": {

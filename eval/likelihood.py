@@ -35,7 +35,7 @@ from ba_lora.io import sha256_file, write_json_atomic, write_jsonl_atomic
 from ba_lora.paths import resolve_data, resolve_path
 from ba_lora.prompts import build_prompt, prompt_hash
 from ba_lora.runs.results import refresh_result
-from eval.inheritance import load_texts, perplexity
+from eval.inheritance import load_texts, texts_perplexity
 from eval.options import parse_options, split_options
 from eval.run_models import open_models
 from eval.tasks import get_task
@@ -65,7 +65,7 @@ class LikelihoodOptions:
 
 
 @dataclass
-class Measured:
+class Likelihoods:
     """What one model gives: of each item its values; of the right results' tokens (confidence, is it right); of the
     items chosen for it the log-probabilities [T, V] at the right response."""
 
@@ -74,14 +74,19 @@ class Measured:
     log_probs: dict[int, "torch.Tensor"]
 
 
-def measure(
-    engine: "HFEngine", adapter: str | None, task: Task, items: Sequence[Item], reference: Measured | None, num_kl: int
-) -> Measured:
+def measure_likelihoods(
+    engine: "HFEngine",
+    adapter: str | None,
+    task: Task,
+    items: Sequence[Item],
+    reference: Likelihoods | None,
+    num_kl: int,
+) -> Likelihoods:
     """Measure one model; reference: the pre-trained one, None where this is it."""
     prompts = [build_prompt(item.instruction, template=task.template) for item in items]
     befores = [f" {item.meta['before']}" for item in items]
     chosen = set(range(0, len(items), -(-len(items) // num_kl)))
-    found = Measured([{} for _ in items], [], {})
+    found = Likelihoods([{} for _ in items], [], {})
     tokens: dict[int, list[tuple[float, bool]]] = {}
     right = [(prompt, f" {item.meta['response']}") for prompt, item in zip(prompts, items, strict=True)]
     for index, ends, ids_T, log_probs_TV in engine.log_probs(right, adapter=adapter):
@@ -153,14 +158,14 @@ def main() -> None:
     sha256 = [sha256_file(texts_path), source.as_result()]
     for one in open_models([Path(run) for run in runs], seed=0, trust_remote_code=options.trust_remote_code):
         if one.path is None:
-            reference = measure(one.engine, None, task, items, None, options.kl_items)
-            before = perplexity(one.engine.nll(texts))
+            reference = measure_likelihoods(one.engine, None, task, items, None, options.kl_items)
+            before = texts_perplexity(one.engine.nll(texts))
             continue
         is_reference = one.adapter is None and one.config.method == "untuned"
-        found = reference if is_reference else measure(
+        found = reference if is_reference else measure_likelihoods(
             one.engine, one.adapter, task, items, reference, options.kl_items
         )  # fmt: skip
-        after = before if is_reference else perplexity(one.engine.nll(texts, adapter=one.adapter))
+        after = before if is_reference else texts_perplexity(one.engine.nll(texts, adapter=one.adapter))
         score: dict[str, Any] = {
             "task": NAME,
             "version": VERSION,

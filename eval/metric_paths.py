@@ -7,6 +7,7 @@ as groups.family.age.metrics.strict; `{a,b}` in it stands for each of the two.
 import re
 from collections.abc import Sequence
 
+from ba_lora.config.schema import HARNESS
 from ba_lora.errors import UserError
 from ba_lora.glue import TASKS as GLUE_TASKS
 from ba_lora.words import nearest
@@ -21,6 +22,8 @@ COUNTS = ("n", "invalid", "num_completions", "num_truncated", "num_prompt_too_lo
 
 def patterns(task: str) -> list[tuple[str, str]]:
     """Return (how a metric of the task may be written, what matches it). Raises UserError for an unknown task."""
+    if task.startswith(HARNESS):  # whose metrics are the harness's
+        return [("<metric>", r"[\w.]+")]
     if task == inheritance.NAME:
         names = [*(f"distinct_{n}" for n in (1, 2, 3)), "answer_entropy", "perplexity.before", "perplexity.after"]
         groups: tuple[str, ...] = ()

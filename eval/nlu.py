@@ -209,7 +209,9 @@ def plan_run(run: EvaluatedRun, sets: Sets, names: Sequence[str] | None) -> Plan
     names: the out-of-domain sets that must be evaluated; None: those for which data is at hand. Raises UserError for a
     set that is not to be had, a run without the model that must predict, and one that training scored on other data.
     """
-    wanted = [*out_of_domain(run.task), *sets.given] if names is None else names
+    wanted = out_of_domain(run.task) if names is None else names
+    if names is None and find_task(run.task).is_own:
+        wanted = list(dict.fromkeys([*wanted, *sets.given]))
     trained, to_predict, skipped = {}, [], {}
     for name in dict.fromkeys([run.own_set, *run.dev_scores, *wanted]):
         if name in run.dev_scores and name not in sets.given:

@@ -40,7 +40,11 @@ CHANGE = """([id, value, event]) => new Promise((done) => {
 
 
 def main() -> int:
-    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(
+        prog="python scripts/bench_page.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--items", type=int, default=10_000)
     parser.add_argument("--repeats", type=int, default=5)
     parsed = parser.parse_args()

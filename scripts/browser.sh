@@ -10,7 +10,7 @@ cd -- "$(dirname -- "$0")/.."
 
 sh scripts/setup.sh
 mkdir -p .cache
-.venv/bin/python -m pip --disable-pip-version-check --no-input install -q playwright==1.65.2 axe-playwright-python==0.1.8
+.venv/bin/python -m pip --disable-pip-version-check --no-input install -q -e '.[browser]'
 
 find_browser() {
     for name in chromium chromium-browser google-chrome; do

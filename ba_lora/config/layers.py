@@ -9,9 +9,11 @@ NLU has a fourth between the first two, the task's settings. What a configuratio
 schema_nlu.py; which values go together: checks.py.
 """
 
+import contextlib
 import copy
 import dataclasses
 import functools
+import json
 import re
 from pathlib import Path
 from typing import Any, NoReturn
@@ -82,7 +84,7 @@ def load_config(
     for layer in layers:
         _refuse_unknown(layer, path, schema, schema)
     try:
-        merged = OmegaConf.merge(_structured(schema), functools.reduce(_overlay, layers))
+        merged = OmegaConf.merge(*_typed(schema, layers))
     except OmegaConfBaseException as error:
         typed_there = any(text.startswith(f"{error.full_key}=") for text in overrides)
         source = "the command line" if typed_there else path
@@ -296,6 +298,19 @@ def _overlay(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
         both = isinstance(value, dict) and isinstance(below.get(key), dict)
         merged[key] = _overlay(below[key], value) if both else value
     return merged
+
+
+def _typed(schema: type[RunConfig], layers: list[dict[str, Any]]) -> tuple[DictConfig, dict[str, Any]]:
+    """Return the lowest layer with its types, kept since a table has it hundreds of times, and all others in one."""
+    if len(layers) > 1:
+        with contextlib.suppress(OmegaConfBaseException, TypeError):  # what is wrong in it may be overridden
+            return _typed_base(schema, json.dumps(layers[0])), functools.reduce(_overlay, layers[1:])
+    return _structured(schema), functools.reduce(_overlay, layers)
+
+
+@functools.lru_cache(maxsize=64)
+def _typed_base(schema: type[RunConfig], base: str) -> DictConfig:
+    return OmegaConf.merge(_structured(schema), json.loads(base))
 
 
 @functools.cache

@@ -8,6 +8,7 @@ from ba_lora.config.ranges import check_numbers
 from ba_lora.config.registries import data_sets, tasks
 from ba_lora.config.schema import (
     GENERATION_OPTIONS,
+    HARNESS,
     LOSS_IMPLEMENTATIONS,
     RUN_MEASURES,
     DataConfig,
@@ -169,7 +170,10 @@ def check_nlg(config: NLGConfig) -> None:
     if config.data.num_rows is None and config.data.name == "toy" and config.data.source is None:
         raise UserError("data.num_rows=null means all rows of a set, the toy's are made on demand: give a number")
     for task in (*config.eval.tasks, *config.eval.data):
-        check_choice("eval.tasks", task, (*tasks(), *RUN_MEASURES))
+        if not task.startswith(HARNESS):  # the harness knows its own names, and is asked before the training
+            check_choice("eval.tasks", task, (*tasks(), *RUN_MEASURES))
+        if task in RUN_MEASURES and is_chat(data.template):
+            raise UserError(f"eval.tasks: {task} asks in the Alpaca frame, and the run is trained in {data.template}")
     check_choice("eval.engine", config.eval.engine, ("auto", "vllm", "hf"))
     for key, value in config.eval.options.items():
         if key not in GENERATION_OPTIONS:

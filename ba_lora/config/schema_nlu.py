@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from ba_lora.config.ranges import check_range
 from ba_lora.config.registries import nlu_metrics
-from ba_lora.config.schema import BALoRAConfig, DataConfig, RunConfig, check_choice, training_hash
+from ba_lora.config.schema import BALoRAConfig, DataConfig, RunConfig, check_choice
 from ba_lora.errors import UserError
 from ba_lora.glue import AUTO, OUT_OF_DOMAIN, TASKS, NLUTask, find_task, plain_label
 from ba_lora.paths import data_suffix, resolve_path
@@ -138,9 +138,8 @@ class NLUConfig(RunConfig):
     features: FeaturesConfig = field(default_factory=FeaturesConfig)
 
     @property
-    def run_id(self) -> str:
-        """`<base>-<task>-<method>-s<seed>-<hash>`."""
-        return f"{self.name}-{self.nlu.name}-{self.method}-s{self.seed}-{training_hash(self)}"
+    def run_name(self) -> str:
+        return f"{self.name}-{self.nlu.name}-{self.method}"
 
     @property
     def data_files(self) -> list[str]:

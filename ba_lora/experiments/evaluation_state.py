@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ba_lora.config.schema import RUN_MEASURES, RunConfig
+from ba_lora.config.schema import HARNESS, RUN_MEASURES, RunConfig
 from ba_lora.config.schema_nlu import NLUConfig
 from ba_lora.errors import UserError
 from ba_lora.glue import find_task, hub_source
@@ -86,7 +86,8 @@ def evaluation_fault(config: RunConfig, state: dict[str, Any], *, graders: Grade
     if fault is None or not fault.regrade or config.kind == "nlu":  # eval.nlu predicts what it must
         return fault
     completions = {task: config.run_path / "completions" / f"{task}.jsonl" for task in config.eval.tasks}
-    lost = [task for task, path in completions.items() if task not in RUN_MEASURES and not path.is_file()]
+    own = (*RUN_MEASURES, *(task for task in completions if task.startswith(HARNESS)))  # have no completions
+    lost = [task for task, path in completions.items() if task not in own and not path.is_file()]
     if lost:
         return dataclasses.replace(fault, regrade=False, reason=f"{fault.reason}; no completions of {', '.join(lost)}")
     return fault

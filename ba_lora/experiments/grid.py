@@ -11,10 +11,12 @@ The same command may be given twice, at once or after Ctrl-C or kill -9: a run i
 state is read from its files after the lock is taken (locks.py, state.py).
 
 key=value changes every run (`data.num_rows=1000`), but for
+    executor=NAME      where the stages run: a file of configs/executors (local), executor.KEY=VALUE over its settings
     retry=true         redo what failed                 workers=N     at most N runs at a time
     seeds=[1,2]        instead of the table's seeds     gpus=N        rows set for N GPUs a run (default: the fewest)
     only=WORD[,WORD]   the rows of these bases, methods, settings: only=llama-2-7b,lora,pissa
-    output=DIR         of the report                allow=NAME    for the report; see eval/report/__main__.py
+    output=DIR, allow=NAME, page=no    for the report; see eval/report/__main__.py
+    cancel=true        Ctrl-C also ends the jobs that a cluster has (default: they go on, and are found again)
 """
 
 import argparse
@@ -32,7 +34,8 @@ from ba_lora.config.checks import check_places
 from ba_lora.config.schema import UNTUNED, RunConfig
 from ba_lora.errors import CommandParser, UserError, run_entry_point
 from ba_lora.experiments.evaluation_state import evaluation_state
-from ba_lora.experiments.executors.local import LocalExecutor, Slot, StageQueue, local_slots, log_lines
+from ba_lora.experiments.executors import open_executor
+from ba_lora.experiments.executors.base import Executor, Slot, StageQueue, log_lines
 from ba_lora.experiments.options import read_grid_options, rows_for_gpus, select_rows
 from ba_lora.experiments.pipeline import missing_judge, prepare_evaluation, record_evaluation, record_result
 from ba_lora.experiments.plan import ask_grader_versions, check_columns, dry_run, plan_runs
@@ -65,12 +68,10 @@ QUIET_S = 300.0  # after this long without a line, what runs is told
 
 @dataclass
 class _Running:
-    """Work that has been given to the executor: what it is doing for which runs."""
+    """Work that has been given to the executor, and for which of this grid's runs."""
 
     work: StageQueue
-    doing: str  # training | evaluating
     specs: list[Spec]
-    states: list[dict]  # of the evaluation, as it was before
 
     def names(self, shown: int | None = None) -> str:
         """Return the runs' names, all or the first `shown`."""
@@ -85,17 +86,19 @@ class Grid:
     def __init__(
         self,
         table: Table,
-        executor: LocalExecutor,
+        executor: Executor,
         *,
         graders: Mapping[str, Mapping[str, str | None]],
         refused: Mapping[Path, str] | None = None,
         retry: bool = False,
+        cancel: bool = False,
         say: Callable[[str], None] = print,
     ) -> None:
         self.table = table
         self.executor = executor
         self.graders = graders
         self.retry = retry
+        self.cancel = cancel
         self._say = say
         self._said_at = time.monotonic()
         self.specs = {spec.config.run_path: spec for spec in table.specs()}
@@ -107,6 +110,7 @@ class Grid:
         self._tried: set[Path] = set()
         self._named: set[Path] = set()
         self._train_seconds: list[float] = []
+        self._node_failures = 0
         self._last_waiting = ""
 
     def run(self) -> None:
@@ -119,12 +123,15 @@ class Grid:
                     return
                 if not self._running:
                     self._tell_waiting()
-                for work in self.executor.wait(POLL_S):
+                ended = self.executor.wait(POLL_S)
+                self._tell_news()
+                for work in ended:
                     self._ended(work)
                 if time.monotonic() - self._said_at >= QUIET_S:
                     self._tell_running()
         finally:
-            self.executor.cancel()
+            for line in self.executor.cancel(jobs=self.cancel):
+                self.say(line)
             for running in self._running:
                 running.work.release()
 
@@ -144,13 +151,18 @@ class Grid:
             lock = self._lock(path)
             if lock is None:
                 continue
+            if (work := self.executor.find(path)) is not None:
+                work.locks.append(lock)
+                self._running.append(_Running(work, [spec]))
+                self._tell(f"{work.doing}: {path.name}, found again: {work.place}")
+                continue
             state = self._look(spec)
             if state is None:
                 lock.close()
             elif state.train:
                 launch = launch_command(_launch_environment(slot), num_gpus=slot.num_gpus)
                 stage = training_stage(spec, launch, overwrite=state.overwrite)
-                self._submit(slot, "training", [spec], [], [stage], [lock])
+                self._submit(slot, "training", [spec], {}, [stage], [lock])
                 return True
             else:
                 waiting.append(path)
@@ -160,7 +172,7 @@ class Grid:
     def _evaluate(self, slot: Slot, waiting: Sequence[Path]) -> bool:
         """Evaluate as many of the trained runs together as belong together."""
         first = self.specs[waiting[0]].config
-        share = -(-len(waiting) // len(self.executor.slots)) if len(waiting) > 1 else 1
+        share = -(-len(waiting) // len(self.executor.places)) if len(waiting) > 1 else 1
         together = [path for path in waiting if _evaluated_alike(first, self.specs[path].config)]
         if waiting[0] in self._alone or first.method == UNTUNED:
             together = together[:1]
@@ -185,7 +197,7 @@ class Grid:
             for config in configs:
                 prepare_evaluation(config)
             stages = evaluation_stages(configs, generate=not regrade)
-            states = [evaluation_state(config) for config in configs]
+            states = {config.run_path: evaluation_state(config) for config in configs}
         except UserError as error:  # of what they have in common
             for spec, lock in zip(specs, locks, strict=True):
                 self._fail(spec, str(error))
@@ -223,15 +235,22 @@ class Grid:
         return state
 
     def _submit(
-        self, slot: Slot, doing: str, specs: list[Spec], states: list[dict], stages: list[Stage], locks: list[IO[str]]
+        self,
+        slot: Slot,
+        doing: str,
+        specs: list[Spec],
+        states: dict[Path, dict],
+        stages: list[Stage],
+        locks: list[IO[str]],
     ) -> None:
-        work = StageQueue(stages, GRID_PATH / "logs", locks)
-        running = _Running(work, doing, specs, states)
+        work = StageQueue(stages, GRID_PATH / "logs", locks, doing, states)
+        running = _Running(work, specs)
         self._running.append(running)  # first: whatever fails now, its locks are released
         with disk_errors(work.log_folder):
             work.log_folder.mkdir(parents=True, exist_ok=True)
         self.executor.submit(work, slot)
-        self._tell(f"{doing}: {running.names()} on {slot.name} (log: {work.log_path})")
+        log = f" (log: {work.log_path})" if work.log_path else ""
+        self._tell(f"{doing}: {running.names()} on {slot.name}{log}")
 
     # ---- what has ended
 
@@ -240,38 +259,40 @@ class Grid:
         running = next(running for running in self._running if running.work is work)
         try:
             self._record(running)
+            for spec in running.specs:
+                self.executor.forget(work, spec.config.run_path)
         finally:
             self._running.remove(running)
             work.release()
 
     def _record(self, running: _Running) -> None:
         work = running.work
-        for index, spec in enumerate(running.specs):
+        for spec in running.specs:
             path = spec.config.run_path
             failures = work.failures.get(path, [])
-            if len(running.specs) > 1 and any(len(failure.stage.run_paths) > 1 for failure in failures):
+            if any(len(failure.stage.run_paths) > 1 for failure in failures):
                 self._alone.add(path)  # whose fault it was shows when each is tried by itself
                 continue
             if not failures:
                 failure_path(path).unlink(missing_ok=True)
             try:
-                if running.doing == "evaluating" and work.goes_on(path):
+                if work.doing == "evaluating" and work.goes_on(path):
                     failed = [failure.stage.task for failure in failures]
-                    record_evaluation(spec.config, running.states[index], failed=failed)
+                    record_evaluation(spec.config, work.states[path], failed=failed)
             except UserError as error:
                 self._fail(spec, str(error))
                 continue
             if failures:
                 self._tried.add(path)
                 self._fail(spec, record_failure(spec.config, failures), f" (log: {failures[0].log_path})")
-            elif running.doing == "training" and not is_trained(path, spec.config):  # else it would be trained for ever
+            elif work.doing == "training" and not is_trained(path, spec.config):  # else it would be trained for ever
                 self._fail(spec, f"its training ended without an error, and left no whole run in {path}")
-            elif running.doing == "training":
+            elif work.doing == "training":
                 self._train_seconds.append(work.seconds)
                 self._tell(f"trained: {path.name} in {work.seconds:.0f} s")
             else:
                 self._finish(spec)
-                self._tell(f"done: {path.name}, evaluated in {work.seconds / len(running.specs):.0f} s")
+                self._tell(f"done: {path.name}, evaluated in {work.seconds / max(1, len(work.run_paths)):.0f} s")
 
     def _fail(self, spec: Spec, error: str, more: str = "") -> None:
         """Give a run up, and say so; the others go on."""
@@ -300,6 +321,9 @@ class Grid:
         """Return how far the whole is, with the time left where trainings have been timed."""
         parts = [f"{len(self.done)} of {len(self.specs)} done"]
         parts += [f"{len(self.failed)} failed"] if self.failed else []
+        queued = sum(running.work.queued for running in self._running)
+        parts += [f"{len(self._running) - queued} running, {queued} queued"] if queued else []
+        parts += [f"{self._node_failures} node failures"] if self._node_failures else []
         left = len(self.specs) - len(self.done) - len(self.failed)
         if self._train_seconds and left:
             mean = sum(self._train_seconds) / len(self._train_seconds)
@@ -308,14 +332,26 @@ class Grid:
                 for path, spec in self.specs.items()
                 if path not in self.done and path not in self.failed
             )
-            parts.append(f"about {mean * untrained / len(self.executor.slots) / 60:.0f} min of training left")
+            parts.append(f"about {mean * untrained / len(self.executor.places) / 60:.0f} min of training left")
         return ", ".join(parts)
 
     def _tell_running(self) -> None:
         for running in self._running:
-            minutes = (time.monotonic() - running.work.started) / 60
-            last = (log_lines(running.work.log_path) or ["no output yet"])[-1]
-            self.say(f"{running.doing}: {running.names(1)}, for {minutes:.0f} min: {last}")
+            work = running.work
+            minutes = (time.monotonic() - work.started) / 60
+            place = f" ({work.place})" if work.place else ""
+            last = (work.log_path and log_lines(work.log_path) or ["no output yet"])[-1]
+            self.say(f"{work.doing}: {running.names(1)}{place}, for {minutes:.0f} min: {last}")
+
+    def _tell_news(self) -> None:
+        """Tell what the executor reports of its works: where they have begun, what has happened to them."""
+        told = []
+        for running in self._running:
+            told += [f"{running.work.doing}: {running.names(1)}: {line}" for line in running.work.news]
+            running.work.news.clear()
+        self._node_failures = max(self._node_failures, sum(running.work.node_failures for running in self._running))
+        for line in told:
+            self._tell(line)
 
     def _tell_waiting(self) -> None:
         holders = sorted(set(self._elsewhere.values()) or set(self.executor.busy_elsewhere()))
@@ -373,7 +409,9 @@ def main() -> int:
         print("\n".join([*first, *dry_run(table, plan_runs(table, graders), retry=options.retry), *left_out]))
         return 0
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    executor = LocalExecutor(local_slots(GRID_PATH, gpus_per_run=gpus, workers=options.workers))
+    executor = open_executor(
+        options.executor, options.executor_settings, folder=GRID_PATH, gpus=gpus, workers=options.workers
+    )
     planned = plan_runs(table, graders)
     for entry in planned:
         if entry.changed:
@@ -386,10 +424,10 @@ def main() -> int:
     for error in dict.fromkeys(refused.values()):
         number = list(refused.values()).count(error)
         _say(f"failed: {number} runs cannot be evaluated and are not trained: {error}")
-    grid = Grid(table, executor, graders=graders, refused=refused, retry=options.retry, say=_say)
+    grid = Grid(table, executor, graders=graders, refused=refused, retry=options.retry, cancel=options.cancel, say=_say)
     seeds = [f"seeds={','.join(map(str, options.seeds))}"] if options.seeds else []
     declare(whole, report_folder(table.id, [*overrides, *seeds]))
-    _say(f"{table.id}: {len(table.specs())} runs on {', '.join(slot.name for slot in executor.slots)}")
+    _say(f"{table.id}: {len(table.specs())} runs on {', '.join(executor.places)}")
     grid.run()
     _say(grid.progress())
     for path, error in grid.failed.items():

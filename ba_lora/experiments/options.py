@@ -1,17 +1,19 @@
 """What the command line of a grid says: its own options, the rows it is for, and the overrides of every run."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from ba_lora.config.checks import check_place
+from ba_lora.config.layers import override_layer
 from ba_lora.errors import UserError
 from ba_lora.experiments.tables import Row, Table
 from ba_lora.paths import written_path
 from ba_lora.words import nearest, take_options
 
-REPORT_OPTIONS = ("output", "allow")
+REPORT_OPTIONS = ("output", "allow", "page")
 MAX_WORKERS = 1024
-OPTIONS = ("retry", "workers", "gpus", "seeds", "only", *REPORT_OPTIONS)
+OPTIONS = ("retry", "workers", "gpus", "seeds", "only", "executor", "cancel", *REPORT_OPTIONS)
 
 
 @dataclass(frozen=True)
@@ -23,21 +25,30 @@ class GridOptions:
     gpus: int | None = None
     seeds: tuple[int, ...] | None = None
     only: tuple[str, ...] = ()
+    executor: str = "local"
+    executor_settings: dict[str, Any] = field(default_factory=dict)  # typed as executor.KEY=VALUE
+    cancel: bool = False
     report: tuple[str, ...] = ()  # words for the report only, as they were typed
 
 
 def read_grid_options(words: Sequence[str]) -> tuple[GridOptions, list[str]]:
     """Return the grid's own options and the overrides from `key=value` words. Raises UserError for a bad value."""
     typed, overrides = take_options(words, OPTIONS, example="workers=2")
+    prefix = "executor."
+    settings = override_layer([word.removeprefix(prefix) for word in overrides if word.startswith(prefix)])
+    overrides = [word for word in overrides if not word.startswith(prefix)]
     if "output" in typed:
         check_place(written_path(typed["output"]), "output")
     report = tuple(f"{key}={typed.pop(key)}" for key in REPORT_OPTIONS if key in typed)
-    return GridOptions(**{key: _option(key, text) for key, text in typed.items()}, report=report), overrides
+    chosen = {key: _option(key, text) for key, text in typed.items()}
+    return GridOptions(**chosen, executor_settings=settings, report=report), overrides
 
 
 def _option(key: str, text: str) -> object:
     try:
-        if key == "retry":
+        if key == "executor":
+            return text
+        if key in ("retry", "cancel"):
             return {"true": True, "false": False}[text.lower()]
         if key == "only":
             if not all(words := text.split(",")):  # an empty variable of a shell would choose every row
@@ -49,7 +60,12 @@ def _option(key: str, text: str) -> object:
             raise ValueError
         return int(text)
     except (KeyError, ValueError) as error:
-        wanted = {"retry": "true or false", "seeds": "whole numbers, [1,2]", "only": "WORD[,WORD]"}
+        wanted = {
+            "retry": "true or false",
+            "cancel": "true or false",
+            "seeds": "whole numbers, [1,2]",
+            "only": "WORD[,WORD]",
+        }
         wanted = wanted.get(key, f"a whole number from 1 to {MAX_WORKERS}")
         raise UserError(f"{key}={text}: {wanted} is needed") from error
 

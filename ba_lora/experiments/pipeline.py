@@ -12,6 +12,7 @@ none the training runs under plain python; on several, or several machines, unde
     NUM_PROCESSES                         of all machines together; the number of GPUs where unset
     NUM_MACHINES MACHINE_RANK             how many machines, and which one this is (the same command on each)
     MASTER_ADDR MASTER_PORT               machine 0, and a free port on it; for several machines
+    MAX_RESTARTS                          how often torchrun starts all processes again after one was lost (0)
 """
 
 import argparse
@@ -26,7 +27,7 @@ from typing import Any
 from ba_lora.config.checks import check_places
 from ba_lora.config.layers import find_config, read_yaml
 from ba_lora.config.registries import judged_tasks
-from ba_lora.config.schema import RUN_MEASURES, UNTUNED, RunConfig, to_yaml
+from ba_lora.config.schema import UNTUNED, RunConfig, to_yaml
 from ba_lora.errors import CommandParser, UserError, run_entry_point
 from ba_lora.experiments.evaluation_state import STATE_FILE, evaluation_fault, evaluation_state, read_state
 from ba_lora.experiments.spec import Spec, untuned_config
@@ -34,6 +35,7 @@ from ba_lora.experiments.stages import (
     ask_module,
     check_evaluation,
     evaluation_stages,
+    is_generated,
     launch_command,
     run_stage,
     training_stage,
@@ -249,7 +251,7 @@ def record_evaluation(config: RunConfig, state: dict[str, Any], *, failed: Colle
     made_alike = earlier == state
     for task in failed:
         score_path = config.run_path / "scores" / f"{task}.json"
-        if not (made_alike and (task in RUN_MEASURES or _is_of_its_completions(score_path))):
+        if not (made_alike and (not is_generated(task) or _is_of_its_completions(score_path))):
             score_path.unlink(missing_ok=True)
     result = record_result(config)
     tasks = [task for task in asked if task not in failed]

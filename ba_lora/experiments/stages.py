@@ -14,7 +14,7 @@ from typing import Any
 
 from ba_lora.chat import is_chat
 from ba_lora.config.layers import find_config, read_yaml
-from ba_lora.config.schema import RUN_MEASURES, UNTUNED, RunConfig
+from ba_lora.config.schema import HARNESS, RUN_MEASURES, UNTUNED, RunConfig
 from ba_lora.errors import UserError
 from ba_lora.experiments.evaluation_state import data_file
 from ba_lora.experiments.spec import Spec
@@ -22,7 +22,7 @@ from ba_lora.glue import task_word
 from ba_lora.models.source import model_source
 from ba_lora.paths import PROJECT_ROOT, resolve_path, stage_environment
 
-CHECKED = ("eval.generate", "eval.nlu")  # the modules with a `check`, which eval.check calls
+CHECKED = ("eval.generate", "eval.harness", "eval.nlu")  # the modules with a `check`, which eval.check calls
 
 
 @dataclass(frozen=True)
@@ -123,6 +123,9 @@ def launch_command(environ: Mapping[str, str], *, num_gpus: int | None = None) -
         command += ["--num_machines", str(num_machines)]
         command += ["--machine_rank", str(whole_number(environ, "MACHINE_RANK", 0))]
         command += ["--main_process_ip", environ["MASTER_ADDR"]]
+        if restarts := whole_number(environ, "MAX_RESTARTS", 0):
+            is_first = str(environ["MACHINE_RANK"] == "0").lower()
+            command += ["--max_restarts", str(restarts), "--rdzv_backend", "c10d", "--rdzv_conf", f"is_host={is_first}"]
     # on one machine 0 takes any free port, so that two runs there do not meet
     command += ["--main_process_port", str(whole_number(environ, "MASTER_PORT", 0))]
     return command
@@ -161,7 +164,7 @@ def evaluation_stages(configs: Sequence[RunConfig], *, generate: bool = True) ->
     first = configs[0]
     if first.kind == "nlu":
         return _nlu_stages(configs, regrade=not generate)
-    tasks = [task for task in first.eval.tasks if task not in RUN_MEASURES]
+    tasks = [task for task in first.eval.tasks if is_generated(task)]
     run_paths = tuple(config.run_path for config in configs)
     folders = [str(path) for path in run_paths]
     files = {task: str(data_file(first, task)) for task in first.eval.tasks if task in first.eval.data}
@@ -197,12 +200,39 @@ def evaluation_stages(configs: Sequence[RunConfig], *, generate: bool = True) ->
             }
             call = Call("eval.score", options, partial)
             stages.append(Stage(f"score {task}", call, (config.run_path,), task, quiet=True))
+        stages += _harness_stages(config, files)
     for measure in first.eval.tasks:
         if measure in RUN_MEASURES:
             if measure not in files or not tasks:
                 raise UserError(f"eval.tasks: {measure} needs a task before it and its texts, eval.data.{measure}=FILE")
             options = {"run": folders, "texts": files[measure], "task": tasks[0], "data": files.get(tasks[0])}
             stages.append(Stage(measure, Call(f"eval.{measure}", options, trusted), run_paths, measure))
+    return stages
+
+
+def is_generated(task: str) -> bool:
+    """Whether a task has completions of eval.generate, and is no measure of the run itself or of the harness."""
+    return task not in RUN_MEASURES and not task.startswith(HARNESS)
+
+
+def _harness_stages(config: RunConfig, files: Mapping[str, str]) -> list[Stage]:
+    """Return a call of lm-evaluation-harness for each of its tasks: one that fails leaves the others their scores."""
+    stages = []
+    model, output = str(config.run_path), None
+    if config.method == UNTUNED and config.model.quantization == "none":
+        model, output = model_source(config.model), str(config.run_path / "scores")
+    for task in config.eval.tasks:
+        if task.startswith(HARNESS):
+            options = {
+                "model": model,
+                "task": task,
+                "data": f"{task}={files[task]}" if task in files else None,
+                "output": output,
+                "engine": config.eval.engine,
+                "limit": None if config.eval.limit is None else str(config.eval.limit),
+                "revision": config.model.revision if output else None,
+            }
+            stages.append(Stage(task, Call("eval.harness", options), (config.run_path,), task, quiet=True))
     return stages
 
 

@@ -19,7 +19,7 @@ from ba_lora.config.layers import load_config, read_yaml
 from ba_lora.config.schema import RunConfig, setting_differences, training_hash, training_settings
 from ba_lora.errors import UserError
 from ba_lora.experiments.evaluation_state import evaluation_fault, evaluation_state
-from ba_lora.experiments.executors.local import StageFailure, log_lines
+from ba_lora.experiments.executors.base import StageFailure, log_lines
 from ba_lora.experiments.spec import Spec
 from ba_lora.experiments.tables import SeedCell, Table
 from ba_lora.glue import HUB, HUB_REVISION
@@ -136,7 +136,10 @@ def record_failure(config: RunConfig, failures: Sequence[StageFailure]) -> str:
 
 
 def stage_error(failure: StageFailure) -> str:
-    """Return the last line of the stage's log that reads like an error, else its last line, else the exit status."""
+    """Return what the failure says itself, else the last line of the stage's log that reads like an error, else its
+    last line, else the exit status."""
+    if failure.error is not None:
+        return failure.error
     lines = log_lines(failure.log_path)
     found = [match[1] for line in lines if (match := _ERROR_LINE.match(line))]
     signal = f"ended by signal {-failure.status}" if failure.status < 0 else f"exit status {failure.status}"

@@ -54,8 +54,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ba_lora.config.checks import check_config
 from ba_lora.config.layers import only_typed, override_layer, read_yaml
-from ba_lora.config.methods import init_facts, plain_lora_folder
+from ba_lora.config.methods import init_facts, plain_lora_folder, tuner_facts
 from ba_lora.config.schema import UNTUNED, RunConfig
 from ba_lora.errors import UserError
 from ba_lora.experiments.search.best import best_words
@@ -205,7 +206,9 @@ def load_table(path: str | Path, *, overrides: Sequence[str] = (), seeds: Sequen
     chosen, unchosen = _chosen(raw.get("chosen"), path)
     rows: dict[Row, int] = {}  # row → GPUs
     cells: list[SeedCell] = []
-    for number, block in enumerate(_list(raw["rows"], path, "rows"), start=1):
+    blocks = _list(raw["rows"], path, "rows")
+    _refuse_typed(overrides, _varied_keys(blocks, columns), kind=raw["kind"])
+    for number, block in enumerate(blocks, start=1):
         where = f"{path}: rows, entry {number}"
         check_keys(block, _BLOCK_KEYS, where=where)
         suffix = str(block.get("suffix") or "")
@@ -216,14 +219,12 @@ def load_table(path: str | Path, *, overrides: Sequence[str] = (), seeds: Sequen
         settings = block.get("settings") or {"": []}
         if not isinstance(settings, dict):
             raise UserError(f"{where}: settings is a mapping, name: [key=value, …]")
-        own_words = [word for name, own in settings.items() for word in _list(own, where, f"settings.{name}")]
-        own_words += [*_list(block.get("overrides"), where, "overrides"), *(w for c in columns for w in c.overrides)]
         pairs = itertools.product(
             _list(block.get("bases"), where, "bases"), _list(block.get("methods"), where, "methods")
         )
         searched = {pair: best_words(*pair, str(block["search"])) for pair in pairs if block.get("search")}
-        own_words += [word for words in searched.values() for word in words]
-        _refuse_typed(overrides, own_words, kind=raw["kind"])
+        found = {word.partition("=")[0] for words in searched.values() for word in words}
+        _refuse_typed(overrides, found, kind=raw["kind"])
         for base in _list(block.get("bases"), where, "bases"):
             for method in _list(block.get("methods"), where, "methods"):
                 for setting, own in settings.items():
@@ -289,10 +290,24 @@ def _refuse_two_evaluations(cells: Sequence[SeedCell], path: Path) -> None:
             raise UserError(f"{path}: {told} are one run with two evaluations: give the rows of one a suffix")
 
 
-def _refuse_typed(typed: Sequence[str], own: Sequence[str], *, kind: str) -> None:
-    """Raise UserError for a typed key that the table's `own` words set, too: it would win, and every row or column
-    would be what was typed, under the label of something else."""
-    varied = {"method", *(["task"] if kind == "nlu" else []), *(word.partition("=")[0] for word in own)}
+def _varied_keys(blocks: Sequence[Any], columns: Sequence[Column]) -> set[str]:
+    """Return the keys that tell rows or columns apart: all of columns, and those that not all rows set, or not to one
+    value. What is wrong in the blocks is told where they are read."""
+    rows: list[dict[str, str]] = []
+    for block in blocks if all(isinstance(one, dict) for one in blocks) else ():
+        settings = block.get("settings") if isinstance(block.get("settings"), dict) else None
+        common = block.get("overrides") or []
+        for own in (settings or {"": []}).values():
+            words = [str(word) for word in (*common, *(own or []))]
+            rows.append({key: value for key, _, value in (word.partition("=") for word in words)})
+    varied = {key for row in rows for key in row if any(other.get(key) != row[key] for other in rows)}
+    return varied | {word.partition("=")[0] for column in columns for word in column.overrides}
+
+
+def _refuse_typed(typed: Sequence[str], varied: set[str], *, kind: str) -> None:
+    """Raise UserError for a typed key that the table varies: it would win, and every row or column would be what was
+    typed, under the label of something else."""
+    varied = {"method", *(["task"] if kind == "nlu" else []), *varied}
     for key in (word.partition("=")[0] for word in typed):
         if key in ("output_dir", "overwrite", "seed"):
             raise UserError(f"{key}= has no meaning for a whole table{nearest(key, ['seeds'])}")
@@ -337,25 +352,64 @@ def _resolve(row: Row, kind: str, words: Sequence[str], tasks: Sequence[str], ty
     if kind == "nlu" and method is None:
         raise UserError(f"a classifier's head is new: there is no {UNTUNED} model to evaluate")
     for word in words:
-        if only_typed(override_layer([str(word)])):
+        if _counts_only_typed(str(word)):
             raise UserError(f"{word} counts only when it is typed: take it out of the table's file")
     spec = Spec.resolve(config_path, method, [*words, *typed], kind=kind)
     if kind == "nlu":  # training scores the run's own dev sets; what is left are the sets out of its domain
         dev_sets = find_task(spec.config.nlu.task).dev_sets
         tasks = [name for name in tasks if name not in dev_sets]
-    words = [*words, f"eval.tasks=[{','.join(tasks)}]", *typed]
+    tasks_words = [f"eval.tasks=[{','.join(tasks)}]"]
     if method is None:
-        return dataclasses.replace(Spec.resolve(config_path, method, words, kind=kind), trained=False)
-    adapter, more = spec.config.adapter, []
+        spec = _with_defaults(spec, {"eval.tasks": tasks}, [], [*words, *tasks_words, *typed])
+        return dataclasses.replace(spec, trained=False)
+    adapter, more = spec.config.adapter, {}
     if init_facts(adapter).get("caches") and adapter.factors_cache is None:
-        more.append(f"adapter.factors_cache={FACTORS_CACHE}")
+        more["adapter.factors_cache"] = FACTORS_CACHE
     if kind == "nlg" and "serve" not in spec.config.eval.options:
         # All runs of a table that can be are served as adapters on their base: one engine start serves them all, and
         # none needs a merged model on disk. The choice must not depend on how many happen to be evaluated together.
         hot = plain_lora_folder(adapter) != "none" and spec.config.model.quantization == "none"
-        more += ["eval.options.serve=hot", "export.merged=false"] if hot else ["eval.options.serve=merged"]
-    spec = Spec.resolve(config_path, method, [*more, *words], kind=kind)
+        served_hot = hot or not tuner_facts(adapter)["merges"]
+        more |= (
+            {"eval.options.serve": "hot", "export.merged": False} if served_hot else {"eval.options.serve": "merged"}
+        )
+    shown = [f"{key}={str(value).lower() if value is False else value}" for key, value in more.items()]
+    spec = _with_defaults(spec, {**more, "eval.tasks": tasks}, shown, [*words, *tasks_words, *typed])
     return _with_own_reference(spec) if kind == "nlg" and spec.config.uses_reference_cache else spec
+
+
+@functools.lru_cache(maxsize=4096)  # the words of a table come again in every row
+def _counts_only_typed(word: str) -> bool:
+    return bool(only_typed(override_layer([word])))
+
+
+def _with_defaults(spec: Spec, values: dict[str, Any], more: Sequence[str], words: Sequence[str]) -> Spec:
+    """Return the run of the `more` words, which say `values`, and the `words` over them.
+
+    The config is changed where it is, since merging all its layers once more would take as long as the rest of a dry
+    run; a key that the words set as well, or a whole section of which they set, is merged.
+    """
+    set_by_words = [word.partition("=")[0] for word in words if not word.startswith("eval.tasks=")]
+    set_by_words += ["eval.tasks"] * (sum(word.startswith("eval.tasks=") for word in words) - 1)
+    for key in values:
+        if any(f"{key}.".startswith(f"{name}.") or f"{name}.".startswith(f"{key}.") for name in set_by_words):
+            return Spec.resolve(spec.config_path, spec.method, [*more, *words], kind=spec.kind)
+    config = spec.config
+    for key, value in values.items():
+        *path, name = key.split(".")
+        config = _replaced(config, path, name, value)
+    check_config(config)
+    return dataclasses.replace(spec, config=config, overrides=(*more, *words))
+
+
+def _replaced(node: Any, path: Sequence[str], name: str, value: Any) -> Any:
+    """Return a config, or a section of one, with another value at `path`, `name`."""
+    if path:
+        value = _replaced(
+            getattr(node, path[0]) if not isinstance(node, dict) else node[path[0]], path[1:], name, value
+        )
+        name = path[0]
+    return {**node, name: value} if isinstance(node, dict) else dataclasses.replace(node, **{name: value})
 
 
 def _with_own_reference(spec: Spec) -> Spec:
@@ -384,7 +438,7 @@ def _with_seed(spec: Spec, seed: int, suffix: str) -> Spec:
         folder = str(PROJECT_ROOT / "outputs" / f"{config.run_id}-{suffix}")
         config = dataclasses.replace(config, output_dir=folder)
         words.append(f"output_dir={folder}")
-    return dataclasses.replace(spec, config=config, overrides=tuple(words))
+    return dataclasses.replace(spec, config=config.keep_run_id(), overrides=tuple(words))
 
 
 def _columns(raw: Any, path: Path) -> list[Column]:

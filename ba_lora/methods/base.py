@@ -65,6 +65,7 @@ class Tuner(Part):
     takes_dora: ClassVar[bool] = False
     quantizes: ClassVar[bool] = False  # works on an nf4 base
     has_dropout: ClassVar[bool] = True
+    own_layers: ClassVar[bool] = False  # PEFT loads the adapter only where the method's file is imported
     selects_layers: ClassVar[bool] = True  # takes PEFT's exclude_modules, layers_to_transform and layers_pattern
     plain_lora: ClassVar[str] = "none"  # where a plain LoRA of the trained model is: adapter | lora (folders) | none
     cuts_ranks: ClassVar[bool] = False  # the trained adapter is one at every lower rank, too: export.ranks
@@ -144,7 +145,7 @@ class Tuner(Part):
         return {}
 
     def load_state(self, model: "nn.Module", state: "dict[str, Tensor]") -> None:
-        """Take it up again, on a model with the checkpoint's weights."""
+        """Take it up again, {} where there was none, on a model with the checkpoint's weights."""
 
     # ---- export
 

@@ -73,6 +73,7 @@ class Bottleneck(Tuner):
     selects_layers = False
     names_layers = True
     has_dropout = False
+    own_layers = True
     merges = False
 
     def largest_rank(self, num_in: int, num_out: int) -> None:

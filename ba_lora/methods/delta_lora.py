@@ -69,8 +69,9 @@ class DeltaLora(Lora):
         }
 
     def load_state(self, model: nn.Module, state: dict[str, Tensor]) -> None:
+        """{} is the state of a step before K."""
         device = next(model.parameters()).device
-        self._start = {
+        self._start = state and {
             name: (state[f"{name}.lora_A.weight"].to(device), state[f"{name}.lora_B.weight"].to(device))
             for name, _ in named_adapter_layers(model)
         }

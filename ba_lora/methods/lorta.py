@@ -93,6 +93,7 @@ class Lorta(Tuner):
     """r (d + d/H + H + L + 4) parameters in all."""
 
     selects_layers = False
+    own_layers = True
     names_layers = True
     has_dropout = False
     layer_types = ("Linear",)

@@ -29,7 +29,8 @@ class MonteCLora(Lora):
         "use_entropy": (True, (True, False)),
     }
     takes_dora = False
-    quantizes = True
+    quantizes = False
+    limits = "draws in PEFT's plain layers, which a quantised base does not have"
     plain_lora = "lora"
 
     @staticmethod

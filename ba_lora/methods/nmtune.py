@@ -71,6 +71,7 @@ class NMTune(Tuner):
     kinds = ("nlu",)
     limits = "maps a classifier's features: it is for NLU, with whole weights"
     selects_layers = False
+    own_layers = True
     names_layers = True
     has_dropout = False
     merges = False

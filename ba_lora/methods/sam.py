@@ -24,6 +24,7 @@ class Sam(Tuner):
 
     options = {"share": (0.01, "(0, 1)"), "rows": (128, "[1, 1000000]")}
     selects_layers = False
+    own_layers = True
     names_layers = True
     has_dropout = False
     needs_rows = True

@@ -33,6 +33,7 @@ class Sara(Tuner):
         "reselect": (0.5, "(0, 1]"),
     }
     selects_layers = False
+    own_layers = True
     names_layers = True
     has_dropout = False
     draws = False

@@ -73,6 +73,7 @@ class Ssf(Tuner):
     layer_types = ("Linear",)
     has_dropout = False
     draws = False
+    own_layers = True
     names_layers = True
 
     def largest_rank(self, num_in: int, num_out: int) -> None:

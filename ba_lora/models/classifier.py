@@ -137,8 +137,14 @@ def run_head(modules: list[nn.Module] | nn.ModuleList, pooled_ND: Tensor) -> Ten
     encoder's under a float32 probe) are cast to it.
     """
     pooled_ND = pooled_ND.to(next(modules[0].parameters()).dtype)
-    for module in modules:
-        pooled_ND = module(pooled_ND) if isinstance(module, nn.Linear) else module(pooled_ND[:, None])
+    for number, module in enumerate(modules):
+        if isinstance(module, nn.Linear):
+            if number and isinstance(modules[number - 1], nn.Linear):  # DistilBERT's two layers have this between
+                pooled_ND = pooled_ND.relu()
+            pooled_ND = module(pooled_ND)
+        else:
+            pooled_ND = module(pooled_ND[:, None])
+            pooled_ND = pooled_ND[:, 0] if pooled_ND.ndim == 3 else pooled_ND  # ModernBERT's keeps the position
     return pooled_ND
 
 

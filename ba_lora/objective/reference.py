@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from ba_lora.config.schema import BALoRAConfig
 from ba_lora.errors import UserError
-from ba_lora.methods.base import Tuner, method_of
+from ba_lora.methods.base import method_of
 from ba_lora.models.layers import REFERENCE_ADAPTER, adapter_layers, adapter_parameters, gathered, has_residual_base
 from ba_lora.objective.terms.consistency import Consistency
 
@@ -104,8 +104,8 @@ def build_reference(model: nn.Module, *, trained_apart: Iterable[str] = ()) -> R
     _check_trained(model, layers, trained_apart)
     config = model.peft_config["default"]
     tuner = method_of(model).tuner
-    if type(tuner) is Tuner:  # PEFT alone has made the model
-        _check_init(config)
+    if not hasattr(model, "training_method"):  # PEFT alone has made the model
+        _check_init(config, variant_is_known=tuner.recognises(config))
     tuner.check_reference()
     if not tuner.needs_frozen_copy(model):
         return Reference(layers, frozen_factors=False)
@@ -149,12 +149,12 @@ def _check_trained(model: nn.Module, layers: list[nn.Module], trained_apart: Ite
         )
 
 
-def _check_init(config: object) -> None:
+def _check_init(config: object, *, variant_is_known: bool) -> None:
     """Raise UserError for an adapter of which it is not known how to get the pre-trained model back."""
     remedy = "use init_lora_weights=True or 'pissa', or set lambda_consistency=0"
     for entry in dataclasses.fields(config):
         is_variant = entry.metadata.get("is_lora_variant") and entry.name != "use_dora"
-        if is_variant and getattr(config, entry.name):
+        if is_variant and getattr(config, entry.name) and not variant_is_known:
             raise UserError(f"the reference of an adapter with {entry.name} is not known: leave it out")
     init = getattr(config, "init_lora_weights", True)
     if not has_residual_base(config) and str(init) not in ZERO_INITS:

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ba_lora.config.methods import adapter_loads, init_facts, writes_lora
+from ba_lora.config.methods import adapter_loads, init_facts, tuner_facts, writes_lora
 from ba_lora.config.schema import RunConfig, public, to_yaml
 from ba_lora.glue import find_task
 from ba_lora.io import write_text_atomic
@@ -109,7 +109,11 @@ def _loading(name: str, source: str, config: RunConfig) -> str:
     if name == "merged":
         return f"model = {auto_class}.from_pretrained(FOLDER)"
     base = json.dumps(source, ensure_ascii=False)
-    return f"base = {auto_class}.from_pretrained({base}{labels})\nmodel = PeftModel.from_pretrained(base, FOLDER)"
+    own = tuner_facts(config.adapter)["own_layers"]
+    needed = f"import ba_lora.methods.{config.adapter.tuner}  # the layers, which PEFT lacks\n" if own else ""
+    return (
+        f"{needed}base = {auto_class}.from_pretrained({base}{labels})\nmodel = PeftModel.from_pretrained(base, FOLDER)"
+    )
 
 
 def _line(text: object) -> str:

@@ -6,7 +6,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,12 @@ PACKAGES = (
 )  # fmt: skip
 
 
-def environment(*, num_processes: int = 1) -> dict[str, Any]:
-    """Return versions, hardware, and the state of the code."""
+def environment(*, num_processes: int = 1, num_gpus: Sequence[int] = ()) -> dict[str, Any]:
+    """Return versions, hardware, and the state of the code.
+
+    num_gpus: of each machine that took part; absent: this one only. `hardware` describes the first machine, and counts
+    the GPUs of all.
+    """
     import torch
 
     cuda = torch.cuda.is_available()
@@ -32,11 +36,12 @@ def environment(*, num_processes: int = 1) -> dict[str, Any]:
             "cpu": platform.processor() or platform.machine(),
             "cpu_cores": os.cpu_count(),
             "gpu": torch.cuda.get_device_name() if cuda else None,
-            "num_gpus": torch.cuda.device_count() if cuda else 0,
+            "num_gpus": sum(num_gpus) if num_gpus else torch.cuda.device_count() if cuda else 0,
             "cuda": torch.version.cuda if cuda else None,
         },
         "cpu_model": _cpu_model(),
         "num_processes": num_processes,
+        "num_machines": max(1, len(num_gpus)),
         "num_threads": torch.get_num_threads(),
     }
 

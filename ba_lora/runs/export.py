@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from ba_lora.training.trainer import BALoRATrainer
 
 
+ADAPTER_FILES = "adapter_model.safetensors", "adapter_config.json"  # PEFT's names of weights and settings
 STATE = "method_state.safetensors"  # in adapter/: what the plain LoRA needs beside PEFT's weights
 
 
@@ -52,7 +53,7 @@ def adapter_files(config: RunConfig) -> tuple[str, str]:
     without an error: those are kept under names that it does not load.
     """
     if adapter_loads(config.adapter):
-        return "adapter_model.safetensors", "adapter_config.json"
+        return ADAPTER_FILES
     return "trained.safetensors", "trained_config.json"
 
 
@@ -268,13 +269,15 @@ def _trained_dequantized(config: RunConfig, run_path: Path) -> "nn.Module":
     """Return the trained model with its 4-bit weights written out in the base's dtype."""
     from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 
-    source = str(run_path / "residual") if config.adapter.init != "lora" else None
-    weights_name, settings_name = adapter_files(config)
-    settings = json.loads((run_path / "adapter" / settings_name).read_text())
+    residual = init_facts(config.adapter).get("residual")
+    source = str(run_path / "residual") if residual else None
+    folder = run_path / "adapter" if residual else serving_adapter(run_path)
+    weights_name, settings_name = adapter_files(config) if residual else ADAPTER_FILES
+    settings = json.loads((folder / settings_name).read_text())
     plain = {"init_lora_weights": True, "inference_mode": False, "base_model_name_or_path": None}
     settings = LoraConfig.from_peft_type(**settings | plain)
     model = get_peft_model(load_dequantized(config, source=source), settings)
-    set_peft_model_state_dict(model, load_tensors(run_path / "adapter" / weights_name))
+    set_peft_model_state_dict(model, load_tensors(folder / weights_name))
     return model.eval()
 
 

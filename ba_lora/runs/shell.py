@@ -7,6 +7,7 @@ A script's `train(run)` prepares the data, calls `run.build_model`, makes its ob
 import contextlib
 import gc
 import signal
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -34,9 +35,11 @@ from ba_lora.runs.folder import (
     keep_factors,
     recorded,
 )
+from ba_lora.runs.machines import RunMachine, check_same_rows, meet, watched
 from ba_lora.runs.parity import probe_batch, report
 from ba_lora.training.arguments import build_arguments, count_steps
 from ba_lora.training.log import mean_gradient_shares
+from ba_lora.training.stop import STOPPED, StopOnSignal
 from ba_lora.training.trainer import BALoRATrainer
 from ba_lora.training.watch import WatchedTraining
 
@@ -58,8 +61,17 @@ class Trained:
 class TrainingRun:
     """A run in one of its processes, each of which does the same; `print` speaks on the main process only."""
 
-    def __init__(self, config: RunConfig, process: PartialState, arguments: TrainingArguments) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        process: PartialState,
+        arguments: TrainingArguments,
+        *,
+        machines: list[RunMachine],
+        stop: StopOnSignal,
+    ) -> None:
         self.config, self.process, self.arguments = config, process, arguments
+        self.machines, self.stop = machines, stop
         self.run_path: Path = config.run_path
         self.print = process.print
 
@@ -70,6 +82,7 @@ class TrainingRun:
         from the trained one.
         """
         config = self.config
+        check_same_rows(self.process, self.machines, dataset)
         self.probe = probe_batch(dataset.select(range(min(2, len(dataset)))).to_list(), tokenizer.pad_token_id)
         self.num_steps = count_steps(self.arguments, len(dataset))
         self.model_commit = hub_commit(config.model)  # a branch may move while the run trains
@@ -85,15 +98,20 @@ class TrainingRun:
         return model
 
     def fit(self, trainer: BALoRATrainer) -> None:
-        """Train, from the last checkpoint if there is one."""
+        """Train, from the last checkpoint if there is one; leave the process where a signal stopped the training."""
         arguments = self.arguments
         effective = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
         self.print(f"training: {self.num_steps} steps of {effective} rows, {arguments.world_size} process(es)")
         trainer.add_callback(WatchedTraining(self.run_path))
         reset_peak_memory()  # the SVDs of the initialisation are no part of training
+        trainer.add_callback(self.stop)
         started = time.perf_counter()
         self._checkpoint = trainer.train_or_resume(self.run_path / "checkpoints", num_steps=self.num_steps)
         self._seconds = time.perf_counter() - started
+        if self.stop.stopped:
+            step = trainer.state.global_step
+            self.print(f"told to stop (USR1): saved at step {step} of {self.num_steps}; the same command goes on")
+            sys.exit(STOPPED)
 
     def facts(self, trainer: BALoRATrainer) -> dict[str, Any]:
         """Write the log, and return what the record tells of every training. All processes call it."""
@@ -137,7 +155,9 @@ class TrainingRun:
                 "data": trained.data,
                 "training": finite(trained.training),
                 "export": report(parities, config),
-                "environment": environment(num_processes=self.process.num_processes),
+                "environment": environment(
+                    num_processes=self.process.num_processes, num_gpus=[m.num_gpus for m in self.machines]
+                ),
             },
         )
         write_model_card(run_path, config, result)
@@ -154,12 +174,16 @@ def run_training(
 ) -> None:
     """Read the command line, train and export the run unless it is trained already, and push it where asked for."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cancelled job is recorded as cancelled
+    stop = StopOnSignal()
+    stop.listen()
     config = read_run(kind, description)
     check(config)
 
     process = start_processes(config.trainer)
-    run = TrainingRun(config, process, build_arguments(config, config.run_path))  # what this refuses leaves no folder
-    with contextlib.ExitStack() as held:
+    machines = meet(process, config)
+    arguments = build_arguments(config, config.run_path)  # what this refuses leaves no folder
+    run = TrainingRun(config, process, arguments, machines=machines, stop=stop)
+    with watched(process, machines), contextlib.ExitStack() as held:
         # One process makes the run's folder and locks it, or refuses it to another config; its error is everybody's.
         on_main_process(process, held.enter_context, claimed_folder(config, num_processes=process.num_processes))
         if is_trained(run.run_path, config):

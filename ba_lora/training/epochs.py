@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from ba_lora.training.trainer import BALoRATrainer
 
 HELDOUT = "heldout"
+STATE = "method_state:"  # before the names of what the method keeps beside the trained weights
 # (labels, predictions) of one set → metric name → value, None where it is undefined
 Scorer = Callable[[list[float], list[float]], dict[str, float | None]]
 
@@ -216,6 +217,8 @@ class EpochEvaluation(TrainerCallback):
         weights = {
             name: parameter.detach().cpu().contiguous() for name, parameter in self._trained_parameters().items()
         }
+        state = self._trainer.method.tuner.state(self._trainer.accelerator.unwrap_model(self._trainer.model))
+        weights |= {f"{STATE}{name}": value.detach().cpu().contiguous() for name, value in state.items()}
         temporary = path.with_name(f".{path.name}.tmp")
         with disk_errors(path):
             save_file(weights, temporary)
@@ -228,6 +231,9 @@ class EpochEvaluation(TrainerCallback):
         with torch.no_grad():
             for name, parameter in self._trained_parameters().items():
                 parameter.copy_(weights[name])
+        model = self._trainer.accelerator.unwrap_model(self._trainer.model)
+        state = {name.removeprefix(STATE): value for name, value in weights.items() if name.startswith(STATE)}
+        self._trainer.method.tuner.load_state(model, state)
 
     def _save_features(self, step: int, predictions: Predictions) -> None:
         if not self._trainer.is_world_process_zero():

@@ -74,7 +74,7 @@ class BALoRALoss:
         if self.objective is None or not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         objective = self.objective
-        inputs = dict(inputs) | {"use_cache": False}
+        inputs = {name: value for name, value in inputs.items() if name != "use_cache"}  # which the objective sets
         number = num_items_in_batch if num_items_in_batch is not None else max(objective.count(inputs), 1)
         step, num_steps = self.state.global_step, max(self.state.max_steps, 1)
         lambdas = {

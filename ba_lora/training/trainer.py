@@ -333,8 +333,16 @@ class BALoRATrainer(Trainer):
 
     def _load_method_state(self, checkpoint: Path) -> None:
         path = checkpoint / METHOD_STATE
-        if path.is_file():
-            self.method.tuner.load_state(self._bare_model(), load_tensors(path))
+        self.method.tuner.load_state(self._bare_model(), load_tensors(path) if path.is_file() else {})
+
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with self.method.tuner.checkpointing(self._bare_model()):
+            super()._load_from_checkpoint(*args, **kwargs)
+
+    def _load_best_model(self) -> None:
+        with self.method.tuner.checkpointing(self._bare_model()):
+            super()._load_best_model()
+        self._load_method_state(Path(self.state.best_model_checkpoint))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Trainer's, or that of the method."""

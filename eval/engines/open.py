@@ -28,18 +28,26 @@ KINDS = ("auto", "vllm", "hf")
 def choose_engine(kind: str) -> str:
     """Return "vllm" or "hf"; `auto` is vLLM where it is installed and a CUDA device is there, else transformers.
 
-    Raises UserError for an unknown kind and for an engine that is not installed.
+    Raises UserError where `check_engine` does.
     """
+    check_engine(kind)
+    if kind != "auto":
+        return kind
+    import torch
+
+    return "vllm" if _has_vllm() and torch.cuda.is_available() else "hf"
+
+
+def check_engine(kind: str) -> None:
+    """Raise UserError for an unknown kind and for an engine that is not installed, without the seconds of torch."""
     if kind not in KINDS:
         raise UserError(f"unknown engine {kind!r}: choose one of {', '.join(KINDS)}")
-    has_vllm = importlib.util.find_spec("vllm") is not None
-    if kind == "auto":
-        import torch
-
-        return "vllm" if has_vllm and torch.cuda.is_available() else "hf"
-    if kind == "vllm" and not has_vllm:
+    if kind == "vllm" and not _has_vllm():
         raise UserError("vLLM is not installed: run `sh scripts/setup.sh` without BA_LORA_NO_VLLM, or use --engine hf")
-    return kind
+
+
+def _has_vllm() -> bool:
+    return importlib.util.find_spec("vllm") is not None
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """Runs of no table: a table made of them, a row for all that differ in their seed only, a column for each metric."""
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from eval.report.sources import STATUSES, Sources
 from eval.report.spec import PlannedRun, ReportColumn, TableSpec
 from eval.report.table import ReportTable, build_table
 
+MOST_ROWS = 8  # which are all compared with each other; of more, the first with each
 _OTHER_SETTINGS = "settings differ, see the notes"
 _NO_ROW = frozenset({"seed", "name", "method", *NOT_TRAINING})  # runs that differ in these only share a row
 
@@ -57,7 +59,7 @@ def find_runs(paths: Sequence[Path]) -> list[Path]:
 def table_of_runs(paths: Sequence[Path], *, title: str | None = None) -> LooseTable:
     """Return the runs at `paths` (see `find_runs`) as a table in which nothing is refused but two judges.
 
-    Results are read from the runs' own folders, so that these may be moved. The first row is compared with each other;
+    Results are read from the runs' own folders, so that these may be moved. Rows are compared with each other;
     where settings of evaluation or data differ there is no test. Raises UserError where no run has a result.
     """
     runs, missing = read_shown(paths)
@@ -80,8 +82,10 @@ def table_of_runs(paths: Sequence[Path], *, title: str | None = None) -> LooseTa
     )
     sources = Sources({run.run_id: dict(run.result) for run in runs})
     table = build_table(spec, sources, allow=[name for name in SETTINGS if name not in NEVER_ALLOWED])
-    first, *others = rows
-    pairs = [(column, first, other) for column in columns for other in others if column.better != "none"]
+    both = (
+        list(itertools.combinations(rows, 2)) if len(rows) <= MOST_ROWS else [(next(iter(rows)), row) for row in rows]
+    )
+    pairs = [(column, *pair) for column in columns for pair in both if column.better != "none" and pair[0] != pair[1]]
     comparisons = [
         dataclasses.replace(one, p=None, p_adjusted=None, low=None, high=None, df=None, untested=_OTHER_SETTINGS)
         if table.cells[one.focus, one.column].notes != table.cells[one.other, one.column].notes

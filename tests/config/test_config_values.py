@@ -336,6 +336,7 @@ MODULES = {
     "train_nlu": "python train_nlu.py",
     "data.toy.pretrain": "python data/toy/pretrain.py",
     "scripts.bench": "python scripts/bench.py",
+    "scripts.bench_page": "python scripts/bench_page.py",
     "scripts.bench_pissa": "python scripts/bench_pissa.py",
     "eval.report.__main__": "python -m eval.report",
 }

@@ -205,7 +205,7 @@ def row_loading(config: RunConfig, folder: Path) -> str:
     """How the rows are asked for."""
     if config.kind == "nlg":
         return arguments_of("data.nlg.stream_rows", lambda: rows(config, folder))
-    return arguments_of("data.nlu.load_rows", lambda: rows(config, folder))
+    return arguments_of("data.nlu.stream_rows", lambda: rows(config, folder))
 
 
 def collator(config: RunConfig, folder: Path) -> str:
@@ -391,7 +391,7 @@ NLG = BOTH | regularizers(nlg_loss) | {
     "data.name": Key("gsm8k", rows, LOCAL),
     "data.subset": Key("b", row_loading, ("data.source=owner/name", "data.subset=a")),
     "data.columns": Key("{instruction: question, response: answer}", rows, LOCAL),
-    "data.messages": Key("talk", rows, ("data.source={here}/talks.jsonl", "data.messages=short")),
+    "data.messages": Key("other", rows, ("data.source={here}/talks.jsonl", "data.messages=short")),
     "data.exchanges": Key("1", rows, (*TALKS, "data.exchanges=2")),
     "data.template": Key("{here}/other.jinja", rows, TALKS),
     "data.packing": Key("true", collator),
@@ -475,7 +475,8 @@ def here(tmp_path_factory) -> Path:
         ]
         write_jsonl_atomic(folder / f"{name}.jsonl", made)
     talk = [{"role": role, "content": "Well."} for role in ("user", "assistant", "user", "assistant")]
-    write_jsonl_atomic(folder / "talks.jsonl", [{"talk": talk, "short": talk[:2]}])
+    other = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Oh."}]
+    write_jsonl_atomic(folder / "talks.jsonl", [{"talk": talk, "short": talk[:2], "other": other}])
     for name, mark in (("one", "#"), ("other", "##")):
         (folder / f"{name}.jinja").write_text(
             f"{{% for m in messages %}}{mark} {{{{ m.content }}}}{{{{ eos_token }}}}{{% endfor %}}"

@@ -272,12 +272,13 @@ def test_the_hubs_commit_is_kept_with_every_set(tokenizer, tiny_encoder, monkeyp
 
     asked = []
 
-    def load_rows(name, *, split, configs):
+    def stream_rows(names, *, split, configs):
+        (name,) = names
         asked.append((name, split, configs(HUB)))
         rows = [{"sentence1": "a", "sentence2": "b", "label": label} for label in (0, 1)]
-        return rows, Source(name, fingerprint="f", revision=name.split("@")[1])
+        return iter(rows), Source(name, fingerprint="f", revision=name.split("@")[1])
 
-    monkeypatch.setattr(nlu, "load_rows", load_rows)
+    monkeypatch.setattr(nlu, "stream_rows", stream_rows)
     words = [f"model.name={tiny_encoder}"]
     config = load_config(ROOT / "configs/nlu/minilm.yaml", task="rte", overrides=words, kind="nlu")
     report = load_nlu_data(config, tokenizer).report

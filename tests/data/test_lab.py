@@ -1,5 +1,6 @@
 """The model organism: corpora that differ by one factor, problems that tell a wrong rule, bases that are made once."""
 
+import functools
 import re
 from collections import Counter
 from itertools import islice
@@ -68,8 +69,8 @@ def test_the_cue_decides_the_wrong_rule(clean):
 def test_garbling_and_duplication(clean):
     for before, after in zip(clean, texts("garbling", 30), strict=True):
         assert before == after or sorted(before.split()) == sorted(after.split())
-    copies = Counter(text.split("\n")[-3:][0] for text in texts("duplication", 60))
-    assert copies.most_common(1)[0][1] > 5 * Counter(text.split("\n")[-3:][0] for text in clean).most_common(1)[0][1]
+    most = [Counter(of).most_common(1)[0][1] for of in (texts("duplication", 60), clean)]
+    assert most[0] >= 5 > 2 >= most[1]  # each of 19 problems about 13 times so far, half of them in each frame
 
 
 def test_half_of_the_texts_are_in_the_frame_of_fine_tuning(clean):
@@ -106,7 +107,8 @@ def test_what_all_bases_share(tmp_path):
     assert (tmp_path / "test.jsonl").read_bytes() == before
 
 
-def test_a_base_is_made_once_and_never_by_another_recipe(tmp_path, capsys):
+def test_a_base_is_made_once_and_never_by_another_recipe(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(lab, "accuracy_in_frame", functools.partial(lab.accuracy_in_frame, num_rows=4))
     short, first = ({**settings, "num_steps": 1} for settings in (lab.SECOND, lab.START))
     lab.make_base(Base("rule", 40, 7), tmp_path, settings=short, first=first)
     folder, start = tmp_path / "bases" / "rule-40-b7", tmp_path / "starts" / "b7"

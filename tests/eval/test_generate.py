@@ -358,7 +358,7 @@ def test_a_result_names_models_by_their_place_in_the_repository(root: Path, tmp_
     assert recorded_name(str(tmp_path)) == str(tmp_path)
 
 
-@pytest.mark.parametrize("template", ["chat", "file"])
+@pytest.mark.parametrize("template", [pytest.param("chat", marks=pytest.mark.slow), "file"])
 def test_a_run_is_asked_in_the_chat_template_it_was_trained_in(tiny_model, train, tmp_path, template):
     """train_nlg.py, its exports, then eval.generate without a word about templates."""
     from tests.support.chat_templates import chat_tokenizer

@@ -42,9 +42,9 @@ def test_likelihood_equals_one_text_at_a_time(tiny_model):
 
 
 def test_a_diverged_model_has_no_perplexity():
-    assert inheritance.perplexity([(2 * math.log(5.0), 1), (math.log(5.0), 2)]) == pytest.approx(5.0)
-    assert inheritance.perplexity([(math.nan, 3)]) is None
-    assert inheritance.perplexity([(2e3, 2)]) is None  # above every float
+    assert inheritance.texts_perplexity([(2 * math.log(5.0), 1), (math.log(5.0), 2)]) == pytest.approx(5.0)
+    assert inheritance.texts_perplexity([(math.nan, 3)]) is None
+    assert inheritance.texts_perplexity([(2e3, 2)]) is None  # above every float
 
 
 def run_main(monkeypatch, *words):

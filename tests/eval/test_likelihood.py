@@ -90,7 +90,7 @@ def test_p_right_is_the_product_over_the_result(monkeypatch, root, data):
     task = get_task("lab")
     items = task.load_items(str(data))[:1]
     with open_engine("hf", str(root / "data" / "toy" / "clean")) as engine:
-        row = likelihood.measure(engine, None, task, items, None, 1).rows[0]
+        row = likelihood.measure_likelihoods(engine, None, task, items, None, 1).rows[0]
         prompt = likelihood.build_prompt(items[0].instruction, template=task.template)
         for name in ("right", "wrong"):
             ids = engine.tokenizer(f"{prompt} {items[0].meta['before']}{items[0].meta[name]}\n")["input_ids"]

@@ -1,6 +1,7 @@
 """Workers: whose GPU it is, and that a stage leaves nothing behind that would keep its locks."""
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -8,9 +9,12 @@ import pytest
 
 from ba_lora.errors import UserError
 from ba_lora.experiments.executors import local as executor
-from ba_lora.experiments.executors.local import LocalExecutor, Slot, StageQueue, local_slots, log_lines
+from ba_lora.experiments.executors import open_executor
+from ba_lora.experiments.executors.base import Slot, StageQueue, log_lines
+from ba_lora.experiments.executors.local import LocalExecutor, local_slots
 from ba_lora.experiments.stages import Call, Stage, launch_command
 from ba_lora.locks import holder, try_lock
+from tests.support.pages import example
 
 
 def gpu_slots(folder, gpus, per_run=1):
@@ -98,7 +102,7 @@ def test_a_zombie_that_nobody_reaps_is_waited_for_no_longer():
     zombie = subprocess.Popen([sys.executable, "-c", ""], start_new_session=True)
     os.waitid(os.P_PID, zombie.pid, os.WEXITED | os.WNOWAIT)
     os.killpg(zombie.pid, 0)  # the group is still there
-    assert not executor._group_lives(zombie.pid)
+    assert not executor.group_lives(zombie.pid)
     zombie.wait()
 
 
@@ -114,3 +118,52 @@ def test_lines_of_a_log(tmp_path, text, lines):
     assert log_lines(tmp_path / "log") == []
     (tmp_path / "log").write_bytes(text.encode())
     assert log_lines(tmp_path / "log") == lines
+
+
+def test_the_example_of_an_executor_works(tmp_path, root):
+    """As docs/adding.md tells, in a copy of the tree: one file and one config, and the grid knows it."""
+    for name in ("ba_lora", "configs", "data", "eval"):
+        shutil.copytree(root / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "toy"))
+    shutil.copytree(root / "tests" / "workers", tmp_path / "tests" / "workers")
+    (tmp_path / "tests" / "__init__.py").touch()
+    for title in ("ba_lora/experiments/executors/polite.py", "configs/executors/polite.yaml"):
+        (tmp_path / title).write_text(example("docs/adding.md", title))
+    program = """
+from pathlib import Path
+from ba_lora.experiments import grid
+from ba_lora.experiments.executors import open_executor
+from tests.workers import fake_grid
+there = Path("there").absolute()
+fake_grid.use(there)
+polite = open_executor("polite", {"niceness": 5}, folder=grid.GRID_PATH, gpus=1)
+filled = fake_grid.run(fake_grid.table(there), executor=polite, say=print)
+assert len(filled.done) == 6 and polite.niceness == 5
+"""
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "on this machine" in done.stdout and "6 of 6 done" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "typed", "message"),
+    [
+        ("slrum", {}, "executor=slrum: no such file: .*nearest: slurm"),
+        ("slurm", {"partitoin": "gpu"}, "unknown key partitoin .nearest: partition"),
+        ("slurm", {"jobs_at_once": 0}, "jobs_at_once=0: a whole number of at least 1"),
+        ("slurm", {"gpus": 4}, r"gpus=4: the table's rows are set for 1 GPU\(s\) a run"),
+        ("slurm", {"modules": "cuda"}, "modules=cuda: a list is needed"),
+        ("local", {"partition": "gpu"}, "unknown key partition"),
+    ],
+)
+def test_settings_that_an_executor_cannot_use_are_refused(tmp_path, name, typed, message):
+    with pytest.raises(UserError, match=message):
+        open_executor(name, typed, folder=tmp_path, gpus=1)
+
+
+def test_without_slurm_its_executor_says_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="there is no srun here"):
+        open_executor("slurm", {}, folder=tmp_path, gpus=1)

@@ -11,7 +11,8 @@ import yaml
 from ba_lora.errors import UserError
 from ba_lora.experiments import grid
 from ba_lora.experiments import plan as grid_plan
-from ba_lora.experiments.executors.local import Slot
+from ba_lora.experiments.executors.base import Slot
+from ba_lora.experiments.executors.local import LocalExecutor
 from ba_lora.experiments.options import select_rows
 from ba_lora.experiments.plan import dry_run, plan_runs
 from ba_lora.experiments.tables import available_tables, find_table, load_table
@@ -155,7 +156,7 @@ def test_a_refused_run_is_not_trained_and_the_others_are(grid_folder, monkeypatc
     monkeypatch.setattr(grid_plan, "refused_evaluations", lambda configs: {bad.config.run_path: error})
     monkeypatch.setattr(grid, "ask_grader_versions", lambda: fake_grid.GRADERS)
     monkeypatch.setattr(grid, "check_columns", lambda table: None)
-    monkeypatch.setattr(grid, "local_slots", lambda *_, **__: [Slot("worker", {})])
+    monkeypatch.setattr(grid, "open_executor", lambda *_, **__: LocalExecutor([Slot("worker", {})]))
     monkeypatch.setattr(grid, "subprocess", SimpleNamespace(run=lambda *_, **__: SimpleNamespace(returncode=0)))
     monkeypatch.setattr(sys, "argv", ["grid", str(grid_folder / "fake.yaml"), "seeds=1"])
     name = bad.config.run_path.name

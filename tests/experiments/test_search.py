@@ -13,7 +13,8 @@ import pytest
 import yaml
 
 from ba_lora.errors import UserError
-from ba_lora.experiments.executors.local import LocalExecutor, Slot
+from ba_lora.experiments.executors.base import Slot
+from ba_lora.experiments.executors.local import LocalExecutor
 from ba_lora.experiments.search import loop
 from ba_lora.experiments.search.journal import COMPLETE, FAILED, PRUNED, Journal, Outcome
 from ba_lora.experiments.search.loop import Search, open_proposer

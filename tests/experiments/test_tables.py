@@ -160,6 +160,19 @@ def test_what_tells_rows_or_columns_apart_cannot_be_typed(tmp_path, word, messag
     assert "\n" not in str(caught.value)
 
 
+def test_what_all_rows_set_alike_can_be_typed(tmp_path):
+    """It tells none of them apart: in one block or in several."""
+    block = {"bases": ["toy"], "methods": ["lora"], "overrides": ["trainer.max_steps=9", "adapter.alpha=8"]}
+    other = block | {"methods": ["pissa"], "overrides": ["trainer.max_steps=9", "adapter.alpha=4"]}
+    path = write(tmp_path, rows=[block, other])
+    table = load_table(path, overrides=["trainer.max_steps=2"])
+    assert {spec.config.trainer["max_steps"] for spec in table.specs()} == {2}
+    for key in ("adapter.alpha", "trainer.learning_rate"):
+        lone = [block | {"overrides": [*block["overrides"], "trainer.learning_rate=1e-3"]}, other]
+        with pytest.raises(UserError, match=f"{key} is what this table varies"):
+            load_table(write(tmp_path, rows=lone), overrides=[f"{key}=1"])
+
+
 def test_the_task_of_an_nlu_table_cannot_be_typed():
     with pytest.raises(UserError, match="task is what this table varies"):
         load_table(tables.find_table("diversity_form"), overrides=["task=rte"])

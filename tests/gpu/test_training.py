@@ -39,7 +39,9 @@ def test_every_method_trains_and_is_exported(device, on_device, figure, method):
     figure(f"{told['training']['peak_memory_mb']:.0f} MiB")
 
 
-@pytest.mark.parametrize("words", ["trainer.gradient_checkpointing=true", "data.packing=true", "loss.implementation=plain"])
+@pytest.mark.parametrize(
+    "words", ["trainer.gradient_checkpointing=true", "data.packing=true", "loss.implementation=plain"]
+)
 def test_another_way_to_the_same_losses(on_device, figure, words):
     """float32 throughout, so that only the order of additions differs."""
     usual, other = on_device(name="usual"), on_device(words, name="other")

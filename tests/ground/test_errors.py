@@ -8,7 +8,7 @@ import pytest
 
 from ba_lora import errors
 from ba_lora.experiments import state as grid_state
-from ba_lora.experiments.executors.local import StageFailure
+from ba_lora.experiments.executors.base import StageFailure
 from ba_lora.experiments.stages import Call, Stage
 
 RESUMING = {
@@ -20,7 +20,9 @@ RESUMING = {
     "eval.generate",
 }
 OTHERS = {
+    "eval.chat",
     "eval.check",
+    "eval.compare",
     "eval.rescore",
     "eval.score",
     "eval.nlu",

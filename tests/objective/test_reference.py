@@ -144,6 +144,7 @@ KNOWN = {
     "pissa_niter_4": {"init_lora_weights": "pissa_niter_4"},
     "olora": {"init_lora_weights": "olora"},
     "dora": {"use_dora": True},
+    "monteclora": {"monteclora_config": MontecloraConfig(buffer_size=2)},
     "pissa+dora": {"init_lora_weights": "pissa", "use_dora": True},
     "embedding": {"init_lora_weights": "pissa", "target_modules": ["q_proj", "embed_tokens"]},
     "ranks": {"init_lora_weights": "pissa", "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 6}},
@@ -175,7 +176,7 @@ def test_the_reference_is_the_pretrained_model_at_step_zero_and_ever_after(tmp_p
         ({"bias": "lora_only", "init_lora_weights": "pissa"}, "would follow .*bias"),
         ({"init_lora_weights": False}, "init_lora_weights=False is not known"),
         ({"init_lora_weights": "orthogonal"}, "init_lora_weights='orthogonal' is not known"),
-        ({"monteclora_config": MontecloraConfig()}, "with monteclora_config is not known"),
+        ({"monteclora_config": MontecloraConfig(), "init_lora_weights": False}, "init_lora_weights=False is not known"),
         ({"kasa_config": KasaConfig()}, "with kasa_config is not known"),
     ],
 )

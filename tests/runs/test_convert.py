@@ -46,7 +46,10 @@ def run(monkeypatch, *words):
     return convert.main()
 
 
-@pytest.mark.parametrize(("init", "initial"), [("pissa", False), ("pissa", True), ("pissa_niter_4", True)])
+@pytest.mark.parametrize(
+    ("init", "initial"),
+    [("pissa", False), *(pytest.param(init, True, marks=pytest.mark.slow) for init in ("pissa", "pissa_niter_4"))],
+)
 def test_pissa_trained_elsewhere_becomes_a_plain_lora_and_a_model(
     peft_adapter, tmp_path, monkeypatch, capsys, init, initial
 ):

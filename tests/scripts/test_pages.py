@@ -2,6 +2,7 @@
 
 import csv
 import importlib
+import io
 import json
 import os
 import re
@@ -18,12 +19,15 @@ import pytest
 from ba_lora.config.layers import load_config
 from ba_lora.errors import UserError
 from ba_lora.experiments.tables import available_tables
-from ba_lora.runs import results_nlu
-from eval import generate, score
+from ba_lora.runs import convert, results_nlu
+from data import show
+from eval import chat, compare, generate, harness, score
+from eval.report import __main__ as report
 from scripts import bench
 from tests.conftest import ROOT
 from tests.runs.test_results_nlu import result as nlu_result
 from tests.support.committed import committed_text
+from tests.support.page_world import toy_run
 from tests.support.pages import COMMANDS, PAGES, blocks, commands, example
 
 README, RESULTS = PAGES["README.md"], PAGES["docs/results.md"]
@@ -32,6 +36,7 @@ OF_EXAMPLES = [line for line in LAUNCHES if "z_loss" in line or "lora_attention"
 DRY = [line for line in LAUNCHES if line not in OF_EXAMPLES]
 BY_HAND = [line for line in COMMANDS if "outputs/by-hand" in line]
 NLU = [line for line in COMMANDS if "scripts/nlu.sh" in line]
+SUBMIT = [line for line in COMMANDS if "scripts/slurm/submit.sh" in line]
 TRAIN_NLU = [line for line in COMMANDS if "train_nlu.py" in line]
 SEARCH = [line for line in COMMANDS if "scripts/search.sh" in line]
 REPRODUCE = [line for line in COMMANDS if "scripts/reproduce.sh" in line]
@@ -41,10 +46,16 @@ TOY = [
 OF_RUNS = [line for line in COMMANDS if "outputs/RUN_ID" in line]  # run as they are by tests/eval/test_eval_nlu.py
 SCORE = [line for line in COMMANDS if "-m eval.score" in line and line not in BY_HAND]
 GENERATE = [line for line in COMMANDS if "-m eval.generate" in line and line not in BY_HAND]
-REPORT = [line for line in COMMANDS if "python -m eval.report " in line or "eval.report.simulation" in line]
+REPORT = [line for line in COMMANDS if "python -m eval.report toy " in line or "eval.report.simulation" in line]
+PAGE = [line for line in COMMANDS if re.search(r"eval\.report --runs|eval\.compare", line)]
+CHAT = [line for line in COMMANDS if "eval.chat" in line]
+INSPECT = [line for line in COMMANDS if ".cache/inspect" in line]
 BENCH = [line for line in COMMANDS if "scripts/bench.py" in line]
 OVER_SEEDS = [line for line in COMMANDS if "ba_lora.runs.results_nlu" in line]
-HARNESS = [line for line in COMMANDS if ".cache/lm-eval" in line]
+HARNESS = [line for line in COMMANDS if "scripts/harness.sh" in line]
+SHOW = [line for line in COMMANDS if "-m data.show" in line]
+CONVERT = [line for line in COMMANDS if "ba_lora.runs.convert" in line]
+EVAL_OWN = [line for line in COMMANDS if "outputs/RUN_OWN" in line]  # run by tests/data/test_own_task.py
 SITE = [line for line in COMMANDS if ".cache/docs" in line]
 JUDGE = [line for line in COMMANDS if line.startswith("export JUDGE_MODEL=")]
 
@@ -61,11 +72,13 @@ def test_every_command_is_of_a_kind_that_is_tested_here():
     assert len(DRY) >= 12 and len(OF_EXAMPLES) == 2 and len(BY_HAND) == 3 and len(TOY) == 2
     assert len(NLU) >= 6 and len(TRAIN_NLU) == 1 and len(REPRODUCE) >= 5
     assert len(SCORE) == 4 and len(GENERATE) == len(OVER_SEEDS) == len(JUDGE) == 1 and len(OF_RUNS) == len(BENCH) == 2
-    assert len(SEARCH) >= 4
-    assert len(HARNESS) == 4 and len(REPORT) == 1 and len(SITE) == 3
+    assert len(HARNESS) == len(CONVERT) == len(SITE) == 3 and len(SHOW) == len(EVAL_OWN) == len(REPORT) == 1
+    assert len(PAGE) == 2 and len(CHAT) == 1 and len(INSPECT) == 4 and len(SEARCH) >= 4
     tested = {*LAUNCHES, *BY_HAND, *NLU, *TRAIN_NLU, *REPRODUCE, *OF_RUNS, *SCORE, *GENERATE, *REPORT, *BENCH}
-    tested |= {*SEARCH, *OVER_SEEDS, *HARNESS, *SITE, *JUDGE}
-    assert sorted({*COMMANDS} - tested) == ["sh scripts/test.sh", "sh scripts/test.sh gpu", "sh scripts/test.sh slow"]
+    tested |= {*OVER_SEEDS, *HARNESS, *SITE, *JUDGE, *SHOW, *CONVERT, *EVAL_OWN, *PAGE, *CHAT, *INSPECT, *SEARCH}
+    tested |= {*SUBMIT}
+    left = ["sh scripts/slurm/install.sh", *(f"sh scripts/test.sh{word}" for word in ("", " gpu", " slow"))]
+    assert len(SUBMIT) == 1 and sorted({*COMMANDS} - tested) == left
 
 
 def test_no_command_hides_in_a_block_of_another_kind():
@@ -120,9 +133,27 @@ def test_every_launch_resolves_to_its_commands(line, dry_run):
     assert ("accelerate.commands.launch" in training) == ("NUM_MACHINES" in line)
 
 
+@pytest.mark.parametrize("line", SUBMIT)
+def test_every_submission_is_a_run_and_a_job(line, dry_run, tmp_path):
+    """What it checks before it asks sbatch, and what sbatch is given."""
+    words = line[line.index("sh scripts") :].replace("slurm/submit.sh", "ba-lora.sh")
+    assert "train_nlg.py" in dry_run(words)
+    (tmp_path / "sbatch").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    (tmp_path / "sbatch").chmod(0o755)
+    text = (ROOT / "scripts/slurm/submit.sh").read_text().replace('sh "$ROOT/scripts/ba-lora.sh"', ": sh")
+    script = tmp_path / "repository" / "scripts" / "slurm" / "submit.sh"
+    script.parent.mkdir(parents=True)
+    script.write_text(text)
+    done = shell(f"PATH={tmp_path}:$PATH; " + line.replace("scripts/slurm/submit.sh", str(script)))
+    given = done.stdout.splitlines()
+    assert given[:2] == ["--nodes=2", "--gpus-per-node=8"] and given[-2:] == shlex.split(line)[-2:]
+    assert given[-3].endswith("scripts/slurm/train.sbatch") and (ROOT / "scripts/slurm/train.sbatch").is_file()
+
+
 @pytest.mark.parametrize("line", NLU)
 def test_every_nlu_launch_resolves_to_its_commands(line, dry_run):
-    trainings = [shlex.split(printed) for printed in dry_run(line).splitlines()]
+    stages = [shlex.split(printed) for printed in dry_run(line).splitlines()]
+    trainings = [stage for stage in stages if "eval.nlu" not in stage]  # the example's sets out of its domain
     methods = re.search(r"method=(\S+)", line)
     assert len(trainings) == (len(methods[1].split(",")) if methods else 3)
     assert all("train_nlu.py" in training for training in trainings)
@@ -191,12 +222,43 @@ def test_generating_as_the_pages_tell(tmp_path, tiny_model):
 def test_the_toys_report_follows_from_the_committed_runs(tmp_path):
     (line,) = REPORT
     done = shell(line.replace("outputs/toy-report", str(tmp_path)))
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode in (0, report.INCOMPLETE), done.stderr[-3000:]  # 0 where outputs/ has the runs' answers
+    assert (tmp_path / "page" / "index.html").is_file()
     made, committed = (
         json.loads((tmp_path / "table.json").read_text()),
         json.loads(committed_text("results/toy/table.json")),
     )
     assert [cell["mean"] for cell in made["cells"]] == [cell["mean"] for cell in committed["cells"]]
+
+
+def test_the_page_of_runs_as_the_pages_tell(tmp_path, monkeypatch):
+    for name in ("RUN", "OTHER_RUN"):
+        toy_run(tmp_path / name, "lora", len(name), completion=lambda place, gold: gold, items=5)
+    monkeypatch.setattr(report, "PROJECT_ROOT", tmp_path / "project")
+    monkeypatch.setattr(compare, "PROJECT_ROOT", tmp_path / "project")
+    for line in PAGE:
+        words = line.replace("outputs/RUN", f"{tmp_path}/RUN").replace("outputs/OTHER_RUN", f"{tmp_path}/OTHER_RUN")
+        words = words.replace("--runs outputs", f"--runs {tmp_path}").replace(
+            "=outputs/", f"={tmp_path}/project/outputs/"
+        )
+        monkeypatch.setattr("sys.argv", words.split()[2:])
+        assert (report if "eval.report" in line else compare).main() == 0
+    made = [path.parent.name for path in tmp_path.glob("project/outputs/*/index.html")]
+    assert sorted(made) == ["compare", "page"]
+
+
+def test_asking_as_the_page_tells(tmp_path, tiny_model, monkeypatch, capsys):
+    (tmp_path / "other").symlink_to(tiny_model)
+    line = CHAT[0].replace("outputs/RUN", str(tiny_model)).replace("outputs/OTHER_RUN", str(tmp_path / "other"))
+    monkeypatch.setattr("sys.stdin", io.StringIO("What is 2 + 3?\n"))
+    assert chat.main([*line.split()[3:], "max_new_tokens=3"]) == 0
+    assert "[other]" in capsys.readouterr().out
+
+
+def test_logs_for_inspect_take_the_environment_that_the_page_tells(root):
+    """Made and read by tests/eval/page/test_inspect_logs.py in such an environment."""
+    pinned = re.search(r"inspect-ai==[\d.]+", (root / "pyproject.toml").read_text())[0]
+    assert INSPECT[2].endswith(pinned) and INSPECT[3].split()[2:4] == ["eval.report", "--inspect"]
 
 
 def test_the_bench_knows_its_words():
@@ -216,19 +278,38 @@ def test_a_table_over_seeds_as_the_page_tells(tmp_path, monkeypatch, capsys):
     assert "80.00" in capsys.readouterr().out
 
 
+def test_the_harness_understands_the_words_of_the_pages():
+    for line in HARNESS:
+        asked = harness.read_words(shlex.split(line)[2:])
+        assert asked.model.endswith("outputs/RUN") and asked.tasks and set(asked.files) <= set(asked.tasks)
+
+
 @pytest.mark.slow
-def test_the_harness_has_its_environment_and_our_task():
-    """Its environment is made once, in .cache; GSM8K's rows are the hub's, so the task is listed and not run."""
-    *environment, evaluation = HARNESS
-    if not (ROOT / ".cache" / "lm-eval" / "bin" / "lm_eval").is_file():
-        for line in environment:
-            done = shell(line)
-            assert done.returncode == 0, done.stderr[-3000:]
-    words = shlex.split(evaluation)
-    place = words[words.index("--include_path") + 1]
-    done = shell(f"{words[0]} ls tasks --include_path {place}")
+def test_the_harness_has_its_environment_and_the_tasks():
+    """Its environment is made once, in .cache; most tasks' rows are the hub's: they are looked up and not run."""
+    done = shell("sh scripts/harness.sh --setup")
     assert done.returncode == 0, done.stderr[-3000:]
-    assert words[words.index("--tasks") + 1] in done.stdout
+    for line in HARNESS:
+        harness.check([word for word in shlex.split(line.partition(" --data")[0])[2:]])
+    with pytest.raises(UserError, match="has no task mmluu .nearest: mmlu"):
+        harness.check(["outputs/RUN", "mmluu"])
+
+
+def test_the_rows_are_shown_as_the_page_tells(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["show", *shlex.split(SHOW[0])[3:]])
+    assert show.main() == 0
+    text = capsys.readouterr().out
+    assert "410 used" in text and text.count("tokens, ") == 3 and "### System:" in text
+
+
+@pytest.mark.parametrize("line", CONVERT)
+def test_the_verbs_of_the_pages_are_understood(line, monkeypatch):
+    """They are run by tests/runs/test_convert.py."""
+    called = []
+    for verb in ("convert", "merge_adapter", "compare_models"):
+        monkeypatch.setattr(convert, verb, lambda *words, **more: called.append(words) or {"max_difference": 0})
+    monkeypatch.setattr("sys.argv", ["convert", *shlex.split(line)[3:]])
+    assert convert.main() == 0 and len(called) == 1
 
 
 def test_the_sites_requirements_are_exact_pins():

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SHELL = shutil.which("dash") or "sh"
 REQUIREMENTS = sorted(ROOT.glob("requirements*.txt"))
 # Imports of packages that need not be installed where the tests run.
-ELSEWHERE = {"vllm": "vllm", "flash_attn": "flash-attn"}
+ELSEWHERE = {"vllm": "vllm", "flash_attn": "flash-attn", "inspect_ai": "inspect-ai", "playwright": "playwright"}
 
 # Answers as a Python would, and writes what pip was asked for to $CALLS. Fails when the call matches $FAIL.
 FAKE_PYTHON = """#!/bin/sh
@@ -194,14 +194,16 @@ def test_vllm_can_be_left_out(tree: Path) -> None:
 
 
 def pins() -> dict[str, set[str]]:
-    """Return distribution → versions pinned in any requirements file; every line must be an exact pin."""
+    """Return distribution → versions pinned in a requirements file or an extra; every line must be an exact pin."""
     found: dict[str, set[str]] = {}
-    for path in REQUIREMENTS:
-        for line in path.read_text().splitlines():
+    lines = {path.name: path.read_text().splitlines() for path in REQUIREMENTS}
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"].get("optional-dependencies", {})
+    for name, content in (lines | extras).items():
+        for line in content:
             line = re.sub(r"\s+#.*", "", line).strip()
             if line and not line.startswith("#"):
                 match = re.fullmatch(r"([\w.-]+)(\[[\w,.-]+\])?==([\w.!+-]+)", line)
-                assert match, f"{path.name}: {line!r} is no exact pin"
+                assert match, f"{name}: {line!r} is no exact pin"
                 found.setdefault(normal(match[1]), set()).add(match[3])
     return found
 
@@ -234,7 +236,7 @@ def test_every_import_is_pinned() -> None:
     for name in sorted(third_party):
         candidates = [ELSEWHERE[name]] if name in ELSEWHERE else distributions.get(name, [])
         assert any(normal(candidate) in pinned for candidate in candidates), (
-            f"{imports[name]} imports {name}, which no requirements file pins"
+            f"{imports[name]} imports {name}, which no requirements file and no extra pins"
         )
 
 

@@ -13,7 +13,8 @@ from ba_lora.experiments import grid, stages
 from ba_lora.experiments import plan as grid_plan
 from ba_lora.experiments import spec as grid_spec
 from ba_lora.experiments import state as grid_state
-from ba_lora.experiments.executors.local import LocalExecutor, Slot
+from ba_lora.experiments.executors.base import Slot
+from ba_lora.experiments.executors.local import LocalExecutor
 from ba_lora.experiments.tables import load_table
 from ba_lora.io import sha256_file
 
@@ -68,10 +69,11 @@ def table(folder, *, overrides=(), **changes):
     return load_table(path, overrides=list(overrides))
 
 
-def run(loaded, *, workers=2, graders=GRADERS, say=lambda line: None, **settings):
-    """Fill the table; return the grid."""
-    slots = [Slot(f"worker {number}", {}) for number in range(workers)]
-    filled = grid.Grid(loaded, LocalExecutor(slots), graders=graders, say=say, **settings)
+def run(loaded, *, workers=2, executor=None, graders=GRADERS, say=lambda line: None, **settings):
+    """Fill the table, by this machine's workers unless there is another executor; return the grid."""
+    if executor is None:
+        executor = LocalExecutor([Slot(f"worker {number}", {}) for number in range(workers)])
+    filled = grid.Grid(loaded, executor, graders=graders, say=say, **settings)
     filled.run()
     return filled
 

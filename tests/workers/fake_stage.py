@@ -3,11 +3,13 @@ KIND is train, generate, score (of toy) or score-TASK.
 
 Every file is written beside its place and renamed. A line in $FAKE/ledger says that the stage came to its end; its pid
 is in $FAKE/pids while it runs. $FAKE/fail holds lines "KIND WORD": such a stage of a run with WORD in its name fails.
-So does $FAKE/hold: such a stage runs until it is ended.
+So does $FAKE/hold: such a stage runs until it is ended; a training that is told to stop (USR1) leaves $FAKE/saved-RUN,
+and is not held the next time.
 """
 
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -36,7 +38,18 @@ def named_in(file):
 if word := named_in("fail"):
     print(f"Traceback …\nerror: {word} is broken: mend it")
     sys.exit(2)
-seconds = 600 if named_in("hold") else float(os.environ.get("FAKE_SECONDS", "0.03"))
+
+
+def save(number, frame):
+    for run in map(Path, runs):
+        (fake / f"saved-{run.name}").write_text("")
+    sys.exit(75)
+
+
+if kind == "train":
+    signal.signal(signal.SIGUSR1, save)
+saved = any((fake / f"saved-{Path(run).name}").exists() for run in runs)
+seconds = 600 if named_in("hold") and not saved else float(os.environ.get("FAKE_SECONDS", "0.03"))
 for run in map(Path, runs):
     print(f"{kind}:  10%\r{kind}:  50%\r\n", flush=True)
     if kind == "train":

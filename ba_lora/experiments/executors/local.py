@@ -1,7 +1,4 @@
-"""Where a grid's commands run: `LocalExecutor`, one worker for each GPU (or group of GPUs), or on the CPU.
-
-A grid asks `free_slot()` for room, gives `submit()` a `StageQueue`, and collects what has ended from `wait()`;
-`cancel()` ends what still runs. Another executor, for a cluster, needs these four.
+"""This machine: `LocalExecutor`, one worker for each GPU (or group of GPUs), or on the CPU.
 
 A stage inherits the locks of its work. So if the grid is killed with -9, a stage that lives on keeps its run (and its
 GPUs) to itself until it ends, and the next grid waits for it. What a stage has started ends with it: a child that it
@@ -10,19 +7,19 @@ left behind would keep these locks, and its GPU's memory, too.
 
 import contextlib
 import os
-import re
 import signal
 import socket
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any, Self
 
 import psutil
 
 from ba_lora.errors import UserError
+from ba_lora.experiments.executors.base import Executor, Slot, StageQueue, release
 from ba_lora.experiments.stages import Stage
 from ba_lora.io import disk_errors
 from ba_lora.locks import holder, try_lock
@@ -34,66 +31,26 @@ CHILDREN_GRACE_S = 2.0  # for what an ended stage leaves behind: multiprocessing
 KILLED_S = 30.0  # for killed children to be gone; no signal ends one that hangs in a driver
 
 
-@dataclass(frozen=True)
-class Slot:
-    """A worker's place: what its commands get into their environment, and the lock of each of its GPUs."""
-
-    name: str
-    environment: dict[str, str]
-    lock_paths: tuple[Path, ...] = ()
-
-    @property
-    def num_gpus(self) -> int:
-        return len(self.lock_paths)
-
-
-@dataclass(frozen=True)
-class StageFailure:
-    """A stage that ended with another status than 0."""
-
-    stage: Stage
-    status: int
-    log_path: Path
-
-
-@dataclass
-class StageQueue:
-    """Stages to run one after another, their output into `log_folder`; `locks` are held until `release`.
-
-    A stage is left out once all runs that it serves have failed in an earlier one that it needs: in any but another
-    task's scoring. `failures`: run folder → where, in their order; `log_path`: of the stage that runs; `started`: by
-    the monotonic clock; `seconds`: of all stages.
-    """
-
-    stages: list[Stage]
-    log_folder: Path
-    locks: list[IO[str]] = field(default_factory=list)
-    failures: dict[Path, list[StageFailure]] = field(default_factory=dict)
-    log_path: Path | None = None
-    started: float = 0.0
-    seconds: float = 0.0
-
-    def goes_on(self, run_path: Path) -> bool:
-        """Whether nothing has failed that the run's next stages need."""
-        return all(failure.stage.task is not None for failure in self.failures.get(run_path, []))
-
-    def release(self) -> None:
-        _release(self.locks)
-
-
 @dataclass
 class _Job:
     work: StageQueue
     slot: Slot
     slot_locks: list[IO[str]]
-    waiting: list[Stage]
     stage: Stage | None = None
     process: subprocess.Popen | None = None
     stage_ended: float | None = None  # by the monotonic clock; its children may live on
 
 
-class LocalExecutor:
+class LocalExecutor(Executor):
     """Runs work in child processes of this one, one work a slot."""
+
+    @classmethod
+    def open(cls, settings: Mapping[str, Any], *, folder: Path, gpus: int, workers: int | None) -> Self:
+        return cls(local_slots(folder, gpus_per_run=gpus, workers=workers))
+
+    @property
+    def places(self) -> list[str]:
+        return [slot.name for slot in self.slots]
 
     def __init__(self, slots: Sequence[Slot]) -> None:
         self.slots = list(slots)
@@ -128,7 +85,7 @@ class LocalExecutor:
 
     def submit(self, work: StageQueue, slot: Slot) -> None:
         """Start the work on the slot that `free_slot` has just given."""
-        job = _Job(work, slot, self._slot_locks, list(work.stages))
+        job = _Job(work, slot, self._slot_locks)
         work.started = time.monotonic()
         self._slot_locks = []
         self._jobs.append(job)
@@ -147,7 +104,11 @@ class LocalExecutor:
             self._close(job)
         return [job.work for job in ended]
 
-    def cancel(self) -> None:
+    def groups(self) -> list[int]:
+        """Return the process groups of the stages that run."""
+        return [job.process.pid for job in self._jobs if job.process is not None]
+
+    def cancel(self, *, jobs: bool = False) -> list[str]:
         """End what still runs: SIGTERM, then, for what does not listen, SIGKILL."""
         for number, patience_s in ((signal.SIGTERM, GRACE_S), (signal.SIGKILL, GRACE_S)):
             deadline = time.monotonic() + patience_s
@@ -163,6 +124,7 @@ class LocalExecutor:
             time.sleep(POLL_S)
         for job in list(self._jobs):
             self._close(job)
+        return []
 
     def _advance(self, job: _Job) -> bool:
         """Start the job's next stage if the one before has ended; return whether there is none left."""
@@ -170,25 +132,28 @@ class LocalExecutor:
             status = job.process.poll()
             if status is None or not _children_ended(job):
                 return False
+            job.work.waiting.pop(0)
             if status != 0:
-                for run_path in job.stage.run_paths:
-                    failure = StageFailure(job.stage, status, job.work.log_path)
-                    job.work.failures.setdefault(run_path, []).append(failure)
+                job.work.fail(job.stage, status, job.work.log_path)
             job.process = job.stage_ended = None
-        while job.waiting:
-            job.stage = job.waiting.pop(0)
+        while job.work.waiting:
+            job.stage = job.work.waiting[0]
             if not any(map(job.work.goes_on, job.stage.run_paths)):
+                job.work.waiting.pop(0)
                 continue
             log_name = f"{job.stage.run_paths[0].name}.{job.stage.name.replace(' ', '-')}.log"
             job.work.log_path = job.work.log_folder / log_name
-            job.process = self.start_process(job.stage, job.slot, job.work.log_path, [*job.work.locks, *job.slot_locks])
+            locks, goes_on = [*job.work.locks, *job.slot_locks], job.work.seconds > 0
+            job.process = self.start_process(job.stage, job.slot, job.work.log_path, locks, append=goes_on)
             return False
-        job.work.seconds = time.monotonic() - job.work.started
+        job.work.seconds += time.monotonic() - job.work.started
         return True
 
-    def start_process(self, stage: Stage, slot: Slot, log_path: Path, locks: Sequence[IO[str]]) -> subprocess.Popen:
+    def start_process(
+        self, stage: Stage, slot: Slot, log_path: Path, locks: Sequence[IO[str]], *, append: bool = False
+    ) -> subprocess.Popen:
         """Start a stage in a process group of its own, which holds the locks until it ends."""
-        with disk_errors(log_path), open(log_path, "wb") as log:
+        with disk_errors(log_path), open(log_path, "ab" if append else "wb") as log:
             return subprocess.Popen(
                 stage.call.command,
                 cwd=PROJECT_ROOT,
@@ -202,16 +167,10 @@ class LocalExecutor:
 
     def _close(self, job: _Job) -> None:
         self._jobs.remove(job)
-        _release(job.slot_locks)
+        release(job.slot_locks)
 
     def _release_slot(self) -> None:
-        _release(self._slot_locks)
-
-
-def _release(locks: list[IO[str]]) -> None:
-    for lock in locks:
-        lock.close()
-    locks.clear()
+        release(self._slot_locks)
 
 
 def _children_ended(job: _Job) -> bool:
@@ -223,7 +182,7 @@ def _children_ended(job: _Job) -> bool:
     now = time.monotonic()
     if job.stage_ended is None:
         job.stage_ended = now
-    if not _group_lives(job.process.pid):
+    if not group_lives(job.process.pid):
         return True
     overdue_s = now - job.stage_ended - CHILDREN_GRACE_S
     if overdue_s >= 0:
@@ -232,7 +191,7 @@ def _children_ended(job: _Job) -> bool:
     return overdue_s >= KILLED_S
 
 
-def _group_lives(group: int) -> bool:
+def group_lives(group: int) -> bool:
     """Return whether a process of the group still holds anything. A zombie does not, once its other threads are gone:
     in a container whose first process reaps none, it stays for good."""
     try:
@@ -246,16 +205,6 @@ def _group_lives(group: int) -> bool:
                 if member.status() != psutil.STATUS_ZOMBIE or member.num_threads() > 1:
                     return True
     return False
-
-
-def log_lines(path: Path) -> list[str]:
-    """Return a log's lines that are not empty, stripped; each state of a progress bar is a line. No log: no lines."""
-    try:
-        text = path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return []
-    lines = re.split(r"(?:[\r\n]|\x1b\[A)+", text)  # a bar goes back by \r, a nested one up by ESC [A
-    return [line.strip() for line in lines if line.strip()]
 
 
 def local_slots(
@@ -278,7 +227,7 @@ def local_slots(
             members = visible[start : start + gpus_per_run]
             lock_paths = tuple(lock_folder / f"gpu-{socket.gethostname()}-{member}.lock" for member in sorted(members))
             named = ",".join(members)
-            slots.append(Slot(f"GPU {named}", {"CUDA_VISIBLE_DEVICES": named}, lock_paths))
+            slots.append(Slot(f"GPU {named}", {"CUDA_VISIBLE_DEVICES": named}, lock_paths, gpus_per_run))
         return slots[:workers]
     cores = os.cpu_count() or 1
     number = min(2, cores) if workers is None else workers
@@ -293,3 +242,6 @@ def _visible_gpus(environ: Mapping[str, str]) -> list[str]:
     import torch
 
     return [str(index) for index in range(torch.cuda.device_count())]
+
+
+EXECUTOR = LocalExecutor

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from typing import IO, Any
 
 from ba_lora.errors import UserError
-from ba_lora.experiments.executors.local import LocalExecutor, Slot, StageQueue
+from ba_lora.experiments.executors.base import Slot, StageQueue
+from ba_lora.experiments.executors.local import LocalExecutor
 from ba_lora.experiments.search.journal import COMPLETE, FAILED, PRUNED, Journal, Outcome, Trial
 from ba_lora.experiments.search.nomad import NomadProposer
 from ba_lora.experiments.search.proposers import Exhausted, OptunaProposer, Proposer

@@ -54,6 +54,7 @@ async function showCompare([column, a, b]) {
   const values = shown.values ? await need(shown.values) : { ids: [], runs: {}, untested: {}, other_ids: {} };
   const ours = valuesOf(a, column, values), theirs = valuesOf(b, column, values);
   compareState.items = [...ours.found].filter(([id]) => theirs.found.has(id)).map(([id, value]) => ({ id, a: value, b: theirs.found.get(id) }));
+  compareState.items.sort((one, other) => one.id.localeCompare(other.id, "en", { numeric: true }));
   Object.assign(compareState, { runs: [ours.runs, theirs.runs] });
   const sign = shown.better === "lower" ? -1 : 1;
   for (const one of compareState.items) one.won = Math.sign(sign * (one.a - one.b));

@@ -14,7 +14,7 @@ from ba_lora.experiments import state as grid_state
 from ba_lora.experiments import tables
 from ba_lora.experiments.tables import load_table, report_folder
 from ba_lora.io import write_json_atomic
-from eval.report.__main__ import main
+from eval.report.__main__ import INCOMPLETE, main
 from eval.report.sources import FailedStage, read_results
 from eval.report.spec import ReportColumn, table_spec
 from eval.tasks import get_task
@@ -51,7 +51,8 @@ def table_path(tmp_path):
 @pytest.fixture
 def report(monkeypatch, tmp_path):
     def run(*words: object) -> int:
-        monkeypatch.setattr(sys, "argv", ["eval.report", *map(str, words), f"output={tmp_path / 'report'}"])
+        words = ("page=no", *map(str, words), f"output={tmp_path / 'report'}")
+        monkeypatch.setattr(sys, "argv", ["eval.report", words[1], words[0], *words[2:]])
         return main()
 
     return run
@@ -84,10 +85,10 @@ def test_every_file_is_written_and_the_same_results_give_the_same_bytes(table_pa
     fill(table_path)
     (tmp_path / "report").mkdir()
     (tmp_path / "report" / "notes.md").write_text("somebody's")
-    assert report(table_path) == 0
+    assert report(table_path, "page=yes") == INCOMPLETE  # its page has no answers
     folder = tmp_path / "report"
     files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    assert sorted(files) == [
+    assert sorted(name for name in files if not name.startswith("page/")) == [
         "figures/accuracy.pdf", "figures/accuracy.png", "notes.md",
         "table.csv", "table.json", "table.md", "table.tex",
     ]  # fmt: skip
@@ -97,9 +98,10 @@ def test_every_file_is_written_and_the_same_results_give_the_same_bytes(table_pa
     assert "note: figure loss is not drawn: no run's log.jsonl is at hand" in printed.err
     assert "not drawn, no run's log.jsonl is at hand." in printed.out
     assert len(json.loads(files["table.json"])["runs"]) == 4
+    assert "page/index.html" in files and "missing in the page: " in printed.err
     assert report(table_path, "seeds=[2]") == 0
     assert "52.00 (1)" in capsys.readouterr().out
-    report(table_path)
+    report(table_path, "page=yes")
     assert all((folder / name).read_bytes() == content for name, content in files.items())
 
 
@@ -120,8 +122,8 @@ def test_a_table_with_other_words_has_another_folder(table_path, monkeypatch, tm
     monkeypatch.setattr(tables, "RESULTS_PATH", tmp_path / "results")
     for words, wanted in (([], "two"), (["seeds=[2]"], f"two-{hashlib.sha256(b'seeds=2').hexdigest()[:8]}")):
         monkeypatch.setattr(sys, "argv", ["eval.report", str(table_path), *words])
-        assert main() == 0
-        assert capsys.readouterr().out.endswith(f"report: {tmp_path / 'results' / wanted}\n")
+        assert main() == INCOMPLETE
+        assert f"\nreport: {tmp_path / 'results' / wanted}\n" in capsys.readouterr().out
     assert len(json.loads((tmp_path / "results" / "two" / "table.json").read_text())["runs"]) == 4
     assert report_folder("two", ["a=1", "b=2"]) == report_folder("two", ["b=2", "a=1"]) != report_folder("two", [])
 

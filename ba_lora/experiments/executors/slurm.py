@@ -1,0 +1,400 @@
+"""A Slurm cluster: `SlurmExecutor` gives each work to submitit as a job, what can start together as one array.
+
+The grid's folder lies on a file system that all nodes share. In it, below slurm/:
+
+    <run>.json          which job has the run: written before the job is submitted and completed after, so that a grid
+                        that was killed in between finds that job by its name; removed when its end is written down
+    <key>/              submitit's files of one array, its jobs' own output, and <job>_events.jsonl: each start with its
+                        node, each stage with its log, each orderly stop
+
+A job is a LocalExecutor on its node (`StageJob`). Before its time limit, and on preemption, Slurm sends USR1: the
+training saves a checkpoint and ends, submitit puts the job back into the queue, and the next start goes on from there.
+A start that no orderly stop explains followed a failure of the node: that is counted and told, and is no error.
+"""
+
+import dataclasses
+import getpass
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+import uuid
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from ba_lora.errors import UserError
+from ba_lora.experiments.executors.base import Executor, Slot, StageFailure, StageQueue
+from ba_lora.experiments.stage_job import UNMOVED, StageJob, unmoved_by_usr1
+from ba_lora.io import disk_errors, read_object, write_json_atomic
+from ba_lora.paths import PROJECT_ROOT, user_folder
+
+JOB_NAME = "ba_lora"
+GONE_AFTER = 2  # looks at the queue that agree before a job without a result counts as ended
+REQUEUED = ("TIMEOUT", "PREEMPTED", "DEADLINE")  # ends that a job without its own requeue may come to
+OF_THE_NODE = ("NODE_FAIL", "BOOT_FAIL", "LOST")
+UNENDED = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "RESIZING",
+           "SIGNALING", "STAGE_OUT", "STOPPED", "SUSPENDED", "SPECIAL_EXIT", "REVOKED")  # fmt: skip
+
+
+@dataclass
+class _Given:
+    """A work that Slurm has, or is about to get (`job` is None)."""
+
+    work: StageQueue
+    slot: Slot
+    key: str = ""
+    job: str | None = None
+    told: int = 0  # events that have been read
+    gone: int = 0  # looks at the queue that did not find it, or found it ended
+    ends: Counter[str] = field(default_factory=Counter)  # how earlier jobs of the work ended
+
+
+class SlurmExecutor(Executor):
+    """Gives works to Slurm, and watches the queue; see this file's head and configs/executors/slurm.yaml."""
+
+    keys = (
+        "partition", "account", "qos", "constraint", "gpus", "cpus", "memory", "time_minutes", "signal_seconds",
+        "jobs_at_once", "poll_seconds", "max_timeouts", "max_node_failures", "modules", "setup", "container", "sbatch",
+    )  # fmt: skip
+
+    @classmethod
+    def open(cls, settings: Mapping[str, Any], *, folder: Path, gpus: int, workers: int | None) -> Self:
+        known = {"time_minutes": 1440, "signal_seconds": 180, "jobs_at_once": 16, "poll_seconds": 30}
+        known |= {"max_timeouts": 100, "max_node_failures": 5, "gpus": gpus}
+        chosen = known | {key: value for key, value in settings.items() if value is not None}
+        for key in known:
+            least = 0 if key in ("gpus", "max_timeouts", "max_node_failures") else 1
+            if type(chosen[key]) is not int or chosen[key] < least:
+                raise UserError(f"executor slurm: {key}={chosen[key]}: a whole number of at least {least} is needed")
+        for key, kind in (("modules", list), ("setup", list), ("sbatch", dict)):
+            if not isinstance(chosen.setdefault(key, kind()), kind):
+                raise UserError(f"executor slurm: {key}={chosen[key]}: a {kind.__name__} is needed")
+        if chosen["gpus"] not in (0, gpus):
+            raise UserError(
+                f"executor slurm: gpus={chosen['gpus']}: the table's rows are set for {gpus} GPU(s) a run; choose "
+                "others by gpus=N on the command line, or leave the executor's out"
+            )
+        if workers is not None:
+            chosen["jobs_at_once"] = workers
+        os.environ["SUBMITIT_PREEMPT_SIGNAL"] = "USR1"  # read when submitit is imported
+        import submitit
+
+        if submitit.SlurmExecutor.affinity() < 0:
+            raise UserError("executor slurm: there is no srun here: run it on a node of the cluster, such as its login")
+        return cls(chosen, folder / "slurm")
+
+    def __init__(self, settings: dict[str, Any], folder: Path) -> None:
+        self.settings = settings
+        self.folder = folder
+        self._given: list[_Given] = []
+        self._empty: list[StageQueue] = []  # works without a stage
+        self._next_look = 0.0
+        self._answers = True  # whether Slurm's controller did when it was last asked
+
+    @property
+    def places(self) -> list[str]:
+        return [f"job {number + 1}" for number in range(self.settings["jobs_at_once"])]
+
+    def free_slot(self) -> Slot | None:
+        """Return a place in the queue: as many works as there are go into the next array, while not all of the jobs
+        that may run at once are taken."""
+        if sum(given.job is not None for given in self._given) >= self.settings["jobs_at_once"]:
+            return None
+        return Slot("Slurm", {"BA_LORA_FOLDER": str(user_folder())}, num_gpus=self.settings["gpus"])
+
+    def submit(self, work: StageQueue, slot: Slot) -> None:
+        if not work.stages:  # all that is left is to write its result
+            self._empty.append(work)
+            return
+        work.started = time.monotonic()
+        work.queued, work.place = True, "about to be submitted"
+        self._given.append(_Given(work, slot))
+
+    def find(self, run_path: Path) -> StageQueue | None:
+        """See Executor.find. A job that was submitted by a grid that died before it knew the job's number is ended."""
+        record = read_object(self._record_path(run_path))
+        if record is None:
+            return None
+        key, job = record.get("key"), record.get("job")
+        lost = _listed(["squeue", "-h", "-n", f"{JOB_NAME}-{key}", "-o", "%A"]) if job is None else None
+        job_call = None if job is None else self._submitted(key, job)
+        if job_call is None:
+            for number in lost or ([job] if job else []):
+                subprocess.run(["scancel", str(number)], capture_output=True)
+            self._record_path(run_path).unlink(missing_ok=True)
+            return None
+        work = job_call.work
+        work.started, work.place, work.queued = time.monotonic(), f"job {job}", True
+        self._given.append(_Given(work, job_call.slot, key, job))
+        self._next_look = 0.0
+        return work
+
+    def wait(self, timeout_s: float) -> list[StageQueue]:
+        if self._empty:
+            empty, self._empty = self._empty, []
+            return empty
+        self._submit_waiting()
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < max(self._next_look, 0.0):
+            if (left := deadline - time.monotonic()) <= 0:
+                return []
+            time.sleep(min(left, 0.2))
+        self._next_look = time.monotonic() + self.settings["poll_seconds"]
+        ended = self._look()
+        self._given = [given for given in self._given if not any(given is one for one in ended)]
+        return [given.work for given in ended]
+
+    def forget(self, work: StageQueue, run_path: Path) -> None:
+        record = read_object(self._record_path(run_path)) or {}
+        self._record_path(run_path).unlink(missing_ok=True)
+        others = (read_object(self._record_path(path)) or {} for path in work.run_paths)
+        if record.get("job") and not work.failures and record["job"] not in [one.get("job") for one in others]:
+            folder = self.folder / str(record["key"])
+            for file in folder.glob(f"{record['job']}_*"):
+                file.unlink(missing_ok=True)
+            if not any(folder.glob("*.pkl")):
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def cancel(self, *, jobs: bool = False) -> list[str]:
+        given = [one for one in self._given if one.job is not None]
+        names = ", ".join(one.job for one in given[:8]) + (" …" if len(given) > 8 else "")
+        if not given:
+            return []
+        if not jobs:
+            return [f"{len(given)} jobs go on in Slurm ({names}): the same command finds them again"]
+        _ask(["scancel", *(one.job for one in given)])
+        for one in given:
+            for path in one.work.run_paths:
+                self._record_path(path).unlink(missing_ok=True)
+        return [f"{len(given)} jobs are cancelled ({names})"]
+
+    # ---- giving
+
+    def _submit_waiting(self) -> None:
+        """Give Slurm what waits, as one array, of which only so many may run that all jobs together stay in bounds."""
+        waiting = [given for given in self._given if given.job is None]
+        room = self.settings["jobs_at_once"] - (len(self._given) - len(waiting))
+        if not waiting or room <= 0:
+            return
+        key = uuid.uuid4().hex[:12]
+        folder = self.folder / key
+        try:
+            with disk_errors(folder):
+                folder.mkdir(parents=True)
+                for given in waiting:
+                    given.key = key
+                    self._write_records(given)
+            jobs = self._array([self._job_call(given, folder) for given in waiting], folder, key, room)
+        except BaseException:
+            for given in waiting:
+                for path in given.work.run_paths:
+                    self._record_path(path).unlink(missing_ok=True)
+            raise
+        for given, job in zip(waiting, jobs, strict=True):
+            given.job, given.told, given.gone = job, 0, 0
+            given.work.queued, given.work.place = True, f"job {job}"
+            given.work.news.append(f"job {job}")
+            self._write_records(given)
+        self._next_look = 0.0
+
+    def _job_call(self, given: _Given, folder: Path) -> StageJob:
+        work = dataclasses.replace(given.work, locks=[], stages=[unmoved_by_usr1(one) for one in given.work.waiting])
+        work.news, work.log_path = [], None
+        return StageJob(work, given.slot, folder, self.settings["signal_seconds"])
+
+    def _array(self, calls: Sequence[StageJob], folder: Path, key: str, at_once: int) -> list[str]:
+        """Submit the calls; return the jobs' numbers."""
+        import submitit
+
+        chosen = self.settings
+        container = [str(chosen["container"])] if chosen.get("container") else []
+        # until submitit listens to USR1 it would end the job
+        python = " ".join([shlex.join(UNMOVED), *container, shlex.quote(sys.executable)])
+        executor = submitit.SlurmExecutor(folder, max_num_timeout=chosen["max_timeouts"], python=python)
+        named = {key: chosen.get(key) for key in ("partition", "account", "qos", "constraint")}
+        named |= {
+            "mem": chosen.get("memory"),
+            "cpus_per_task": chosen.get("cpus"),
+            "gpus_per_node": chosen["gpus"] or None,
+        }
+        executor.update_parameters(
+            job_name=f"{JOB_NAME}-{key}",
+            time=chosen["time_minutes"],
+            signal_delay_s=chosen["signal_seconds"],
+            array_parallelism=at_once,
+            ntasks_per_node=1,
+            stderr_to_stdout=True,
+            setup=[
+                "export SUBMITIT_PREEMPT_SIGNAL=USR1",
+                *(f"module load {name}" for name in chosen["modules"]),
+                *map(str, chosen["setup"]),
+            ],
+            additional_parameters={"requeue": True, "chdir": str(PROJECT_ROOT), **chosen["sbatch"]},
+            **{key: value for key, value in named.items() if value is not None},
+        )
+        try:
+            with executor.batch():
+                jobs = [executor.submit(call) for call in calls]
+        except Exception as error:  # submitit's own classes, and what it lets through
+            last = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+            raise UserError(f"executor slurm: sbatch refuses: {last.removeprefix('sbatch: ')}") from error
+        return [job.job_id for job in jobs]
+
+    # ---- watching
+
+    def _look(self) -> list[_Given]:
+        """Ask the queue, once for all jobs, and return the works that have ended."""
+        given = [one for one in self._given if one.job is not None]
+        if not given:
+            return []
+        states = queue_states()
+        if states is None and self._answers:
+            given[0].work.news.append("Slurm's controller does not answer: waiting for it")
+        self._answers = states is not None
+        return [one for one in given if self._has_ended(one, states)]
+
+    def _has_ended(self, given: _Given, states: Mapping[str, tuple[str, str, str]] | None) -> bool:
+        self._read_events(given)
+        outcome = _outcome(self.folder / given.key, given.job)
+        if outcome is not None:
+            return self._take(given, *outcome)
+        if states is None:
+            return False
+        state, node, reason = states.get(given.job, ("", "", ""))
+        if state in UNENDED:
+            given.gone = 0
+            given.work.queued = state != "RUNNING"
+            where = f"on {node}" if state == "RUNNING" else f"{state.lower()} ({reason})"
+            given.work.place = f"job {given.job} {where}"
+            return False
+        given.gone += 1
+        if given.gone < GONE_AFTER:  # its result may be on its way through the file system
+            return False
+        return self._settle(given, state or _accounted_state(given.job) or "LOST")
+
+    def _take(self, given: _Given, outcome: str, result: Any) -> bool:
+        """Take over what a job has returned."""
+        work = given.work
+        if outcome == "success":
+            work.waiting, work.failures, work.seconds, work.log_path = (
+                result.waiting, result.failures, result.seconds, result.log_path,
+            )  # fmt: skip
+            return True
+        last = (str(result).strip().splitlines() or ["no reason given"])[-1]
+        return self._fail(given, f"its job {given.job} ended: {last}")
+
+    def _settle(self, given: _Given, state: str) -> bool:
+        """Decide on a job that ended without a result: again, or a failure."""
+        given.ends[state] += 1
+        timeouts, failures = (sum(given.ends[one] for one in kinds) for kinds in (REQUEUED, OF_THE_NODE))
+        if state in OF_THE_NODE:
+            given.work.node_failures += 1
+        if (state in REQUEUED and timeouts <= self.settings["max_timeouts"]) or (
+            state in OF_THE_NODE and failures <= self.settings["max_node_failures"]
+        ):
+            given.work.news.append(f"job {given.job} ended ({state}): submitted again")
+            if (call := self._submitted(given.key, given.job)) is not None:
+                given.work.waiting = call.work.waiting
+            given.job, given.work.queued = None, True
+            return False
+        return self._fail(given, f"its job {given.job} ended without a result: {state}")
+
+    def _fail(self, given: _Given, error: str) -> bool:
+        """Let each run of the work fail by itself: nobody's fault is to be found out."""
+        stage = (given.work.waiting or given.work.stages)[0]
+        log = self.folder / given.key / f"{given.job}_0_log.out"
+        for path in given.work.run_paths:
+            own = dataclasses.replace(stage, run_paths=(path,), task=None)
+            given.work.failures.setdefault(path, []).append(StageFailure(own, 1, log, error))
+        return True
+
+    def _read_events(self, given: _Given) -> None:
+        """Read what the job has noted since: where it began, which log it writes, how it was stopped."""
+        path = self.folder / given.key / f"{given.job}_events.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        before = _node_failures(lines[: given.told])
+        for event in map(json.loads, lines[given.told :]):
+            if event["event"] == "start":
+                given.work.news.append(f"job {given.job} started on {event['node']}")
+            elif event["event"] == "stage":
+                given.work.log_path = Path(event["log"])
+            else:
+                given.work.news.append(f"job {given.job} {event['event']}: it goes back into the queue, or ends")
+        given.told = len(lines)
+        if failed := _node_failures(lines) - before:
+            given.work.node_failures += failed
+            given.work.news.append(f"job {given.job}: its node had failed")
+
+    # ---- records
+
+    def _record_path(self, run_path: Path) -> Path:
+        return self.folder / f"{run_path.name}.json"
+
+    def _write_records(self, given: _Given) -> None:
+        for path in given.work.run_paths:
+            write_json_atomic(self._record_path(path), {"key": given.key, "job": given.job})
+
+    def _submitted(self, key: str, job: str) -> StageJob | None:
+        """Return what was submitted, as the job's last orderly stop has left it; None where it cannot be read."""
+        import submitit
+
+        try:
+            return submitit.SlurmJob(self.folder / key, job).submission().function
+        except Exception:  # a missing or damaged pickle, or one of other code: the work is done anew
+            return None
+
+
+def queue_states() -> dict[str, tuple[str, str, str]] | None:
+    """Return job → (state, nodes, reason) of this user's jobs, ended ones as long as Slurm remembers; None where its
+    controller does not answer."""
+    lines = _listed(["squeue", "-h", "-r", "-t", "all", "-u", getpass.getuser(), "-o", "%i|%T|%N|%r"])
+    if lines is None:
+        return None
+    found = (line.split("|", 3) for line in lines)
+    return {job: (state, node, reason) for job, state, node, reason in found}
+
+
+def _accounted_state(job: str) -> str | None:
+    """Return how a job ended by Slurm's accounting, None where there is none."""
+    lines = _listed(["sacct", "-n", "-X", "-P", "-j", job, "-o", "State"])
+    return lines[0].split()[0] if lines and lines[0].split() else None
+
+
+def _listed(command: Sequence[str]) -> list[str] | None:
+    done = _ask(command)
+    return done.stdout.splitlines() if done is not None and done.returncode == 0 else None
+
+
+def _ask(command: Sequence[str]) -> subprocess.CompletedProcess | None:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+
+
+def _outcome(folder: Path, job: str) -> tuple[str, Any] | None:
+    """Return ("success", the work) or ("error", a traceback) of a job that has written its result."""
+    import submitit
+    from submitit.core.utils import pickle_load
+
+    path = submitit.SlurmJob(folder, job).paths.result_pickle
+    try:
+        return pickle_load(path) if path.is_file() else None
+    except EOFError:  # on its way through the file system
+        return None
+
+
+def _node_failures(lines: Sequence[str]) -> int:
+    """Return how many starts neither were the first nor followed an orderly stop or Slurm's own SIGTERM."""
+    kinds = [json.loads(line)["event"] for line in lines]
+    kinds = [kind for kind in kinds if kind != "stage"]
+    return sum(kind == before == "start" for before, kind in zip(kinds, kinds[1:], strict=False))
+
+
+EXECUTOR = SlurmExecutor

@@ -1,0 +1,98 @@
+"""A work as a job of a cluster: the stages run on its node, and end in order when the cluster says so."""
+
+import dataclasses
+import json
+import os
+import signal
+import socket
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ba_lora.experiments.executors.base import Slot, StageQueue
+from ba_lora.experiments.executors.local import LocalExecutor, group_lives
+from ba_lora.experiments.stages import Stage
+from ba_lora.locks import training_lock_path, try_lock
+
+UNMOVED = ("sh", "-c", 'trap "" USR1; exec "$@"', "sh")  # stands before a command that USR1 is not to end
+AGAIN_S = 5.0  # between two signals to a stage that has not ended yet
+RESERVE_S = 20.0  # of the time before a job's end: for the way back into the queue
+LOCK_WAIT_S = 900.0  # for a process of the run that still lives on a node which the cluster has given up
+
+
+@dataclass
+class StageJob:
+    """What a job does, pickled by submitit: its work, on its node, by a LocalExecutor. `waiting` of the work tells a
+    start after an orderly stop where to go on."""
+
+    work: StageQueue
+    slot: Slot
+    folder: Path
+    signal_s: float
+    _local: LocalExecutor | None = None
+    _terminated: bool = False
+
+    def __call__(self) -> StageQueue:
+        """Return the work, done. A job that Slurm ends itself (scancel, scontrol requeue) leaves no result."""
+        signal.signal(signal.SIGTERM, self._on_term)  # in place of submitit's, which only notes it
+        self._note(event="start", node=socket.gethostname())
+        self._wait_for_locks()
+        self._local = LocalExecutor([self.slot])
+        self._local.submit(self.work, self._local.free_slot())
+        told = None
+        while True:
+            if self.work.log_path != told:
+                told = self.work.log_path
+                self._note(event="stage", log=str(told))
+            if self._local.wait(1.0):
+                break
+        if self._terminated:
+            raise SystemExit(128 + signal.SIGTERM)
+        return self.work
+
+    def checkpoint(self) -> Any:
+        """Have the running stage end in order, and return the rest; submitit calls it on USR1, from its handler."""
+        from submitit.helpers import DelayedSubmission
+
+        started = time.monotonic()
+        number = signal.SIGUSR1 if self.work.waiting and self.work.waiting[0].name == "train" else signal.SIGTERM
+        while groups := [group for group in (self._local.groups() if self._local else ()) if group_lives(group)]:
+            if time.monotonic() - started > self.signal_s - RESERVE_S:
+                number = signal.SIGKILL
+            for group in groups:
+                os.killpg(group, number)
+            again = time.monotonic() + AGAIN_S
+            while time.monotonic() < again and any(map(group_lives, groups)):
+                time.sleep(0.1)
+        self.work.seconds += time.monotonic() - self.work.started if self.work.started else 0.0
+        self._note(event="stopped", by=number.name)
+        return DelayedSubmission(StageJob(self.work, self.slot, self.folder, self.signal_s))
+
+    def _on_term(self, number: int, frame: object) -> None:
+        """Slurm sends it to the stage's processes, too: what they leave is no failure of theirs."""
+        if not self._terminated:
+            self._terminated = True
+            self._note(event="terminated")
+
+    def _wait_for_locks(self) -> None:
+        """Wait until nobody trains the runs: the node of an earlier start may have come back with what ran there."""
+        deadline = time.monotonic() + LOCK_WAIT_S
+        for path in map(training_lock_path, self.work.run_paths):
+            while path.is_file() and (lock := try_lock(path)) is None and time.monotonic() < deadline:
+                time.sleep(1.0)
+            if path.is_file() and lock is not None:
+                lock.close()
+
+    def _note(self, **event: object) -> None:
+        array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+        job = f"{array}_{task}" if array else os.environ["SLURM_JOB_ID"]
+        with open(self.folder / f"{job}_events.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(event) + "\n")
+
+
+def unmoved_by_usr1(stage: Stage) -> Stage:
+    """Return the stage with a launcher that USR1 does not end: Slurm sends it to every process of a job, and only a
+    training listens to it."""
+    launch = (*UNMOVED, *stage.call.launch)
+    return dataclasses.replace(stage, call=dataclasses.replace(stage.call, launch=launch))

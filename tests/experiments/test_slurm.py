@@ -1,0 +1,224 @@
+"""The grid on a real Slurm of one node and two cores, started here: real jobs, most of them with stages of a moment.
+
+What an executor does with a training is tested on a real one, too: USR1 in its middle, and the end as without it.
+"""
+
+import collections
+import json
+import os
+import re
+import signal
+import subprocess
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from ba_lora.experiments import grid
+from ba_lora.experiments.executors.slurm import SlurmExecutor, queue_states
+from tests.support import slurm
+from tests.workers import fake_grid
+
+SETTINGS = {"gpus": 0, "time_minutes": 5, "signal_seconds": 30, "poll_seconds": 1}
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    if reason := slurm.missing():
+        pytest.skip(reason)
+    with slurm.running(tmp_path_factory.mktemp("cluster") / "slurm") as started, pytest.MonkeyPatch.context() as patch:
+        for name, value in started.environment.items():
+            patch.setenv(name, value)
+        yield started
+
+
+@pytest.fixture
+def folder(grid_folder):
+    return grid_folder
+
+
+def executor(**settings):
+    return SlurmExecutor.open(SETTINGS | settings, folder=grid.GRID_PATH, gpus=1, workers=None)
+
+
+def trained(folder):
+    return collections.Counter(line.split()[1] for line in fake_grid.ledger(folder) if line.startswith("train "))
+
+
+def hold(folder, *runs):
+    (folder / "hold").write_text("".join(f"train {run}\n" for run in runs))
+
+
+def names_of(table):
+    return [spec.config.run_path.name for spec in table.specs()]
+
+
+def jobs_in(*states):
+    return {job: state for job, (state, _, _) in queue_states().items() if state in states}
+
+
+def events(run):
+    """Return what the job of a run has noted."""
+    record_path = grid.GRID_PATH / "slurm" / f"{run}.json"
+    if not record_path.is_file():
+        return []
+    record = json.loads(record_path.read_text())
+    path = grid.GRID_PATH / "slurm" / record["key"] / f"{record['job']}_events.jsonl"
+    return [json.loads(line)["event"] for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+@pytest.mark.slow
+def test_six_runs_are_one_array_on_two_slots(folder, cluster):
+    """Each run once, no more at once than asked for, the files of submitit gone at the end."""
+    lines = []
+    filled = fake_grid.run(fake_grid.table(folder), executor=executor(jobs_at_once=2), say=lines.append)
+    assert len(filled.done) == 6 and not filled.failed and set(trained(folder).values()) == {1}
+    arrays = {
+        line.split(": job ")[1].split("_")[0]
+        for line in lines
+        if line.startswith("training: ") and "_" in line.split(": job ")[-1]
+    }
+    assert len(arrays) == 1 and any(" started on " in line for line in lines)
+    assert any("1 running, 5 queued" in line or "2 running, 4 queued" in line for line in lines)
+    assert not list((grid.GRID_PATH / "slurm").glob("*.json")) and not list((grid.GRID_PATH / "slurm").glob("*/*.pkl"))
+    assert not fake_grid.run(fake_grid.table(folder), executor=executor()).failed  # nothing is left: no job
+    assert set(trained(folder).values()) == {1}
+
+
+@pytest.mark.slow
+def test_a_killed_grid_finds_its_jobs_again_and_two_grids_share_them(folder, cluster):
+    """kill -9 while jobs run and wait; then the same command twice at once."""
+    table = fake_grid.table(folder)
+    first = names_of(table)[0]
+    hold(folder, first)
+    pid = fake_grid.fork(table, executor=executor())
+    cluster.until(lambda: "stage" in events(first))
+    cluster.until(lambda: trained(folder))
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    lines = []
+    other = fake_grid.fork(table, executor=executor())
+    (folder / f"saved-{first}").write_text("")  # the next start of the held stage is quick
+    record = json.loads((grid.GRID_PATH / "slurm" / f"{first}.json").read_text())
+    cluster.ask("scancel", "--signal=USR1", record["job"])
+    filled = fake_grid.run(table, executor=executor(), say=lines.append)
+    assert os.waitstatus_to_exitcode(os.waitpid(other, 0)[1]) == 0
+    assert not filled.failed, lines
+    assert len(filled.done) == 6
+    assert set(trained(folder).values()) == {1} and len(trained(folder)) == 6
+    assert not jobs_in("RUNNING", "PENDING")
+
+
+@pytest.mark.slow
+def test_a_time_limit_and_a_requeue_are_ordinary_and_scancel_is_a_failure(folder, cluster):
+    """The time limit is Slurm's own: it sends USR1, the training saves, the job goes back into the queue, and on."""
+    table = fake_grid.table(folder, seeds=[1, 2])
+    limited, requeued, cancelled, plain = names_of(table)
+    hold(folder, limited, requeued, cancelled)
+    pid = fake_grid.fork(
+        table, executor=executor(time_minutes=1, signal_seconds=50), say=lambda line: _note(folder, line)
+    )
+
+    def job_of(run):
+        return json.loads((grid.GRID_PATH / "slurm" / f"{run}.json").read_text())["job"]
+
+    cluster.until(lambda: "stage" in events(requeued))
+    (folder / f"saved-{requeued}").write_text("")  # its next start is quick
+    cluster.ask("scontrol", "requeue", job_of(requeued))
+    cluster.until(lambda: "stage" in events(cancelled))
+    cluster.ask("scancel", job_of(cancelled))
+    cluster.until(lambda: {limited, requeued} <= set(trained(folder)))
+    assert (folder / f"saved-{limited}").exists()
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    lines = (folder / "said").read_text().splitlines()
+    assert set(trained(folder)) == {limited, requeued, plain} and set(trained(folder).values()) == {1}
+    assert any(line.startswith(f"failed: {cancelled}: train: its job") and "CANCELLED" in line for line in lines)
+    assert not any("node failures" in line for line in lines)
+    (folder / "hold").unlink()
+    assert not fake_grid.run(table, executor=executor(), retry=True).failed
+
+
+@pytest.mark.slow
+def test_a_node_that_fails_is_counted_and_is_no_error(folder, cluster):
+    table = fake_grid.table(folder, seeds=[1])
+    first, second = names_of(table)
+    hold(folder, first, second)
+    pid = fake_grid.fork(table, executor=executor(), say=lambda line: _note(folder, line))
+    cluster.until(lambda: len(list((folder / "pids").glob("*") if (folder / "pids").exists() else [])) == 2)
+    cluster.kill_node()
+    (folder / "hold").unlink()
+    cluster.until(lambda: "down" in cluster.ask("sinfo", "-h", "-o", "%T"))
+    cluster.start_node()
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    said = (folder / "said").read_text()
+    assert "its node had failed" in said and "2 node failures" in said and "failed: " not in said
+    assert trained(folder) == {first: 1, second: 1}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cancel", [False, True])
+def test_ctrl_c_cancels_the_jobs_only_when_told(folder, cluster, cancel):
+    table = fake_grid.table(folder, seeds=[1])
+    hold(folder, *names_of(table))
+    pid = fake_grid.fork(table, executor=executor(), cancel=cancel, say=lambda line: _note(folder, line))
+    cluster.until(lambda: len(list((folder / "pids").glob("*") if (folder / "pids").exists() else [])) == 2)
+    os.kill(pid, signal.SIGINT)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 130
+    told = (folder / "said").read_text().splitlines()[-1]
+    (folder / "hold").unlink()
+    if cancel:
+        assert told.startswith("2 jobs are cancelled")
+        cluster.until(lambda: not jobs_in("RUNNING", "PENDING", "COMPLETING"))
+    else:
+        assert told.startswith("2 jobs go on in Slurm") and len(jobs_in("RUNNING")) == 2
+        for job in jobs_in("RUNNING"):
+            cluster.ask("scancel", "--signal=USR1", job)
+    assert not fake_grid.run(table, executor=executor()).failed
+    assert set(trained(folder).values()) == {1}
+
+
+def _note(folder, line):
+    with open(folder / "said", "a", encoding="utf-8") as file:
+        file.write(line + "\n")
+
+
+@pytest.mark.slow
+def test_a_real_training_that_is_told_to_stop_ends_as_without_it(cluster, tiny_model, tmp_path, root):
+    """scripts/slurm/submit.sh, two processes: USR1 in the middle, saved, requeued, resumed; the very same weights."""
+    trainer = {"per_device_train_batch_size": 2, "max_steps": 80, "save_steps": 10, "learning_rate": 0.01}
+    base = {
+        "model": {"name": str(tiny_model), "dtype": "float32"},
+        "adapter": {"rank": 4, "dropout": 0.1},
+        "data": {"name": "toy", "num_rows": 40, "max_length": 400},
+        "trainer": trainer | {"logging_steps": 1, "disable_tqdm": True, "use_cpu": True},
+        "eval": {"tasks": [], "untuned": False},
+        "export": {"merged": False},
+        "results_dir": str(tmp_path / "results"),
+    }
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
+    environment = os.environ | {"NUM_PROCESSES": "2", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    environment["ACCELERATE_CONFIG"] = "configs/accelerate/cpu.yaml"
+
+    def call(script, name):
+        words = ["sh", f"scripts/{script}", str(tmp_path / "base.yaml"), f"output_dir={tmp_path / name}"]
+        done = subprocess.run(words, cwd=root, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+    job = call("slurm/submit.sh", "stopped").split()[-1]
+    log = root / "outputs" / "slurm" / f"{job}.log"
+    try:
+        cluster.until((tmp_path / "stopped" / "checkpoints" / "checkpoint-10" / "files.json").is_file, seconds=600)
+        cluster.ask("scancel", "--batch", "--signal=USR1", job)
+        cluster.until((tmp_path / "stopped" / "train.json").is_file, seconds=600)
+        cluster.until(lambda: not jobs_in("RUNNING", "PENDING", "COMPLETING"))
+        text = log.read_text()
+    finally:
+        log.unlink(missing_ok=True)
+    steps = [int(step) for step in re.findall(r"told to stop \(USR1\): saved at step (\d+) of 80", text)]
+    assert len(steps) == 1 and f"resumed from step {steps[0]} of 80" in text
+    call("ba-lora.sh", "whole")
+    weights = [load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("stopped", "whole")]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])

@@ -1,0 +1,234 @@
+"""Two machines: one run as on one machine with two processes; a lost machine is named, and the same command goes on."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+import yaml
+
+from ba_lora.runs import machines
+from ba_lora.runs.environment import environment
+from ba_lora.runs.machines import RunMachine
+from tests.support import two_nodes as support
+from tests.support.tiny import only_result
+
+LOST_AFTER_S = 8
+
+
+@pytest.fixture
+def nodes(tmp_path):
+    if reason := support.missing():
+        pytest.skip(reason)
+    with support.two_nodes(tmp_path) as made:
+        yield made
+
+
+@pytest.fixture
+def base(tiny_model, tmp_path):
+    """A BA-LoRA run of a few seconds with a PiSSA factors cache and a reference cache."""
+    trainer = {"per_device_train_batch_size": 2, "max_steps": 60, "save_steps": 10, "learning_rate": 0.01}
+    settings = {
+        "model": {"name": str(tiny_model), "dtype": "float32"},
+        "adapter": {"rank": 4},
+        "data": {"name": "toy", "num_rows": 40, "max_length": 400},
+        "trainer": trainer | {"logging_steps": 1, "disable_tqdm": True, "use_cpu": True},
+        "eval": {"tasks": [], "untuned": False},
+        "export": {"merged": False},
+    }
+    path = tmp_path / "base.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def words(base, folder, name, *more):
+    caches = [f"reference.cache={folder}/{name}-reference", f"adapter.factors_cache={folder}/{name}-factors"]
+    places = [f"output_dir={folder}/{name}", f"results_dir={folder}/{name}-results"]
+    return ["sh", "scripts/ba-lora.sh", str(base), *caches, *places, *more]
+
+
+def start(nodes, command, launcher, *, attempt="", **settings):
+    settings = {"ACCELERATE_CONFIG": f"configs/accelerate/{launcher}.yaml", "OMP_NUM_THREADS": "1"} | settings
+    settings["BA_LORA_LOST_AFTER"] = str(LOST_AFTER_S)
+    logs = [nodes.folder / f"log{rank}{attempt}" for rank in range(2)]
+    return [nodes.start(rank, command, logs[rank], **settings) for rank in range(2)], logs
+
+
+def ended(processes, logs, *, seconds=900):
+    """Wait for both; return their exit statuses and what they said."""
+    deadline = time.monotonic() + seconds
+    try:
+        statuses = [process.wait(max(1.0, deadline - time.monotonic())) for process in processes]
+    finally:
+        said = [log.read_text() for log in logs]
+        print(*(text[-3000:] for text in said), sep="\n=====\n")
+    return statuses, said
+
+
+def one_node(root, command, launcher):
+    settings = {
+        "ACCELERATE_CONFIG": f"configs/accelerate/{launcher}.yaml",
+        "NUM_PROCESSES": "2",
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(command, cwd=root, env=os.environ | settings, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def until(holds, processes, *, seconds=600):
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline and all(process.poll() is None for process in processes)
+        time.sleep(0.05)
+
+
+def losses(run):
+    entries = map(json.loads, (run / "log.jsonl").read_text().splitlines())
+    return {entry["step"]: (entry["loss"], entry["task"], entry["grad_norm"]) for entry in entries if "loss" in entry}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("launcher", "failure"), [("cpu", "cut link"), ("zero2", "killed node")])
+def test_two_nodes_are_one_run_also_over_a_failure(nodes, base, tmp_path, root, launcher, failure):
+    """Same losses as on one node; each process ends in time and says which rank was lost; the same command goes on."""
+    two, one = (words(base, tmp_path, name) for name in ("two", "one"))
+    processes, logs = start(nodes, two, launcher)
+    until((tmp_path / "two" / "checkpoints" / "checkpoint-10" / "files.json").is_file, processes)
+    broken = time.monotonic()
+    if failure == "cut link":
+        nodes.link("down")
+    else:
+        nodes.kill(1)
+    statuses, said = ended(processes, logs, seconds=LOST_AFTER_S + 60)
+    assert all(statuses) and time.monotonic() - broken < LOST_AFTER_S + 60
+    assert re.search(r"^error: .*rank 1 on node1 (was lost|has ended)", said[0], flags=re.M)
+    if failure == "cut link":
+        assert re.search(
+            r"^error: node0 \(rank 0\), which holds the meeting point, cannot be reached", said[1], flags=re.M
+        )
+        nodes.link("up")
+    assert not [
+        file
+        for file in (tmp_path / "two").rglob("*.safetensors")
+        if "checkpoints" not in file.parts and "initial" not in file.parts
+    ]
+
+    statuses, said = ended(*start(nodes, two, launcher, attempt="again"))
+    assert statuses == [0, 0] and re.search(r"resumed from step \d+ of 60", said[0])
+    one_node(root, one, launcher)
+    ours, theirs = (losses(tmp_path / name) for name in ("two", "one"))
+    assert ours.keys() == theirs.keys() == set(range(1, 61))
+    for step in theirs:
+        assert ours[step] == pytest.approx(theirs[step], rel=1e-6, abs=1e-6), step
+    result = only_result(tmp_path / "two-results")
+    assert result["environment"]["num_machines"] == 2 and result["training"]["num_processes"] == 2
+    assert only_result(tmp_path / "one-results")["environment"]["num_machines"] == 1
+    assert len(list((tmp_path / "two" / "adapter").glob("*.safetensors"))) == 1 and (tmp_path / "two" / "lora").is_dir()
+    files = [
+        sorted(file.name for file in (tmp_path / f"{name}-factors").glob("*.safetensors")) for name in ("two", "one")
+    ]
+    assert files[0] == files[1] != []
+    assert "reference cache" in said[0] or "reference cache" in logs[0].read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("failure", ["cut link", "killed", "error"])
+def test_who_was_lost_is_told_in_time(nodes, tmp_path, root, failure):
+    """The processes by themselves, without a training: the collective operation would wait for ten minutes."""
+    logs, more = [tmp_path / f"log{rank}" for rank in range(2)], ["fail", "1"] if failure == "error" else []
+    command = [sys.executable, str(root / "tests" / "workers" / "watched.py"), str(tmp_path), *more]
+    settings = {"PYTHONPATH": str(root), "BA_LORA_LOST_AFTER": str(LOST_AFTER_S), "OMP_NUM_THREADS": "1"}
+    settings |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    processes = [
+        nodes.start(rank, command, logs[rank], RANK=str(rank), HOST=f"node{rank}", **settings) for rank in range(2)
+    ]
+    if failure != "error":
+        until(lambda: (tmp_path / "pid1").is_file() and (tmp_path / "pid0").is_file(), processes)
+        time.sleep(3)
+        nodes.link("down") if failure == "cut link" else os.kill(int((tmp_path / "pid1").read_text()), signal.SIGKILL)
+    statuses, said = ended(processes, logs)
+    lost = "rank 1 on node1 was lost: no sign of life for"
+    if failure == "error":
+        assert statuses == [2, 2] and "error: its disk is full" in said[1]
+        assert "error: rank 1 on node1 has ended: its disk is full" in said[0]
+    else:
+        assert statuses[0] in (1, 2) and f"error: {lost}" in said[0] and "seen from rank 0 on node0" in said[0]
+    if failure == "cut link":
+        told = "error: node0 (rank 0), which holds the meeting point, cannot be reached: no sign of life for"
+        assert statuses[1] == 1 and told in said[1]
+
+
+@pytest.mark.slow
+def test_torchrun_starts_again_after_a_lost_process(nodes, base, tmp_path):
+    """MAX_RESTARTS=2: one process is killed, all start again from the last checkpoint, nobody types anything."""
+    command = words(base, tmp_path, "two")
+    processes, logs = start(nodes, command, "cpu", MAX_RESTARTS="2")
+    until((tmp_path / "two" / "checkpoints" / "checkpoint-10" / "files.json").is_file, processes)
+    workers = [pid for pid in nodes.pids(1) if "RANK" in psutil.Process(pid).environ()]
+    assert workers
+    os.kill(workers[0], signal.SIGKILL)
+    statuses, said = ended(processes, logs)
+    assert statuses == [0, 0] and any(re.search(r"resumed from step \d+ of 60", text) for text in said)
+    assert (
+        set(losses(tmp_path / "two")) == set(range(1, 61)) and only_result(tmp_path / "two-results")["status"] == "ok"
+    )
+
+
+@pytest.mark.slow
+def test_a_node_that_is_told_something_else_is_refused_by_name(nodes, base, tmp_path):
+    logs = [tmp_path / f"log{rank}" for rank in range(2)]
+    settings = {"ACCELERATE_CONFIG": "configs/accelerate/cpu.yaml", "OMP_NUM_THREADS": "1"}
+    commands = [words(base, tmp_path, "two"), words(base, tmp_path, "two", "adapter.rank=2")]
+    processes = [nodes.start(rank, commands[rank], logs[rank], **settings) for rank in range(2)]
+    statuses, said = ended(processes, logs)
+    line = "machine node1 (rank 1) sees another config than the first, node0 (rank 0): adapter.rank 4 → 2"
+    assert all(statuses) and f"error: {line}" in said[0] and not (tmp_path / "two").exists()
+
+
+def seen(**changes):
+    first = {"commit": "a" * 40, "files": {"a.py": "1"}, "settings": {"seed": 1}, "data": {"rows.json": "1"}}
+    return RunMachine("second", [2, 3], **(first | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, None),
+        ({"commit": "b" * 40}, "sees commit bbbbbbbbbb, the first, first (rank 0 to 1), aaaaaaaaaa"),
+        ({"commit": None}, "sees commit none, the first"),
+        ({"files": {"a.py": "2"}}, "sees other code than the first, first (rank 0 to 1), in a.py:"),
+        ({"files": {"a.py": "1", "b.py": "1"}}, "in b.py:"),
+        ({"settings": {"seed": 2}}, "sees another config than the first, first (rank 0 to 1): seed 1 → 2:"),
+        ({"data": {"rows.json": None}}, "sees other data than the first, first (rank 0 to 1): rows.json differs"),
+    ],
+)
+def test_what_a_machine_sees_is_compared_with_the_first(changes, message):
+    first = seen()
+    first.host, first.ranks = "first", [0, 1]
+    fault = machines._difference(first, seen(**changes))
+    assert fault is None if message is None else fault.startswith("machine second (rank 2 to 3) ") and message in fault
+
+
+def test_rows_are_compared_whatever_their_pieces_are():
+    from datasets import Dataset, concatenate_datasets
+
+    rows = [{"ids": [1, 2, 3], "text": "a", "row": 0}, {"ids": [4], "text": None, "row": 1}]
+    whole, parts = Dataset.from_list(rows), concatenate_datasets([Dataset.from_list([row]) for row in rows])
+    assert machines._rows_hash(whole) == machines._rows_hash(parts) == machines._rows_hash(whole.select([0, 1]))
+    for changed in (
+        [*rows[:1], rows[1] | {"ids": [5]}],
+        [rows[0] | {"ids": [1, 2]}, rows[1] | {"ids": [3, 4]}],
+        rows[::-1],
+    ):
+        assert machines._rows_hash(Dataset.from_list(changed)) != machines._rows_hash(whole)
+
+
+def test_a_result_counts_the_gpus_of_all_machines():
+    found = environment(num_processes=12, num_gpus=[8, 4])
+    assert (found["hardware"]["num_gpus"], found["num_machines"], found["num_processes"]) == (12, 2, 12)
+    assert environment()["num_machines"] == 1
