@@ -74,7 +74,7 @@ def study_of(search: SearchTrials) -> "optuna.Study":
 
 
 def importances(search: SearchTrials) -> dict[str, float]:
-    """Return how much of the value each parameter decides, by fANOVA (Hutter et al., ICML 2014), which sums to 1; {} for
+    """Return how much of the value each parameter decides, by fANOVA (Hutter et al., ICML 2014); together 1. {} for
     fewer than 4 whole trials, or where all have one value."""
     values = {trial["value"] for trial in search.whole}
     if len(search.whole) < 4 or len(values) < 2:

@@ -102,7 +102,7 @@ def test_the_search_seed_decides(tmp_path, write):
     assert first == again and first[1:] != other[1:]
 
 
-@pytest.mark.parametrize("engine", ["tpe", "nomad"])
+@pytest.mark.parametrize("engine", ["tpe", pytest.param("nomad", marks=pytest.mark.slow)])
 def test_trials_do_not_depend_on_how_many_trainings_run_at_once(tmp_path, write, engine):
     """Three trials are proposed ahead; one worker or three, the trials are the same."""
     one = search(tmp_path / "one", write(trials_at_once=3), engine=engine)
