@@ -212,6 +212,7 @@ def test_a_real_training_that_is_told_to_stop_ends_as_without_it(cluster, tiny_m
         cluster.until((tmp_path / "stopped" / "checkpoints" / "checkpoint-10" / "files.json").is_file, seconds=600)
         cluster.ask("scancel", "--batch", "--signal=USR1", job)
         cluster.until((tmp_path / "stopped" / "train.json").is_file, seconds=600)
+        assert json.loads((tmp_path / "stopped" / "train.json").read_text())["status"] == "ok"
         cluster.until(lambda: not jobs_in("RUNNING", "PENDING", "COMPLETING"))
         text = log.read_text()
     finally:
