@@ -10,6 +10,7 @@ check (true: find the tasks and stop), folder (for files in between). answer: {"
 import difflib
 import importlib.metadata
 import json
+import math
 import os
 import sys
 from typing import Any
@@ -58,7 +59,7 @@ def evaluate(request: dict[str, Any]) -> dict[str, Any]:
         "version": importlib.metadata.version("lm-eval"),
         "tasks": {
             name: {
-                "results": {key: value for key, value in result.items() if isinstance(value, int | float)},
+                "results": {key: value for key, value in result.items() if is_number(value)},
                 "version": found["versions"].get(name),
                 "shots": found["n-shot"].get(name),
                 "n": sum(
@@ -70,6 +71,11 @@ def evaluate(request: dict[str, Any]) -> dict[str, Any]:
             for name, result in found["results"].items()
         },
     }
+
+
+def is_number(value: object) -> bool:
+    """Whether a metric has a value; BBQ's scores of categories that are not in the rows are NaN."""
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def local_task(name: str, file: str, manager: Any, folder: str) -> str:
