@@ -13,7 +13,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
-import json
+import pickle
 import re
 from pathlib import Path
 from typing import Any, NoReturn
@@ -303,14 +303,14 @@ def _overlay(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 def _typed(schema: type[RunConfig], layers: list[dict[str, Any]]) -> tuple[DictConfig, dict[str, Any]]:
     """Return the lowest layer with its types, kept since a table has it hundreds of times, and all others in one."""
     if len(layers) > 1:
-        with contextlib.suppress(OmegaConfBaseException, TypeError):  # what is wrong in it may be overridden
-            return _typed_base(schema, json.dumps(layers[0])), functools.reduce(_overlay, layers[1:])
+        with contextlib.suppress(OmegaConfBaseException):  # what is wrong in it may be overridden
+            return _typed_base(schema, pickle.dumps(layers[0])), functools.reduce(_overlay, layers[1:])
     return _structured(schema), functools.reduce(_overlay, layers)
 
 
 @functools.lru_cache(maxsize=64)
-def _typed_base(schema: type[RunConfig], base: str) -> DictConfig:
-    return OmegaConf.merge(_structured(schema), json.loads(base))
+def _typed_base(schema: type[RunConfig], base: bytes) -> DictConfig:
+    return OmegaConf.merge(_structured(schema), pickle.loads(base))
 
 
 @functools.cache
