@@ -4,7 +4,8 @@ exact_match, f1: as SQuAD grades (Rajpurkar et al., 2016, section 6.1): letters 
 articles a, an, the left out, words compared as a bag for f1; the best of the answers. Extended to all scripts:
 punctuation and symbols are those of Unicode, decimal digits of any script are 0 to 9, and what is written without
 blanks (Han, kana, Thai, Lao, Khmer, Burmese) is compared sign by sign.
-numeric: exact_match, or one number that is equal to one in the answer (5.0 and 5).
+What is nothing but articles or signs (A, +) is compared as it stands.
+numeric: where the right answer is a number, whether the same number is given (5.0 and 5); exact_match elsewhere.
 
 What is graded is the whole completion, or what follows the last "The answer is:" where it has that.
 """
@@ -37,10 +38,11 @@ def ascii_digits(text: str) -> str:
 
 
 def answer_words(text: str) -> list[str]:
-    """Return the normalised words of an answer; see the head of this file."""
+    """Return the normalised words of an answer; see the head of this file. Only blank text has none."""
     text = ascii_digits(unicodedata.normalize("NFC", text)).lower()
-    text = "".join(character for character in text if unicodedata.category(character)[0] not in "PS")
-    return _UNSPACED.sub(r" \1 ", _ARTICLES.sub(" ", text)).split()
+    letters = "".join(character for character in text if unicodedata.category(character)[0] not in "PS")
+    forms = (_UNSPACED.sub(r" \1 ", form).split() for form in (_ARTICLES.sub(" ", letters), letters, text))
+    return next(filter(None, forms), [])
 
 
 def token_f1(answer: Sequence[str], gold: Sequence[str]) -> float:
@@ -53,7 +55,7 @@ def token_f1(answer: Sequence[str], gold: Sequence[str]) -> float:
 
 class QA(Task):
     name = "qa"
-    version = "1"
+    version = "2"
     max_new_tokens = 256
     metrics = ("exact_match", "f1", "numeric")
     groups = ("group",)
@@ -78,11 +80,14 @@ class QA(Task):
         exact = float(found in golds)
         number = parse_number(ascii_digits(text.strip())) or getattr(flexible_number(ascii_digits(text)), "value", None)
         numbers = [parse_number(ascii_digits(gold.strip())) for gold in item.gold]
+        numeric = any(
+            found == words if wanted is None else number == wanted for words, wanted in zip(golds, numbers, strict=True)
+        )
         return Grade(
             metrics={
                 "exact_match": exact,
                 "f1": max(token_f1(found, gold) for gold in golds),
-                "numeric": max(exact, float(number is not None and number in numbers)),
+                "numeric": float(numeric),
             },
             extracted={"exact_match": " ".join(found), "numeric": None if number is None else str(number)},
             invalid=not found,

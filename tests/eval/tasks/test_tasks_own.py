@@ -32,10 +32,26 @@ def graded(task, gold, completion):
         ("¿Sí?", "sí", 1, 1, 1),
         ("no number", "7", 0, 0, 0),
         ("x", "", 0, 0, 0),
+        ("1.5", "15", 1, 1, 0),
+        ("-5", "5", 1, 1, 0),
+        ("1/2", "12", 1, 1, 0),
+        ("14.0", "140", 1, 1, 0),
+        (["-5", "none"], "None.", 1, 1, 1),
+        ("A", "A.", 1, 1, 1),
+        ("A", "the", 0, 0, 0),
+        ("A", "", 0, 0, 0),
+        ("+", "-", 0, 0, 0),
+        ("+", "+", 1, 1, 1),
     ],
 )
 def test_qa_is_graded_as_squad_in_any_script(gold, completion, exact, f1, numeric):
     assert graded("qa", gold, completion) == pytest.approx({"exact_match": exact, "f1": f1, "numeric": numeric})
+
+
+@pytest.mark.parametrize(("completion", "invalid"), [("A", False), ("the", False), ("+", False), (" ", True)])
+def test_only_an_empty_answer_to_qa_is_invalid(completion, invalid):
+    item = get_task("qa").items_from_rows([{"question": "?", "answer": "A"}], source="x")[0]
+    assert get_task("qa").grade(item, completion).invalid is invalid
 
 
 def test_qa_normalisation_by_hand():
