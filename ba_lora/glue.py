@@ -70,15 +70,16 @@ class NLUTask:
         return max(len(self.labels or ()), 1)
 
     def label_id(self, value: Any) -> int | None:
-        """Return the id of a label as it stands in a file, a name or an id; None where it is neither."""
+        """Return the id of a label as it stands in a file; None where it is none of the labels.
+
+        It is a name, a number equal to a name (1.0 and 1), or, where no name is a number, an id.
+        """
         text = plain_label(value)
         if text in self.labels:
             return self.labels.index(text)
-        try:
-            number = float(text)
-        except ValueError:
-            return None
-        return int(number) if number.is_integer() and 0 <= number < len(self.labels) else None
+        number, names = _number(text), [_number(name) for name in self.labels]
+        known = range(len(names)) if all(name is None for name in names) else names
+        return known.index(number) if number is not None and number in known else None
 
 
 def plain_label(value: Any) -> str:
@@ -86,6 +87,13 @@ def plain_label(value: Any) -> str:
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     return str(value).strip()
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
 
 
 def parse_task(plain: Mapping[str, Any], where: str, *, name: str | None = None) -> NLUTask:
@@ -170,6 +178,9 @@ def _labels(value: Any, refuse: Any) -> tuple[str, ...]:
         raise refuse(f"labels={list(labels)}: at least two classes are needed")
     if len({label.lower() for label in labels}) < len(labels):
         raise refuse(f"labels={list(labels)}: two of them are alike but for capitals")
+    numbers = [number for number in map(_number, labels) if number is not None]
+    if len(set(numbers)) < len(numbers):
+        raise refuse(f"labels={list(labels)}: two of them are the same number")
     return labels
 
 

@@ -200,13 +200,13 @@ def _to_label(value: Any, task: NLUTask, where: str) -> int | float:
         number = float(value)
     except (TypeError, ValueError):
         number = math.nan
-    if number == UNLABELLED and UNLABELLED not in (task.score_range or ()):
+    low, high = task.score_range or (math.inf, -math.inf)
+    if low <= number <= high:
+        return number
+    if number == UNLABELLED and not task.is_own:
         raise UserError(f"{where} has no label (−1), as in GLUE's test splits: use a labelled split")
     if task.is_regression:
-        low, high = task.score_range
-        if not low <= number <= high:
-            raise UserError(f"{where}: label {value!r} is no score from {low:g} to {high:g}")
-        return number
+        raise UserError(f"{where}: label {value!r} is no score from {low:g} to {high:g}")
     labels = ", ".join(f"{index} ({name})" for index, name in enumerate(task.labels))
     raise UserError(f"{where}: label {value!r} is out of range: labels are {labels}")
 

@@ -13,7 +13,8 @@ from ba_lora.glue import HUB, HUB_REVISION, NLUTask, find_task, plain_label
 from ba_lora.rows import Source, load_rows
 
 VERSION = "1"  # of the sets, maps and metrics; bumped whenever some row's gold label or a score's value changes
-UNLABELLED = (-1, None, "", "-")  # GLUE's test splits and SNLI's rows without a majority
+UNLABELLED = (None, "")  # of any set; NaN has become None
+UNLABELLED_OF_GLUE = (*UNLABELLED, -1, "-")  # GLUE's test splits and SNLI's rows without a majority
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def set_of(task: NLUTask, name: str, *, split: str = "test", **hub: str) -> Eval
     if task.is_own and not task.is_regression:
         names = [plain_label(raw) for raw in form["map"]] if "map" in form else task.labels
         named = {_plain(name): name for name in names}
-        classes = named if "map" in form or any(isinstance(raw, int) for raw in named) else classes | named
+        classes = named if "map" in form or any(isinstance(raw, int | float) for raw in named) else classes | named
     return EvaluationSet(name, (columns,), classes, labels=(label,), score=score, split=split, **hub)
 
 
@@ -113,10 +114,11 @@ def to_examples(
     """
     columns = _find_columns(rows, of, source=source)
     label_column = _find_label(rows, of, source=source)
+    unlabelled = UNLABELLED if task.is_own else UNLABELLED_OF_GLUE
     examples, num_unlabelled, num_empty = [], 0, 0
     for index, row in enumerate(rows):
         raw = _plain(_cell(row, label_column, source=source, index=index))
-        if raw in UNLABELLED:
+        if raw in unlabelled:
             num_unlabelled += 1
             continue
         if task.is_regression:
@@ -178,7 +180,7 @@ def _plain(raw: object) -> object:
 
 
 def _class(raw: object, of: EvaluationSet, *, source: str, index: int) -> str:
-    if isinstance(raw, bool) or not isinstance(raw, int | str) or raw not in of.classes:
+    if isinstance(raw, bool) or not isinstance(raw, int | float | str) or raw not in of.classes:
         known = ", ".join(str(label) for label in of.classes)
         raise UserError(f"{source}, row {index}: {raw!r:.60} is no label of {of.name}; its labels are {known}")
     return of.classes[raw]

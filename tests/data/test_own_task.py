@@ -11,6 +11,8 @@ from ba_lora.errors import UserError
 from ba_lora.glue import TASKS, find_task
 from ba_lora.models.tokenizer import load_tokenizer
 from data.nlu import load_nlu_data
+from eval.tasks.glue import to_examples
+from eval.tasks.glue_x import find_set
 from tests.support.tiny_nlu import tiny_overrides
 
 TASS = {
@@ -89,6 +91,36 @@ def test_a_dev_share_has_the_classes_in_like_shares(load, seed):
     assert data.report["dev"]["tass"]["classes"] == {"N": 4, "NEU": 4, "P": 12}
 
 
+@pytest.mark.parametrize(
+    ("labels", "raw", "name"),
+    [
+        ([1, 2, 3, 4, 5], "1.0", "1"),
+        ([1, 2, 3, 4, 5], 5.0, "5"),
+        ([1, 2, 3, 4, 5], "0", None),
+        ([0, 2, 4], "1", None),
+        ([0, 2, 4], 2, "2"),
+        ([0.5, 1.5], "1.50", "1.5"),
+        ([0.5, 1.5], 1, None),
+        ([-1, 1], "-1", "-1"),
+        (["-", "+"], "-", "-"),
+        (["N", "P"], "1.0", "P"),
+        (["N", "P"], "-1", None),
+    ],
+)
+def test_a_label_means_the_same_in_training_and_evaluation(labels, raw, name):
+    task = find_task(TASS | {"labels": labels})
+    found = task.label_id(raw)
+    assert (None if found is None else task.labels[found]) == name
+    of, label_map = find_set(json.dumps(task.definition), "tass")
+    rows = [{"tweet": "x", "polarity": value} for value in (labels[0], raw, None, "", float("nan"))]
+    if name is None:
+        with pytest.raises(UserError, match="is no label of tass"):
+            to_examples(rows, of, task=task, label_map=label_map, source="rows")
+    else:
+        read = to_examples(rows, of, task=task, label_map=label_map, source="rows")
+        assert read.examples[1].label == name and read.num_unlabelled == 3
+
+
 def test_auto_labels_are_sorted_and_kept_in_the_config(load, tmp_path):
     config = load(TASS | {"labels": "auto"}, tweets(), ending="tsv")
     assert config.nlu.task["labels"] == ["N", "NEU", "P"]
@@ -108,6 +140,13 @@ def test_a_pair_and_a_regression(load):
     rows[7]["score"] = 6
     with pytest.raises(UserError, match="row 7: label 6 is no score from 0 to 5"):
         rows_of(load(task, rows))
+    rows[7]["score"] = "-1"
+    data = rows_of(load(task | {"range": [-5, 5]}, rows))
+    assert -1 in [*data.train["labels"], *data.dev["nah"]["labels"]]
+    own = find_task(task | {"range": [-5, 5]})
+    of, label_map = find_set(json.dumps(own.definition), "nah")
+    read = to_examples(rows, of, task=own, label_map=label_map, source="rows")
+    assert len(read.examples) == 30 and read.examples[7].label == -1
 
 
 @pytest.mark.parametrize(
@@ -117,6 +156,7 @@ def test_a_pair_and_a_regression(load):
         ({"label": ["a", "b"]}, "several labels a row are not supported"),
         ({"labels": ["N"]}, "at least two classes"),
         ({"labels": ["N", "n"]}, "alike but for capitals"),
+        ({"labels": ["1", "1.0"]}, "two of them are the same number"),
         ({"labels": None}, "give labels .* or range"),
         ({"labels": None, "range": [5, 0]}, "two numbers, the lower first"),
         ({"metrics": ["accurcy"]}, "nlu.task.metrics=accurcy is unknown.*nearest: accuracy"),
