@@ -67,12 +67,17 @@ def named_set(name: str) -> DataSet:
 
 
 def chosen_set(config: NLGDataConfig) -> DataSet:
-    """Return the set that a configuration names, or that its own columns or messages describe."""
+    """Return the set that a configuration names, or that its own columns or messages describe. Raises UserError for a
+    subset or exchanges that would have no effect."""
+    local = [name for name in config.sources if resolve_data(name).startswith("/")]
+    if config.subset is not None and local and local == config.sources:
+        raise UserError(f"data.subset={config.subset} is of sets on the hub, and data.source is a file: leave it out")
     if not config.has_own_form:
         found = named_set(config.name)
         if config.exchanges is not None and found.columns:
             raise UserError(f"data.exchanges has no effect on data.name={config.name}: its rows are one exchange each")
-        return found if config.exchanges is None else dataclasses.replace(found, exchanges=config.exchanges)
+        found = found if config.exchanges is None else dataclasses.replace(found, exchanges=config.exchanges)
+        return found if config.subset is None else dataclasses.replace(found, subset=config.subset)
     return DataSet(
         name="own",
         subset=config.subset,

@@ -245,3 +245,22 @@ def test_a_set_without_a_place_on_the_hub_needs_a_file(tokenizer, tmp_path, monk
         with pytest.raises(UserError, match="data.name=metamathqa is no set of the hub.*data.source=FILE"):
             ask(NLGDataConfig(name="metamathqa"))
     sets.check_source(NLGDataConfig(name="metamathqa", source=write(tmp_path / "rows.jsonl", ROWS)))
+
+
+def test_a_subset_is_of_a_set_on_the_hub_only(tokenizer, tmp_path, monkeypatch):
+    asked = []
+
+    def stream(names, *, split, configs):
+        asked.append((names, configs(names[0])))
+        raise UserError("not read here")
+
+    monkeypatch.setattr("data.nlg.stream_rows", stream)
+    for config in (
+        NLGDataConfig(name="gsm8k", source="some/copy", subset="socratic"),
+        NLGDataConfig(name="gsm8k", source="some/copy"),
+    ):
+        with pytest.raises(UserError, match="not read here"):
+            load_training_data(config, tokenizer)
+    assert asked == [(["some/copy"], ("socratic",)), (["some/copy"], ("main",))]
+    with pytest.raises(UserError, match="data.subset=a is of sets on the hub, and data.source is a file"):
+        sets.check_source(NLGDataConfig(source=write(tmp_path / "rows.jsonl", ROWS), subset="a"))
