@@ -43,6 +43,11 @@ def read_template(file: str) -> str:
     return text
 
 
+def text_hash(text: str) -> str:
+    """Return the first 12 hex digits of a template's sha256."""
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
 def _without_generation(text: str) -> str:
     """Return a template without transformers' own tag around a model's answers, which only transformers parses."""
     return re.sub(r"\{%-?\s*(?:end)?generation\s*-?%\}", "", text)
@@ -81,7 +86,7 @@ class ChatTemplate:
     @property
     def hash(self) -> str:
         """The first 12 hex digits of the template's sha256."""
-        return hashlib.sha256(self.text.encode()).hexdigest()[:12]
+        return text_hash(self.text)
 
     @functools.cached_property
     def end_id(self) -> int:
@@ -93,6 +98,14 @@ class ChatTemplate:
     def prompt(self, messages: Messages) -> str:
         """Return the text after which the model writes its next answer. Raises UserError with the template's reason."""
         return self._render(messages, prompt=True)
+
+    def next_prompt(self, instructions: Sequence[str], responses: Sequence[str]) -> str:
+        """Return `prompt` for the last of the instructions, after the earlier ones and the responses to them."""
+        messages = [{"role": "user", "content": instructions[0].strip()}]
+        for response, instruction in zip(responses, instructions[1:], strict=True):
+            messages.append({"role": "assistant", "content": response.strip()})
+            messages.append({"role": "user", "content": instruction.strip()})
+        return self.prompt(messages)
 
     def _render(self, messages: Messages, *, prompt: bool = False) -> str:
         import jinja2

@@ -3,7 +3,8 @@
     python -m eval.chat RUN [RUN] [--turns] [--engine hf|vllm|auto] [key=value …]
 
 RUN is what eval.generate takes: a run's folder, an adapter's or a model's, a hub id. A question is a line; each is put
-into the prompt that the run was trained with (its eval.options.template, else the Alpaca frame) and asked by itself;
+into the prompt that the run was trained with (its eval.options.template, else the chat template it was trained in, else
+the Alpaca frame) and asked by itself;
 with --turns the conversation goes on, and /new begins another. /quit or the end of the input leaves. Two runs of one
 base share one start of the model. Keys are those of eval.generate, such as max_new_tokens=256 or temperature=0.7;
 answers are greedy by default.
@@ -20,13 +21,14 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import zip_longest
 from pathlib import Path
 
+from ba_lora.chat import ChatTemplate, is_chat, read_template
 from ba_lora.config.layers import load_run
 from ba_lora.errors import CommandParser, UserError, run_entry_point
 from ba_lora.prompts import build_conversation, build_prompt, template_stops
-from eval.engines.base import Engine, Sampling
+from eval.engines.base import Engine, Sampling, load_base_tokenizer
 from eval.engines.open import KINDS, choose_engine, open_engine
 from eval.engines.requests import GenerateOptions
-from eval.engines.serving import ServedModel, plan_serving
+from eval.engines.serving import ServedModel, kept_template, plan_serving
 from eval.options import parse_options
 from eval.tasks.base import ALPACA_STOPS
 
@@ -44,13 +46,17 @@ class Speaker:
     adapter: str | None
     template: str
     sampling: Sampling
+    chat: ChatTemplate | None = None  # where the template is a chat template
     turns: list[tuple[str, str]] = dataclasses.field(default_factory=list)
 
     def ask(self, question: str, *, keep: bool) -> str:
         """Return the answer; keep: after the turns before it, and to be one of them."""
-        asked = [*(turn[0] for turn in self.turns), question]
-        prompt = build_conversation(asked, [turn[1] for turn in self.turns], template=self.template)
-        ((completion,),) = self.engine.generate([prompt], adapter=self.adapter, **vars(self.sampling))
+        asked, answers = [*(turn[0] for turn in self.turns), question], [turn[1] for turn in self.turns]
+        if self.chat is None:
+            prompt, further = build_conversation(asked, answers, template=self.template), {}
+        else:
+            prompt, further = self.chat.next_prompt(asked, answers), {"chat_end": self.chat.end_id}
+        ((completion,),) = self.engine.generate([prompt], adapter=self.adapter, **further, **vars(self.sampling))
         if keep:
             self.turns.append((question, completion.text))
         ending = {"length": " […]", "prompt_too_long": "[the conversation is longer than the model's context: /new]"}
@@ -79,28 +85,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _template(model: str, options: GenerateOptions) -> str:
-    """Return the template that a model is asked in. Raises UserError for an unknown one, and for a classifier."""
+def _template(model: str, options: GenerateOptions) -> tuple[str, str | None]:
+    """Return the template that a model is asked in, and the text of a chat template that is not the tokenizer's own.
+
+    Raises UserError for an unknown template, and for a classifier.
+    """
     template = options.template
     if (Path(model) / "config.yaml").is_file():
         config = load_run(Path(model))
         if config.kind == "nlu":
             raise UserError(f"{model} is a classifier and gives labels, no text: see python -m eval.nlu --help")
         template = template or config.eval.options.get("template")
+        if template is None and (kept := kept_template(Path(model))) is not None:
+            return "chat", kept
     template = template or "alpaca"
+    if is_chat(template):
+        return template, None if template == "chat" else read_template(template)
     build_prompt("", template=template)
-    return template
+    return template, None
 
 
 def _open(
     served: Sequence[ServedModel],
-    templates: Sequence[str],
+    templates: Sequence[tuple[str, str | None]],
     kind: str,
     options: GenerateOptions,
     stack: contextlib.ExitStack,
 ) -> list[Speaker]:
     """Start an engine for each base; they are closed with `stack`."""
     names = {model: f"adapter{place}" for place, model in enumerate(served) if model.adapter is not None}
+    chats: list[ChatTemplate | None] = []
+    for model, (template, text) in zip(served, templates, strict=True):
+        if not is_chat(template):
+            chats.append(None)
+            continue
+        settings = dataclasses.replace(options.engine(), revision=model.revision)
+        chats.append(ChatTemplate(load_base_tokenizer(model.base, settings), name=template, text=text))
+        chats[-1].end_id  # noqa: B018  a template that ends no answer is told before the model is loaded
     engines: dict[tuple[str, str | None], Engine] = {}
     for base, revision in dict.fromkeys((model.base, model.revision) for model in served):
         adapters = {name: m.adapter for m, name in names.items() if (m.base, m.revision) == (base, revision)}
@@ -115,11 +136,12 @@ def _open(
             template=template,
             sampling=options.sampling(
                 max_new_tokens=MAX_NEW_TOKENS,
-                stop=ALPACA_STOPS if (stops := template_stops(template)) is None else stops,
+                stop=() if chat else ALPACA_STOPS if (stops := template_stops(template)) is None else stops,
                 temperature=0.0,
             ),
+            chat=chat,
         )
-        for model, template in zip(served, templates, strict=True)
+        for model, (template, _), chat in zip(served, templates, chats, strict=True)
     ]
 
 

@@ -14,7 +14,8 @@ Each score is written to RUN/scores/harness/<task>.json, and so into the run's r
      "data_sha256"}
 
 A metric is named as the harness names it, with its filter where it has one (exact_match_flexible_extract). interval_95
-is the harness's own standard error times 1.96. Of other models --output DIR says where the scores go.
+is the harness's own standard error times 1.96. A run that was trained in a chat template is asked in it, and its score
+has the template's hash as chat_template. Of other models --output DIR says where the scores go.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ba_lora.chat import text_hash
 from ba_lora.config.checks import check_place
 from ba_lora.config.layers import load_run
 from ba_lora.config.schema import HARNESS as PREFIX
@@ -37,7 +39,7 @@ from ba_lora.rows import load_rows
 from ba_lora.runs.card import write_model_card
 from ba_lora.runs.results import refresh_result
 from eval.engines.open import choose_engine
-from eval.engines.serving import ServedModel, plan_serving
+from eval.engines.serving import ServedModel, kept_template, plan_serving
 from eval.tasks import TASKS
 
 ENVIRONMENT = PROJECT_ROOT / ".cache" / "lm-eval"
@@ -104,11 +106,14 @@ def call_driver(request: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def model_arguments(served: ServedModel, engine: str) -> dict[str, Any]:
-    """Return the harness's model_args for a model as it is served."""
+def model_arguments(served: ServedModel, engine: str, *, chat: bool = False) -> dict[str, Any]:
+    """Return the harness's model_args for a model as it is served; chat: with the tokenizer that the run keeps, which
+    holds its chat template."""
     arguments: dict[str, Any] = {"pretrained": served.base}
     if served.revision is not None:
         arguments["revision"] = served.revision
+    if chat and served.adapter is not None:
+        arguments["tokenizer"] = str(served.adapter)
     if served.adapter is not None:
         arguments["peft" if engine == "hf" else "lora_local_path"] = str(served.adapter)
     if engine == "vllm":
@@ -177,12 +182,15 @@ def evaluate_by_harness(asked: argparse.Namespace) -> dict[str, dict[str, Any]]:
         raise UserError(f"{asked.model} is no run folder: say with --output DIR where the scores go")
     folder = asked.output or served.run / "scores"
     check_place(folder, "--output" if asked.output else "scores")
+    template = kept_template(served.run)
     request = {"tasks": asked.tasks, "include_path": asked.folders, "check": False, "limit": asked.limit}
-    request |= {"model": engine, "model_args": model_arguments(served, engine), "shots": asked.shots}
+    request |= {"model": engine, "model_args": model_arguments(served, engine, chat=template is not None)}
+    request |= {"shots": asked.shots, "chat": template is not None}
     with tempfile.TemporaryDirectory() as place:
         files = {task: jsonl_of(task, file, Path(place)) for task, file in asked.files.items()}
         found = call_driver(request | {"batch_size": asked.batch_size, "data": files})
     made = {"limit": asked.limit, "harness": found["version"], "engine": engine}
+    made |= {"chat_template": text_hash(template)} if template is not None else {}
     scores = {}
     for task, result in found["tasks"].items():
         file = asked.files.get(task)

@@ -115,11 +115,7 @@ class Questions:
         """Return the prompt for the last of `instructions`, after the earlier ones and the responses to them."""
         if self.chat is None:
             return build_conversation(instructions, responses, template=self.template)
-        messages = [{"role": "user", "content": instructions[0].strip()}]
-        for response, instruction in zip(responses, instructions[1:], strict=True):
-            messages.append({"role": "assistant", "content": response.strip()})
-            messages.append({"role": "user", "content": instruction.strip()})
-        return self.chat.prompt(messages)
+        return self.chat.next_prompt(instructions, responses)
 
     @property
     def prompt_hash(self) -> str:

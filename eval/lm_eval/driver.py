@@ -2,9 +2,10 @@
 
     python eval/lm_eval/driver.py REQUEST.json ANSWER.json
 
-request: tasks, include_path (folders), data (task → jsonl file of rows), model, model_args, limit, shots, batch_size,
-check (true: find the tasks and stop), folder (for files in between). answer: {"error"} in one line, or {"version",
-"tasks": name → …}. eval/harness.py writes the one and reads the other.
+request: tasks, include_path (folders), data (task → jsonl file of rows), model, model_args, limit, shots, chat (true:
+questions are put into the tokenizer's chat template), batch_size, check (true: find the tasks and stop), folder (for
+files in between). answer: {"error"} in one line, or {"version", "tasks": name → …}. eval/harness.py writes the one and
+reads the other.
 """
 
 import difflib
@@ -45,6 +46,7 @@ def evaluate(request: dict[str, Any]) -> dict[str, Any]:
         task_manager=manager,
         limit=request["limit"],
         num_fewshot=request["shots"],
+        apply_chat_template=request["chat"],
         batch_size=request["batch_size"],
         device="cuda" if torch.cuda.is_available() else "cpu",
         bootstrap_iters=1000,

@@ -4,10 +4,13 @@ import io
 
 import pytest
 
+from ba_lora.chat import ChatTemplate
 from ba_lora.errors import UserError
 from eval import chat
 from eval.chat import Speaker, side_by_side, talk, visible
 from eval.engines.base import Completion, Sampling
+from eval.engines.requests import GenerateOptions
+from tests.support.chat_templates import FAMILIES, chat_tokenizer
 from tests.support.page_world import write_run
 
 
@@ -15,9 +18,10 @@ class Echo:
     """An engine that answers with the end of its prompt."""
 
     def __init__(self):
-        self.asked = []
+        self.asked, self.ends = [], []
 
-    def generate(self, prompts, *, adapter, **sampling):
+    def generate(self, prompts, *, adapter, chat_end=None, **sampling):
+        self.ends.append(chat_end)
         self.asked.append((prompts[0], adapter, sampling["max_new_tokens"]))
         return [[Completion(f" answer {len(self.asked)}\x1b[2J", "length", 3)]]
 
@@ -56,6 +60,23 @@ def test_a_classifier_is_refused_and_so_are_three_runs(tmp_path):
         chat.main(["a", "b", "c"])
     with pytest.raises(UserError, match="num_samples"):
         chat.main(["a", "num_samples=2"])
+
+
+def test_a_run_trained_in_a_chat_template_is_asked_in_it(tmp_path, tiny_model):
+    run = write_run(tmp_path / "run", "data.template=chat", "eval.options={}", method="lora")
+    with pytest.raises(UserError, match="none of its exports holds it"):
+        chat._template(str(run), GenerateOptions())
+    text = FAMILIES["chatml"][0]
+    (run / "adapter").mkdir()
+    (run / "adapter" / "chat_template.jinja").write_text(text)
+    assert chat._template(str(run), GenerateOptions()) == ("chat", text)
+    assert chat._template(str(run), GenerateOptions(template="alpaca_step_by_step")) == ("alpaca_step_by_step", None)
+    template = ChatTemplate(chat_tokenizer(tiny_model, "chatml"), text=text)
+    engine = Echo()
+    talk([Speaker("run", engine, None, "chat", Sampling(max_new_tokens=9), template)], ["a", "b"], print, keep=True)
+    (first, *_), (second, *_) = engine.asked
+    assert first == "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n" and second.count("assistant") == 2
+    assert engine.ends == [template.end_id] * 2
 
 
 @pytest.mark.slow

@@ -4,13 +4,16 @@ import json
 
 import pytest
 
+from ba_lora.chat import text_hash
 from ba_lora.config.layers import load_config, load_run
 from ba_lora.errors import UserError
 from ba_lora.experiments.stages import evaluation_stages
 from ba_lora.io import read_json
 from ba_lora.paths import PROJECT_ROOT
 from eval import harness
+from eval.engines.serving import ServedModel
 from eval.metric_paths import check as check_metric
+from tests.support.page_world import write_run
 
 FOUND = {
     "version": "0.4.13",
@@ -45,8 +48,20 @@ def test_scores_go_into_the_run_and_its_result(train, driver, tmp_path, capsys, 
     assert (score["n"], score["shots"], score["limit"], score["version"]) == (6, 0, 6, "1.0") and score["data_sha256"]
     result = read_json(load_run(run).result_path)
     assert result["evaluation"]["harness/bbq"]["metrics"]["acc"] == 0.25
+    assert not driver[0]["chat"] and "chat_template" not in score
     assert driver[0]["model_args"]["pretrained"] == str(run / "merged") and driver[0]["model"] == "hf"
     assert "harness/bbq" in capsys.readouterr().out
+
+
+def test_a_run_trained_in_a_chat_template_is_asked_in_it(driver, tmp_path, monkeypatch):
+    run = write_run(tmp_path / "run", "data.template=chat", method="lora")
+    (run / "adapter").mkdir()
+    (run / "adapter" / "chat_template.jinja").write_text("{{ messages }}")
+    served = ServedModel("run", "base", "adapter", adapter=run / "adapter", run=run)
+    monkeypatch.setattr(harness, "plan_serving", lambda models, revision: [served])
+    harness.main([str(run), "bbq", "--engine", "hf", "--output", str(tmp_path)])
+    assert driver[0]["chat"] and driver[0]["model_args"]["tokenizer"] == str(run / "adapter")
+    assert read_json(tmp_path / "harness" / "bbq.json")["chat_template"] == text_hash("{{ messages }}")
 
 
 def test_what_is_wrong_is_told_before_the_harness_is_asked(driver, tmp_path, tiny_model):
