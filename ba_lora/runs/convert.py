@@ -11,7 +11,7 @@ convert: a PiSSA adapter becomes a plain LoRA of twice the rank on the untouched
 merge: the adapter becomes part of its base, an ordinary model folder. Of PiSSA: convert first.
 compare: the logits of two folders (models, or adapters on their base) on the same texts: largest and mean difference,
     KL divergence of the second from the first, and how often both have the same most likely token. Leaves with status 1
-    where the largest difference is above --tolerance.
+    where the largest difference is above --tolerance, or no number.
 
 --base names the base where the adapter's own adapter_config.json does not, or names a place that is no longer.
 """
@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from ba_lora.errors import CommandParser, UserError, in_one_line, run_entry_point
 from ba_lora.io import disk_errors, folder_atomic, load_tensors, read_json, read_jsonl
+from ba_lora.models.layers import RESIDUAL_INITS
 from ba_lora.models.source import hub_errors
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def main() -> int:
     if asked.verb == "compare":
         found = compare_models(*asked.models, texts=read_texts(asked.texts))
         print(json.dumps(found))
-        return int(found["max_difference"] > asked.tolerance)
+        return int(not found["max_difference"] <= asked.tolerance)  # also where it is NaN
     if asked.output.exists() and any(asked.output.iterdir()):
         raise UserError(f"--output: {asked.output} is not empty: name a new folder")
     if asked.verb == "convert":
@@ -71,7 +72,7 @@ def convert(adapter: Path, output: Path, *, base: str | None = None, initial: Pa
 
     weights, settings = adapter_parts(adapter)
     form = str(settings.get("init_lora_weights"))
-    if not form.startswith(("pissa", "corda", "olora")) and initial is None:
+    if not form.lower().startswith(RESIDUAL_INITS) and initial is None:
         raise UserError(
             f"{adapter} has init_lora_weights={form}: it is a plain LoRA already, there is nothing to convert"
         )
@@ -111,7 +112,7 @@ def merge_adapter(adapter: Path, output: Path, *, base: str | None = None) -> No
     from peft import PeftModel
 
     _, settings = adapter_parts(adapter)
-    if str(settings.get("init_lora_weights")).startswith(("pissa", "corda", "olora")):
+    if str(settings.get("init_lora_weights")).lower().startswith(RESIDUAL_INITS):
         raise UserError(f"{adapter} belongs to a changed base: make it a plain LoRA with convert, then merge that")
     source = base_of(adapter, settings, base)
     model = _load(source, settings)

@@ -80,6 +80,18 @@ def test_what_cannot_be_done_is_told(peft_adapter, tmp_path, tiny_model, monkeyp
         assert "\n" not in str(error.value)
         assert not (tmp_path / "x").exists()
     settings = json.loads((adapter / "adapter_config.json").read_text())
+    for init in ("lora_ga", "milora"):
+        (adapter / "adapter_config.json").write_text(json.dumps(settings | {"init_lora_weights": init}))
+        with pytest.raises(UserError, match=f"first factors of {init} are random"):
+            run(monkeypatch, "convert", adapter, "--output", tmp_path / "x")
+        with pytest.raises(UserError, match="belongs to a changed base"):
+            run(monkeypatch, "merge", adapter, "--output", tmp_path / "x")
     (adapter / "adapter_config.json").write_text(json.dumps(settings | {"init_lora_weights": True}))
     with pytest.raises(UserError, match="it is a plain LoRA already"):
         run(monkeypatch, "convert", adapter, "--output", tmp_path / "x")
+
+
+@pytest.mark.parametrize(("difference", "status"), [(0.0, 0), (1.0, 1), (float("nan"), 1)])
+def test_compare_fails_above_the_tolerance_and_where_a_logit_is_no_number(monkeypatch, difference, status):
+    monkeypatch.setattr(convert, "compare_models", lambda *models, texts: {"max_difference": difference})
+    assert run(monkeypatch, "compare", "a", "b") == status
