@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ba_lora.config.schema import HARNESS
 from ba_lora.io import folder_atomic
 from eval.page.items import Answers, read_answers
 from eval.page.runs import ShownRun, describe_run
@@ -131,7 +132,7 @@ def _answer_files(
     tasks: dict[str, Any] = {}
     faults: list[str] = []
     for place, (task, entry) in enumerate(run.evaluation.items()):
-        if "perplexity" in entry:  # eval/inheritance.py keeps measures, no completions
+        if "perplexity" in entry or task.startswith(HARNESS):  # inheritance and the harness keep no completions
             continue
         answers = read_answers(run.run_path, task, entry)
         faults += [f"{task}: {fault}" for fault in answers.missing]

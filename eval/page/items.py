@@ -155,18 +155,19 @@ def _add_judgements(run_path: Path, answers: Answers, *, thinking: str) -> None:
 
 def _predicted(run_path: Path, task: str, entry: Entry) -> Answers:
     """Return a classifier's predictions on one set as answers: the labels by name, the softmax of the logits."""
-    from ba_lora.glue import find_task
+    from ba_lora.glue import find_task, task_word
 
     answers = Answers(task, kind="classes")
     name = f"{task}.jsonl" if "predictions_sha256" in entry else "best.jsonl"
     lines = _read(run_path / "predictions" / name, answers, "predictions")
     lines = [line for line in lines if str(line.get("task_id")).startswith(f"{task}/")]
     try:
-        of = find_task(str(entry["of_task"]))
+        word = task_word(entry.get("definition") or str(entry["of_task"]))
+        of = find_task(word)
     except UserError as error:
         answers.missing.append(str(error))
         return answers
-    texts = _texts(run_path, task, entry, answers) if lines else {}
+    texts = _texts(run_path, task, entry, answers, of_task=word) if lines else {}
     for line in lines:
         label, prediction, logits = line.get("label"), line.get("prediction"), line.get("logits")
         row = _row(_key(line), {}, {}, _Frame("alpaca"))
@@ -200,8 +201,11 @@ def _softmax(logits: Any, labels: Sequence[str]) -> dict[str, float]:
     return {str(label): round(weight / sum(weights), 4) for label, weight in zip(labels, weights, strict=True)}
 
 
-def _texts(run_path: Path, task: str, entry: Entry, answers: Answers) -> dict[str, str]:
-    """Return task_id → the text or texts of a set's rows, read again from where the run had them."""
+def _texts(run_path: Path, task: str, entry: Entry, answers: Answers, *, of_task: str) -> dict[str, str]:
+    """Return task_id → the text or texts of a set's rows, read again from where the run had them.
+
+    A dev set that is a share of the training rows has their numbers, and its texts are read from their file.
+    """
     from ba_lora.config.layers import load_run
 
     try:
@@ -209,7 +213,9 @@ def _texts(run_path: Path, task: str, entry: Entry, answers: Answers) -> dict[st
         if not isinstance(given, str):
             config = load_run(run_path)
             given = config.data.dev.get(task) or (config.eval.data or {}).get(task)
-        return _texts_of_set(str(entry["of_task"]), task, given)
+            if given is None and config.data.dev_share is not None and isinstance(config.data.source, str):
+                given = config.data.source
+        return _texts_of_set(of_task, task, given)
     except (UserError, OSError) as error:
         answers.missing.append(f"the texts of {task} are not at hand: {error}")
         return {}

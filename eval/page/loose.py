@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ba_lora.config.layers import load_run
-from ba_lora.config.schema import NOT_TRAINING
+from ba_lora.config.schema import HARNESS, NOT_TRAINING
 from ba_lora.errors import UserError
 from ba_lora.experiments.tables import Row
 from ba_lora.io import read_json
@@ -20,6 +20,8 @@ from eval.report.sources import STATUSES, Sources
 from eval.report.spec import PlannedRun, ReportColumn, TableSpec
 from eval.report.table import ReportTable, build_table
 
+# the harness's metrics that are shares of right answers; of its others neither scale nor direction is known
+HARNESS_SHARES = ("acc", "exact_match", "pass@")
 MOST_ROWS = 8  # which are all compared with each other; of more, the first with each
 _OTHER_SETTINGS = "settings differ, see the notes"
 _NO_ROW = frozenset({"seed", "name", "method", *NOT_TRAINING})  # runs that differ in these only share a row
@@ -165,7 +167,10 @@ def _columns(runs: Sequence[ShownRun]) -> tuple[ReportColumn, ...]:
             for metric in entry.get("metrics") or {}:
                 rating = metric.startswith("rating")
                 name, unit, scale = f"{task}.{metric}", "" if rating else "%", 10.0 if rating else 100.0
-                found[name] = ReportColumn(name, f"{task}: {metric}", task, metric, unit=unit, scale=scale)
+                shown: dict[str, Any] = {"unit": unit, "scale": scale}
+                if task.startswith(HARNESS) and not metric.startswith(HARNESS_SHARES):
+                    shown = {"unit": "", "scale": 1.0, "decimals": 4, "better": "none"}
+                found[name] = ReportColumn(name, f"{task}: {metric}", task, metric, **shown)
             if "perplexity" in entry:
                 name = f"{task}.perplexity"
                 shown = {"unit": "", "scale": 1.0, "decimals": 3, "better": "lower"}

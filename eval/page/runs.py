@@ -70,7 +70,7 @@ def describe_run(run: ShownRun) -> dict[str, Any]:
         "facts": {key: value for key, value in facts.items() if value not in (None, "")},
         "gradient_shares": training.get("gradient_shares") or {},
         "config": config,
-        "base_config": _base_config(str(result.get("base")), config.get("nlu.task")),
+        "base_config": _base_config(str(result.get("base")), *_kind_and_task(result.get("config") or {})),
         "scores": [score for task, entry in run.evaluation.items() for score in _scores(task, entry)],
         "log": log,
         "files": _files(run.run_path),
@@ -94,10 +94,15 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
+def _kind_and_task(config: Mapping[str, Any]) -> tuple[str, str | None]:
+    """Return nlg or nlu, and the task's name where the base does not describe the task itself."""
+    task = (config.get("nlu") or {}).get("task")
+    return "nlg" if task is None else "nlu", task if isinstance(task, str) else None
+
+
 @functools.cache
-def _base_config(base: str, nlu_task: str | None) -> dict[str, Any] | None:
+def _base_config(base: str, kind: str, nlu_task: str | None) -> dict[str, Any] | None:
     """Return the flat settings of a base (configs/nlg or nlu) as it is today, under LoRA; None where it is gone."""
-    kind = "nlg" if nlu_task is None else "nlu"
     path = PROJECT_ROOT / "configs" / kind / f"{base}.yaml"
     if not path.is_file():
         return None

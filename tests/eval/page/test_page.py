@@ -5,13 +5,17 @@ import re
 import subprocess
 
 import pytest
+import yaml
 
+from ba_lora.config.layers import load_config
+from ba_lora.config.schema import to_yaml
 from ba_lora.errors import UserError
+from ba_lora.io import write_json_atomic, write_jsonl_atomic, write_text_atomic
 from eval import compare
 from eval.page.build import POLICY, SCRIPTS, write_page
 from eval.page.items import read_answers
 from eval.page.loose import find_runs, table_of_runs
-from eval.page.runs import ShownRun, describe_run
+from eval.page.runs import ShownRun, _kind_and_task, describe_run
 from eval.page.scripts import libraries, script
 from eval.report.__main__ import INCOMPLETE
 from eval.report.__main__ import main as report
@@ -54,6 +58,38 @@ def test_a_classifiers_answer_is_its_prediction(world):
     assert [row["metrics"]["correct"] for row in answers.rows] == [0.0, 1.0, 0.0, 1.0]
     assert answers.rows[2]["probabilities"] == {"negative": 0.1192, "positive": 0.8808}
     assert (answers.rows[2]["question"], answers.rows[2]["gold"]) == ("film 2 is bad", "negative")
+
+
+def test_the_answers_of_a_classifier_of_ones_own_and_its_base(tmp_path):
+    data = tmp_path / "rows.tsv"
+    data.write_text("tweet\tpolarity\n" + "".join(f"tweet {n}\t{'NP'[n % 2]}\n" for n in range(4)))
+    task = {"name": "tass", "text": ["tweet"], "label": "polarity", "labels": ["N", "P"]}
+    base = tmp_path / "own.yaml"
+    base.write_text(
+        yaml.safe_dump(
+            {"model": {"name": "tiny"}, "nlu": {"task": task}, "data": {"source": str(data), "dev_share": 0.5}}
+        )
+    )
+    run = tmp_path / "run"
+    write_text_atomic(run / "config.yaml", to_yaml(load_config(base, method="lora", kind="nlu")))
+    lines = [{"task_id": f"tass/{n}", "label": n % 2, "prediction": 1, "logits": [0.0, 1.0]} for n in (1, 2)]
+    write_jsonl_atomic(run / "predictions" / "best.jsonl", lines)
+    answers = read_answers(run, "tass", {"of_task": "tass", "definition": task, "metrics": {"accuracy": 0.5}})
+    assert answers.missing == [] and [row["gold"] for row in answers.rows] == ["P", "N"]
+    assert [row["question"] for row in answers.rows] == ["tweet 1", "tweet 2"]
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert _kind_and_task(config) == ("nlu", None) and _kind_and_task({"nlu": {"task": "sst2"}}) == ("nlu", "sst2")
+
+
+def test_a_harness_score_has_no_answers_and_its_own_scale(tmp_path):
+    run = toy_run(tmp_path / "run", "lora", 1, completion=lambda place, gold: gold, items=5)
+    metrics = {"acc_norm": 0.5, "word_perplexity": 12.0}
+    score = {"task": "harness/x", "version": "1", "n": 5, "invalid": 0, "metrics": metrics}
+    write_json_atomic(run / "scores" / "harness" / "x.json", score)
+    made = table_of_runs([run])
+    shown = {column.metric: (column.unit, column.scale, column.better) for column in made.table.spec.columns}
+    assert shown["acc_norm"] == ("%", 100.0, "higher") and shown["word_perplexity"] == ("", 1.0, "none")
+    assert write_page(tmp_path / "page", made.table, made.sources, made.shown) == []
 
 
 def test_what_is_gone_or_damaged_is_said_and_the_rest_is_there(world, tmp_path):
