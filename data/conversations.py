@@ -17,7 +17,8 @@ ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assi
 
 
 def read_conversation(row: dict[str, Any], of: DataSet, where: str) -> Conversation:
-    """Return the conversation of one row; an empty list where it holds no question with an answer.
+    """Return the conversation of one row; an empty list where it holds no question with an answer. It ends before the
+    first empty turn of a user or an assistant; an empty system turn is left out.
 
     Raises UserError, naming `where`, for what is no text, no list of turns, or a role that is not known.
     """
@@ -54,8 +55,10 @@ def _of_messages(row: dict[str, Any], of: DataSet, where: str) -> Conversation:
         if of.exchanges is not None and answers == of.exchanges:
             break
         message = _message(turn, f"{where}, turn {number}")
-        if not message["content"]:
-            return []
+        if not message["content"] and message["role"] == "system":
+            continue
+        if not message["content"]:  # what stands before it is still a conversation
+            break
         found.append(message)
         answers += message["role"] == "assistant"
     while found and found[-1]["role"] != "assistant":  # a question without an answer

@@ -13,6 +13,7 @@ from ba_lora.errors import UserError
 from ba_lora.models.tokenizer import load_tokenizer
 from ba_lora.prompts import build_prompt
 from data import sets, tokenized
+from data.conversations import read_conversation
 from data.nlg import load_training_data
 from tests.support.chat_templates import FAMILIES, chat_tokenizer
 
@@ -196,6 +197,22 @@ def test_bad_turns_are_named_with_their_row(tokenizer, tmp_path, turns, message)
     with pytest.raises(UserError, match=message) as error:
         load_training_data(config, tokenizer)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "kept"),
+    [
+        (["system: ", "user: a", "assistant: b"], "ab"),
+        (["system: s", "user: a", "assistant: b", "user: c", "assistant: "], "sab"),
+        (["user: a", "assistant: b", "user: ", "assistant: d"], "ab"),
+        (["user: a", "assistant: ", "user: c", "assistant: d"], ""),
+        (["user: a", "system: ", "assistant: b"], "ab"),
+    ],
+)
+def test_an_empty_turn_keeps_the_exchanges_before_it(words, kept):
+    turns = [dict(zip(("role", "content"), word.split(": "), strict=True)) for word in words]
+    found = read_conversation({"talk": turns}, sets.DataSet("own", messages="talk"), "row 0")
+    assert "".join(message["content"] for message in found) == kept
 
 
 def test_what_the_alpaca_frame_has_no_room_for(tokenizer, tmp_path):
