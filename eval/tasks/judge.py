@@ -1,9 +1,10 @@
 """Prompts of your own, rated from 1 to 10 by a judge model, as MT-Bench's answers are (eval/tasks/mt_bench.py).
 
 A file of prompts: `prompt`, or `turns`, a list of one text or two; `category` and `reference` (the right answer, or one
-for each turn) where you have them. Beside `prompts.jsonl` may lie `prompts.rubric.txt`, what the judge is told: a text
-with {question} and {answer}, and {reference} where it wants it, that asks for the rating as [[rating]]. For a second
-turn {question} and {answer} hold the whole conversation.
+for each turn) where you have them. Beside `prompts.jsonl` may lie `prompts.rubric.txt`, or `prompts.jsonl.rubric.txt`,
+which goes before it; of `prompts.jsonl.gz` likewise. It is what the judge is told: a text with {question} and {answer},
+and {reference} where it wants it, that asks for the rating as [[rating]]. For a second turn {question} and {answer}
+hold the whole conversation.
 """
 
 import json
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from ba_lora.errors import UserError
 from ba_lora.io import open_text, reading_errors
+from ba_lora.paths import LOCAL_SUFFIXES
 from ba_lora.rows import Source, load_rows
 from eval.grading.thinking import cut_thinking
 from eval.judge.client import JudgeOptions
@@ -100,9 +102,13 @@ class Judge(MTBench):
 
 def read_rubric(prompts: Path | None) -> str:
     """Return the rubric beside a file of prompts, else RUBRIC. Raises UserError for one without its fields."""
-    stem = prompts.name.partition(".")[0] if prompts else ""
-    path = prompts.with_name(f"{stem}.rubric.txt") if prompts else None
-    if path is None or not path.is_file():
+    if prompts is None:
+        return RUBRIC
+    unpacked = prompts.with_suffix("") if prompts.suffix == ".gz" else prompts
+    stem = unpacked.stem if unpacked.suffix in LOCAL_SUFFIXES else unpacked.name
+    places = [prompts.with_name(f"{name}.rubric.txt") for name in (prompts.name, unpacked.name, stem)]
+    path = next(filter(Path.is_file, places), None)
+    if path is None:
         return RUBRIC
     with open_text(path) as file, reading_errors(path):
         rubric = file.read()

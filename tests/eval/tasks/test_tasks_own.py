@@ -163,3 +163,19 @@ def test_judge_rates_any_prompts_by_a_rubric_of_ones_own(tmp_path, monkeypatch):
 def test_prompts_that_are_none(tmp_path):
     with pytest.raises(UserError, match="x, row 0: prompt must be text, or turns a list"):
         get_task("judge").items_from_rows([{"text": "?"}], source="x")
+
+
+@pytest.mark.parametrize(
+    ("prompts", "rubric"),
+    [
+        ("my.v2.jsonl", "my.v2.rubric.txt"),
+        ("my.v2.jsonl", "my.v2.jsonl.rubric.txt"),
+        ("my.v2.jsonl.gz", "my.v2.rubric.txt"),
+        ("my.v2.jsonl.gz", "my.v2.jsonl.gz.rubric.txt"),
+        ("my.v2.jsonl", "my.rubric.txt"),
+    ],
+)
+def test_a_rubric_lies_beside_its_prompts(tmp_path, prompts, rubric):
+    text = "{question} {answer} [[rating]]"
+    (tmp_path / rubric).write_text(text)
+    assert read_rubric(tmp_path / prompts) == (RUBRIC if rubric == "my.rubric.txt" else text)
