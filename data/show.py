@@ -14,6 +14,7 @@ from typing import Any
 from ba_lora.config.layers import load_config
 from ba_lora.config.schema_nlg import NLGConfig
 from ba_lora.config.schema_nlu import NLUConfig
+from ba_lora.console import visible
 from ba_lora.errors import CommandParser, UserError, run_entry_point
 
 BINS = 10
@@ -76,7 +77,7 @@ def _marked(item: dict[str, Any], tokenizer: Any, marks: tuple[str, str]) -> str
     learned = [label != -100 for label in item["labels"]]
     for place in range(1, len(learned) + 1):
         if place == len(learned) or learned[place] != learned[start]:
-            text = tokenizer.decode(item["input_ids"][start:place])
+            text = visible(tokenizer.decode(item["input_ids"][start:place]))
             parts.append(f"{marks[0]}{text}{marks[1]}" if learned[start] else text)
             start = place
     return "".join(parts)
@@ -100,7 +101,7 @@ def _nlu_lines(config: NLUConfig, num_rows: int) -> Iterable[str]:
     for item in data.train.select(range(min(num_rows, len(data.train)))):
         label = item["labels"] if task.is_regression else task.labels[item["labels"]]
         yield f"\nrow {item['row']}: {len(item['input_ids'])} tokens, label {label}"
-        yield tokenizer.decode(item["input_ids"])
+        yield visible(tokenizer.decode(item["input_ids"]))
 
 
 def _counts(report: dict[str, Any], names: Sequence[str]) -> Iterable[str]:

@@ -13,7 +13,6 @@ answers are greedy by default.
 import argparse
 import contextlib
 import dataclasses
-import re
 import shutil
 import sys
 import textwrap
@@ -23,6 +22,7 @@ from pathlib import Path
 
 from ba_lora.chat import ChatTemplate, is_chat, read_template
 from ba_lora.config.layers import load_run
+from ba_lora.console import visible
 from ba_lora.errors import CommandParser, UserError, run_entry_point
 from ba_lora.prompts import build_conversation, build_prompt, template_stops
 from eval.engines.base import Engine, Sampling, load_base_tokenizer
@@ -34,7 +34,6 @@ from eval.tasks.base import ALPACA_STOPS
 
 MAX_NEW_TOKENS = 512
 NARROW = 80  # columns of a terminal below which answers stand below each other
-_UNSEEN = re.compile(r"[^\S\n\t ]|[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e\u2066-\u2069\ufeff]")
 
 
 @dataclasses.dataclass
@@ -163,11 +162,6 @@ def talk(speakers: Sequence[Speaker], lines: Iterable[str], write: Callable[[str
             write(
                 side_by_side([speaker.name for speaker in speakers], answers, width=shutil.get_terminal_size().columns)
             )
-
-
-def visible(text: str) -> str:
-    """Return a text without characters that would steer the terminal or turn others round: as ⟨U+001B⟩."""
-    return _UNSEEN.sub(lambda found: f"⟨U+{ord(found[0]):04X}⟩", text)
 
 
 def side_by_side(names: Sequence[str], texts: Sequence[str], *, width: int) -> str:

@@ -51,6 +51,13 @@ def test_it_counts_as_the_training_does(tiny_model, tmp_path, train, run_show, m
     assert "\033[1;32m ja</s>\033[0m" in run_show(str(tmp_path / "base.yaml"), *words)
 
 
+def test_no_row_steers_the_terminal(tiny_model):
+    tokenizer = load_tokenizer(ModelConfig(name=str(tiny_model)))
+    ids = tokenizer("a\x1b[2Jb", add_special_tokens=False)["input_ids"]
+    item = {"input_ids": ids, "labels": [-100, *ids[1:]]}
+    assert "a⟦⟨U+001B⟩[2Jb⟧" in show._marked(item, tokenizer, show.PLAIN)
+
+
 def test_nothing_labelled_is_an_error(tmp_path, train, run_show):
     (tmp_path / "rows.jsonl").write_text(json.dumps({"query": "?", "response": ""}) + "\n")
     with pytest.raises(UserError, match="no row of .* is left to train on"):

@@ -5,9 +5,10 @@ import io
 import pytest
 
 from ba_lora.chat import ChatTemplate
+from ba_lora.console import visible
 from ba_lora.errors import UserError
 from eval import chat
-from eval.chat import Speaker, side_by_side, talk, visible
+from eval.chat import Speaker, side_by_side, talk
 from eval.engines.base import Completion, Sampling
 from eval.engines.requests import GenerateOptions
 from tests.support.chat_templates import FAMILIES, chat_tokenizer
