@@ -74,6 +74,10 @@ def read_words(arguments: Sequence[str] | None) -> argparse.Namespace:
     for name in ("limit", "batch_size"):
         if getattr(asked, name) is not None and getattr(asked, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(asked, name)}: a number of at least 1 is needed")
+    if asked.shots is not None and asked.shots < 0:
+        raise UserError(f"--shots {asked.shots}: a number of at least 0 is needed")
+    if asked.data and asked.shots:
+        raise UserError(f"--data with --shots {asked.shots}: the examples would be the file's own rows; use --shots 0")
     asked.files = {}
     for word in asked.data:
         task, equals, file = word.removeprefix(PREFIX).partition("=")

@@ -56,7 +56,11 @@ def evaluate(request: dict[str, Any]) -> dict[str, Any]:
         torch_random_seed=1234,
         fewshot_random_seed=1234,
     )
-    members = {name: [] for name in found["results"]} | found.get("group_subtasks", {})
+    for name in request["data"]:
+        examples = (found["configs"].get(name, {}).get("fewshot_config") or {}).get("samples")
+        if found["n-shot"].get(name) and not examples:
+            return {"error": f"--data {name}: its {found['n-shot'][name]} examples would be the file's rows: --shots 0"}
+    members = found.get("group_subtasks", {})
     return {
         "version": importlib.metadata.version("lm-eval"),
         "tasks": {
@@ -66,13 +70,19 @@ def evaluate(request: dict[str, Any]) -> dict[str, Any]:
                 "shots": found["n-shot"].get(name),
                 "n": sum(
                     found["n-samples"][one]["effective"]
-                    for one in (members[name] or [name])
+                    for one in leaves(name, members)
                     if one in found.get("n-samples", {})
                 ),
             }
             for name, result in found["results"].items()
         },
     }
+
+
+def leaves(name: str, members: dict[str, list[str]]) -> set[str]:
+    """Return the tasks of a group, and of the groups in it; of a task itself."""
+    below = members.get(name) or []
+    return set().union(*(leaves(one, members) for one in below)) if below else {name}
 
 
 def is_number(value: object) -> bool:

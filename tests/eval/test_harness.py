@@ -12,6 +12,7 @@ from ba_lora.io import read_json
 from ba_lora.paths import PROJECT_ROOT
 from eval import harness
 from eval.engines.serving import ServedModel
+from eval.lm_eval.driver import leaves
 from eval.metric_paths import check as check_metric
 from tests.support.page_world import write_run
 
@@ -70,6 +71,8 @@ def test_what_is_wrong_is_told_before_the_harness_is_asked(driver, tmp_path, tin
         (["x", "bbq", "--data", "mmlu=f"], "--data mmlu=f: it is TASK=FILE, with one of the tasks bbq"),
         (["x", "bbq", "--include-path", str(tmp_path / "no")], "no such folder"),
         (["x", "bbq", "--limit", "0"], "--limit 0: a number of at least 1"),
+        (["x", "bbq", "--shots", "-1"], "--shots -1: a number of at least 0"),
+        (["x", "bbq", "--data", "bbq=f.jsonl", "--shots", "2"], "the examples would be the file's own rows"),
         ([str(tiny_model), "bbq", "--engine", "hf"], "is no run folder: say with --output DIR"),
     ):
         with pytest.raises(UserError, match=message):
@@ -77,6 +80,11 @@ def test_what_is_wrong_is_told_before_the_harness_is_asked(driver, tmp_path, tin
     assert driver == []
     with pytest.raises(UserError, match="no such file"):
         harness.check(["x", "bbq", "--data", f"bbq={tmp_path}/gone.jsonl"])
+
+
+def test_a_group_of_groups_has_the_tasks_of_all():
+    members = {"mmlu": ["stem", "law"], "stem": ["algebra", "physics"], "algebra": []}
+    assert leaves("mmlu", members) == {"algebra", "physics", "law"} and leaves("bbq", members) == {"bbq"}
 
 
 def test_without_its_environment_it_says_how_to_make_it(monkeypatch, tmp_path):
