@@ -2,11 +2,13 @@
 
 import csv
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -206,6 +208,25 @@ def test_a_failed_trial_is_told_and_the_others_go_on(tmp_path, write, monkeypatc
         assert [bool(row["error"]) for row in csv.DictReader(file)] == failed
 
 
+def test_a_loss_that_is_not_finite_fails_its_trial_and_no_other(tmp_path, write, monkeypatch):
+    monkeypatch.setenv("FAKE_NAN", "adapter.rank=4")
+    found = search(tmp_path / "s", write(), engine="grid")
+    assert {status for status, values, _ in found if values["adapter.rank"] == 4} == {FAILED}
+    assert {status for status, values, _ in found if values["adapter.rank"] != 4} == {COMPLETE}
+    entries = json.loads((tmp_path / "s" / "trials.json").read_text())["trials"]
+    [failed, *_] = [entry for entry in entries if entry["status"] == FAILED]
+    assert failed["error"] == "its held-out loss is not finite" and failed["evaluations"]["4"] is None
+    assert search(tmp_path / "s", write(), engine="grid") == found  # its journal is read again
+
+
+def test_an_accuracy_that_is_not_finite_is_no_good_one(tmp_path, monkeypatch):
+    """NLU's losses are 1 − accuracy: one that is missing must not become −∞."""
+    run = types.SimpleNamespace(kind="nlu", nlu=types.SimpleNamespace(task="sst2"), run_path=tmp_path)
+    lines = [{"step": step, "max_steps": 2, "eval_heldout_accuracy": value} for step, value in ((1, 0.75), (2, None))]
+    (tmp_path / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert TrialRuns.evaluations(None, run) == [(1, 0.25, False), (2, math.inf, True)]
+
+
 def test_nomad_goes_on_after_a_failed_trial_but_cannot_start_from_one(tmp_path, write, monkeypatch):
     monkeypatch.setenv("FAKE_FAIL", "adapter.rank=16")
     found = search(tmp_path / "s", write(), engine="nomad")
@@ -311,6 +332,20 @@ def test_the_page_tells_what_the_committed_comparison_found():
         for seed, best in zip(one["search_seeds"], one["best"], strict=True):
             with open(ROOT / "results" / "search_toy" / f"{engine}-s{seed}" / "trials.csv") as file:
                 assert min(float(row["heldout_loss"]) for row in csv.DictReader(file)) == best
+
+
+def test_a_warm_stage_writes_its_log_anew_or_goes_on_with_it(tmp_path):
+    from ba_lora.experiments.executors.warm import WarmExecutor
+    from ba_lora.experiments.stages import Call, Stage
+
+    script, log = tmp_path / "script.py", tmp_path / "log"
+    script.write_text("import sys\nprint(*sys.argv[1:])\n")
+    executor = WarmExecutor([Slot("CPU", {})])
+    executor._context.set_forkserver_preload([])  # no torch is needed here
+    for words, append in (("old",), False), (("first",), False), (("second",), True):
+        stage = Stage("training", Call(str(script), settings=words, launch=(sys.executable,)), (tmp_path / "run",))
+        assert executor.start_process(stage, executor.slots[0], log, [], append=append).wait(60) == 0
+    assert log.read_text() == "first\nsecond\n"
 
 
 def test_no_gpu_is_forked():
