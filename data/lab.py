@@ -25,11 +25,12 @@ there is kept.
 
 import random
 import re
+import signal
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
 
@@ -321,6 +322,7 @@ def main() -> None:
     if workers < 1:
         raise UserError("workers must be at least 1")
     output = written_path(typed["output"]) if "output" in typed else PROJECT_ROOT / "outputs" / "lab"
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     bases = {}
     for seed in _numbers("seeds", typed["seeds"]):
         for factor, of_factor in levels.items():
@@ -329,12 +331,18 @@ def main() -> None:
                 bases.setdefault(base.name, base)
     write_shared(output)
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        for step in (  # the first parts first: no worker waits for another one's
-            [pool.submit(make_start, seed, output) for seed in dict.fromkeys(base.seed for base in bases.values())],
-            [pool.submit(make_base, base, output) for base in bases.values()],
-        ):
-            for made in step:
-                made.result()
+        try:
+            for step in (  # the first parts first: no worker waits for another one's
+                [pool.submit(make_start, seed, output) for seed in dict.fromkeys(base.seed for base in bases.values())],
+                [pool.submit(make_base, base, output) for base in bases.values()],
+            ):
+                for made in step:
+                    made.result()
+        except BaseException:  # else the pool would first do all that waits
+            pool.shutdown(wait=False, cancel_futures=True)
+            for worker in active_children():
+                worker.terminate()
+            raise
     print(f"{len(bases)} bases in {output / 'bases'}")
 
 

@@ -39,6 +39,7 @@ from ba_lora.experiments.executors.base import Executor, Slot, StageQueue, log_l
 from ba_lora.experiments.options import read_grid_options, rows_for_gpus, select_rows
 from ba_lora.experiments.pipeline import missing_judge, prepare_evaluation, record_evaluation, record_result
 from ba_lora.experiments.plan import ask_grader_versions, check_columns, dry_run, plan_runs
+from ba_lora.experiments.preparation import GRID_MODULE, prepare, prepare_words
 from ba_lora.experiments.spec import Spec
 from ba_lora.experiments.stages import Stage, evaluation_stages, launch_command, training_stage
 from ba_lora.experiments.state import (
@@ -379,7 +380,7 @@ def _evaluated_alike(first: RunConfig, second: RunConfig) -> bool:
 
 def main() -> int:
     parser = CommandParser(
-        prog="python -m ba_lora.experiments.grid",
+        prog=f"python -m {GRID_MODULE}",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -391,8 +392,10 @@ def main() -> int:
         raise UserError(f"which table? {', '.join(available_tables())}")
     options, overrides = read_grid_options(parsed.words)
     whole = load_table(find_table(parsed.table), overrides=overrides, seeds=options.seeds)
-    for call in whole.prepare if not parsed.dry_run else ():
-        prepare(call, options.workers)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    calls = [prepare_words(call, options) for call in whole.prepare]
+    for words in calls if not parsed.dry_run else ():
+        prepare(words)
     if whole.prepare and not parsed.dry_run:  # what was chosen then is known now
         whole = load_table(find_table(parsed.table), overrides=overrides, seeds=options.seeds)
     if whole.unchosen and not parsed.dry_run:
@@ -404,11 +407,10 @@ def main() -> int:
         check_places(spec.config)
     graders = ask_grader_versions()
     if parsed.dry_run:
-        first = [f"first: python -m {' '.join(call)}" for call in whole.prepare]
+        first = [f"first: python -m {' '.join(words)}" for words in calls]
         first += [f"the runs below are not yet those of the table: {whole.unchosen}"] if whole.unchosen else []
         print("\n".join([*first, *dry_run(table, plan_runs(table, graders), retry=options.retry), *left_out]))
         return 0
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     executor = open_executor(
         options.executor, options.executor_settings, folder=GRID_PATH, gpus=gpus, workers=options.workers
     )
@@ -435,15 +437,6 @@ def main() -> int:
     report = [sys.executable, "-m", "eval.report", parsed.table, *seeds, *options.report, *overrides]
     status = subprocess.run(report, cwd=PROJECT_ROOT, env=stage_environment()).returncode
     return 1 if grid.failed else status
-
-
-def prepare(call: Sequence[str], workers: int | None) -> None:
-    """Run what a table needs first. Raises UserError where it fails; it has said why."""
-    words = [*call, *([f"workers={workers}"] if workers else [])]
-    _say(f"first: python -m {' '.join(words)}")
-    status = subprocess.run([sys.executable, "-m", *words], cwd=PROJECT_ROOT, env=stage_environment()).returncode
-    if status:
-        raise UserError(f"python -m {' '.join(words)} failed with exit status {status}; see above")
 
 
 def _say(line: str) -> None:
