@@ -35,7 +35,7 @@ from ba_lora.config.schema import UNTUNED, RunConfig
 from ba_lora.errors import CommandParser, UserError, run_entry_point
 from ba_lora.experiments.evaluation_state import evaluation_state
 from ba_lora.experiments.executors import open_executor
-from ba_lora.experiments.executors.base import Executor, Slot, StageQueue, log_lines
+from ba_lora.experiments.executors.base import Busy, Executor, Slot, StageQueue, log_lines
 from ba_lora.experiments.options import read_grid_options, rows_for_gpus, select_rows
 from ba_lora.experiments.pipeline import missing_judge, prepare_evaluation, record_evaluation, record_result
 from ba_lora.experiments.plan import ask_grader_versions, check_columns, dry_run, plan_runs
@@ -152,7 +152,13 @@ class Grid:
             lock = self._lock(path)
             if lock is None:
                 continue
-            if (work := self.executor.find(path)) is not None:
+            try:
+                work = self.executor.find(path)
+            except Busy as busy:
+                self._elsewhere[path] = str(busy)
+                lock.close()
+                continue
+            if work is not None:
                 work.locks.append(lock)
                 self._running.append(_Running(work, [spec]))
                 self._tell(f"{work.doing}: {path.name}, found again: {work.place}")

@@ -86,6 +86,10 @@ class StageQueue:
         release(self.locks)
 
 
+class Busy(Exception):
+    """A run may be worked on elsewhere, and its executor cannot know now: it is asked again. The text says why."""
+
+
 class Executor(ABC):
     """Runs the work of a grid. A file of ba_lora/experiments/executors with a class of these methods, and `EXECUTOR`
     naming it, is one; `find`, `busy_elsewhere`, `forget` and `cancel` have a default for one that keeps nothing.
@@ -120,7 +124,7 @@ class Executor(ABC):
 
     def find(self, run_path: Path) -> StageQueue | None:
         """Return what an earlier grid has given away for this run, whose lock the caller holds, and nobody has
-        collected; `wait` will return it. None: nothing."""
+        collected; `wait` will return it. None: nothing. Raises Busy where that cannot be known now."""
         return None
 
     def forget(self, work: StageQueue, run_path: Path) -> None:  # noqa: B027 - most executors keep nothing
