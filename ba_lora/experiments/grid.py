@@ -167,7 +167,7 @@ class Grid:
             if state is None:
                 lock.close()
             elif state.train:
-                launch = launch_command(_launch_environment(slot), num_gpus=slot.num_gpus)
+                launch = launch_command(slot.launch_environment, num_gpus=slot.num_gpus)
                 stage = training_stage(spec, launch, overwrite=state.overwrite)
                 self._submit(slot, "training", [spec], {}, [stage], [lock])
                 return True
@@ -366,11 +366,6 @@ class Grid:
         if holders and line != self._last_waiting:
             self._last_waiting = line
             self.say(line)
-
-
-def _launch_environment(slot: Slot) -> dict[str, str]:
-    chosen = os.environ.get("ACCELERATE_CONFIG")
-    return slot.environment | ({"ACCELERATE_CONFIG": chosen} if chosen else {})
 
 
 def _evaluated_alike(first: RunConfig, second: RunConfig) -> bool:

@@ -17,11 +17,11 @@ import yaml
 from ba_lora.errors import UserError
 from ba_lora.experiments.executors.base import Slot
 from ba_lora.experiments.executors.local import LocalExecutor
-from ba_lora.experiments.search import loop
+from ba_lora.experiments.search import loop, nomad
 from ba_lora.experiments.search.journal import COMPLETE, FAILED, PRUNED, Journal, Outcome
 from ba_lora.experiments.search.loop import Search, open_proposer
 from ba_lora.experiments.search.outcome import write_outcome
-from ba_lora.experiments.search.space import load_space
+from ba_lora.experiments.search.space import check_runs, load_space
 from ba_lora.experiments.search.trials import TrialRuns
 from tests.conftest import ROOT
 from tests.workers import fake_trial
@@ -242,6 +242,21 @@ def test_a_search_whose_first_trials_all_fail_ends(tmp_path, write, monkeypatch)
         search(tmp_path / "s", write(), engine="random")
 
 
+def test_what_nomad_rounds_stays_in_the_space(write):
+    rate = {"float": [1.23456789e-4, 9.87654321e-4], "log": True, "start": 5e-4}
+    space = load_space(str(write(parameters={"trainer.learning_rate": rate})))
+    ends = [nomad.decoded([place], space)["trainer.learning_rate"] for place in (0, nomad.STEPS)]
+    assert ends == [1.23456789e-4, 9.87654e-4]
+    within = nomad.decoded([1], space)["trainer.learning_rate"]
+    assert within == float(f"{within:.6g}") and 1.23456789e-4 < within < 9.87654321e-4
+
+
+def test_a_searched_method_is_not_typed(write):
+    path = write(parameters=PARAMETERS | {"method": {"choice": ["lora", "pissa"], "start": "lora"}})
+    with pytest.raises(UserError, match="method=lora: the search chooses method: leave it out"):
+        check_runs(load_space(str(path)), "toy", method="lora", words=[], kind="nlg")
+
+
 def test_an_engine_that_has_no_further_point_says_so(tmp_path, write):
     done = run(tmp_path / "s", write(trials=30, parameters={"adapter.rank": {"choice": [4, 8, 16]}}), "engine=nomad")
     text = done.communicate()[0]
@@ -299,6 +314,9 @@ def test_outcomes_are_told_in_order(tmp_path, write):
         (["toy", "toy", "workers=0"], "workers=0"),
         (["toy", "toy", "trainer.learning_rate=1"], "the search chooses trainer.learning_rate"),
         (["toy", "toy", "output=/proc/x"], "output"),
+        (["toy", "toy", "seed=7"], "seed=7: a search sets it for each trial: give seeds="),
+        (["toy", "toy", "output_dir=x"], "output_dir=x: a search sets it for each trial: give output=DIR"),
+        (["toy", "toy", "overwrite=true"], "overwrite=true: a search sets it for each trial"),
     ],
 )
 def test_what_is_wrong_on_the_command_line_is_one_line(words, message, monkeypatch, tmp_path):

@@ -5,6 +5,7 @@ A grid takes a run's lock, asks `find` whether somebody has given the run away b
 says so by `forget`. `cancel` is the last call, whether all is done or the grid was interrupted.
 """
 
+import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -24,6 +25,12 @@ class Slot:
     environment: dict[str, str]
     lock_paths: tuple[Path, ...] = ()
     num_gpus: int = 0
+
+    @property
+    def launch_environment(self) -> dict[str, str]:
+        """What decides the launcher of a training here: the slot's environment and a chosen ACCELERATE_CONFIG."""
+        chosen = os.environ.get("ACCELERATE_CONFIG")
+        return self.environment | ({"ACCELERATE_CONFIG": chosen} if chosen else {})
 
 
 @dataclass(frozen=True)

@@ -174,7 +174,7 @@ class Search:
         config = spec.config
         stages: list[Stage] = []
         if not is_trained(config.run_path, config):
-            launch = launch_command(slot.environment, num_gpus=slot.num_gpus)
+            launch = launch_command(slot.launch_environment, num_gpus=slot.num_gpus)
             stages.append(training_stage(spec, launch))
         if config.kind == "nlg" and config.eval.tasks:
             stages += evaluation_stages([config])
