@@ -243,12 +243,12 @@ def test_a_search_whose_first_trials_all_fail_ends(tmp_path, write, monkeypatch)
 
 
 def test_what_nomad_rounds_stays_in_the_space(write):
-    rate = {"float": [1.23456789e-4, 9.87654321e-4], "log": True, "start": 5e-4}
+    rate = {"float": [1.23456123e-4, 9.8765478e-4], "log": True, "start": 5e-4}
     space = load_space(str(write(parameters={"trainer.learning_rate": rate})))
     ends = [nomad.decoded([place], space)["trainer.learning_rate"] for place in (0, nomad.STEPS)]
-    assert ends == [1.23456789e-4, 9.87654e-4]
+    assert ends == [1.23456123e-4, 9.8765478e-4]
     within = nomad.decoded([1], space)["trainer.learning_rate"]
-    assert within == float(f"{within:.6g}") and 1.23456789e-4 < within < 9.87654321e-4
+    assert within == float(f"{within:.6g}") and 1.23456123e-4 < within < 9.8765478e-4
 
 
 def test_a_searched_method_is_not_typed(write):
