@@ -125,6 +125,9 @@ def test_a_base_is_made_once_and_never_by_another_recipe(tmp_path, capsys, monke
     assert [(path / "model.safetensors").stat().st_mtime_ns for path in (folder, start)] == written
     with pytest.raises(UserError, match="was made by another recipe"):
         lab.make_base(Base("rule", 40, 7), tmp_path, settings={**short, "num_steps": 2}, first=first)
+    monkeypatch.setattr(lab, "WRONG_RULE", 30)  # another corpus
+    with pytest.raises(UserError, match="was made by another recipe"):
+        lab.make_base(Base("rule", 40, 7), tmp_path, settings=short, first=first)
 
 
 def test_a_signal_ends_the_workers_too(tmp_path, root):
