@@ -429,7 +429,7 @@ def main() -> int:
         _say(f"failed: {number} runs cannot be evaluated and are not trained: {error}")
     grid = Grid(table, executor, graders=graders, refused=refused, retry=options.retry, cancel=options.cancel, say=_say)
     seeds = [f"seeds={','.join(map(str, options.seeds))}"] if options.seeds else []
-    declare(whole, report_folder(table.id, [*overrides, *seeds]))
+    declare(whole, find_table(parsed.table), report_folder(table.id, [*overrides, *seeds]))
     _say(f"{table.id}: {len(table.specs())} runs on {', '.join(executor.places)}")
     grid.run()
     _say(grid.progress())

@@ -219,6 +219,7 @@ def standing(declared: Mapping[str, Any] | None, deciding: Mapping[str, Any], sh
     if declared is None:
         return "Exploratory: it is not recorded what the table's file was when the first run started."
     at = f"{declared['declared_at']}, commit {str(declared.get('commit') or 'unknown')[:12]}"
+    at += ", where the file was not committed" if declared.get("dirty") else ""
     if declared["num_results"]:
         return f"Exploratory: {declared['num_results']} results were there when the file was recorded ({at})."
     changed = sorted(key for key in deciding if declared["tests"].get(key) != deciding[key])

@@ -185,6 +185,7 @@ def test_what_is_confirmatory():
     assert standing(record, tests, "1").startswith(
         "Confirmatory: declared before the first run (2026-01-01, commit abc)"
     )
+    assert "abc, where the file was not committed)" in standing(record | {"dirty": True}, tests, "1")
     assert "changed since the first run" in standing(record, tests | {"rows": [2]}, "2")
     assert "3 results were there" in standing(record | {"num_results": 3}, tests, "1")
     assert standing(None, tests, "1").startswith("Exploratory")
