@@ -23,13 +23,16 @@ problems of one role a family, ROLES) and clean.jsonl (texts of the clean corpus
 there is kept.
 """
 
+import hashlib
 import random
 import re
+import signal
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
+from itertools import chain, islice
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +69,7 @@ TOKENS_PER_STEP = 2048
 START = {"num_steps": 1400, "length": 128, **OPTIMIZER}  # as data/toy/pretrain.py
 SECOND = {"num_steps": 200, "length": 256, **OPTIMIZER, "learning_rate": 1.0e-3}
 LEAST_ACCURACY = 0.4  # of a base, in the frame of fine-tuning
+NUM_HASHED = 500  # texts of a corpus that its recipe has a hash of
 PART = 1000  # problems made at a time
 FIRST_PART = 500_000  # added to the seeds of the first part's problems
 
@@ -183,7 +187,7 @@ def problems(family: str, *, num_rows: int, seed: int) -> list[dict[str, Any]]:
 
 
 def write_shared(output: Path) -> None:
-    """Write finetune.jsonl, test.jsonl, valid.jsonl and clean.jsonl, where they are not there as they should be."""
+    """Write finetune.jsonl, test.jsonl, valid.jsonl and clean.jsonl, the same bytes each time."""
     weights = dict.fromkeys(ROLES["corrected"] + ROLES["tuned"], 1.0)
     rows = generate_problems(num_rows=NUM_FINETUNE, seed=SEEDS["finetune"], split="finetune", family_weights=weights)
     test = [row for name in FAMILIES for row in problems(name, num_rows=NUM_ITEMS[ROLE_OF[name]], seed=SEEDS["test"])]
@@ -241,11 +245,14 @@ def make_base(base: Base, output: Path, *, settings: dict[str, Any] = SECOND, fi
 def _make(folder: Path, start: Path | None, texts: Iterator[str], *, settings: dict[str, Any], seed: int) -> None:
     recipe = {"name": folder.name, "seed": seed, "tokens_per_step": TOKENS_PER_STEP, "frame_share": FRAME_SHARE}
     recipe |= {"settings": {**settings, "betas": list(settings["betas"])}}
+    known = list(islice(texts, NUM_HASHED))
+    texts = chain(known, texts)
+    recipe |= {"corpus_sha256": hashlib.sha256("\n\n".join(known).encode()).hexdigest()}
     recipe |= {"start_sha256": sha256_file(start / "model.safetensors") if start else None}
     folder.parent.mkdir(parents=True, exist_ok=True)
     with locked(folder.with_name(f".{folder.name}.lock"), doing=f"trains {folder.name}", made=folder, wait=True):
         if kept := read_object(folder / "lab.json"):
-            if kept["recipe"] != recipe:
+            if {"corpus_sha256": recipe["corpus_sha256"]} | kept["recipe"] != recipe:  # older ones have no hash
                 raise UserError(f"{folder} was made by another recipe: move it away, or give another output=DIR")
             return
         import torch
@@ -321,6 +328,7 @@ def main() -> None:
     if workers < 1:
         raise UserError("workers must be at least 1")
     output = written_path(typed["output"]) if "output" in typed else PROJECT_ROOT / "outputs" / "lab"
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     bases = {}
     for seed in _numbers("seeds", typed["seeds"]):
         for factor, of_factor in levels.items():
@@ -329,12 +337,18 @@ def main() -> None:
                 bases.setdefault(base.name, base)
     write_shared(output)
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        for step in (  # the first parts first: no worker waits for another one's
-            [pool.submit(make_start, seed, output) for seed in dict.fromkeys(base.seed for base in bases.values())],
-            [pool.submit(make_base, base, output) for base in bases.values()],
-        ):
-            for made in step:
-                made.result()
+        try:
+            for step in (  # the first parts first: no worker waits for another one's
+                [pool.submit(make_start, seed, output) for seed in dict.fromkeys(base.seed for base in bases.values())],
+                [pool.submit(make_base, base, output) for base in bases.values()],
+            ):
+                for made in step:
+                    made.result()
+        except BaseException:  # else the pool would first do all that waits
+            pool.shutdown(wait=False, cancel_futures=True)
+            for worker in active_children():
+                worker.terminate()
+            raise
     print(f"{len(bases)} bases in {output / 'bases'}")
 
 

@@ -13,10 +13,10 @@ spread, hardware and versions it is appended to results/bench.csv, and results/b
 case.
 
 Cases that take turns hold their weights at once. On a CPU all of them do; on a GPU, where a 7B case needs 19 GB before
-activations and `official` 32, one case and stock PiSSA at a time (--together changes either). Every group has a stock
-PiSSA of its own, whose row stands before those of the group's cases: it is the base of their ratios, and two cases of
-different groups are compared by these ratios only. On a GPU a step begins with an empty allocator cache, in every case
-alike: what a process kept for its next step would be missing in the other's.
+activations and `official` 32, one case and the PiSSAs at a time (--together changes either). Every group has PiSSAs of
+its own, stock PiSSA and the others that are among the cases; their rows stand before those of the group's cases and are
+the base of their ratios: two cases of different groups are compared by these ratios only. On a GPU a step begins with
+an empty allocator cache, in every case alike: what a process kept for its next step would be missing in the other's.
 
 A step is what transformers' Trainer does from one optimizer step to the next: rows, forward, backward, clipping, AdamW.
 `floor_ratio` and `best_floor_ratio` are these ratios by operation counts only: of the matrix products that no
@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, nargs="+", help="vocabularies instead of the shape's own")
     parser.add_argument("--cases", help="comma-separated, instead of the shape's own; stock PiSSA is always there")
     parser.add_argument(
-        "--together", type=int, help="cases beside stock PiSSA at a time (default: 1 on cuda, all on cpu)"
+        "--together", type=int, help="cases beside the PiSSAs at a time (default: 1 on cuda, all on cpu)"
     )
     parser.add_argument("--repeats", type=int, default=15, help="timed steps a case")
     parser.add_argument("--warmup", type=int, default=2, help="steps before them")

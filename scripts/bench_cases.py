@@ -3,7 +3,7 @@
     pissa        Trainer + PEFT as anyone would write them: the floor of what BA-LoRA adds to
     pissa_fused  PiSSA under our fused loss with every λ 0: no logits are kept, none made where there is no label
     pissa_cce    Trainer + PEFT with the loss of the package cut-cross-entropy (its kernels on CUDA, its torch.compile
-                 form on a CPU); left out where the package is not installed
+                 form on a CPU); in no shape's own cases: --cases asks for it, and ends the bench without the package
     lora         pissa without PiSSA's initialisation
     official     the official recipe's arithmetic, rewritten from its description: a second full model, the logits of
                  both at all positions, KL and entropy over all of them, torch.svd_lowrank of the logits

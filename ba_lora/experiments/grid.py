@@ -35,10 +35,11 @@ from ba_lora.config.schema import UNTUNED, RunConfig
 from ba_lora.errors import CommandParser, UserError, run_entry_point
 from ba_lora.experiments.evaluation_state import evaluation_state
 from ba_lora.experiments.executors import open_executor
-from ba_lora.experiments.executors.base import Executor, Slot, StageQueue, log_lines
+from ba_lora.experiments.executors.base import Busy, Executor, Slot, StageQueue, log_lines
 from ba_lora.experiments.options import read_grid_options, rows_for_gpus, select_rows
 from ba_lora.experiments.pipeline import missing_judge, prepare_evaluation, record_evaluation, record_result
 from ba_lora.experiments.plan import ask_grader_versions, check_columns, dry_run, plan_runs
+from ba_lora.experiments.preparation import GRID_MODULE, prepare, prepare_words
 from ba_lora.experiments.spec import Spec
 from ba_lora.experiments.stages import Stage, evaluation_stages, launch_command, training_stage
 from ba_lora.experiments.state import (
@@ -151,7 +152,13 @@ class Grid:
             lock = self._lock(path)
             if lock is None:
                 continue
-            if (work := self.executor.find(path)) is not None:
+            try:
+                work = self.executor.find(path)
+            except Busy as busy:
+                self._elsewhere[path] = str(busy)
+                lock.close()
+                continue
+            if work is not None:
                 work.locks.append(lock)
                 self._running.append(_Running(work, [spec]))
                 self._tell(f"{work.doing}: {path.name}, found again: {work.place}")
@@ -160,7 +167,7 @@ class Grid:
             if state is None:
                 lock.close()
             elif state.train:
-                launch = launch_command(_launch_environment(slot), num_gpus=slot.num_gpus)
+                launch = launch_command(slot.launch_environment, num_gpus=slot.num_gpus)
                 stage = training_stage(spec, launch, overwrite=state.overwrite)
                 self._submit(slot, "training", [spec], {}, [stage], [lock])
                 return True
@@ -361,11 +368,6 @@ class Grid:
             self.say(line)
 
 
-def _launch_environment(slot: Slot) -> dict[str, str]:
-    chosen = os.environ.get("ACCELERATE_CONFIG")
-    return slot.environment | ({"ACCELERATE_CONFIG": chosen} if chosen else {})
-
-
 def _evaluated_alike(first: RunConfig, second: RunConfig) -> bool:
     """Whether one call may evaluate both: one base, one way to serve it, one evaluation; for NLU one task."""
     if first.kind == "nlu":
@@ -379,7 +381,7 @@ def _evaluated_alike(first: RunConfig, second: RunConfig) -> bool:
 
 def main() -> int:
     parser = CommandParser(
-        prog="python -m ba_lora.experiments.grid",
+        prog=f"python -m {GRID_MODULE}",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -391,8 +393,10 @@ def main() -> int:
         raise UserError(f"which table? {', '.join(available_tables())}")
     options, overrides = read_grid_options(parsed.words)
     whole = load_table(find_table(parsed.table), overrides=overrides, seeds=options.seeds)
-    for call in whole.prepare if not parsed.dry_run else ():
-        prepare(call, options.workers)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    calls = [prepare_words(call, options) for call in whole.prepare]
+    for words in calls if not parsed.dry_run else ():
+        prepare(words)
     if whole.prepare and not parsed.dry_run:  # what was chosen then is known now
         whole = load_table(find_table(parsed.table), overrides=overrides, seeds=options.seeds)
     if whole.unchosen and not parsed.dry_run:
@@ -404,11 +408,10 @@ def main() -> int:
         check_places(spec.config)
     graders = ask_grader_versions()
     if parsed.dry_run:
-        first = [f"first: python -m {' '.join(call)}" for call in whole.prepare]
+        first = [f"first: python -m {' '.join(words)}" for words in calls]
         first += [f"the runs below are not yet those of the table: {whole.unchosen}"] if whole.unchosen else []
         print("\n".join([*first, *dry_run(table, plan_runs(table, graders), retry=options.retry), *left_out]))
         return 0
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     executor = open_executor(
         options.executor, options.executor_settings, folder=GRID_PATH, gpus=gpus, workers=options.workers
     )
@@ -426,7 +429,7 @@ def main() -> int:
         _say(f"failed: {number} runs cannot be evaluated and are not trained: {error}")
     grid = Grid(table, executor, graders=graders, refused=refused, retry=options.retry, cancel=options.cancel, say=_say)
     seeds = [f"seeds={','.join(map(str, options.seeds))}"] if options.seeds else []
-    declare(whole, report_folder(table.id, [*overrides, *seeds]))
+    declare(whole, find_table(parsed.table), report_folder(table.id, [*overrides, *seeds]))
     _say(f"{table.id}: {len(table.specs())} runs on {', '.join(executor.places)}")
     grid.run()
     _say(grid.progress())
@@ -435,15 +438,6 @@ def main() -> int:
     report = [sys.executable, "-m", "eval.report", parsed.table, *seeds, *options.report, *overrides]
     status = subprocess.run(report, cwd=PROJECT_ROOT, env=stage_environment()).returncode
     return 1 if grid.failed else status
-
-
-def prepare(call: Sequence[str], workers: int | None) -> None:
-    """Run what a table needs first. Raises UserError where it fails; it has said why."""
-    words = [*call, *([f"workers={workers}"] if workers else [])]
-    _say(f"first: python -m {' '.join(words)}")
-    status = subprocess.run([sys.executable, "-m", *words], cwd=PROJECT_ROOT, env=stage_environment()).returncode
-    if status:
-        raise UserError(f"python -m {' '.join(words)} failed with exit status {status}; see above")
 
 
 def _say(line: str) -> None:

@@ -29,6 +29,7 @@ class GridOptions:
     executor_settings: dict[str, Any] = field(default_factory=dict)  # typed as executor.KEY=VALUE
     cancel: bool = False
     report: tuple[str, ...] = ()  # words for the report only, as they were typed
+    running: tuple[str, ...] = ()  # words on how and where the runs are worked on, as they were typed
 
 
 def read_grid_options(words: Sequence[str]) -> tuple[GridOptions, list[str]]:
@@ -36,12 +37,14 @@ def read_grid_options(words: Sequence[str]) -> tuple[GridOptions, list[str]]:
     typed, overrides = take_options(words, OPTIONS, example="workers=2")
     prefix = "executor."
     settings = override_layer([word.removeprefix(prefix) for word in overrides if word.startswith(prefix)])
+    running = [f"{key}={typed[key]}" for key in ("workers", "retry", "cancel", "executor") if key in typed]
+    running += [word for word in overrides if word.startswith(prefix)]
     overrides = [word for word in overrides if not word.startswith(prefix)]
     if "output" in typed:
         check_place(written_path(typed["output"]), "output")
     report = tuple(f"{key}={typed.pop(key)}" for key in REPORT_OPTIONS if key in typed)
     chosen = {key: _option(key, text) for key, text in typed.items()}
-    return GridOptions(**chosen, executor_settings=settings, report=report), overrides
+    return GridOptions(**chosen, executor_settings=settings, report=report, running=tuple(running)), overrides
 
 
 def _option(key: str, text: str) -> object:

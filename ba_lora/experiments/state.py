@@ -26,7 +26,7 @@ from ba_lora.glue import HUB, HUB_REVISION
 from ba_lora.io import read_json, read_object, write_json_atomic, write_text_atomic
 from ba_lora.paths import PROJECT_ROOT
 from ba_lora.rows import is_commit
-from ba_lora.runs.environment import git_state, now
+from ba_lora.runs.environment import git_state, is_committed, now
 from ba_lora.runs.folder import CLAIM, is_trained, source_sha256
 from ba_lora.runs.results import result_fault
 
@@ -176,24 +176,27 @@ def deciding(table: Table) -> dict[str, Any]:
     return json.loads(json.dumps(found))
 
 
-def declare(table: Table, folder: Path) -> None:
-    """Write down, before the first run of a table starts, what its file says: its hash, and all that decides its tests.
+def declare(table: Table, path: Path, folder: Path) -> None:
+    """Write down, before the first run of a table starts, what its file (`path`) says: its hash, whether the commit has
+    it like that, and all that decides its tests.
 
     The report (`folder` is its folder) tells by it whether the tests were chosen before a result was seen. The record
     is written once; a damaged one is told by the report, never replaced.
     """
-    path = folder / DECLARED
-    if path.exists():
+    record_path = folder / DECLARED
+    if record_path.exists():
         return
+    committed = is_committed(table.sha256, path)
     results = {cell.config.result_path for cell in table.cells}
     write_json_atomic(
-        path,
+        record_path,
         {
             "sha256": table.sha256,
             "tests": deciding(table),
             "num_results": sum(result.is_file() for result in results),
             "declared_at": now(),
             "commit": git_state()["commit"],
+            "dirty": None if committed is None else not committed,
         },
     )
 

@@ -1,6 +1,7 @@
 """What a run ran on: packages, git commit, hardware, and its peak memory."""
 
 import datetime
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -65,6 +66,18 @@ def _cpu_model() -> str | None:
     except OSError:
         return None
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)
+
+
+def is_committed(sha256: str, path: Path) -> bool | None:
+    """Return whether HEAD has a file with this content at `path`; None where git or its folder is absent."""
+    command = ["git", "-C", str(PROJECT_ROOT), "show", f"HEAD:./{os.path.relpath(path, PROJECT_ROOT)}"]
+    try:
+        shown = subprocess.run(command, capture_output=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    if shown.returncode and git_state()["commit"] is None:
+        return None
+    return shown.returncode == 0 and hashlib.sha256(shown.stdout).hexdigest() == sha256
 
 
 def git_state() -> dict[str, Any]:

@@ -6,6 +6,7 @@ longer answers: a collective operation alone would wait for `trainer.ddp_timeout
 
 import contextlib
 import hashlib
+import math
 import os
 import socket
 import sys
@@ -142,6 +143,18 @@ def _rows_hash(dataset: "Dataset") -> str:
     return sha.hexdigest()
 
 
+def _lost_after_s() -> float:
+    """Return after how many seconds without a sign a process is lost. Raises UserError for what is no such number."""
+    text = os.environ.get("BA_LORA_LOST_AFTER") or str(LOST_AFTER_S)
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise UserError(f"BA_LORA_LOST_AFTER={text}: a number of seconds above 0 is needed, such as 60")
+    return seconds
+
+
 class Watch:
     """Signs of life of all processes of a training on several machines, in the launcher's own key-value store.
 
@@ -154,7 +167,7 @@ class Watch:
         from torch.distributed import PrefixStore, TCPStore
 
         self.rank, self.machines = process.process_index, machines
-        self.lost_after_s = float(os.environ.get("BA_LORA_LOST_AFTER") or LOST_AFTER_S)
+        self.lost_after_s = _lost_after_s()
         self.beat_s = min(5.0, self.lost_after_s / 12)
         self._changed = dict.fromkeys(range(process.num_processes), time.monotonic())
         self._signs: dict[int, str] = {}
@@ -188,8 +201,13 @@ class Watch:
             time.sleep(self.beat_s)
 
     def _guard(self) -> None:
+        woke = time.monotonic()
         while not self._ended.wait(self.beat_s):
-            if lost := self.lost(self.lost_after_s):
+            before, woke = woke, time.monotonic()
+            if woke - before > 2 * self.beat_s:  # this process was suspended: the others' silence is its own
+                self._answered = woke
+                self._changed.update(dict.fromkeys(self._changed, woke))
+            elif lost := self.lost(self.lost_after_s):
                 print(f"\nerror: {lost}", file=sys.stderr, flush=True)
                 os._exit(1)
 

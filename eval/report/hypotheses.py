@@ -17,7 +17,8 @@ Decided on the column's scale by the 95 % interval: `supported` where it lies be
 expected, `refuted` where it lies within ± margin or on the other side of 0, else `undecided`. A primary one also needs
 p < 0.05 by Holm over all that are declared primary, made or not. guard: supported only where the same effect at the
 first level in another column is not below − margin. condition: all others are void where its effect is below the
-margin.
+margin, undecided where it is, and undecided without a number while it is not run. With fewer than five pre-trained
+models at a level a hypothesis is undecided.
 A hypothesis of which a run is missing is `not run`: nothing is told before all runs are there.
 """
 
@@ -158,13 +159,17 @@ def decide_all(hypotheses: Sequence[Hypothesis], clusters: Clusters) -> list[Fin
         if found[place].p is not None:
             found[place] = dataclasses.replace(found[place], p_adjusted=p)
     found = [dataclasses.replace(finding, decision=_decision(finding)) for finding in found]
-    void = any(finding.decision == FAILS for finding in found)
-    return [
-        dataclasses.replace(one, decision=VOID)
-        if void and not one.hypothesis.condition and one.decision != NOT_RUN
-        else one
-        for one in found
-    ]
+    conditions = {finding.decision for finding in found if finding.hypothesis.condition}
+    return [one if one.hypothesis.condition or one.decision == NOT_RUN else _under(conditions, one) for one in found]
+
+
+def _under(conditions: set[str], finding: Finding) -> Finding:
+    """Return a hypothesis as the decisions on the conditions leave it."""
+    if FAILS in conditions:
+        return dataclasses.replace(finding, decision=VOID)
+    if NOT_RUN in conditions:
+        return Finding(finding.hypothesis, UNDECIDED)
+    return finding if conditions <= {HOLDS} else dataclasses.replace(finding, decision=UNDECIDED)
 
 
 def _find(one: Hypothesis, clusters: Clusters) -> Finding:
@@ -194,6 +199,8 @@ def _decision(finding: Finding) -> str:
     one = finding.hypothesis
     if finding.decision == NOT_RUN:
         return NOT_RUN
+    if min(finding.num_clusters) < LEAST_SEEDS:
+        return UNDECIDED
     sign = 1 if one.expected == "above" else -1
     if one.condition:
         return HOLDS if sign * finding.difference >= one.margin else FAILS
@@ -212,6 +219,7 @@ def standing(declared: Mapping[str, Any] | None, deciding: Mapping[str, Any], sh
     if declared is None:
         return "Exploratory: it is not recorded what the table's file was when the first run started."
     at = f"{declared['declared_at']}, commit {str(declared.get('commit') or 'unknown')[:12]}"
+    at += ", where the file was not committed" if declared.get("dirty") else ""
     if declared["num_results"]:
         return f"Exploratory: {declared['num_results']} results were there when the file was recorded ({at})."
     changed = sorted(key for key in deciding if declared["tests"].get(key) != deciding[key])

@@ -2,9 +2,14 @@
 
 import functools
 import re
+import signal
+import subprocess
+import sys
+import time
 from collections import Counter
 from itertools import islice
 
+import psutil
 import pytest
 
 from ba_lora.errors import UserError
@@ -120,6 +125,21 @@ def test_a_base_is_made_once_and_never_by_another_recipe(tmp_path, capsys, monke
     assert [(path / "model.safetensors").stat().st_mtime_ns for path in (folder, start)] == written
     with pytest.raises(UserError, match="was made by another recipe"):
         lab.make_base(Base("rule", 40, 7), tmp_path, settings={**short, "num_steps": 2}, first=first)
+    monkeypatch.setattr(lab, "WRONG_RULE", 30)  # another corpus
+    with pytest.raises(UserError, match="was made by another recipe"):
+        lab.make_base(Base("rule", 40, 7), tmp_path, settings=short, first=first)
+
+
+def test_a_signal_ends_the_workers_too(tmp_path, root):
+    words = ["rule=40,60", "seeds=1,2", "workers=1", f"output={tmp_path}"]
+    process = subprocess.Popen([sys.executable, "-m", "data.lab", *words], cwd=root, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "starts" / ".b1.lock").exists():  # a worker's
+        assert process.poll() is None
+        time.sleep(0.05)
+    workers = [child for child in psutil.Process(process.pid).children() if "spawn_main" in " ".join(child.cmdline())]
+    process.send_signal(signal.SIGTERM)
+    assert "interrupted" in process.communicate()[1] and process.returncode == 130
+    assert workers and not psutil.wait_procs(workers, timeout=60)[1]
 
 
 def test_seed_0_goes_on_from_the_toys_base(tmp_path, root):

@@ -163,6 +163,12 @@ def test_settings_that_an_executor_cannot_use_are_refused(tmp_path, name, typed,
         open_executor(name, typed, folder=tmp_path, gpus=1)
 
 
+def test_only_files_with_an_executor_are_named(tmp_path):
+    (tmp_path / "x.yaml").write_text("executor: warm\n")
+    with pytest.raises(UserError, match="executor: warm is unknown.*; there are local, slurm$"):
+        open_executor(str(tmp_path / "x.yaml"), {}, folder=tmp_path, gpus=1)
+
+
 def test_without_slurm_its_executor_says_so(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="there is no srun here"):

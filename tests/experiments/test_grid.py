@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import subprocess
+import threading
 import time
 
 import pytest
@@ -19,6 +20,7 @@ from ba_lora.experiments.executors.local import LocalExecutor
 from ba_lora.experiments.grid import Grid
 from ba_lora.experiments.options import read_grid_options, rows_for_gpus, select_rows
 from ba_lora.experiments.plan import dry_run, plan_runs
+from ba_lora.experiments.preparation import GRID_MODULE, prepare, prepare_words
 from ba_lora.experiments.spec import Spec
 from ba_lora.experiments.stages import evaluation_stages
 from ba_lora.experiments.state import inspect
@@ -412,6 +414,40 @@ def test_the_words_of_the_command_line():
     }.items():
         with pytest.raises(UserError, match=message):
             read_grid_options([word])
+
+
+def test_what_a_table_needs_first_is_told_how_and_where(folder):
+    words = ["retry=true", "workers=3", "executor=slurm", "executor.partition=gpu", "cancel=true", "seeds=1"]
+    options, _ = read_grid_options(words)
+    handed_on = ["workers=3", "retry=true", "cancel=true", "executor=slurm", "executor.partition=gpu"]
+    assert prepare_words((GRID_MODULE, "tuning"), options) == [GRID_MODULE, "tuning", *handed_on]
+    with pytest.raises(UserError, match="executor=slurm: the table needs python -m data.lab rule=0, which runs"):
+        prepare_words(("data.lab", "rule=0"), options)
+    options, _ = read_grid_options(["workers=3", "retry=true"])
+    assert prepare_words(("data.lab", "rule=0"), options) == ["data.lab", "rule=0", "workers=3"]
+
+
+def test_ctrl_c_reaches_what_a_table_needs_first_and_lets_it_end(tmp_path):
+    begun, ended = tmp_path / "begun", tmp_path / "ended"
+    code = f"""
+import pathlib, time
+try:
+    pathlib.Path({str(begun)!r}).touch()
+    time.sleep(600)
+except KeyboardInterrupt:
+    time.sleep(1)
+    pathlib.Path({str(ended)!r}).touch()
+"""
+
+    def interrupt():
+        while not begun.exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        prepare(["timeit", "-n", "1", "-r", "1", code])
+    assert ended.exists()
 
 
 def test_rows_can_be_chosen(folder):

@@ -169,6 +169,7 @@ def test_a_refused_run_is_not_trained_and_the_others_are(grid_folder, monkeypatc
     [record] = (grid_folder / "reports").glob("fake-*/declared.json")  # of before the first run
     declared = json.loads(record.read_text())
     assert (declared["num_results"], declared["tests"]["seeds"], declared["sha256"]) == (0, [1], table.sha256)
+    assert declared["dirty"] is True  # no commit has this table
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--dry-run"])
     assert grid.main() == 0
     lines = capsys.readouterr().out.splitlines()

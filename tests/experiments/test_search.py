@@ -2,11 +2,13 @@
 
 import csv
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -15,11 +17,11 @@ import yaml
 from ba_lora.errors import UserError
 from ba_lora.experiments.executors.base import Slot
 from ba_lora.experiments.executors.local import LocalExecutor
-from ba_lora.experiments.search import loop
+from ba_lora.experiments.search import loop, nomad
 from ba_lora.experiments.search.journal import COMPLETE, FAILED, PRUNED, Journal, Outcome
 from ba_lora.experiments.search.loop import Search, open_proposer
 from ba_lora.experiments.search.outcome import write_outcome
-from ba_lora.experiments.search.space import load_space
+from ba_lora.experiments.search.space import check_runs, load_space
 from ba_lora.experiments.search.trials import TrialRuns
 from tests.conftest import ROOT
 from tests.workers import fake_trial
@@ -206,6 +208,25 @@ def test_a_failed_trial_is_told_and_the_others_go_on(tmp_path, write, monkeypatc
         assert [bool(row["error"]) for row in csv.DictReader(file)] == failed
 
 
+def test_a_loss_that_is_not_finite_fails_its_trial_and_no_other(tmp_path, write, monkeypatch):
+    monkeypatch.setenv("FAKE_NAN", "adapter.rank=4")
+    found = search(tmp_path / "s", write(), engine="grid")
+    assert {status for status, values, _ in found if values["adapter.rank"] == 4} == {FAILED}
+    assert {status for status, values, _ in found if values["adapter.rank"] != 4} == {COMPLETE}
+    entries = json.loads((tmp_path / "s" / "trials.json").read_text())["trials"]
+    [failed, *_] = [entry for entry in entries if entry["status"] == FAILED]
+    assert failed["error"] == "its held-out loss is not finite" and failed["evaluations"]["4"] is None
+    assert search(tmp_path / "s", write(), engine="grid") == found  # its journal is read again
+
+
+def test_an_accuracy_that_is_not_finite_is_no_good_one(tmp_path, monkeypatch):
+    """NLU's losses are 1 − accuracy: one that is missing must not become −∞."""
+    run = types.SimpleNamespace(kind="nlu", nlu=types.SimpleNamespace(task="sst2"), run_path=tmp_path)
+    lines = [{"step": step, "max_steps": 2, "eval_heldout_accuracy": value} for step, value in ((1, 0.75), (2, None))]
+    (tmp_path / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert TrialRuns.evaluations(None, run) == [(1, 0.25, False), (2, math.inf, True)]
+
+
 def test_nomad_goes_on_after_a_failed_trial_but_cannot_start_from_one(tmp_path, write, monkeypatch):
     monkeypatch.setenv("FAKE_FAIL", "adapter.rank=16")
     found = search(tmp_path / "s", write(), engine="nomad")
@@ -219,6 +240,21 @@ def test_a_search_whose_first_trials_all_fail_ends(tmp_path, write, monkeypatch)
     monkeypatch.setenv("FAKE_FAIL", "seed=42")
     with pytest.raises(UserError, match="the first 5 trials have failed, the last one with: loss is not finite"):
         search(tmp_path / "s", write(), engine="random")
+
+
+def test_what_nomad_rounds_stays_in_the_space(write):
+    rate = {"float": [1.23456123e-4, 9.8765478e-4], "log": True, "start": 5e-4}
+    space = load_space(str(write(parameters={"trainer.learning_rate": rate})))
+    ends = [nomad.decoded([place], space)["trainer.learning_rate"] for place in (0, nomad.STEPS)]
+    assert ends == [1.23456123e-4, 9.8765478e-4]
+    within = nomad.decoded([1], space)["trainer.learning_rate"]
+    assert within == float(f"{within:.6g}") and 1.23456123e-4 < within < 9.8765478e-4
+
+
+def test_a_searched_method_is_not_typed(write):
+    path = write(parameters=PARAMETERS | {"method": {"choice": ["lora", "pissa"], "start": "lora"}})
+    with pytest.raises(UserError, match="method=lora: the search chooses method: leave it out"):
+        check_runs(load_space(str(path)), "toy", method="lora", words=[], kind="nlg")
 
 
 def test_an_engine_that_has_no_further_point_says_so(tmp_path, write):
@@ -278,6 +314,9 @@ def test_outcomes_are_told_in_order(tmp_path, write):
         (["toy", "toy", "workers=0"], "workers=0"),
         (["toy", "toy", "trainer.learning_rate=1"], "the search chooses trainer.learning_rate"),
         (["toy", "toy", "output=/proc/x"], "output"),
+        (["toy", "toy", "seed=7"], "seed=7: a search sets it for each trial: give seeds="),
+        (["toy", "toy", "output_dir=x"], "output_dir=x: a search sets it for each trial: give output=DIR"),
+        (["toy", "toy", "overwrite=true"], "overwrite=true: a search sets it for each trial"),
     ],
 )
 def test_what_is_wrong_on_the_command_line_is_one_line(words, message, monkeypatch, tmp_path):
@@ -311,6 +350,20 @@ def test_the_page_tells_what_the_committed_comparison_found():
         for seed, best in zip(one["search_seeds"], one["best"], strict=True):
             with open(ROOT / "results" / "search_toy" / f"{engine}-s{seed}" / "trials.csv") as file:
                 assert min(float(row["heldout_loss"]) for row in csv.DictReader(file)) == best
+
+
+def test_a_warm_stage_writes_its_log_anew_or_goes_on_with_it(tmp_path):
+    from ba_lora.experiments.executors.warm import WarmExecutor
+    from ba_lora.experiments.stages import Call, Stage
+
+    script, log = tmp_path / "script.py", tmp_path / "log"
+    script.write_text("import sys\nprint(*sys.argv[1:])\n")
+    executor = WarmExecutor([Slot("CPU", {})])
+    executor._context.set_forkserver_preload([])  # no torch is needed here
+    for words, append in (("old",), False), (("first",), False), (("second",), True):
+        stage = Stage("training", Call(str(script), settings=words, launch=(sys.executable,)), (tmp_path / "run",))
+        assert executor.start_process(stage, executor.slots[0], log, [], append=append).wait(60) == 0
+    assert log.read_text() == "first\nsecond\n"
 
 
 def test_no_gpu_is_forked():

@@ -16,7 +16,10 @@ import yaml
 from safetensors.torch import load_file
 
 from ba_lora.experiments import grid
+from ba_lora.experiments.executors import slurm as slurm_executor
+from ba_lora.experiments.executors.base import Busy, Slot, StageQueue
 from ba_lora.experiments.executors.slurm import SlurmExecutor, queue_states
+from ba_lora.experiments.stages import Call, Stage
 from tests.support import slurm
 from tests.workers import fake_grid
 
@@ -66,6 +69,38 @@ def events(run):
     record = json.loads(record_path.read_text())
     path = grid.GRID_PATH / "slurm" / record["key"] / f"{record['job']}_events.jsonl"
     return [json.loads(line)["event"] for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def test_a_controller_that_is_silent_forgets_no_job(tmp_path, monkeypatch):
+    """Without a cluster: the answers of squeue, sbatch and scancel are set."""
+    run = tmp_path / "run"
+    made, record = SlurmExecutor({"jobs_at_once": 1, "signal_seconds": 30}, tmp_path), tmp_path / "run.json"
+    record.write_text(json.dumps({"key": "k", "job": None}))
+    monkeypatch.setattr(slurm_executor, "_listed", lambda command: None)
+    with pytest.raises(Busy, match="does not say whether it has the job ba_lora-k"):
+        made.find(run)
+    assert record.is_file()
+    monkeypatch.setattr(slurm_executor, "_listed", lambda command: [])
+    assert made.find(run) is None and not record.exists()
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    stage = Stage("train", Call("train"), (run,))
+    made.submit(StageQueue([stage], tmp_path, []), Slot("Slurm", {}))
+    monkeypatch.setattr(made, "_array", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        made._submit_waiting()
+    assert json.loads(record.read_text())["job"] is None  # sbatch may have accepted it
+
+    made._given[0].job = "7"
+    for done, told in (
+        (1, "1 jobs may go on in Slurm (7): scancel failed: no contact"),
+        (0, "1 jobs are cancelled (7)"),
+    ):
+        answer = subprocess.CompletedProcess([], done, "", "scancel: error\nno contact\n")
+        monkeypatch.setattr(slurm_executor, "_ask", lambda command, answer=answer: answer)
+        assert made.cancel(jobs=True) == [told] and record.exists() == bool(done)
 
 
 @pytest.mark.slow

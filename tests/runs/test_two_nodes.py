@@ -1,17 +1,21 @@
 """Two machines: one run as on one machine with two processes; a lost machine is named, and the same command goes on."""
 
+import contextlib
 import json
+import math
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import yaml
 
+from ba_lora.errors import UserError
 from ba_lora.runs import machines
 from ba_lora.runs.environment import environment
 from ba_lora.runs.machines import RunMachine
@@ -226,6 +230,38 @@ def test_rows_are_compared_whatever_their_pieces_are():
         rows[::-1],
     ):
         assert machines._rows_hash(Dataset.from_list(changed)) != machines._rows_hash(whole)
+
+
+@pytest.mark.parametrize(("waits", "is_lost"), [([5.0] * 20, True), ([5.0, 600.0, *[5.0] * 11], False)])
+def test_a_process_that_was_suspended_takes_no_other_for_lost(waits, is_lost, monkeypatch, capsys):
+    """After 60 s of silence another one is lost, but a process's own 600 s do not count."""
+    clock, waits = [0.0], iter(waits)
+
+    def wait(seconds):
+        passed = next(waits, None)
+        clock[0] += passed or 0.0
+        return passed is None  # then it has ended
+
+    watch = object.__new__(machines.Watch)
+    watch.rank, watch.machines, watch.beat_s, watch.lost_after_s = (
+        0,
+        [RunMachine("a", [0]), RunMachine("b", [1])],
+        5,
+        60,
+    )
+    watch._changed, watch._answered, watch._ended = {0: 0.0, 1: 0.0}, math.inf, SimpleNamespace(wait=wait)
+    monkeypatch.setattr(machines, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(machines, "os", SimpleNamespace(_exit=sys.exit))
+    with pytest.raises(SystemExit) if is_lost else contextlib.nullcontext():
+        watch._guard()
+    assert ("rank 1 on b was lost" in capsys.readouterr().err) == is_lost
+
+
+@pytest.mark.parametrize("text", ["1 min", "0", "inf"])
+def test_the_seconds_to_wait_for_a_sign_are_a_number(text, monkeypatch):
+    monkeypatch.setenv("BA_LORA_LOST_AFTER", text)
+    with pytest.raises(UserError, match=f"BA_LORA_LOST_AFTER={text}: a number of seconds above 0"):
+        machines._lost_after_s()
 
 
 def test_a_result_counts_the_gpus_of_all_machines():

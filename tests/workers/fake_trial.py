@@ -2,6 +2,7 @@
 settings; and a whole search over such trainings.
 
     python fake_trial.py train RUN key=value …         FAKE_FAIL=WORD: trainings with this word fail
+                                                   FAKE_NAN=WORD: the last loss of these is not finite
     python fake_trial.py search CONFIG SPACE …         what sh scripts/search.sh would do
 """
 
@@ -32,6 +33,8 @@ def train(run_path: Path, words: list[str]) -> int:
         if (run_path / "stop").exists():
             return 130
         lines.append({"step": step, "max_steps": STEPS, "eval_task": distance + 1 / step + int(settings["seed"]) / 100})
+        if step == STEPS and os.environ.get("FAKE_NAN") in words:
+            lines[-1]["eval_task"] = None
         (run_path / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (run_path / "adapter").mkdir()
     training = {"seconds": 0.1, "steps": STEPS, "peak_memory_mb": 1.0, "trainable_parameters": 10}

@@ -1,4 +1,5 @@
-"""Where a grid's commands run: an executor a file of this folder, its settings in a file of configs/executors.
+"""Where a grid's commands run: an executor is a file of this folder that sets `EXECUTOR`, its settings are a file of
+configs/executors.
 
 A file of configs/executors names the executor, `executor: slurm`, and has its settings beside that word.
 """
@@ -30,7 +31,8 @@ def open_executor(
         raise UserError(f"executor={name}: no such file: {path}{nearest(name, known)}; there are {', '.join(known)}")
     settings = {**read_yaml(path), **typed}
     kind = settings.pop("executor", None)
-    kinds = sorted({file.stem for file in Path(__file__).parent.glob("*.py")} - {"__init__", "base"})
+    files = Path(__file__).parent.glob("*.py")
+    kinds = sorted(file.stem for file in files if "\nEXECUTOR = " in file.read_text(encoding="utf-8"))
     if kind not in kinds:
         raise UserError(f"{path}: executor: {kind} is unknown{nearest(kind, kinds)}; there are {', '.join(kinds)}")
     executor = importlib.import_module(f"{__name__}.{kind}").EXECUTOR

@@ -5,6 +5,7 @@ A grid takes a run's lock, asks `find` whether somebody has given the run away b
 says so by `forget`. `cancel` is the last call, whether all is done or the grid was interrupted.
 """
 
+import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -24,6 +25,12 @@ class Slot:
     environment: dict[str, str]
     lock_paths: tuple[Path, ...] = ()
     num_gpus: int = 0
+
+    @property
+    def launch_environment(self) -> dict[str, str]:
+        """What decides the launcher of a training here: the slot's environment and a chosen ACCELERATE_CONFIG."""
+        chosen = os.environ.get("ACCELERATE_CONFIG")
+        return self.environment | ({"ACCELERATE_CONFIG": chosen} if chosen else {})
 
 
 @dataclass(frozen=True)
@@ -86,6 +93,10 @@ class StageQueue:
         release(self.locks)
 
 
+class Busy(Exception):
+    """A run may be worked on elsewhere, and its executor cannot know now: it is asked again. The text says why."""
+
+
 class Executor(ABC):
     """Runs the work of a grid. A file of ba_lora/experiments/executors with a class of these methods, and `EXECUTOR`
     naming it, is one; `find`, `busy_elsewhere`, `forget` and `cancel` have a default for one that keeps nothing.
@@ -120,7 +131,7 @@ class Executor(ABC):
 
     def find(self, run_path: Path) -> StageQueue | None:
         """Return what an earlier grid has given away for this run, whose lock the caller holds, and nobody has
-        collected; `wait` will return it. None: nothing."""
+        collected; `wait` will return it. None: nothing. Raises Busy where that cannot be known now."""
         return None
 
     def forget(self, work: StageQueue, run_path: Path) -> None:  # noqa: B027 - most executors keep nothing

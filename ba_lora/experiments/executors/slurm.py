@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from ba_lora.errors import UserError
-from ba_lora.experiments.executors.base import Executor, Slot, StageFailure, StageQueue
+from ba_lora.experiments.executors.base import Busy, Executor, Slot, StageFailure, StageQueue
 from ba_lora.experiments.stage_job import UNMOVED, StageJob, unmoved_by_usr1
 from ba_lora.io import disk_errors, read_object, write_json_atomic
 from ba_lora.paths import PROJECT_ROOT, user_folder
@@ -123,6 +123,8 @@ class SlurmExecutor(Executor):
             return None
         key, job = record.get("key"), record.get("job")
         lost = _listed(["squeue", "-h", "-n", f"{JOB_NAME}-{key}", "-o", "%A"]) if job is None else None
+        if job is None and lost is None:
+            raise Busy(f"Slurm's controller does not say whether it has the job {JOB_NAME}-{key}")
         job_call = None if job is None else self._submitted(key, job)
         if job_call is None:
             for number in lost or ([job] if job else []):
@@ -168,7 +170,10 @@ class SlurmExecutor(Executor):
             return []
         if not jobs:
             return [f"{len(given)} jobs go on in Slurm ({names}): the same command finds them again"]
-        _ask(["scancel", *(one.job for one in given)])
+        done = _ask(["scancel", *(one.job for one in given)])
+        if done is None or done.returncode != 0:
+            why = ((done.stderr if done else "").strip().splitlines() or ["it does not answer"])[-1]
+            return [f"{len(given)} jobs may go on in Slurm ({names}): scancel failed: {why}"]
         for one in given:
             for path in one.work.run_paths:
                 self._record_path(path).unlink(missing_ok=True)
@@ -184,18 +189,13 @@ class SlurmExecutor(Executor):
             return
         key = uuid.uuid4().hex[:12]
         folder = self.folder / key
-        try:
-            with disk_errors(folder):
-                folder.mkdir(parents=True)
-                for given in waiting:
-                    given.key = key
-                    self._write_records(given)
-            jobs = self._array([self._job_call(given, folder) for given in waiting], folder, key, room)
-        except BaseException:
+        with disk_errors(folder):
+            folder.mkdir(parents=True)
             for given in waiting:
-                for path in given.work.run_paths:
-                    self._record_path(path).unlink(missing_ok=True)
-            raise
+                given.key = key
+                self._write_records(given)
+        # whatever fails now: sbatch may have accepted the jobs, the records let `find` look them up by their name
+        jobs = self._array([self._job_call(given, folder) for given in waiting], folder, key, room)
         for given, job in zip(waiting, jobs, strict=True):
             given.job, given.told, given.gone = job, 0, 0
             given.work.queued, given.work.place = True, f"job {job}"

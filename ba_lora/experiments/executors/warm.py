@@ -36,14 +36,17 @@ class WarmExecutor(LocalExecutor):
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload([IMPORTED])
 
-    def start_process(self, stage: Stage, slot: Slot, log_path: Path, locks: Sequence[IO[str]]) -> subprocess.Popen:
+    def start_process(
+        self, stage: Stage, slot: Slot, log_path: Path, locks: Sequence[IO[str]], *, append: bool = False
+    ) -> subprocess.Popen:
         call = stage.call
         if call.launch != (sys.executable,):
-            return super().start_process(stage, slot, log_path, locks)
+            return super().start_process(stage, slot, log_path, locks, append=append)
         with disk_errors(log_path):
             log_path.touch()
         environment = {**stage_environment(), **slot.environment}
-        process = self._context.Process(target=_run, args=(call.module, call.words, environment, str(log_path)))
+        words = (call.module, call.words, environment, str(log_path), append)
+        process = self._context.Process(target=_run, args=words)
         process.start()
         return _Started(process)
 
@@ -65,11 +68,11 @@ class _Started:
         return self._process.exitcode
 
 
-def _run(script: str, words: list[str], environment: dict[str, str], log_path: str) -> None:
+def _run(script: str, words: list[str], environment: dict[str, str], log_path: str, append: bool) -> None:
     """Be the script: in a session of its own, with its output in the log."""
     os.setsid()
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    log = os.open(log_path, os.O_WRONLY | os.O_TRUNC)
+    log = os.open(log_path, os.O_WRONLY | (os.O_APPEND if append else os.O_TRUNC))
     for descriptor in (1, 2):
         os.dup2(log, descriptor)
     sys.stdout = open(1, "w", buffering=1, encoding="utf-8", closefd=False)

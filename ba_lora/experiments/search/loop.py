@@ -4,6 +4,7 @@ Everything that counts is on disk before the next step depends on it (journal.py
 kill -9. Trials are proposed, and their outcomes told, in their numbers' order; trainings run in any (proposers.py).
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import IO, Any
@@ -173,7 +174,7 @@ class Search:
         config = spec.config
         stages: list[Stage] = []
         if not is_trained(config.run_path, config):
-            launch = launch_command(slot.environment, num_gpus=slot.num_gpus)
+            launch = launch_command(slot.launch_environment, num_gpus=slot.num_gpus)
             stages.append(training_stage(spec, launch))
         if config.kind == "nlg" and config.eval.tasks:
             stages += evaluation_stages([config])
@@ -200,7 +201,9 @@ class Search:
                     running.losses.append(loss)
                 if running.outcome is None and len(running.losses) == len(running.specs):
                     mean = sum(running.losses) / len(running.losses)
-                    running.outcome = Outcome(COMPLETE, mean, self._evaluations(running))
+                    error = {} if math.isfinite(mean) else {"error": "its held-out loss is not finite"}
+                    status, loss = (FAILED, None) if error else (COMPLETE, mean)
+                    running.outcome = Outcome(status, loss, self._evaluations(running), error)
             if running.outcome is not None:
                 running.outcome.facts |= {"seconds": round(running.seconds, 2), "runs": running.facts}
         finally:

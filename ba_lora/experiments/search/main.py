@@ -31,6 +31,7 @@ from ba_lora.config.checks import check_place
 from ba_lora.config.layers import find_config
 from ba_lora.config.schema import training_settings
 from ba_lora.errors import CommandParser, UserError, run_entry_point
+from ba_lora.experiments.executors.base import Slot
 from ba_lora.experiments.executors.local import LocalExecutor, local_slots
 from ba_lora.experiments.options import MAX_WORKERS
 from ba_lora.experiments.search.best import search_folder
@@ -134,7 +135,11 @@ def _dry_run(asked: Sequence[tuple[SearchSpace, TrialRuns, dict[str, Any]]], *, 
     for space, runs, first in asked:
         lines.append(f"{runs.folder}: {space.budget} trials by {space.engine}, {len(space.seeds)} training(s) each")
         spec = runs.spec(0, first, space.seeds[0])
-        lines.append(shlex.join(training_stage(spec, launch_command({}, num_gpus=gpus)).call.command))
+        lines.append(
+            shlex.join(
+                training_stage(spec, launch_command(Slot("", {}).launch_environment, num_gpus=gpus)).call.command
+            )
+        )
     return lines
 
 

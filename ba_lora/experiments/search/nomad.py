@@ -149,12 +149,17 @@ def start_point(space: SearchSpace) -> list[int]:
 
 
 def decoded(point: list[int], space: SearchSpace) -> dict[str, Any]:
-    """Return the values of the parameters at a point of whole numbers; floats with six digits. The starting point is
-    the space's start itself."""
+    """Return the values of the parameters at a point of whole numbers; floats with six digits, within their bounds. The
+    starting point is the space's start itself."""
     if space.start is not None and point == start_point(space):
         return space.start
-    values = {p.key: p.at(place / _steps(p)) for p, place in zip(space.parameters, point, strict=True)}
-    return {key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in values.items()}
+    return {p.key: _rounded(p, p.at(place / _steps(p))) for p, place in zip(space.parameters, point, strict=True)}
+
+
+def _rounded(parameter: Parameter, value: Any) -> Any:
+    if parameter.kind != "float":
+        return value
+    return min(max(float(f"{value:.6g}"), parameter.low), parameter.high)
 
 
 def child() -> None:

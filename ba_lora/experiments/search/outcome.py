@@ -15,7 +15,7 @@ from ba_lora.experiments.search.best import TRIALS
 from ba_lora.experiments.search.journal import PROPOSED, Journal, Trial
 from ba_lora.experiments.search.loop import best_of
 from ba_lora.experiments.search.trials import TrialRuns
-from ba_lora.io import read_object, write_json_atomic, write_text_atomic
+from ba_lora.io import finite, read_object, write_json_atomic, write_text_atomic
 from ba_lora.runs.environment import hardware_name
 
 BEST = "best.yaml"
@@ -24,7 +24,7 @@ BEST = "best.yaml"
 def write_outcome(folder: Path, journal: Journal, runs: TrialRuns, *, ended_early: str | None = None) -> Path | None:
     """Write the files; return the best config's, None where no trial is whole."""
     space, best = journal.space, best_of(journal.trials)
-    entries = [_entry(trial, journal) for trial in journal.trials]
+    entries = [finite(_entry(trial, journal)) for trial in journal.trials]
     write_json_atomic(
         folder / TRIALS,
         {

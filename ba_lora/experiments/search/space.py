@@ -342,6 +342,13 @@ def _check_together(parameters: Sequence[Parameter]) -> None:
         )
 
 
+OF_TRIALS = {  # what is not to be typed → what is
+    "seed": "give seeds=[1,2], or leave it out",
+    "output_dir": "give output=DIR, the search's folder, or leave it out",
+    "overwrite": "give output=DIR, another folder, or leave it out",
+}
+
+
 def check_runs(
     space: SearchSpace, config_path: str, *, method: str | None, words: Sequence[str], kind: str
 ) -> RunConfig:
@@ -351,6 +358,11 @@ def check_runs(
     for a value that no run may have.
     """
     searched = {parameter.key for parameter in space.parameters}
+    if method is not None and "method" in searched:
+        raise UserError(f"method={method}: the search chooses method: leave it out")
+    for word in words:
+        if instead := OF_TRIALS.get(word.partition("=")[0]):
+            raise UserError(f"{word}: a search sets it for each trial: {instead}")
     for word in (*words, *space.overrides):
         if word.partition("=")[0] in searched:
             raise UserError(f"{word}: the search chooses {word.partition('=')[0]}: leave it out")

@@ -63,14 +63,16 @@ class TrialRuns:
 
     def evaluations(self, config: RunConfig) -> list[tuple[int, float, bool]]:
         """Return (step, loss, whether it is the last one that the training will make), in the steps' order. The loss is
-        to be minimised: the task's loss on held-out rows, NLU: 1 − its first metric on them."""
+        to be minimised: the task's loss on held-out rows, NLU: 1 − its first metric on them; ∞ where it was not
+        finite."""
         name = _evaluated(config)
         found = []
         for entry in read_evaluations(config.run_path):
             if name in entry:
-                value = math.inf if entry[name] is None else float(entry[name])
+                value = math.nan if entry[name] is None else float(entry[name])
+                loss = value if config.kind == "nlg" else 1 - value
                 is_last = entry["step"] >= entry["max_steps"]
-                found.append((entry["step"], value if config.kind == "nlg" else 1 - value, is_last))
+                found.append((entry["step"], loss if math.isfinite(loss) else math.inf, is_last))
         return found
 
     def loss(self, config: RunConfig) -> float:

@@ -266,7 +266,7 @@ def test_the_report_tells_what_was_declared_before_the_first_run(table_path, rep
     table["report"]["primary"] = [{"column": "strict", "focus": "ba_lora", "against": "lora"}]
     table_path.write_text(yaml.safe_dump(table, sort_keys=False))
     folder = report_folder("two")
-    grid_state.declare(load_table(table_path), folder)
+    grid_state.declare(load_table(table_path), table_path, folder)
     fill(table_path)
     report(table_path)
     assert "sha256" in (told := capsys.readouterr().out) and "its primary tests are as declared" in told
@@ -286,7 +286,7 @@ def test_the_report_tells_what_was_declared_before_the_first_run(table_path, rep
     table["report"]["primary"][0]["column"] = "seconds"
     table["columns"]["seconds"]["task"] = "toy"
     table_path.write_text(yaml.safe_dump(table, sort_keys=False))
-    grid_state.declare(load_table(table_path), folder)  # the record of the first run stays
+    grid_state.declare(load_table(table_path), table_path, folder)  # the record of the first run stays
     report(table_path)
     told = capsys.readouterr().out
     assert "the file was changed since; what decides its tests was changed (columns, report): all tests" in told

@@ -33,7 +33,7 @@ def parse(**entries):
     return parse_hypotheses(entries, ROWS, ["wrong", "accuracy"], clusters="base", where="report.hypotheses")
 
 
-def found(entries, means, *, missing=(), sd=0.2, num_items=60, seed=0):
+def found(entries, means, *, missing=(), sd=0.2, num_items=60, seed=0, rows=ROWS):
     """Decide on runs with these means, (method, level) → column → value, two runs a model."""
     random = np.random.default_rng(seed)
     easy_N = random.normal(size=num_items)
@@ -43,7 +43,7 @@ def found(entries, means, *, missing=(), sd=0.2, num_items=60, seed=0):
         model = random.normal(0, sd)
         return mean + model + easy_N + random.normal(0, 0.2, (2, num_items))
 
-    clusters = Clusters(ROWS, "base", values, lambda row, column: 2 * ((row.method, level_of(row, "base")) in missing))
+    clusters = Clusters(rows, "base", values, lambda row, column: 2 * ((row.method, level_of(row, "base")) in missing))
     return {one.hypothesis.name: one for one in decide_all(parse(**entries), clusters)}
 
 
@@ -97,6 +97,19 @@ def test_a_guard_and_a_condition():
 def test_nothing_is_told_before_all_runs_are_there():
     one = found({"H1": H1}, means(ba_lora=(6.0, 1.0)), missing=[("pissa", "noise=0")])["H1"]
     assert one.decision == "not run" and one.num_missing == 10 and one.difference is one.p is None
+
+
+def test_a_condition_that_is_not_run_lets_no_other_through():
+    both = {"H0": CONDITION, "H1": H1}
+    found_ = found(both, means(ba_lora=(6.0, 1.0)), missing=[("untuned", "noise=0")])
+    assert (found_["H0"].decision, found_["H1"].decision) == ("not run", "undecided")
+    assert found_["H1"].difference is found_["H1"].p is found_["H1"].low is None and found_["H1"].num_missing == 0
+
+
+def test_four_models_decide_nothing():
+    rows = [row for row in ROWS if not row.setting.endswith("base=4")]
+    found_ = found({"H0": CONDITION, "H1": H1}, means(ba_lora=(6.0, 1.0)), rows=rows)
+    assert {one.decision for one in found_.values()} == {"undecided"} and found_["H1"].num_clusters == (4, 4)
 
 
 def test_holm_counts_what_was_not_run():
@@ -172,6 +185,7 @@ def test_what_is_confirmatory():
     assert standing(record, tests, "1").startswith(
         "Confirmatory: declared before the first run (2026-01-01, commit abc)"
     )
+    assert "abc, where the file was not committed)" in standing(record | {"dirty": True}, tests, "1")
     assert "changed since the first run" in standing(record, tests | {"rows": [2]}, "2")
     assert "3 results were there" in standing(record | {"num_results": 3}, tests, "1")
     assert standing(None, tests, "1").startswith("Exploratory")
