@@ -74,6 +74,7 @@ def check(result, *, num_rows, limit, processes):
     assert score["generation"]["engine"] == "vllm" and len(score["data_sha256"]) == 64
 
 
+@pytest.mark.slow
 def test_deepspeed_zero2_then_vllm(root, real_data, tmp_path):
     zero2 = {"ACCELERATE_CONFIG": "configs/accelerate/zero2.yaml", "NUM_PROCESSES": "2"}
     result, output = run_chain(
