@@ -178,6 +178,11 @@ def test_a_resumed_run_is_the_uninterrupted_one_and_its_exports_the_trained_mode
             PeftModel.from_pretrained(load_base(config), tmp_path / "run" / "adapter")
 
 
+def test_delta_lora_that_would_never_start_is_refused(base, tmp_path):
+    with pytest.raises(UserError, match="start=4: the run has 4 optimizer steps"):
+        built("delta_lora", base, tmp_path, "adapter.options.start=4")
+
+
 class NoTokenizer:
     def save_pretrained(self, folder):
         with folder_atomic(Path(folder) / "nothing"):
