@@ -93,6 +93,12 @@ def check_method(config: Any) -> None:
                 )
     if adapter.dropout and not tuner["has_dropout"]:
         raise UserError(f"adapter.dropout has no effect with adapter.tuner={adapter.tuner}: set it to 0")
+    if not tuner["packs"] and getattr(config.data, "packing", False):
+        raise UserError(f"adapter.tuner={adapter.tuner} puts its tokens before each row: set data.packing=false")
+    if not tuner["recomputes"] and config.trainer.get("gradient_checkpointing"):
+        raise UserError(
+            f"adapter.tuner={adapter.tuner} does not go with trainer.gradient_checkpointing: set it to false"
+        )
     if not tuner["merges"] and config.export.merged:
         raise UserError(f"adapter.tuner={adapter.tuner} cannot be merged into the model: set export.merged=false")
     if config.export.ranks and not tuner["cuts_ranks"]:

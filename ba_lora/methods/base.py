@@ -71,6 +71,8 @@ class Tuner(Part):
     cuts_ranks: ClassVar[bool] = False  # the trained adapter is one at every lower rank, too: export.ranks
     holds_head: ClassVar[bool] = False  # the adapter has a classifier's head, or its first module, of its own
     merges: ClassVar[bool] = True  # into an ordinary model folder
+    packs: ClassVar[bool] = True  # takes rows packed into one sequence: data.packing
+    recomputes: ClassVar[bool] = True  # takes trainer.gradient_checkpointing
     draws: ClassVar[bool] = True  # its first weights from the seed
     names_layers: ClassVar[bool] = False  # PEFT is given whole paths, not what stands in adapter.target_modules
     layer_types: ClassVar[tuple[str, ...]] = ("Linear", "Conv1D")

@@ -147,6 +147,19 @@ def test_arguments_that_are_refused(override: str, message: str) -> None:
     refused(f"trainer.{override}", match=message)
 
 
+@pytest.mark.parametrize(
+    ("method", "override", "message"),
+    [
+        ("prompt_tuning", "data.packing=true", "puts its tokens before each row: set data.packing=false"),
+        ("prefix_tuning", "data.packing=true", "puts its tokens before each row: set data.packing=false"),
+        ("prompt_tuning", "trainer.gradient_checkpointing=true", "does not go with trainer.gradient_checkpointing"),
+        ("prefix_tuning", "trainer.gradient_checkpointing=true", "does not go with trainer.gradient_checkpointing"),
+    ],
+)
+def test_what_a_method_has_no_use_for_is_refused(method: str, override: str, message: str) -> None:
+    refused(override, match=message, method=method)
+
+
 @pytest.mark.parametrize("name", ["wandb", "tensorboard"])
 def test_a_reporter_needs_its_package(name: str, monkeypatch) -> None:
     find_spec = __import__("importlib.util").util.find_spec
