@@ -154,6 +154,7 @@ def test_arguments_that_are_refused(override: str, message: str) -> None:
         ("prefix_tuning", "data.packing=true", "puts its tokens before each row: set data.packing=false"),
         ("prompt_tuning", "trainer.gradient_checkpointing=true", "does not go with trainer.gradient_checkpointing"),
         ("prefix_tuning", "trainer.gradient_checkpointing=true", "does not go with trainer.gradient_checkpointing"),
+        ("eva", "adapter.options.tau=1.0", "adapter.options.tau is 1.0"),
     ],
 )
 def test_what_a_method_has_no_use_for_is_refused(method: str, override: str, message: str) -> None:

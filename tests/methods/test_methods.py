@@ -183,6 +183,11 @@ def test_delta_lora_that_would_never_start_is_refused(base, tmp_path):
         built("delta_lora", base, tmp_path, "adapter.options.start=4")
 
 
+def test_eva_for_more_directions_than_inputs_is_refused(base, tmp_path):
+    with pytest.raises(UserError, match="takes 33 directions .* has 32 inputs"):
+        built("eva", base, tmp_path, "adapter.options={rows: 16, batch_size: 16, rho: 8.2}")
+
+
 class NoTokenizer:
     def save_pretrained(self, folder):
         with folder_atomic(Path(folder) / "nothing"):
