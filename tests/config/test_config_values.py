@@ -155,6 +155,8 @@ def test_arguments_that_are_refused(override: str, message: str) -> None:
         ("prompt_tuning", "trainer.gradient_checkpointing=true", "does not go with trainer.gradient_checkpointing"),
         ("prefix_tuning", "trainer.gradient_checkpointing=true", "does not go with trainer.gradient_checkpointing"),
         ("eva", "adapter.options.tau=1.0", "adapter.options.tau is 1.0"),
+        ("miss", "adapter.options.init_weights=bta", "init_weights=bta is unknown: choose one of True, bat, mini"),
+        ("miss", "adapter.options.init_weights=false", "init_weights=False is unknown"),
     ],
 )
 def test_what_a_method_has_no_use_for_is_refused(method: str, override: str, message: str) -> None:
