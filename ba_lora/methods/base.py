@@ -73,7 +73,8 @@ class Tuner(Part):
     merges: ClassVar[bool] = True  # into an ordinary model folder
     packs: ClassVar[bool] = True  # takes rows packed into one sequence: data.packing
     recomputes: ClassVar[bool] = True  # takes trainer.gradient_checkpointing
-    draws: ClassVar[bool] = True  # its first weights from the seed
+    draws: ClassVar[str | None] = "initialisation of the adapter"  # what of its start the seed moves, in words
+    draws_in_training: ClassVar[str | None] = None  # what of its steps the seed moves
     names_layers: ClassVar[bool] = False  # PEFT is given whole paths, not what stands in adapter.target_modules
     layer_types: ClassVar[tuple[str, ...]] = ("Linear", "Conv1D")
 

@@ -10,7 +10,7 @@ class Miss(Tuner):
 
     options = {"init_weights": (True, (True, "bat", "mini")), "mini_r": (None, None)}
     layer_types = ("Linear",)
-    draws = False
+    draws = None
 
     def largest_rank(self, num_in: int, num_out: int) -> int:
         return num_in

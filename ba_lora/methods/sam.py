@@ -28,7 +28,7 @@ class Sam(Tuner):
     names_layers = True
     has_dropout = False
     needs_rows = True
-    draws = True
+    draws = "rows of SAM's gradients"
 
     def largest_rank(self, num_in: int, num_out: int) -> None:
         return None
