@@ -51,6 +51,7 @@ class Part:
     limits: ClassVar[str] = "works on whole weights: set model.quantization=none"  # why not for other kinds, or for nf4
     needs_rows: ClassVar[bool] = False  # runs training rows through the model first
     no_deepspeed: ClassVar[str | None] = None  # why it cannot run under DeepSpeed
+    no_zero3: ClassVar[str | None] = None  # why it cannot run under ZeRO-3
 
     def __init__(self, adapter: "AdapterConfig | None" = None, seed: int = 0) -> None:
         self.adapter, self.seed = adapter, seed

@@ -188,6 +188,13 @@ def test_eva_for_more_directions_than_inputs_is_refused(base, tmp_path):
         built("eva", base, tmp_path, "adapter.options={rows: 16, batch_size: 16, rho: 8.2}")
 
 
+@pytest.mark.parametrize("method", ["sam", "peanut"])
+def test_whole_weights_are_not_to_be_had_under_zero_3(method, base, tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.integrations.is_deepspeed_zero3_enabled", lambda: True)
+    with pytest.raises(UserError, match="which ZeRO-3 splits"):
+        built(method, base, tmp_path)
+
+
 class NoTokenizer:
     def save_pretrained(self, folder):
         with folder_atomic(Path(folder) / "nothing"):
