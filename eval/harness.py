@@ -38,6 +38,7 @@ from ba_lora.paths import PROJECT_ROOT, resolve_data, resolve_path
 from ba_lora.rows import load_rows
 from ba_lora.runs.card import write_model_card
 from ba_lora.runs.results import refresh_result
+from eval.engines.adapters import adapter_rank, vllm_lora_rank
 from eval.engines.open import choose_engine
 from eval.engines.serving import ServedModel, kept_template, plan_serving
 from eval.tasks import TASKS
@@ -122,7 +123,7 @@ def model_arguments(served: ServedModel, engine: str, *, chat: bool = False) -> 
         arguments["peft" if engine == "hf" else "lora_local_path"] = str(served.adapter)
     if engine == "vllm":
         settings = read_object(served.adapter / "adapter_config.json") if served.adapter else None
-        arguments |= {"max_lora_rank": settings["r"], "enable_lora": True} if settings else {}
+        arguments |= {"max_lora_rank": vllm_lora_rank(adapter_rank(settings)), "enable_lora": True} if settings else {}
         return arguments | {"gpu_memory_utilization": 0.85}
     return arguments | {"dtype": "auto"}
 

@@ -93,6 +93,12 @@ def check_method(config: Any) -> None:
                 )
     if adapter.dropout and not tuner["has_dropout"]:
         raise UserError(f"adapter.dropout has no effect with adapter.tuner={adapter.tuner}: set it to 0")
+    if not tuner["packs"] and getattr(config.data, "packing", False):
+        raise UserError(f"adapter.tuner={adapter.tuner} puts its tokens before each row: set data.packing=false")
+    if not tuner["recomputes"] and config.trainer.get("gradient_checkpointing"):
+        raise UserError(
+            f"adapter.tuner={adapter.tuner} does not go with trainer.gradient_checkpointing: set it to false"
+        )
     if not tuner["merges"] and config.export.merged:
         raise UserError(f"adapter.tuner={adapter.tuner} cannot be merged into the model: set export.merged=false")
     if config.export.ranks and not tuner["cuts_ranks"]:
@@ -105,20 +111,27 @@ def check_method(config: Any) -> None:
             raise UserError(f"adapter.{name} is PiSSA's, which {adapter.init} has no use for: leave it out (null)")
     if optimizer and optimizer["replaces_adamw"]:
         chosen = config.trainer.get("optim", "adamw_torch")
-        if not str(chosen).startswith("adamw_torch"):
+        if chosen not in ("adamw_torch", "adamw_torch_fused"):
             raise UserError(
-                f"adapter.optimizer={adapter.optimizer} is built on AdamW: trainer.optim={chosen} does not go with it"
+                f"adapter.optimizer={adapter.optimizer} is built on AdamW: trainer.optim={chosen} does not go with it, "
+                "set adamw_torch"
             )
-    _check_options(adapter, named)
+    _check_options(config, named)
 
 
-def _check_options(adapter: Any, named: list[tuple[str, Any, dict[str, Any]]]) -> None:
+def _check_options(config: Any, named: list[tuple[str, Any, dict[str, Any]]]) -> None:
+    adapter, tuner = config.adapter, named[0][2]
     known: dict[str, tuple] = {}
-    if named[0][2]["selects_layers"]:
+    if tuner["selects_layers"]:
         known |= dict.fromkeys(LAYER_OPTIONS, (None, None))
     for _, _, found in named:
         known |= found.get("options", {})
     for name, value in adapter.options.items():
+        if name in LAYER_OPTIONS[1:] and name in known and (config.kind == "nlu" or tuner["names_layers"]):
+            raise UserError(
+                f"adapter.options.{name} has no effect here, where PEFT is given whole paths: leave layers out by "
+                "adapter.target_modules or adapter.options.exclude_modules"
+            )
         if name not in known:
             if name in _REFUSED_OPTIONS:
                 raise UserError(f"adapter.options.{name} is refused: {_REFUSED_OPTIONS[name]}")

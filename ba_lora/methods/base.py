@@ -51,6 +51,7 @@ class Part:
     limits: ClassVar[str] = "works on whole weights: set model.quantization=none"  # why not for other kinds, or for nf4
     needs_rows: ClassVar[bool] = False  # runs training rows through the model first
     no_deepspeed: ClassVar[str | None] = None  # why it cannot run under DeepSpeed
+    no_zero3: ClassVar[str | None] = None  # why it cannot run under ZeRO-3
 
     def __init__(self, adapter: "AdapterConfig | None" = None, seed: int = 0) -> None:
         self.adapter, self.seed = adapter, seed
@@ -71,7 +72,10 @@ class Tuner(Part):
     cuts_ranks: ClassVar[bool] = False  # the trained adapter is one at every lower rank, too: export.ranks
     holds_head: ClassVar[bool] = False  # the adapter has a classifier's head, or its first module, of its own
     merges: ClassVar[bool] = True  # into an ordinary model folder
-    draws: ClassVar[bool] = True  # its first weights from the seed
+    packs: ClassVar[bool] = True  # takes rows packed into one sequence: data.packing
+    recomputes: ClassVar[bool] = True  # takes trainer.gradient_checkpointing
+    draws: ClassVar[str | None] = "initialisation of the adapter"  # what of its start the seed moves, in words
+    draws_in_training: ClassVar[str | None] = None  # what of its steps the seed moves
     names_layers: ClassVar[bool] = False  # PEFT is given whole paths, not what stands in adapter.target_modules
     layer_types: ClassVar[tuple[str, ...]] = ("Linear", "Conv1D")
 

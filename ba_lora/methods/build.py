@@ -66,6 +66,8 @@ def build_model(
     from transformers.integrations import is_deepspeed_zero3_enabled
 
     method = TrainingMethod.of(config.adapter, seed=config.seed)
+    if is_deepspeed_zero3_enabled() and method.tuner.no_zero3:
+        raise UserError(method.tuner.no_zero3)
     model = _build(method, config, run_path, num_steps, measure, rows)
     model.training_method = method
     if "logits" not in before:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ba_lora.errors import UserError
 from ba_lora.methods.base import DEFAULT
 from ba_lora.methods.lora import Lora
 from ba_lora.methods.pissa import named_adapter_layers
@@ -22,7 +23,7 @@ from ba_lora.models.layers import factor_parameters
 
 
 class DeltaLora(Lora):
-    """`weight` is λ; `start` is K, the number of optimizer steps before."""
+    """`weight` is λ; `start` is K, the number of optimizer steps before, fewer than the run has."""
 
     options = {"weight": (2.0, "[0, 1000000]"), "start": (500, "[0, 1000000000]")}
     has_factors = False
@@ -35,6 +36,14 @@ class DeltaLora(Lora):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self._start: dict[str, tuple[Tensor, Tensor]] = {}  # layer → (A_K, B_K), once step K is reached
+
+    def peft_config(self, num_steps: int, **settings: Any) -> Any:
+        if self.option["start"] >= num_steps:
+            raise UserError(
+                f"adapter.options.start={self.option['start']}: the run has {num_steps} optimizer steps and would be "
+                "LoRA; set a smaller adapter.options.start"
+            )
+        return super().peft_config(num_steps, **settings)
 
     def prepare(self, model: nn.Module) -> None:
         if getattr(model, "_delta_lora_hooked", False):
@@ -79,7 +88,7 @@ class DeltaLora(Lora):
     def to_plain_lora(
         self, weights: dict[str, Tensor], settings: dict[str, Any], state: dict[str, Tensor]
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Of a run that never reached step K it is the adapter itself."""
+        """Before step K it is the adapter itself."""
         if not state:
             return weights, settings
         weight, converted = self.option["weight"], dict(weights)

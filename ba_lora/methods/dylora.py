@@ -29,6 +29,7 @@ class DyLora(Lora):
     quantizes = True
     plain_lora = "adapter"
     cuts_ranks = True
+    draws_in_training = "rank of each step"
     no_deepspeed = "DyLoRA sets gradients of single rows, which ZeRO splits: use DDP or one process"
 
     def __init__(self, *arguments: Any) -> None:

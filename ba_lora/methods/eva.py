@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ba_lora.errors import UserError
 from ba_lora.io import folder_atomic, load_tensors
 from ba_lora.methods.base import DEFAULT, Init, TrainingRows
+from ba_lora.methods.pissa import named_adapter_layers
 from ba_lora.methods.rows import batches
 from ba_lora.models.layers import adapter_layers, factor_parameters
 from ba_lora.processes import on_main_process
@@ -28,7 +29,7 @@ class Eva(Init):
 
     options = {
         "rho": (2.0, "[1, 1000]"),
-        "tau": (0.99, "(0, 1]"),
+        "tau": (0.99, "(0, 1)"),
         "rows": (1024, "[1, 10000000]"),
         "batch_size": (16, "[1, 100000]"),
     }
@@ -37,6 +38,7 @@ class Eva(Init):
     draws = "rows of EVA's inputs"
 
     def write_factors(self, model: nn.Module, path: Path, config: "RunConfig", rows: TrainingRows | None) -> None:
+        self._check_sizes(model)
         found: dict[str, Tensor] = {}
 
         def compute() -> None:
@@ -81,10 +83,23 @@ class Eva(Init):
         settings.init_lora_weights = "eva"
         settings.eva_config = EvaConfig(rho=self.option["rho"], tau=self.option["tau"], use_label_mask=label_mask)
 
+    def _num_directions(self) -> int:
+        """Return ρ r, the most directions of a layer, rounded as PEFT does."""
+        return round(self.option["rho"] * self.adapter.rank)
+
+    def _check_sizes(self, model: nn.Module) -> None:
+        """Raises UserError for a layer with fewer inputs than directions."""
+        for name, layer in named_adapter_layers(model):
+            if self._num_directions() > layer.in_features:
+                raise UserError(
+                    f"adapter.init=eva takes {self._num_directions()} directions (ρ r) of a layer's inputs, and {name} "
+                    f"has {layer.in_features} inputs: lower adapter.options.rho or adapter.rank"
+                )
+
     def _large_enough(self, given: list[dict[str, Tensor]], kind: str) -> list[dict[str, Tensor]]:
         """Return the batches with at least ρ r tokens: PEFT passes over smaller ones, and where there is no other it
         goes round and round. Raises UserError where none is left."""
-        needed = int(self.option["rho"] * self.adapter.rank)
+        needed = self._num_directions()
         counts = [int((b["labels"] != -100).sum() if kind == "nlg" else b["attention_mask"].sum()) for b in given]
         kept = [batch for batch, count in zip(given, counts, strict=True) if count >= needed]
         if not kept:

@@ -13,7 +13,7 @@ class OwnWeights(Tuner):
 
     own_weights = True
     selects_layers = False
-    draws = False
+    draws = None
     limits = "needs weights that can be trained, which quantised ones cannot: use adapter.tuner=lora"
 
     def choose(self, model: "nn.Module") -> None:

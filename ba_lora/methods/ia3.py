@@ -19,7 +19,7 @@ class IA3(Tuner):
 
     names_layers = True
     has_dropout = False
-    draws = False
+    draws = None
 
     def largest_rank(self, num_in: int, num_out: int) -> None:
         return None

@@ -8,9 +8,9 @@ from ba_lora.methods.base import Tuner, peft_settings
 class Miss(Tuner):
     """r · out parameters a layer, r at most `in`; `init_weights`: true, or `bat` or `mini`, PEFT's variants."""
 
-    options = {"init_weights": (None, None), "mini_r": (None, None)}
+    options = {"init_weights": (True, (True, "bat", "mini")), "mini_r": (None, None)}
     layer_types = ("Linear",)
-    draws = False
+    draws = None
 
     def largest_rank(self, num_in: int, num_out: int) -> int:
         return num_in
@@ -19,7 +19,9 @@ class Miss(Tuner):
         from peft import MissConfig
 
         adapter = self.adapter
-        return peft_settings(MissConfig, adapter, known=self.options, r=adapter.rank, miss_dropout=adapter.dropout)
+        return peft_settings(
+            MissConfig, adapter, known=self.options, r=adapter.rank, miss_dropout=adapter.dropout, **self.option
+        )
 
 
 TUNER = Miss

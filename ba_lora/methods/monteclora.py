@@ -32,6 +32,7 @@ class MonteCLora(Lora):
     quantizes = False
     limits = "draws in PEFT's plain layers, which a quantised base does not have"
     plain_lora = "lora"
+    draws_in_training = "noise of each pass"
 
     @staticmethod
     def recognises(peft_config: Any) -> bool:

@@ -16,6 +16,7 @@ class Peanut(Tuner):
     options = {"depth": (None, None), "act_fn": (None, None), "scaling": (None, None)}
     layer_types = ("Linear",)
     has_dropout = False
+    no_zero3 = "PEANuT reads whole weights in each pass, which ZeRO-3 splits: use ZeRO-2, DDP or one process"
 
     def largest_rank(self, num_in: int, num_out: int) -> None:
         return None

@@ -5,8 +5,6 @@ There is no layer to merge and no step 0 that is the pre-trained model: the virt
 
 from typing import Any, ClassVar
 
-from torch import nn
-
 from ba_lora.errors import UserError
 from ba_lora.methods.base import Tuner, peft_settings
 
@@ -21,6 +19,8 @@ class PromptTuning(Tuner):
     selects_layers = False
     has_dropout = False
     merges = False
+    packs = False
+    recomputes = False
     no_deepspeed = "virtual tokens are not tried under DeepSpeed: use DDP or one process"
 
     def largest_rank(self, num_in: int, num_out: int) -> None:
@@ -36,11 +36,6 @@ class PromptTuning(Tuner):
             "virtual tokens change the model before the first step: consistency with the pre-trained model would not "
             "begin at 0; set regularizers.lambda_consistency=0"
         )
-
-    def prepare(self, model: nn.Module) -> None:
-        """Raises UserError for gradient checkpointing, which would be without effect or wrong for prefixes."""
-        if getattr(model.get_base_model(), "is_gradient_checkpointing", False):
-            raise UserError("virtual tokens do not go with trainer.gradient_checkpointing=true: set it to false")
 
 
 TUNER = PromptTuning

@@ -28,7 +28,8 @@ class Sam(Tuner):
     names_layers = True
     has_dropout = False
     needs_rows = True
-    draws = True
+    no_zero3 = "SAM reads the gradients of whole weights, which ZeRO-3 splits: use ZeRO-2, DDP or one process"
+    draws = "rows of SAM's gradients"
 
     def largest_rank(self, num_in: int, num_out: int) -> None:
         return None

@@ -36,7 +36,8 @@ class Sara(Tuner):
     own_layers = True
     names_layers = True
     has_dropout = False
-    draws = False
+    draws = None
+    draws_in_training = "layers of SaRA's norm"
     no_deepspeed = "SaRA sets single gradients and moments, which ZeRO splits: use DDP or one process"
 
     def __init__(self, *arguments: Any) -> None:

@@ -1,7 +1,8 @@
 """A layer of which chosen weights are trained, and no others: W + M ⊙ P, M a fixed mask, P = 0 at the start.
 
 Kept are the places of M (`sparse_places`, flat, by rising number) and P there (`sparse_values`). SaRA and SAM
-(sara.py, sam.py) differ in the mask. The product W + M ⊙ P is made in every pass, which takes the memory of one weight.
+(sara.py, sam.py) differ in the mask. W + M ⊙ P is made in every pass, and autograd keeps it until the layer's backward
+pass: in training that is a second copy of all adapted weights.
 """
 
 from dataclasses import dataclass

@@ -72,7 +72,7 @@ class Ssf(Tuner):
     selects_layers = False
     layer_types = ("Linear",)
     has_dropout = False
-    draws = False
+    draws = None
     own_layers = True
     names_layers = True
 

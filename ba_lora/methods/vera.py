@@ -13,6 +13,7 @@ class Vera(Tuner):
     """out + r parameters a layer."""
 
     options = {"d_initial": (None, None), "projection_prng_key": (None, None)}
+    draws = None
 
     def largest_rank(self, num_in: int, num_out: int) -> None:
         return None

@@ -26,7 +26,7 @@ from ba_lora.config.methods import adapter_loads, init_facts, writes_lora
 from ba_lora.config.schema import RunConfig, public
 from ba_lora.errors import UserError
 from ba_lora.io import disk_errors, folder_atomic, load_tensors
-from ba_lora.methods.base import TrainingMethod
+from ba_lora.methods.base import DEFAULT, TrainingMethod
 from ba_lora.methods.build import probe_logits
 from ba_lora.methods.pissa import factors_path
 from ba_lora.models.pretrained import load_base, load_dequantized
@@ -179,7 +179,8 @@ def _run_tokenizer(config: RunConfig) -> "PreTrainedTokenizerBase":
 def export_lora(trainer: "BALoRATrainer", folder: str | Path) -> Path:
     """Write the trained adapter as a plain LoRA that any PEFT or vLLM loads on the untouched base; return the folder.
 
-    Of PiSSA and kin that is a LoRA of twice the rank, else the adapter itself. Every process calls it.
+    Of PiSSA and kin that is a LoRA of twice the rank, else the adapter itself, or what its method makes of it. Every
+    process calls it. Raises UserError for an adapter that is no LoRA.
     """
     from ba_lora.training.plain_lora import SETTINGS, WEIGHTS, write_plain_lora
 
@@ -187,7 +188,13 @@ def export_lora(trainer: "BALoRATrainer", folder: str | Path) -> Path:
     model = trainer.plain_model()
     if not hasattr(model, "peft_config"):
         raise UserError("export_lora needs a model with an adapter: save_model writes a model without one")
-    trainer.method.tuner.before_save(model)
+    tuner, kind = trainer.method.tuner, model.peft_config[DEFAULT].peft_type
+    if tuner.plain_lora != "lora" and kind != "LORA":
+        raise UserError(
+            f"export_lora: no plain LoRA equals an adapter of type {getattr(kind, 'value', kind)}: write it by "
+            "save_model, or merge it (merge_and_unload)"
+        )
+    tuner.before_save(model)
     temporary = folder.with_name(f".{folder.name}.saving")
     main = trainer.accelerator.is_main_process
     try:
@@ -196,9 +203,9 @@ def export_lora(trainer: "BALoRATrainer", folder: str | Path) -> Path:
         trainer.accelerator.wait_for_everyone()
         if main:
             with folder_atomic(folder) as target:
-                if trainer.initial_factors:
-                    settings = json.loads((temporary / SETTINGS).read_text())
-                    write_plain_lora(target, load_tensors(temporary / WEIGHTS), trainer.initial_factors, settings)
+                weights, settings = load_tensors(temporary / WEIGHTS), json.loads((temporary / SETTINGS).read_text())
+                weights, settings = tuner.to_plain_lora(weights, settings, tuner.state(model))
+                write_plain_lora(target, weights, trainer.initial_factors, settings)
                 for file in temporary.iterdir():  # no pickles, and no card that knows nothing of the training
                     if not (target / file.name).exists() and file.name not in ("training_args.bin", "README.md"):
                         shutil.move(file, target / file.name)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ba_lora.config.schema import BALoRAConfig
 from ba_lora.config.schema_nlg import LossConfig
 from ba_lora.errors import UserError
-from ba_lora.methods.base import method_of
+from ba_lora.methods.base import Tuner, method_of
 from ba_lora.objective.objective import TokenObjective
 from ba_lora.objective.schedules import scheduled_weight
 from ba_lora.objective.terms.base import Term
@@ -25,6 +25,9 @@ try:
     from trl import SFTTrainer
 except ImportError as error:
     raise UserError("BALoRASFTTrainer needs TRL: pip install 'ba-lora[trl]', or trl==1.16.0") from error
+
+
+STEP_HOOKS = ("begin_step", "before_step", "after_step")  # of a tuner, which only BALoRATrainer calls
 
 
 class BALoRALoss:
@@ -48,6 +51,11 @@ class BALoRALoss:
         self.method = method_of(self.model)  # for export_lora
         if list(self.method.tuner.terms(self.model)):
             raise UserError("this adapter adds a term to the loss, which BALoRATrainer knows: use BALoRATrainer")
+        hooks = [name for name in STEP_HOOKS if getattr(type(self.method.tuner), name) is not getattr(Tuner, name)]
+        if self.method.optimizer is not None or hooks:
+            raise UserError(
+                "this method has a part in each optimizer step, which BALoRATrainer knows: use BALoRATrainer"
+            )
         self.initial_factors = initial_factors(self.model)
         self._has_begun = False
         regularizers = regularizers or BALoRAConfig()

@@ -59,6 +59,13 @@ def adapter_rank(settings: Mapping[str, Any]) -> int:
     return max([int(settings.get("r", 1)), *map(int, (settings.get("rank_pattern") or {}).values())])
 
 
+def vllm_lora_rank(rank: int) -> int:
+    """Return the smallest max_lora_rank of vLLM that takes adapters of this rank."""
+    if rank > VLLM_LORA_RANKS[-1]:
+        raise UserError(f"vLLM serves LoRA ranks up to {VLLM_LORA_RANKS[-1]}, not {rank}: serve the merged model")
+    return next(allowed for allowed in VLLM_LORA_RANKS if allowed >= rank)
+
+
 def hot_obstacle(settings: Mapping[str, Any]) -> str | None:
     """Return why an adapter with these settings cannot be served hot by vLLM, or None."""
     if settings.get("peft_type") != "LORA":

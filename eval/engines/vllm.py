@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ba_lora.errors import UserError, in_one_line
-from eval.engines.adapters import VLLM_LORA_RANKS, adapter_rank, hot_obstacle, read_adapter
+from eval.engines.adapters import adapter_rank, hot_obstacle, read_adapter, vllm_lora_rank
 from eval.engines.base import Engine, EngineOptions, Sampling
 
 VLLM_CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # others kill it at the first request
@@ -87,7 +87,7 @@ class VLLMEngine(Engine):
             if obstacle := hot_obstacle(settings):
                 raise UserError(f"{folder} cannot be served hot: {obstacle}; serve the merged model, or --engine hf")
             rank = max(rank, adapter_rank(settings))
-        return next(allowed for allowed in VLLM_LORA_RANKS if allowed >= rank)
+        return vllm_lora_rank(rank)
 
     def _generate_ids(
         self,

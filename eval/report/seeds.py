@@ -16,7 +16,9 @@ def moved_by_seed(config: RunConfig) -> tuple[str, ...]:
     if init.get("draws"):
         moved.append(init["draws"])
     elif tuner["draws"] and not init:
-        moved.append("initialisation of the adapter")
+        moved.append(tuner["draws"])
+    if tuner["draws_in_training"]:
+        moved.append(tuner["draws_in_training"])
     if config.kind == "nlu":
         moved += ["initialisation of the head", "dropout of the encoder"]
     if adapter.dropout and not adapter.trains_own_weights:

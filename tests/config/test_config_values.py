@@ -147,6 +147,30 @@ def test_arguments_that_are_refused(override: str, message: str) -> None:
     refused(f"trainer.{override}", match=message)
 
 
+@pytest.mark.parametrize(
+    ("method", "override", "message"),
+    [
+        ("prompt_tuning", "data.packing=true", "puts its tokens before each row: set data.packing=false"),
+        ("prefix_tuning", "data.packing=true", "puts its tokens before each row: set data.packing=false"),
+        ("prompt_tuning", "trainer.gradient_checkpointing=true", "does not go with trainer.gradient_checkpointing"),
+        ("prefix_tuning", "trainer.gradient_checkpointing=true", "does not go with trainer.gradient_checkpointing"),
+        ("eva", "adapter.options.tau=1.0", "adapter.options.tau is 1.0"),
+        ("miss", "adapter.options.init_weights=bta", "init_weights=bta is unknown: choose one of True, bat, mini"),
+        ("miss", "adapter.options.init_weights=false", "init_weights=False is unknown"),
+        ("lora_pro", "trainer.optim=adamw_torch_8bit", "is built on AdamW: .* set adamw_torch"),
+    ],
+)
+def test_what_a_method_has_no_use_for_is_refused(method: str, override: str, message: str) -> None:
+    refused(override, match=message, method=method)
+
+
+def test_layers_by_number_are_refused_where_peft_is_given_paths() -> None:
+    layers = "adapter.options.layers_to_transform=[0]"
+    refused(layers, match="layers_to_transform has no effect here", config=TOY_NLU, method="lora")
+    refused(layers, match="layers_to_transform has no effect here", method="ia3")
+    assert load_config(TOY, method="lora", overrides=[layers]).adapter.options == {"layers_to_transform": [0]}
+
+
 @pytest.mark.parametrize("name", ["wandb", "tensorboard"])
 def test_a_reporter_needs_its_package(name: str, monkeypatch) -> None:
     find_spec = __import__("importlib.util").util.find_spec

@@ -125,3 +125,13 @@ def test_the_real_harness_on_real_sets(real_data, tmp_path):
     assert scores["gsm8k_alpaca"]["metrics"]["exact_match_flexible_extract"] == 0
     with pytest.raises(UserError, match="has no task mgsm_direct_xx .nearest: mgsm_direct_"):
         harness.check(["x", "mgsm_direct_xx"])
+
+
+def test_vllm_is_told_a_rank_that_it_takes(tmp_path):
+    """The next of its values above the largest rank of a layer."""
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 4, "rank_pattern": {"q_proj": 20}}))
+    told = harness.model_arguments(ServedModel("x", "base", "adapter", adapter=tmp_path), "vllm")
+    assert told["max_lora_rank"] == 32 and told["enable_lora"] is True
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 1024}))
+    with pytest.raises(UserError, match="vLLM serves LoRA ranks up to 512, not 1024"):
+        harness.model_arguments(ServedModel("x", "base", "adapter", adapter=tmp_path), "vllm")

@@ -45,6 +45,16 @@ def test_olora():
     close(second @ first, [[3, 2.4], [4, 3.2]])
 
 
+def test_olora_of_peft_fails_on_conv1d():
+    """It builds, and the first forward pass has factors of the other shape."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    settings = LoraConfig(r=4, target_modules=["c_attn"], init_lora_weights="olora", fan_in_fan_out=True)
+    model = get_peft_model(GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2)), settings)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        model(torch.arange(5)[None])
+
+
 def test_milora():
     first, second = milora_factors(tensor([2, 1], [1, 2]), 1, 1.0)
     close(second @ first, [[0.5, -0.5], [-0.5, 0.5]])

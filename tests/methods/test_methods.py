@@ -19,6 +19,7 @@ from peft import PeftModel
 from ba_lora.config.layers import METHODS_PATH, load_config
 from ba_lora.config.methods import adapter_loads, writes_lora
 from ba_lora.config.schema import BALoRAConfig
+from ba_lora.errors import UserError
 from ba_lora.io import folder_atomic
 from ba_lora.methods.build import build_model, parameter_counts, probe_logits
 from ba_lora.models.pretrained import load_base
@@ -177,10 +178,47 @@ def test_a_resumed_run_is_the_uninterrupted_one_and_its_exports_the_trained_mode
             PeftModel.from_pretrained(load_base(config), tmp_path / "run" / "adapter")
 
 
+def test_delta_lora_that_would_never_start_is_refused(base, tmp_path):
+    with pytest.raises(UserError, match="start=4: the run has 4 optimizer steps"):
+        built("delta_lora", base, tmp_path, "adapter.options.start=4")
+
+
+def test_eva_for_more_directions_than_inputs_is_refused(base, tmp_path):
+    with pytest.raises(UserError, match="takes 33 directions .* has 32 inputs"):
+        built("eva", base, tmp_path, "adapter.options={rows: 16, batch_size: 16, rho: 8.2}")
+
+
+@pytest.mark.parametrize("method", ["sam", "peanut"])
+def test_whole_weights_are_not_to_be_had_under_zero_3(method, base, tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.integrations.is_deepspeed_zero3_enabled", lambda: True)
+    with pytest.raises(UserError, match="which ZeRO-3 splits"):
+        built(method, base, tmp_path)
+
+
 class NoTokenizer:
     def save_pretrained(self, folder):
         with folder_atomic(Path(folder) / "nothing"):
             pass
+
+
+@pytest.mark.parametrize("method", ["delta_lora", "monteclora", "lorta"])
+def test_the_library_exports_what_a_method_makes_of_its_adapter(method, base, tmp_path):
+    trained = trainer_of(method, base, tmp_path)
+    trained.train()
+    ids = torch.arange(3, 40)[None]
+    folder = export.export_lora(trained, tmp_path / "lora")
+    served = PeftModel.from_pretrained(tiny_llama(), folder).eval()
+    assert json.loads((folder / "adapter_config.json").read_text())["peft_type"] == "LORA"
+    with torch.no_grad():
+        logits, untrained = trained.plain_model().eval()(ids).logits, tiny_llama()(ids).logits
+        torch.testing.assert_close(served(ids).logits, logits, atol=1e-5, rtol=0)
+    assert (logits - untrained).abs().max() > 1e-3
+
+
+def test_the_library_refuses_to_export_what_is_no_lora(base, tmp_path):
+    with pytest.raises(UserError, match="no plain LoRA equals an adapter of type IA3"):
+        export.export_lora(trainer_of("ia3", base, tmp_path), tmp_path / "lora")
+    assert not (tmp_path / "lora").exists()
 
 
 @pytest.mark.parametrize("method", mostly_slow(ADAPTERS, ("adalora", "dylora", "lora_pro", "ssf")))

@@ -5,11 +5,12 @@ import sys
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, PeftModel
+from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ba_lora import BALoRAConfig, export_lora
 from ba_lora.errors import UserError
+from ba_lora.methods.base import AdapterOptimizer, TrainingMethod, Tuner
 from tests.support.chat_templates import chat_tokenizer
 
 OFF = BALoRAConfig(lambda_consistency=0, lambda_diversity=0, lambda_svd=0)
@@ -54,7 +55,9 @@ def sft(tiny_model, tmp_path):
             args=arguments,
             train_dataset=Dataset.from_list(rows),
             processing_class=tokenizer or AutoTokenizer.from_pretrained(tiny_model),
-            peft_config=LoraConfig(r=4, lora_alpha=4, target_modules="all-linear", init_lora_weights=init),
+            peft_config=None
+            if hasattr(model, "peft_config")
+            else LoraConfig(r=4, lora_alpha=4, target_modules="all-linear", init_lora_weights=init),
             **more,
         )
         trainer.train()
@@ -98,3 +101,15 @@ def test_another_task_loss_is_refused(sft):
         sft(BALoRAConfig(), loss_type="dft", steps=1)
     with pytest.raises(UserError, match="gradient_share is BALoRATrainer's"):
         sft(BALoRAConfig(lambda_mode="gradient_share"), steps=1)
+
+
+def test_a_method_that_acts_in_each_step_is_refused(sft, tiny_model):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    settings = AdaLoraConfig(init_r=4, target_r=2, total_step=20, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    with pytest.raises(UserError, match="use BALoRATrainer"):
+        sft(OFF, model=get_peft_model(model, settings))
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    model.training_method = TrainingMethod(Tuner(), optimizer=AdapterOptimizer())
+    with pytest.raises(UserError, match="use BALoRATrainer"):
+        sft(OFF, model=model)
