@@ -8,25 +8,27 @@ it. Printed is {"unquantized_logit_difference"}: the largest |Δ logit| to the u
 the first task.
 """
 
+import argparse
 import json
 import sys
 from pathlib import Path
 
 from ba_lora.config.layers import load_run
 from ba_lora.config.schema_nlg import NLGConfig
-from ba_lora.errors import run_entry_point
+from ba_lora.errors import CommandParser, run_entry_point
 from ba_lora.io import folder_atomic
-from ba_lora.methods.build import probe_logits
-from ba_lora.models.pretrained import load_base, load_dequantized
-from ba_lora.models.tokenizer import load_tokenizer
 from ba_lora.prompts import build_prompt
-from ba_lora.runs.parity import probe_batch
-from eval.tasks import get_task
 
 
 def write_dequantized(run_path: Path, config: NLGConfig) -> float:
     """Write merged/ of the pre-trained quantised model; return the largest |Δ logit| to the unquantised one."""
-    tokenizer = load_tokenizer(config.model, template=config.data.template)
+    from ba_lora.methods.build import probe_logits
+    from ba_lora.models.pretrained import load_base, load_dequantized
+    from ba_lora.models.tokenizer import load_tokenizer
+    from ba_lora.runs.parity import probe_batch
+    from eval.tasks import get_task
+
+    tokenizer = load_tokenizer(config.model)
     task = get_task(config.eval.tasks[0])
     items, _ = task.load(config.eval.data.get(task.name))
     prompts = [build_prompt(item.instruction, template=task.template) for item in items[:2]]
@@ -41,6 +43,10 @@ def write_dequantized(run_path: Path, config: NLGConfig) -> float:
 
 
 def main() -> None:
+    parser = CommandParser(
+        prog="python -m eval.dequantize", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.parse_args()
     run_path = Path(json.load(sys.stdin))
     print(json.dumps({"unquantized_logit_difference": write_dequantized(run_path, load_run(run_path))}))
 

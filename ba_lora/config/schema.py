@@ -30,7 +30,7 @@ LAMBDA_MODES = ("fixed", "gradient_share")
 # What eval.options may hold: settings of eval.generate that change no other part of the run, and choices of the tasks.
 GENERATION_OPTIONS = (
     "max_new_tokens", "temperature", "top_p", "num_samples", "seed", "template", "batch_size", "dtype", "max_model_len",
-    "attention", "tensor_parallel_size", "gpu_memory_utilization", "serve", "protocol", "subset",
+    "attention", "tensor_parallel_size", "gpu_memory_utilization", "serve", "thinking", "protocol", "subset",
 )  # fmt: skip
 RUN_MEASURES = ("inheritance", "likelihood")  # measured on the run itself, not on completions: eval/<name>.py
 HARNESS = "harness/"  # before the name of a task of lm-evaluation-harness: eval/harness.py
