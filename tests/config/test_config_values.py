@@ -362,6 +362,7 @@ MODULES = {
     "scripts.bench": "python scripts/bench.py",
     "scripts.bench_page": "python scripts/bench_page.py",
     "scripts.bench_pissa": "python scripts/bench_pissa.py",
+    "eval.harness": "sh scripts/harness.sh",
     "eval.report.__main__": "python -m eval.report",
 }
 
