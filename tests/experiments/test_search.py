@@ -370,7 +370,7 @@ def test_no_gpu_is_forked():
     from ba_lora.experiments.executors.warm import WarmExecutor
 
     with pytest.raises(UserError, match="warm: true is for the CPU"):
-        WarmExecutor([Slot("GPU 0", {}, (Path("gpu.lock"),))])
+        WarmExecutor([Slot("GPU 0", {}, (Path("gpu.lock"),), num_gpus=1)])
 
 
 @pytest.mark.slow
