@@ -43,8 +43,9 @@ class Endpoint:
         return None if is_here or parts.scheme == "https" else host
 
 
-def endpoint_from_environment(environ: Mapping[str, str] = os.environ) -> Endpoint:
-    """Return the endpoint that the environment names. Raises UserError naming the variable to set."""
+def endpoint_from_environment(environ: Mapping[str, str] | None = None) -> Endpoint:
+    """Return the endpoint that the environment (os.environ) names. Raises UserError naming the variable to set."""
+    environ = os.environ if environ is None else environ
     model = environ.get("JUDGE_MODEL", "").strip()
     if not model:
         raise UserError("JUDGE_MODEL is not set: name the judge, e.g. JUDGE_MODEL=gpt-4-0613")

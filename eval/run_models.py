@@ -28,7 +28,9 @@ class RunModel:
 def open_models(run_paths: Sequence[Path], *, seed: int, trust_remote_code: bool) -> Iterator[RunModel]:
     """Yield for each pre-trained model first it, then its runs; an engine is closed when the next one is asked for."""
     configs = {path: load_run(path) for path in run_paths}
-    tuned = [path for path, config in configs.items() if config.method != UNTUNED or _serve(path) == "merged"]
+    tuned = [
+        path for path, config in configs.items() if config.method != UNTUNED or config.model.quantization != "none"
+    ]
     served = {model.run: model for path in tuned for model in serving.plan_serving([str(path)], serve=_serve(path))}
     groups: dict[tuple[str, str | None], list[Path]] = {}
     for path, config in configs.items():

@@ -50,7 +50,7 @@ def judge(
     store: Path,
     options: JudgeOptions | None = None,
     progress: Callable[[int], object] | None = None,
-    environ: Mapping[str, str] = os.environ,
+    environ: Mapping[str, str] | None = None,
 ) -> Judged:
     """Return `options.judgements` ratings of each request, asking only for those that `store` does not hold.
 
@@ -58,6 +58,7 @@ def judge(
     fails, another process writes to `store`, or judgements of two judges would be mixed; what was paid is on file then.
     """
     options = options or JudgeOptions()
+    environ = os.environ if environ is None else environ  # as it is now: a default would be that of the import
     with Store(store) as stored:
         name = environ.get("JUDGE_MODEL", "").strip() or stored.only_judge(requests, options)
         wanted = {

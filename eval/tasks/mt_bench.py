@@ -135,7 +135,7 @@ class MTBench(Task):
         store: Path,
         options: JudgeOptions,
         progress: Callable[[int], object] | None = None,
-        environ: Mapping[str, str] = os.environ,
+        environ: Mapping[str, str] | None = None,
     ) -> tuple[list[list[Grade]], dict]:
         """Have every answer judged; return the grades (items → samples) and the result's "judge" and "ratings".
 

@@ -329,7 +329,7 @@ def run(train_nlu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     results = f"results_dir={tmp_path / 'results'}"  # no part of a run's config.yaml
     load = eval.nlu.load_config
     monkeypatch.setattr(
-        eval.nlu, "load_config", lambda *a, overrides, **k: load(*a, overrides=[*overrides, results], **k)
+        eval.nlu, "load_config", lambda *a, overrides=(), **k: load(*a, overrides=[*overrides, results], **k)
     )
     return train_nlu(*config, task="sst2")
 
