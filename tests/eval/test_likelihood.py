@@ -70,7 +70,8 @@ def test_the_pretrained_model_and_a_run_of_it(monkeypatch, root, tmp_path, data,
     config = untuned_config(load_config("configs/nlg/toy.yaml"))
     config.output_dir = str(tmp_path / "untuned")
     prepare_evaluation(config)
-    run = train("export.merged=false", "trainer.learning_rate=0.05", method="lora")
+    base = root / "data" / "toy" / "clean"
+    run = train("export.merged=false", "trainer.learning_rate=0.05", f"model.name={base}", method="lora")
     untuned, tuned = measure(monkeypatch, root, data, tmp_path / "untuned", run)
     assert untuned["n"] == 12 and untuned["metrics"]["kl"] == 0.0 < tuned["metrics"]["kl"]
     assert untuned["perplexity"]["before"] == untuned["perplexity"]["after"] == tuned["perplexity"]["before"]

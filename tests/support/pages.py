@@ -33,7 +33,7 @@ COMMANDS = list(dict.fromkeys(line for page in PAGES for line in commands(page))
 
 def words_of(module: str, places: dict[str, object] | None = None) -> list[str]:
     """Return the arguments of the pages' only line for `python -m module`, its placeholders replaced."""
-    (line,) = [line for line in COMMANDS if f"python -m {module} " in line]
+    (line,) = [line for line in COMMANDS if f"python -m {module} " in line and "RUN_OWN" not in line]
     text = " ".join(line.split()[3:])
     for name, place in (places or {}).items():
         text = text.replace(name, str(place))
