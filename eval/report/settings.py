@@ -14,7 +14,8 @@ from ba_lora.config.schema import UNTUNED
 from ba_lora.errors import UserError
 from ba_lora.experiments.tables import Row
 from ba_lora.words import nearest
-from eval.report.spec import PlannedRun, ReportColumn, TableSpec
+from eval.report.columns import ReportColumn
+from eval.report.spec import PlannedRun, TableSpec
 from eval.scoring import stale_reason
 
 Entry = Mapping[str, Any]  # one task's part of a result's "evaluation"

@@ -8,8 +8,9 @@ from statistics import fmean
 
 from ba_lora.experiments.tables import Row
 from eval.report.cells import Cell
+from eval.report.columns import ReportColumn
 from eval.report.comparisons import Comparison
-from eval.report.spec import ReportColumn, TableSpec, row_name
+from eval.report.spec import TableSpec, row_name
 from eval.report.stats import LEAST_SEEDS, SIGNIFICANT
 from eval.report.table import ReportTable
 
