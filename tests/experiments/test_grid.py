@@ -444,9 +444,13 @@ except KeyboardInterrupt:
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGINT)
 
-    threading.Thread(target=interrupt, daemon=True).start()
-    with pytest.raises(KeyboardInterrupt):
-        prepare(["timeit", "-n", "1", "-r", "1", code])
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    try:
+        threading.Thread(target=interrupt, daemon=True).start()
+        with pytest.raises(KeyboardInterrupt):
+            prepare(["timeit", "-n", "1", "-r", "1", code])
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert ended.exists()
 
 
