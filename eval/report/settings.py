@@ -146,8 +146,8 @@ def differences(spec: TableSpec, used: Sequence[Used], *, allow: Iterable[str]) 
     if refused:
         more = f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""
         setting, matter = min(refused, key=lambda one: one[0] not in NEVER_ALLOWED)
-        mend = "make these runs alike, or admit it with allow=NAME[,NAME] and it is footnoted"
-        raise UserError(f"table {spec.name}: {matter}{more}: {NEVER_ALLOWED.get(setting, mend)}")
+        fix = "make these runs alike, or admit it with allow=NAME[,NAME] and it is footnoted"
+        raise UserError(f"table {spec.name}: {matter}{more}: {NEVER_ALLOWED.get(setting, fix)}")
     return notes
 
 

@@ -218,7 +218,7 @@ def comparison_legend(table: ReportTable) -> list[str]:
     ]
     if seeds_only:
         lines[0] += (
-            " Where a reason stands in brackets the items are not known: the interval is over seeds alone (Welch), and "
+            " Where a reason stands in brackets the items are not known: the interval is over seeds only (Welch), and "
             "says nothing of other items."
         )
     few = [one for one in table.comparisons if one.p is None and one.num_items is not None]

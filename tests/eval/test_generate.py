@@ -160,7 +160,7 @@ def _edit_gold(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "anew"),
+    ("change", "again"),
     [
         (lambda run: _edit(run / "train.json"), {"gsm8k", "math"}),
         (lambda run: _edit(run.parent / "gsm8k.jsonl"), {"gsm8k"}),
@@ -173,7 +173,7 @@ def _edit_gold(path: Path) -> None:
         ("overwrite=true", {"gsm8k", "math"}),
     ],
     ids=[
-        "trained anew",
+        "trained again",
         "another question",
         "another gold",
         "a truncated file",
@@ -185,7 +185,7 @@ def _edit_gold(path: Path) -> None:
     ],
 )
 def test_what_no_longer_answers_the_request_is_made_anew(
-    two_tasks: list[str], tmp_path: Path, capsys: pytest.CaptureFixture, change: object, anew: set
+    two_tasks: list[str], tmp_path: Path, capsys: pytest.CaptureFixture, change: object, again: set
 ) -> None:
     main(two_tasks)
     capsys.readouterr()
@@ -193,7 +193,7 @@ def test_what_no_longer_answers_the_request_is_made_anew(
         change(tmp_path / "run")
     main(two_tasks if callable(change) else [*two_tasks, change])
     lines = capsys.readouterr().out.splitlines()
-    assert {line.split()[1].rstrip(":") for line in lines if "answered already" not in line} == anew
+    assert {line.split()[1].rstrip(":") for line in lines if "answered already" not in line} == again
     assert len(lines) == 2
 
 

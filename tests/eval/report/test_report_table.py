@@ -72,7 +72,7 @@ meanwhile is not recorded.
 Difference of the means over seeds, rows − against; by seed: of the two runs with that seed. Interval and p: a t-test \
 with seeds and items both as random effects (docs/statistics.md). They tell how far the difference would move with \
 other seeds and other test items. Where a reason stands in brackets the items are not known: the interval is over \
-seeds alone (Welch), and says nothing of other items. With fewer than 5 seeds there are intervals and no tests.
+seeds only (Welch), and says nothing of other items. With fewer than 5 seeds there are intervals and no tests.
 
 ## Also reported by the paper
 
@@ -418,7 +418,7 @@ def test_an_unknown_setting_is_told_with_the_nearest(known):
 
 
 def test_what_the_config_allows_is_allowed(known):
-    """In the whole table, or in one column alone."""
+    """In the whole table, or only in one column."""
     known.edit(known.run("lora", 2), **{"evaluation/gsm8k/generation/engine": "vllm"})
     assert "engine: vllm" in build(known, config_allows=("engine",)).footnotes
     gsm8k, *others = known.spec().columns
