@@ -19,7 +19,9 @@ def read_run(kind: str, description: str | None) -> RunConfig:
         parser.add_argument("--task", help="a GLUE task; the base may name one")
     parser.add_argument("--method", help="a file in configs/methods, or one's variant (default ba_lora)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as trainer.max_steps=20")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher gives it beside LOCAL_RANK
     typed = vars(parser.parse_intermixed_args())
+    del typed["local_rank"]
     config = load_config(typed.pop("config"), **typed, kind=kind)
     check_places(config)
     return config

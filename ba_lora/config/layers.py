@@ -9,7 +9,6 @@ NLU has a fourth between the first two, the task's settings. What a configuratio
 schema_nlu.py; which values go together: checks.py.
 """
 
-import contextlib
 import copy
 import dataclasses
 import functools
@@ -85,7 +84,7 @@ def load_config(
     for layer in layers:
         _refuse_unknown(layer, path, schema, schema)
     try:
-        merged = OmegaConf.merge(*_typed(schema, layers))
+        config = _of_values(schema, _typed(schema, functools.reduce(_overlay, layers)))
     except OmegaConfBaseException as error:
         typed_there = any(text.startswith(f"{error.full_key}=") for text in overrides)
         source = "the command line" if typed_there else path
@@ -93,7 +92,6 @@ def load_config(
         raise UserError(
             f"{error.full_key} in {source}: {str(error).splitlines()[0]}{several if error.full_key == 'seed' else ''}"
         ) from error
-    config = OmegaConf.to_object(merged)
     config.trainer = normalized(config.trainer)
     if isinstance(config, NLUConfig):
         config = with_labels(config)
@@ -242,9 +240,14 @@ def override_layer(overrides: list[str] | tuple[str, ...]) -> dict[str, Any]:
             raise UserError(f"cannot read {text!r}: overrides are key=value, such as trainer.max_steps=20")
         refuse_interpolations(text, "the command line")
     try:
-        return OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))
+        return functools.reduce(_overlay, map(_word_layer, overrides), {})
     except Exception as error:
         raise UserError(f"cannot read the overrides {' '.join(overrides)}: {str(error).splitlines()[0]}") from error
+
+
+@functools.lru_cache(maxsize=4096)  # a table has the same words in many rows
+def _word_layer(word: str) -> dict[str, Any]:
+    return OmegaConf.to_container(OmegaConf.from_dotlist([word]))
 
 
 def _refuse_unknown(layer: dict[str, Any], source: str | Path, schema: Any, node: Any, prefix: str = "") -> None:
@@ -280,10 +283,8 @@ def _nearest_key(prefix: str, key: str, schema: Any) -> str:
 
 
 def _overlay(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Return one layer on another: mappings are merged, anything else is replaced.
-
-    OmegaConf's merge does the same and copies typed nodes each time, which a table of hundreds of runs would wait for.
-    """
+    """Return one layer on another: mappings are merged, anything else is replaced. OmegaConf's merge does the same in
+    many times the time, which a table of hundreds of runs would wait for."""
     merged = dict(below)
     for key, value in above.items():
         both = isinstance(value, dict) and isinstance(below.get(key), dict)
@@ -291,19 +292,36 @@ def _overlay(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _typed(schema: type[RunConfig], layers: list[dict[str, Any]]) -> tuple[DictConfig, dict[str, Any]]:
-    """Return the lowest layer with its types, kept since a table has it hundreds of times, and all others in one."""
-    if len(layers) > 1:
-        with contextlib.suppress(OmegaConfBaseException):  # what is wrong in it may be overridden
-            return _typed_base(schema, pickle.dumps(layers[0])), functools.reduce(_overlay, layers[1:])
-    return _structured(schema), functools.reduce(_overlay, layers)
+def _typed(node: Any, layer: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the layer with each value as OmegaConf makes it of its field's type. Raises its errors, by full key."""
+    kinds, typed = {entry.name: entry.type for entry in dataclasses.fields(node)}, {}
+    for key, value in layer.items():
+        if dataclasses.is_dataclass(kinds[key]):
+            typed[key] = _typed(kinds[key], value, f"{prefix}{key}.")
+        elif type(value) is kinds[key] and value != "???":  # OmegaConf's word for what is missing
+            typed[key] = value
+        else:
+            try:
+                typed[key] = copy.deepcopy(_typed_value(node, key, pickle.dumps(value)))
+            except OmegaConfBaseException as error:
+                error.full_key = f"{prefix}{error.full_key}"
+                raise
+    return typed
 
 
-@functools.lru_cache(maxsize=64)
-def _typed_base(schema: type[RunConfig], base: bytes) -> DictConfig:
-    return OmegaConf.merge(_structured(schema), pickle.loads(base))
+@functools.lru_cache(maxsize=4096)  # a table has the same values hundreds of times
+def _typed_value(node: Any, key: str, value: bytes) -> Any:
+    """Return a pickled value as the field `key` of a dataclass has it."""
+    return OmegaConf.to_container(OmegaConf.merge(_structured(node), {key: pickle.loads(value)}))[key]
+
+
+def _of_values(node: Any, values: dict[str, Any]) -> Any:
+    """Return the dataclass of plain values, its sections likewise."""
+    kinds = {entry.name: entry.type for entry in dataclasses.fields(node)}
+    sections = {name: kind for name, kind in kinds.items() if dataclasses.is_dataclass(kind)}
+    return node(**values | {name: _of_values(kind, values.get(name, {})) for name, kind in sections.items()})
 
 
 @functools.cache
-def _structured(schema: type[RunConfig]) -> DictConfig:
+def _structured(schema: Any) -> DictConfig:
     return OmegaConf.structured(schema)

@@ -91,6 +91,16 @@ def check_method(config: Any) -> None:
                     f"model.quantization={config.model.quantization} needs another adapter.{key}, such as lora: "
                     f"adapter.{key}={name} {found['limits']}"
                 )
+    if init.get("corrects"):
+        if config.model.quantization == "none":
+            raise UserError(
+                f"adapter.init={adapter.init} makes up for the rounding of a 4-bit base: set model.quantization=nf4"
+            )
+        if config.uses_reference_cache:
+            raise UserError(
+                f"adapter.init={adapter.init}: the reference is base and first adapter together, and reference.cache "
+                "keeps the base's: leave reference.cache out (null)"
+            )
     if adapter.dropout and not tuner["has_dropout"]:
         raise UserError(f"adapter.dropout has no effect with adapter.tuner={adapter.tuner}: set it to 0")
     if not tuner["packs"] and getattr(config.data, "packing", False):

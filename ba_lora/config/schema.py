@@ -276,8 +276,9 @@ class RunConfig:
 NOT_TRAINING = ("loss", "export", "eval", "hub", "output_dir", "results_dir", "overwrite")
 # TrainingArguments that change no weight.
 _COSMETIC_ARGUMENTS = (
-    "logging_steps", "logging_first_step", "logging_strategy", "report_to", "run_name", "disable_tqdm", "log_level",
-    "dataloader_num_workers", "dataloader_pin_memory",
+    "logging_steps", "logging_first_step", "logging_strategy", "report_to", "project", "trackio_space_id",
+    "trackio_bucket_id", "trackio_static_space_id", "disable_tqdm", "log_level", "dataloader_num_workers",
+    "dataloader_pin_memory",
 )  # fmt: skip
 # Keys of `data` that came later, with the value at which the weights are what they were without the key.
 _SINCE_ADDED = {

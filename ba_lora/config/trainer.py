@@ -33,6 +33,7 @@ _UNSAFE_ARGUMENTS = {
 # TrainingArguments that the run itself sets.
 _RESERVED_ARGUMENTS = {
     "output_dir": "use output_dir",
+    "run_name": "tracked runs have the run's id, which begins with name",
     "seed": "use seed",
     "data_seed": "use seed",
     "push_to_hub": "use hub.push",
@@ -75,6 +76,8 @@ ALIASES = {
 _REPORTERS = {name: name for name in ("clearml", "codecarbon", "comet_ml", "dagshub", "dvclive", "kubeflow", "mlflow")}
 _REPORTERS |= {name: name for name in ("neptune", "swanlab", "tensorboard", "trackio", "wandb")}
 _REPORTERS |= {"azure_ml": "azureml", "flyte": "flytekit"}
+_EXTRAS = {name: f"-e '.[{name}]'" for name in ("tensorboard", "trackio", "wandb")}  # of pyproject.toml
+PROJECT = "ba-lora"  # of tracked runs, where trainer.project does not say it
 
 
 @functools.cache
@@ -113,12 +116,16 @@ def _source(module: str) -> list[ast.stmt]:
 
 def normalized(arguments: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments with the word `no`, which YAML reads as false, where an enumeration has it."""
-    no_is_a_word = {
+    return {name: "no" if value is False and name in _no_is_a_word() else value for name, value in arguments.items()}
+
+
+@functools.cache
+def _no_is_a_word() -> set[str]:
+    return {
         name
         for name, annotation in argument_types().items()
         if any("no" in _choices().get(kind, ()) for kind in _kinds(annotation))
     }
-    return {name: "no" if value is False and name in no_is_a_word else value for name, value in arguments.items()}
 
 
 def check_trainer(arguments: dict[str, Any]) -> None:
@@ -140,7 +147,7 @@ def check_trainer(arguments: dict[str, Any]) -> None:
         raise UserError(
             "trainer.save_total_limit=1 leaves nothing to fall back to if the last checkpoint is damaged: use 2"
         )
-    _check_report_to(arguments.get("report_to"))
+    _check_report_to(arguments)
     _check_deepspeed(arguments.get("deepspeed"))
 
 
@@ -203,10 +210,17 @@ def _check_deepspeed(settings: dict[str, Any] | str | None) -> None:
             raise UserError(f"trainer.deepspeed: {file} holds no JSON object; configs/deepspeed has files of its kind")
 
 
-def _check_report_to(asked: str | list[str] | None) -> None:
-    for name in [asked] if isinstance(asked, str) else asked or []:
-        if name in ("none", "all"):
-            continue
+def reporters(arguments: dict[str, Any]) -> list[str]:
+    """Return what report_to asks for, by name; `all` is all that are installed."""
+    asked = arguments.get("report_to")
+    names = [asked] if isinstance(asked, str) else asked or []
+    if "all" in names:
+        names = [*names, *(name for name, package in _REPORTERS.items() if importlib.util.find_spec(package))]
+    return [name for name in dict.fromkeys(names) if name not in ("none", "all")]
+
+
+def _check_report_to(arguments: dict[str, Any]) -> None:
+    for name in reporters(arguments):
         if name not in _REPORTERS:
             known = sorted(["none", *_REPORTERS])
             raise UserError(f"trainer.report_to={name} is unknown: choose of {', '.join(known)}{nearest(name, known)}")
@@ -214,5 +228,5 @@ def _check_report_to(asked: str | list[str] | None) -> None:
         if importlib.util.find_spec(package) is None:
             raise UserError(
                 f"trainer.report_to={name} needs the package {package}, which is not installed: run .venv/bin/pip "
-                f"install {package}, or leave report_to out"
+                f"install {_EXTRAS.get(name, package)}, or leave report_to out"
             )

@@ -47,7 +47,7 @@ from ba_lora.locks import locked, work_lock_path
 from ba_lora.runs.card import write_model_card
 from ba_lora.runs.environment import environment, now
 from ba_lora.runs.folder import claimed_folder, is_finished
-from ba_lora.runs.results import write_result
+from ba_lora.runs.results import track_evaluation, write_result
 from ba_lora.runs.results_table import labelled, results_table
 from ba_lora.words import take_options
 
@@ -271,6 +271,7 @@ def record_result(config: RunConfig) -> dict[str, Any]:
     """Write the run's result and the cards of its exports from what its folder holds; return the result."""
     result = write_result(config.run_path, config)
     write_model_card(config.run_path, config, result)
+    track_evaluation(config.run_path, result)
     return result
 
 

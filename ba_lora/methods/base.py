@@ -176,7 +176,8 @@ class TrainingRows(NamedTuple):
 class Init(Part):
     """Where A₀ and B₀ come from. They are written to a file of the run, which every process and a resumed run reads."""
 
-    residual: ClassVar[bool] = True  # the base keeps W − s B₀A₀; else B₀ = 0
+    residual: ClassVar[bool] = True  # the base keeps W − s B₀A₀; else B₀ = 0, or, where it corrects:
+    corrects: ClassVar[bool] = False  # s B₀A₀ makes up for the rounding of a 4-bit base
     quantizes: ClassVar[bool] = False
     caches: ClassVar[bool] = False  # keeps an SVD for other runs: adapter.factors_cache and svd_rank count
     rebuilt_by_peft: ClassVar[bool] = False  # PEFT makes the same residual again when it loads the adapter

@@ -143,16 +143,17 @@ def _build_on_factors(
     measure: Callable[["nn.Module"], "nn.Module"],
     rows: TrainingRows | None,
 ) -> "nn.Module":
-    """A₀ and B₀ by an init. Of QPiSSA the residual is made in full precision, in the host's memory, then quantised."""
+    """A₀ and B₀ by an init. Of QPiSSA the residual is made in full precision, in the host's memory, then quantised; of
+    LoftQ the factors are those of the rounding."""
     from accelerate import PartialState
     from transformers.integrations import is_deepspeed_zero3_enabled
 
     quantized = config.model.quantization != "none"
     factors, residual = pissa.factors_path(run_path), run_path / "residual"
     has_factors = factors.is_file()
-    has_residual = has_factors and residual.is_dir()
+    has_base = has_factors and (residual.is_dir() or not init.residual)
     PartialState().wait_for_everyone()  # no process may write the files before every process has looked for them
-    if not (quantized and has_residual):
+    if not (quantized and has_base):
         if init.needs_rows and not has_factors and is_deepspeed_zero3_enabled():
             raise UserError(
                 f"adapter.init={config.adapter.init} runs rows before training, which ZeRO-3's split weights cannot: "
@@ -164,10 +165,12 @@ def _build_on_factors(
             init.write_factors(model, factors, config, rows)
         model = init.load_factors(model, factors)
     if quantized:
-        if not has_residual:
-            pissa.save_residual(model, residual)
+        if not has_base:
+            if init.residual:
+                pissa.save_residual(model, residual)
             del model
-        model = _with_adapter(load_base(config, source=str(residual)), config, num_steps, method)
+        source = str(residual) if init.residual else None
+        model = _with_adapter(load_base(config, source=source), config, num_steps, method)
         pissa.load_factors(model, factors, subtract=False)
     if init.residual:
         model.peft_config[DEFAULT].init_lora_weights = config.adapter.init

@@ -79,13 +79,11 @@ class GradientShares:
                     self.weights[name] = min(share * task / norm, MAX_WEIGHT) if share else 0.0
 
     def logs(self, lambdas: Mapping[str, float]) -> dict[str, float]:
-        """Return each term's share under λ(t), and λ(t) where it is set by the shares; {} before a measurement."""
+        """Return each term's share under λ(t); {} before a measurement."""
         task = self._norms.get("task")
         if not task:
             return {}
-        shares = {f"gradient_share_{name}": lambdas[name] * self._norms[name] / task for name in self._wanted}
-        weights = {f"lambda_{name}": lambdas[name] for name in self._wanted} if self._sets_weights else {}
-        return shares | weights
+        return {f"gradient_share_{name}": lambdas[name] * self._norms[name] / task for name in self._wanted}
 
     def save(self, folder: Path) -> None:
         """Write the state into a checkpoint."""

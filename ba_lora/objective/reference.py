@@ -5,6 +5,7 @@ The reference is the tuned model as it was at step 0, so the consistency term is
     PiSSA and kin   the base holds the residual W − B₀A₀; a frozen copy of (A₀, B₀) on the same base gives W again.
                     (Disabling the adapter would give the residual only: not the pre-trained model.)
     DoRA            a frozen copy of factors and magnitude: W m / ‖W‖ is W but for rounding.
+    LoftQ           a frozen copy of (A₀, B₀) on the 4-bit base: the pre-trained model as near as it gets there.
     LoRA and kin    B A = 0 at the start: disabling the adapter gives W.
     full            a frozen copy of all weights.
 
@@ -103,11 +104,11 @@ def build_reference(model: nn.Module, *, trained_apart: Iterable[str] = ()) -> R
         raise UserError(f"one adapter is needed, called default; this model has {', '.join(model.peft_config)}")
     _check_trained(model, layers, trained_apart)
     config = model.peft_config["default"]
-    tuner = method_of(model).tuner
+    tuner, init = method_of(model).tuner, method_of(model).init
     if not hasattr(model, "training_method"):  # PEFT alone has made the model
         _check_init(config, variant_is_known=tuner.recognises(config))
     tuner.check_reference()
-    if not tuner.needs_frozen_copy(model):
+    if not (tuner.needs_frozen_copy(model) or (init is not None and init.corrects)):
         return Reference(layers, frozen_factors=False)
     frozen_config = copy.deepcopy(config)
     frozen_config.init_lora_weights = True  # "pissa" would run again, on the residual

@@ -42,7 +42,7 @@ FIRST_FACTORS = ("initial", "residual")
 # judgements/: they are paid for, and each is kept under the very answer that it judges.
 _OWN = (
     "train.json", "log.jsonl", EVALUATIONS, STOP, "evaluation.json", "initial", "residual", "epochs", "features",
-    "predictions", "completions", "grades", "scores", "checkpoints/runs", *EXPORTS,
+    "predictions", "completions", "grades", "scores", "wandb", *EXPORTS,
     *(f"{name}.rejected" for name in EXPORTS), *(f".{name}.saving" for name in EXPORTS),
 )  # fmt: skip
 
@@ -113,6 +113,7 @@ def remove_run(path: Path) -> None:
     own = [path / name for name in _OWN]
     own += [path / "checkpoints" / folder.name for folder in checkpoint_folders(path / "checkpoints")]
     own += path.glob(f".*.{'[0-9a-f]' * 8}.tmp")
+    own += path.glob("events.out.tfevents.*")
     for file in own:
         if file.is_dir() and not file.is_symlink():
             shutil.rmtree(file)

@@ -57,13 +57,16 @@ def meet(process: PartialState, config: RunConfig) -> list[RunMachine]:
 
     Raises UserError, on all of them, where one sees another commit, other code, settings or local data than the first.
     """
-    local = int(os.environ.get("LOCAL_WORLD_SIZE") or process.num_processes)
-    if process.num_processes == local:
-        return [_this_machine([*range(local)])]
-    first = process.process_index - process.local_process_index
+    # Each machine begins with its process 0. How many it has is said by torchrun only, and not by DeepSpeed's launcher.
+    places = gather_object([process.local_process_index])
+    starts = [rank for rank, place in enumerate(places) if place == 0]
+    if len(starts) <= 1:
+        return [_this_machine([*range(process.num_processes)])]
     own = [None]
     if process.local_process_index == 0:
-        machine = _this_machine([*range(first, first + local)])
+        first = process.process_index
+        end = next((start for start in starts if start > first), process.num_processes)
+        machine = _this_machine([*range(first, end)])
         machine.commit, machine.files = git_state()["commit"], _source_hashes()
         machine.settings = training_settings(config) | {"run folder": str(config.run_path)}
         machine.data = {name: _file_hash(resolve_path(name)) for name in config.data_files}

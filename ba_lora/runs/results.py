@@ -137,7 +137,16 @@ def refresh_result(run_path: Path, result_path: Path) -> dict[str, Any] | None:
         return None
     result["evaluation"] = scores
     write_json_atomic(result_path, result)
+    track_evaluation(run_path, result)
     return result
+
+
+def track_evaluation(run_path: Path, result: dict[str, Any]) -> None:
+    """Add the scores of a result to the run's tracked run, where trainer.report_to asks for one."""
+    if result["config"]["trainer"].get("report_to", "none") != "none":
+        from ba_lora.runs.tracking import track_scores
+
+        track_scores(run_path, result)
 
 
 def _without_seconds(scores: dict[str, Any]) -> dict[str, Any]:

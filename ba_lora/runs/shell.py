@@ -37,6 +37,7 @@ from ba_lora.runs.folder import (
 )
 from ba_lora.runs.machines import RunMachine, check_same_rows, meet, watched
 from ba_lora.runs.parity import probe_batch, report
+from ba_lora.runs.tracking import Tracking
 from ba_lora.training.arguments import build_arguments, count_steps
 from ba_lora.training.log import mean_gradient_shares
 from ba_lora.training.stop import STOPPED, StopOnSignal
@@ -102,6 +103,8 @@ class TrainingRun:
         arguments = self.arguments
         effective = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
         self.print(f"training: {self.num_steps} steps of {effective} rows, {arguments.world_size} process(es)")
+        if arguments.report_to:
+            Tracking(self.config).put_before_reporters(trainer)
         trainer.add_callback(WatchedTraining(self.run_path))
         reset_peak_memory()  # the SVDs of the initialisation are no part of training
         trainer.add_callback(self.stop)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from ba_lora.config.schema import RunConfig
 from ba_lora.config.schema_nlg import NLGConfig
+from ba_lora.config.trainer import PROJECT
 from ba_lora.errors import UserError
 from ba_lora.paths import resolve_path
 from ba_lora.words import check_choice
@@ -33,7 +34,7 @@ def build_arguments(config: RunConfig, run_path: Path) -> "TrainingArguments":
     from transformers import TrainingArguments
     from transformers.integrations import is_deepspeed_zero3_enabled
 
-    chosen = {"logging_steps": 10, "save_strategy": "steps", "save_total_limit": 2} | config.trainer
+    chosen = {"logging_steps": 10, "save_strategy": "steps", "save_total_limit": 2, "project": PROJECT} | config.trainer
     if chosen.get("fp16") and not torch.cuda.is_available():
         raise UserError("trainer.fp16=true needs a GPU, and none was found: use bf16=true or float32")
     if chosen.get("tf32") and not torch.cuda.is_available():
@@ -75,6 +76,7 @@ def build_arguments(config: RunConfig, run_path: Path) -> "TrainingArguments":
             output_dir=str(run_path / "checkpoints"),
             seed=config.seed,
             data_seed=config.seed,
+            run_name=config.result_path.stem,
             label_names=["labels"],
             prediction_loss_only=True,
             **chosen,

@@ -70,7 +70,8 @@ class BALoRATrainer(Trainer):
     `loss`, `reference` and `extra_terms`. Reference and tuned model are compared once, at step 0: UserError where they
     differ.
     Logs per logging step, averaged over its optimizer steps: the task and each further term (unweighted), `weighted_*`
-    (times λ(t)) and `share_*` (|weighted| / Σ |weighted|); and `tokens_per_second`, `padding_share`.
+    (times λ(t)) and `share_*` (|weighted| / Σ |weighted|); `lambda_*`, λ(t) of the next step; and `tokens_per_second`,
+    `padding_share`.
     Evaluation logs `eval_loss`, the whole loss under the λ of that step (Trainer's mean over batches, by rows), and
     `eval_task`, the task's loss by itself (the mean over all response positions): compare methods by the latter.
     A loss that is inf or NaN, or weights that are after the last step, end the training with a UserError.
@@ -273,7 +274,9 @@ class BALoRATrainer(Trainer):
         """Add the terms, averaged over the optimizer steps since the last log and summed over all processes."""
         if "loss" in logs:
             if terms := self._term_meter.read(self._summed):
-                logs |= terms | self._shares.logs(self._lambdas()) | self._token_meter.read(self._summed)
+                lambdas = self._lambdas()
+                logs |= terms | self._shares.logs(lambdas) | self._token_meter.read(self._summed)
+                logs |= {f"lambda_{name}": value for name, value in lambdas.items() if name != "task"}
             logs |= dict.fromkeys(self.objective.off, OFF)
         super().log(logs, start_time)
 

@@ -1,8 +1,10 @@
 """Table files: every one loads and resolves; a broken one is told in one line."""
 
+import cProfile
 import csv
 import dataclasses
 import json
+import pstats
 import re
 
 import pytest
@@ -55,6 +57,14 @@ def test_there_are_tables():
 
 
 QUICK = ("toy", "nlg_main", "factorial", "imbalance", "noise_glue")  # the others are left to the slow tier
+
+
+@pytest.mark.parametrize("name", ["methods", "inheritance"])
+def test_the_largest_tables_are_read_in_little_time(name):
+    """Counted in calls, which a busy machine does not change: 3 million are 2 s of a dry run, which may take 4."""
+    profile = cProfile.Profile()
+    profile.runcall(load_table, PROJECT_ROOT / "configs" / "tables" / f"{name}.yaml")
+    assert pstats.Stats(profile).total_calls < 4_500_000
 
 
 def scored(config):

@@ -4,7 +4,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ba_lora.config.layers import load_run
+from ba_lora.config.layers import load_config, load_run
+from ba_lora.errors import UserError
 from ba_lora.io import read_json, read_jsonl
 from ba_lora.methods.build import build_model
 from ba_lora.models.load import load_model
@@ -20,12 +21,12 @@ def four_bit_layers(model):
     return [module for module in model.modules() if isinstance(module, Linear4bit)]
 
 
-@pytest.mark.parametrize("method", ["lora", "pissa", "ba_lora"])
+@pytest.mark.parametrize("method", ["lora", "pissa", "ba_lora", "loftq"])
 def test_the_merged_model_is_the_one_that_was_trained(train, tmp_path, method):
     run = train(NF4, method=method)
     export = only_result(tmp_path / "results")["export"]
     assert export["max_logit_difference"]["merged"] < 1e-4
-    served = "adapter" if method == "lora" else "lora"
+    served = "adapter" if method in ("lora", "loftq") else "lora"
     # On the unquantised base the same adapter makes another model, which is told.
     assert export["unquantized_logit_difference"] == export["max_logit_difference"][served] > 1e-3
 
@@ -79,6 +80,50 @@ def test_the_residual_of_qpissa_is_what_is_quantised(train):
     plain = load_dequantized(config).model.layers[0].self_attn.q_proj.weight.detach()
     assert 0.01 < error < 0.15  # NF4's
     assert (rounded + product - weight).norm() < (plain - weight).norm()  # QPiSSA's claim, of its smaller residual
+
+
+def test_loftq_makes_up_for_the_rounding_and_its_reference_is_what_it_starts_from(train):
+    """Its factors are the best ones of W − Q, Q being the very base that is trained on; the consistency is 0 there."""
+    terms = ["regularizers.lambda_consistency=0.5", "regularizers.lambda_diversity=0.1"]
+    run = train(*terms, "adapter.rank=8", "adapter.alpha=16", "trainer.max_steps=2", method="loftq")
+    config = load_run(run)
+    weight = load_model(config.model, quantize=False).model.layers[0].self_attn.q_proj.weight.detach()
+    rounded = load_dequantized(config).model.layers[0].self_attn.q_proj.weight.detach()
+    factors = load_file(run / "initial" / "initial_factors.safetensors")
+    left = "base_model.model.model.layers.0.self_attn.q_proj"
+    product = 2 * factors[f"{left}.lora_B.weight"] @ factors[f"{left}.lora_A.weight"]
+    error = weight - rounded
+    best = torch.linalg.svdvals(error)[8:].square().sum().sqrt()
+    assert (error - product).norm() == pytest.approx(best.item(), rel=1e-4) and best < 0.95 * error.norm()
+    first, second = read_jsonl(run / "log.jsonl")[:2]
+    assert first["consistency"] == pytest.approx(0, abs=1e-9) and second["consistency"] > 1e-9
+    assert not (run / "residual").exists() and not (run / "lora").exists()
+
+
+def test_a_resumed_loftq_run_starts_from_its_own_factors(train, monkeypatch):
+    whole = train("trainer.max_steps=2", name="whole", method="loftq")
+    kept = (whole / "initial" / "initial_factors.safetensors").read_bytes()
+    monkeypatch.setattr("ba_lora.methods.loftq.loftq_factors", None)  # not made again
+    config = load_run(whole)
+    model, step_zero = build_model(config, run_path=whole, num_steps=2)
+    assert (whole / "initial" / "initial_factors.safetensors").read_bytes() == kept
+    assert len(four_bit_layers(model)) == len(layers_with_adapter(model)) and step_zero.difference is None
+
+
+@pytest.mark.parametrize(
+    ("words", "match"),
+    [
+        (["model.quantization=none"], "makes up for the rounding of a 4-bit base: set model.quantization=nf4"),
+        (["regularizers.lambda_consistency=0.1", "reference.cache=x"], "leave reference.cache out"),
+        (["adapter.factors_cache=x"], "adapter.factors_cache is PiSSA's"),
+        (["adapter.dora=true"], "adapter.init=loftq needs adapter.dora=false"),
+    ],
+)
+def test_where_loftq_cannot_work_it_is_refused(words, match):
+    with pytest.raises(UserError, match=match):
+        load_config("toy", method="loftq", overrides=words)
+    with pytest.raises(UserError, match="adapter.init=loftq is for 4-bit language models"):
+        load_config("toy", kind="nlu", method="lora", overrides=["adapter.init=loftq"])
 
 
 def test_the_pretrained_model_in_4_bit_is_evaluated_as_such(tmp_path, tiny_model, train):

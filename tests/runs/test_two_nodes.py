@@ -1,5 +1,6 @@
 """Two machines: one run as on one machine with two processes; a lost machine is named, and the same command goes on."""
 
+import base64
 import contextlib
 import json
 import math
@@ -15,11 +16,13 @@ import psutil
 import pytest
 import yaml
 
+from ba_lora.config.layers import load_config
 from ba_lora.errors import UserError
 from ba_lora.runs import machines
 from ba_lora.runs.environment import environment
 from ba_lora.runs.machines import RunMachine
 from tests.support import two_nodes as support
+from tests.support.slurm import free_ports
 from tests.support.tiny import only_result
 
 LOST_AFTER_S = 20  # a busy machine keeps a living process waiting for some seconds
@@ -262,6 +265,36 @@ def test_the_seconds_to_wait_for_a_sign_are_a_number(text, monkeypatch):
     monkeypatch.setenv("BA_LORA_LOST_AFTER", text)
     with pytest.raises(UserError, match=f"BA_LORA_LOST_AFTER={text}: a number of seconds above 0"):
         machines._lost_after_s()
+
+
+@pytest.mark.slow
+def test_deepspeeds_own_launcher_on_two_machines(base, tmp_path, root):
+    """It does not say how many processes a machine has. Here both are this one."""
+    world = base64.urlsafe_b64encode(json.dumps({"a": [0], "b": [0]}).encode()).decode()
+    command = [sys.executable, "-m", "deepspeed.launcher.launch", f"--world_info={world}", "--master_addr=127.0.0.1"]
+    words = ["train_nlg.py", "--config", str(base), f"output_dir={tmp_path}/run", f"results_dir={tmp_path}/results"]
+    (port,), environ = free_ports(1), os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    started = [
+        subprocess.Popen(
+            [*command, f"--master_port={port}", f"--node_rank={rank}", *words, "trainer.max_steps=2"],
+            cwd=root, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank in (0, 1)
+    ]  # fmt: skip
+    told = [process.communicate()[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0], told[0][-3000:]
+    found = only_result(tmp_path / "results")["environment"]
+    assert (found["num_machines"], found["num_processes"]) == (2, 2)
+
+
+@pytest.mark.parametrize(("places", "ranks"), [([0, 1, 0, 1, 2], [[0, 1], [2, 3, 4]]), ([0, 1], [[0, 1]])])
+def test_the_machines_of_a_run_are_found_whatever_the_launcher_says(places, ranks, monkeypatch):
+    monkeypatch.setattr(machines, "gather_object", lambda own: places if isinstance(own[0], int) else own)
+    config, found = load_config("toy"), []
+    for rank in (rank for rank, place in enumerate(places) if place == 0):
+        process = SimpleNamespace(num_processes=len(places), process_index=rank, local_process_index=0)
+        found += machines.meet(process, config)
+    assert [machine.ranks for machine in found] == ranks
 
 
 def test_a_result_counts_the_gpus_of_all_machines():

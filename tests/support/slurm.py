@@ -125,7 +125,7 @@ def running(folder: Path) -> Iterator[Cluster]:
     (folder / "state").mkdir()
     (folder / "spool").mkdir()
     host = socket.gethostname().partition(".")[0]
-    ctld, slurmd = _free_ports(2)
+    ctld, slurmd = free_ports(2)
     (folder / "slurm.conf").write_text(CONFIG.format(folder=folder, host=host, ctld=ctld, slurmd=slurmd))
     (folder / "key").write_bytes(os.urandom(1024))
     (folder / "key").chmod(0o400)
@@ -158,7 +158,7 @@ def _answers(cluster: Cluster) -> bool:
     return "UP" in done.stdout
 
 
-def _free_ports(number: int) -> list[int]:
+def free_ports(number: int) -> list[int]:
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(number)]
         for one in sockets:
