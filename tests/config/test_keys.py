@@ -28,6 +28,8 @@ from ba_lora.methods.build import build_model
 from ba_lora.models.pretrained import load_base
 from ba_lora.models.tokenizer import load_tokenizer
 from ba_lora.objective.gradient_shares import GradientShares
+from ba_lora.objective.kl_control import KLController
+from ba_lora.objective.losses.plain import TermSums
 from ba_lora.objective.objective import TokenObjective
 from ba_lora.objective.objective_nlu import ClassifierObjective
 from ba_lora.objective.reference_cache.features import cached_features
@@ -175,6 +177,19 @@ def gradient_shares(config: RunConfig, folder: Path) -> list[Any]:
     return [[step for step in range(30) if shares.due(step)], shares.weights]
 
 
+def controlled_lambda(config: RunConfig, folder: Path) -> dict[str, float]:
+    """λ after a step with a KL of 0.11."""
+    if config.kind == "nlg":
+        terms = TokenObjective(tiny_peft(True), config.regularizers).terms
+    else:
+        terms = list(classifier_terms(config.regularizers, num_labels=3))
+    controller = KLController(terms, config.regularizers)
+    value = torch.tensor(0.11 * config.regularizers.temperature**2)
+    controller.add({"consistency": TermSums(value, value)}, 1)
+    controller.close(lambda sums: sums)
+    return controller.weights
+
+
 def reference_files(config: RunConfig, folder: Path) -> list[Any]:
     """What the cache of the reference holds."""
     if not config.uses_reference_cache:
@@ -318,6 +333,7 @@ LOCAL = ("data.name=metamathqa", "data.source={here}/rows.jsonl")
 TALKS = ("data.source={here}/talks.jsonl", "data.messages=talk", "data.template={here}/one.jinja")
 SST2 = ("nlu.task=sst2", "data.source={here}/sst2/train.jsonl", "data.dev.sst2={here}/sst2/dev.jsonl")
 CACHED = ("data.num_rows=4", "reference.cache={here}/cache")
+CONTROLLED = ("regularizers.lambda_mode=adaptive_kl", "regularizers.kl_target=0.1")
 NOISE = "data.toy.label_noise=0.5"
 
 BOTH = {
@@ -372,6 +388,8 @@ def regularizers(seen: Callable[[RunConfig, Path], Any]) -> dict[str, Key]:
             "{svd: 0.7}", gradient_shares, ("regularizers.lambda_mode=gradient_share",)
         ),
         "regularizers.gradient_every": Key("3", gradient_shares),
+        "regularizers.kl_target": Key("0.2", controlled_lambda, CONTROLLED),
+        "regularizers.kl_gain": Key("0.2", controlled_lambda, CONTROLLED),
     }
 
 
@@ -428,6 +446,8 @@ NLU = BOTH | regularizers(nlu_loss) | {
     "regularizers.svd_schedule": Key(
         "two_phase", nlu_loss, ("regularizers.lambda_svd=1", "regularizers.features=pooled")
     ),
+    "regularizers.kl_target": Key("0.2", controlled_lambda, (*CONTROLLED, "regularizers.consistency_form=kl")),
+    "regularizers.kl_gain": Key("0.2", controlled_lambda, (*CONTROLLED, "regularizers.consistency_form=kl")),
     "regularizers.consistency_form": Key("kl", nlu_loss, ("regularizers.lambda_consistency=1",)),
     "regularizers.diversity_form": Key("entropy", nlu_loss, ("regularizers.lambda_diversity=1",)),
     "regularizers.features": Key("pooled", nlu_loss, ("regularizers.lambda_diversity=1",)),

@@ -25,7 +25,7 @@ def test_a_variant_has_its_terms_of_the_method_and_no_other(method, name, kind, 
     assert part.adapter.init == ("lora" if name.startswith("lora_") else "pissa") and part.method == name
     usual = schema().regularizers
     for key, value in vars(part.regularizers).items():
-        if key in ("lambda_mode", "gradient_shares", "gradient_every", "features"):  # of all terms
+        if key in ("lambda_mode", "gradient_shares", "gradient_every", "kl_target", "kl_gain", "features"):  # of all terms
             continue
         term = next((t for t in ("consistency", "diversity", "svd") if t in key), "consistency")
         if key.startswith("lambda_") and term not in terms:
