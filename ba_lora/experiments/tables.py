@@ -14,7 +14,8 @@
         settings: {rank=8: [adapter.rank=8]}     the paper's name of a setting → its overrides; absent: one, ""
         overrides: […]
         search: tuned                   each row takes the best values of its base's and method's own search
-                                        (sh scripts/search.sh BASE tuned method=METHOD) beneath its settings
+                                        (sh scripts/search.sh BASE tuned method=METHOD) beneath its settings; the
+                                        grid runs nothing while one is missing
         gpus: 8                         GPUs of each run, whose batch its overrides divide among them; absent: 1
         suffix: vllm                    a run folder of its own (outputs/<run_id>-vllm) where nothing that is trained
                                         differs from another row's; also part of the setting's name
@@ -204,6 +205,7 @@ def load_table(path: str | Path, *, overrides: Sequence[str] = (), seeds: Sequen
         if seeds.count(seed) > 1:  # each of its runs would count more than once in a mean
             raise UserError(f"{path}: seed {seed} is asked for more than once: name each seed once")
     chosen, unchosen = _chosen(raw.get("chosen"), path)
+    searches: list[str] = []  # that are missing
     rows: dict[Row, int] = {}  # row → GPUs
     cells: list[SeedCell] = []
     blocks = _list(raw["rows"], path, "rows")
@@ -222,7 +224,12 @@ def load_table(path: str | Path, *, overrides: Sequence[str] = (), seeds: Sequen
         pairs = itertools.product(
             _list(block.get("bases"), where, "bases"), _list(block.get("methods"), where, "methods")
         )
-        searched = {pair: best_words(*pair, str(block["search"])) for pair in pairs if block.get("search")}
+        searched: dict[tuple[str, str], list[str]] = {}
+        for base, method in pairs if block.get("search") else ():
+            if (best := best_words(base, method, str(block["search"]))) is None:
+                several = f" gpus={gpus}" if gpus > 1 else ""
+                searches.append(f"sh scripts/search.sh {base} {block['search']} method={method}{several}")
+            searched[base, method] = best or []
         found = {word.partition("=")[0] for words in searched.values() for word in words}
         _refuse_typed(overrides, found, kind=raw["kind"])
         for base in _list(block.get("bases"), where, "bases"):
@@ -236,6 +243,8 @@ def load_table(path: str | Path, *, overrides: Sequence[str] = (), seeds: Sequen
                     words = [*common, *best, *_list(own, where, f"settings.{setting}")]
                     cells += _row_cells(row, columns, raw["kind"], seeds, words, overrides, suffix, where)
     _refuse_two_evaluations(cells, path)
+    if searches:
+        unchosen = f"its rows take the best of searches, of which these are not made: {'; '.join(searches)}"
     labels = raw.get("labels") or {}
     methods = list(dict.fromkeys(row.method for row in rows))
     ours = _list(raw.get("ours"), path, "ours") or [name for name in methods if name.startswith("ba_lora")]
