@@ -16,6 +16,7 @@
       choose: heldout                  # of rows that differ in their setting, the best in this column is compared, in
                                        # the other columns; with clusters: the best settings, which are overrides, are
                                        # written to chosen.yaml for another table (`chosen`)
+      over_settings: [accuracy, nll]   # columns whose best, median, worst and spread over a method's settings are told
       names: {not stated: roberta-large}                 # the paper file's name of a model, method or setting → ours
       columns: {parameters: {scale: 1.0e-6, decimals: 1}}     # how a column's numbers are shown; `allow`: in it only
       figures:
@@ -180,6 +181,7 @@ class TableSpec:
     compare_within: tuple[str, ...] = ("base",)
     allow: tuple[str, ...] = ()
     choose: str | None = None
+    over_settings: tuple[str, ...] = ()  # the columns whose spread over settings is told
     names: Mapping[str, str] = field(default_factory=dict)
     labels: Mapping[str, str] = field(default_factory=dict)
     figures: tuple[Figure, ...] = ()
@@ -292,7 +294,7 @@ def parse_report(block: Any, *, rows: Sequence[Row], columns: Sequence[ReportCol
     """
     known = (
         "allow", "against", "compare", "compare_within", "choose", "primary", "paired", "collapsed", "names", "columns",
-        "figures", "clusters", "hypotheses",
+        "figures", "clusters", "hypotheses", "over_settings",
     )  # fmt: skip
     block = mapping(block, known, where=f"{source}: report")
     values: dict[str, Any] = {
@@ -309,6 +311,9 @@ def parse_report(block: Any, *, rows: Sequence[Row], columns: Sequence[ReportCol
     names = [column.name for column in columns]
     if "choose" in block:
         values["choose"] = choice(block["choose"], names, where=f"{source}: report.choose")
+    values["over_settings"] = words(block.get("over_settings", []), where=f"{source}: report.over_settings")
+    for name in values["over_settings"]:
+        choice(name, [column.name for column in columns if column.better != "none"], where=f"{source}: over_settings")
     values["primary"] = parse_primary(block.get("primary") or [], rows, names, where=f"{source}: report.primary")
     values["paired"] = block.get("paired", False)
     if not isinstance(values["paired"], bool):
