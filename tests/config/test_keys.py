@@ -18,7 +18,8 @@ import torch
 import yaml
 from accelerate import Accelerator
 
-from ba_lora.config.layers import SCHEMAS, config_of_result, load_config
+from ba_lora.config.layers import METHODS_PATH, SCHEMAS, available_methods, config_of_result, load_config
+from ba_lora.config.registries import facts, tuners
 from ba_lora.config.schema import BALoRAConfig, RunConfig, to_yaml, training_hash
 from ba_lora.config.trainer import _RESERVED_ARGUMENTS, _UNSAFE_ARGUMENTS, argument_types
 from ba_lora.errors import UserError
@@ -508,6 +509,12 @@ def here(tmp_path_factory) -> Path:
     return folder
 
 
+def method_tuner(method: str) -> str | None:
+    """Return the tuner of a method file, None of a variant."""
+    path = METHODS_PATH / f"{method}.yaml"
+    return yaml.safe_load(path.read_text())["adapter"]["tuner"] if path.is_file() else None
+
+
 def leaves(schema: type, prefix: str = "") -> list[str]:
     """Return each dotted key that is no section."""
     found = []
@@ -525,9 +532,12 @@ def test_every_key_has_an_entry(kind):
 @pytest.mark.parametrize(("kind", "key"), [(kind, key) for kind, keys in KEYS.items() for key in keys])
 def test_a_key_changes_what_a_run_does(kind, key, here, tmp_path, monkeypatch):
     entry = KEYS[kind][key]
-    common = ["data.num_rows=8", "trainer.use_cpu=true", "adapter.rank=4"]
+    common = ["data.num_rows=8", "trainer.use_cpu=true"]
+    if "method=full_ft" not in entry.beside:
+        common.append("adapter.rank=4")
     if kind == "nlu":
-        common = [*tiny_overrides(here / "encoder"), "data.num_rows=12"]
+        method = "full_ft" if "method=full_ft" in entry.beside else "ba_lora"
+        common = [*tiny_overrides(here / "encoder", method=method), "data.num_rows=12"]
     if any(word.startswith(("data.source", "nlu.task")) for word in entry.beside):
         common.append("data.num_rows=null")
     seen = []
@@ -605,6 +615,23 @@ def test_a_key_without_its_partner_is_refused(kind, key):
     words = ["method=lora", *more, f"{key}={KEYS[kind][key].value}"]
     with pytest.raises(UserError, match=f"{key}=.* has no effect without {SCHEMAS[kind].counts_with[key][1]}"):
         load_config(f"configs/{kind}/toy.yaml", kind=kind, overrides=words)
+
+
+@pytest.mark.parametrize("tuner", tuners())
+def test_a_key_that_the_method_ignores_is_refused_where_it_is_typed(tuner):
+    """Not in a base, whose other methods use it."""
+    (method, *_) = [m for m in available_methods("nlu") + available_methods() if method_tuner(m) == tuner]
+    kind = "nlg" if method in available_methods() else "nlu"
+    usual = load_config("toy", method=method, kind=kind)
+    for key, value in {"rank": "2", "alpha": "3", "target_modules": "[x]", "dtype": "base"}.items():
+        if key in facts("tuner", tuner)["ignores"]:
+            with pytest.raises(
+                UserError, match=f"adapter.{key} has no effect with adapter.tuner={tuner}: leave it out"
+            ):
+                load_config("toy", method=method, kind=kind, overrides=[f"adapter.{key}={value}"])
+        else:
+            changed = load_config("toy", method=method, kind=kind, overrides=[f"adapter.{key}={value}"])
+            assert getattr(changed.adapter, key) != getattr(usual.adapter, key)
 
 
 def test_a_key_of_the_other_kind_is_told_to_be_that():
