@@ -39,7 +39,7 @@ def patterns(task: str) -> list[tuple[str, str]]:
             known = [*TASKS, inheritance.NAME, likelihood.NAME, *(one for name in GLUE_TASKS for one in own_sets(name))]
             raise UserError(f"task {task} is unknown{nearest(task, known)}")
         names = [*dict.fromkeys(metric for name in of_set for metric in GLUE_TASKS[name].metrics), *CLASS_METRICS]
-        names += [f"per_class.{name}" for name in CLASS_METRICS] + ["in_domain", "drop"]
+        names += [f"per_class.{name}" for name in CLASS_METRICS] + ["nll", "in_domain", "drop"]
         labels = dict.fromkeys(label for name in of_set for label in GLUE_TASKS[name].labels)
         names += [f"per_class.recall.{label}" for label in labels]
         groups = ()

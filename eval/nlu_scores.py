@@ -4,6 +4,7 @@
 
 is what scores/<set>.json holds at least. Metrics are fractions, None where undefined, and `notes` says why; interval_95
 is a bootstrap over rows. `invalid` counts predictions that are NaN or infinite: one leaves every metric undefined.
+nll (not of a regression): the mean negative log-likelihood of the labels, in nats.
 per_class (not of a regression): rows and recall of each class, macro_f1, and the recall of the minority class, which is
 the rarest of the training set. Runs on a training set of chosen shares have the last two among their metrics.
 """
@@ -69,8 +70,16 @@ def score_predictions(
         "metrics": metrics,
         "interval_95": intervals(list(metrics), labels, predictions, minority=task.labels.index(minority)),
         "notes": notes | notes_of_classes,
+        "nll": _nll(labels, np.array([line["logits"] for line in lines], dtype=float)),
         "per_class": {"n": support, "recall": recall, "minority": minority, **by_class},
     }
+
+
+def _nll(labels: np.ndarray, logits: np.ndarray) -> float:
+    """Return the mean of −log softmax(logits)[label] over the rows; labels [N], logits [N, D]."""
+    from scipy.special import log_softmax
+
+    return float(-log_softmax(logits, axis=1)[np.arange(len(labels)), labels].mean())
 
 
 def _rarest(task: NLUTask, counts: Mapping[str, int]) -> str:

@@ -189,7 +189,7 @@ def train_nlu(tiny_encoder, tmp_path, monkeypatch):
 
         words = ["train_nlu.py", "--config", str(config_path)]
         if "outputs" not in config_path.parts and config_path.name != "config.yaml":
-            words += ["--method", method, *(["--task", task] if task else []), *tiny_overrides(model)]
+            words += ["--method", method, *(["--task", task] if task else []), *tiny_overrides(model, method=method)]
         words += [f"output_dir={tmp_path / name}", f"results_dir={tmp_path / 'results'}", *overrides]
         monkeypatch.setattr(sys, "argv", words)
         train_nlu.main()

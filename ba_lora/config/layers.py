@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ba_lora.config.checks import check_config
+from ba_lora.config.methods import check_typed
 from ba_lora.config.schema import RunConfig
 from ba_lora.config.schema_nlg import NLGConfig
 from ba_lora.config.schema_nlu import NLUConfig, task_layer, with_labels
@@ -97,6 +98,7 @@ def load_config(
         config = with_labels(config)
     if checked:
         check_config(config)
+        check_typed(typed_layer, config)
     return config
 
 

@@ -129,6 +129,16 @@ def check_method(config: Any) -> None:
     _check_options(config, named)
 
 
+def check_typed(typed: Mapping[str, Any], config: Any) -> None:
+    """Raise UserError for a key of adapter that was typed and has no effect with the tuner. A base may have it: its
+    other methods use it."""
+    adapter = typed.get("adapter")
+    ignored = tuner_facts(config.adapter)["ignores"]
+    for name in adapter if isinstance(adapter, Mapping) else ():
+        if name in ignored:
+            raise UserError(f"adapter.{name} has no effect with adapter.tuner={config.adapter.tuner}: leave it out")
+
+
 def _check_options(config: Any, named: list[tuple[str, Any, dict[str, Any]]]) -> None:
     adapter, tuner = config.adapter, named[0][2]
     known: dict[str, tuple] = {}
@@ -148,6 +158,11 @@ def _check_options(config: Any, named: list[tuple[str, Any, dict[str, Any]]]) ->
             choices = f"choose from {', '.join(known)}{nearest(name, list(known))}" if known else "there is none"
             raise UserError(f"unknown key adapter.options.{name} for adapter.tuner={adapter.tuner}: {choices}")
         default, allowed = known[name]
+        other, needed = tuner["option_needs"].get(name, (None, None))
+        if other is not None and adapter.options.get(other, known[other][0]) != needed:
+            raise UserError(
+                f"adapter.options.{name} has no effect without adapter.options.{other}={needed}: leave it out"
+            )
         if isinstance(allowed, str):
             check_range(f"adapter.options.{name}", value, allowed)
             if isinstance(default, int) and not isinstance(value, int):

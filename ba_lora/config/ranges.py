@@ -19,6 +19,8 @@ RANGES = {
     **{f"regularizers.lambda_{term}": LAMBDA for term in ("consistency", "diversity", "svd")},  # as any further term's
     "regularizers.temperature": "(0, 1000000]",
     "regularizers.gradient_every": "[1, 1000000000]",
+    "regularizers.kl_target": "(0, 1000]",
+    "regularizers.kl_gain": "(0, 5)",
     "regularizers.diversity_top_k": "[1, 1000000000]",
     "regularizers.svd_top_k": "[1, 1000000000]",
     "loss.chunk_memory_mb": "(0, 1000000000]",

@@ -26,7 +26,8 @@ from ba_lora.words import check_choice
 DTYPES = ("float32", "bfloat16", "float16")
 ATTENTION = ("sdpa", "eager", "flash_attention_2")
 LOSS_IMPLEMENTATIONS = ("fused", "plain")
-LAMBDA_MODES = ("fixed", "gradient_share")
+LAMBDA_MODES = ("fixed", "gradient_share", "adaptive_kl")
+LAMBDA_LIMITS = (1e-6, 100.0)  # of λ under adaptive_kl
 # What eval.options may hold: settings of eval.generate that change no other part of the run, and choices of the tasks.
 GENERATION_OPTIONS = (
     "max_new_tokens", "temperature", "top_p", "num_samples", "seed", "template", "batch_size", "dtype", "max_model_len",
@@ -114,14 +115,19 @@ class BALoRAConfig:
     consistency_schedule: str = "constant"
     diversity_schedule: str = "constant"
     svd_schedule: str = "constant"
-    lambda_mode: str = "fixed"  # fixed: λ as above | gradient_share: λ(t) by gradient_shares; λ > 0 says what is in
+    # fixed: λ as above | gradient_share: λ(t) by gradient_shares; λ > 0 says what is in | adaptive_kl: λ(t) of
+    # consistency by kl_target, from lambda_consistency on
+    lambda_mode: str = "fixed"
     gradient_shares: dict[str, float] = field(default_factory=dict)  # term → gradient over the task's; else 0.1 each
     gradient_every: int | None = 50  # steps between two measurements of the shares; None: they are not logged
+    kl_target: float | None = None  # nats a position, between the pre-trained model and the trained one
+    kl_gain: float = 0.1  # of the controller: λ changes by at most a fifth of it in a step
 
     def __post_init__(self) -> None:
         check_numbers(self, "regularizers.")
         check_choice("regularizers.lambda_mode", self.lambda_mode, LAMBDA_MODES)
         self._check_shares()
+        self._check_kl()
         check_choice("regularizers.svd_norm", self.svd_norm, ("nuclear", "frobenius"))
         for term in (*PUBLISHED_TERMS, *EXTRA_TERMS):
             known = [name for name in schedules() if name != "adaptive" or term == "consistency"]  # by position
@@ -142,6 +148,27 @@ class BALoRAConfig:
                     f"regularizers.gradient_shares.{name} has no effect: lambda_{name}=0 takes the term out"
                 )
             check_range(f"regularizers.gradient_shares.{name}", share, "[0, 1000000]")
+
+    def _check_kl(self) -> None:
+        mode = "regularizers.lambda_mode=adaptive_kl"
+        if self.lambda_mode != "adaptive_kl":
+            for name in ("kl_target", "kl_gain"):
+                if getattr(self, name) != getattr(type(self), name):
+                    raise UserError(f"regularizers.{name} needs {mode}")
+            return
+        if self.kl_target is None:
+            raise UserError(f"{mode} holds the KL at a target: set regularizers.kl_target, in nats a position")
+        low, high = LAMBDA_LIMITS
+        if not low <= self.lambda_consistency <= high:
+            raise UserError(
+                f"{mode} starts at regularizers.lambda_consistency={self.lambda_consistency}: it must be {low:g} to "
+                f"{high:g}"
+            )
+        if self.consistency_schedule not in ("constant", "adaptive"):
+            raise UserError(
+                f"regularizers.consistency_schedule={self.consistency_schedule} would work against "
+                "lambda_mode=adaptive_kl: set it to constant"
+            )
 
 
 @dataclass
@@ -330,9 +357,11 @@ def training_settings(config: RunConfig) -> dict[str, Any]:
     for name in EXTRA_TERMS:  # a term that is out changes no weight
         if plain["regularizers"][f"lambda_{name}"] == 0:
             del plain["regularizers"][f"lambda_{name}"], plain["regularizers"][f"{name}_schedule"]
-    if config.regularizers.lambda_mode == "fixed":  # then the shares are only logged
-        for name in ("lambda_mode", "gradient_shares", "gradient_every"):
-            del plain["regularizers"][name]
+    mode = config.regularizers.lambda_mode  # without gradient_share the shares are only logged
+    by_share, by_kl = ("gradient_shares", "gradient_every"), ("kl_target", "kl_gain")
+    unused = {"fixed": ("lambda_mode", *by_share, *by_kl), "gradient_share": by_kl, "adaptive_kl": by_share}
+    for name in unused[mode]:
+        del plain["regularizers"][name]
     saving = () if plain["trainer"].get("load_best_model_at_end") else _SAVING_ARGUMENTS
     plain["trainer"] = {k: v for k, v in plain["trainer"].items() if k not in (*_COSMETIC_ARGUMENTS, *saving)}
     plain["model"]["trust_remote_code"] = False  # who trusts the code gets the same weights

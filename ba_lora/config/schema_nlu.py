@@ -39,6 +39,11 @@ class NLURegularizersConfig(BALoRAConfig):
         check_choice("regularizers.reference_head", self.reference_head, ("initial", "shared", "probe"))
         if self.consistency_schedule == "adaptive":
             raise UserError("regularizers.consistency_schedule=adaptive weighs response positions: it is for NLG only")
+        if self.lambda_mode == "adaptive_kl" and self.consistency_form != "kl":
+            raise UserError(
+                "regularizers.lambda_mode=adaptive_kl needs a KL, and "
+                f"consistency_form={self.consistency_form} is none: set regularizers.consistency_form=kl"
+            )
 
 
 @dataclass

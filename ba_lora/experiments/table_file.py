@@ -14,7 +14,8 @@
         settings: {rank=8: [adapter.rank=8]}     the paper's name of a setting → its overrides; absent: one, ""
         overrides: […]
         search: tuned                   each row takes the best values of its base's and method's own search
-                                        (sh scripts/search.sh BASE tuned method=METHOD) beneath its settings
+                                        (sh scripts/search.sh BASE tuned method=METHOD) beneath its settings; the
+                                        grid runs nothing while one is missing
         gpus: 8                         GPUs of each run, whose batch its overrides divide among them; absent: 1
         suffix: vllm                    a run folder of its own (outputs/<run_id>-vllm) where nothing that is trained
                                         differs from another row's; also part of the setting's name

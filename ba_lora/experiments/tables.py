@@ -131,13 +131,19 @@ def load_table(path: str | Path, *, overrides: Sequence[str] = (), seeds: Sequen
         if seeds.count(seed) > 1:  # each of its runs would count more than once in a mean
             raise UserError(f"{path}: seed {seed} is asked for more than once: name each seed once")
     chosen, unchosen = _chosen(file.chosen, path)
+    searches: list[str] = []  # that are missing
     rows: dict[Row, int] = {}  # row → GPUs
     cells: list[SeedCell] = []
     _refuse_typed(overrides, _varied_keys(blocks, columns), kind=file.kind)
     for number, block in enumerate(blocks, start=1):
         where = f"{path}: rows, entry {number}"
         pairs = list(itertools.product(block.bases, block.methods))
-        searched = {pair: best_words(*pair, block.search) for pair in pairs if block.search}
+        searched: dict[tuple[str, str], list[str]] = {}
+        for base, method in pairs if block.search else ():
+            if (best := best_words(base, method, block.search)) is None:
+                several = f" gpus={block.gpus}" if block.gpus > 1 else ""
+                searches.append(f"sh scripts/search.sh {base} {block.search} method={method}{several}")
+            searched[base, method] = best or []
         found = {word.partition("=")[0] for words in searched.values() for word in words}
         _refuse_typed(overrides, found, kind=file.kind)
         for (base, method), (setting, own) in itertools.product(pairs, (block.settings or {"": []}).items()):
@@ -149,6 +155,8 @@ def load_table(path: str | Path, *, overrides: Sequence[str] = (), seeds: Sequen
             words = [*file.overrides, *block.overrides, *best, *own]
             cells += _row_cells(row, columns, file.kind, seeds, words, overrides, block.suffix, where)
     _refuse_two_evaluations(cells, path)
+    if searches:
+        unchosen = f"its rows take the best of searches, of which these are not made: {'; '.join(searches)}"
     methods = list(dict.fromkeys(row.method for row in rows))
     ours = file.ours or tuple(name for name in methods if name.startswith("ba_lora"))
     for name in ours:

@@ -47,6 +47,7 @@ class Part:
     """
 
     options: ClassVar[dict[str, tuple]] = {}
+    option_needs: ClassVar[dict[str, tuple[str, Any]]] = {}  # an option → the value of another one that it counts with
     kinds: ClassVar[tuple[str, ...]] = ("nlg", "nlu")  # of runs that it is for
     limits: ClassVar[str] = "works on whole weights: set model.quantization=none"  # why not for other kinds, or for nf4
     needs_rows: ClassVar[bool] = False  # runs training rows through the model first
@@ -64,6 +65,7 @@ class Tuner(Part):
     own_weights: ClassVar[bool] = False  # the model's own weights are trained and saved, and no adapter
     has_factors: ClassVar[bool] = False  # LoRA's A and B: takes every init and optimizer, and rslora
     takes_dora: ClassVar[bool] = False
+    ignores: ClassVar[tuple[str, ...]] = ()  # of adapter's rank, alpha, target_modules, dtype: refused where typed
     quantizes: ClassVar[bool] = False  # works on an nf4 base
     has_dropout: ClassVar[bool] = True
     own_layers: ClassVar[bool] = False  # PEFT loads the adapter only where the method's file is imported
@@ -152,6 +154,10 @@ class Tuner(Part):
         """Take it up again, {} where there was none, on a model with the checkpoint's weights."""
 
     # ---- export
+
+    def at_rank(self, model: "nn.Module", rank: int) -> contextlib.AbstractContextManager[None]:
+        """Return the context in which a PEFT model of the adapter is the trained one at a lower rank (`cuts_ranks`)."""
+        raise NotImplementedError
 
     def before_save(self, model: "nn.Module") -> None:
         """Called before PEFT writes the adapter."""

@@ -71,6 +71,7 @@ class Bottleneck(Tuner):
 
     options = {"places": ("both", ("both", "mlp")), "activation": ("relu", ("relu", "gelu", "silu"))}
     selects_layers = False
+    ignores = ("alpha", "target_modules")
     names_layers = True
     has_dropout = False
     own_layers = True

@@ -282,6 +282,12 @@ def _check_targets(model: "nn.Module", config: RunConfig, method: TrainingMethod
     for path, shape in targets.items():
         largest = tuner.largest_rank(*shape)
         if largest is not None and tuner.first_rank > largest:
+            if largest == 1 and adapter.target_modules == "all-linear":  # a gate, such as Qwen2-MoE's
+                others = sorted({path.rsplit(".", 1)[-1] for path, shape in targets.items() if min(shape) > 1})
+                raise UserError(
+                    f"adapter.target_modules=all-linear takes in {path}, a gate of one output, which no rank above 1 "
+                    f"fits: name the other layers, adapter.target_modules=[{','.join(others)}]"
+                )
             first = f" ({adapter.tuner} starts at {tuner.first_rank})" if tuner.first_rank != adapter.rank else ""
             raise UserError(
                 f"adapter.rank={adapter.rank}{first} is above the size of {path}, {largest}: use a smaller rank"

@@ -8,7 +8,9 @@ What did not learn in a step stays where it is: AdamW by itself moves (by its mo
 code too. After training, `export.ranks` writes the plain LoRA of each rank asked for.
 """
 
+import contextlib
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -73,6 +75,16 @@ class DyLora(Lora):
                 first.copy_(old_first)
                 second.copy_(old_second)
         self._before = []
+
+    @contextlib.contextmanager
+    def at_rank(self, model: nn.Module, rank: int) -> Iterator[None]:
+        layers = [layer.lora_A[DEFAULT] for layer in adapter_layers(model)]
+        hooks = [first.register_forward_hook(lambda module, inputs, output: cut(output, rank)) for first in layers]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def _learning(self) -> slice:
         return slice(self._rank - 1 if self.option["frozen"] else 0, self._rank)

@@ -13,6 +13,7 @@ class OwnWeights(Tuner):
 
     own_weights = True
     selects_layers = False
+    ignores = ("rank", "alpha", "target_modules", "dtype")
     draws = None
     limits = "needs weights that can be trained, which quantised ones cannot: use adapter.tuner=lora"
 

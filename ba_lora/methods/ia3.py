@@ -15,8 +15,9 @@ NOT_LAST = ("attention.output.dense",)
 
 
 class IA3(Tuner):
-    """out parameters a layer, in for an MLP's last layer. The rank has no effect."""
+    """out parameters a layer, in for an MLP's last layer."""
 
+    ignores = ("rank", "alpha")
     names_layers = True
     has_dropout = False
     draws = None

@@ -92,6 +92,7 @@ register_own("lorta", LortaConfig, LortaLayer)
 class Lorta(Tuner):
     """r (d + d/H + H + L + 4) parameters in all."""
 
+    ignores = ("target_modules",)
     selects_layers = False
     own_layers = True
     names_layers = True

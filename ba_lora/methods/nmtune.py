@@ -65,12 +65,13 @@ register_own("nmtune", NMTuneConfig, NMTuneLayer)
 
 
 class NMTune(Tuner):
-    """2 · expansion · D² parameters and the biases, beside the head. The rank has no effect."""
+    """2 · expansion · D² parameters and the biases, beside the head."""
 
     options = {"weight": (0.01, "[0, 1000000]"), "expansion": (1.0, "(0, 100]")}
     kinds = ("nlu",)
     limits = "maps a classifier's features: it is for NLU, with whole weights"
     selects_layers = False
+    ignores = ("rank", "alpha", "target_modules")
     own_layers = True
     names_layers = True
     has_dropout = False

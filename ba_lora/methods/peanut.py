@@ -13,6 +13,7 @@ from ba_lora.methods.base import Tuner, peft_settings
 class Peanut(Tuner):
     """2 r out + 2 depth r² parameters a layer; `scaling` is s, whatever adapter.alpha is."""
 
+    ignores = ("alpha",)
     options = {"depth": (None, None), "act_fn": (None, None), "scaling": (None, None)}
     layer_types = ("Linear",)
     has_dropout = False

@@ -10,13 +10,14 @@ from ba_lora.methods.base import Tuner, peft_settings
 
 
 class PromptTuning(Tuner):
-    """tokens · hidden size parameters, drawn at random. The rank has no effect."""
+    """tokens · hidden size parameters, drawn at random."""
 
     options = {"num_virtual_tokens": (20, "[1, 100000]")}
     config_class: ClassVar[str] = "PromptTuningConfig"
     kinds = ("nlg",)
     limits = "is for language models with whole weights: NLU compares adapters in the layers"
     selects_layers = False
+    ignores = ("rank", "alpha", "target_modules")
     has_dropout = False
     merges = False
     packs = False

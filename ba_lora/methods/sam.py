@@ -20,8 +20,9 @@ from ba_lora.processes import on_main_process
 
 
 class Sam(Tuner):
-    """share · Σ in · out parameters. The rank has no effect."""
+    """share · Σ in · out parameters."""
 
+    ignores = ("rank", "alpha")
     options = {"share": (0.01, "(0, 1)"), "rows": (128, "[1, 1000000]")}
     selects_layers = False
     own_layers = True

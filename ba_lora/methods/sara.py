@@ -24,8 +24,9 @@ SAMPLE = 4_000_000  # of |W| at most, evenly spaced, from which θ is taken
 
 
 class Sara(Tuner):
-    """As many parameters as the mask has ones. The rank has no effect."""
+    """As many parameters as the mask has ones."""
 
+    ignores = ("rank", "alpha")
     options = {
         "share": (0.05, "(0, 1)"),
         "norm_weight": (5e-4, "[0, 1000000]"),

@@ -66,8 +66,9 @@ register_own("ssf", SsfConfig, SsfLayer)
 
 
 class Ssf(Tuner):
-    """2 out parameters a layer, out without the shift. The rank has no effect."""
+    """2 out parameters a layer, out without the shift."""
 
+    ignores = ("rank", "alpha")
     options = {"shift": (True, (True, False))}
     selects_layers = False
     layer_types = ("Linear",)

@@ -63,6 +63,11 @@ class ClassifierObjective(Objective):
         if regularizers.diversity_form == "entropy" and num_labels == 1:
             constant["diversity"] = "one logit has no distribution"
         off = {term: reason for term, reason in constant.items() if getattr(regularizers, f"lambda_{term}") > 0}
+        if "consistency" in off and regularizers.lambda_mode == "adaptive_kl":
+            raise UserError(
+                "regularizers.lambda_mode=adaptive_kl needs the consistency term, which is off for this task: "
+                f"{off['consistency']}"
+            )
         shares = {term: share for term, share in regularizers.gradient_shares.items() if term not in off}
         self.regularizers = dataclasses.replace(
             regularizers, gradient_shares=shares, **{f"lambda_{term}": 0.0 for term in off}

@@ -2,6 +2,7 @@
 
     adapter/   the trained PEFT adapter as it is. That of PiSSA and kin belongs to the residual base W − B₀A₀, and some
                methods need more than PEFT's weights, so:
+    ranks/<b>  of a method for every rank (DyLoRA): a plain LoRA of rank b, compared with the trained model at that rank
     lora/      of these: a plain LoRA on the untouched base (plain_lora.py; of PiSSA and kin its rank is 2r), in
                float32; any PEFT or vLLM loads it without knowing where it comes from
     merged/    an ordinary model folder, W + BA − B₀A₀, in the base's dtype
@@ -114,8 +115,8 @@ def export_run(
         )
     unset_hf_deepspeed_config()  # or ZeRO-3 would split the models loaded here, for this process only
 
-    def compare(name: str, model: "nn.Module") -> Parity:
-        return compare_logits(name, probe_logits(model, probe), trained_logits, initial_logits, config, run_path)
+    def compare(name: str, model: "nn.Module", trained: "torch.Tensor" = trained_logits) -> Parity:
+        return compare_logits(name, probe_logits(model, probe), trained, initial_logits, config, run_path)
 
     if config.adapter.trains_own_weights:
         return {"merged": compare("merged", _load_merged(config, run_path / "merged"))}
@@ -126,6 +127,12 @@ def export_run(
     name = serving_adapter(run_path).name
     model = _on_device(_with_adapter(config, serving_adapter(run_path)))
     parities = {name: compare(name, model)}
+    tuner = TrainingMethod.of(config.adapter, seed=config.seed).tuner
+    for rank in config.export.ranks:  # with the trained adapter, which `model` now is, at that rank
+        with tuner.at_rank(model, rank):
+            trained_there = probe_logits(model, probe)
+        of_rank = _on_device(_with_adapter(config, run_path / "ranks" / str(rank)))
+        parities[f"ranks/{rank}"] = compare(f"ranks/{rank}", of_rank, trained_there)
     if config.export.merged:
         if config.model.quantization != "none":
             model = _trained_dequantized(config, run_path)

@@ -43,7 +43,7 @@ def report(parities: dict[str, Parity], config: RunConfig) -> dict[str, Any]:
         "share_of_learned_change": {name: parity.share for name, parity in parities.items()},
     }
     if config.model.quantization != "none":
-        (parent,) = (parity for name, parity in parities.items() if name != "merged")
+        (parent,) = (parity for name, parity in parities.items() if name in ("adapter", "lora"))
         told["unquantized_logit_difference"] = parent.difference
     return told
 

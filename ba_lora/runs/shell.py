@@ -136,6 +136,7 @@ class TrainingRun:
             "step0_max_logit_difference": self.step0.difference,
             "gradient_shares": mean_gradient_shares(log),
             "last_log": next((entry for entry in reversed(log) if "loss" in entry), None),
+            "last_evaluation": next((entry for entry in reversed(log) if "eval_task" in entry), None),
         }
 
     def export(self, trained: Trained) -> None:

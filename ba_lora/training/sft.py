@@ -60,7 +60,9 @@ class BALoRALoss:
         self._has_begun = False
         regularizers = regularizers or BALoRAConfig()
         if regularizers.lambda_mode != "fixed":
-            raise UserError("regularizers.lambda_mode=gradient_share is BALoRATrainer's: use lambda_mode=fixed here")
+            raise UserError(
+                f"regularizers.lambda_mode={regularizers.lambda_mode} is BALoRATrainer's: use lambda_mode=fixed here"
+            )
         if self.args.n_gpu > 1:
             raise UserError("several GPUs in one process are not supported: use accelerate launch or torchrun")
         objective = TokenObjective(self.model, regularizers, loss=loss, extra_terms=extra_terms)

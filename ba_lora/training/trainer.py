@@ -27,6 +27,7 @@ from ba_lora.errors import UserError
 from ba_lora.io import disk_errors, load_tensors
 from ba_lora.methods.base import method_of
 from ba_lora.objective.gradient_shares import GradientShares
+from ba_lora.objective.kl_control import KLController
 from ba_lora.objective.losses.plain import TermSums
 from ba_lora.objective.objective import Objective, TokenObjective
 from ba_lora.objective.reference import Reference
@@ -117,6 +118,7 @@ class BALoRATrainer(Trainer):
         self.add_callback(AfterStep(self))
         self._term_meter, self._token_meter = TermMeter([term.name for term in objective.terms]), TokenMeter()
         self._shares = GradientShares(objective.terms, objective.regularizers)
+        self._kl = KLController(objective.terms, objective.regularizers)
         for callback in (ProgressCallback, PrinterCallback):  # one line of loss terms instead of a dictionary
             if self.pop_callback(callback) is not None:
                 self.add_callback(TermsCallback(show_bar=callback is ProgressCallback))
@@ -146,6 +148,7 @@ class BALoRATrainer(Trainer):
         if measured:
             self._shares.add({name: found.square for name, found in sums.items() if found.square is not None})
         if training:
+            self._kl.add(sums, own)
             self._record(sums, lambdas, number)
         elif not model.training:
             task = sums["task"].value
@@ -162,7 +165,8 @@ class BALoRATrainer(Trainer):
     def _lambdas(self) -> dict[str, float]:
         """Return λ(t) of each term."""
         step, num_steps = self.state.global_step, self.state.max_steps
-        weights = {term.name: term.weight for term in self.objective.terms} | self._shares.weights
+        weights = {term.name: term.weight for term in self.objective.terms}
+        weights |= self._shares.weights | self._kl.weights
         return {
             term.name: scheduled_weight(term.schedule, weights[term.name], step=step, num_steps=num_steps)
             for term in self.objective.terms
@@ -210,6 +214,7 @@ class BALoRATrainer(Trainer):
         self._begins = False
         if self.accelerator.sync_gradients:
             self._shares.close(self._summed)
+            self._kl.close(self._summed)
             self.method.tuner.before_step(self._bare_model(), self.state.global_step)
         if not bool(loss.isfinite()):  # no further wait for the device: Trainer asks the same
             self._stop_diverged("loss is", self.state.global_step + 1)
@@ -324,6 +329,7 @@ class BALoRATrainer(Trainer):
         if checkpoint is not None:
             check_initial_factors(self.initial_factors, Path(checkpoint))
             self._shares.load(Path(checkpoint))
+            self._kl.load(Path(checkpoint))
             self._load_method_state(Path(checkpoint))
         super()._load_optimizer_and_scheduler(checkpoint)
 
@@ -378,6 +384,7 @@ class BALoRATrainer(Trainer):
                     self._save_method_state(folder)
                     write_fingerprint(self.initial_factors, folder)
                     self._shares.save(folder)
+                    self._kl.save(folder)
                     write_checkpoint_manifest(folder)
                     if limit:
                         rotate_checkpoints(folder.parent, limit=limit, best=self.state.best_model_checkpoint)

@@ -16,6 +16,7 @@
       choose: heldout                  # of rows that differ in their setting, the best in this column is compared, in
                                        # the other columns; with clusters: the best settings, which are overrides, are
                                        # written to chosen.yaml for another table (`chosen`)
+      over_settings: [accuracy, nll]   # columns whose best, median, worst and spread over a method's settings are told
       names: {not stated: roberta-large}                 # the paper file's name of a model, method or setting → ours
       columns: {parameters: {scale: 1.0e-6, decimals: 1}}     # how a column's numbers are shown; `allow`: in it only
       figures:
@@ -94,6 +95,7 @@ class ReportBlock:
     compare: tuple[Any, ...] = ()
     compare_within: tuple[str, ...] = ("base",)
     choose: str | None = None
+    over_settings: tuple[str, ...] = ()
     primary: tuple[Any, ...] = ()
     paired: bool = False
     collapsed: Any = None
@@ -118,6 +120,8 @@ def parse_report(raw: Any, *, rows: Sequence[Row], columns: Sequence[ReportColum
         check_choice(f"{where}.columns", name, names)
     if block.choose is not None:
         check_choice(f"{where}.choose", block.choose, names)
+    for name in block.over_settings:
+        check_choice(f"{where}.over_settings", name, [column.name for column in columns if column.better != "none"])
     if block.hypotheses and not block.clusters:
         raise UserError(f"{where}.hypotheses needs report.clusters: the word that names the pre-trained model")
     shown = {
@@ -126,7 +130,7 @@ def parse_report(raw: Any, *, rows: Sequence[Row], columns: Sequence[ReportColum
     return {
         **{
             key: getattr(block, key)
-            for key in ("allow", "against", "compare_within", "choose", "paired", "clusters", "names")
+            for key in ("allow", "against", "compare_within", "choose", "over_settings", "paired", "clusters", "names")
         },
         "compare": _pairs(block.compare, rows, where=f"{where}.compare"),
         "primary": parse_primary(block.primary, rows, names, where=f"{where}.primary"),

@@ -14,6 +14,7 @@ from typing import Any
 from ba_lora.experiments.tables import Row
 from eval.report.columns import ReportColumn
 from eval.report.hypothesis_figures import hypothesis_sheet, level_sheet
+from eval.report.over_settings import over_settings, over_settings_sheet
 from eval.report.sheets import (
     Drawn,
     Sheet,
@@ -37,6 +38,10 @@ LATEX_HEIGHT = 0.65  # of the text's height, which leaves room for caption and l
 COMPARISONS = 3 * "p{0.11\\linewidth}" + "rp{0.13\\linewidth}p{0.13\\linewidth}rrr"
 
 
+OVER_SETTINGS = (
+    "Of each setting its mean over seeds counts; spread: the distance between the best and the worst setting. Settings "
+    "whose runs have failed, or are missing, are in none of them."
+)
 STATISTICS = "t over seeds and items, crossed"  # what the comparisons' intervals are
 
 
@@ -53,6 +58,8 @@ def to_markdown(table: ReportTable, figures: Sequence[Drawn] = ()) -> str:
     notes = [f"<sup>{letter(number)}</sup> {escape_markdown(text)}" for number, text in enumerate(table.footnotes)]
     if notes:
         parts.append("  \n".join(notes))
+    if table.spec.over_settings:
+        parts += ["## Over the settings", _markdown_sheet(over_settings_sheet(table)), OVER_SETTINGS]
     if table.comparisons:
         parts += ["## Comparisons", _markdown_sheet(comparison_sheet(table))]
         parts += map(escape_markdown, comparison_legend(table))
@@ -76,6 +83,8 @@ def to_latex(table: ReportTable) -> str:
     A wide table is set in parts, one below the other; each is made smaller where it would not fit into a page.
     """
     parts = panels(main_sheet(table), widest=LATEX_WIDTH)
+    if table.spec.over_settings:
+        parts.append(over_settings_sheet(table))
     lines = [
         "% Needs \\usepackage{booktabs,graphicx,longtable}",
         "\\begin{table}[t]",
@@ -85,6 +94,7 @@ def to_latex(table: ReportTable) -> str:
         *(line for part in parts for line in _latex_part(part, share=LATEX_HEIGHT / len(parts))),
         "\\begin{minipage}{\\linewidth}\\footnotesize",
         *(f"{escape_latex(line)}\\par" for line in legend(table, best="Bold", second="underlined")),
+        *([f"{OVER_SETTINGS}\\par"] if table.spec.over_settings else []),
         *(f"\\textsuperscript{{{letter(n)}}} {escape_latex(text)}\\par" for n, text in enumerate(table.footnotes)),
         "\\end{minipage}",
         "\\end{table}",
@@ -134,6 +144,7 @@ def to_json(table: ReportTable, figures: Sequence[Drawn] = ()) -> dict[str, Any]
         "columns": [dataclasses.asdict(column) for column in spec.columns],
         "cells": [cell_facts(table, row, column) for row in spec.rows for column in spec.columns],
         "comparisons": [{**dataclasses.asdict(one), "is_significant": one.is_significant} for one in table.comparisons],
+        **({"over_settings": [dataclasses.asdict(one) for one in over_settings(table)]} if spec.over_settings else {}),
         "hypotheses": [dataclasses.asdict(one) for one in table.findings],
         "standing": table.standing,
         "statistics": STATISTICS,

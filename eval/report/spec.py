@@ -67,6 +67,7 @@ class TableSpec:
     compare_within: tuple[str, ...] = ("base",)
     allow: tuple[str, ...] = ()
     choose: str | None = None
+    over_settings: tuple[str, ...] = ()  # the columns whose spread over settings is told
     names: Mapping[str, str] = field(default_factory=dict)
     labels: Mapping[str, str] = field(default_factory=dict)
     figures: tuple[Figure, ...] = ()

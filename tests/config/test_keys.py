@@ -18,7 +18,8 @@ import torch
 import yaml
 from accelerate import Accelerator
 
-from ba_lora.config.layers import SCHEMAS, config_of_result, load_config
+from ba_lora.config.layers import METHODS_PATH, SCHEMAS, available_methods, config_of_result, load_config
+from ba_lora.config.registries import facts, tuners
 from ba_lora.config.schema import BALoRAConfig, RunConfig, to_yaml, training_hash
 from ba_lora.config.trainer import _RESERVED_ARGUMENTS, _UNSAFE_ARGUMENTS, argument_types
 from ba_lora.errors import UserError
@@ -28,6 +29,8 @@ from ba_lora.methods.build import build_model
 from ba_lora.models.pretrained import load_base
 from ba_lora.models.tokenizer import load_tokenizer
 from ba_lora.objective.gradient_shares import GradientShares
+from ba_lora.objective.kl_control import KLController
+from ba_lora.objective.losses.plain import TermSums
 from ba_lora.objective.objective import TokenObjective
 from ba_lora.objective.objective_nlu import ClassifierObjective
 from ba_lora.objective.reference_cache.features import cached_features
@@ -175,6 +178,19 @@ def gradient_shares(config: RunConfig, folder: Path) -> list[Any]:
     return [[step for step in range(30) if shares.due(step)], shares.weights]
 
 
+def controlled_lambda(config: RunConfig, folder: Path) -> dict[str, float]:
+    """λ after a step with a KL of 0.11."""
+    if config.kind == "nlg":
+        terms = TokenObjective(tiny_peft(True), config.regularizers).terms
+    else:
+        terms = list(classifier_terms(config.regularizers, num_labels=3))
+    controller = KLController(terms, config.regularizers)
+    value = torch.tensor(0.11 * config.regularizers.temperature**2)
+    controller.add({"consistency": TermSums(value, value)}, 1)
+    controller.close(lambda sums: sums)
+    return controller.weights
+
+
 def reference_files(config: RunConfig, folder: Path) -> list[Any]:
     """What the cache of the reference holds."""
     if not config.uses_reference_cache:
@@ -318,6 +334,7 @@ LOCAL = ("data.name=metamathqa", "data.source={here}/rows.jsonl")
 TALKS = ("data.source={here}/talks.jsonl", "data.messages=talk", "data.template={here}/one.jinja")
 SST2 = ("nlu.task=sst2", "data.source={here}/sst2/train.jsonl", "data.dev.sst2={here}/sst2/dev.jsonl")
 CACHED = ("data.num_rows=4", "reference.cache={here}/cache")
+CONTROLLED = ("regularizers.lambda_mode=adaptive_kl", "regularizers.kl_target=0.1")
 NOISE = "data.toy.label_noise=0.5"
 
 BOTH = {
@@ -372,6 +389,8 @@ def regularizers(seen: Callable[[RunConfig, Path], Any]) -> dict[str, Key]:
             "{svd: 0.7}", gradient_shares, ("regularizers.lambda_mode=gradient_share",)
         ),
         "regularizers.gradient_every": Key("3", gradient_shares),
+        "regularizers.kl_target": Key("0.2", controlled_lambda, CONTROLLED),
+        "regularizers.kl_gain": Key("0.2", controlled_lambda, CONTROLLED),
     }
 
 
@@ -428,6 +447,8 @@ NLU = BOTH | regularizers(nlu_loss) | {
     "regularizers.svd_schedule": Key(
         "two_phase", nlu_loss, ("regularizers.lambda_svd=1", "regularizers.features=pooled")
     ),
+    "regularizers.kl_target": Key("0.2", controlled_lambda, (*CONTROLLED, "regularizers.consistency_form=kl")),
+    "regularizers.kl_gain": Key("0.2", controlled_lambda, (*CONTROLLED, "regularizers.consistency_form=kl")),
     "regularizers.consistency_form": Key("kl", nlu_loss, ("regularizers.lambda_consistency=1",)),
     "regularizers.diversity_form": Key("entropy", nlu_loss, ("regularizers.lambda_diversity=1",)),
     "regularizers.features": Key("pooled", nlu_loss, ("regularizers.lambda_diversity=1",)),
@@ -488,6 +509,12 @@ def here(tmp_path_factory) -> Path:
     return folder
 
 
+def method_tuner(method: str) -> str | None:
+    """Return the tuner of a method file, None of a variant."""
+    path = METHODS_PATH / f"{method}.yaml"
+    return yaml.safe_load(path.read_text())["adapter"]["tuner"] if path.is_file() else None
+
+
 def leaves(schema: type, prefix: str = "") -> list[str]:
     """Return each dotted key that is no section."""
     found = []
@@ -505,9 +532,12 @@ def test_every_key_has_an_entry(kind):
 @pytest.mark.parametrize(("kind", "key"), [(kind, key) for kind, keys in KEYS.items() for key in keys])
 def test_a_key_changes_what_a_run_does(kind, key, here, tmp_path, monkeypatch):
     entry = KEYS[kind][key]
-    common = ["data.num_rows=8", "trainer.use_cpu=true", "adapter.rank=4"]
+    common = ["data.num_rows=8", "trainer.use_cpu=true"]
+    if "method=full_ft" not in entry.beside:
+        common.append("adapter.rank=4")
     if kind == "nlu":
-        common = [*tiny_overrides(here / "encoder"), "data.num_rows=12"]
+        method = "full_ft" if "method=full_ft" in entry.beside else "ba_lora"
+        common = [*tiny_overrides(here / "encoder", method=method), "data.num_rows=12"]
     if any(word.startswith(("data.source", "nlu.task")) for word in entry.beside):
         common.append("data.num_rows=null")
     seen = []
@@ -585,6 +615,23 @@ def test_a_key_without_its_partner_is_refused(kind, key):
     words = ["method=lora", *more, f"{key}={KEYS[kind][key].value}"]
     with pytest.raises(UserError, match=f"{key}=.* has no effect without {SCHEMAS[kind].counts_with[key][1]}"):
         load_config(f"configs/{kind}/toy.yaml", kind=kind, overrides=words)
+
+
+@pytest.mark.parametrize("tuner", tuners())
+def test_a_key_that_the_method_ignores_is_refused_where_it_is_typed(tuner):
+    """Not in a base, whose other methods use it."""
+    (method, *_) = [m for m in available_methods("nlu") + available_methods() if method_tuner(m) == tuner]
+    kind = "nlg" if method in available_methods() else "nlu"
+    usual = load_config("toy", method=method, kind=kind)
+    for key, value in {"rank": "2", "alpha": "3", "target_modules": "[x]", "dtype": "base"}.items():
+        if key in facts("tuner", tuner)["ignores"]:
+            with pytest.raises(
+                UserError, match=f"adapter.{key} has no effect with adapter.tuner={tuner}: leave it out"
+            ):
+                load_config("toy", method=method, kind=kind, overrides=[f"adapter.{key}={value}"])
+        else:
+            changed = load_config("toy", method=method, kind=kind, overrides=[f"adapter.{key}={value}"])
+            assert getattr(changed.adapter, key) != getattr(usual.adapter, key)
 
 
 def test_a_key_of_the_other_kind_is_told_to_be_that():

@@ -11,7 +11,7 @@ VARIANTS = [(method, name) for method, layer in METHODS.items() for name in laye
 
 
 def test_the_variants_are_methods():
-    assert len(VARIANTS) == 14
+    assert len(VARIANTS) == 15
     assert {name for _, name in VARIANTS} <= set(available_methods("nlg")) & set(available_methods("nlu"))
 
 
@@ -22,10 +22,19 @@ def test_a_variant_has_its_terms_of_the_method_and_no_other(method, name, kind, 
     part = load_config("toy", method=name, kind=kind)
     settings = METHODS[method]["variants"][name]
     terms = settings.get("terms", ["consistency", "diversity", "svd"])
-    assert part.adapter.init == ("lora" if name.startswith("lora_") else "pissa") and part.method == name
+    assert (
+        part.adapter.init == ("lora" if name.startswith(("lora_", "monteclora_")) else "pissa") and part.method == name
+    )
     usual = schema().regularizers
     for key, value in vars(part.regularizers).items():
-        if key in ("lambda_mode", "gradient_shares", "gradient_every", "features"):  # of all terms
+        if key in (
+            "lambda_mode",
+            "gradient_shares",
+            "gradient_every",
+            "kl_target",
+            "kl_gain",
+            "features",
+        ):  # of all terms
             continue
         term = next((t for t in ("consistency", "diversity", "svd") if t in key), "consistency")
         if key.startswith("lambda_") and term not in terms:

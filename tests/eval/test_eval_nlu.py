@@ -1,6 +1,7 @@
 """python -m eval.nlu: predictions are the model's own; one command gives both domains and the drop; errors."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -401,7 +402,7 @@ def test_a_run(run: Path, tmp_path: Path) -> None:
 
 def lines_of(labels: list[float], predictions: list[float | None], name: str = "set") -> list[dict]:
     return [
-        {"task_id": f"{name}/{index}", "label": label, "prediction": guess, "logits": []}
+        {"task_id": f"{name}/{index}", "label": label, "prediction": guess, "logits": [0.0, 0.0, math.log(2)]}
         for index, (label, guess) in enumerate(zip(labels, predictions, strict=True))
     ]
 
@@ -413,6 +414,7 @@ def test_scores_by_hand() -> None:
     score = score_predictions(lines, name="sick", of_task="mnli", training_counts=counts, imbalanced=True)
     assert (score["n"], score["invalid"], score["notes"]) == (6, 0, {})
     assert score["metrics"]["accuracy"] == pytest.approx(4 / 6)
+    assert score["nll"] == pytest.approx((3 * math.log(4) + 3 * math.log(2)) / 6)  # p = 1/4, 1/4, 1/2
     assert score["metrics"]["minority_recall"] == pytest.approx(1 / 2)
     assert score["metrics"]["macro_f1"] == pytest.approx((2 / 3 + 1 / 2 + 4 / 5) / 3)
     assert score["per_class"]["recall"] == {

@@ -120,7 +120,16 @@ def test_a_trial_is_the_mean_over_its_seeds(tmp_path, write):
     assert [run["seed"] for run in facts["runs"]] == [10, 30] and facts["seconds"] > 0
 
 
-def test_what_is_worse_than_the_others_is_pruned(tmp_path, write):
+def test_what_is_worse_than_the_others_is_pruned(tmp_path, write, monkeypatch):
+    judged, rule_of = [], Journal.is_pruned
+    monkeypatch.setattr(
+        Journal,
+        "is_pruned",
+        lambda self, number, seen, upto: (
+            judged.append((self, number, max(seen))),
+            rule_of(self, number, seen, upto=upto),
+        )[1],
+    )
     rule = {"percentile": 50, "startup_trials": 3, "warmup_steps": 2}
     whole = search(tmp_path / "whole", write(), engine="random")
     pruned = search(tmp_path / "pruned", write(pruning=rule), engine="random")
@@ -133,6 +142,7 @@ def test_what_is_worse_than_the_others_is_pruned(tmp_path, write):
         assert loss == at_end if status == COMPLETE else loss > at_end  # the fake loss falls with the steps
     best = min(loss for status, _, loss in pruned if status == COMPLETE)
     assert best == min(loss for _, _, loss in whole)
+    assert judged and len(judged) == len(set(judged))  # each evaluation once
 
 
 def run(folder, space, *words, **environment):

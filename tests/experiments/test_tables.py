@@ -322,9 +322,11 @@ def test_rows_take_the_best_values_of_their_own_searches(tmp_path, monkeypatch):
     }  # fmt: skip
     with pytest.raises(UserError, match="trainer.learning_rate is what this table varies"):
         load_table(write(tmp_path, rows=rows), overrides=["trainer.learning_rate=1"])
-    rows[0]["methods"] = ["ba_lora"]
-    with pytest.raises(UserError, match="make it with: sh scripts/search.sh toy rates method=ba_lora"):
-        load_table(write(tmp_path, rows=rows))
+    assert table.unchosen is None
+    rows[0] |= {"methods": ["lora", "ba_lora"], "gpus": 2}
+    assert load_table(write(tmp_path, rows=rows)).unchosen.endswith(
+        "not made: sh scripts/search.sh toy rates method=ba_lora gpus=2"
+    )
 
 
 def test_a_table_takes_what_another_one_has_chosen(tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen2MoeConfig
 
 from ba_lora.config.schema import AdapterConfig, ModelConfig
 from ba_lora.config.schema_nlg import NLGConfig
@@ -63,6 +63,21 @@ def test_layers_that_peft_takes_for_the_experts_are_refused(
     with pytest.raises(UserError, match="adapter.target_modules") as error:
         build(moe, tmp_path, init, targets)
     assert "\n" not in str(error.value)
+
+
+def test_a_gate_of_one_output_is_told_and_the_layers_that_are_named_instead_do(tmp_path: Path) -> None:
+    """Qwen2-MoE's shared expert has one, a linear layer."""
+    settings = {"vocab_size": 259, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16}
+    heads = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    experts = {"shared_expert_intermediate_size": 24, "num_experts": 2, "num_experts_per_tok": 1}
+    model = AutoModelForCausalLM.from_config(Qwen2MoeConfig(**settings, **heads, **experts))
+    base = save_tiny_model(tmp_path / "base", model=model)
+    with pytest.raises(UserError, match="shared_expert_gate, a gate of one output") as error:
+        build(base, tmp_path / "run", "lora")
+    assert "\n" not in str(error.value)
+    named = str(error.value).partition("adapter.target_modules=[")[2].rstrip("]").split(",")
+    assert set(named) == ATTENTION | {"gate_proj", "up_proj", "down_proj"}
+    assert len(trained(build(base, tmp_path / "run", "lora", named))) == 2 * 7
 
 
 @pytest.mark.parametrize("method", ["lora", "ba_lora"])

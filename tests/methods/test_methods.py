@@ -17,7 +17,7 @@ import torch
 from peft import PeftModel
 
 from ba_lora.config.layers import METHODS_PATH, load_config
-from ba_lora.config.methods import adapter_loads, writes_lora
+from ba_lora.config.methods import adapter_loads, tuner_facts, writes_lora
 from ba_lora.config.schema import BALoRAConfig
 from ba_lora.errors import UserError
 from ba_lora.io import folder_atomic
@@ -101,8 +101,11 @@ def base(tmp_path_factory) -> Path:
 
 def config_of(method: str, base: Path, *overrides: str):
     case = CASES[method]
-    words = [f"model.name={base}", f"adapter.rank={case.rank}", "model.dtype=float32", *case.options, *overrides]
-    return load_config("toy", method=method, overrides=words)
+    words = [f"model.name={base}", "model.dtype=float32", *case.options, *overrides]
+    config = load_config("toy", method=method, overrides=words)
+    if "rank" in tuner_facts(config.adapter)["ignores"] or any(word.startswith("adapter.rank=") for word in overrides):
+        return config
+    return load_config("toy", method=method, overrides=[*words, f"adapter.rank={case.rank}"])
 
 
 def built(method: str, base: Path, folder: Path, *overrides: str):
@@ -193,6 +196,75 @@ def test_whole_weights_are_not_to_be_had_under_zero_3(method, base, tmp_path, mo
     monkeypatch.setattr("transformers.integrations.is_deepspeed_zero3_enabled", lambda: True)
     with pytest.raises(UserError, match="which ZeRO-3 splits"):
         built(method, base, tmp_path)
+
+
+@pytest.mark.parametrize("method", mostly_slow(ADAPTERS, ("ia3", "lorta", "miss")))
+def test_a_typed_key_changes_what_is_trained_or_is_refused(method, base, tmp_path):
+    def of(*words: str) -> tuple[dict[str, tuple], str]:
+        _, model, _, _ = built(method, base, tmp_path / "-".join(words), *words)
+        weights = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
+        return weights, str(
+            getattr(model.peft_config["default"], "lora_alpha", getattr(model.peft_config["default"], "alpha", ""))
+        )
+
+    usual = of()
+    for key, value in (("rank", "3"), ("alpha", "5"), ("target_modules", "[q_proj]")):
+        if key in tuner_facts(config_of(method, base).adapter)["ignores"]:
+            with pytest.raises(UserError, match=f"adapter.{key} has no effect with adapter.tuner=.*: leave it out"):
+                config_of(method, base, f"adapter.{key}={value}")
+        else:
+            assert of(f"adapter.{key}={value}") != usual, key
+
+
+@pytest.mark.parametrize(
+    ("options", "count"), [("init_weights: bat", 4 * OUT), ("init_weights: mini, mini_r: 8", 4 * 8 * LAYERS)]
+)
+def test_the_variants_of_miss(options, count, base, tmp_path):
+    """Their parameters, and that the merged model is the trained one."""
+    trained = trainer_of("miss", base, tmp_path, f"adapter.options={{{options}}}")
+    assert parameter_counts(trained.model)[0] == count
+    trained.train()
+    probe = collate(list(tiny_rows(3)))
+    probe = {name: probe[name] for name in ("input_ids", "attention_mask")}
+    before, untrained = probe_logits(trained.plain_model(), probe), probe_logits(tiny_llama(), probe)
+    merged = probe_logits(trained.plain_model().merge_and_unload(safe_merge=True), probe)
+    assert (before - untrained).abs().max() > 1e-3
+    torch.testing.assert_close(merged, before, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("mini_r: 8", "mini_r has no effect without adapter.options.init_weights=mini"),
+        ("init_weights: mini, mini_r: 0", "mini_r is 0: it must be"),
+        ("init_weights: mini, mini_r: 5", "mini_r=5 does not divide a layer of 32 outputs"),
+        ("init_weights: bat", "3 does not divide one of 32 inputs and 32 outputs"),
+    ],
+)
+def test_what_no_variant_of_miss_can_be(options, message, base, tmp_path):
+    with pytest.raises(UserError, match=message):
+        built("miss", base, tmp_path, "adapter.rank=3", f"adapter.options={{{options}}}")
+
+
+def test_the_ranks_of_dylora_are_compared_with_the_trained_model_at_that_rank(base, tmp_path, monkeypatch):
+    trained = trainer_of("dylora", base, tmp_path)
+    trained.train()
+    run = tmp_path / "run"
+    config, _, _, probe = built("dylora", base, run, "export.ranks=[1,3]", "export.merged=false")
+    config = dataclasses.replace(config, output_dir=str(run))
+    monkeypatch.setattr(export, "load_tokenizer", lambda *_, **__: copy.copy(NoTokenizer()))
+    logits = probe_logits(trained.plain_model(), probe)
+    export.save_trained(trained, config, run)
+    parities = export.export_run(config, run, probe, logits)
+    assert set(parities) == {"adapter", "ranks/1", "ranks/3"}
+    assert max(parity.difference for parity in parities.values()) < 1e-5
+    of_one = probe_logits(PeftModel.from_pretrained(load_base(config), run / "ranks" / "1"), probe)
+    assert (of_one - logits).abs().max() > 1e-3  # rank 1 is another model than the whole
+    write = export.write_rank
+    monkeypatch.setattr(export, "write_rank", lambda source, to, rank, **kw: write(source, to, 4 - rank, **kw))
+    with pytest.raises(UserError, match="the exported ranks/1/ differs from the trained model"):
+        export.export_run(config, run, probe, logits)
+    assert (run / "ranks" / "1.rejected").is_dir()
 
 
 class NoTokenizer:

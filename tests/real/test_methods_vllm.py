@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from tests.conftest import ROOT
+from tests.support.tiny import save_tiny_model, tiny_moe
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 METHODS = ("rslora", "olora", "lora_ga", "eva", "monteclora", "dylora", "delta_lora", "lorta")
@@ -27,6 +28,17 @@ def completions(runs, engine):
     assert done.returncode == 0, done.stderr[-3000:]
     lines = {run.name: (run / "completions" / "toy.jsonl").read_text().splitlines() for run in runs}
     return {name: [json.loads(line)["completion"] for line in found] for name, found in lines.items()}
+
+
+def test_an_adapter_on_the_attention_of_a_model_with_experts_is_served_hot(train, tmp_path):
+    """A random Qwen3-MoE of 2 layers; `all-linear` leaves its fused experts out."""
+    pytest.importorskip("vllm", reason="vLLM is not installed (BA_LORA_NO_VLLM=1, or no build for this machine)")
+    base = save_tiny_model(tmp_path / "moe", model=tiny_moe())
+    words = [f"model.name={base}", "trainer.max_steps=4", "trainer.learning_rate=0.05", "export.merged=false"]
+    runs = [train(*words, method=method, name=method) for method in ("lora", "ba_lora")]
+    theirs, ours = completions(runs, "hf"), completions(runs, "vllm")
+    assert ours == theirs
+    assert ours["lora"] != ours["ba_lora"] and any(ours["lora"])
 
 
 def test_each_kind_of_plain_lora_is_served_hot(train):

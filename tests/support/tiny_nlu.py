@@ -8,6 +8,8 @@ import torch
 from datasets import Dataset
 from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast, T5EncoderModel
 
+from ba_lora.config.layers import load_config
+from ba_lora.config.methods import tuner_facts
 from ba_lora.config.schema_nlu import NLUConfig
 from ba_lora.io import write_jsonl_atomic
 
@@ -107,10 +109,12 @@ def _tokenizer(kind: str) -> PreTrainedTokenizerFast:
     )
 
 
-def tiny_overrides(folder: Path) -> list[str]:
+def tiny_overrides(folder: Path, *, method: str = "ba_lora") -> list[str]:
     """Return the overrides that turn a base into a few CPU steps on the self-made pairs with the model in `folder`."""
+    has_rank = "rank" not in tuner_facts(load_config("toy", method=method, kind="nlu").adapter)["ignores"]
     return [
-        f"model.name={folder}", "model.revision=null", "model.dtype=float32", "adapter.rank=4", "data.num_rows=24",
+        *(["adapter.rank=4"] if has_rank else []),
+        f"model.name={folder}", "model.revision=null", "model.dtype=float32", "data.num_rows=24",
         "data.max_length=200", "data.toy.dev_rows=12", "trainer.per_device_train_batch_size=8",
         "trainer.per_device_eval_batch_size=12", "trainer.gradient_accumulation_steps=1", "trainer.learning_rate=0.01",
         "trainer.warmup_steps=0", "trainer.logging_steps=1", "trainer.bf16=false", "trainer.use_cpu=true",
@@ -134,11 +138,10 @@ def write_sst2(folder: Path, *, num_rows: int = 24, labels: tuple[int, ...] = (0
 
 def nlu_config(folder: Path, *overrides: str, method: str = "ba_lora", base: Path | None = None) -> NLUConfig:
     """Return a resolved config on the tiny model in `folder`."""
-    from ba_lora.config.layers import load_config
     from tests.conftest import ROOT
 
     path = base or ROOT / "configs" / "nlu" / "toy.yaml"
-    return load_config(path, method=method, overrides=[*tiny_overrides(folder), *overrides], kind="nlu")
+    return load_config(path, method=method, overrides=[*tiny_overrides(folder, method=method), *overrides], kind="nlu")
 
 
 def tiny_classifier(folder: Path, *overrides: str, method: str = "pissa") -> torch.nn.Module:
@@ -166,7 +169,6 @@ def scored_run(folder: Path, *overrides: str, task: str = "rte", made_from: str 
 
     Each dev set has two rows, of which one is predicted right. made_from: the hub's set with its commit; None: pinned.
     """
-    from ba_lora.config.layers import load_config
     from ba_lora.config.schema import to_yaml
     from ba_lora.glue import find_task, hub_source
     from ba_lora.io import write_json_atomic, write_text_atomic

@@ -109,6 +109,7 @@ def test_the_best_checkpoint_is_exported(train, capsys, method):
     found = evaluations(run)
     assert list(found) == [2, 4, 6, 8] and found[2] == max(found.values()) and len(set(found.values())) == 4
     assert (facts(run)["best_step"], facts(run)["best_metric"], facts(run)["steps"]) == (2, found[2], 8)
+    assert facts(run)["last_evaluation"]["step"] == 8 and facts(run)["last_evaluation"]["eval_task"] > 0
     assert "step 2/8 | held-out rows: loss " in capsys.readouterr().out
     name = "merged/model.safetensors" if method == "full_ft" else "adapter/adapter_model.safetensors"
     exported = load_file(run / name)

@@ -23,6 +23,7 @@ from tests.support.tiny import adapter_weights, arguments, collate, tiny_llama, 
 
 STRONG = {"lambda_consistency": 0.5, "lambda_diversity": 0.3, "lambda_svd": 0.2}
 PAPER2024 = BALoRAConfig(**STRONG)
+BY_KL = BALoRAConfig(**STRONG, lambda_mode="adaptive_kl", kl_target=3e-4, kl_gain=0.5)
 ICLR2026 = BALoRAConfig(
     **STRONG,
     temperature=2.0,
@@ -208,7 +209,9 @@ def test_accumulation_does_not_change_per_position_terms(tmp_path, regularizers)
 
 
 @pytest.mark.parametrize(
-    "regularizers", [pytest.param(PAPER2024, marks=pytest.mark.slow), ICLR2026], ids=["paper2024", "iclr2026"]
+    "regularizers",
+    [pytest.param(PAPER2024, marks=pytest.mark.slow), ICLR2026, pytest.param(BY_KL, marks=pytest.mark.slow)],
+    ids=["paper2024", "iclr2026", "adaptive_kl"],
 )
 def test_two_processes_equal_accumulation_two(tmp_path, root, regularizers):
     """2 processes × 2 rows = 1 process × 2 rows × accumulation 2: every term, the loss and the weights."""
@@ -224,6 +227,7 @@ def test_two_processes_equal_accumulation_two(tmp_path, root, regularizers):
     for name in ("loss", "task", "consistency", "diversity", "svd", "weighted_consistency", "share_svd"):
         assert len(one["logs"][name]) == 6
         assert two["logs"][name] == pytest.approx(one["logs"][name], rel=1e-4, abs=1e-6), name
+    assert two["logs"].get("lambda_consistency") == pytest.approx(one["logs"].get("lambda_consistency"), rel=1e-4)
     for name, weight in one["weights"].items():
         torch.testing.assert_close(two["weights"][name], weight, rtol=1e-3, atol=1e-4)
 

@@ -15,9 +15,8 @@ def search_folder(base: str, method: str, space: str) -> Path:
     return SEARCHES_PATH / f"{base}-{method}-{space}"
 
 
-def best_words(base: str, method: str, space: str) -> list[str]:
-    """Return `key=value` of the best trial of all these searches. Raises UserError, naming the command, where there is
-    none."""
+def best_words(base: str, method: str, space: str) -> list[str] | None:
+    """Return `key=value` of the best trial of all these searches, None where none is finished."""
     folder = search_folder(base, method, space)
     found = []
     for path in sorted(folder.glob(f"*/{TRIALS}")):
@@ -28,8 +27,4 @@ def best_words(base: str, method: str, space: str) -> list[str]:
         found += [
             (sign * trial["value"], trial["words"]) for trial in facts["trials"] if trial["number"] == facts["best"]
         ]
-    if not found:
-        raise UserError(
-            f"no finished search in {folder}: make it with: sh scripts/search.sh {base} {space} method={method}"
-        )
-    return min(found, key=lambda entry: entry[0])[1]
+    return min(found, key=lambda entry: entry[0])[1] if found else None

@@ -24,7 +24,7 @@ from ba_lora.io import disk_errors
 from ba_lora.locks import holder, try_lock, work_lock_path
 from ba_lora.runs.folder import is_trained
 
-POLL_S = 0.1
+LOOK_S = 1.0  # between two looks at the evaluations of what runs; a training that ends is seen at once
 MAX_FAILURES = 5  # trials in a row, from the first on: then it is no matter of the values
 
 
@@ -39,6 +39,7 @@ class _Running:
     seconds: float = 0.0
     work: StageQueue | None = None
     outcome: Outcome | None = None
+    judged: int = -1  # the last step whose evaluation the pruning rule has judged
 
     @property
     def spec(self) -> Spec:
@@ -79,7 +80,7 @@ class Search:
                     return self._exhausted
                 while (slot := self._executor.free_slot()) is not None and self._start(slot):
                     pass
-                for work in self._executor.wait(POLL_S):
+                for work in self._executor.wait(LOOK_S):
                     self._ended(next(running for running in self._running.values() if running.work is work))
                 for running in list(self._running.values()):
                     self._prune(running)
@@ -227,6 +228,9 @@ class Search:
             if is_last:
                 return
             seen[step] = loss
+            if step <= running.judged:
+                continue
+            running.judged = step
             if self.journal.is_pruned(number, seen, upto=upto):
                 running.outcome = Outcome(PRUNED, loss, seen, {"pruned_at_step": step})
                 ask_to_stop(running.specs[0].config.run_path)
