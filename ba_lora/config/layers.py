@@ -57,13 +57,14 @@ def load_config(
     if method is not None and typed.get("method", method) != method:
         raise UserError(f"method={typed['method']} and --method {method} are two methods: give one")
     method = typed.get("method", method)
-    task = typed.get("nlu.task", typed.get("task", task))
+    task = _typed_task(typed.get("nlu.task", typed.get("task", task)))
     if kind == "nlg" and task is not None:
         raise UserError(f"task={task} is for NLU (sh scripts/nlu.sh); what is evaluated here is eval.tasks=[NAME]")
     if "method" in base:
         described = (base.get("nlu") or {}).get("task")
         described = described.get("name") if isinstance(described, dict) else described
         saved = {"method": base["method"], "task": described}
+        task = task.get("name") if isinstance(task, dict) else task
         for name, wanted in (("method", method), ("task", task)):
             if wanted not in (None, saved[name]):
                 raise UserError(
@@ -99,6 +100,11 @@ def load_config(
     if checked:
         check_config(config)
     return config
+
+
+def _typed_task(task: str | None) -> str | dict[str, Any] | None:
+    """Return a task as it was typed: its name, or the mapping that describes one of your own."""
+    return override_layer([f"task={task}"])["task"] if task is not None and task.lstrip().startswith("{") else task
 
 
 def load_run(run_path: Path) -> RunConfig:

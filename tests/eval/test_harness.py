@@ -123,7 +123,7 @@ def test_the_real_harness_on_real_sets(real_data, tmp_path):
     assert 0 <= scores["crows_pairs_english"]["metrics"]["pct_stereotype"] <= 1
     assert {"acc", "amb_bias_score", "disamb_bias_score"} <= set(scores["bbq"]["metrics"])
     assert scores["gsm8k_alpaca"]["metrics"]["exact_match_flexible_extract"] == 0
-    with pytest.raises(UserError, match="has no task mgsm_direct_xx .nearest: mgsm_direct_"):
+    with pytest.raises(UserError, match="has no task mgsm_direct_xx .nearest: mgsm_direct"):
         harness.check(["x", "mgsm_direct_xx"])
 
 
