@@ -36,6 +36,8 @@ def read_template(file: str) -> str:
     path = resolve_path(file)
     with open_text(path) as opened, reading_errors(path):
         text = opened.read()
+    if not text.strip():
+        raise UserError(f"{path} is empty: a Jinja template is needed")
     try:
         jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(_without_generation(text))
     except jinja2.TemplateError as error:
@@ -139,7 +141,7 @@ class ChatTemplate:
                 add_generation_prompt=prompt,
                 date_string=_DATE,
             )
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
+        except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             roles = ", ".join(message["role"] for message in messages)
             raise UserError(
                 f"template={self.name} refuses a conversation of {roles}: {in_one_line(error)}; change the rows or "

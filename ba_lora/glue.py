@@ -147,7 +147,8 @@ def parse_task(plain: Mapping[str, Any], where: str, *, name: str | None = None)
     if not isinstance(dev, Mapping) or not isinstance(sets, Mapping):
         raise refuse("dev and sets are mappings of names")
     for other, form in sets.items():
-        if not isinstance(form, Mapping) or set(form) - {"text", "label", "map"}:
+        is_form = isinstance(form, Mapping) and isinstance(form.get("map") or {}, Mapping)
+        if not is_form or set(form) - {"text", "label", "map"} or not isinstance(form.get("label", ""), str):
             raise refuse(f"sets.{other} may have text, label and map: {{their label: ours}}")
         for ours in (form.get("map") or {}).values():
             if labels is not None and plain_label(ours) not in labels:

@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import pickle
 import re
+import typing
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -271,6 +272,10 @@ def _refuse_unknown(layer: dict[str, Any], source: str | Path, schema: Any, node
             if not isinstance(value, dict):
                 raise UserError(f"{prefix}{key} is a section: give {prefix}{key}.<name>=value")
             _refuse_unknown(value, source, schema, known[key], f"{prefix}{key}.")
+        kind = typing.get_origin(known[key])
+        if kind in (dict, list) and value is not None and not isinstance(value, kind):
+            form = "{NAME: VALUE}" if kind is dict else "[ONE, OTHER]"
+            raise UserError(f"{prefix}{key}={value} (read with {source}): give {prefix}{key}={form}")
 
 
 def _refuse_key(prefix: str, key: str, source: str | Path, schema: type[RunConfig]) -> NoReturn:

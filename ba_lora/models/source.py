@@ -113,9 +113,7 @@ def hub_errors(name: str, what: str) -> Iterator[None]:
         if getattr(error, "errno", None) is not None:  # a real file system error, no hub answer
             raise
         if "attn_implementation" in text:
-            raise UserError(
-                f"{name} does not run with this model.attention: choose model.attention=eager ({in_one_line(error, limit=120)})"
-            ) from error
+            raise UserError(f"{name} does not run with this model.attention: choose model.attention=eager") from error
         if "file named" in text and "safetensors" in text:
             mend = "convert it (save_pretrained writes them), or set model.revision to a commit that has them"
             raise UserError(f"{name} has no safetensors weights, and pickles may run code: {mend}") from error

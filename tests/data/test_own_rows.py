@@ -238,6 +238,7 @@ THINKING = [TALK[0], {"role": "assistant", "content": "<think>hm</think>Ja."}, *
         (TALK, _TURNS + _OPEN, "opens a further answer behind every conversation"),
         (TALK[:2], _TURNS + _OPEN, "opens a further answer behind every conversation"),
         ([{"role": "system", "content": "Sei kurz."}, *TALK], MOVED, "writes what stands before answer 1 in another"),
+        (TALK, "{{ 1 / 0 }}", "refuses a conversation of user.*division by zero"),
         (TALK, "{{ messages[0].no.such }}", "refuses a conversation of user"),
     ],
 )
@@ -256,6 +257,7 @@ def test_a_template_that_would_mislabel_is_refused(tiny_model, tmp_path, talk, t
 @pytest.mark.parametrize(
     ("turns", "message"),
     [
+        ([{"role": ["user"], "content": "x"}], "turn 0: the role .*user.* is unknown"),
         ([{"role": "robot", "content": "x"}], "row 1, turn 0: the role 'robot' is unknown; known are system, user"),
         ([{"role": "user", "content": [{"type": "text"}]}], "turn 0: content must be text"),
         ([{"text": "x"}], "has neither role and content nor from and value; it has text"),
@@ -307,6 +309,8 @@ def test_what_the_alpaca_frame_has_no_room_for(tokenizer, tmp_path):
         (["data.columns={instruction: a}"], "has no response: give data.columns.response=COLUMN"),
         (["data.columns={question: a, response: b}"], "data.columns=question is unknown.*instruction, input, response"),
         (["data.columns={instruction: a, response: b}", "data.messages=m"], "columns and messages"),
+        (["data.columns=[a, b]"], r"data.columns=.*: give data.columns=\{NAME: VALUE\}"),
+        (["data.columns={instruction: a, response: a}"], "columns of their own"),
         (["data.template=chatt"], "data.template=chatt is unknown.*nearest: chat"),
         (["data.template=no.jinja"], "no such file: .*no.jinja"),
         (["data.source=5"], "data.source=5: a file, a list of files or a hub set is needed"),
