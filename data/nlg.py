@@ -66,8 +66,8 @@ def load_training_data(config: NLGDataConfig, tokenizer: "PreTrainedTokenizerBas
     if not len(encoded):
         raise UserError(
             f"no row of {origin['source']} is left to train on: of {len(chosen)}, {len(empty)} hold no question with "
-            f"an answer, and the prompts of the others fill data.max_length={config.max_length}: raise that or check the "
-            "file"
+            f"an answer, and the prompts of the others fill data.max_length={config.max_length}: raise that, or "
+            "check the file"
         )
     kept = encoded["number"][:]
     numbers = {

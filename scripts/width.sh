@@ -38,7 +38,7 @@ if [ "$(cat "$STAMP" 2>/dev/null)" != "$WANTED" ]; then
     pip() { "$PYTHON" -m pip --disable-pip-version-check --no-input "$@"; }
     echo "width: the $WHICH packages in $ENV" >&2
     .venv/bin/python -m venv --clear "$ENV"
-    if ! pip download --quiet --no-deps --dest "$ENV" filelock >/dev/null 2>&1; then
+    if ! pip download --quiet --no-deps --dest "$ENV/probe" filelock >/dev/null 2>&1; then
         echo "error: the package registry cannot be reached: check the network or PIP_INDEX_URL" >&2
         exit 69
     fi
