@@ -36,6 +36,8 @@ def read_template(file: str) -> str:
     path = resolve_path(file)
     with open_text(path) as opened, reading_errors(path):
         text = opened.read()
+    if not text.strip():
+        raise UserError(f"{path} is empty: a Jinja template is needed")
     try:
         jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(_without_generation(text))
     except jinja2.TemplateError as error:
@@ -91,9 +93,30 @@ class ChatTemplate:
     @functools.cached_property
     def end_id(self) -> int:
         """The token with which an answer ends."""
-        return self.encode([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "a probe")[0][
-            self._last
-        ]
+        return self.tokenizer.convert_tokens_to_ids(self._end_word)
+
+    @functools.cached_property
+    def _end_word(self) -> str:
+        """The special token behind an answer: the same at a conversation's end and before a further question, else it
+        may be what opens the next turn. Raises UserError where it is not."""
+        question = {"role": "user", "content": "a"}
+        talk = [question, {"role": "assistant", "content": "b"}]
+        text, ((_, _, end, last),) = self._find_answers(talk, "a probe")
+        if text == self.prompt(talk) and self._special.sub("", text[end:]).strip():
+            raise UserError(
+                f"template={self.name} opens a further answer behind every conversation: write that only "
+                "{% if add_generation_prompt %}"
+            )
+        try:
+            _, ((*_, inner),) = self._find_answers([*talk, question], "a probe")
+        except UserError:  # a template for one exchange; rows of several are refused by themselves
+            return last
+        if inner != last:
+            raise UserError(
+                f"template={self.name} ends the last answer with {last!r}, and has {inner!r} between an answer and a "
+                "further question, which may belong to that question: let it write {{ eos_token }} behind each answer"
+            )
+        return last
 
     def prompt(self, messages: Messages) -> str:
         """Return the text after which the model writes its next answer. Raises UserError with the template's reason."""
@@ -118,7 +141,7 @@ class ChatTemplate:
                 add_generation_prompt=prompt,
                 date_string=_DATE,
             )
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
+        except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             roles = ", ".join(message["role"] for message in messages)
             raise UserError(
                 f"template={self.name} refuses a conversation of {roles}: {in_one_line(error)}; change the rows or "
@@ -132,6 +155,17 @@ class ChatTemplate:
         The text before an answer is exactly what the model is asked with, so an earlier turn that the template changes
         later on (a thinking block it cuts out) is refused: the model would learn what it is never asked.
         """
+        text, answers = self._find_answers(messages, where)
+        for number, (*_, word) in enumerate(answers, start=1):
+            if word != self._end_word:
+                raise UserError(
+                    f"{where}: template={self.name} ends answer {number} with {word!r} and others with "
+                    f"{self._end_word!r}: use another template"
+                )
+        return text, [(prompt, start, end) for prompt, start, end, _ in answers]
+
+    def _find_answers(self, messages: Messages, where: str) -> tuple[str, list[tuple[str, int, int, str]]]:
+        """Return `spans`, each with the special token at its end."""
         text, found = self._render(messages), []
         for place, message in enumerate(messages):
             if message["role"] != "assistant":
@@ -154,7 +188,7 @@ class ChatTemplate:
                     f"{where}: template={self.name} ends an answer with no special token, so that the model would "
                     "never stop: let it write {{ eos_token }} behind each answer"
                 )
-            found.append((prompt, len(prompt), end.end(1)))
+            found.append((prompt, len(prompt), end.end(1), end[1]))
         return text, found
 
     def encode(self, messages: Messages, where: str) -> tuple[list[int], list[bool]]:
@@ -173,7 +207,6 @@ class ChatTemplate:
             if ids[: len(before)] != before or last is None or ids[last] not in self._special_ids:
                 return self._encode_apart(text, spans)
             learned[len(before) : last + 1] = [True] * (last + 1 - len(before))
-            self._last = last
         return ids, learned
 
     def _encode_apart(self, text: str, spans: Sequence[tuple[str, int, int]]) -> tuple[list[int], list[bool]]:
@@ -186,21 +219,19 @@ class ChatTemplate:
                 ids += more
                 learned += [is_answer] * len(more)
             done = end
-            self._last = len(ids) - 1 if end > start else self._last
         return ids, learned
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    @property
+    @functools.cached_property
     def has_mask(self) -> bool:
         """Whether the template marks the answers itself ({% generation %})."""
         return re.search(r"\{%-?\s*generation\s*-?%\}", self.text) is not None
 
-    def check_mask(self, messages: Messages, where: str) -> None:
-        """Raise UserError where the template's own mask marks other tokens as answers. Free are only the end token,
-        which some leave out, and blanks behind it."""
-        ids, learned = self.encode(messages, where)
+    def check_mask(self, messages: Messages, ids: list[int], learned: list[bool], where: str) -> None:
+        """Raise UserError where the template's own mask marks other tokens as answers than `encode` did. Free are only
+        the end token, which some leave out, and blanks and special tokens around an answer, which some mark, too."""
         own: dict[str, Any] = self.tokenizer.apply_chat_template(
             list(messages),
             chat_template=self.text,
@@ -210,11 +241,13 @@ class ChatTemplate:
         )
         if own["input_ids"] != ids:
             return  # tokenized apart
-        for place, (ours, theirs) in enumerate(zip(learned, own["assistant_masks"], strict=True)):
-            if ours == bool(theirs) or (ours and ids[place] in self._special_ids):
+        marked = [bool(mark) for mark in own["assistant_masks"]]
+        for place, (ours, theirs) in enumerate(zip(learned, marked, strict=True)):
+            if ours == theirs or (ours and ids[place] in self._special_ids):
                 continue
-            blank = not self.tokenizer.decode([ids[place]]).strip()
-            if theirs and blank and (place == 0 or learned[place - 1] or own["assistant_masks"][place - 1]):
+            blank = ids[place] in self._special_ids or not self.tokenizer.decode([ids[place]]).strip()
+            around = slice(max(place - 1, 0), place + 2)
+            if theirs and blank and sum(marked[around]) + sum(learned[around]) > 1:
                 continue
             raise UserError(
                 f"{where}: template={self.name} marks other tokens as answers than those behind its prompts, the first "

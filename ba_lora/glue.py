@@ -22,7 +22,7 @@ HUB = "nyu-mll/glue"
 HUB_REVISION = "bcdcba79d07bc864c1c254ccfcedcce55bcc9a8c"
 TASKS_PATH = PROJECT_ROOT / "configs" / "nlu" / "tasks"
 AUTO = "auto"  # labels: taken from the training file
-KEYS = ("name", "text", "label", "labels", "range", "metrics", "dev", "hub", "sets")
+KEYS = ("name", "text", "label", "labels", "range", "metrics", "dev", "hub", "subset", "sets")
 REGRESSION_METRICS = ("pearson", "spearman")
 
 
@@ -39,7 +39,8 @@ class NLUTask:
     labels: label names by id; empty for regression, and None where they are still to be read from the training file.
     metrics: names of what is reported, the first one chooses the best epoch.
     dev_sets: name of each evaluation set → its split on the hub; the first one chooses the best epoch.
-    score_range: of a regression's labels. hub: where the rows live, None for those of files only.
+    score_range: of a regression's labels. hub: where the rows live, None for those of files only; subset: its
+    configuration there, of GLUE the task's name.
     sets: sets of another domain in columns or labels of their own → {text, label, map: {their label: ours}}.
     definition: the mapping in a configuration, for a task of one's own; None for a named one.
     """
@@ -52,6 +53,7 @@ class NLUTask:
     score_range: tuple[float, float] | None = None
     label: str = "label"
     hub: str | None = None
+    subset: str | None = None
     sets: dict[str, dict[str, Any]] = field(default_factory=dict)
     definition: dict[str, Any] | None = None
 
@@ -59,6 +61,12 @@ class NLUTask:
     def is_own(self) -> bool:
         """Whether a configuration describes it."""
         return self.definition is not None
+
+    def hub_rows(self, revision: str | None = None) -> str | None:
+        """Return the set on the hub with the commit that is read: `revision`, else GLUE's pinned one; None without."""
+        if self.hub is None or self.hub == HUB:
+            return self.hub and hub_source(revision)
+        return f"{self.hub}@{revision}" if revision else self.hub
 
     @property
     def is_regression(self) -> bool:
@@ -139,11 +147,15 @@ def parse_task(plain: Mapping[str, Any], where: str, *, name: str | None = None)
     if not isinstance(dev, Mapping) or not isinstance(sets, Mapping):
         raise refuse("dev and sets are mappings of names")
     for other, form in sets.items():
-        if not isinstance(form, Mapping) or set(form) - {"text", "label", "map"}:
+        is_form = isinstance(form, Mapping) and isinstance(form.get("map") or {}, Mapping)
+        if not is_form or set(form) - {"text", "label", "map"} or not isinstance(form.get("label", ""), str):
             raise refuse(f"sets.{other} may have text, label and map: {{their label: ours}}")
         for ours in (form.get("map") or {}).values():
             if labels is not None and plain_label(ours) not in labels:
                 raise refuse(f"sets.{other}.map leads to {ours}, which is none of the labels {', '.join(labels)}")
+    hub, subset = plain.get("hub"), plain.get("subset")
+    if not all(word is None or isinstance(word, str) for word in (hub, subset)) or (subset and not hub):
+        raise refuse(f"hub={hub}, subset={subset}: hub is OWNER/NAME, and subset one of its configurations")
     return NLUTask(
         name=given,
         columns=columns,
@@ -152,7 +164,8 @@ def parse_task(plain: Mapping[str, Any], where: str, *, name: str | None = None)
         dev_sets=dict(dev),
         score_range=score_range,
         label=label,
-        hub=plain.get("hub"),
+        hub=hub,
+        subset=subset or (given if hub == HUB else None),
         sets={key: dict(value) for key, value in sets.items()},
         definition=dict(plain) if name is None else None,
     )

@@ -76,7 +76,7 @@ def _message(turn: Any, where: str) -> dict[str, str]:
     if any(key not in turn for key in keys):
         raise UserError(f"{where} has neither role and content nor from and value; it has {', '.join(map(str, turn))}")
     role, text = turn[keys[0]], turn[keys[1]]
-    if role not in ROLES:
+    if not isinstance(role, str) or role not in ROLES:
         raise UserError(f"{where}: the role {role!r:.40} is unknown; known are {', '.join(ROLES)}")
     if not isinstance(text, str) or turn.get("tool_calls"):
         raise UserError(f"{where}: {keys[1]} must be text (calls of tools and pictures are not read): {turn!r:.80}")

@@ -11,8 +11,6 @@ from data.conversations import Conversation, as_exchange, for_chat
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-MASKS_CHECKED = 50  # rows that are compared with the chat template's own mask
-
 
 @dataclass(frozen=True)
 class Encoder:
@@ -35,9 +33,9 @@ class Encoder:
             instruction, context, response = as_exchange(conversation, where)
             return encode(instruction, response, self.tokenizer, max_length=self.max_length, context=context)
         messages = for_chat(conversation)
-        if number < MASKS_CHECKED and self.chat.has_mask:
-            self.chat.check_mask(messages, where)
         ids, learned = self.chat.encode(messages, where)
+        if self.chat.has_mask:
+            self.chat.check_mask(messages, ids, learned, where)
         return _labelled(ids, learned, self.max_length)
 
 

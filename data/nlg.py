@@ -65,8 +65,9 @@ def load_training_data(config: NLGDataConfig, tokenizer: "PreTrainedTokenizerBas
         encoded = tokenize_once(conversations, filled, encoder, origin["source"], digest=digest) if filled else ()
     if not len(encoded):
         raise UserError(
-            f"no row of {origin['source']} is left to train on: all {len(chosen)} are empty or their prompt fills "
-            f"data.max_length={config.max_length}; raise data.max_length or check the file"
+            f"no row of {origin['source']} is left to train on: of {len(chosen)}, {len(empty)} hold no question with "
+            f"an answer, and the prompts of the others fill data.max_length={config.max_length}: raise that, or "
+            "check the file"
         )
     kept = encoded["number"][:]
     numbers = {

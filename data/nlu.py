@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ba_lora.config.schema_nlu import NLUConfig, NLUDataConfig
 from ba_lora.errors import UserError
-from ba_lora.glue import HUB, NLUTask, find_task, hub_source
+from ba_lora.glue import NLUTask, find_task
 from ba_lora.models.tokenizer import encode_texts
 from ba_lora.paths import resolve_data
 from ba_lora.rows import Source, choose_rows, stream_rows
@@ -156,7 +156,7 @@ def _read_set(names: list[str], config: NLUConfig, task: NLUTask, *, split: str)
     found = [resolve_data(name) for name in names]
     found = [f"{name}@{revision}" if revision and not Path(name).is_absolute() else name for name in found]
     stream, source = stream_rows(
-        found or [hub_source(revision)], split=split, configs=lambda hub: (task.name if hub == HUB else None,)
+        found or [task.hub_rows(revision)], split=split, configs=lambda hub: (task.subset if hub == task.hub else None,)
     )
     rows = list(stream)
     origin = {

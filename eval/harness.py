@@ -77,8 +77,6 @@ def read_words(arguments: Sequence[str] | None) -> argparse.Namespace:
             raise UserError(f"--{name.replace('_', '-')} {getattr(asked, name)}: a number of at least 1 is needed")
     if asked.shots is not None and asked.shots < 0:
         raise UserError(f"--shots {asked.shots}: a number of at least 0 is needed")
-    if asked.data and asked.shots:
-        raise UserError(f"--data with --shots {asked.shots}: the examples would be the file's own rows; use --shots 0")
     asked.files = {}
     for word in asked.data:
         task, equals, file = word.removeprefix(PREFIX).partition("=")
@@ -216,11 +214,12 @@ def check(arguments: Sequence[str]) -> None:
     asked = read_words(arguments)
     choose_engine(asked.engine)
     for task, file in asked.files.items():
-        if Path(file).exists():
-            load_rows(file)
-        elif Path(file).is_absolute():
+        if Path(file).is_absolute() and not Path(file).exists():
             raise UserError(f"--data {task}: no such file: {file}")
-    call_driver({"tasks": asked.tasks, "include_path": asked.folders, "check": True})
+    with tempfile.TemporaryDirectory() as place:
+        files = {task: jsonl_of(task, file, Path(place)) for task, file in asked.files.items() if Path(file).exists()}
+        request = {"tasks": asked.tasks, "include_path": asked.folders, "check": True}
+        call_driver(request | {"data": files, "shots": asked.shots})
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

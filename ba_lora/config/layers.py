@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import pickle
 import re
+import typing
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -58,13 +59,14 @@ def load_config(
     if method is not None and typed.get("method", method) != method:
         raise UserError(f"method={typed['method']} and --method {method} are two methods: give one")
     method = typed.get("method", method)
-    task = typed.get("nlu.task", typed.get("task", task))
+    task = _typed_task(typed.get("nlu.task", typed.get("task", task)))
     if kind == "nlg" and task is not None:
         raise UserError(f"task={task} is for NLU (sh scripts/nlu.sh); what is evaluated here is eval.tasks=[NAME]")
     if "method" in base:
         described = (base.get("nlu") or {}).get("task")
         described = described.get("name") if isinstance(described, dict) else described
         saved = {"method": base["method"], "task": described}
+        task = task.get("name") if isinstance(task, dict) else task
         for name, wanted in (("method", method), ("task", task)):
             if wanted not in (None, saved[name]):
                 raise UserError(
@@ -100,6 +102,11 @@ def load_config(
         check_config(config)
         check_typed(typed_layer, config)
     return config
+
+
+def _typed_task(task: str | None) -> str | dict[str, Any] | None:
+    """Return a task as it was typed: its name, or the mapping that describes one of your own."""
+    return override_layer([f"task={task}"])["task"] if task is not None and task.lstrip().startswith("{") else task
 
 
 def load_run(run_path: Path) -> RunConfig:
@@ -261,6 +268,10 @@ def _refuse_unknown(layer: dict[str, Any], source: str | Path, schema: Any, node
             if not isinstance(value, dict):
                 raise UserError(f"{prefix}{key} is a section: give {prefix}{key}.<name>=value")
             _refuse_unknown(value, source, schema, known[key], f"{prefix}{key}.")
+        kind = typing.get_origin(known[key])
+        if kind in (dict, list) and value is not None and not isinstance(value, kind):
+            form = "{NAME: VALUE}" if kind is dict else "[ONE, OTHER]"
+            raise UserError(f"{prefix}{key}={value} (read with {source}): give {prefix}{key}={form}")
 
 
 def _refuse_key(prefix: str, key: str, source: str | Path, schema: type[RunConfig]) -> NoReturn:

@@ -147,6 +147,8 @@ def check_row_form(
         check_choice("data.columns", part, PARTS)
         if not isinstance(column, str):
             raise UserError(f"data.columns.{part}={column}: the name of a column is needed")
+    if len(set(columns.values())) < len(columns):
+        raise UserError(f"data.columns of {where}: instruction, input and response are columns of their own")
     for part in ("instruction", "response"):
         if columns and part not in columns:
             raise UserError(f"data.columns of {where} has no {part}: give data.columns.{part}=COLUMN")

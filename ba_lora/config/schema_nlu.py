@@ -157,13 +157,18 @@ class NLUConfig(RunConfig):
         return find_task(self.nlu.task)
 
 
-def task_layer(base: dict[str, Any], task: str | None) -> dict[str, Any]:
-    """Take the `tasks:` map out of a base; return the chosen task's settings and its name, as one layer.
+def task_layer(base: dict[str, Any], task: str | dict[str, Any] | None) -> dict[str, Any]:
+    """Take the `tasks:` map out of a base; return the chosen task's settings and its name, as one layer. `task`: a
+    name, or a mapping, which replaces one in the base.
 
     Raises UserError for a task that does not exist, or that a base with such a map has no settings for.
     """
     tasks = base.pop("tasks", None)
-    described = (base.get("nlu") or {}).get("task")
+    section = base.get("nlu") or {}
+    described = task if isinstance(task, dict) else section.get("task")
+    if isinstance(task, dict):
+        section.pop("task", None)
+        task = None
     if isinstance(described, dict) and task in (None, described.get("name")):
         layer = dict((tasks or {}).get(described.get("name")) or {})
         return layer | {"nlu": {**(layer.get("nlu") or {}), "task": described}}

@@ -13,7 +13,7 @@ from typing import Any
 from ba_lora.config.schema import HARNESS, RUN_MEASURES, RunConfig
 from ba_lora.config.schema_nlu import NLUConfig
 from ba_lora.errors import UserError
-from ba_lora.glue import find_task, hub_source
+from ba_lora.glue import find_task
 from ba_lora.io import read_object, sha256_file
 from ba_lora.paths import no_such_file, resolve_path
 
@@ -138,10 +138,11 @@ def _dev_faults(config: NLUConfig, graders: Graders) -> Iterator[Fault]:
 def dev_sources(config: NLUConfig) -> dict[str, str | None]:
     """Return dev set → the hub's set with its commit, None where the config names the rows itself; of those that
     training scores."""
-    names = find_task(config.nlu.task).dev_sets
+    task = find_task(config.nlu.task)
+    names = task.dev_sets
     if config.data.source is not None:
         return dict.fromkeys([name for name in names if name in config.data.dev] or [next(iter(names))])
-    hub = hub_source(config.data.revision)
+    hub = task.hub_rows(config.data.revision)
     return {name: None if name in config.data.dev else hub for name in names}
 
 

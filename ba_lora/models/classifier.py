@@ -18,6 +18,7 @@ from ba_lora.errors import UserError
 from ba_lora.glue import NLUTask, find_task
 from ba_lora.models.load import quantization_options, torch_dtype, without_load_report
 from ba_lora.models.source import hub_errors, model_source
+from ba_lora.models.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -61,6 +62,8 @@ def load_classifier(config: NLUConfig, *, source: str | None = None, quantize: b
     missing = sorted(name for name in report["missing_keys"] if name.split(".")[0] not in heads)
     if missing:
         raise UserError(f"{settings.name} lacks weights of the pre-trained model: {', '.join(missing[:3])}, …")
+    if "score" in heads:  # it looks for the last token that is not this one, which is what rows are padded with
+        model.config.pad_token_id = load_tokenizer(settings, generates=False).pad_token_id
     return model
 
 

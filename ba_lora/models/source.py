@@ -112,6 +112,8 @@ def hub_errors(name: str, what: str) -> Iterator[None]:
             raise UserError(f"{name} has an unknown model type: {text.splitlines()[0][:300]}") from error
         if getattr(error, "errno", None) is not None:  # a real file system error, no hub answer
             raise
+        if "attn_implementation" in text:
+            raise UserError(f"{name} does not run with this model.attention: choose model.attention=eager") from error
         if "file named" in text and "safetensors" in text:
             fix = "convert it (save_pretrained writes them), or set model.revision to a commit that has them"
             raise UserError(f"{name} has no safetensors weights, and pickles may run code: {fix}") from error

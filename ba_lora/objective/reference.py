@@ -20,6 +20,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -118,8 +119,14 @@ def build_reference(model: nn.Module, *, trained_apart: Iterable[str] = ()) -> R
         if entry.metadata.get("is_lora_variant") and entry.name != "use_dora":
             setattr(frozen_config, entry.name, None)
     keeps_dtype = all(p.dtype == torch.float32 for p in adapter_parameters(layers[0], "default"))
+    options = {"autocast_adapter_dtype": keeps_dtype}
+    if "autocast_adapter_dtype" not in inspect.signature(model.add_adapter).parameters:  # PEFT before 0.19
+        options = {}
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with torch.random.fork_rng():
-        model.add_adapter(REFERENCE_ADAPTER, frozen_config, autocast_adapter_dtype=keeps_dtype)
+        model.add_adapter(REFERENCE_ADAPTER, frozen_config, **options)
+    for parameter in trainable:  # which PEFT before 0.19 freezes along with the new adapter
+        parameter.requires_grad_(True)
     # A checkpoint that also held this adapter would be loaded wrongly: Trainer would skip the trained one silently.
     model.save_pretrained = functools.partial(model.save_pretrained, selected_adapters=["default"])
     for layer in layers:

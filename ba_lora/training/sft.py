@@ -71,6 +71,11 @@ class BALoRALoss:
             return
         if getattr(self.args, "use_liger_kernel", False):
             raise UserError("use_liger_kernel computes the loss inside the model: leave it off, ours is fused already")
+        if getattr(self, "aux_loss_enabled", False):
+            raise UserError(
+                "SFTTrainer adds the load-balancing loss of a model with experts, which BA-LoRA's loss leaves out: say "
+                "so by SFTConfig(router_aux_loss_coef=0.0)"
+            )
         if getattr(self.args, "loss_type", "nll") != "nll" or self.compute_loss_func or self.label_smoother:
             raise UserError("another task loss than L_task: leave loss_type, compute_loss_func and label smoothing out")
         objective.attach(self.accelerator)

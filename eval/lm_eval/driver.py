@@ -29,20 +29,27 @@ def evaluate(request: dict[str, Any]) -> dict[str, Any]:
             return {
                 "error": f"lm-evaluation-harness has no task {name}{hint}; --include-path DIR adds tasks of your own"
             }
+    files = {name: local_task(name, file, manager, request["folder"]) for name, file in request["data"].items()}
+    for name, file in files.items():
+        task = manager.load(file)["tasks"][name]
+        shots = task.get_config("num_fewshot")
+        if shots != 0 and request["shots"] is not None:  # a task that says 0 keeps it
+            shots = request["shots"]
+        if shots and not (task.get_config("fewshot_config") or {}).get("samples"):
+            return {
+                "error": f"--data {name}: the task shows {shots} examples, which would be rows of the file that is "
+                "evaluated: use --shots 0"
+            }
     if request["check"]:
         return {"version": importlib.metadata.version("lm-eval"), "tasks": {}}
 
     import lm_eval
     import torch
 
-    tasks: list[Any] = []
-    for name in request["tasks"]:
-        file = request["data"].get(name)
-        tasks.append(name if file is None else local_task(name, file, manager, request["folder"]))
     found = lm_eval.simple_evaluate(
         model=request["model"],
         model_args=request["model_args"],
-        tasks=tasks,
+        tasks=[files.get(name, name) for name in request["tasks"]],
         task_manager=manager,
         limit=request["limit"],
         num_fewshot=request["shots"],
@@ -56,10 +63,6 @@ def evaluate(request: dict[str, Any]) -> dict[str, Any]:
         torch_random_seed=1234,
         fewshot_random_seed=1234,
     )
-    for name in request["data"]:
-        examples = (found["configs"].get(name, {}).get("fewshot_config") or {}).get("samples")
-        if found["n-shot"].get(name) and not examples:
-            return {"error": f"--data {name}: its {found['n-shot'][name]} examples would be the file's rows: --shots 0"}
     members = found.get("group_subtasks", {})
     return {
         "version": importlib.metadata.version("lm-eval"),

@@ -7,6 +7,7 @@ and {reference} where it wants it, that asks for the rating as [[rating]]. For a
 hold the whole conversation.
 """
 
+import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,12 +16,10 @@ from ba_lora.errors import UserError
 from ba_lora.io import open_text, reading_errors
 from ba_lora.paths import LOCAL_SUFFIXES
 from ba_lora.rows import Source, load_rows
-from eval.grading.thinking import cut_thinking
-from eval.judge.client import JudgeOptions
-from eval.judge.judge import judge
+from eval.judge.judge import Judged
 from eval.judge.store import Request, short_sha256
-from eval.tasks.base import Grade, Item
-from eval.tasks.mt_bench import MTBench, describe_ratings, to_grade
+from eval.tasks.base import Item
+from eval.tasks.mt_bench import MTBench
 
 RUBRIC = """Rate how well the assistant answered the user: whether the answer is correct, helpful, complete and in the
 user's language. Be as strict with long answers as with short ones. Explain your judgement in a few sentences, then give
@@ -74,30 +73,9 @@ class Judge(MTBench):
     def temperature(self, item: Item) -> float:
         return 0.0
 
-    def judge_answers(
-        self,
-        answers: Sequence[tuple[Item, Sequence[tuple[int, str]]]],
-        *,
-        store: Path,
-        options: JudgeOptions,
-        progress: Callable[[int], object] | None = None,
-        **environment: Mapping[str, str],
-    ) -> tuple[list[list[Grade]], dict]:
-        rubric = answers[0][0].meta["rubric"]
-        texts = {
-            (item.task_id, sample): cut_thinking(text, self.thinking).strip()
-            for item, samples in answers
-            for sample, text in samples
-        }
-        requests = [_request(item, sample, texts, rubric) for item, samples in answers for sample, _ in samples]
-        judged = judge(requests, store=store, options=options, progress=progress, **environment)
-        ratings = iter(judged.ratings)
-        items, per_item = [item for item, _ in answers], [[next(ratings) for _ in samples] for _, samples in answers]
-        grades = [[to_grade(item, sample) for sample in samples] for item, samples in zip(items, per_item, strict=True)]
-        record = {**judged.record, "rubric_hash": short_sha256(rubric)}
-        names = ("model", "version", "rubric_hash", "temperature", "max_tokens", "thinking")
-        record = {"id": " ".join(f"{name}={record[name]}" for name in names), **record}
-        return grades, {"ratings": describe_ratings(items, per_item), "judge": record}
+    def judging(self, item: Item) -> tuple[Callable[..., Request], Callable[[Judged], dict]]:
+        rubric = item.meta["rubric"]
+        return functools.partial(_request, rubric=rubric), functools.partial(_record, rubric=rubric)
 
 
 def read_rubric(prompts: Path | None) -> str:
@@ -139,7 +117,13 @@ def _texts(row: dict, source: str, index: int) -> tuple[list[str], list[str]]:
     return turns, references
 
 
-def _request(item: Item, sample: int, texts: Mapping[tuple[str, int], str], rubric: str) -> Request:
+def _record(judged: Judged, *, rubric: str) -> dict:
+    record = {**judged.record, "rubric_hash": short_sha256(rubric)}
+    names = ("model", "version", "rubric_hash", "temperature", "max_tokens", "thinking")
+    return {"id": " ".join(f"{name}={record[name]}" for name in names), **record}
+
+
+def _request(item: Item, sample: int, texts: Mapping[tuple[str, int], str], *, rubric: str) -> Request:
     """Return what the judge is asked about one answer; see the head of this file."""
     turn, turns = item.meta["turn"], item.meta["turns"]
     ids = [item.follows, item.task_id] if item.follows else [item.task_id]

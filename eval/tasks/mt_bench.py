@@ -15,6 +15,7 @@ stands in the result under "ratings" (1 to 10). A metric that nothing supports (
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -141,27 +142,28 @@ class MTBench(Task):
 
         answers: items with their (sample, text)s. Raises UserError; see eval/judge/judge.py.
         """
-        files = answers[0][0].meta["files"]
-        prompts, references = read_judge_prompts(files["judge_prompts"]), read_references(files["references"])
+        make, describe = self.judging(answers[0][0])
         texts = {
             (item.task_id, sample): cut_thinking(text, self.thinking).strip()
             for item, samples in answers
             for sample, text in samples
         }
-        requests = [
-            make_request(item, sample, texts, prompts=prompts, references=references)
-            for item, samples in answers
-            for sample, _ in samples
-        ]
+        requests = [make(item, sample, texts) for item, samples in answers for sample, _ in samples]
         judged = judge(requests, store=store, options=options, progress=progress, environ=environ)
         ratings = iter(judged.ratings)
         per_item = [[next(ratings) for _ in samples] for _, samples in answers]
         items = [item for item, _ in answers]
         grades = [[to_grade(item, sample) for sample in samples] for item, samples in zip(items, per_item, strict=True)]
-        return grades, {
-            "ratings": describe_ratings(items, per_item),
-            "judge": judge_record(judged, prompts, references),
-        }
+        return grades, {"ratings": describe_ratings(items, per_item), "judge": describe(judged)}
+
+    def judging(self, item: Item) -> tuple[Callable[..., Request], Callable[[Judged], dict]]:
+        """Return what makes the request of (item, sample, texts), and what a result says of the judge."""
+        files = item.meta["files"]
+        prompts, references = read_judge_prompts(files["judge_prompts"]), read_references(files["references"])
+        return (
+            functools.partial(make_request, prompts=prompts, references=references),
+            functools.partial(judge_record, prompts=prompts, references=references),
+        )
 
     def aggregate(self, items: Sequence[Item], grades: Sequence[Sequence[Grade]]) -> dict:
         """Return metrics, their intervals and groups over the rated answers; see the head of this file.

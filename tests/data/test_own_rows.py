@@ -1,9 +1,13 @@
 """Rows of one's own: files of every kind, columns, messages, templates; labels on the answers and nothing else."""
 
 import gzip
+import importlib.util
 import json
+import re
+from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 from ba_lora.chat import ChatTemplate
 from ba_lora.config.layers import load_config
@@ -133,7 +137,60 @@ def test_labels_are_those_of_the_templates_own_mask(tiny_model):
     block = "{% generation %}{{ m.content +"
     wrong = tokenizer.chat_template.replace(block, "{{ m.content[:3] }}{% generation %}{{ m.content[3:] +")
     with pytest.raises(UserError, match="row 0: .*marks other tokens as answers"):
-        ChatTemplate(tokenizer, text=wrong).check_mask(TALK, "row 0")
+        ChatTemplate(tokenizer, text=wrong).check_mask(TALK, ids, learned, "row 0")
+
+
+def test_every_row_is_compared_with_the_templates_own_mask(tiny_model, tmp_path):
+    """Here the mask is wrong only for a second answer, which the first 60 rows lack."""
+    tokenizer = chat_tokenizer(tiny_model, "chatml_with_mask")
+    text = tokenizer.chat_template.replace("m.role == 'assistant'", "m.role == 'assistant' and loop.index0 < 2")
+    (tmp_path / "own.jinja").write_text(text)
+    source = write(tmp_path / "a.jsonl", [{"talk": TALK[:2]}] * 60 + [{"talk": TALK}])
+    config = NLGDataConfig(source=source, messages="talk", template=str(tmp_path / "own.jinja"), num_rows=None)
+    with pytest.raises(UserError, match="row 60: .*marks other tokens as answers"):
+        load_training_data(config, tokenizer)
+
+
+PUBLISHED = {  # templates as their makers published them; TRL brings them along
+    "llama3": "<|eot_id|>",
+    "llama3_1": "<|eot_id|>",
+    "llama3_2": "<|eot_id|>",
+    "llama3_training": "<|eot_id|>",
+    "qwen2_5": "<|im_end|>",
+    "qwen2_5_training": "<|im_end|>",
+    "qwen3_instruct_2507": "<|im_end|>",
+    "gemma": "<end_of_turn>",
+    "gemma3": "<end_of_turn>",
+    "gemma_training": "<end_of_turn>",
+    "phi3": "<|end|>",
+    "phi3_training": "<|end|>",
+    "cohere": "<|END_OF_TURN_TOKEN|>",
+    "lfm2_v2": "<|im_end|>",
+}
+
+
+@pytest.mark.parametrize("name", [*PUBLISHED, "deepseekv3"])
+def test_published_templates(tiny_model, name):
+    found = importlib.util.find_spec("trl")
+    if found is None:
+        pytest.skip("TRL, which brings the templates along, is not installed")
+    text = (Path(found.origin).parent / "chat_templates" / f"{name}.jinja").read_text()
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    words = set(re.findall(r"<[|｜]?[\w▁]+[|｜]?>", text)) - {"<think>", "</think>"}
+    tokenizer.add_special_tokens({"additional_special_tokens": sorted(words)})
+    chat = ChatTemplate(tokenizer, text=text)
+    if name == "deepseekv3":  # it asks for a thinking that it does not write into a conversation
+        with pytest.raises(UserError, match="writes what stands before answer 1 in another way"):
+            chat.encode(TALK, "row 0")
+        return
+    mark = PUBLISHED[name]
+    ids, learned = chat.encode(TALK, "row 0")
+    item = {"labels": [token if label else -100 for token, label in zip(ids, learned, strict=True)]}
+    assert [part.strip() for part in answers(item, tokenizer)] == [f"Ein Modell.{mark}", f"Rechnen: 1 + 1 = 2.{mark}"]
+    assert chat.end_id == tokenizer.convert_tokens_to_ids(mark)
+    assert chat.has_mask == name.endswith("_training")
+    if chat.has_mask:
+        chat.check_mask(TALK, ids, learned, "row 0")
 
 
 def test_a_token_across_the_seam_is_taken_apart(tiny_model):
@@ -156,6 +213,17 @@ def test_a_token_across_the_seam_is_taken_apart(tiny_model):
     assert tokenizer.convert_ids_to_tokens(ids) == ["Q", "▁", "A", "</s>"] and learned == [False, False, True, True]
 
 
+# Templates that write no end token behind an answer, so that the next turn's opening stands there.
+_TURNS = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '\\n' }}{% endfor %}"
+_OPEN = "{{ '<|im_start|>assistant\\n' }}"
+NO_END = _TURNS + "{% if add_generation_prompt %}" + _OPEN + "{% else %}{{ eos_token }}{% endif %}"
+# As Mistral's later ones: the system turn stands before the last question.
+MOVED = (
+    "{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' }}{% if loop.last or loop.index0 == "
+    "messages | length - 2 %}{{ messages[0].content + ' ' }}{% endif %}{{ m.content + '[/INST]' }}"
+    "{% elif m.role == 'assistant' %}{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}"
+)
+
 THINKING = [TALK[0], {"role": "assistant", "content": "<think>hm</think>Ja."}, *TALK[2:]]
 
 
@@ -165,6 +233,12 @@ THINKING = [TALK[0], {"role": "assistant", "content": "<think>hm</think>Ja."}, *
         (THINKING, FAMILIES["qwen3"][0], "changes answer 1 of the conversation"),
         (TALK, "{% for m in messages %}{{ m.content }}{% endfor %}", "ends an answer with no special token"),
         (TALK, "{{ messages | length }}", "writes what stands before answer 1 in another way|changes answer 1"),
+        (TALK, NO_END, "ends the last answer with '</s>', and has .<.im_start.>. between an answer and a further"),
+        (TALK[:2], NO_END, "ends the last answer with '</s>', and has .<.im_start.>. between an answer and a further"),
+        (TALK, _TURNS + _OPEN, "opens a further answer behind every conversation"),
+        (TALK[:2], _TURNS + _OPEN, "opens a further answer behind every conversation"),
+        ([{"role": "system", "content": "Sei kurz."}, *TALK], MOVED, "writes what stands before answer 1 in another"),
+        (TALK, "{{ 1 / 0 }}", "refuses a conversation of user.*division by zero"),
         (TALK, "{{ messages[0].no.such }}", "refuses a conversation of user"),
     ],
 )
@@ -176,13 +250,14 @@ def test_a_template_that_would_mislabel_is_refused(tiny_model, tmp_path, talk, t
     )
     with pytest.raises(UserError, match=message) as error:
         load_training_data(config, tokenizer)
-    assert "a.jsonl, row 0" in str(error.value) or "refuses" in str(error.value)
+    assert "a.jsonl, row 0" in str(error.value) or str(error.value).startswith("template=")
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
     ("turns", "message"),
     [
+        ([{"role": ["user"], "content": "x"}], "turn 0: the role .*user.* is unknown"),
         ([{"role": "robot", "content": "x"}], "row 1, turn 0: the role 'robot' is unknown; known are system, user"),
         ([{"role": "user", "content": [{"type": "text"}]}], "turn 0: content must be text"),
         ([{"text": "x"}], "has neither role and content nor from and value; it has text"),
@@ -234,6 +309,8 @@ def test_what_the_alpaca_frame_has_no_room_for(tokenizer, tmp_path):
         (["data.columns={instruction: a}"], "has no response: give data.columns.response=COLUMN"),
         (["data.columns={question: a, response: b}"], "data.columns=question is unknown.*instruction, input, response"),
         (["data.columns={instruction: a, response: b}", "data.messages=m"], "columns and messages"),
+        (["data.columns=[a, b]"], r"data.columns=.*: give data.columns=\{NAME: VALUE\}"),
+        (["data.columns={instruction: a, response: a}"], "columns of their own"),
         (["data.template=chatt"], "data.template=chatt is unknown.*nearest: chat"),
         (["data.template=no.jinja"], "no such file: .*no.jinja"),
         (["data.source=5"], "data.source=5: a file, a list of files or a hub set is needed"),

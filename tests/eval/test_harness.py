@@ -72,7 +72,6 @@ def test_what_is_wrong_is_told_before_the_harness_is_asked(driver, tmp_path, tin
         (["x", "bbq", "--include-path", str(tmp_path / "no")], "no such folder"),
         (["x", "bbq", "--limit", "0"], "--limit 0: a number of at least 1"),
         (["x", "bbq", "--shots", "-1"], "--shots -1: a number of at least 0"),
-        (["x", "bbq", "--data", "bbq=f.jsonl", "--shots", "2"], "the examples would be the file's own rows"),
         ([str(tiny_model), "bbq", "--engine", "hf"], "is no run folder: say with --output DIR"),
     ):
         with pytest.raises(UserError, match=message):
@@ -123,7 +122,12 @@ def test_the_real_harness_on_real_sets(real_data, tmp_path):
     assert 0 <= scores["crows_pairs_english"]["metrics"]["pct_stereotype"] <= 1
     assert {"acc", "amb_bias_score", "disamb_bias_score"} <= set(scores["bbq"]["metrics"])
     assert scores["gsm8k_alpaca"]["metrics"]["exact_match_flexible_extract"] == 0
-    with pytest.raises(UserError, match="has no task mgsm_direct_xx .nearest: mgsm_direct_"):
+    file = f"gsm8k={real_data / files['gsm8k_alpaca']}"
+    for shots, number in (([], 5), (["--shots", "2"], 2)):
+        with pytest.raises(UserError, match=f"shows {number} examples, which would be rows of the file .* --shots 0"):
+            harness.check(["x", "gsm8k", "--data", file, *shots])
+    harness.check(["x", "gsm8k", "--data", file, "--shots", "0"])
+    with pytest.raises(UserError, match="has no task mgsm_direct_xx .nearest: mgsm_direct"):
         harness.check(["x", "mgsm_direct_xx"])
 
 

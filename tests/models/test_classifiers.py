@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from ba_lora.errors import UserError
+from ba_lora.models.classifier import load_classifier
 from tests.support import tiny_nlu
 from tests.support.tiers import mostly_slow
 
@@ -69,7 +70,12 @@ def test_one_step_export_and_reload(kind, method, train_nlu, tmp_path, monkeypat
     model = tiny_nlu.save_tiny_encoder(tmp_path / "model", kind)
     if kind not in ENCODERS:
         tiny_nlu._tokenizer("gpt2").save_pretrained(model)
-    run = train_nlu("trainer.max_steps=1", "adapter.target_modules=all-linear", method=method, model=model)
+    words = ["trainer.max_steps=1", "adapter.target_modules=all-linear"]
+    if kind == "deberta-v2":  # which has only that form
+        with pytest.raises(UserError, match="choose model.attention=eager"):
+            train_nlu(*words, method=method, model=model)
+        words.append("model.attention=eager")
+    run = train_nlu(*words, method=method, model=model)
     trained = json.loads((run / "train.json").read_text())
     assert (
         trained["training"]["terms_off"].keys() <= {"svd"}
@@ -81,6 +87,20 @@ def test_one_step_export_and_reload(kind, method, train_nlu, tmp_path, monkeypat
     ids = AutoTokenizer.from_pretrained(run / "merged")(["a text"], return_tensors="pt")
     with torch.no_grad():
         assert loaded(**ids).logits.isfinite().all()
+
+
+def test_a_padding_token_of_its_own_is_not_read_as_text(tmp_path, monkeypatch):
+    """Qwen2.5's: no pad_token_id in the model's config, and rows are padded with another token than EOS."""
+    monkeypatch.setitem(tiny_nlu.ARCHITECTURES, "llama", ("llama", KINDS["llama"]))
+    folder = tiny_nlu.save_tiny_encoder(tmp_path / "model", "llama")
+    tokenizer = tiny_nlu._tokenizer("gpt2")
+    tokenizer.pad_token = "<pad>"
+    tokenizer.save_pretrained(folder)
+    model = load_classifier(tiny_nlu.nlu_config(folder)).eval()
+    rows = [tokenizer(text)["input_ids"] for text in ("a", "a longer text")]
+    alone = [model(torch.tensor([ids])).logits[0] for ids in rows]
+    batch = tokenizer.pad({"input_ids": rows}, return_tensors="pt")
+    torch.testing.assert_close(model(**batch).logits, torch.stack(alone), atol=1e-5, rtol=1e-5)
 
 
 def test_a_head_of_another_form_is_refused(train_nlu, tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ from ba_lora import BALoRAConfig, export_lora
 from ba_lora.errors import UserError
 from ba_lora.methods.base import AdapterOptimizer, TrainingMethod, Tuner
 from tests.support.chat_templates import chat_tokenizer
+from tests.support.tiny import tiny_moe
 
 OFF = BALoRAConfig(lambda_consistency=0, lambda_diversity=0, lambda_svd=0)
 
@@ -32,7 +33,7 @@ def sft(tiny_model, tmp_path):
     def run(regularizers=None, *, init="pissa", rows=None, tokenizer=None, steps=20, model=None, **settings):
         torch.manual_seed(0)
         rows = rows or [{"prompt": f"{n} + 1 =", "completion": f" {n + 1}"} for n in range(40)]
-        arguments = trl.SFTConfig(
+        usual = dict(
             output_dir=str(tmp_path / "sft"),
             max_steps=steps,
             per_device_train_batch_size=2,
@@ -45,8 +46,8 @@ def sft(tiny_model, tmp_path):
             bf16=False,
             gradient_checkpointing=False,
             seed=3,
-            **settings,
         )
+        arguments = trl.SFTConfig(**usual | settings)
         kind, more = (
             (trl.SFTTrainer, {}) if regularizers is None else (BALoRASFTTrainer, {"regularizers": regularizers})
         )
@@ -83,9 +84,8 @@ def test_it_trains_chat_packing_and_all_terms_and_exports(sft, tiny_model, tmp_p
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     model.resize_token_embeddings(len(tokenizer))
     model.save_pretrained(tmp_path / "base")
-    strong = BALoRAConfig(lambda_consistency=0.1, lambda_diversity=0.1, lambda_svd=0.01)
     rows = [{"messages": turns}] * 12
-    trainer, _ = sft(strong, rows=rows, tokenizer=tokenizer, steps=3, model=model, assistant_only_loss=True)
+    trainer, _ = sft(STRONG, rows=rows, tokenizer=tokenizer, steps=3, model=model, assistant_only_loss=True)
     entry = next(entry for entry in trainer.state.log_history if "consistency" in entry)
     assert {"task", "consistency", "diversity", "svd"} <= set(entry)
     ids = torch.arange(3, 15)[None]
@@ -93,6 +93,42 @@ def test_it_trains_chat_packing_and_all_terms_and_exports(sft, tiny_model, tmp_p
     folder = export_lora(trainer, tmp_path / "lora")
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), folder)
     torch.testing.assert_close(loaded.eval()(ids).logits, trained, atol=1e-4, rtol=1e-4)
+
+
+STRONG = BALoRAConfig(lambda_consistency=0.1, lambda_diversity=0.1, lambda_svd=0.01)
+BY_ONE = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "max_length": 512}
+
+
+@pytest.mark.slow
+def test_packed_rows_have_the_terms_of_rows_by_themselves(sft):
+    """Eight rows in one batch, padded or in one row behind each other; two steps, so that all terms have a value."""
+    rows = [{"prompt": f"{n} + 1 =", "completion": f" {n + 1}"} for n in range(8)]
+    settings = BY_ONE | {"lr_scheduler_type": "constant"}
+    by_rows, _ = sft(STRONG, rows=rows, steps=2, **settings | {"per_device_train_batch_size": 8})
+    packed, _ = sft(STRONG, rows=rows, steps=2, packing=True, **settings)
+    assert len(packed.train_dataset) == 1
+    for ours, theirs in zip(packed.state.log_history[:2], by_rows.state.log_history[:2], strict=True):
+        for name in ("loss", "task", "consistency", "diversity", "svd"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-6), name
+    assert packed.state.log_history[1]["consistency"] > 0
+
+
+@pytest.mark.slow
+def test_packing_without_terms_is_sfttrainers(sft):
+    settings = BY_ONE | {"packing": True, "max_length": 128, "steps": 6}
+    _, own = sft(**settings)
+    _, ours = sft(OFF, **settings)
+    _, by_our_loss = sft(BALoRAConfig(lambda_consistency=0, lambda_diversity=1e-30, lambda_svd=0), **settings)
+    assert ours == pytest.approx(own, abs=1e-6) and by_our_loss == pytest.approx(own, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_the_loss_of_experts_is_left_out_only_when_asked(sft):
+    """SFTTrainer adds a model's own load-balancing loss."""
+    with pytest.raises(UserError, match="router_aux_loss_coef=0.0"):
+        sft(STRONG, model=tiny_moe(), steps=1)
+    trainer, _ = sft(STRONG, model=tiny_moe(), steps=1, router_aux_loss_coef=0.0)
+    assert "consistency" in trainer.state.log_history[0]
 
 
 @pytest.mark.slow
