@@ -35,7 +35,7 @@ def add(world, method, seed, sets, *, of_task, file="best", training_counts=None
     entries, lines = {}, []
     for name, (labels, predictions) in sets.items():
         pairs = enumerate(zip(labels, predictions, strict=True))
-        of_set = [{"task_id": f"{name}/{i}", "label": y, "prediction": p, "logits": [0.0]} for i, (y, p) in pairs]
+        of_set = [{"task_id": f"{name}/{i}", "label": y, "prediction": p, "logits": [0.0] * 3} for i, (y, p) in pairs]
         score = score_predictions(
             of_set, name=name, of_task=of_task, training_counts=training_counts, imbalanced=training_counts is not None
         )
