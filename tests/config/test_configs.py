@@ -23,7 +23,7 @@ SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_p
 IN_4_BIT = {"llama-3-70b", "yi-1.5-34b", "deepseek-moe-16b", "mixtral-8x7b"}
 ATTENTION_ONLY = {"deepseek-moe-16b", "mixtral-8x7b"}
 CAN_QUANTIZE = {  # weights in 4 bit train only under LoRA-like adapters
-    *("lora", "rslora", "dora", "pissa", "lora_plus", "lora_fa", "lora_pro", "dylora", "delta_lora"),
+    *("lora", "rslora", "dora", "pissa", "lora_plus", "lora_fa", "lora_pro", "dylora", "delta_lora", "loftq"),
     *(name for name in available_methods() if name.startswith(("ba_lora", "lora_ba", "lora_c", "lora_d", "lora_s"))),
 }
 
