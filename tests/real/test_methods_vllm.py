@@ -56,4 +56,4 @@ def test_each_kind_of_plain_lora_is_served_hot(train):
     ]
     theirs, ours = completions(runs, "hf"), completions(runs, "vllm")
     assert ours == theirs
-    assert len({json.dumps(texts) for texts in ours.values()}) > len(METHODS) // 2, "they do not all answer alike"
+    assert len({json.dumps(texts) for texts in ours.values()}) >= 3, "they do not all answer alike"
