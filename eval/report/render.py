@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ba_lora.experiments.tables import Row
+from eval.report.columns import ReportColumn
 from eval.report.hypothesis_figures import hypothesis_sheet, level_sheet
 from eval.report.sheets import (
     Drawn,
@@ -27,7 +28,6 @@ from eval.report.sheets import (
     seed_moves,
     unmatched_lines,
 )
-from eval.report.spec import ReportColumn
 from eval.report.table import ReportTable
 from eval.report.verdict import verdict
 
