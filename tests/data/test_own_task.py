@@ -8,8 +8,11 @@ import yaml
 
 from ba_lora.config.layers import load_config
 from ba_lora.errors import UserError
-from ba_lora.glue import TASKS, find_task
+from ba_lora.experiments.evaluation_state import dev_sources
+from ba_lora.glue import TASKS, find_task, hub_source
 from ba_lora.models.tokenizer import load_tokenizer
+from ba_lora.rows import Source
+from data import nlu
 from data.nlu import load_nlu_data
 from eval.tasks.glue import to_examples
 from eval.tasks.glue_x import find_set
@@ -69,6 +72,32 @@ def test_named_tasks_are_files():
     assert mnli.labels == ("entailment", "neutral", "contradiction") and list(mnli.dev_sets) == ["mnli", "mnli_mm"]
     assert stsb.is_regression and stsb.score_range == (0.0, 5.0) and stsb.num_labels == 1
     assert find_task(json.dumps(TASS)) == find_task(TASS) and find_task(TASS).is_own and not mnli.is_own
+
+
+def test_a_task_may_be_typed_and_replaces_that_of_the_config(load):
+    typed = "nlu.task={name: mood, text: [tweet], label: polarity, labels: [P, N, NEU]}"
+    config = load(TASS | {"sets": {"other": {"label": "x"}}}, tweets(), typed)
+    assert config.definition.labels == ("P", "N", "NEU") and config.definition.sets == {}
+    assert rows_of(config).report["name"] == "mood"
+    with pytest.raises(UserError, match="cannot read the overrides task={name: mood"):
+        load(TASS, tweets(), "nlu.task={name: mood")
+
+
+def test_the_hub_of_an_own_task_is_read(load, monkeypatch):
+    asked = []
+
+    def stream_rows(names, *, split, configs):
+        asked.append((*names, split, configs(names[0].split("@")[0])))
+        return iter(tweets()), Source(names[0], fingerprint="f")
+
+    monkeypatch.setattr(nlu, "stream_rows", stream_rows)
+    where = {"hub": "owner/tass", "subset": "es", "dev": {"tass": "test"}}
+    config = load(TASS | where, tweets(), "data.source=null", "data.dev_share=null", "data.revision=abc")
+    assert rows_of(config).report["source"] == "owner/tass@abc"
+    assert asked == [("owner/tass@abc", split, ("es",)) for split in ("train", "test")]
+    assert dev_sources(config) == {"tass": "owner/tass@abc"} and find_task("rte").hub_rows() == hub_source()
+    with pytest.raises(UserError, match="hub is OWNER/NAME, and subset one of its configurations"):
+        load(TASS | {"subset": "es"}, tweets())
 
 
 @pytest.mark.parametrize("form", ["names", "ids", "text ids"])
@@ -165,6 +194,7 @@ def test_a_pair_and_a_regression(load):
         ({"name": "sst2"}, "is the name of a task of configs/nlu/tasks"),
         ({"name": "a/b"}, "a word of letters"),
         ({"labls": []}, "unknown key labls.*nearest: labels"),
+        ({"sets": {"other": {"map": [1]}}}, "sets.other may have text, label and map"),
         ({"sets": {"other": {"map": {"good": "X"}}}}, "sets.other.map leads to X"),
     ],
 )
@@ -207,7 +237,7 @@ def test_a_column_a_class_and_a_file_that_are_not_there(load, tmp_path):
 
 def test_a_task_of_ones_own_is_trained_and_evaluated_elsewhere(load, train_nlu, tmp_path, tiny_encoder):
     """train_nlu.py, then eval.nlu on a set in the same columns and on one in its own."""
-    from eval import nlu
+    from eval import nlu as eval_nlu
 
     config = load(
         TASS | {"labels": "auto", "sets": {"stars": {"text": "review", "label": "note", "map": {1: "N", 5: "P"}}}},
@@ -224,7 +254,9 @@ def test_a_task_of_ones_own_is_trained_and_evaluated_elsewhere(load, train_nlu, 
     alike = write_tsv(tmp_path / "alike.tsv", [row | {"polarity": row["polarity"].lower()} for row in tweets(9)])
     stars = tmp_path / "stars.jsonl"
     stars.write_text("".join(json.dumps({"review": "bueno", "note": note}) + "\n" for note in (1, 5, 5)))
-    nlu.main(["--model", str(run), "--task", "tass", "alike", "stars", "--data", f"alike={alike}", f"stars={stars}"])
+    eval_nlu.main(
+        ["--model", str(run), "--task", "tass", "alike", "stars", "--data", f"alike={alike}", f"stars={stars}"]
+    )
     found = {name: json.loads((run / "scores" / f"{name}.json").read_text()) for name in ("alike", "stars")}
     assert found["alike"]["n"] == 9 and found["stars"]["n"] == 3 and "drop" in found["stars"]
     assert found["stars"]["label_map"] == {"1": "N", "5": "P"} and found["stars"]["of_task"] == "tass"
