@@ -35,7 +35,7 @@ def take_options(
 def check_choice(key: str, value: object, choices: Collection[str]) -> None:
     """Raise UserError unless `value` is one of `choices`."""
     if value not in choices:
-        raise UserError(f"{key}={value} is unknown: choose one of {', '.join(choices)}{nearest(value, choices)}")
+        raise UserError(f"{key}={value} is unknown{nearest(value, choices)}: choose one of {', '.join(choices)}")
 
 
 def check_keys(value: Any, known: Collection[str] | None, *, where: object) -> None:

@@ -26,7 +26,7 @@ from ba_lora.config.methods import check_typed
 from ba_lora.config.schema import RunConfig
 from ba_lora.config.schema_nlg import NLGConfig
 from ba_lora.config.schema_nlu import NLUConfig, task_layer, with_labels
-from ba_lora.config.structured import refuse_interpolations
+from ba_lora.config.structured import refuse_interpolations, wanted_at
 from ba_lora.config.trainer import ALIASES, argument_types, nearest_argument, normalized
 from ba_lora.errors import UserError
 from ba_lora.paths import PROJECT_ROOT, resolve_path
@@ -54,6 +54,10 @@ def load_config(
     """
     path = find_config(config_path, kind=kind)
     base = read_yaml(path)
+    if instead := {"methods": "give a base, and method=NAME", "tables": "sh scripts/reproduce.sh NAME"}.get(
+        path.parent.name
+    ):
+        raise UserError(f"{path} is no base but one of the {path.parent.name}: {instead}")
     kind = _kind_of(base, kind, path)
     typed, overrides = take_options(overrides, ("method", "task", "nlu.task"))
     if method is not None and typed.get("method", method) != method:
@@ -91,10 +95,15 @@ def load_config(
     except OmegaConfBaseException as error:
         typed_there = any(text.startswith(f"{error.full_key}=") for text in overrides)
         source = "the command line" if typed_there else path
+        key = error.full_key or ""
+        if wanted := wanted_at(schema, key):
+            value = functools.reduce(lambda node, part: node[part], key.split("."), functools.reduce(_overlay, layers))
+            told = f"{value}: {wanted} is needed"
+        else:
+            value, told = None, str(error).splitlines()[0]
         several = "; one seed a run: scripts/ba-lora.sh and nlu.sh take seed=1,2, reproduce.sh takes seeds=[1,2]"
-        raise UserError(
-            f"{error.full_key} in {source}: {str(error).splitlines()[0]}{several if error.full_key == 'seed' else ''}"
-        ) from error
+        is_seeds = error.full_key == "seed" and ("," in str(value) or isinstance(value, list))
+        raise UserError(f"{error.full_key} in {source}: {told}{several if is_seeds else ''}") from error
     config.trainer = normalized(config.trainer)
     if isinstance(config, NLUConfig):
         config = with_labels(config)
@@ -148,6 +157,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         files = sorted((PROJECT_ROOT / "configs").glob("nl?/*.yaml"))
         known = {file.stem: None for file in files} | {str(file): None for file in files}
+        if path.name in valid_keys(NLGConfig) + valid_keys(NLUConfig):
+            raise UserError(f"{path.name} is a key: write {path.name}=VALUE, without blanks")
         asked = path.stem if path.parent == PROJECT_ROOT else str(path.absolute())
         raise UserError(f"no such config: {path.absolute()}{nearest(asked, list(known))}")
     status = path.stat()

@@ -10,6 +10,7 @@ import functools
 import re
 from typing import Any
 
+from ba_lora.errors import UserError
 from ba_lora.paths import PROJECT_ROOT
 
 METHODS = "ba_lora/methods"
@@ -67,7 +68,7 @@ def parts(kind: str) -> dict[str, str]:
     """Return the methods' parts of a kind, tuner, init or optimizer: name (the file's) → its class."""
     found = {}
     for file in sorted((PROJECT_ROOT / METHODS).glob("*.py")):
-        bound = re.search(rf"^{kind.upper()} = (\w+)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+        bound = re.search(rf"^{kind.upper()}(?:: .*)? = (\w+)$", file.read_text(encoding="utf-8"), re.MULTILINE)
         if bound:
             found[file.stem] = bound[1]
     return found
@@ -91,11 +92,18 @@ def _literals(file: str, class_name: str) -> dict[str, Any]:
         return _literals(f"{where.replace('.', '/')}.py", class_name)
     found: dict[str, Any] = {}
     for base in node.bases:
+        if not isinstance(base, ast.Name):
+            told = f"write `from … import {ast.unparse(base).rpartition('.')[2]}`, and the name only"
+            raise UserError(f"{file}: class {class_name}({ast.unparse(base)}): {told}")
         found |= _literals(file, base.id)
     for statement in node.body:
         target = statement.targets[0] if isinstance(statement, ast.Assign) else getattr(statement, "target", None)
         if isinstance(target, ast.Name) and getattr(statement, "value", None) is not None:
-            found[target.id] = ast.literal_eval(statement.value)
+            try:
+                found[target.id] = ast.literal_eval(statement.value)
+            except ValueError as error:
+                told = "it is read without importing the file, so only plain values can stand there"
+                raise UserError(f"{file}: {class_name}.{target.id} = {ast.unparse(statement.value)}: {told}") from error
     return found
 
 

@@ -79,6 +79,17 @@ def _read(kind: type[T], values: Mapping[str, Any], where: str) -> T:
     return read
 
 
+def wanted_at(kind: type, key: str) -> str | None:
+    """Return in words what the field at a dotted key takes; None where OmegaConf's own words must do."""
+    *sections, name = key.split(".")
+    for section in sections:
+        kind = {entry.name: entry.type for entry in dataclasses.fields(kind)}.get(section)
+        if not dataclasses.is_dataclass(kind):
+            return None
+    annotation = {entry.name: entry.type for entry in dataclasses.fields(kind)}.get(name)
+    return None if annotation in (None, Any) or dataclasses.is_dataclass(annotation) else _wanted(annotation)
+
+
 def _wanted(annotation: Any) -> str:
     """Return what a field takes, in words: `tuple[int, ...]` is a list, each a whole number."""
     one = next(one for one in _kinds(annotation) if one is not type(None))

@@ -34,7 +34,7 @@ from ba_lora.config.checks import check_places
 from ba_lora.config.schema import UNTUNED, RunConfig
 from ba_lora.errors import CommandParser, UserError, run_entry_point
 from ba_lora.experiments.evaluation_state import evaluation_state
-from ba_lora.experiments.executors import open_executor
+from ba_lora.experiments.executors import find_executor, open_executor
 from ba_lora.experiments.executors.base import Busy, Executor, Slot, StageQueue, log_lines
 from ba_lora.experiments.options import read_grid_options, rows_for_gpus, select_rows
 from ba_lora.experiments.pipeline import missing_judge, prepare_evaluation, record_evaluation, record_result
@@ -392,6 +392,7 @@ def main() -> int:
     if parsed.table is None:
         raise UserError(f"which table? {', '.join(available_tables())}")
     options, overrides = read_grid_options(parsed.words)
+    find_executor(options.executor, options.executor_settings)  # an error in it is told in a dry run, too
     whole = load_table(find_table(parsed.table), overrides=overrides, seeds=options.seeds)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     calls = [prepare_words(call, options) for call in whole.prepare]

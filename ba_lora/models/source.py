@@ -119,5 +119,7 @@ def hub_errors(name: str, what: str) -> Iterator[None]:
             raise UserError(f"{name} has no safetensors weights, and pickles may run code: {fix}") from error
         if local or mismatch:
             raise UserError(f"cannot load the {what} in {name}: {in_one_line(error)}") from error
+        if name.startswith(("/", ".", "~")) or name.count("/") > 1:  # no name that the hub could have
+            raise UserError(f"cannot load the {what} {name}: no such folder: {resolve_path(name)}") from error
         fix = f"check the name{f' and the network ({obstacle}, and it is not in the cache)' if obstacle else ''}"
         raise UserError(f"cannot load the {what} {name}: no such folder, and not found on the hub: {fix}") from error

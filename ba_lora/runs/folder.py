@@ -23,7 +23,7 @@ from typing import Any
 
 from ba_lora.config.layers import load_run
 from ba_lora.config.methods import writes_lora
-from ba_lora.config.schema import RunConfig, to_yaml, training_hash
+from ba_lora.config.schema import RunConfig, setting_differences, to_yaml, training_hash, training_settings
 from ba_lora.errors import UserError
 from ba_lora.io import disk_errors, read_object, sha256_file, write_json_atomic, write_text_atomic
 from ba_lora.locks import locked, training_lock_path
@@ -140,8 +140,13 @@ def _is_empty(path: Path) -> bool:
 def _difference(config: RunConfig, claim: dict[str, Any]) -> str | None:
     """Return why the run whose folder this is is not the very same run; None where it is."""
     path = config.run_path
-    if training_hash(load_run(path)) != training_hash(config):
-        return f"{path} holds a run of another config: choose another output_dir, or overwrite=true to redo it"
+    earlier_config = load_run(path)
+    if training_hash(earlier_config) != training_hash(config):
+        differing = setting_differences(training_settings(earlier_config), training_settings(config))
+        return (
+            f"{path} holds a run of another config ({'; '.join(differing[:3])}{'; …' if len(differing) > 3 else ''}): "
+            "choose another output_dir, or overwrite=true to redo it"
+        )
     earlier = read_object(path / CLAIM)
     if earlier["source_sha256"] != claim["source_sha256"]:
         files = " or ".join(config.data_files)

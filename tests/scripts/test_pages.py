@@ -32,20 +32,22 @@ from tests.support.pages import COMMANDS, PAGES, blocks, commands, example
 
 README, RESULTS = PAGES["README.md"], PAGES["docs/results.md"]
 LAUNCHES = [line for line in COMMANDS if re.search(r"scripts/(ba-lora|lora|pissa|full-ft)\.sh", line)]
-OF_EXAMPLES = [line for line in LAUNCHES if "z_loss" in line or "lora_attention" in line]  # of files in docs/adding.md
+OF_EXAMPLES = [  # of files in docs/adding.md
+    line for line in COMMANDS if re.search(r"z_loss|lora_attention|yes_no|two_ranks|executor=polite", line)
+]
 DRY = [line for line in LAUNCHES if line not in OF_EXAMPLES]
 BY_HAND = [line for line in COMMANDS if "outputs/by-hand" in line]
 NLU = [line for line in COMMANDS if "scripts/nlu.sh" in line]
 SUBMIT = [line for line in COMMANDS if "scripts/slurm/submit.sh" in line]
 TRAIN_NLU = [line for line in COMMANDS if "train_nlu.py" in line]
 SEARCH = [line for line in COMMANDS if "scripts/search.sh" in line]
-REPRODUCE = [line for line in COMMANDS if "scripts/reproduce.sh" in line]
+REPRODUCE = [line for line in COMMANDS if "scripts/reproduce.sh" in line and line not in OF_EXAMPLES]
 TOY = [
     line for line in commands("README.md") if line in DRY and ("nlg/toy.yaml" in line or line.endswith("ba-lora.sh"))
 ]
 OF_RUNS = [line for line in COMMANDS if "outputs/RUN_ID" in line]  # run as they are by tests/eval/test_eval_nlu.py
-SCORE = [line for line in COMMANDS if "-m eval.score" in line and line not in BY_HAND]
-GENERATE = [line for line in COMMANDS if "-m eval.generate" in line and line not in BY_HAND]
+SCORE = [line for line in COMMANDS if "-m eval.score" in line and line not in (*BY_HAND, *OF_EXAMPLES)]
+GENERATE = [line for line in COMMANDS if "-m eval.generate" in line and line not in (*BY_HAND, *OF_EXAMPLES)]
 REPORT = [line for line in COMMANDS if "python -m eval.report toy " in line or "eval.report.simulation" in line]
 PAGE = [line for line in COMMANDS if re.search(r"eval\.report --runs|eval\.compare", line)]
 CHAT = [line for line in COMMANDS if "eval.chat" in line]
@@ -69,12 +71,24 @@ def shell(line, timeout_s=3600):
 
 
 def test_every_command_is_of_a_kind_that_is_tested_here():
-    assert len(DRY) >= 12 and len(OF_EXAMPLES) == 2 and len(BY_HAND) == 3 and len(TOY) == 2
+    assert len(DRY) >= 12 and len(OF_EXAMPLES) == 6 and len(BY_HAND) == 3 and len(TOY) == 2
     assert len(NLU) >= 6 and len(TRAIN_NLU) == 1 and len(REPRODUCE) >= 5
     assert len(SCORE) == 4 and len(GENERATE) == len(OVER_SEEDS) == len(JUDGE) == 1 and len(OF_RUNS) == len(BENCH) == 2
     assert len(HARNESS) == len(CONVERT) == len(SITE) == 3 and len(SHOW) == len(EVAL_OWN) == len(REPORT) == 1
     assert len(PAGE) == 2 and len(CHAT) == 1 and len(INSPECT) == 4 and len(SEARCH) >= 4
-    tested = {*LAUNCHES, *BY_HAND, *NLU, *TRAIN_NLU, *REPRODUCE, *OF_RUNS, *SCORE, *GENERATE, *REPORT, *BENCH}
+    tested = {
+        *LAUNCHES,
+        *OF_EXAMPLES,
+        *BY_HAND,
+        *NLU,
+        *TRAIN_NLU,
+        *REPRODUCE,
+        *OF_RUNS,
+        *SCORE,
+        *GENERATE,
+        *REPORT,
+        *BENCH,
+    }
     tested |= {*OVER_SEEDS, *HARNESS, *SITE, *JUDGE, *SHOW, *CONVERT, *EVAL_OWN, *PAGE, *CHAT, *INSPECT, *SEARCH}
     tested |= {*SUBMIT}
     left = ["sh scripts/slurm/install.sh", *(f"sh scripts/test.sh{word}" for word in ("", " gpu", " slow"))]
@@ -337,26 +351,49 @@ def test_the_site_builds_without_a_warning():
     assert "BALoRATrainer" in (site / "library" / "index.html").read_text(encoding="utf-8")
 
 
-def test_the_examples_of_a_method_and_a_task_work(tmp_path):
-    """As docs/adding.md tells, in a copy of the tree."""
-    for name in ("ba_lora", "configs", "data", "eval"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "train_nlg.py", tmp_path)
-    for title in ("configs/methods/lora_attention.yaml", "eval/tasks/yes_no.py"):
-        (tmp_path / title).write_text(example("docs/adding.md", title))
+@pytest.fixture
+def copied(tmp_path):
+    """Make a copy of the tree with examples of docs/adding.md in it; return what runs a Python command there."""
+
+    def copy(*titles):
+        for name in ("ba_lora", "configs", "data", "eval"):
+            shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "train_nlg.py", tmp_path)
+        for title in titles:
+            (tmp_path / title).write_text(example("docs/adding.md", title))
+        environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+
+        def run(*words):
+            done = subprocess.run(
+                [sys.executable, *words], cwd=tmp_path, env=environment, capture_output=True, text=True
+            )
+            assert done.returncode == 0, done.stderr[-3000:]
+            return done.stdout
+
+        return run
+
+    return copy
+
+
+@pytest.mark.slow
+def test_the_example_of_an_init_trains(copied, tmp_path):
+    run = copied("ba_lora/methods/first_rows.py")
+    words = ["adapter.init=first_rows", "trainer.max_steps=2", "data.num_rows=32", f"output_dir={tmp_path / 'run'}"]
+    run("train_nlg.py", "--config", "configs/nlg/toy.yaml", "--method", "pissa", *words, f"results_dir={tmp_path}")
+    assert (tmp_path / "run" / "lora" / "adapter_config.json").is_file()  # checked against the trained model
+
+
+def test_the_examples_of_a_method_a_task_and_a_table_work(copied, tmp_path):
+    """As docs/adding.md tells."""
+    run = copied("configs/methods/lora_attention.yaml", "eval/tasks/yes_no.py", "configs/tables/two_ranks.yaml")
     registry, line = tmp_path / "eval" / "tasks" / "__init__.py", example("docs/adding.md", "eval/tasks/__init__.py")
     registry.write_text(registry.read_text().replace("_WHERE = {\n", "_WHERE = {\n" + line))
     (tmp_path / "rows.jsonl").write_text('{"question": "Is 2 even?", "answer": "yes"}\n')
     (tmp_path / "said.jsonl").write_text('{"task_id": "yes_no/0", "completion": "Yes, it is."}\n')
-    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
-
-    def run(*words):
-        done = subprocess.run([sys.executable, *words], cwd=tmp_path, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-3000:]
-        return done.stdout
 
     [line] = [line for line in OF_EXAMPLES if "lora_attention" in line]
     assert "train_nlg.py" in run("-m", "ba_lora.experiments.pipeline", *shlex.split(line)[2:], "--dry-run")
+    assert "8 cells from 8 runs" in run("-m", "ba_lora.experiments.grid", "two_ranks", "--dry-run")
     said = run("-m", "eval.score", "--task", "yes_no", "--completions", "said.jsonl", "--data", "rows.jsonl")
     assert json.loads(said.splitlines()[-1])["metrics"]["strict"] == 1.0
 

@@ -23,8 +23,14 @@ def open_executor(
 ) -> Executor:
     """Return the executor of a file in configs/executors, by its name or path, with the `typed` settings over it.
 
-    Raises UserError for a file, an executor or a setting that is not there.
+    Raises UserError for a file, an executor or a setting that is not there, and for one that cannot be used here.
     """
+    executor, settings = find_executor(name, typed)
+    return executor.open(settings, folder=folder, gpus=gpus, workers=workers)
+
+
+def find_executor(name: str, typed: Mapping[str, Any]) -> tuple[type[Executor], dict[str, Any]]:
+    """Return the class and the settings. Raises UserError for a file, an executor or a setting that is not there."""
     path = resolve_path(name) if name.endswith((".yaml", ".yml")) else EXECUTORS_PATH / f"{name}.yaml"
     if not path.is_file():
         known = sorted(file.stem for file in EXECUTORS_PATH.glob("*.yaml"))
@@ -37,4 +43,4 @@ def open_executor(
         raise UserError(f"{path}: executor: {kind} is unknown{nearest(kind, kinds)}; there are {', '.join(kinds)}")
     executor = importlib.import_module(f"{__name__}.{kind}").EXECUTOR
     check_keys(settings, executor.keys, where=path)
-    return executor.open(settings, folder=folder, gpus=gpus, workers=workers)
+    return executor, settings

@@ -3,12 +3,18 @@
 import importlib
 
 from ba_lora.config.schema import EXTRA_TERMS, PUBLISHED_TERMS
+from ba_lora.errors import UserError
 from ba_lora.objective.terms.base import Term
 
 
 def term_class(name: str) -> type[Term]:
-    """Return the term of the file called `name` in this folder."""
-    return importlib.import_module(f"{__name__}.{name}").TERM
+    """Return the term of the file called `name` in this folder. Raises UserError where it calls itself otherwise."""
+    module = importlib.import_module(f"{__name__}.{name}")
+    if module.TERM.name != name:
+        raise UserError(
+            f"{module.__file__}: name = {module.TERM.name!r}: the file must be called {module.TERM.name}.py"
+        )
+    return module.TERM
 
 
 def term_names() -> tuple[str, ...]:
