@@ -178,7 +178,7 @@ def _hub_rows(
     data: str, *, split: str, configs: Callable[[str], tuple[str | None, ...]]
 ) -> tuple[Iterator[dict], Source]:
     name, _, revision = data.partition("@")
-    mend = "give a local file (--data FILE, data.source=FILE), or make the hub reachable"
+    fix = "give a local file (--data FILE, data.source=FILE), or make the hub reachable"
     import datasets
 
     obstacle = hub_obstacle()
@@ -189,14 +189,14 @@ def _hub_rows(
         except Exception as error:  # the hub client raises many kinds: absent, gated, offline, wrong config
             cause = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             offline = f" ({obstacle})" if obstacle else ""
-            raise UserError(f"cannot load {data} from the hub{offline}: {cause[:300]}; {mend}") from error
+            raise UserError(f"cannot load {data} from the hub{offline}: {cause[:300]}; {fix}") from error
         parts.append(part)
         fingerprints.append(part._fingerprint)
         commits |= _commits(part)
     if is_commit(revision) and (others := commits - {revision}):
-        raise UserError(f"asked for {data}, found commit {others.pop()} in the cache; {mend}")  # offline, any will do
+        raise UserError(f"asked for {data}, found commit {others.pop()} in the cache; {fix}")  # offline, any will do
     if not any(map(len, parts)):
-        raise UserError(f"{data} has no rows in split {split!r}; {mend}")
+        raise UserError(f"{data} has no rows in split {split!r}; {fix}")
     commit = commits.pop() if len(commits) == 1 else revision if is_commit(revision) else None
     return itertools.chain.from_iterable(parts), Source(name=data, fingerprint="+".join(fingerprints), revision=commit)
 

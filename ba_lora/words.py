@@ -32,6 +32,12 @@ def take_options(
     return taken, others
 
 
+def check_choice(key: str, value: object, choices: Collection[str]) -> None:
+    """Raise UserError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise UserError(f"{key}={value} is unknown: choose one of {', '.join(choices)}{nearest(value, choices)}")
+
+
 def check_keys(value: Any, known: Collection[str] | None, *, where: object) -> None:
     """Raise UserError unless `value` is a mapping whose keys are all known; None: any keys."""
     if not isinstance(value, Mapping):

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from ba_lora.chat import ChatTemplate, is_chat, read_template
 from ba_lora.config.layers import load_run
+from ba_lora.config.structured import read_typed
 from ba_lora.console import visible
 from ba_lora.errors import CommandParser, UserError, run_entry_point
 from ba_lora.prompts import build_conversation, build_prompt, template_stops
@@ -29,7 +30,6 @@ from eval.engines.base import Engine, Sampling, load_base_tokenizer
 from eval.engines.open import KINDS, choose_engine, open_engine
 from eval.engines.requests import GenerateOptions
 from eval.engines.serving import ServedModel, kept_template, plan_serving
-from eval.options import parse_options
 from eval.tasks.base import ALPACA_STOPS
 
 MAX_NEW_TOKENS = 512
@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--engine", default="hf", help=", ".join(KINDS))
     parsed = parser.parse_intermixed_args(arguments)
     models = [word for word in parsed.run if "=" not in word]
-    options, _ = parse_options([word for word in parsed.run if "=" in word], GenerateOptions)
+    options, _ = read_typed(GenerateOptions, [word for word in parsed.run if "=" in word])
     if not 1 <= len(models) <= 2:
         raise UserError(f"give one RUN or two, not {len(models)}")
     if options.num_samples not in (None, 1):

@@ -51,6 +51,7 @@ from pathlib import Path
 from typing import Any
 
 from ba_lora.config.checks import check_place
+from ba_lora.config.structured import read_typed
 from ba_lora.errors import CommandParser, UserError, run_entry_point
 from ba_lora.io import write_json_atomic, write_jsonl_atomic
 from ba_lora.models.sizes import check_tokens
@@ -68,7 +69,7 @@ from eval.engines.requests import (
     template_and_stops,
 )
 from eval.engines.serving import ServedModel, kept_template, plan_serving
-from eval.options import parse_options, read_data, split_options
+from eval.options import read_data, split_options
 from eval.tasks import TASKS, get_task
 from eval.tasks.base import Task
 
@@ -331,7 +332,7 @@ def read_command(arguments: Sequence[str] | None) -> dict[str, Any]:
     if not models or not tasks:
         raise UserError("--model and --task each need at least one name")
     own = {key for name in tasks for key in get_task(name).choices}
-    options, choices = parse_options([*parsed.options, *moved], GenerateOptions, further=own)
+    options, choices = read_typed(GenerateOptions, [*parsed.options, *moved], further=own)
     files = read_data(data, tasks)
     asked = {"models": models, "tasks": tasks, "engine": parsed.engine, "data": files, "output": parsed.output}
     return asked | {"options": options, "choices": choices}

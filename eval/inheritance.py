@@ -29,13 +29,14 @@ from typing import Any
 
 from ba_lora.config.layers import load_run
 from ba_lora.config.schema_nlg import NLGConfig
+from ba_lora.config.structured import read_typed
 from ba_lora.errors import CommandParser, UserError, run_entry_point
 from ba_lora.io import read_jsonl, sha256_file, write_json_atomic, write_jsonl_atomic
 from ba_lora.paths import resolve_data, resolve_path
 from ba_lora.prompts import build_prompt, prompt_hash
 from ba_lora.runs.results import refresh_result
 from eval.engines.base import Engine
-from eval.options import parse_options, split_options
+from eval.options import split_options
 from eval.run_models import open_models
 from eval.tasks import get_task
 from eval.tasks.base import Item, Task
@@ -200,7 +201,7 @@ def main() -> None:
     parser.add_argument("options", nargs="*", metavar="key=value")
     parsed = parser.parse_intermixed_args()
     (runs,), moved = split_options(parsed.run)
-    options, _ = parse_options([*parsed.options, *moved], InheritanceOptions)
+    options, _ = read_typed(InheritanceOptions, [*parsed.options, *moved])
     run_paths = [Path(run) for run in runs]
     data = resolve_data(parsed.data) if parsed.data else None
     material = load_material(resolve_path(parsed.texts), parsed.task, data, options)

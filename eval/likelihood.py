@@ -30,13 +30,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ba_lora.config.layers import load_run
+from ba_lora.config.structured import read_typed
 from ba_lora.errors import CommandParser, UserError, run_entry_point
 from ba_lora.io import sha256_file, write_json_atomic, write_jsonl_atomic
 from ba_lora.paths import resolve_data, resolve_path
 from ba_lora.prompts import build_prompt, prompt_hash
 from ba_lora.runs.results import refresh_result
 from eval.inheritance import load_texts, text_perplexity
-from eval.options import parse_options, split_options
+from eval.options import split_options
 from eval.run_models import open_models
 from eval.tasks import get_task
 from eval.tasks.base import Item, Task, summarise
@@ -149,7 +150,7 @@ def main() -> None:
     parser.add_argument("options", nargs="*", metavar="key=value")
     parsed = parser.parse_intermixed_args()
     (runs,), moved = split_options(parsed.run)
-    options, _ = parse_options([*parsed.options, *moved], LikelihoodOptions)
+    options, _ = read_typed(LikelihoodOptions, [*parsed.options, *moved])
     texts_path, task = resolve_path(parsed.texts), get_task(parsed.task)
     texts = load_texts(texts_path)
     items, source = task.load(resolve_data(parsed.data) if parsed.data else None)

@@ -18,10 +18,10 @@ import numpy as np
 from ba_lora.config.schema_nlu import NLUConfig
 from ba_lora.glue import NLUTask, find_task
 from ba_lora.io import read_jsonl
-from eval.metrics import class_scores, glue_scores, intervals
+from eval.metrics import intervals
 from eval.tasks.glue import VERSION
 
-CLASS_METRICS = ("macro_f1", "minority_recall")  # those of class_scores
+CLASS_METRICS = ("macro_f1", "minority_recall")  # those of eval/metrics/per_class.py
 
 
 def score_predictions(
@@ -51,20 +51,27 @@ def score_predictions(
         undefined = dict.fromkeys(names)
         return score | {"metrics": undefined, "interval_95": undefined, "notes": dict.fromkeys(names, note)}
     labels, predictions = (np.array([line[key] for line in lines]) for key in ("label", "prediction"))
-    scores = glue_scores(task.metrics, labels, predictions)
+    from eval.metrics.glue import Glue  # here: `evaluate` takes a second to import
+    from eval.metrics.per_class import PerClass
+
+    module = Glue("regression" if task.is_regression else "classification", keep_in_memory=True)
+    metrics = module.compute(references=labels, predictions=predictions, metrics=task.metrics)
+    notes = metrics.pop("notes")
     if task.is_regression:
         spread = intervals(task.metrics, labels, predictions)
-        return score | {"metrics": scores.metrics, "interval_95": spread, "notes": scores.notes}
+        return score | {"metrics": metrics, "interval_95": spread, "notes": notes}
     support = {label: int((labels == index).sum()) for index, label in enumerate(task.labels)}
     minority = _rarest(task, training_counts or support)
-    by_class, recall = class_scores(labels, predictions, classes=task.labels, minority=minority)
-    metrics = scores.metrics | (by_class.metrics if imbalanced else {})
+    module = PerClass(keep_in_memory=True)
+    by_class = module.compute(references=labels, predictions=predictions, classes=task.labels, minority=minority)
+    recall, notes_of_classes = by_class.pop("recall"), by_class.pop("notes")
+    metrics |= by_class if imbalanced else {}
     return score | {
         "metrics": metrics,
         "interval_95": intervals(list(metrics), labels, predictions, minority=task.labels.index(minority)),
-        "notes": scores.notes | by_class.notes,
+        "notes": notes | notes_of_classes,
         "nll": _nll(labels, np.array([line["logits"] for line in lines], dtype=float)),
-        "per_class": {"n": support, "recall": recall, "minority": minority, **by_class.metrics},
+        "per_class": {"n": support, "recall": recall, "minority": minority, **by_class},
     }
 
 

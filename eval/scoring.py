@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ba_lora.config.checks import check_place
+from ba_lora.config.structured import read_typed
 from ba_lora.errors import UserError
 from ba_lora.glue import TASKS as GLUE_TASKS
 from ba_lora.io import sha256_file, write_json_atomic, write_jsonl_atomic
@@ -24,7 +25,6 @@ from eval.completions import (
 )
 from eval.grading.thinking import THINKING, check_marks
 from eval.judge.client import JudgeOptions
-from eval.options import parse_options
 from eval.tasks import TASKS
 from eval.tasks.base import Grade, Item, Source, Task
 
@@ -44,7 +44,7 @@ class ScoreOptions:
     judge_temperature: float | None = JudgeOptions.temperature
     judge_max_tokens: int | None = JudgeOptions.max_tokens
     judge_thinking: str = JudgeOptions.thinking
-    choices: Mapping[str, str] = field(default_factory=dict)
+    choices: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("workers", "judgements", "judge_parallel", "judge_attempts", "judge_max_tokens"):
@@ -69,7 +69,7 @@ class ScoreOptions:
 def read_options(arguments: Sequence[str], tasks: Sequence[Task]) -> ScoreOptions:
     """Read `key=value` arguments, the choices of `tasks` included. Raises UserError."""
     owners = {key: task for task in reversed(tasks) for key in (*task.choices, *task.grading_choices)}
-    options, choices = parse_options(arguments, ScoreOptions, further=owners)
+    options, choices = read_typed(ScoreOptions, arguments, further=owners)
     for key, value in choices.items():
         owners[key].configured({key: value})  # checks the value
     return dataclasses.replace(options, choices=choices)

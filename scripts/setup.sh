@@ -15,7 +15,7 @@ ROOT=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
 cd "$ROOT"
 VENV=$ROOT/.venv
 STAMP=$VENV/.setup-stamp   # "KIND WANTED", written last: it exists only after a complete set-up
-BASIS=$VENV/.setup-basis   # "KIND ROOT": an environment of another kind, or moved with its folder, is built anew
+BASIS=$VENV/.setup-basis   # "KIND ROOT": an environment of another kind, or moved with its folder, is made again
 LOG=$ROOT/.cache/setup.log
 TORCH=$(sed -n 's/^torch==//p' requirements.txt)
 
@@ -39,7 +39,7 @@ done_already() {
     esac
 }
 if done_already; then exit 0; fi
-# making an environment anew empties its folder: never that of another project behind a link
+# making an environment again empties its folder: never that of another project behind a link
 [ ! -L "$VENV" ] || die ".venv is a link to $(readlink "$VENV"): remove the link, then run again"
 
 # ---- one set-up at a time. flock's lock dies with its holder; without flock, a folder that names its holder

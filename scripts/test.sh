@@ -1,7 +1,7 @@
 #!/bin/sh
 # The test suite, after set-up:
 #
-#     sh scripts/test.sh                        the default suite by two workers, about 20 minutes on 2 cores
+#     sh scripts/test.sh                        the default suite by two workers, about 8 minutes on 2 free cores
 #     sh scripts/test.sh slow                   everything, one test at a time: some measure time
 #     sh scripts/test.sh slow --slow-minutes=25    slow tests only, from the day's place on, for so many minutes
 #     sh scripts/test.sh gpu                    the checks of a CUDA machine, with a table of their figures

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.tiers import mark_slow_tests
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="ba-lora-datasets-")  # of every process that tests start
@@ -17,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 DAYS = 7  # all slow tests have had their turn after so many, if a share is a seventh of them
+EACH_DAY = "test_the_default_lifts_accuracy"  # `sh scripts/ba-lora.sh` as it is given comes first
 START = time.monotonic()
 
 
@@ -34,11 +37,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest looks at the marks
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    mark_slow_tests(items, whole=not any("::" in word for word in config.args))
     if config.getoption("slow_minutes") is not None:
         slow = [item for item in items if item.get_closest_marker("slow")]
         config.hook.pytest_deselected(items=[item for item in items if item not in slow])
-        items[:] = todays_order(slow, datetime.date.today())
+        items[:] = sorted(todays_order(slow, datetime.date.today()), key=lambda item: EACH_DAY not in item.nodeid)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -5,9 +5,10 @@ Every `trainer.eval_steps` steps, or each epoch, the loss on the held-out rows i
 each evaluation needs one.
 """
 
-from ba_lora.config.schema import RunConfig, check_choice
+from ba_lora.config.schema import RunConfig
 from ba_lora.config.schema_nlg import NLGConfig
 from ba_lora.errors import UserError
+from ba_lora.words import check_choice
 
 _OF_EVALUATION = ("eval_on_start", "eval_steps", "eval_delay", "load_best_model_at_end")
 _METRICS = ("loss", "task", "eval_loss", "eval_task")  # what an evaluation gives; all of them are losses

@@ -23,13 +23,14 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ba_lora.config.checks import check_config
 from ba_lora.config.methods import check_typed
-from ba_lora.config.schema import RunConfig, check_choice
+from ba_lora.config.schema import RunConfig
 from ba_lora.config.schema_nlg import NLGConfig
 from ba_lora.config.schema_nlu import NLUConfig, task_layer, with_labels
+from ba_lora.config.structured import refuse_interpolations
 from ba_lora.config.trainer import ALIASES, argument_types, nearest_argument, normalized
 from ba_lora.errors import UserError
 from ba_lora.paths import PROJECT_ROOT, resolve_path
-from ba_lora.words import nearest, take_options
+from ba_lora.words import check_choice, nearest, take_options
 
 METHODS_PATH = PROJECT_ROOT / "configs" / "methods"
 SCHEMAS: dict[str, type[RunConfig]] = {schema.kind: schema for schema in (NLGConfig, NLUConfig)}
@@ -111,7 +112,7 @@ def load_run(run_path: Path) -> RunConfig:
 
 def config_of_result(plain: dict[str, Any], *, kind: str) -> RunConfig:
     """Return the config that a result keeps (ba_lora/runs/results.py). Raises UserError for what no config may hold."""
-    _refuse_interpolations(plain, "a result's config")
+    refuse_interpolations(plain, "a result's config")
     try:
         return OmegaConf.to_object(OmegaConf.merge(_structured(SCHEMAS[kind]), _without_refused(plain, SCHEMAS[kind])))
     except OmegaConfBaseException as error:
@@ -156,18 +157,8 @@ def _parsed(path: Path, modified_ns: int, size: int) -> dict[str, Any]:
         raise UserError(f"{path} is not a valid YAML config: {str(error).splitlines()[0]}") from error
     if not isinstance(plain, dict) or not plain:
         raise UserError(f"{path} is empty or no mapping: a config is `key: value` lines")
-    _refuse_interpolations(plain, path)
+    refuse_interpolations(plain, path)
     return plain
-
-
-def _refuse_interpolations(value: Any, source: object, key: str = "") -> None:
-    """Raise UserError for a `${…}`: it could bring what the environment holds into configs, results and model cards."""
-    if isinstance(value, dict | list):
-        for name, entry in value.items() if isinstance(value, dict) else enumerate(value):
-            _refuse_interpolations(name, source, key)
-            _refuse_interpolations(entry, source, f"{key}.{name}" if key else str(name))
-    elif isinstance(value, str) and "${" in value:
-        raise UserError(f"{key or value} in {source}: ${{…}} is not read in configs: write the value itself")
 
 
 def only_typed(layer: dict[str, Any]) -> dict[str, Any]:
@@ -251,7 +242,7 @@ def override_layer(overrides: list[str] | tuple[str, ...]) -> dict[str, Any]:
     for text in overrides:
         if not re.match(r"^[A-Za-z_][\w.]*=", text):
             raise UserError(f"cannot read {text!r}: overrides are key=value, such as trainer.max_steps=20")
-        _refuse_interpolations(text, "the command line")
+        refuse_interpolations(text, "the command line")
     try:
         return OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))
     except Exception as error:

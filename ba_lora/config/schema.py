@@ -21,7 +21,7 @@ from ba_lora.config.ranges import check_numbers, check_range
 from ba_lora.config.registries import schedules
 from ba_lora.errors import UserError
 from ba_lora.paths import PROJECT_ROOT, written_path
-from ba_lora.words import nearest
+from ba_lora.words import check_choice
 
 DTYPES = ("float32", "bfloat16", "float16")
 ATTENTION = ("sdpa", "eager", "flash_attention_2")
@@ -312,12 +312,6 @@ _SINCE_ADDED = {
     "template": "alpaca",
 }  # fmt: skip
 _SAVING_ARGUMENTS = ("save_steps", "save_strategy", "save_total_limit")  # nor these, unless the best is exported
-
-
-def check_choice(key: str, value: str, choices: tuple[str, ...] | list[str]) -> None:
-    """Raise UserError unless `value` is one of `choices`."""
-    if value not in choices:
-        raise UserError(f"{key}={value} is unknown: choose one of {', '.join(choices)}{nearest(value, choices)}")
 
 
 def public(value: Any) -> Any:

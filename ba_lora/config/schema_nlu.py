@@ -12,11 +12,12 @@ from typing import Any, ClassVar
 
 from ba_lora.config.ranges import check_range
 from ba_lora.config.registries import nlu_metrics
-from ba_lora.config.schema import BALoRAConfig, DataConfig, RunConfig, check_choice
+from ba_lora.config.schema import BALoRAConfig, DataConfig, RunConfig
 from ba_lora.errors import UserError
 from ba_lora.glue import AUTO, OUT_OF_DOMAIN, TASKS, NLUTask, find_task, plain_label
 from ba_lora.paths import data_suffix, resolve_path
 from ba_lora.rows import stream_rows
+from ba_lora.words import check_choice
 
 
 @dataclass

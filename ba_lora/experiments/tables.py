@@ -1,45 +1,4 @@
-"""What a table consists of: configs/tables/<id>.yaml → rows, columns, and the run behind each cell.
-
-    title: Accuracy over ranks          heading
-    source: 2024, figure 4              where the paper has it; absent: beyond the paper
-    paper: [ranks]                      files of results/paper_reported with its numbers (table, model, method, setting,
-                                        task, metric, …); absent: none are known
-    note: …                             protocol and departures, printed under the table
-    kind: nlg                           nlg | nlu: whose bases (configs/<kind>) and whose training script
-    seeds: [42, 1, 2]
-    overrides: [export.merged=false]    key=value on every run
-    rows:                               each entry is a product bases × methods × settings, with overrides of its own
-      - bases: [llama-2-7b]             files of configs/<kind>
-        methods: [lora, pissa]          methods (configs/methods), or `untuned`: the pre-trained model itself
-        settings: {rank=8: [adapter.rank=8]}     the paper's name of a setting → its overrides; absent: one, ""
-        overrides: […]
-        search: tuned                   each row takes the best values of its base's and method's own search
-                                        (sh scripts/search.sh BASE tuned method=METHOD) beneath its settings; the
-                                        grid runs nothing while one is missing
-        gpus: 8                         GPUs of each run, whose batch its overrides divide among them; absent: 1
-        suffix: vllm                    a run folder of its own (outputs/<run_id>-vllm) where nothing that is trained
-                                        differs from another row's; also part of the setting's name
-    columns:                            name → what is read from a run's result
-      gsm8k: {task: gsm8k, metric: strict, overrides: [data.name=metamathqa]}
-      seconds: {metric: training.seconds, …}
-      average: {mean_of: [gsm8k, math]}
-    prepare: [[data.lab, rule=0]]       modules with their words that the grid runs first, such as what makes the bases
-    chosen: tuning                      each method's rows also take what results/tuning/chosen.yaml says, the report of
-                                        that table: method → overrides; the grid runs nothing while it is not there
-    labels: {ba_lora: BA-LoRA (2024)}   method, base or column → how it is written; absent: its name
-    ours: [ba_lora]                     the methods compared with all others; absent: those whose name begins so
-    report: {…}                         how eval.report shows it, and its figures: see eval/report/spec.py
-
-A column:
-
-    task       the evaluation that holds the metric (NLU: a dev or out-of-domain set); absent: the run's result itself
-    metric     a name in the task's `metrics`, or a dotted path in its entry (ratings.overall), or, without a task, in
-               the result (training.peak_memory_mb); `{a,b}` in a path: the mean over a and b (eval/report/spec.py)
-    unit       percent (the default: a fraction, shown times 100) | any other word, shown with the value as it is
-    better     higher (the default) | lower | none (nothing is marked best)
-    paper      the metric's name in the paper's file, where it is another; `paper_task` likewise
-    overrides  what this column's runs differ in, such as the training set; columns whose runs train alike share them
-    mean_of    names of columns: the mean over them, seed by seed
+"""What a table consists of: a file of configs/tables (table_file.py) → rows, columns, and the run behind each cell.
 
 Rows and columns keep the file's order. The key=value of the command line come last and change every run; what tells the
 rows or columns of the table apart cannot be typed.
@@ -62,25 +21,16 @@ from ba_lora.config.schema import UNTUNED, RunConfig
 from ba_lora.errors import UserError
 from ba_lora.experiments.search.best import best_words
 from ba_lora.experiments.spec import Spec, untuned_config
+from ba_lora.experiments.table_file import Column, RowBlock, read_table_file
 from ba_lora.glue import find_task
 from ba_lora.io import sha256_file
 from ba_lora.paths import PROJECT_ROOT, resolve_path
-from ba_lora.words import check_keys, nearest
+from ba_lora.words import nearest
 
 TABLES_PATH = PROJECT_ROOT / "configs" / "tables"
 RESULTS_PATH = PROJECT_ROOT / "results"
-PAPER_PATH = PROJECT_ROOT / "results" / "paper_reported"
 FACTORS_CACHE = "outputs/pissa_factors"  # one SVD of each base's matrices serves the seeds and methods of all tables
 CHOSEN = "chosen.yaml"  # in the folder of a report that chooses settings
-KINDS = ("nlg", "nlu")
-BETTER = ("higher", "lower", "none")
-
-_TABLE_KEYS = (
-    "title", "source", "paper", "note", "kind", "seeds", "overrides", "rows", "columns", "labels", "ours", "report",
-    "prepare", "chosen",
-)  # fmt: skip
-_BLOCK_KEYS = ("bases", "methods", "settings", "overrides", "gpus", "suffix", "search")
-_COLUMN_KEYS = ("task", "metric", "unit", "better", "paper", "paper_task", "overrides", "mean_of")
 
 
 @dataclass(frozen=True)
@@ -90,21 +40,6 @@ class Row:
     base: str
     method: str
     setting: str = ""
-
-
-@dataclass(frozen=True)
-class Column:
-    """A column; the fields are those of the file, see this module's head."""
-
-    name: str
-    task: str | None = None
-    metric: str | None = None
-    unit: str = "percent"
-    better: str = "higher"
-    paper: str | None = None
-    paper_task: str | None = None
-    overrides: tuple[str, ...] = ()
-    mean_of: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -190,89 +125,60 @@ def report_folder(name: str, words: Sequence[str] = ()) -> Path:
 def load_table(path: str | Path, *, overrides: Sequence[str] = (), seeds: Sequence[int] | None = None) -> Table:
     """Read a table file and resolve every cell's run. Raises UserError, in one line, for anything wrong in it."""
     path = Path(path)
-    raw = read_yaml(path)
-    check_keys(raw, _TABLE_KEYS, where=path)
-    for key in ("title", "kind", "seeds", "rows", "columns"):
-        if not raw.get(key):
-            raise UserError(f"{path}: {key} is missing; the head of ba_lora/experiments/tables.py describes the file")
-    if raw["kind"] not in KINDS:
-        raise UserError(f"{path}: kind: {raw['kind']} is unknown: choose one of {', '.join(KINDS)}")
-    columns = _columns(raw["columns"], path)
-    seeds = tuple(seeds if seeds is not None else _list(raw["seeds"], path, "seeds"))
-    if not all(isinstance(seed, int) and not isinstance(seed, bool) for seed in seeds):
-        raise UserError(f"{path}: seeds must be whole numbers, found {', '.join(map(str, seeds))}")
+    file, blocks, columns = read_table_file(path)
+    seeds = file.seeds if seeds is None else tuple(seeds)
     for seed in seeds:
         if seeds.count(seed) > 1:  # each of its runs would count more than once in a mean
             raise UserError(f"{path}: seed {seed} is asked for more than once: name each seed once")
-    chosen, unchosen = _chosen(raw.get("chosen"), path)
+    chosen, unchosen = _chosen(file.chosen, path)
     searches: list[str] = []  # that are missing
     rows: dict[Row, int] = {}  # row → GPUs
     cells: list[SeedCell] = []
-    blocks = _list(raw["rows"], path, "rows")
-    _refuse_typed(overrides, _varied_keys(blocks, columns), kind=raw["kind"])
+    _refuse_typed(overrides, _varied_keys(blocks, columns), kind=file.kind)
     for number, block in enumerate(blocks, start=1):
         where = f"{path}: rows, entry {number}"
-        check_keys(block, _BLOCK_KEYS, where=where)
-        suffix = str(block.get("suffix") or "")
-        common = [*_list(raw.get("overrides"), path, "overrides"), *_list(block.get("overrides"), where, "overrides")]
-        gpus = block.get("gpus", 1)
-        if not isinstance(gpus, int) or isinstance(gpus, bool) or gpus < 1:
-            raise UserError(f"{where}: gpus: {gpus}: a whole number of at least 1 is needed")
-        settings = block.get("settings") or {"": []}
-        if not isinstance(settings, dict):
-            raise UserError(f"{where}: settings is a mapping, name: [key=value, …]")
-        pairs = itertools.product(
-            _list(block.get("bases"), where, "bases"), _list(block.get("methods"), where, "methods")
-        )
+        pairs = list(itertools.product(block.bases, block.methods))
         searched: dict[tuple[str, str], list[str]] = {}
-        for base, method in pairs if block.get("search") else ():
-            if (best := best_words(base, method, str(block["search"]))) is None:
-                several = f" gpus={gpus}" if gpus > 1 else ""
-                searches.append(f"sh scripts/search.sh {base} {block['search']} method={method}{several}")
+        for base, method in pairs if block.search else ():
+            if (best := best_words(base, method, block.search)) is None:
+                several = f" gpus={block.gpus}" if block.gpus > 1 else ""
+                searches.append(f"sh scripts/search.sh {base} {block.search} method={method}{several}")
             searched[base, method] = best or []
         found = {word.partition("=")[0] for words in searched.values() for word in words}
-        _refuse_typed(overrides, found, kind=raw["kind"])
-        for base in _list(block.get("bases"), where, "bases"):
-            for method in _list(block.get("methods"), where, "methods"):
-                for setting, own in settings.items():
-                    row = Row(base, method, " ".join(word for word in (str(setting), suffix) if word))
-                    if row in rows:
-                        raise UserError(f"{where}: {base}, {method}, {row.setting!r} stands in the table twice")
-                    rows[row] = gpus
-                    best = [*searched.get((base, method), []), *chosen.get(method, [])]
-                    words = [*common, *best, *_list(own, where, f"settings.{setting}")]
-                    cells += _row_cells(row, columns, raw["kind"], seeds, words, overrides, suffix, where)
+        _refuse_typed(overrides, found, kind=file.kind)
+        for (base, method), (setting, own) in itertools.product(pairs, (block.settings or {"": []}).items()):
+            row = Row(base, method, " ".join(word for word in (setting, block.suffix) if word))
+            if row in rows:
+                raise UserError(f"{where}: {base}, {method}, {row.setting!r} stands in the table twice")
+            rows[row] = block.gpus
+            best = [*searched.get((base, method), []), *chosen.get(method, [])]
+            words = [*file.overrides, *block.overrides, *best, *own]
+            cells += _row_cells(row, columns, file.kind, seeds, words, overrides, block.suffix, where)
     _refuse_two_evaluations(cells, path)
     if searches:
         unchosen = f"its rows take the best of searches, of which these are not made: {'; '.join(searches)}"
-    labels = raw.get("labels") or {}
     methods = list(dict.fromkeys(row.method for row in rows))
-    ours = _list(raw.get("ours"), path, "ours") or [name for name in methods if name.startswith("ba_lora")]
+    ours = file.ours or tuple(name for name in methods if name.startswith("ba_lora"))
     for name in ours:
         if name not in methods:
             raise UserError(f"{path}: ours: no row has the method {name}{nearest(name, methods)}")
-    for name in _list(raw.get("paper"), path, "paper"):
-        if not (PAPER_PATH / f"{name}.csv").is_file():
-            raise UserError(f"{path}: paper: no such file: {PAPER_PATH / name}.csv")
     return Table(
         id=path.stem,
-        title=str(raw["title"]),
-        source=raw.get("source"),
-        paper=tuple(_list(raw.get("paper"), path, "paper")),
-        note=raw.get("note"),
-        kind=raw["kind"],
+        title=file.title,
+        source=file.source,
+        paper=file.paper,
+        note=file.note,
+        kind=file.kind,
         seeds=seeds,
         rows=tuple(rows),
         columns=tuple(columns),
         cells=tuple(cells),
-        labels={str(key): str(value) for key, value in labels.items()},
-        ours=tuple(ours),
+        labels=file.labels,
+        ours=ours,
         gpus=rows,
-        report=raw.get("report") or {},
+        report=file.report,
         sha256=sha256_file(path),
-        prepare=tuple(
-            tuple(map(str, _list(call, path, "prepare"))) for call in _list(raw.get("prepare"), path, "prepare")
-        ),
+        prepare=tuple(map(tuple, file.prepare)),
         unchosen=unchosen,
     )
 
@@ -286,7 +192,9 @@ def _chosen(name: str | None, path: Path) -> tuple[dict[str, list[str]], str | N
     if not chosen.is_file():
         return {}, f"{chosen} is not there: sh scripts/reproduce.sh {name} writes it"
     found = read_yaml(chosen)
-    return {method: _list(words, chosen, method) for method, words in found.items()}, None
+    if not all(isinstance(words, list) for words in found.values()):
+        raise UserError(f"{chosen}: method: [key=value, …] is needed; sh scripts/reproduce.sh {name} writes it")
+    return found, None
 
 
 def _refuse_two_evaluations(cells: Sequence[SeedCell], path: Path) -> None:
@@ -299,16 +207,13 @@ def _refuse_two_evaluations(cells: Sequence[SeedCell], path: Path) -> None:
             raise UserError(f"{path}: {told} are one run with two evaluations: give the rows of one a suffix")
 
 
-def _varied_keys(blocks: Sequence[Any], columns: Sequence[Column]) -> set[str]:
+def _varied_keys(blocks: Sequence[RowBlock], columns: Sequence[Column]) -> set[str]:
     """Return the keys that tell rows or columns apart: all of columns, and those that not all rows set, or not to one
-    value. What is wrong in the blocks is told where they are read."""
+    value."""
     rows: list[dict[str, str]] = []
-    for block in blocks if all(isinstance(one, dict) for one in blocks) else ():
-        settings = block.get("settings") if isinstance(block.get("settings"), dict) else None
-        common = block.get("overrides") or []
-        for own in (settings or {"": []}).values():
-            words = [str(word) for word in (*common, *(own or []))]
-            rows.append({key: value for key, _, value in (word.partition("=") for word in words)})
+    for block in blocks:
+        for own in (block.settings or {"": []}).values():
+            rows.append({key: value for key, _, value in (word.partition("=") for word in (*block.overrides, *own))})
     varied = {key for row in rows for key in row if any(other.get(key) != row[key] for other in rows)}
     return varied | {word.partition("=")[0] for column in columns for word in column.overrides}
 
@@ -448,34 +353,3 @@ def _with_seed(spec: Spec, seed: int, suffix: str) -> Spec:
         config = dataclasses.replace(config, output_dir=folder)
         words.append(f"output_dir={folder}")
     return dataclasses.replace(spec, config=config.keep_run_id(), overrides=tuple(words))
-
-
-def _columns(raw: Any, path: Path) -> list[Column]:
-    if not isinstance(raw, dict):
-        raise UserError(f"{path}: columns is a mapping, name: {{task: …, metric: …}}")
-    columns = []
-    for name, entry in raw.items():
-        where = f"{path}: columns.{name}"
-        if not isinstance(entry, dict):
-            raise UserError(f"{where} is a mapping: {{task: …, metric: …}} or {{mean_of: […]}}")
-        check_keys(entry, _COLUMN_KEYS, where=where)
-        if ("mean_of" in entry) == ("metric" in entry):
-            raise UserError(f"{where}: either metric or mean_of is needed")
-        if entry.get("better", "higher") not in BETTER:
-            raise UserError(f"{where}: better: {entry['better']} is unknown: choose one of {', '.join(BETTER)}")
-        lists = {key: tuple(_list(entry.get(key), where, key)) for key in ("overrides", "mean_of")}
-        columns.append(Column(name=str(name), **{**entry, **lists}))
-    names = [column.name for column in columns if not column.mean_of]
-    for column in columns:
-        for name in column.mean_of:
-            if name not in names:
-                raise UserError(f"{path}: columns.{column.name}: no column {name}{nearest(name, names)}")
-    return columns
-
-
-def _list(value: Any, where: object, key: str) -> list[Any]:
-    if value is None:
-        return []
-    if not isinstance(value, list):
-        raise UserError(f"{where}: {key} is a list: [{value}]")
-    return value

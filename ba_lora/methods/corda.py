@@ -116,8 +116,8 @@ def _decompose(model: nn.Module, layers: dict[str, nn.Module], rows: Sequence[li
 
 
 def _not_finite(what: str) -> UserError:
-    mend = "look for damaged weights in model.name, or try model.dtype=float32"
-    return UserError(f"adapter.init=corda: {what} cannot be used, not all of it is finite: {mend}")
+    fix = "look for damaged weights in model.name, or try model.dtype=float32"
+    return UserError(f"adapter.init=corda: {what} cannot be used, not all of it is finite: {fix}")
 
 
 def _groups(layers: dict[str, nn.Module], covariance_bytes: int) -> Iterator[dict[str, nn.Module]]:

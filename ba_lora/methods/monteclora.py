@@ -44,7 +44,7 @@ class MonteCLora(Lora):
         return super().peft_config(num_steps, monteclora_config=MontecloraConfig(**self.option, buffer_size=1))
 
     def prepare(self, model: nn.Module) -> None:
-        """Let each pass draw anew."""
+        """Let each pass draw again."""
         for sampler in samplers(model):
             sampler.sampler.index = sampler.sampler.buffer_size
 

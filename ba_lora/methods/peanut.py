@@ -2,7 +2,7 @@
 
 A [r, out] is random, B [out, r] = 0; `depth` layers more have r × r matrices with a residual. By PEFT, as in the code
 of the paper's NLU runs. Their code for language models is another form, f(W A) B with A over the inputs; and ΔW is
-built anew in every pass, which takes the memory of the weights.
+built again in every pass, which takes the memory of the weights.
 """
 
 from typing import Any

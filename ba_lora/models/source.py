@@ -103,19 +103,19 @@ def hub_errors(name: str, what: str) -> Iterator[None]:
         while cause is not None and not isinstance(cause, GatedRepoError):
             cause = cause.__cause__ or cause.__context__
         if cause is not None or "gated repo" in text:
-            mend = "accept its licence on its hub page, then run `hf auth login`"
-            raise UserError(f"{name} is a gated repository: {mend}") from error
+            fix = "accept its licence on its hub page, then run `hf auth login`"
+            raise UserError(f"{name} is a gated repository: {fix}") from error
         if "trust_remote_code" in text:
-            mend = "read that code, then type model.trust_remote_code=true"
-            raise UserError(f"{name} runs Python code of its own repository: {mend}") from error
+            fix = "read that code, then type model.trust_remote_code=true"
+            raise UserError(f"{name} runs Python code of its own repository: {fix}") from error
         if "model type" in text or "Unrecognized" in text or "model_type" in text:
             raise UserError(f"{name} has an unknown model type: {text.splitlines()[0][:300]}") from error
         if getattr(error, "errno", None) is not None:  # a real file system error, no hub answer
             raise
         if "file named" in text and "safetensors" in text:
-            mend = "convert it (save_pretrained writes them), or set model.revision to a commit that has them"
-            raise UserError(f"{name} has no safetensors weights, and pickles may run code: {mend}") from error
+            fix = "convert it (save_pretrained writes them), or set model.revision to a commit that has them"
+            raise UserError(f"{name} has no safetensors weights, and pickles may run code: {fix}") from error
         if local or mismatch:
             raise UserError(f"cannot load the {what} in {name}: {in_one_line(error)}") from error
-        mend = f"check the name{f' and the network ({obstacle}, and it is not in the cache)' if obstacle else ''}"
-        raise UserError(f"cannot load the {what} {name}: no such folder, and not found on the hub: {mend}") from error
+        fix = f"check the name{f' and the network ({obstacle}, and it is not in the cache)' if obstacle else ''}"
+        raise UserError(f"cannot load the {what} {name}: no such folder, and not found on the hub: {fix}") from error

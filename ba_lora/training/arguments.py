@@ -5,10 +5,11 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ba_lora.config.schema import RunConfig, check_choice
+from ba_lora.config.schema import RunConfig
 from ba_lora.config.schema_nlg import NLGConfig
 from ba_lora.errors import UserError
 from ba_lora.paths import resolve_path
+from ba_lora.words import check_choice
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback, TrainingArguments

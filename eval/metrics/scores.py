@@ -1,4 +1,4 @@
-"""The metrics, by scikit-learn and scipy, with what these leave silent said aloud.
+"""The metrics, by scikit-learn and scipy, and notes on what these do not say.
 
 A metric that the data leave undefined is None, with the reason beside it, and never 0 or NaN: Matthews where all labels
 are of one class, a correlation where labels or predictions are constant, the recall of a class without rows. Where a

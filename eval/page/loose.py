@@ -14,10 +14,11 @@ from ba_lora.experiments.tables import Row
 from ba_lora.io import read_json
 from ba_lora.runs.results import assemble
 from eval.page.runs import ShownRun, flat
+from eval.report.columns import ReportColumn
 from eval.report.comparisons import compare_pairs
 from eval.report.settings import NEVER_ALLOWED, SETTINGS
 from eval.report.sources import STATUSES, Sources
-from eval.report.spec import PlannedRun, ReportColumn, TableSpec
+from eval.report.spec import PlannedRun, TableSpec
 from eval.report.table import ReportTable, build_table
 
 # the harness's metrics that are shares of right answers; of its others neither scale nor direction is known

@@ -6,11 +6,11 @@ from typing import Any
 
 from ba_lora.experiments.tables import Row
 from eval.report.cells import Cell
+from eval.report.columns import ReportColumn
 from eval.report.comparisons import Comparison
 from eval.report.paired import PairedTests, Untested
 from eval.report.sheets import ARROWS, comparison_legend, format_number, legend, letter, provenance_lines, signed
 from eval.report.sources import Sources
-from eval.report.spec import ReportColumn
 from eval.report.stats import mean_interval
 from eval.report.table import ReportTable
 from eval.report.verdict import verdict

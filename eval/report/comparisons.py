@@ -7,9 +7,10 @@ from typing import Any
 
 from ba_lora.experiments.tables import Row
 from eval.report.cells import Cell
+from eval.report.columns import ReportColumn
 from eval.report.paired import PairedTests
 from eval.report.sources import Sources
-from eval.report.spec import ReportColumn, TableSpec, planned_comparisons
+from eval.report.spec import TableSpec, planned_comparisons
 from eval.report.stats import LEAST_SEEDS, SIGNIFICANT, benjamini_hochberg, holm
 
 Cells = Mapping[tuple[Row, str], Cell]

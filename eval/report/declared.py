@@ -1,13 +1,13 @@
 """What a table declares before its first run: its primary tests, and when a run counts as collapsed."""
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ba_lora.config.structured import read_mapping
 from ba_lora.errors import UserError
 from ba_lora.experiments.tables import Row
-from eval.report.checks import choice, mapping, words
+from ba_lora.words import check_choice
 
 
 @dataclass(frozen=True)
@@ -52,33 +52,27 @@ class Collapse:
         return f"below {self.below:g}" if self.below is not None else f"above {self.above:g}"
 
 
-def parse_primary(entries: Any, rows: Sequence[Row], columns: Sequence[str], *, where: str) -> tuple[Primary, ...]:
-    if not isinstance(entries, list):
-        raise UserError(f"{where} must be a list of tests, [{{column: …, focus: …, against: …}}, …], found {entries!r}")
+def parse_primary(
+    entries: Sequence[Any], rows: Sequence[Row], columns: Sequence[str], *, where: str
+) -> tuple[Primary, ...]:
     known = {key: list(dict.fromkeys(getattr(row, key) for row in rows)) for key in ("base", "method", "setting")}
     chosen = []
     for entry in entries:
-        entry = mapping(entry, [field.name for field in dataclasses.fields(Primary)], where=where)
-        if missing := [key for key in ("column", "focus", "against") if key not in entry]:
-            raise UserError(f"{where}: {' and '.join(missing)} is missing in {entry}")
-        choice(entry["column"], columns, where=where)
+        test = read_mapping(Primary, entry, where=where)
+        check_choice(f"{where}: column", test.column, columns)
         for key in ("focus", "against"):
-            choice(entry[key], [*known["method"], *known["setting"]], where=where)
+            check_choice(f"{where}: {key}", getattr(test, key), [*known["method"], *known["setting"]])
         for key in ("base", "setting"):
-            if key in entry:
-                choice(entry[key], known[key], where=where)
-        chosen.append(Primary(**entry))
+            if getattr(test, key) is not None:
+                check_choice(f"{where}: {key}", getattr(test, key), known[key])
+        chosen.append(test)
     return tuple(chosen)
 
 
 def parse_collapse(entry: Any, columns: Sequence[str], *, where: str) -> Collapse:
-    entry = mapping(entry, ("column", "below", "above", "columns"), where=where)
-    if "column" not in entry or ("below" in entry) == ("above" in entry):
-        raise UserError(f"{where}: column, and below or above are needed")
-    for key in ("below", "above"):
-        if key in entry and (isinstance(entry[key], bool) or not isinstance(entry[key], int | float)):
-            raise UserError(f"{where}: {key} must be a number, found {entry[key]!r}")
-    entry["columns"] = words(entry.get("columns", []), where=f"{where}: columns")
-    for name in (entry["column"], *entry["columns"]):
-        choice(name, columns, where=where)
-    return Collapse(**entry)
+    collapse = read_mapping(Collapse, entry, where=where)
+    if (collapse.below is None) == (collapse.above is None):
+        raise UserError(f"{where}: below or above is needed, one of them")
+    for name in (collapse.column, *collapse.columns):
+        check_choice(f"{where}: column", name, columns)
+    return collapse

@@ -18,10 +18,12 @@ from matplotlib.lines import Line2D
 from ba_lora.errors import UserError
 from ba_lora.experiments.tables import Row
 from eval.report import features, hypothesis_figures
+from eval.report.block import Figure
 from eval.report.cells import Cell
+from eval.report.columns import ReportColumn
 from eval.report.sheets import ARROWS, Drawn
 from eval.report.sources import Sources
-from eval.report.spec import Figure, PlannedRun, ReportColumn, TableSpec, row_name, setting_value
+from eval.report.spec import PlannedRun, TableSpec, row_name, setting_value
 from eval.report.stats import mean_interval
 from eval.report.style import (
     HALO,

@@ -29,9 +29,10 @@ from typing import Any
 
 import numpy as np
 
+from ba_lora.config.structured import read_mapping
 from ba_lora.errors import UserError
 from ba_lora.experiments.tables import Row
-from eval.report.checks import choice, mapping, words
+from ba_lora.words import check_choice
 from eval.report.crossed import Array, Estimate, crossed_t
 from eval.report.stats import LEAST_SEEDS, MOST_PRIMARY, SIGNIFICANT, holm
 
@@ -40,8 +41,16 @@ HOLDS, FAILS = "holds", "does not hold"  # of a condition
 
 
 @dataclass(frozen=True)
+class Guard:
+    """The column in which an effect must not be below − margin, on the column's scale."""
+
+    column: str
+    margin: float
+
+
+@dataclass(frozen=True)
 class Hypothesis:
-    """One of them, see the head of this module. guard: (column, margin)."""
+    """One of them, see the head of this module."""
 
     name: str
     says: str
@@ -52,7 +61,7 @@ class Hypothesis:
     margin: float
     primary: bool = False
     condition: bool = False
-    guard: tuple[str, float] | None = None
+    guard: Guard | None = None
 
 
 @dataclass(frozen=True)
@@ -75,45 +84,36 @@ class Finding:
 
 
 def parse_hypotheses(
-    block: Any, rows: Sequence[Row], columns: Sequence[str], *, clusters: str, where: str
+    block: Mapping[str, Any], rows: Sequence[Row], columns: Sequence[str], *, clusters: str, where: str
 ) -> tuple[Hypothesis, ...]:
     """Check the entries. Raises UserError for one that is wrong, and for more than five primary ones."""
-    known = [field.name for field in dataclasses.fields(Hypothesis) if field.name != "name"]
-    methods = list(dict.fromkeys(row.method for row in rows))
-    levels = list(dict.fromkeys(level_of(row, clusters) for row in rows))
+    known = {
+        "arms": list(dict.fromkeys(row.method for row in rows)),
+        "levels": list(dict.fromkeys(level_of(row, clusters) for row in rows)),
+    }
     found = []
-    for name, entry in mapping(block, where=where).items():
+    for name, entry in block.items():
         at = f"{where}.{name}"
-        entry = mapping(entry, known, where=at)
-        if missing := [key for key in ("says", "column", "arms", "levels", "expected", "margin") if key not in entry]:
-            raise UserError(f"{at}: {' and '.join(missing)} is missing")
-        for key, choices in (("arms", methods), ("levels", levels)):
-            entry[key] = words(entry[key], where=f"{at}: {key}")
-            if len(entry[key]) not in (1, 2):
-                raise UserError(f"{at}: {key}: one or two are needed, found {len(entry[key])}")
-            for word in entry[key]:
-                choice(word, choices, where=f"{at}: {key}")
-        choice(entry["column"], columns, where=at)
-        choice(entry["expected"], ("above", "below"), where=f"{at}: expected")
-        if "guard" in entry:
-            guard = mapping(entry["guard"], ("column", "margin"), where=f"{at}: guard")
-            choice(guard.get("column"), columns, where=f"{at}: guard")
-            entry["guard"] = (guard["column"], _margin(guard.get("margin"), where=f"{at}: guard"))
-        entry["margin"] = _margin(entry["margin"], where=at)
-        for key in ("primary", "condition"):
-            if not isinstance(entry.get(key, False), bool):
-                raise UserError(f"{at}: {key} must be true or false, found {entry[key]!r}")
-        found.append(Hypothesis(name=name, **entry))
+        one = read_mapping(Hypothesis, entry, where=at, name=name)
+        for key, choices in known.items():
+            words = getattr(one, key)
+            if len(words) not in (1, 2):
+                raise UserError(f"{at}: {key}: one or two are needed, found {len(words)}")
+            for word in words:
+                check_choice(f"{at}: {key}", word, choices)
+        for column, margin in (
+            (one.column, one.margin),
+            *([(one.guard.column, one.guard.margin)] if one.guard else []),
+        ):
+            check_choice(f"{at}: column", column, columns)
+            if margin < 0:
+                raise UserError(f"{at}: margin must be a number of at least 0, found {margin:g}")
+        check_choice(f"{at}: expected", one.expected, ("above", "below"))
+        found.append(one)
     number = sum(one.primary for one in found)
     if number > MOST_PRIMARY:
         raise UserError(f"{where}: {number} primary hypotheses, at most {MOST_PRIMARY} are allowed")
     return tuple(found)
-
-
-def _margin(value: Any, *, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
-        raise UserError(f"{where}: margin must be a number of at least 0, found {value!r}")
-    return float(value)
 
 
 def level_of(row: Row, clusters: str) -> str:
@@ -133,7 +133,7 @@ class Clusters:
 
     def missing(self, one: Hypothesis) -> int:
         """Return how many runs a hypothesis lacks."""
-        columns = [one.column, *([one.guard[0]] if one.guard else [])]
+        columns = [one.column, *([one.guard.column] if one.guard else [])]
         rows = [row for method in one.arms for level in one.levels for row in self.rows_at(method, level)]
         return max(sum(self._num_missing(row, column) for row in rows) for column in columns)
 
@@ -181,7 +181,7 @@ def _find(one: Hypothesis, clusters: Clusters) -> Finding:
     estimate = effect(levels)
     guard = None
     if one.guard:
-        guard = float(clusters.effect_at(one.arms, one.levels[0], one.guard[0]).mean())
+        guard = float(clusters.effect_at(one.arms, one.levels[0], one.guard.column).mean())
     facts = {key: getattr(estimate, key) for key in ("difference", "low", "high", "df", "num_items")}
     few = min(map(len, levels)) < LEAST_SEEDS
     p = None if few else estimate.p
@@ -209,7 +209,7 @@ def _decision(finding: Finding) -> str:
     low, high = sorted((sign * finding.low, sign * finding.high))
     if high < 0 or (low >= -one.margin and high <= one.margin):
         return REFUTED
-    guarded = finding.guard is None or finding.guard >= -one.guard[1]
+    guarded = finding.guard is None or finding.guard >= -one.guard.margin
     certain = not one.primary or (finding.p_adjusted is not None and finding.p_adjusted < SIGNIFICANT)
     return SUPPORTED if low > one.margin and guarded and certain else UNDECIDED
 

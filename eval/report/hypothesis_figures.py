@@ -12,9 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 from matplotlib.figure import Figure as Canvas
 
+from eval.report.block import Figure
+from eval.report.columns import ReportColumn
 from eval.report.hypotheses import NOT_RUN, Finding, level_of
 from eval.report.sheets import ARROWS, Sheet, Text, format_number, probability, signed
-from eval.report.spec import Figure, ReportColumn, setting_value
+from eval.report.spec import setting_value
 from eval.report.style import add_legend, axis_label, line_handle, panel_grid, pareto_front, styles_of, y_axis
 from eval.report.table import ReportTable
 

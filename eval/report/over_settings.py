@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 from ba_lora.experiments.tables import Row
 from eval.report.cells import Cell
+from eval.report.columns import ReportColumn
 from eval.report.sheets import ARROWS, Sheet, Text, format_number
-from eval.report.spec import ReportColumn
 from eval.report.table import ReportTable
 
 

@@ -23,9 +23,10 @@ from ba_lora.errors import UserError
 from ba_lora.experiments.tables import Row
 from ba_lora.glue import find_task
 from eval.metrics.bootstrap import weighted_metric
+from eval.report.columns import ReportColumn, metric_value
 from eval.report.crossed import Array, Estimate, crossed_t, pseudo_values, seeds_t
 from eval.report.sources import Sources
-from eval.report.spec import PlannedRun, ReportColumn, TableSpec, metric_value
+from eval.report.spec import PlannedRun, TableSpec
 from eval.report.stats import LEAST_SEEDS
 
 if TYPE_CHECKING:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ba_lora.experiments.tables import Row
+from eval.report.columns import ReportColumn
 from eval.report.hypothesis_figures import hypothesis_sheet, level_sheet
 from eval.report.over_settings import over_settings, over_settings_sheet
 from eval.report.sheets import (
@@ -28,7 +29,6 @@ from eval.report.sheets import (
     seed_moves,
     unmatched_lines,
 )
-from eval.report.spec import ReportColumn
 from eval.report.table import ReportTable
 from eval.report.verdict import verdict
 

@@ -14,7 +14,8 @@ from ba_lora.config.schema import UNTUNED
 from ba_lora.errors import UserError
 from ba_lora.experiments.tables import Row
 from ba_lora.words import nearest
-from eval.report.spec import PlannedRun, ReportColumn, TableSpec
+from eval.report.columns import ReportColumn
+from eval.report.spec import PlannedRun, TableSpec
 from eval.scoring import stale_reason
 
 Entry = Mapping[str, Any]  # one task's part of a result's "evaluation"
@@ -145,8 +146,8 @@ def differences(spec: TableSpec, used: Sequence[Used], *, allow: Iterable[str]) 
     if refused:
         more = f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""
         setting, matter = min(refused, key=lambda one: one[0] not in NEVER_ALLOWED)
-        mend = "make these runs alike, or admit it with allow=NAME[,NAME] and it is footnoted"
-        raise UserError(f"table {spec.name}: {matter}{more}: {NEVER_ALLOWED.get(setting, mend)}")
+        fix = "make these runs alike, or admit it with allow=NAME[,NAME] and it is footnoted"
+        raise UserError(f"table {spec.name}: {matter}{more}: {NEVER_ALLOWED.get(setting, fix)}")
     return notes
 
 

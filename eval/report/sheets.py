@@ -8,8 +8,9 @@ from statistics import fmean
 
 from ba_lora.experiments.tables import Row
 from eval.report.cells import Cell
+from eval.report.columns import ReportColumn
 from eval.report.comparisons import Comparison
-from eval.report.spec import ReportColumn, TableSpec, row_name
+from eval.report.spec import TableSpec, row_name
 from eval.report.stats import LEAST_SEEDS, SIGNIFICANT
 from eval.report.table import ReportTable
 
@@ -217,7 +218,7 @@ def comparison_legend(table: ReportTable) -> list[str]:
     ]
     if seeds_only:
         lines[0] += (
-            " Where a reason stands in brackets the items are not known: the interval is over seeds alone (Welch), and "
+            " Where a reason stands in brackets the items are not known: the interval is over seeds only (Welch), and "
             "says nothing of other items."
         )
     few = [one for one in table.comparisons if one.p is None and one.num_items is not None]

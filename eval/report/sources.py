@@ -12,10 +12,12 @@ from ba_lora.config.layers import config_of_result
 from ba_lora.config.schema import NOT_TRAINING, UNTUNED, RunConfig, setting_differences, training_settings
 from ba_lora.errors import UserError
 from ba_lora.experiments import state as grid_state
-from ba_lora.experiments.tables import PAPER_PATH, Row
+from ba_lora.experiments.table_file import PAPER_PATH
+from ba_lora.experiments.tables import Row
 from ba_lora.io import read_json, read_jsonl
 from ba_lora.words import nearest
-from eval.report.spec import Items, PlannedRun, ReportColumn, row_name
+from eval.report.columns import Items, ReportColumn
+from eval.report.spec import PlannedRun, row_name
 
 STATUSES = ("ok", "failed", "cancelled", "oom")
 PAPER_COLUMNS = ("table", "model", "method", "setting", "task", "metric", "mean", "std", "source")

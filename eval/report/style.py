@@ -12,8 +12,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+from eval.report.columns import ReportColumn
 from eval.report.sheets import ARROWS
-from eval.report.spec import ReportColumn
 
 RC = {
     "font.size": 8,

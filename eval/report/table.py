@@ -10,13 +10,14 @@ from ba_lora.config.schema import UNTUNED
 from ba_lora.experiments.tables import Row
 from ba_lora.runs.environment import hardware_name
 from eval.report.cells import COLLAPSED, Cell, CellKey, FailedRun
+from eval.report.columns import ReportColumn, metric_value, why_missing
 from eval.report.comparisons import Comparison, as_declared, compare
 from eval.report.crossed import Array
 from eval.report.hypotheses import Clusters, Finding, decide_all, standing
 from eval.report.paired import run_items
 from eval.report.settings import Used, differences
 from eval.report.sources import PaperRow, Sources
-from eval.report.spec import PlannedRun, ReportColumn, TableSpec, metric_value, why_missing
+from eval.report.spec import PlannedRun, TableSpec
 from eval.report.stats import first_and_second
 
 

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 from ba_lora.config.schema import UNTUNED
 from ba_lora.experiments.tables import Row
+from eval.report.columns import ReportColumn
 from eval.report.comparisons import Comparison
 from eval.report.sheets import format_number, signed
-from eval.report.spec import ReportColumn
 from eval.report.stats import LEAST_SEEDS
 from eval.report.table import ReportTable
 

@@ -338,14 +338,14 @@ def fetch(data: str) -> dict[str, Path | None]:
 
 def _download(published: str, sha256: str) -> str:
     url = f"https://raw.githubusercontent.com/{REPOSITORY}/{REVISION}/fastchat/llm_judge/data/{published}"
-    mend = "give a folder with FastChat's files (--data DIR)"
+    fix = "give a folder with FastChat's files (--data DIR)"
     if os.environ.get("HF_HUB_OFFLINE") == "1":
-        raise UserError(f"MT-Bench's {published} is not on this machine, and HF_HUB_OFFLINE is set; {mend}")
+        raise UserError(f"MT-Bench's {published} is not on this machine, and HF_HUB_OFFLINE is set; {fix}")
     try:
         with urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT_S) as response:
             content = response.read()
     except OSError as error:  # URLError is one
-        raise UserError(f"cannot fetch {url}: {getattr(error, 'reason', error)}; {mend}") from error
+        raise UserError(f"cannot fetch {url}: {getattr(error, 'reason', error)}; {fix}") from error
     if hashlib.sha256(content).hexdigest() != sha256:
-        raise UserError(f"{url} is not the file we know (sha256 {sha256[:12]}…); {mend}")
+        raise UserError(f"{url} is not the file we know (sha256 {sha256[:12]}…); {fix}")
     return content.decode("utf-8")

@@ -95,7 +95,7 @@ def test_truncation_is_reported(tokenizer, tmp_path):
 
 
 def test_the_same_rows_are_tokenized_once(tokenizer, tmp_path, monkeypatch):
-    """From the disk they are what they were; another length, text, template or tokenizer is tokenized anew."""
+    """From the disk they are what they were; another length, text, template or tokenizer is tokenized again."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
     texts, call = [], type(tokenizer).__call__
 

@@ -355,7 +355,7 @@ def test_features_of_a_run_to_the_figure(run: Path, tmp_path: Path) -> None:
 
 
 def test_a_run(run: Path, tmp_path: Path) -> None:
-    """In domain is what training scored; evaluating that file anew gives the same; the result takes up the scores."""
+    """In domain is what training scored; evaluating that file again gives the same; the result takes up the scores."""
     dev, yelp = tmp_path / "data" / "dev.jsonl", sentiment_rows(tmp_path / "yelp.jsonl", 24, seed=4, column="text")
     trained = read_json(run / "scores" / "sst2.json")
     assert trained["n"] == 60

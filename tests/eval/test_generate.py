@@ -9,6 +9,7 @@ import pytest
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from ba_lora.config.structured import read_typed
 from ba_lora.errors import UserError
 from ba_lora.io import read_json, read_jsonl, sha256_file
 from ba_lora.prompts import build_prompt, prompt_hash
@@ -17,7 +18,7 @@ from eval.engines import base as engines
 from eval.engines.requests import weights_state
 from eval.engines.serving import ServedModel, plan_serving
 from eval.generate import GenerateOptions, main, recorded_name
-from eval.options import parse_options, read_data, split_options
+from eval.options import read_data, split_options
 from eval.tasks import get_task
 from tests.eval.engines.test_engines import save_adapter, save_model, save_tokenizer
 
@@ -159,7 +160,7 @@ def _edit_gold(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "anew"),
+    ("change", "again"),
     [
         (lambda run: _edit(run / "train.json"), {"gsm8k", "math"}),
         (lambda run: _edit(run.parent / "gsm8k.jsonl"), {"gsm8k"}),
@@ -172,7 +173,7 @@ def _edit_gold(path: Path) -> None:
         ("overwrite=true", {"gsm8k", "math"}),
     ],
     ids=[
-        "trained anew",
+        "trained again",
         "another question",
         "another gold",
         "a truncated file",
@@ -184,7 +185,7 @@ def _edit_gold(path: Path) -> None:
     ],
 )
 def test_what_no_longer_answers_the_request_is_made_anew(
-    two_tasks: list[str], tmp_path: Path, capsys: pytest.CaptureFixture, change: object, anew: set
+    two_tasks: list[str], tmp_path: Path, capsys: pytest.CaptureFixture, change: object, again: set
 ) -> None:
     main(two_tasks)
     capsys.readouterr()
@@ -192,7 +193,7 @@ def test_what_no_longer_answers_the_request_is_made_anew(
         change(tmp_path / "run")
     main(two_tasks if callable(change) else [*two_tasks, change])
     lines = capsys.readouterr().out.splitlines()
-    assert {line.split()[1].rstrip(":") for line in lines if "answered already" not in line} == anew
+    assert {line.split()[1].rstrip(":") for line in lines if "answered already" not in line} == again
     assert len(lines) == 2
 
 
@@ -247,7 +248,7 @@ def test_several_tasks_models_and_samples(base: Path, data: Path, tmp_path: Path
 
 def test_command_line_pieces(tmp_path: Path) -> None:
     words = ["max_new_tokens=7", "temperature=0.5", "limit=none", "trust_remote_code=true", "subset=a=b", "dtype=auto"]
-    options, further = parse_options(words, GenerateOptions, further=("subset",))
+    options, further = read_typed(GenerateOptions, words, further=("subset",))
     assert options == GenerateOptions(max_new_tokens=7, temperature=0.5, trust_remote_code=True)
     assert further == {"subset": "a=b"}
     assert split_options(["a", "top_p=0.9"], ["gsm8k", "limit=3"], ["math=x.jsonl"]) == (

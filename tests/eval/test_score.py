@@ -351,7 +351,7 @@ def test_damaged_scores_are_one_line_or_none(tmp_path: Path, data: Path, capsys:
         with pytest.raises(UserError, match=f"scores/gsm8k.json.*{fault}"):
             main(["--stale", str(tmp_path)])
         capsys.readouterr()
-        assert main(["--runs", str(tmp_path)]) == 0, "scored anew"
+        assert main(["--runs", str(tmp_path)]) == 0, "scored again"
 
 
 def test_data_that_changed_since_is_refused(tmp_path: Path, data: Path) -> None:
@@ -468,8 +468,8 @@ def test_scores_of_classifiers_and_measures_of_runs_go_stale_too(tmp_path: Path,
     ]
     assert mark() == [
         f"stale: run/scores/{name}.json: graded by version {old} of {name}, which is at version {new} now; "
-        f"python -m {mend} the run again"
-        for name, old, new, mend in found
+        f"python -m {fix} the run again"
+        for name, old, new, fix in found
     ]
     versions = grader_versions()
     assert versions["mnli_mm"]["version"] == versions["toy_pairs"]["version"] == "8"
@@ -477,7 +477,7 @@ def test_scores_of_classifiers_and_measures_of_runs_go_stale_too(tmp_path: Path,
 
 
 def test_results_are_refreshed(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:  # noqa: ANN001
-    """A mended grader reaches the runs' results, and nothing else in them changes."""
+    """A corrected grader reaches the runs' results, and nothing else in them changes."""
     runs, results = tmp_path / "outputs", tmp_path / "results"
     results.mkdir()
     for name in ("mine", "another-training", "without-result"):

@@ -1,4 +1,4 @@
-"""Which of several faults counts, and that the command which it asks for mends it."""
+"""Which of several faults counts, and that the command which it asks for fixes it."""
 
 import dataclasses
 
@@ -40,7 +40,7 @@ def evaluated(tmp_path):
 
 @pytest.mark.parametrize("tasks", [("gsm8k", "math"), ("math", "gsm8k")])
 def test_of_two_faults_the_one_that_asks_for_more_counts(evaluated, tasks):
-    """Graded anew alone, MATH would have no completions."""
+    """If it were only graded again, MATH would have no completions."""
     config, graders = evaluated(*tasks), {"gsm8k": {"version": "2"}}
     fault = evaluation_fault(config, evaluation_state(config), graders=graders)
     assert fault == Fault("no score of math", stale=False)
@@ -59,7 +59,7 @@ def test_without_completions_nothing_is_graded_again(evaluated, tmp_path):
 
 @pytest.mark.parametrize("text", ["", "{}", '{"eval": {"tas', '{"eval": []}', "[1]"])
 def test_a_damaged_state_is_no_state(evaluated, tmp_path, text):
-    """It is told, and the next evaluation writes it anew."""
+    """It is told, and the next evaluation writes it again."""
     config = evaluated("gsm8k")
     (tmp_path / STATE_FILE).write_text(text)
     assert evaluation_fault(config, evaluation_state(config)) == Fault("evaluation.json cannot be read")
@@ -127,7 +127,7 @@ def test_a_commit_that_the_config_names_is_no_fault(tmp_path):
 
 
 def test_predictions_on_other_rows_than_the_pinned_are_refused(tmp_path):
-    """No scoring mends them: the message says what does, and nothing is written."""
+    """No scoring fixes them: the message says what does, and nothing is written."""
     config = scored_run(tmp_path / "run", made_from=OLD)
     fault = fault_of(config)
     before = (tmp_path / "run" / "scores" / "rte.json").read_bytes()

@@ -164,8 +164,8 @@ def test_settings_that_an_executor_cannot_use_are_refused(tmp_path, name, typed,
 
 
 def test_only_files_with_an_executor_are_named(tmp_path):
-    (tmp_path / "x.yaml").write_text("executor: warm\n")
-    with pytest.raises(UserError, match="executor: warm is unknown.*; there are local, slurm$"):
+    (tmp_path / "x.yaml").write_text("executor: warmed\n")
+    with pytest.raises(UserError, match="executor: warmed is unknown.*; there are local, slurm, warm$"):
         open_executor(str(tmp_path / "x.yaml"), {}, folder=tmp_path, gpus=1)
 
 

@@ -219,12 +219,12 @@ def test_a_failure_is_shown_and_retried_on_request(folder):
     bad = table.specs()[0].config.run_path
     (folder / "fail").write_text(f"train {bad.name}\n")
     grid = fake_grid.run(table)
-    assert len(grid.done) == 5 and grid.failed == {bad: f"train: {bad.name} is broken: mend it"}
+    assert len(grid.done) == 5 and grid.failed == {bad: f"train: {bad.name} is broken: fix it"}
     (folder / "fail").unlink()
     lines = []
     again = fake_grid.run(table, say=lines.append)
     assert set(again.failed) == {bad} and f"train {bad.name}" not in counted(folder)
-    assert any("is broken: mend it" in line and "retry=true" in line for line in lines)
+    assert any("is broken: fix it" in line and "retry=true" in line for line in lines)
     assert "failed " in "\n".join(dry_run(table, plan_runs(table, fake_grid.GRADERS)))
     assert not fake_grid.run(table, retry=True).failed
     check_complete(table)
@@ -241,7 +241,7 @@ def test_one_bad_run_does_not_spoil_the_others_it_was_served_with(folder):
 
 @pytest.mark.parametrize("doing", ["inspect", "evaluation_stages"])
 def test_what_is_wrong_with_one_run_fails_that_run_alone(folder, monkeypatch, doing):
-    """Nothing of it is left behind that would keep it from being done once it is mended."""
+    """Nothing of it is left behind that would keep it from being done once it is fixed."""
     table = fake_grid.table(folder, seeds=[1])
     bad, good = paths_of(table)
     real = getattr(grid, doing)
@@ -271,7 +271,7 @@ def test_one_failed_scorer_leaves_the_runs_other_scores(folder):
     (folder / "fail").write_text(f"score-gsm8k {bad.config.run_path.name}\n")
     before, name = counted(folder), bad.config.run_path.name
     filled = fake_grid.run(changed, workers=1)
-    error = f"{name} is broken: mend it"
+    error = f"{name} is broken: fix it"
     assert filled.failed == {bad.config.run_path: f"score gsm8k: {error}"} and filled.done == {good.config.run_path}
     assert (counted(folder) - before)[f"generate {name}"] == 1  # whose fault it was is known
     record = json.loads(grid_state.failure_path(bad.config.run_path).read_text())
@@ -444,9 +444,13 @@ except KeyboardInterrupt:
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGINT)
 
-    threading.Thread(target=interrupt, daemon=True).start()
-    with pytest.raises(KeyboardInterrupt):
-        prepare(["timeit", "-n", "1", "-r", "1", code])
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    try:
+        threading.Thread(target=interrupt, daemon=True).start()
+        with pytest.raises(KeyboardInterrupt):
+            prepare(["timeit", "-n", "1", "-r", "1", code])
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert ended.exists()
 
 

@@ -374,12 +374,15 @@ def test_a_warm_stage_writes_its_log_anew_or_goes_on_with_it(tmp_path):
         stage = Stage("training", Call(str(script), settings=words, launch=(sys.executable,)), (tmp_path / "run",))
         assert executor.start_process(stage, executor.slots[0], log, [], append=append).wait(60) == 0
     assert log.read_text() == "first\nsecond\n"
+    stage = Stage("scoring", Call("json.tool", {"help": None}, ("--help",)), (tmp_path / "run",))
+    assert executor.start_process(stage, executor.slots[0], log, []).wait(60) == 0
+    assert "--no-ensure-ascii" in log.read_text()  # a module, with its own words
 
 
 def test_no_gpu_is_forked():
     from ba_lora.experiments.executors.warm import WarmExecutor
 
-    with pytest.raises(UserError, match="warm: true is for the CPU"):
+    with pytest.raises(UserError, match="warm is for the CPU"):
         WarmExecutor([Slot("GPU 0", {}, (Path("gpu.lock"),), num_gpus=1)])
 
 

@@ -202,7 +202,7 @@ def test_extreme_logits_stay_finite():
 @pytest.mark.parametrize("offset", [0.0, 100.0, 1e4])
 def test_a_common_offset_of_the_logits_costs_no_precision(offset):
     """The stated 2e-6, against the definition in float64. Hidden states and head are such that every logit is exact in
-    float32, offset included: what differs is the loss alone. (dL/dH of the column that carries the offset is the offset
+    float32, offset included: what differs is only the loss. (dL/dH of the column that carries the offset is the offset
     times Σ dz, which is 0: rounding of the product and no precision of the loss.)
     """
     generator = torch.Generator().manual_seed(0)
@@ -429,7 +429,7 @@ def with_head(head):
 
 
 class Doubling(torch.nn.Linear):
-    """A linear layer in name alone."""
+    """A linear layer only in name."""
 
     def forward(self, hidden):
         return 2 * super().forward(hidden)

@@ -79,7 +79,7 @@ def failures(task: Task, items: Sequence[Item], reference: Callable[[Item], tupl
             text = wrap(code, name, request, number)
             program = task.program(item, task.answer(text)) or ""
             try:
-                program = ast.unparse(ast.parse(program))  # layout alone needs no run of its own
+                program = ast.unparse(ast.parse(program))  # a change of layout only needs no run of its own
             except (SyntaxError, RecursionError):
                 pass
             jobs.setdefault(Job(program + "\n", tests, imported_modules(tests), names), (item.task_id, wrapping))

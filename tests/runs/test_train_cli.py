@@ -1,4 +1,4 @@
-"""What a user sees when something is wrong: one line that names cause and mend, status 2, nothing half-written."""
+"""What a user sees when something is wrong: one line that names cause and fix, status 2, nothing half-written."""
 
 import json
 import os

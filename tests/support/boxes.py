@@ -34,7 +34,7 @@ needs_bubblewrap = pytest.mark.skipif(bool(missing()), reason=missing())
 
 
 def open_to_all(folder: Path) -> None:
-    """Let every user read a test's own folder, which pytest makes for one user alone."""
+    """Let every user read a test's own folder, which pytest makes for one user only."""
     for path in [folder, *folder.parents]:
         if path == Path(tempfile.gettempdir()):
             return

@@ -10,8 +10,9 @@ from pathlib import Path
 
 from ba_lora.experiments.tables import Row
 from ba_lora.io import read_json, write_json_atomic, write_jsonl_atomic
+from eval.report.columns import ReportColumn
 from eval.report.sources import Sources, read_paper, read_results
-from eval.report.spec import PlannedRun, ReportColumn, TableSpec
+from eval.report.spec import PlannedRun, TableSpec
 from eval.report.table import ReportTable, build_table
 from eval.tasks import get_task
 

@@ -152,7 +152,7 @@ def test_without_weights_it_is_stock_pissa(tmp_path, accumulation, implementatio
     """Against Trainer + PEFT as anyone would write them: 20 steps, loss and weights to 1e-6 relative in float32.
 
     Once with λ = 0, once with λ = 1e-30, which runs the whole path and adds nothing a float32 could show. Each weight
-    alone is that close under the plain loss; the fused one rounds otherwise, and Adam makes much of a tiny gradient.
+    is that close only under the plain loss; the fused one rounds otherwise, and Adam makes much of a tiny gradient.
     """
     settings = {"max_steps": 20, "gradient_accumulation_steps": accumulation}
     rows = tiny_rows(24)
@@ -357,7 +357,7 @@ def test_the_log_of_processes_that_met_different_terms():
         "share_diversity": 5 / 9,
         "skipped_diversity": 4,
     }
-    assert meters[0].read(lambda tensor: tensor) == {}  # it has begun anew
+    assert meters[0].read(lambda tensor: tensor) == {}  # it has begun again
 
 
 # ---- diverged runs, evaluation

@@ -36,7 +36,7 @@ def named_in(file):
 
 
 if word := named_in("fail"):
-    print(f"Traceback …\nerror: {word} is broken: mend it")
+    print(f"Traceback …\nerror: {word} is broken: fix it")
     sys.exit(2)
 
 

@@ -346,7 +346,7 @@ class SlurmExecutor(Executor):
 
         try:
             return submitit.SlurmJob(self.folder / key, job).submission().function
-        except Exception:  # a missing or damaged pickle, or one of other code: the work is done anew
+        except Exception:  # a missing or damaged pickle, or one of other code: the work is done again
             return None
 
 

@@ -1,7 +1,7 @@
-"""`WarmExecutor`: stages forked from one process that has imported everything, for trials that are shorter than the
+"""`WarmExecutor`: stages forked from one process that has imported everything, for runs that are shorter than the
 imports of torch, transformers and PEFT (10 to 16 s of CPU here). On the CPU only: a GPU's context cannot be forked.
 
-Python's fork server does it. A stage is the training script with its words, as `LocalExecutor` would start it. It ends
+Python's fork server does it. A stage is the script or module with its words, as `LocalExecutor` would start it. It ends
 with the fork server, which ends with this process: kill -9 leaves none behind.
 """
 
@@ -31,7 +31,7 @@ class WarmExecutor(LocalExecutor):
 
     def __init__(self, slots: Sequence[Slot]) -> None:
         if any(slot.num_gpus for slot in slots):
-            raise UserError("warm: true is for the CPU (a GPU's context cannot be forked): take it out")
+            raise UserError("warm is for the CPU (a GPU's context cannot be forked): take it out")
         super().__init__(slots)
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload([IMPORTED])
@@ -40,12 +40,12 @@ class WarmExecutor(LocalExecutor):
         self, stage: Stage, slot: Slot, log_path: Path, locks: Sequence[IO[str]], *, append: bool = False
     ) -> subprocess.Popen:
         call = stage.call
-        if call.launch != (sys.executable,):
+        if call.launch not in ((sys.executable,), (sys.executable, "-m")):
             return super().start_process(stage, slot, log_path, locks, append=append)
         with disk_errors(log_path):
             log_path.touch()
         environment = {**stage_environment(), **slot.environment}
-        words = (call.module, call.words, environment, str(log_path), append)
+        words = (call.module, call.words, "-m" in call.launch, environment, str(log_path), append)
         process = self._context.Process(target=_run, args=words)
         process.start()
         return _Started(process)
@@ -68,8 +68,10 @@ class _Started:
         return self._process.exitcode
 
 
-def _run(script: str, words: list[str], environment: dict[str, str], log_path: str, append: bool) -> None:
-    """Be the script: in a session of its own, with its output in the log."""
+def _run(
+    name: str, words: list[str], is_module: bool, environment: dict[str, str], log_path: str, append: bool
+) -> None:
+    """Be the script or module: in a session of its own, with its output in the log."""
     os.setsid()
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     log = os.open(log_path, os.O_WRONLY | (os.O_APPEND if append else os.O_TRUNC))
@@ -84,9 +86,15 @@ def _run(script: str, words: list[str], environment: dict[str, str], log_path: s
         import torch
 
         torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
-    sys.argv = [script, *words]
+    sys.argv = [name, *words]
     try:
-        runpy.run_path(script, run_name="__main__")
+        if is_module:
+            runpy.run_module(name, run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(name, run_name="__main__")
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
+
+
+EXECUTOR = WarmExecutor

@@ -29,10 +29,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ba_lora.config.layers import find_config, load_config, read_yaml
-from ba_lora.config.schema import RunConfig, check_choice, training_hash
+from ba_lora.config.schema import RunConfig, training_hash
 from ba_lora.errors import UserError
 from ba_lora.paths import PROJECT_ROOT, resolve_path
-from ba_lora.words import check_keys, nearest
+from ba_lora.words import check_choice, check_keys, nearest
 
 SPACES_PATH = PROJECT_ROOT / "configs" / "search"
 ENGINES = ("tpe", "random", "grid", "nomad")

@@ -52,17 +52,17 @@ class CachedFeatures:
 
         Raises UserError for a file that is missing, truncated, changed, of another key, shape or dtype.
         """
-        mend = "delete it, it will be made again, or set reference.cache to another folder"
-        tensors, claim = read_claimed(self.path, mend=mend)
+        fix = "delete it, it will be made again, or set reference.cache to another folder"
+        tensors, claim = read_claimed(self.path, fix=fix)
         stored = claim.get("key")
         if not isinstance(stored, dict):
-            raise UserError(f"{self.path} is no file of this reference cache: {mend}")
+            raise UserError(f"{self.path} is no file of this reference cache: {fix}")
         if differences := key_differences(stored, self.key):
-            raise UserError(f"{self.path} was made for something else ({differences}): {mend}")
+            raise UserError(f"{self.path} was made for something else ({differences}): {fix}")
         found = {name: f"{tensor.dtype} {list(tensor.shape)}" for name, tensor in tensors.items()}
         wanted = {"pooled": f"{torch.float32} {[num_rows, hidden_size]}"}
         if found != wanted:
-            raise UserError(f"{self.path} holds {found} where {wanted} is needed: {mend}")
+            raise UserError(f"{self.path} holds {found} where {wanted} is needed: {fix}")
         return tensors["pooled"]
 
 

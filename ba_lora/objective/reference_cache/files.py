@@ -32,21 +32,21 @@ def write_claimed(path: Path, tensors: dict[str, Tensor], claim: dict[str, Any])
         temporary.chmod(path.parent.stat().st_mode & 0o666)  # safetensors leaves it to its writer only
 
 
-def read_claimed(path: Path, *, mend: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_claimed(path: Path, *, fix: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the tensors and the claim of a file of `write_claimed`.
 
-    Raises UserError, which ends in `mend`, for a file that is missing, truncated, changed, or without a claim.
+    Raises UserError, which ends in `fix`, for a file that is missing, truncated, changed, or without a claim.
     """
     try:
         with safe_open(path, framework="pt") as handle:
             claim = json.loads((handle.metadata() or {}).get(_METADATA, "null"))
             tensors = {name: handle.get_tensor(name) for name in sorted(handle.keys())}
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path} is missing or damaged ({error}): {mend}") from error
+        raise UserError(f"{path} is missing or damaged ({error}): {fix}") from error
     if not isinstance(claim, dict):
-        raise UserError(f"{path} is no file of this reference cache: {mend}")
+        raise UserError(f"{path} is no file of this reference cache: {fix}")
     if claim.get("sha256") != _sha256(tensors):
-        raise UserError(f"{path} has other contents than were written: {mend}")
+        raise UserError(f"{path} has other contents than were written: {fix}")
     return tensors, claim
 
 

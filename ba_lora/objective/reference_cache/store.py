@@ -205,10 +205,10 @@ class CachedReference:
         self.report["tail_mass"] = {"mean": total / self.rows.count(0, len(self.rows)), "max": largest}
 
     def _verified(self, file: Path) -> dict[str, Tensor]:
-        mend = "delete it and run again, only its rows are computed again"
-        tensors, claim = read_claimed(file, mend=mend)
+        fix = "delete it and run again, only its rows are computed again"
+        tensors, claim = read_claimed(file, fix=fix)
         if claim.get("cache") != self._digest or claim.get("file") != file.name:
-            raise UserError(f"{file} is no file of this reference cache: {mend}")
+            raise UserError(f"{file} is no file of this reference cache: {fix}")
         return tensors
 
     # ---- what K leaves out ----

@@ -67,7 +67,7 @@ TEXTS = {
     "match": (f"{SIGNATURE}\n    match number:\n        case _:\n            return number % 1.0\n", True),
     "signature again, without a body": (f"{RIGHT}\n{SIGNATURE}\n    pass\n", True),
     "broken again at the end": (f"{RIGHT}\n{SIGNATURE}\n    return number\n", False),
-    # wrong, and never mended into something right
+    # wrong, and never fixed into something right
     "corrected in a second block": (
         f"```python\n{SIGNATURE}\n    return number\n```\nBetter:\n```python\n{RIGHT}```",
         False,

@@ -89,7 +89,7 @@ def test_the_judges_marks_of_thinking_can_be_named(tmp_path: Path) -> None:
         judge(requests(1), store=tmp_path / "j", options=ONE, environ=server.environ)
         own = dataclasses.replace(ONE, thinking="<reason> </reason>")
         judged = judge(requests(1), store=tmp_path / "j", options=own, environ=server.environ)
-    assert judged.ratings == [[8]] and len(server.requests) == 1  # the text on file is read anew
+    assert judged.ratings == [[8]] and len(server.requests) == 1  # the text on file is read again
     assert judged.record["thinking"] == "<reason> </reason>"
 
 

@@ -63,7 +63,7 @@ class Opened:
         self.tab.on("dialog", lambda dialog: self.faults.append(f"dialog {dialog.message}"))
 
     def go(self, link: str = "") -> "Opened":
-        self.tab.goto("about:blank")  # so that the page is loaded anew, not only its link changed
+        self.tab.goto("about:blank")  # so that the page is loaded again, not only its link changed
         self.tab.goto(f"file://{self.folder}/index.html{link}")
         return self.ready()
 

@@ -15,8 +15,9 @@ from ba_lora.experiments import tables
 from ba_lora.experiments.tables import load_table, report_folder
 from ba_lora.io import write_json_atomic
 from eval.report.__main__ import INCOMPLETE, main
+from eval.report.columns import ReportColumn
 from eval.report.sources import FailedStage, read_results
-from eval.report.spec import ReportColumn, table_spec
+from eval.report.spec import table_spec
 from eval.tasks import get_task
 from tests.support.report_world import changed, result
 

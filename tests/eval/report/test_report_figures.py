@@ -13,8 +13,9 @@ from ba_lora.errors import UserError
 from ba_lora.experiments.tables import Row
 from ba_lora.io import write_jsonl_atomic
 from eval.report import figures
+from eval.report.block import Figure
+from eval.report.columns import ReportColumn
 from eval.report.figures import draw_figures, pareto_front
-from eval.report.spec import Figure, ReportColumn
 from eval.report.style import styles_of
 from eval.report.table import build_table
 from tests.support.report_world import SEEDS, World

@@ -8,11 +8,11 @@ import scipy.stats
 
 from ba_lora.errors import UserError
 from ba_lora.experiments.tables import Row
+from eval.report.block import Figure
 from eval.report.figures import draw_figures
 from eval.report.hypotheses import Clusters, decide_all, effect, level_of, parse_hypotheses, standing
 from eval.report.hypothesis_figures import chosen_levels
 from eval.report.render import to_markdown
-from eval.report.spec import Figure
 from eval.report.table import build_table
 from tests.support.report_world import World
 
@@ -152,11 +152,11 @@ def test_no_effect_is_seldom_called_one(sd):
         ({"levels": ["noise=30"]}, "noise=30 is unknown"),
         ({"levels": ["noise=40 base=1"]}, "is unknown"),
         ({"column": "right"}, "right is unknown"),
-        ({"expected": "lower"}, "expected: lower is unknown"),
+        ({"expected": "lower"}, "expected=lower is unknown"),
         ({"margin": -1}, "margin must be a number of at least 0"),
         ({"arms": []}, "one or two are needed"),
-        ({"guard": {"column": "wrong"}}, "margin must be a number"),
-        ({"primary": "yes"}, "primary must be true or false"),
+        ({"guard": {"column": "wrong"}}, "guard.margin is missing"),
+        ({"primary": "yes please"}, "primary: yes please: true or false is needed"),
         ({"p": 1}, "unknown key p"),
     ],
 )

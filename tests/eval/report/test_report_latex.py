@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from ba_lora.experiments.tables import TABLES_PATH, Row, load_table
+from eval.report.columns import ReportColumn
 from eval.report.render import escape_latex, to_latex
 from eval.report.sheets import main_sheet, panels
 from eval.report.sources import Sources, read_paper
-from eval.report.spec import ReportColumn, table_spec
+from eval.report.spec import table_spec
 from eval.report.table import build_table
 from tests.support.report_world import SEEDS, World, build
 

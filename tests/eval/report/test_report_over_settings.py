@@ -4,9 +4,10 @@ import pytest
 
 from ba_lora.errors import UserError
 from ba_lora.experiments.tables import Row
+from eval.report.block import parse_report
+from eval.report.columns import ReportColumn
 from eval.report.over_settings import over_settings
 from eval.report.render import to_json, to_latex, to_markdown
-from eval.report.spec import ReportColumn, parse_report
 from tests.support.report_world import SEEDS, World, build
 
 SETTINGS = {"a=1": (3, 1), "a=2": (7, 2), "a=3": (5, 4), "a=4": None, "a=5": None}  # right of ten, hours
@@ -43,5 +44,5 @@ def test_best_median_worst_and_spread_of_a_method(tmp_path):
 def test_a_column_that_ranks_nothing_has_no_spread():
     columns = [ReportColumn("a", "A", task="gsm8k", metric="strict"), ReportColumn("b", "B", metric="x", better="none")]
     assert parse_report({"over_settings": ["a"]}, rows=[], columns=columns, source="t")["over_settings"] == ("a",)
-    with pytest.raises(UserError, match="over_settings: b is unknown: choose one of a"):
+    with pytest.raises(UserError, match="over_settings=b is unknown: choose one of a"):
         parse_report({"over_settings": ["b"]}, rows=[], columns=columns, source="t")

@@ -14,8 +14,8 @@ from ba_lora.io import write_jsonl_atomic
 from eval.metrics.bootstrap import weighted_metric
 from eval.metrics.scores import METRICS
 from eval.nlu_scores import score_predictions
+from eval.report.columns import ReportColumn
 from eval.report.crossed import crossed_t
-from eval.report.spec import ReportColumn
 from eval.report.table import build_table
 from eval.tasks import get_task
 from eval.tasks.mt_bench import to_grade

@@ -13,22 +13,15 @@ from ba_lora.config.schema import UNTUNED
 from ba_lora.errors import UserError
 from ba_lora.experiments.tables import Row
 from ba_lora.io import write_jsonl_atomic
+from eval.report.block import parse_report
+from eval.report.columns import Items, ReportColumn, metric_value, why_missing
 from eval.report.comparisons import as_declared
 from eval.report.declared import Collapse, Primary
 from eval.report.render import escape_markdown, to_csv, to_json, to_markdown
 from eval.report.settings import NEVER_ALLOWED, SETTINGS
 from eval.report.sheets import format_number, legend, letter, probability, signed
 from eval.report.sources import Sources, read_paper
-from eval.report.spec import (
-    Items,
-    PlannedRun,
-    ReportColumn,
-    metric_value,
-    parse_report,
-    planned_comparisons,
-    setting_value,
-    why_missing,
-)
+from eval.report.spec import PlannedRun, planned_comparisons, setting_value
 from eval.report.table import build_table
 from tests.support.report_world import SEEDS, World, build
 
@@ -79,7 +72,7 @@ meanwhile is not recorded.
 Difference of the means over seeds, rows − against; by seed: of the two runs with that seed. Interval and p: a t-test \
 with seeds and items both as random effects (docs/statistics.md). They tell how far the difference would move with \
 other seeds and other test items. Where a reason stands in brackets the items are not known: the interval is over \
-seeds alone (Welch), and says nothing of other items. With fewer than 5 seeds there are intervals and no tests.
+seeds only (Welch), and says nothing of other items. With fewer than 5 seeds there are intervals and no tests.
 
 ## Also reported by the paper
 
@@ -425,7 +418,7 @@ def test_an_unknown_setting_is_told_with_the_nearest(known):
 
 
 def test_what_the_config_allows_is_allowed(known):
-    """In the whole table, or in one column alone."""
+    """In the whole table, or only in one column."""
     known.edit(known.run("lora", 2), **{"evaluation/gsm8k/generation/engine": "vllm"})
     assert "engine: vllm" in build(known, config_allows=("engine",)).footnotes
     gsm8k, *others = known.spec().columns
@@ -714,30 +707,30 @@ def test_report_blocks_are_checked():
         "unknown key colums": {"colums": {}},
         "nearest: gsm8k": {"columns": {"gsm8": {}}},
         "decimals must be": {"columns": {"gsm8k": {"decimals": -1}}},
-        "scale must be a number": {"columns": {"gsm8k": {"scale": "big"}}},
+        "scale: big: a number is needed": {"columns": {"gsm8k": {"scale": "big"}}},
         "scale must be above 0, found 0": {"columns": {"gsm8k": {"scale": 0}}},
-        "scale must be above 0, found nan": {"columns": {"gsm8k": {"scale": "nan"}}},
-        "method is unknown: choose one of base, setting": {"compare_within": ["method"]},
-        "must be a list of words": {"allow": "dtype"},
-        "pie is unknown": {"figures": {"a": {"kind": "pie"}}},
+        "scale: nan: a finite number is needed": {"columns": {"gsm8k": {"scale": "nan"}}},
+        "compare_within=method is unknown: choose one of base, setting": {"compare_within": ["method"]},
+        "allow: dtype: a list, each a word, is needed": {"allow": "dtype"},
+        "kind=pie is unknown": {"figures": {"a": {"kind": "pie"}}},
         "needs columns and x": {"figures": {"a": {"kind": "lines"}}},
         "figure a: unknown key colour": {"figures": {"a": {"kind": "dots", "columns": ["gsm8k"], "colour": "red"}}},
-        "primary must be a list of tests": {"primary": {"column": "gsm8k"}},
-        "primary: focus and against is missing in": {"primary": [{"column": "gsm8k"}]},
-        "primary: gsm9k is unknown": {"primary": [{"column": "gsm9k", "focus": "lora", "against": "ba_lora"}]},
-        "primary: dora is unknown": {"primary": [{"column": "gsm8k", "focus": "dora", "against": "ba_lora"}]},
-        "paired must be true or false": {"paired": "yes please"},
-        "collapsed: column, and below or above are needed": {"collapsed": {"column": "gsm8k"}},
-        "collapsed: below must be a number": {"collapsed": {"column": "gsm8k", "below": "low"}},
+        "primary: .*: a list is needed": {"primary": {"column": "gsm8k"}},
+        "primary: against and focus is missing": {"primary": [{"column": "gsm8k"}]},
+        "primary: column=gsm9k is unknown": {"primary": [{"column": "gsm9k", "focus": "lora", "against": "ba_lora"}]},
+        "primary: focus=dora is unknown": {"primary": [{"column": "gsm8k", "focus": "dora", "against": "ba_lora"}]},
+        "paired: yes please: true or false is needed": {"paired": "yes please"},
+        "collapsed: below or above is needed": {"collapsed": {"column": "gsm8k"}},
+        "collapsed: below: low: a number is needed": {"collapsed": {"column": "gsm8k", "below": "low"}},
         "name becomes a file's": {"figures": {"../a": {"kind": "dots", "columns": ["gsm8k"]}}},
-        "gsm9k is unknown": {"figures": {"a": {"kind": "dots", "columns": ["gsm9k"]}}},
-        "figure a: terms: svdd is unknown.*nearest: svd": {
+        "column=gsm9k is unknown": {"figures": {"a": {"kind": "dots", "columns": ["gsm9k"]}}},
+        "figure a: terms=svdd is unknown.*nearest: svd": {
             "figures": {"a": {"kind": "training", "terms": ["loss (nats)", "svdd"]}}
         },
-        "must be a mapping": {"figures": ["dots"]},
-        r"compare must be a list of pairs, \[\[a, b\], …\], found \['lora'\]": {"compare": ["lora"]},
-        "compare: lorra is unknown.*nearest: lora": {"compare": [["ba_lora", "lorra"]]},
-        "compare: lora is unknown: choose one of rank=1, rank=2": {"compare": [["rank=1", "lora"]]},
+        "figures: .*: a mapping is needed": {"figures": ["dots"]},
+        r"compare must be a list of pairs, \[\[a, b\], …\], found \('lora',\)": {"compare": ["lora"]},
+        "compare=lorra is unknown.*nearest: lora": {"compare": [["ba_lora", "lorra"]]},
+        "compare=lora is unknown: choose one of rank=1, rank=2": {"compare": [["rank=1", "lora"]]},
     }
     for message, block in wrong.items():
         with pytest.raises(UserError, match=message):
@@ -792,5 +785,5 @@ def test_of_each_method_the_best_setting_by_the_chosen_column_is_compared(world)
     table = built()  # not tried yet: no choice
     assert texts(Row("tiny", "lora", "lr=1")) == ["not chosen yet: 2 of 3 settings have all seeds"]
     assert not table.comparisons and not any(cell.mark for cell in table.cells.values())
-    with pytest.raises(UserError, match="report.choose: gsm9k is unknown"):
+    with pytest.raises(UserError, match="report.choose=gsm9k is unknown"):
         parse_report({"choose": "gsm9k"}, rows=rows, columns=[column], source="table x")
