@@ -30,7 +30,17 @@ def sft(tiny_model, tmp_path):
     trl = pytest.importorskip("trl")
     from ba_lora import BALoRASFTTrainer
 
-    def run(regularizers=None, *, init="pissa", rows=None, tokenizer=None, steps=20, model=None, **settings):
+    def run(
+        regularizers=None,
+        *,
+        init="pissa",
+        targets="all-linear",
+        rows=None,
+        tokenizer=None,
+        steps=20,
+        model=None,
+        **settings,
+    ):
         torch.manual_seed(0)
         rows = rows or [{"prompt": f"{n} + 1 =", "completion": f" {n + 1}"} for n in range(40)]
         usual = dict(
@@ -58,7 +68,7 @@ def sft(tiny_model, tmp_path):
             processing_class=tokenizer or AutoTokenizer.from_pretrained(tiny_model),
             peft_config=None
             if hasattr(model, "peft_config")
-            else LoraConfig(r=4, lora_alpha=4, target_modules="all-linear", init_lora_weights=init),
+            else LoraConfig(r=4, lora_alpha=4, target_modules=targets, init_lora_weights=init),
             **more,
         )
         trainer.train()
@@ -126,8 +136,8 @@ def test_packing_without_terms_is_sfttrainers(sft):
 def test_the_loss_of_experts_is_left_out_only_when_asked(sft):
     """SFTTrainer adds a model's own load-balancing loss."""
     with pytest.raises(UserError, match="router_aux_loss_coef=0.0"):
-        sft(STRONG, model=tiny_moe(), steps=1)
-    trainer, _ = sft(STRONG, model=tiny_moe(), steps=1, router_aux_loss_coef=0.0)
+        sft(STRONG, model=tiny_moe(), targets=["q_proj", "v_proj"], steps=1)
+    trainer, _ = sft(STRONG, model=tiny_moe(), targets=["q_proj", "v_proj"], steps=1, router_aux_loss_coef=0.0)
     assert "consistency" in trainer.state.log_history[0]
 
 
