@@ -1,7 +1,7 @@
 """Which metrics a score can hold, so that a mistyped one is told before a run is trained for it.
 
-A table's column names a metric of a task's `metrics`, or a dotted path in the task's score (eval/report/spec.py), such
-as groups.family.age.metrics.strict; `{a,b}` in it stands for each of the two.
+A table's column names a metric of a task's `metrics`, or a dotted path in the task's score (eval/report/columns.py),
+such as groups.family.age.metrics.strict; `{a,b}` in it stands for each of the two.
 """
 
 import re

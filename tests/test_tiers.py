@@ -45,7 +45,7 @@ def test_a_listed_test_is_slow_and_one_that_is_gone_is_told(tmp_path, monkeypatc
         for name in ("a", "b")
     ]
     monkeypatch.setattr(tiers, "SLOW_TESTS", tmp_path / "slow.txt")
-    tiers.SLOW_TESTS.write_text("m.py::a\nother.py::a\n")
+    tiers.SLOW_TESTS.write_text("m.py::a\ntests/test_tiers.py::a\n")
     mark_slow_tests(items, whole=True)
     assert marked == [("a", "slow")]
     tiers.SLOW_TESTS.write_text("m.py::c\n")

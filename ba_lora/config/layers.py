@@ -54,10 +54,9 @@ def load_config(
     """
     path = find_config(config_path, kind=kind)
     base = read_yaml(path)
-    if instead := {"methods": "give a base, and method=NAME", "tables": "sh scripts/reproduce.sh NAME"}.get(
-        path.parent.name
-    ):
-        raise UserError(f"{path} is no base but one of the {path.parent.name}: {instead}")
+    for folder, instead in (("methods", "give a base, and method=NAME"), ("tables", "sh scripts/reproduce.sh NAME")):
+        if path.parent == PROJECT_ROOT / "configs" / folder:
+            raise UserError(f"{path} is no base but one of the {folder}: {instead}")
     kind = _kind_of(base, kind, path)
     typed, overrides = take_options(overrides, ("method", "task", "nlu.task"))
     if method is not None and typed.get("method", method) != method:
@@ -70,7 +69,10 @@ def load_config(
         described = (base.get("nlu") or {}).get("task")
         described = described.get("name") if isinstance(described, dict) else described
         saved = {"method": base["method"], "task": described}
-        task = task.get("name") if isinstance(task, dict) else task
+        if isinstance(task, dict):
+            raise UserError(
+                f"{path} is the resolved config of a run, with its task: leave nlu.task out, or start from a base"
+            )
         for name, wanted in (("method", method), ("task", task)):
             if wanted not in (None, saved[name]):
                 raise UserError(

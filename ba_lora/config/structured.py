@@ -68,15 +68,23 @@ def _read(kind: type[T], values: Mapping[str, Any], where: str) -> T:
         try:
             found = OmegaConf.merge(found, {key: value})
         except (OmegaConfBaseException, TypeError) as error:
-            raise UserError(f"{where}{key}: {value}: {_wanted(of[key])} is needed") from error
+            raise UserError(f"{_told(where, key, value)}: {_wanted(of[key])} is needed") from error
     if missing := sorted(OmegaConf.missing_keys(found)):
         raise UserError(f"{where}{' and '.join(missing)} is missing")
     read = OmegaConf.to_object(found)
     for key in values:
         value = getattr(read, key)
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"{where}{key}: {value}: a finite number is needed")
+        parts = vars(value) if dataclasses.is_dataclass(value) else {key: value}
+        if any(isinstance(part, float) and not math.isfinite(part) for part in parts.values()):
+            raise UserError(f"{_told(where, key, values[key])}: a finite number is needed")
+        if isinstance(value, tuple) and typing.get_args(of[key])[:1] == (str,):  # OmegaConf lets a list through
+            if not all(isinstance(word, str) for word in value):
+                raise UserError(f"{_told(where, key, values[key])}: {_wanted(of[key])} is needed")
     return read
+
+
+def _told(where: str, key: str, value: Any) -> str:
+    return f"{where}{key}: {value}" if where else f"{key}={value}"  # as it stands in a file, or as it was typed
 
 
 def wanted_at(kind: type, key: str) -> str | None:

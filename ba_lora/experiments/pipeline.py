@@ -269,9 +269,11 @@ def _is_of_its_completions(score_path: Path) -> bool:
 
 def record_result(config: RunConfig) -> dict[str, Any]:
     """Write the run's result and the cards of its exports from what its folder holds; return the result."""
+    before = read_object(config.result_path) or {}
     result = write_result(config.run_path, config)
     write_model_card(config.run_path, config, result)
-    track_evaluation(config.run_path, result)
+    if result["evaluation"] != before.get("evaluation"):
+        track_evaluation(config.run_path, result)
     return result
 
 

@@ -28,13 +28,13 @@
                                         that table: method → overrides; the grid runs nothing while it is not there
     labels: {ba_lora: BA-LoRA (2024)}   method, base or column → how it is written; absent: its name
     ours: [ba_lora]                     the methods compared with all others; absent: those whose name begins so
-    report: {…}                         how eval.report shows it, and its figures: see eval/report/spec.py
+    report: {…}                         how eval.report shows it, and its figures: see eval/report/block.py
 
 A column:
 
     task       the evaluation that holds the metric (NLU: a dev or out-of-domain set); absent: the run's result itself
     metric     a name in the task's `metrics`, or a dotted path in its entry (ratings.overall), or, without a task, in
-               the result (training.peak_memory_mb); `{a,b}` in a path: the mean over a and b (eval/report/spec.py)
+               the result (training.peak_memory_mb); `{a,b}` in a path: the mean over a and b (eval/report/columns.py)
     unit       percent (the default: a fraction, shown times 100) | any other word, shown with the value as it is
     better     higher (the default) | lower | none (nothing is marked best)
     paper      the metric's name in the paper's file, where it is another; `paper_task` likewise
@@ -76,8 +76,8 @@ class Column:
 class RowBlock:
     """An entry of `rows`: a product of bases, methods and settings."""
 
-    bases: tuple[str, ...] = ()
-    methods: tuple[str, ...] = ()
+    bases: tuple[str, ...]
+    methods: tuple[str, ...]
     settings: dict[str, list[str]] = field(default_factory=dict)
     overrides: tuple[str, ...] = ()
     search: str | None = None
@@ -118,6 +118,8 @@ def read_table_file(path: Path) -> tuple[TableFile, list[RowBlock], list[Column]
             raise UserError(f"{path}: paper: no such file: {PAPER_PATH / name}.csv")
     blocks = []
     for number, entry in enumerate(file.rows, start=1):
+        if isinstance(entry, dict) and isinstance(entry.get("settings"), dict):  # `published:` changes nothing
+            entry = entry | {"settings": {name: words or [] for name, words in entry["settings"].items()}}
         block = read_mapping(RowBlock, entry, where=f"{path}: rows, entry {number}")
         if block.gpus < 1:
             raise UserError(f"{path}: rows, entry {number}: gpus: {block.gpus}: at least 1 is needed")

@@ -84,7 +84,7 @@ def save_trained(trainer: "BALoRATrainer", config: RunConfig, run_path: Path) ->
                     if file.name not in ("training_args.bin", "README.md"):  # no pickles; our own card comes later
                         shutil.move(file, folder / file.name)
                 if not config.adapter.trains_own_weights:
-                    _mend_adapter_files(folder, config)
+                    _fix_adapter_files(folder, config)
                 if state := trainer.method.tuner.state(trainer.plain_model()):
                     if writes_lora(config.adapter):
                         save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, folder / STATE)
@@ -260,7 +260,7 @@ def push_to_hub(run_path: Path, config: RunConfig) -> str:
     return str(url)
 
 
-def _mend_adapter_files(folder: Path, config: RunConfig) -> None:
+def _fix_adapter_files(folder: Path, config: RunConfig) -> None:
     """Name the untouched base in the settings, and give both files the names of `adapter_files`."""
     path = folder / "adapter_config.json"
     settings = json.loads(path.read_text())

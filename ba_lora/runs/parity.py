@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ba_lora.config.methods import init_facts
 from ba_lora.config.schema import RunConfig
 from ba_lora.errors import UserError
 
@@ -36,13 +37,13 @@ def report(parities: dict[str, Parity], config: RunConfig) -> dict[str, Any]:
     """Return what a result says of the exports.
 
     unquantized_logit_difference: of a quantised base, how far the trained model is from its float parent, the
-    unquantised base with the same adapter.
+    unquantised base with the same adapter. Not told of LoftQ, whose adapter makes up for the rounding as well.
     """
     told: dict[str, Any] = {
         "max_logit_difference": {name: parity.difference for name, parity in parities.items()},
         "share_of_learned_change": {name: parity.share for name, parity in parities.items()},
     }
-    if config.model.quantization != "none":
+    if config.model.quantization != "none" and not init_facts(config.adapter).get("corrects"):
         (parent,) = (parity for name, parity in parities.items() if name in ("adapter", "lora"))
         told["unquantized_logit_difference"] = parent.difference
     return told

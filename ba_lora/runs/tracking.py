@@ -10,6 +10,7 @@ TensorBoard's files lie in the run's folder, W&B's in its wandb/, Trackio's wher
 
 import contextlib
 import dataclasses
+import hashlib
 import os
 import sys
 from pathlib import Path
@@ -71,11 +72,17 @@ def _open_tensorboard(config: RunConfig, callback: Any, args: Any, state: Any, m
 def _open_trackio(config: RunConfig, callback: Any, args: Any, state: Any, model: Any) -> None:
     import trackio
 
-    if not state.global_step:  # begun anew, and not a second run of the name
+    if not state.global_step:  # begun again, and not a second run of the name
         for run in _runs_in_trackio(args.project, args.run_name):
-            run.delete()
+            if (run.config or {}).get("folder") == _folder(config.run_path):  # and not another folder's of the same id
+                run.delete()
     callback.setup(args, state, model)
-    trackio.config.update({"run": _plain(config)})
+    trackio.config.update({"run": _plain(config), "folder": _folder(config.run_path)})
+
+
+def _folder(path: Path) -> str:
+    """Return what tells a run's folder from others, and not where it is."""
+    return hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]
 
 
 def _runs_in_trackio(project: str, name: str) -> list[Any]:

@@ -112,7 +112,10 @@ def _of_table(name: str, words: Sequence[str]) -> int:
     allow = tuple(own["allow"].split(",")) if own.get("allow") else ()
     check_allowed(allow)
     seeds = _seeds(own["seeds"]) if "seeds" in own else None
-    spec = table_spec(load_table(find_table(name), overrides=overrides, seeds=seeds))
+    resolved = load_table(find_table(name), overrides=overrides, seeds=seeds)
+    if resolved.unchosen:  # its rows would be those of other settings
+        raise UserError(f"{resolved.id}: {resolved.unchosen}")
+    spec = table_spec(resolved)
     made_with = [*overrides, *([f"seeds={','.join(map(str, seeds))}"] if seeds else [])]
     folder = report_folder(spec.name, made_with)
     output = chosen or folder

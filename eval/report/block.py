@@ -134,7 +134,9 @@ def parse_report(raw: Any, *, rows: Sequence[Row], columns: Sequence[ReportColum
         },
         "compare": _pairs(block.compare, rows, where=f"{where}.compare"),
         "primary": parse_primary(block.primary, rows, names, where=f"{where}.primary"),
-        "collapsed": parse_collapse(block.collapsed, names, where=f"{where}.collapsed") if block.collapsed else None,
+        "collapsed": (
+            None if block.collapsed is None else parse_collapse(block.collapsed, names, where=f"{where}.collapsed")
+        ),
         "hypotheses": parse_hypotheses(
             block.hypotheses, rows, names, clusters=block.clusters, where=f"{where}.hypotheses"
         ),

@@ -101,13 +101,10 @@ def parse_hypotheses(
                 raise UserError(f"{at}: {key}: one or two are needed, found {len(words)}")
             for word in words:
                 check_choice(f"{at}: {key}", word, choices)
-        for column, margin in (
-            (one.column, one.margin),
-            *([(one.guard.column, one.guard.margin)] if one.guard else []),
-        ):
-            check_choice(f"{at}: column", column, columns)
-            if margin < 0:
-                raise UserError(f"{at}: margin must be a number of at least 0, found {margin:g}")
+        for part in (one, *([one.guard] if one.guard else [])):
+            check_choice(f"{at}: column", part.column, columns)
+            if part.margin < 0:
+                raise UserError(f"{at}: margin must be a number of at least 0, found {part.margin:g}")
         check_choice(f"{at}: expected", one.expected, ("above", "below"))
         found.append(one)
     number = sum(one.primary for one in found)

@@ -4,7 +4,7 @@
 
 The measure of robustness in MonteCLoRA's paper (arXiv 2411.04358): of a method over a grid of learning rates, ranks and
 batch sizes, spread = best − worst, and the median. Each setting counts by its mean over the seeds. A setting without a
-value, since its runs have failed or are yet to be made, is in none of the four, and is told: a method that fails at
+value, since a run of it has failed or is yet to be made, is in none of the four, and is told: a method that fails at
 some settings is not robust, however small its spread over the others.
 """
 
@@ -51,8 +51,9 @@ def over_settings(table: ReportTable) -> list[OverSettings]:
 
 
 def _of(base: str, method: str, column: ReportColumn, cells: dict[Row, Cell]) -> OverSettings:
-    means = {row: cell.mean for row, cell in cells.items() if cell.mean is not None}
-    without = [cell for cell in cells.values() if cell.mean is None]
+    whole = {row: cell.mean is not None and len(cell.values) == cell.num_planned for row, cell in cells.items()}
+    means = {row: cell.mean for row, cell in cells.items() if whole[row]}
+    without = [cell for row, cell in cells.items() if not whole[row]]
     failed = sum(cell.status != "missing" for cell in without)
     counts = (base, method, column.name, len(cells), failed, len(without) - failed)
     if not means:

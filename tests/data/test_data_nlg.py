@@ -199,7 +199,11 @@ def test_first_rows_or_a_seeded_sample(tokenizer, tmp_path):
         ("other.jsonl", '{"question": "a", "answer": "b"}\n', "has the columns answer, question; .* query, response"),
         ("number.jsonl", '{"query": 5, "response": "b"}\n', "is not text"),
         ("hole.jsonl", '{"query": "a", "response": "b"}\n{"query": "a"}\n', "row 1 lacks a column"),
-        ("long.jsonl", json.dumps({"query": "x" * 500, "response": "b"}), "no row of .* raise data.max_length"),
+        (
+            "long.jsonl",
+            json.dumps({"query": "x" * 500, "response": "b"}),
+            "no row of .* fill data.max_length=512: raise that",
+        ),
         ("void.jsonl", '{"query": "a", "response": ""}\n', "no row of .* is left to train on"),
         (
             "half.jsonl",

@@ -285,6 +285,6 @@ def test_the_hubs_commit_is_kept_with_every_set(tokenizer, tiny_encoder, monkeyp
     assert asked == [(hub_source(), split, ("rte",)) for split in ("train", "validation")]
     kept = {"hub": hub_source(), "fingerprint": "f", "revision": HUB_REVISION}
     assert report["data_sha256"] == report["dev"]["rte"]["data_sha256"] == kept
-    lines = [{"task_id": f"rte/{row}", "label": row, "prediction": row} for row in (0, 1)]
+    lines = [{"task_id": f"rte/{row}", "label": row, "prediction": row, "logits": [0, row]} for row in (0, 1)]
     monkeypatch.setattr("eval.nlu_scores.read_jsonl", lambda path: lines)
     assert dev_scores(ROOT, config, report)["rte"]["data_sha256"] == kept

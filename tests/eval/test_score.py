@@ -153,7 +153,7 @@ def test_one_line_and_status_2(root: Path, tmp_path: Path, data: Path) -> None:
         (["--runs", ".", "allow_partal=true"], "nearest: allow_partial"),
         (["--runs", ".", "allow_partial=maybe"], "true or false is needed"),
         (["--runs", ".", "workers=0"], "a whole number of at least 1"),
-        (["--runs", ".", "timeout_s=nan"], "a finite number"),
+        (["--runs", ".", "timeout_s=nan"], "a number of seconds above 0"),
         (["--runs", ".", "timeout_s=0"], "a number of seconds above 0"),
     ],
 )
@@ -485,6 +485,7 @@ def test_results_are_refreshed(tmp_path: Path, data: Path, monkeypatch: pytest.M
         (runs / name / "train.json").write_text(json.dumps({"finished_at": f"the day of {name}"}))
     for name, day in (("mine", "mine"), ("another-training", "before")):
         facts = {"run_id": name, "finished_at": f"the day of {day}", "training": {"seconds": 7}, "evaluation": {}}
+        facts["config"] = {"trainer": {}}
         (results / f"{name}.json").write_text(json.dumps(facts))
 
     def score() -> list:
@@ -503,6 +504,7 @@ def test_results_are_refreshed(tmp_path: Path, data: Path, monkeypatch: pytest.M
         "run_id": "mine",
         "finished_at": "the day of mine",
         "training": {"seconds": 7},
+        "config": {"trainer": {}},
     }
     assert result("another-training")["evaluation"] == {}
 

@@ -16,7 +16,7 @@ import yaml
 
 from ba_lora.errors import UserError
 from ba_lora.experiments.executors.base import Slot
-from ba_lora.experiments.executors.local import LocalExecutor
+from ba_lora.experiments.executors.local import LocalExecutor, group_lives
 from ba_lora.experiments.search import loop, nomad
 from ba_lora.experiments.search.journal import COMPLETE, FAILED, PRUNED, Journal, Outcome
 from ba_lora.experiments.search.loop import Search, open_proposer
@@ -377,6 +377,34 @@ def test_a_warm_stage_writes_its_log_anew_or_goes_on_with_it(tmp_path):
     stage = Stage("scoring", Call("json.tool", {"help": None}, ("--help",)), (tmp_path / "run",))
     assert executor.start_process(stage, executor.slots[0], log, []).wait(60) == 0
     assert "--no-ensure-ascii" in log.read_text()  # a module, with its own words
+
+
+def test_kill_9_leaves_no_forked_stage_behind(tmp_path):
+    (tmp_path / "script.py").write_text(
+        "import os, pathlib, sys, time\npathlib.Path(sys.argv[1]).write_text(str(os.getpid()))\ntime.sleep(600)\n"
+    )
+    program = f"""
+import sys
+from pathlib import Path
+from ba_lora.experiments.executors.base import Slot
+from ba_lora.experiments.executors.warm import WarmExecutor
+from ba_lora.experiments.stages import Call, Stage
+folder = Path({str(tmp_path)!r})
+if __name__ == "__main__":
+    executor = WarmExecutor([Slot("CPU", {{}})])
+    executor._context.set_forkserver_preload([])
+    call = Call(str(folder / "script.py"), settings=(str(folder / "pid"),), launch=(sys.executable,))
+    executor.start_process(Stage("training", call, (folder / "run",)), executor.slots[0], folder / "log", []).wait()
+"""
+    (tmp_path / "grid.py").write_text(program)
+    grid = subprocess.Popen([sys.executable, tmp_path / "grid.py"], env=os.environ | {"PYTHONPATH": str(ROOT)})
+    while not (tmp_path / "pid").is_file() or not (tmp_path / "pid").read_text():
+        assert grid.poll() is None
+        time.sleep(0.01)
+    grid.kill()
+    grid.wait()
+    while group_lives(int((tmp_path / "pid").read_text())):
+        time.sleep(0.01)
 
 
 def test_no_gpu_is_forked():

@@ -1,17 +1,20 @@
 """`WarmExecutor`: stages forked from one process that has imported everything, for runs that are shorter than the
 imports of torch, transformers and PEFT (10 to 16 s of CPU here). On the CPU only: a GPU's context cannot be forked.
 
-Python's fork server does it. A stage is the script or module with its words, as `LocalExecutor` would start it. It ends
-with the fork server, which ends with this process: kill -9 leaves none behind.
+Python's fork server does it. A stage is the script or module with its words, as `LocalExecutor` would start it. A
+thread in it waits for the end of the process that asked for it, and ends the stage then: kill -9 leaves none behind.
+What is measured of a stage's memory includes all that has been imported, so it is no more than a bound.
 """
 
-import ctypes
+import atexit
 import multiprocessing
+import multiprocessing.connection
 import os
 import runpy
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
@@ -22,7 +25,6 @@ from ba_lora.experiments.stages import Stage
 from ba_lora.io import disk_errors
 from ba_lora.paths import PROJECT_ROOT, stage_environment
 
-PR_SET_PDEATHSIG = 1  # of Linux's prctl
 IMPORTED = "ba_lora.experiments.executors.warmed"
 
 
@@ -33,6 +35,8 @@ class WarmExecutor(LocalExecutor):
         if any(slot.num_gpus for slot in slots):
             raise UserError("warm is for the CPU (a GPU's context cannot be forked): take it out")
         super().__init__(slots)
+        if threads := {slot.environment.get("OMP_NUM_THREADS") for slot in slots} - {None}:
+            os.environ.setdefault("OMP_NUM_THREADS", min(threads))  # BLAS reads it in the server, when it is imported
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload([IMPORTED])
 
@@ -73,7 +77,8 @@ def _run(
 ) -> None:
     """Be the script or module: in a session of its own, with its output in the log."""
     os.setsid()
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    threading.Thread(target=_end_with, args=(multiprocessing.parent_process().sentinel,), daemon=True).start()
+    multiprocessing.set_start_method("fork", force=True)  # Linux's own, and not the fork server's, for what it starts
     log = os.open(log_path, os.O_WRONLY | (os.O_APPEND if append else os.O_TRUNC))
     for descriptor in (1, 2):
         os.dup2(log, descriptor)
@@ -93,8 +98,15 @@ def _run(
         else:
             runpy.run_path(name, run_name="__main__")
     finally:
+        atexit._run_exitfuncs()  # a forked process leaves without them
         sys.stdout.flush()
         sys.stderr.flush()
+
+
+def _end_with(sentinel: int) -> None:
+    """Kill the stage and what it has started when the process behind `sentinel` has ended."""
+    multiprocessing.connection.wait([sentinel])
+    os.killpg(0, signal.SIGKILL)
 
 
 EXECUTOR = WarmExecutor

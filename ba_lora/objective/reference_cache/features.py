@@ -29,7 +29,7 @@ from ba_lora.paths import resolve_path
 if TYPE_CHECKING:
     from datasets import Dataset
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)

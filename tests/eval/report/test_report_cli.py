@@ -364,5 +364,5 @@ def test_a_wrong_report_block_is_told_before_anything_is_read(table_path, report
     table = yaml.safe_load(table_path.read_text())
     table["report"]["figures"]["accuracy"]["kind"] = "dot"
     table_path.write_text(yaml.safe_dump(table, sort_keys=False))
-    with pytest.raises(UserError, match="table two: figure accuracy: kind: dot is unknown.*nearest: dots"):
+    with pytest.raises(UserError, match="table two: figure accuracy: kind=dot is unknown.*nearest: dots"):
         report(table_path)
