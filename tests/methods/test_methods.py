@@ -200,20 +200,23 @@ def test_whole_weights_are_not_to_be_had_under_zero_3(method, base, tmp_path, mo
 
 @pytest.mark.parametrize("method", mostly_slow(ADAPTERS, ("ia3", "lorta", "miss")))
 def test_a_typed_key_changes_what_is_trained_or_is_refused(method, base, tmp_path):
-    def of(*words: str) -> tuple[dict[str, tuple], str]:
-        _, model, _, _ = built(method, base, tmp_path / "-".join(words), *words)
-        weights = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
-        return weights, str(
-            getattr(model.peft_config["default"], "lora_alpha", getattr(model.peft_config["default"], "alpha", ""))
-        )
+    def of(*words: str) -> tuple[dict[str, tuple], torch.Tensor]:
+        """Return the trained weights' shapes, and the logits once each of them is another than at the start."""
+        _, model, _, probe = built(method, base, tmp_path / "-".join(words), *words)
+        weights = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        with torch.no_grad():
+            for parameter in weights.values():
+                parameter += 0.05 * torch.arange(1.0, parameter.numel() + 1).sin().view_as(parameter)
+        return {name: tuple(parameter.shape) for name, parameter in weights.items()}, probe_logits(model, probe)
 
-    usual = of()
+    shapes, logits = of()
     for key, value in (("rank", "3"), ("alpha", "5"), ("target_modules", "[q_proj]")):
         if key in tuner_facts(config_of(method, base).adapter)["ignores"]:
             with pytest.raises(UserError, match=f"adapter.{key} has no effect with adapter.tuner=.*: leave it out"):
                 config_of(method, base, f"adapter.{key}={value}")
         else:
-            assert of(f"adapter.{key}={value}") != usual, key
+            other_shapes, other_logits = of(f"adapter.{key}={value}")
+            assert other_shapes != shapes or not torch.equal(other_logits, logits), key
 
 
 @pytest.mark.parametrize(

@@ -170,7 +170,9 @@ def test_without_weights_it_is_stock_pissa(tmp_path, accumulation, implementatio
         assert len(logs(ours, "loss")) == 20
         want = adapter_weights(stock_model)
         for name, weight in adapter_weights(model).items():
-            tolerance = 1e-5 if implementation == "fused" else 1e-6  # 4.7e-6 seen, by threads and torch
+            pinned = torch.__version__.startswith("2.13.")
+            fused = 4e-6 if pinned else 1e-5  # 1.8e-6 seen, by the number of threads; 4.7e-6 with an older torch
+            tolerance = fused if implementation == "fused" else 1e-6
             assert (weight - want[name]).norm() <= tolerance * want[name].norm(), name
             if implementation == "plain":
                 torch.testing.assert_close(weight, want[name], rtol=1e-6, atol=1e-6 * want[name].abs().max().item())
