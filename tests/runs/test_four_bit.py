@@ -27,8 +27,11 @@ def test_the_merged_model_is_the_one_that_was_trained(train, tmp_path, method):
     export = only_result(tmp_path / "results")["export"]
     assert export["max_logit_difference"]["merged"] < 1e-4
     served = "adapter" if method in ("lora", "loftq") else "lora"
-    # On the unquantised base the same adapter makes another model, which is told.
-    assert export["unquantized_logit_difference"] == export["max_logit_difference"][served] > 1e-3
+    # On the unquantised base the same adapter makes another model, which is told; LoftQ's was not made for it.
+    assert export["max_logit_difference"][served] > 1e-3
+    assert export.get("unquantized_logit_difference") == (
+        None if method == "loftq" else export["max_logit_difference"][served]
+    )
 
     config = load_run(run)
     model, _ = build_model(config, run_path=run, num_steps=3)
