@@ -55,8 +55,6 @@ class VLLMEngine(Engine):
         if adapters:
             arguments |= {"enable_lora": True, "max_loras": 1, "max_cpu_loras": len(adapters)}
             arguments["max_lora_rank"] = self._lora_rank()
-            if layers := self._adapted_layers():
-                arguments["lora_target_modules"] = layers
         try:
             self._llm = vllm.LLM(**arguments)
         except (RuntimeError, ValueError, OSError) as error:
@@ -66,6 +64,11 @@ class VLLMEngine(Engine):
             ) from error
 
     def _check_cpu(self) -> None:
+        if self.adapters and any(getattr(self.config, name, None) for name in ("num_experts", "num_local_experts")):
+            raise UserError(
+                f"vLLM on a CPU cannot serve adapters on {self.base}: with adapters its experts need kernels of a GPU; "
+                "serve=merged, or use --engine hf"
+            )
         head_dim = getattr(self.config, "head_dim", None)
         head_dim = head_dim or self.config.hidden_size // self.config.num_attention_heads
         if head_dim not in VLLM_CPU_HEAD_DIMS:
@@ -90,16 +93,6 @@ class VLLMEngine(Engine):
                 raise UserError(f"{folder} cannot be served hot: {obstacle}; serve the merged model, or --engine hf")
             rank = max(rank, adapter_rank(settings))
         return vllm_lora_rank(rank)
-
-    def _adapted_layers(self) -> list[str]:
-        """Return the names of the adapted layers of a model with experts, [] of others: vLLM would also make ready for
-        adapters of the fused experts, for which it has no kernel on a CPU."""
-        if not any(getattr(self.config, name, None) for name in ("num_experts", "num_local_experts")):
-            return []
-        names = [read_adapter(folder).get("target_modules") or [] for folder in self.adapters.values()]
-        if not all(isinstance(one, list | set | tuple) for one in names):
-            return []
-        return sorted({name.rsplit(".", 1)[-1] for one in names for name in one})
 
     def _generate_ids(
         self,
