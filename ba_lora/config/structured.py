@@ -45,6 +45,7 @@ def read_typed(kind: type[T], words: Sequence[str], *, further: Iterable[str] = 
             raise UserError(f"unknown option {word!r}{nearest(key, keys)}; keys: {', '.join(keys)}")
         is_none = type(None) in of.get(key, ()) and text.lower() in ("", "none", "null")
         values[key] = None if is_none else text
+    refuse_interpolations(values, "the command line")  # of files read_yaml does
     own = {key: values.pop(key) for key in list(values) if key in known}
     return _read(kind, own, ""), typing.cast(dict[str, str], values)
 
@@ -60,7 +61,6 @@ def refuse_interpolations(value: Any, source: object, key: str = "") -> None:
 
 
 def _read(kind: type[T], values: Mapping[str, Any], where: str) -> T:
-    refuse_interpolations(values, where.removesuffix(": ") or "the command line")
     empty = OmegaConf.structured(kind)
     OmegaConf.set_readonly(empty, False)  # of a frozen class
     found, of = empty, {entry.name: entry.type for entry in dataclasses.fields(kind)}

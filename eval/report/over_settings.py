@@ -21,8 +21,8 @@ from eval.report.table import ReportTable
 
 @dataclass(frozen=True)
 class OverSettings:
-    """A method in one column. num_failed, num_missing: settings without a value; `best` and so on are None where none
-    has one."""
+    """A method in one column. num_failed, num_missing: settings of which a run has failed, or is yet to be made; `best`
+    and so on are None where all are."""
 
     base: str
     method: str
@@ -54,7 +54,7 @@ def _of(base: str, method: str, column: ReportColumn, cells: dict[Row, Cell]) ->
     whole = {row: cell.mean is not None and len(cell.values) == cell.num_planned for row, cell in cells.items()}
     means = {row: cell.mean for row, cell in cells.items() if whole[row]}
     without = [cell for row, cell in cells.items() if not whole[row]]
-    failed = sum(cell.status != "missing" for cell in without)
+    failed = sum(bool(cell.failures) for cell in without)
     counts = (base, method, column.name, len(cells), failed, len(without) - failed)
     if not means:
         return OverSettings(*counts)

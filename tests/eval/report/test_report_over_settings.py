@@ -39,6 +39,11 @@ def test_best_median_worst_and_spread_of_a_method(tmp_path):
     assert to_json(table)["over_settings"][0]["spread"] == accuracy.spread
     assert "70.00 & 50.00 & 30.00 & 40.00" in to_latex(table)
     assert "over_settings" not in to_json(build(world, rows=tuple(rows), runs=runs))
+    runs[Row("tiny", "lora", "a=2"), "gsm8k"][
+        0
+    ].result_path.unlink()  # of the best: the other seeds do not stand for it
+    accuracy, _ = over_settings(build(world, rows=tuple(rows), runs=runs, over_settings=("gsm8k", "hours")))
+    assert (accuracy.num_failed, accuracy.num_missing) == (1, 2) and accuracy.best < 70
 
 
 def test_a_column_that_ranks_nothing_has_no_spread():
