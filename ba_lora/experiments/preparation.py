@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from ba_lora.errors import UserError
+from ba_lora.experiments.executors import find_executor
 from ba_lora.experiments.options import GridOptions
 from ba_lora.paths import PROJECT_ROOT, stage_environment
 
@@ -15,11 +16,12 @@ GRID_MODULE = "ba_lora.experiments.grid"
 def prepare_words(call: Sequence[str], options: GridOptions) -> list[str]:
     """Return what a table needs first, with the words that say how: another table is filled as this one is.
 
-    Raises UserError for an executor where the call is no table's: it would run here.
+    Raises UserError where the call is no table's, which always runs here, and the runs would not.
     """
     if call[0] == GRID_MODULE:
         return [*call, *options.running]
-    if options.executor != "local":
+    executor, _ = find_executor(options.executor, options.executor_settings)
+    if not executor.on_this_machine:
         raise UserError(
             f"executor={options.executor}: the table needs python -m {' '.join(call)}, which runs on this machine "
             "only: give the whole command with executor=local, on a node that may work"

@@ -423,8 +423,9 @@ def test_what_a_table_needs_first_is_told_how_and_where(folder):
     assert prepare_words((GRID_MODULE, "tuning"), options) == [GRID_MODULE, "tuning", *handed_on]
     with pytest.raises(UserError, match="executor=slurm: the table needs python -m data.lab rule=0, which runs"):
         prepare_words(("data.lab", "rule=0"), options)
-    options, _ = read_grid_options(["workers=3", "retry=true"])
-    assert prepare_words(("data.lab", "rule=0"), options) == ["data.lab", "rule=0", "workers=3"]
+    for executor in ("local", "warm"):
+        options, _ = read_grid_options(["workers=3", "retry=true", f"executor={executor}"])
+        assert prepare_words(("data.lab", "rule=0"), options) == ["data.lab", "rule=0", "workers=3"]
 
 
 def test_ctrl_c_reaches_what_a_table_needs_first_and_lets_it_end(tmp_path):

@@ -101,10 +101,12 @@ class Executor(ABC):
     """Runs the work of a grid. A file of ba_lora/experiments/executors with a class of these methods, and `EXECUTOR`
     naming it, is one; `find`, `busy_elsewhere`, `forget` and `cancel` have a default for one that keeps nothing.
 
-    keys: the settings that a file of configs/executors may have beside `executor`.
+    keys: the settings that a file of configs/executors may have beside `executor`; on_this_machine: whether the works
+    run where the grid does, so that what a table needs first (`prepare`) may run beside it.
     """
 
     keys: ClassVar[tuple[str, ...]] = ()
+    on_this_machine: ClassVar[bool] = False
 
     @classmethod
     @abstractmethod

@@ -44,6 +44,8 @@ class _Job:
 class LocalExecutor(Executor):
     """Runs work in child processes of this one, one work a slot."""
 
+    on_this_machine = True
+
     @classmethod
     def open(cls, settings: Mapping[str, Any], *, folder: Path, gpus: int, workers: int | None) -> Self:
         return cls(local_slots(folder, gpus_per_run=gpus, workers=workers))
