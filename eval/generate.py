@@ -324,7 +324,7 @@ def read_command(arguments: Sequence[str] | None) -> dict[str, Any]:
     )
     parser.add_argument("--task", nargs="+", required=True, metavar="TASK", help=", ".join(TASKS))
     parser.add_argument("--engine", default="auto", help=", ".join(KINDS))
-    parser.add_argument("--data", nargs="+", default=[], metavar="FILE", help="FILE, or TASK=FILE for several tasks")
+    parser.add_argument("--data", nargs="+", default=[], metavar="TASK=FILE", help="TASK=FILE; of a single task FILE")
     parser.add_argument("--output", metavar="DIR", help="where the completions go; default: into the run folder")
     parser.add_argument("options", nargs="*", metavar="key=value")
     parsed = parser.parse_intermixed_args(arguments)

@@ -34,13 +34,14 @@ from ba_lora.config.schema import HARNESS as PREFIX
 from ba_lora.console import console_table
 from ba_lora.errors import CommandParser, UserError, run_entry_point
 from ba_lora.io import read_object, sha256_file, write_json_atomic, write_jsonl_atomic
-from ba_lora.paths import PROJECT_ROOT, resolve_data, resolve_path
+from ba_lora.paths import PROJECT_ROOT, resolve_path
 from ba_lora.rows import load_rows
 from ba_lora.runs.card import write_model_card
 from ba_lora.runs.results import refresh_result
 from eval.engines.adapters import adapter_rank, vllm_lora_rank
 from eval.engines.open import choose_engine
 from eval.engines.serving import ServedModel, kept_template, plan_serving
+from eval.options import read_data
 from eval.tasks import TASKS
 
 ENVIRONMENT = PROJECT_ROOT / ".cache" / "lm-eval"
@@ -68,7 +69,7 @@ def read_words(arguments: Sequence[str] | None) -> argparse.Namespace:
     asked = parser.parse_intermixed_args(arguments)
     if asked.model is None and asked.words:
         asked.model = asked.words.pop(0)
-    asked.tasks = [task.removeprefix(PREFIX) for task in (*asked.task, *asked.words)]
+    asked.tasks = list(dict.fromkeys(task.removeprefix(PREFIX) for task in (*asked.task, *asked.words)))
     if asked.model is None or not asked.tasks:
         raise UserError("a model and at least one task are needed: sh scripts/harness.sh RUN TASK")
     asked.model = str(resolve_path(asked.model)) if resolve_path(asked.model).exists() else asked.model
@@ -77,12 +78,7 @@ def read_words(arguments: Sequence[str] | None) -> argparse.Namespace:
             raise UserError(f"--{name.replace('_', '-')} {getattr(asked, name)}: a number of at least 1 is needed")
     if asked.shots is not None and asked.shots < 0:
         raise UserError(f"--shots {asked.shots}: a number of at least 0 is needed")
-    asked.files = {}
-    for word in asked.data:
-        task, equals, file = word.removeprefix(PREFIX).partition("=")
-        if not equals or task not in asked.tasks:
-            raise UserError(f"--data {word}: it is TASK=FILE, with one of the tasks {', '.join(asked.tasks)}")
-        asked.files[task] = resolve_data(file)
+    asked.files = read_data(asked.data, asked.tasks, prefix=PREFIX)
     asked.folders = [str(DRIVER.parent), *(str(resolve_path(folder)) for folder in asked.include_path)]
     if missing := [folder for folder in asked.folders if not Path(folder).is_dir()]:
         raise UserError(f"--include-path: no such folder: {missing[0]}")

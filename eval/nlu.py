@@ -24,7 +24,6 @@ import dataclasses
 import importlib.metadata
 import json
 import random
-import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -41,12 +40,12 @@ from ba_lora.errors import UserError, run_entry_point
 from ba_lora.experiments.evaluation_state import dev_sources, hub_of
 from ba_lora.glue import find_task, task_word
 from ba_lora.io import sha256_file, write_json_atomic, write_jsonl_atomic
-from ba_lora.paths import resolve_data
 from ba_lora.rows import Source
 from ba_lora.runs.card import write_model_card
 from ba_lora.runs.results import read_record, refresh_result
 from eval.classify import Classifier, classify, open_classifier
 from eval.nlu_scores import dev_scores, score_predictions
+from eval.options import read_data
 from eval.tasks.glue import Examples, own_sets, to_examples
 from eval.tasks.glue_x import find_set, out_of_domain
 
@@ -335,7 +334,7 @@ def check(arguments: Sequence[str]) -> None:
         raise UserError("--task is needed to check the command without its runs; see python -m eval.nlu --help")
     task, *names = parsed.task
     find_task(task)
-    sets = Sets(_read_data_words(parsed.data, {task}), max_rows=parsed.max_rows)
+    sets = Sets(_read_data(parsed.data, {task}), max_rows=parsed.max_rows)
     for name in names:
         find_set(task, name)
     for name, data in sets.given.items():
@@ -361,7 +360,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         find_run(folder, task=task, output=parsed.output / folder.name if several else parsed.output)
         for folder in folders
     ]
-    sets = Sets(_read_data_words(parsed.data, {run.task for run in runs}), max_rows=parsed.max_rows)
+    sets = Sets(_read_data(parsed.data, {run.task for run in runs}), max_rows=parsed.max_rows)
     plans = [plan_run(run, sets, names) for run in runs]  # first: what is missing is told before anything is predicted
     summaries = [evaluate_classifier(plan) for plan in plans]
     print(summary_table(summaries))
@@ -369,19 +368,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _read_data_words(words: Sequence[str], tasks: set[str]) -> dict[str, str]:
-    known = {name for task in tasks for name in (*own_sets(task), *out_of_domain(task))}
-    free = any(find_task(task).is_own for task in tasks)  # any further set, in the task's own columns
-    files = {}
-    for word in words:
-        name, equals, data = word.partition("=")
-        if not equals or not data:
-            raise UserError(f"cannot read --data {word!r}: it is SET=FILE, such as imdb=imdb.jsonl")
-        if name not in known and not (free and re.fullmatch(r"[\w-]+", name)):
-            of = " or ".join(sorted(find_task(task).name for task in tasks))
-            raise UserError(f"--data {word}: {name} is no set of {of}: {', '.join(sorted(known))}")
-        files[name] = resolve_data(data)
-    return files
+def _read_data(words: Sequence[str], tasks: set[str]) -> dict[str, str]:
+    known = [name for task in sorted(tasks) for name in (*own_sets(task), *out_of_domain(task))]
+    is_own = any(find_task(task).is_own for task in tasks)  # any further set, in the task's own columns
+    return read_data(words, known, further=is_own)
 
 
 if __name__ == "__main__":

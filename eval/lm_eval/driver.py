@@ -29,6 +29,9 @@ def evaluate(request: dict[str, Any]) -> dict[str, Any]:
             return {
                 "error": f"lm-evaluation-harness has no task {name}{hint}; --include-path DIR adds tasks of your own"
             }
+    for name in request["data"]:
+        if several := group_refusal(name, manager.task_index):
+            return {"error": f"--data {name}: {several}"}
     files = {name: local_task(name, file, manager, request["folder"]) for name, file in request["data"].items()}
     for name, file in files.items():
         task = manager.load(file)["tasks"][name]
@@ -80,6 +83,28 @@ def evaluate(request: dict[str, Any]) -> dict[str, Any]:
             for name, result in found["results"].items()
         },
     }
+
+
+def group_refusal(name: str, index: dict[str, Any]) -> str | None:
+    """Return, of a name that stands for several tasks (a group, or the harness's tags), why it takes no file; None of a
+    task. index: the harness's, from its task files: no task is loaded, as its data would be."""
+    below = {one: children(entry) for one, entry in index.items() if entry.kind.name in ("GROUP", "TAG")}
+    if name not in below:
+        return None
+    found = sorted(leaves(name, below))
+    shown = ", ".join(found[:3]) + (", …" if len(found) > 3 else "")
+    return (
+        f"it stands for {len(found)} tasks ({shown}), and a file has the rows of one: ask for such a task by its name, "
+        "with its file"
+    )
+
+
+def children(entry: Any) -> list[str]:
+    """Return the names that stand directly below a group or tag of the harness's index."""
+    if entry.kind.name == "TAG":
+        return sorted(entry.tags)
+    listed = (entry.cfg or {}).get("task") or []
+    return [one if isinstance(one, str) else one.get("group") or one["task"] for one in listed]
 
 
 def leaves(name: str, members: dict[str, list[str]]) -> set[str]:

@@ -294,8 +294,11 @@ def test_predictions_that_are_nan_leave_the_metrics_undefined(
         (["--model", "{model}"], "has no config.yaml, so its task is not known: add --task"),
         (["--model", "{model}", "--task", "sst3"], "unknown task 'sst3'"),
         (["--model", "{model}", "--task", "sst2", "sick", "--data", "sst2={dev}"], "no label map from sick"),
-        (["--model", "{model}", "--task", "sst2", "--data", "sick=x.jsonl"], "sick is no set of sst2"),
-        (["--model", "{model}", "--task", "sst2", "--data", "x.jsonl"], "it is SET=FILE"),
+        (
+            ["--model", "{model}", "--task", "sst2", "--data", "sick=x.jsonl"],
+            "sick is unknown.*: give NAME=FILE, NAME being one of sst2, ",
+        ),
+        (["--model", "{model}", "--task", "sst2", "--data", "x.jsonl"], "--data x.jsonl: give NAME=FILE"),
         (["--model", "{model}", "--task", "sst2", "--data", "sst2=gone.jsonl"], "no such file: .*/gone.jsonl"),
         (["--model", "{model}", "--task", "sst2", "imdb", "--data", "sst2={dev}"], "cannot load stanfordnlp/imdb"),
         (

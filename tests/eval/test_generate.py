@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -255,10 +256,25 @@ def test_command_line_pieces(tmp_path: Path) -> None:
         [["a"], ["gsm8k"], ["math=x.jsonl"]],
         ["top_p=0.9", "limit=3"],
     )
+
+
+def test_the_words_of_data(tmp_path: Path) -> None:
+    """One reader for eval.generate, eval.nlu and eval.harness."""
     assert read_data(["x.jsonl"], ["gsm8k"])["gsm8k"].endswith("/x.jsonl")
     assert read_data(["math=y", "gsm8k=x"], ["gsm8k", "math"]) == {"gsm8k": "x", "math": "y"}
-    with pytest.raises(UserError, match="TASK=FILE"):
-        read_data(["x.jsonl"], ["gsm8k", "math"])
+    assert read_data(["harness/bbq=x", "bbh=y"], ["bbq", "bbh"], prefix="harness/") == {"bbq": "x", "bbh": "y"}
+    assert read_data(["mine=x"], ["sst2", "imdb"], further=True) == {"mine": "x"}
+    named = tmp_path / "lr=1.jsonl"
+    named.touch()
+    assert read_data([str(named)], ["gsm8k"]) == {"gsm8k": str(named)}
+    for words, names, message in (
+        (["x.jsonl"], ["gsm8k", "math"], "--data x.jsonl: give NAME=FILE, NAME being one of gsm8k, math"),
+        (["gsm8=x"], ["gsm8k"], "--data gsm8=x: gsm8 is unknown (nearest: gsm8k): give NAME=FILE, NAME being gsm8k"),
+        (["gsm8k="], ["gsm8k"], "--data gsm8k=: give NAME=FILE"),
+        (["gsm8k=x", "gsm8k=y"], ["gsm8k"], "--data gsm8k=y: gsm8k is given twice"),
+    ):
+        with pytest.raises(UserError, match=re.escape(message)):
+            read_data(words, names)
 
 
 @pytest.mark.parametrize(

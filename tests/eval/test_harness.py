@@ -1,6 +1,7 @@
 """eval/harness.py: words, scores in the run's folder and result, what is refused; the harness itself on real data."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,7 +13,7 @@ from ba_lora.io import read_json
 from ba_lora.paths import PROJECT_ROOT
 from eval import harness
 from eval.engines.serving import ServedModel
-from eval.lm_eval.driver import leaves
+from eval.lm_eval.driver import group_refusal, leaves
 from eval.metric_paths import check as check_metric
 from tests.support.page_world import write_run
 
@@ -68,7 +69,7 @@ def test_a_run_trained_in_a_chat_template_is_asked_in_it(driver, tmp_path, monke
 def test_what_is_wrong_is_told_before_the_harness_is_asked(driver, tmp_path, tiny_model):
     for words, message in (
         ([], "a model and at least one task are needed"),
-        (["x", "bbq", "--data", "mmlu=f"], "--data mmlu=f: it is TASK=FILE, with one of the tasks bbq"),
+        (["x", "bbq", "--data", "mmlu=f"], "--data mmlu=f: mmlu is unknown: give NAME=FILE, NAME being bbq"),
         (["x", "bbq", "--include-path", str(tmp_path / "no")], "no such folder"),
         (["x", "bbq", "--limit", "0"], "--limit 0: a number of at least 1"),
         (["x", "bbq", "--shots", "-1"], "--shots -1: a number of at least 0"),
@@ -84,6 +85,21 @@ def test_what_is_wrong_is_told_before_the_harness_is_asked(driver, tmp_path, tin
 def test_a_group_of_groups_has_the_tasks_of_all():
     members = {"mmlu": ["stem", "law"], "stem": ["algebra", "physics"], "algebra": []}
     assert leaves("mmlu", members) == {"algebra", "physics", "law"} and leaves("bbq", members) == {"bbq"}
+
+
+def test_a_name_of_several_tasks_takes_no_file():
+    """Of a group, of a group in it and one that its file defines, and of a tag; a task takes one."""
+
+    def entry(kind, *listed, tags=()):
+        return SimpleNamespace(kind=SimpleNamespace(name=kind), cfg={"task": [*listed]}, tags={*tags})
+
+    index = {name: entry("TASK") for name in ("law", "algebra", "physics", "arc_easy")}
+    index |= {"stem": entry("GROUP", "algebra", {"task": "physics", "num_fewshot": 2})}
+    index |= {"mmlu": entry("GROUP", {"group": "stem", "weight": 1}, "law"), "arc": entry("TAG", tags=["arc_easy"])}
+    refused = group_refusal("mmlu", index)
+    assert refused.startswith("it stands for 3 tasks (algebra, law, physics), and a file has the rows of one: ask for")
+    assert group_refusal("arc", index).startswith("it stands for 1 tasks (arc_easy), ")
+    assert group_refusal("law", index) is None
 
 
 def test_without_its_environment_it_says_how_to_make_it(monkeypatch, tmp_path):
@@ -127,6 +143,8 @@ def test_the_real_harness_on_real_sets(real_data, tmp_path):
         with pytest.raises(UserError, match=f"shows {number} examples, which would be rows of the file .* --shots 0"):
             harness.check(["x", "gsm8k", "--data", file, *shots])
     harness.check(["x", "gsm8k", "--data", file, "--shots", "0"])
+    with pytest.raises(UserError, match="--data mmlu: it stands for 57 tasks .mmlu_abstract_algebra, .*ask for such a"):
+        harness.check(["x", "mmlu", "--data", file.replace("gsm8k=", "mmlu=", 1)])
     with pytest.raises(UserError, match="has no task mgsm_direct_xx .nearest: mgsm_direct"):
         harness.check(["x", "mgsm_direct_xx"])
 
