@@ -7,5 +7,5 @@ stats.py       mean and spread, the paired bootstrap, Holm's correction
 paired.py      the paired test of two rows, from the grades of their runs
 table.py       all of it put together: cells, marks, comparisons, footnotes
 render.py      the table as Markdown, LaTeX, CSV and JSON
-figures.py     bars, curves, scatter and training plots, as PNG and PDF
+figures.py     dots, lines and scatter, as PNG and PDF; run_figures.py: training curves, features
 """
