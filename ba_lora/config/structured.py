@@ -4,7 +4,7 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from omegaconf import OmegaConf
@@ -74,8 +74,9 @@ def _read(kind: type[T], values: Mapping[str, Any], where: str) -> T:
     read = OmegaConf.to_object(found)
     for key in values:
         value = getattr(read, key)
-        parts = vars(value) if dataclasses.is_dataclass(value) else {key: value}
-        if any(isinstance(part, float) and not math.isfinite(part) for part in parts.values()):
+        parts = vars(value).values() if dataclasses.is_dataclass(value) else value
+        parts = parts if isinstance(parts, Collection) else (parts,)
+        if any(isinstance(part, float) and not math.isfinite(part) for part in parts):
             raise UserError(f"{_told(where, key, values[key])}: a finite number is needed")
         if isinstance(value, tuple) and typing.get_args(of[key])[:1] == (str,):  # OmegaConf lets a list through
             if not all(isinstance(word, str) for word in value):

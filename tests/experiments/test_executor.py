@@ -154,7 +154,8 @@ assert len(filled.done) == 6 and polite.niceness == 5
         ("slurm", {"partitoin": "gpu"}, "unknown key partitoin .nearest: partition"),
         ("slurm", {"jobs_at_once": 0}, "jobs_at_once=0: a whole number of at least 1"),
         ("slurm", {"gpus": 4}, r"gpus=4: the table's rows are set for 1 GPU\(s\) a run"),
-        ("slurm", {"modules": "cuda"}, "modules=cuda: a list is needed"),
+        ("slurm", {"modules": "cuda"}, "slurm.yaml: modules: cuda: a list, each a word, is needed"),
+        ("slurm", {"cpus": "many"}, "slurm.yaml: cpus: many: a whole number is needed"),
         ("local", {"partition": "gpu"}, "unknown key partition"),
     ],
 )

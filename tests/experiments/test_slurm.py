@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from ba_lora.experiments import grid
 from ba_lora.experiments.executors import slurm as slurm_executor
 from ba_lora.experiments.executors.base import Busy, Slot, StageQueue
-from ba_lora.experiments.executors.slurm import SlurmExecutor, queue_states
+from ba_lora.experiments.executors.slurm import SlurmExecutor, SlurmSettings, queue_states
 from ba_lora.experiments.stages import Call, Stage
 from tests.support import slurm
 from tests.workers import fake_grid
@@ -42,7 +42,7 @@ def folder(grid_folder):
 
 
 def executor(**settings):
-    return SlurmExecutor.open(SETTINGS | settings, folder=grid.GRID_PATH, gpus=1, workers=None)
+    return SlurmExecutor.open(SlurmSettings(**SETTINGS | settings), folder=grid.GRID_PATH, gpus=1, workers=None)
 
 
 def trained(folder):
@@ -74,7 +74,7 @@ def events(run):
 def test_a_controller_that_is_silent_forgets_no_job(tmp_path, monkeypatch):
     """Without a cluster: the answers of squeue, sbatch and scancel are set."""
     run = tmp_path / "run"
-    made, record = SlurmExecutor({"jobs_at_once": 1, "signal_seconds": 30}, tmp_path), tmp_path / "run.json"
+    made, record = SlurmExecutor(SlurmSettings(jobs_at_once=1), tmp_path), tmp_path / "run.json"
     record.write_text(json.dumps({"key": "k", "job": None}))
     monkeypatch.setattr(slurm_executor, "_listed", lambda command: None)
     with pytest.raises(Busy, match="does not say whether it has the job ba_lora-k"):

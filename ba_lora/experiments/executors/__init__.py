@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from ba_lora.config.layers import read_yaml
+from ba_lora.config.structured import read_mapping
 from ba_lora.errors import UserError
 from ba_lora.experiments.executors.base import Executor
 from ba_lora.paths import PROJECT_ROOT, resolve_path
-from ba_lora.words import check_keys, nearest
+from ba_lora.words import nearest
 
 EXECUTORS_PATH = PROJECT_ROOT / "configs" / "executors"
 
@@ -29,7 +30,7 @@ def open_executor(
     return executor.open(settings, folder=folder, gpus=gpus, workers=workers)
 
 
-def find_executor(name: str, typed: Mapping[str, Any]) -> tuple[type[Executor], dict[str, Any]]:
+def find_executor(name: str, typed: Mapping[str, Any]) -> tuple[type[Executor], Any]:
     """Return the class and the settings. Raises UserError for a file, an executor or a setting that is not there."""
     path = resolve_path(name) if name.endswith((".yaml", ".yml")) else EXECUTORS_PATH / f"{name}.yaml"
     if not path.is_file():
@@ -42,5 +43,4 @@ def find_executor(name: str, typed: Mapping[str, Any]) -> tuple[type[Executor], 
     if kind not in kinds:
         raise UserError(f"{path}: executor: {kind} is unknown{nearest(kind, kinds)}; there are {', '.join(kinds)}")
     executor = importlib.import_module(f"{__name__}.{kind}").EXECUTOR
-    check_keys(settings, executor.keys, where=path)
-    return executor, settings
+    return executor, read_mapping(executor.settings_kind, settings, where=path)

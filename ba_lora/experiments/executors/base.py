@@ -97,22 +97,29 @@ class Busy(Exception):
     """A run may be worked on elsewhere, and its executor cannot know now: it is asked again. The text says why."""
 
 
+@dataclass(frozen=True)
+class NoSettings:
+    """Of an executor that has none."""
+
+
 class Executor(ABC):
     """Runs the work of a grid. A file of ba_lora/experiments/executors with a class of these methods, and `EXECUTOR`
     naming it, is one; `find`, `busy_elsewhere`, `forget` and `cancel` have a default for one that keeps nothing.
 
-    keys: the settings that a file of configs/executors may have beside `executor`; on_this_machine: whether the works
-    run where the grid does, so that what a table needs first (`prepare`) may run beside it.
+    settings_kind: a dataclass of what a file of configs/executors may have beside `executor`, with types and defaults
+    (ba_lora/config/structured.py reads it); on_this_machine: whether the works run where the grid does, so that what a
+    table needs first (`prepare`) may run beside it.
     """
 
-    keys: ClassVar[tuple[str, ...]] = ()
+    settings_kind: ClassVar[type] = NoSettings
     on_this_machine: ClassVar[bool] = False
 
     @classmethod
     @abstractmethod
-    def open(cls, settings: Mapping[str, Any], *, folder: Path, gpus: int, workers: int | None) -> Self:
-        """Return an executor for runs of `gpus` GPUs (on a machine without any: 1). folder: for files of its own;
-        workers: at most so many works at once. Raises UserError for settings that it cannot use."""
+    def open(cls, settings: Any, *, folder: Path, gpus: int, workers: int | None) -> Self:
+        """Return an executor for runs of `gpus` GPUs (on a machine without any: 1). settings: a `settings_kind`;
+        folder: for files of its own; workers: at most so many works at once. Raises UserError for settings that it
+        cannot use."""
 
     @property
     @abstractmethod

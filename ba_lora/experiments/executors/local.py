@@ -47,7 +47,7 @@ class LocalExecutor(Executor):
     on_this_machine = True
 
     @classmethod
-    def open(cls, settings: Mapping[str, Any], *, folder: Path, gpus: int, workers: int | None) -> Self:
+    def open(cls, settings: Any, *, folder: Path, gpus: int, workers: int | None) -> Self:
         return cls(local_slots(folder, gpus_per_run=gpus, workers=workers))
 
     @property

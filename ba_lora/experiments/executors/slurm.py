@@ -55,41 +55,55 @@ class _Given:
     ends: Counter[str] = field(default_factory=Counter)  # how earlier jobs of the work ended
 
 
+@dataclass(frozen=True)
+class SlurmSettings:
+    """What configs/executors/slurm.yaml describes. gpus: of a job; None: as many as the table's rows are set for."""
+
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    gpus: int | None = None
+    cpus: int | None = None
+    memory: str | None = None
+    time_minutes: int = 1440
+    signal_seconds: int = 180
+    jobs_at_once: int = 16
+    poll_seconds: int = 30
+    max_timeouts: int = 100
+    max_node_failures: int = 5
+    modules: tuple[str, ...] = ()
+    setup: tuple[str, ...] = ()
+    container: str | None = None
+    sbatch: dict[str, Any] = field(default_factory=dict)
+
+
 class SlurmExecutor(Executor):
     """Gives works to Slurm, and watches the queue; see this file's head and configs/executors/slurm.yaml."""
 
-    keys = (
-        "partition", "account", "qos", "constraint", "gpus", "cpus", "memory", "time_minutes", "signal_seconds",
-        "jobs_at_once", "poll_seconds", "max_timeouts", "max_node_failures", "modules", "setup", "container", "sbatch",
-    )  # fmt: skip
+    settings_kind = SlurmSettings
 
     @classmethod
-    def open(cls, settings: Mapping[str, Any], *, folder: Path, gpus: int, workers: int | None) -> Self:
-        known = {"time_minutes": 1440, "signal_seconds": 180, "jobs_at_once": 16, "poll_seconds": 30}
-        known |= {"max_timeouts": 100, "max_node_failures": 5, "gpus": gpus}
-        chosen = known | {key: value for key, value in settings.items() if value is not None}
-        for key in known:
+    def open(cls, settings: SlurmSettings, *, folder: Path, gpus: int, workers: int | None) -> Self:
+        for key, value in vars(settings).items():
             least = 0 if key in ("gpus", "max_timeouts", "max_node_failures") else 1
-            if type(chosen[key]) is not int or chosen[key] < least:
-                raise UserError(f"executor slurm: {key}={chosen[key]}: a whole number of at least {least} is needed")
-        for key, kind in (("modules", list), ("setup", list), ("sbatch", dict)):
-            if not isinstance(chosen.setdefault(key, kind()), kind):
-                raise UserError(f"executor slurm: {key}={chosen[key]}: a {kind.__name__} is needed")
-        if chosen["gpus"] not in (0, gpus):
+            if isinstance(value, int) and value < least:
+                raise UserError(f"executor slurm: {key}={value}: a whole number of at least {least} is needed")
+        if settings.gpus not in (None, 0, gpus):
             raise UserError(
-                f"executor slurm: gpus={chosen['gpus']}: the table's rows are set for {gpus} GPU(s) a run; choose "
+                f"executor slurm: gpus={settings.gpus}: the table's rows are set for {gpus} GPU(s) a run; choose "
                 "others by gpus=N on the command line, or leave the executor's out"
             )
-        if workers is not None:
-            chosen["jobs_at_once"] = workers
         os.environ["SUBMITIT_PREEMPT_SIGNAL"] = "USR1"  # read when submitit is imported
         import submitit
 
         if submitit.SlurmExecutor.affinity() < 0:
             raise UserError("executor slurm: there is no srun here: run it on a node of the cluster, such as its login")
-        return cls(chosen, folder / "slurm")
+        own = {"gpus": gpus if settings.gpus is None else settings.gpus}
+        own |= {"jobs_at_once": workers} if workers is not None else {}
+        return cls(dataclasses.replace(settings, **own), folder / "slurm")
 
-    def __init__(self, settings: dict[str, Any], folder: Path) -> None:
+    def __init__(self, settings: SlurmSettings, folder: Path) -> None:
         self.settings = settings
         self.folder = folder
         self._given: list[_Given] = []
@@ -99,14 +113,14 @@ class SlurmExecutor(Executor):
 
     @property
     def places(self) -> list[str]:
-        return [f"job {number + 1}" for number in range(self.settings["jobs_at_once"])]
+        return [f"job {number + 1}" for number in range(self.settings.jobs_at_once)]
 
     def free_slot(self) -> Slot | None:
         """Return a place in the queue: as many works as there are go into the next array, while not all of the jobs
         that may run at once are taken."""
-        if sum(given.job is not None for given in self._given) >= self.settings["jobs_at_once"]:
+        if sum(given.job is not None for given in self._given) >= self.settings.jobs_at_once:
             return None
-        return Slot("Slurm", {"BA_LORA_FOLDER": str(user_folder())}, num_gpus=self.settings["gpus"])
+        return Slot("Slurm", {"BA_LORA_FOLDER": str(user_folder())}, num_gpus=self.settings.gpus)
 
     def submit(self, work: StageQueue, slot: Slot) -> None:
         if not work.stages:  # all that is left is to write its result
@@ -147,7 +161,7 @@ class SlurmExecutor(Executor):
             if (left := deadline - time.monotonic()) <= 0:
                 return []
             time.sleep(min(left, 0.2))
-        self._next_look = time.monotonic() + self.settings["poll_seconds"]
+        self._next_look = time.monotonic() + self.settings.poll_seconds
         ended = self._look()
         self._given = [given for given in self._given if not any(given is one for one in ended)]
         return [given.work for given in ended]
@@ -184,7 +198,7 @@ class SlurmExecutor(Executor):
     def _submit_waiting(self) -> None:
         """Give Slurm what waits, as one array, of which only so many may run that all jobs together stay in bounds."""
         waiting = [given for given in self._given if given.job is None]
-        room = self.settings["jobs_at_once"] - (len(self._given) - len(waiting))
+        room = self.settings.jobs_at_once - (len(self._given) - len(waiting))
         if not waiting or room <= 0:
             return
         key = uuid.uuid4().hex[:12]
@@ -206,36 +220,32 @@ class SlurmExecutor(Executor):
     def _job_call(self, given: _Given, folder: Path) -> StageJob:
         work = dataclasses.replace(given.work, locks=[], stages=[unmoved_by_usr1(one) for one in given.work.waiting])
         work.news, work.log_path = [], None
-        return StageJob(work, given.slot, folder, self.settings["signal_seconds"])
+        return StageJob(work, given.slot, folder, self.settings.signal_seconds)
 
     def _array(self, calls: Sequence[StageJob], folder: Path, key: str, at_once: int) -> list[str]:
         """Submit the calls; return the jobs' numbers."""
         import submitit
 
         chosen = self.settings
-        container = [str(chosen["container"])] if chosen.get("container") else []
+        container = [chosen.container] if chosen.container else []
         # until submitit listens to USR1 it would end the job
         python = " ".join([shlex.join(UNMOVED), *container, shlex.quote(sys.executable)])
-        executor = submitit.SlurmExecutor(folder, max_num_timeout=chosen["max_timeouts"], python=python)
-        named = {key: chosen.get(key) for key in ("partition", "account", "qos", "constraint")}
-        named |= {
-            "mem": chosen.get("memory"),
-            "cpus_per_task": chosen.get("cpus"),
-            "gpus_per_node": chosen["gpus"] or None,
-        }
+        executor = submitit.SlurmExecutor(folder, max_num_timeout=chosen.max_timeouts, python=python)
+        named = {key: getattr(chosen, key) for key in ("partition", "account", "qos", "constraint")}
+        named |= {"mem": chosen.memory, "cpus_per_task": chosen.cpus, "gpus_per_node": chosen.gpus or None}
         executor.update_parameters(
             job_name=f"{JOB_NAME}-{key}",
-            time=chosen["time_minutes"],
-            signal_delay_s=chosen["signal_seconds"],
+            time=chosen.time_minutes,
+            signal_delay_s=chosen.signal_seconds,
             array_parallelism=at_once,
             ntasks_per_node=1,
             stderr_to_stdout=True,
             setup=[
                 "export SUBMITIT_PREEMPT_SIGNAL=USR1",
-                *(f"module load {name}" for name in chosen["modules"]),
-                *map(str, chosen["setup"]),
+                *(f"module load {name}" for name in chosen.modules),
+                *chosen.setup,
             ],
-            additional_parameters={"requeue": True, "chdir": str(PROJECT_ROOT), **chosen["sbatch"]},
+            additional_parameters={"requeue": True, "chdir": str(PROJECT_ROOT), **chosen.sbatch},
             **{key: value for key, value in named.items() if value is not None},
         )
         try:
@@ -295,8 +305,8 @@ class SlurmExecutor(Executor):
         timeouts, failures = (sum(given.ends[one] for one in kinds) for kinds in (REQUEUED, OF_THE_NODE))
         if state in OF_THE_NODE:
             given.work.node_failures += 1
-        if (state in REQUEUED and timeouts <= self.settings["max_timeouts"]) or (
-            state in OF_THE_NODE and failures <= self.settings["max_node_failures"]
+        if (state in REQUEUED and timeouts <= self.settings.max_timeouts) or (
+            state in OF_THE_NODE and failures <= self.settings.max_node_failures
         ):
             given.work.news.append(f"job {given.job} ended ({state}): submitted again")
             if (call := self._submitted(given.key, given.job)) is not None:

@@ -25,14 +25,15 @@ import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, make_dataclass
 from typing import Any
 
 from ba_lora.config.layers import find_config, load_config, read_yaml
 from ba_lora.config.schema import RunConfig, training_hash
+from ba_lora.config.structured import read_mapping
 from ba_lora.errors import UserError
 from ba_lora.paths import PROJECT_ROOT, resolve_path
-from ba_lora.words import check_choice, check_keys, nearest
+from ba_lora.words import check_choice, nearest
 
 SPACES_PATH = PROJECT_ROOT / "configs" / "search"
 ENGINES = ("tpe", "random", "grid", "nomad")
@@ -40,9 +41,6 @@ OBJECTIVES = ("heldout_loss", "heldout_accuracy")
 TYPED = ("engine", "search_seed", "trials", "seeds", "trials_at_once")  # what the command line may change
 MAX_TRIALS = 100_000
 
-_SPACE_KEYS = ("title", "source", "objective", "overrides", "pruning", "warm", "parameters", *TYPED)
-_PARAMETER_KEYS = ("float", "int", "choice", "log", "start", "points", "times")
-_PRUNING_KEYS = ("percentile", "startup_trials", "warmup_steps")
 _HELDOUT_ROWS = "it changes the held-out rows, so that trials could not be compared"
 _RESERVED = {
     "seed": "the trainings' seeds are `seeds`, the engine's is `search_seed`",
@@ -117,23 +115,47 @@ class Pruning:
     warmup_steps: int = 0
 
 
-@dataclass(frozen=True)
-class SearchSpace:
-    """A search as its file and the command line ask for it; the fields are those of the file."""
+@dataclass(frozen=True, kw_only=True)
+class SearchFile:
+    """The file; see this module's head. `parameters` and `pruning` as they stand there, each read by itself."""
 
-    name: str
     title: str
-    parameters: tuple[Parameter, ...]
     objective: str
-    trials: int | None
+    parameters: dict[str, Any]
+    source: str | None = None
     engine: str = "tpe"
     search_seed: int = 0
+    trials: int | None = None
     seeds: tuple[int, ...] = (42,)
     trials_at_once: int = 1
     overrides: tuple[str, ...] = ()
-    pruning: Pruning | None = None
+    pruning: dict[str, Any] | None = None
     warm: bool = False
-    source: str | None = None
+
+
+# What stands at a parameter's key. Three of the names are Python's own, so that no class body can have them.
+ParameterEntry = make_dataclass(
+    "ParameterEntry",
+    [
+        ("float", tuple[float, ...], ()),
+        ("int", tuple[int, ...], ()),
+        ("choice", tuple[Any, ...], ()),
+        ("log", bool, False),
+        ("start", Any, None),
+        ("points", int | None, None),
+        ("times", str | None, None),
+    ],
+    frozen=True,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchSpace(SearchFile):
+    """A search as its file and the command line ask for it: the file, checked."""
+
+    name: str
+    parameters: tuple[Parameter, ...]
+    pruning: Pruning | None = None
 
     @property
     def maximise(self) -> bool:
@@ -186,80 +208,51 @@ def load_space(name: str, *, typed: Mapping[str, Any] | None = None) -> SearchSp
     if not path.is_file():
         known = available_spaces()
         raise UserError(f"no such search space: {name}{nearest(name, known)}; there are {', '.join(known)}")
-    raw = read_yaml(path)
-    check_keys(raw, _SPACE_KEYS, where=path)
-    raw |= typed or {}
-    for key in ("title", "objective", "parameters"):
-        if not raw.get(key):
-            raise UserError(f"{path}: {key} is missing; ba_lora/experiments/search/space.py describes the file")
+    file = read_mapping(SearchFile, read_yaml(path) | (typed or {}), where=path)
     try:
-        return _checked(raw, path.stem)
+        return _checked(file, path.stem)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
 
 
-def _checked(raw: dict[str, Any], name: str) -> SearchSpace:
-    if raw["objective"] not in OBJECTIVES:
+def _checked(file: SearchFile, name: str) -> SearchSpace:
+    if not file.parameters:
+        raise UserError("parameters is empty; the head of ba_lora/experiments/search/space.py describes the file")
+    if file.objective not in OBJECTIVES:
         raise UserError(
-            f"objective: {raw['objective']} is refused: choose one of {', '.join(OBJECTIVES)}; a search that looks "
+            f"objective: {file.objective} is refused: choose one of {', '.join(OBJECTIVES)}; a search that looks "
             "at a test set chooses its noise, and leaves nothing to report"
         )
-    engine = raw.get("engine", "tpe")
-    check_choice("engine", engine, ENGINES)
-    trials = raw.get("trials")
-    if trials is None and engine != "grid":
-        raise UserError(f"trials is missing: engine {engine} needs a budget")
-    for key, value, least in (
-        ("trials", trials, 1),
-        ("trials_at_once", raw.get("trials_at_once", 1), 1),
-        ("search_seed", raw.get("search_seed", 0), 0),
-    ):
-        if value is not None:
-            _whole(key, value, least=least, most=2**31 - 1 if key == "search_seed" else MAX_TRIALS)
-    seeds = raw.get("seeds", [42])
-    if not isinstance(seeds, list) or not seeds or len({*map(str, seeds)}) < len(seeds):
-        raise UserError(f"seeds: {seeds}: a list of different whole numbers is needed")
-    for seed in seeds:
-        _whole("seeds", seed, least=0, most=2**32 - 1)
-    overrides = raw.get("overrides") or []
-    if not isinstance(overrides, list) or not all(isinstance(word, str) for word in overrides):
-        raise UserError("overrides is a list of key=value words")
-    if not isinstance(raw.get("warm", False), bool):
-        raise UserError(f"warm: {raw['warm']}: true or false is needed")
-    if not isinstance(raw["parameters"], dict):
-        raise UserError("parameters is a mapping, key: {float: [low, high]}")
-    parameters = tuple(_parameter(str(key), entry) for key, entry in raw["parameters"].items())
+    check_choice("engine", file.engine, ENGINES)
+    if file.trials is None and file.engine != "grid":
+        raise UserError(f"trials is missing: engine {file.engine} needs a budget")
+    _within("trials", file.trials, 1, MAX_TRIALS)
+    _within("trials_at_once", file.trials_at_once, 1, MAX_TRIALS)
+    _within("search_seed", file.search_seed, 0, 2**31 - 1)
+    if not file.seeds or len({*file.seeds}) < len(file.seeds):
+        raise UserError(f"seeds: {[*file.seeds]}: a list of different whole numbers is needed")
+    for seed in file.seeds:
+        _within("seeds", seed, 0, 2**32 - 1)
+    parameters = tuple(_parameter(key, entry) for key, entry in file.parameters.items())
     _check_together(parameters)
-    space = SearchSpace(
-        name=name,
-        title=str(raw["title"]),
-        source=raw.get("source"),
-        parameters=parameters,
-        objective=raw["objective"],
-        engine=engine,
-        search_seed=raw.get("search_seed", 0),
-        trials=trials,
-        seeds=tuple(seeds),
-        trials_at_once=raw.get("trials_at_once", 1),
-        overrides=tuple(overrides),
-        pruning=_pruning(raw["pruning"]) if raw.get("pruning") else None,
-        warm=raw.get("warm", False),
-    )
+    found = vars(file) | {"parameters": parameters, "pruning": _pruning(file.pruning)}
+    space = SearchSpace(name=name, **found)
     assert space.budget  # of a grid: every range says how many points
     return space
 
 
-def _whole(key: str, value: Any, *, least: int, most: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+def _within(key: str, value: int | None, least: int, most: int) -> None:
+    if value is not None and not least <= value <= most:
         raise UserError(f"{key}: {value}: a whole number from {least} to {most} is needed")
 
 
-def _pruning(raw: Any) -> Pruning:
-    check_keys(raw, _PRUNING_KEYS, where="pruning")
-    pruning = Pruning(**raw)
-    _whole("pruning.startup_trials", pruning.startup_trials, least=1, most=MAX_TRIALS)
-    _whole("pruning.warmup_steps", pruning.warmup_steps, least=0, most=2**31 - 1)
-    if not isinstance(pruning.percentile, int | float) or not 0 < pruning.percentile < 100:
+def _pruning(raw: Mapping[str, Any] | None) -> Pruning | None:
+    if not raw:
+        return None
+    pruning = read_mapping(Pruning, raw, where="pruning")
+    _within("pruning.startup_trials", pruning.startup_trials, 1, MAX_TRIALS)
+    _within("pruning.warmup_steps", pruning.warmup_steps, 0, 2**31 - 1)
+    if not 0 < pruning.percentile < 100:
         raise UserError(f"pruning.percentile: {pruning.percentile}: a number between 0 and 100 is needed")
     return pruning
 
@@ -275,44 +268,36 @@ def _parameter(key: str, raw: Any) -> Parameter:
     ):
         if key.startswith(prefix) and key != "data.packing":
             raise UserError(f"{where} is refused: {reason}")
-    check_keys(raw, _PARAMETER_KEYS, where=where)
-    kinds = [kind for kind in ("float", "int", "choice") if kind in raw]
+    entry = read_mapping(ParameterEntry, raw, where=where)
+    kinds = [kind for kind in ("float", "int", "choice") if raw.get(kind) is not None]
     if len(kinds) != 1:
         raise UserError(f"{where}: one of float, int and choice is needed")
     (kind,) = kinds
-    if not isinstance(raw.get("log", False), bool):
-        raise UserError(f"{where}.log: {raw['log']}: true or false is needed")
-    if (points := raw.get("points")) is not None:
-        _whole(f"{where}.points", points, least=2, most=MAX_TRIALS)
-    values = raw[kind]
-    if not isinstance(values, list) or len(values) < 2 or (kind != "choice" and len(values) != 2):
-        wanted = "a list of at least two values" if kind == "choice" else "[low, high]"
-        raise UserError(f"{where}.{kind}: {values}: {wanted} is needed")
+    values, start = getattr(entry, kind), entry.start
+    _within(f"{where}.points", entry.points, 2, MAX_TRIALS)
     if kind == "choice":
         if unused := [name for name in ("log", "points", "times") if name in raw]:
             raise UserError(f"{where}.{unused[0]} has no effect on a choice: leave it out")
-        choices = tuple(_plain(value) for value in values)
+        choices, start = tuple(map(_plain, values)), _plain(start)
+        if len(choices) < 2:
+            raise UserError(f"{where}.choice: {[*values]}: a list of at least two values is needed")
         if len({*map(str, choices)}) < len(choices):
             raise UserError(f"{where}.choice: a value stands there twice")
-        start = _plain(raw["start"]) if "start" in raw else None
         if start is not None and start not in choices:
             raise UserError(f"{where}.start: {start} is not one of the choices")
         return Parameter(key, kind, choices=choices, start=start)
-    numbers = [*values, *([raw["start"]] if "start" in raw else [])]
-    for value in numbers:
-        if isinstance(value, bool) or not isinstance(value, int if kind == "int" else int | float):
-            raise UserError(f"{where}: {value} is no {'whole number' if kind == 'int' else 'number'}")
-        if not math.isfinite(value):
-            raise UserError(f"{where}: {value} is not finite")
-    numbers = [float(value) for value in numbers] if kind == "float" else numbers
-    low, high, start = numbers[0], numbers[1], numbers[2] if len(numbers) > 2 else None
+    if len(values) != 2:
+        raise UserError(f"{where}.{kind}: {[*values]}: [low, high] is needed")
+    if start is not None:  # of the range's own type
+        (start,) = getattr(read_mapping(ParameterEntry, {kind: [start]}, where=f"{where}.start"), kind)
+    low, high = values
     if not low < high:
         raise UserError(f"{where}.{kind}: [{low}, {high}]: the low end comes first, and below the high one")
-    if raw.get("log") and low <= 0:
+    if entry.log and low <= 0:
         raise UserError(f"{where}: log needs a low end above 0, found {low}")
     if start is not None and not low <= start <= high:
         raise UserError(f"{where}.start: {start} is outside [{low}, {high}]")
-    return Parameter(key, kind, low, high, raw.get("log", False), start=start, points=points, times=raw.get("times"))
+    return Parameter(key, kind, low, high, entry.log, start=start, points=entry.points, times=entry.times)
 
 
 def _plain(value: Any) -> Any:
