@@ -32,6 +32,22 @@ def take_options(
     return taken, others
 
 
+def read_list(key: str, text: str) -> list[str]:
+    """Return the words of `A[,B…]` or `[A,B…]`. Raises UserError where one is empty."""
+    words = [word.strip() for word in text.strip("[]").split(",")]
+    if not all(words):
+        raise UserError(f"{key}={text}: a name or several, as in {key}=A,B, are needed")
+    return words
+
+
+def read_numbers(key: str, text: str) -> tuple[int, ...]:
+    """Return the whole numbers of `0[,20…]` or `[0,20…]`. Raises UserError for anything else."""
+    words = [word.strip() for word in text.strip("[]").split(",")]
+    if not all(word.isdecimal() for word in words):
+        raise UserError(f"{key}={text}: whole numbers are needed, such as {key}=0,20")
+    return tuple(map(int, words))
+
+
 def check_choice(key: str, value: object, choices: Collection[str]) -> None:
     """Raise UserError unless `value` is one of `choices`."""
     if value not in choices:

@@ -41,7 +41,7 @@ from ba_lora.io import folder_atomic, read_object, sha256_file, write_json_atomi
 from ba_lora.locks import locked
 from ba_lora.paths import PROJECT_ROOT, written_path
 from ba_lora.prompts import build_prompt
-from ba_lora.words import take_options
+from ba_lora.words import read_numbers, take_options
 from data.tiny_llama import OPTIMIZER, train, untrained_llama
 from data.toy import FAMILIES, generate_problems, pretraining_prompt
 
@@ -308,29 +308,22 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _numbers(key: str, text: str) -> list[int]:
-    words = text.strip("[]").split(",")
-    if not all(word.strip().isdecimal() for word in words):
-        raise UserError(f"{key}={text}: whole numbers are needed, such as {key}=0,20")
-    return [int(word) for word in words]
-
-
 def main() -> None:
     parser = CommandParser(prog="python -m data.lab", description="Train tiny bases on corpora with one fault each.")
     parser.add_argument("words", nargs="+", metavar="key=value", help=f"levels of {', '.join(FACTORS)}; seeds=…")
     typed, rest = take_options(
         parser.parse_args().words, (*FACTORS, "seeds", "workers", "output"), example="rule=0,20,40"
     )
-    levels = {factor: _numbers(factor, typed[factor]) for factor in FACTORS if factor in typed}
+    levels = {factor: read_numbers(factor, typed[factor]) for factor in FACTORS if factor in typed}
     if rest or not levels or "seeds" not in typed:
         raise UserError(f"a factor with its levels and seeds are needed: rule=0,20,40 seeds=1,2; factors: {FACTORS}")
-    workers = _numbers("workers", typed.get("workers", "1"))[0]
+    workers = read_numbers("workers", typed.get("workers", "1"))[0]
     if workers < 1:
         raise UserError("workers must be at least 1")
     output = written_path(typed["output"]) if "output" in typed else PROJECT_ROOT / "outputs" / "lab"
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     bases = {}
-    for seed in _numbers("seeds", typed["seeds"]):
+    for seed in read_numbers("seeds", typed["seeds"]):
         for factor, of_factor in levels.items():
             for level in of_factor:
                 base = Base(factor, level, seed)

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,14 +44,6 @@ class RowDigest:
     @property
     def sha256(self) -> str:
         return self._sha.hexdigest()
-
-
-def canonical_sha256(rows: Iterable[dict[str, Any]], columns: Sequence[str]) -> str:
-    """Return the `RowDigest` of rows."""
-    digest = RowDigest(columns)
-    for row in rows:
-        digest.add(row)
-    return digest.sha256
 
 
 def check_rows(name: str, split: str, rows: RowDigest, *, file_sha256: str | None = None) -> dict[str, Any]:

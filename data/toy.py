@@ -145,7 +145,6 @@ FAMILIES: dict[str, Family] = {
     "average": Family(_draw_average, _average),
     "perimeter": Family(lambda rng: (rng.randint(3, 49), rng.randint(2, 40)), _perimeter),
 }
-RARE_FAMILIES = tuple(FAMILIES)[-3:]
 # WORDING[family][split] holds "openings" and "questions"; any opening goes with any question. Placeholders: the
 # operands {a}, {b}, {c}, {d}; {name}, {other} (two people); {he}, {He}; {items}, {more} (two things).
 WORDING = json.loads(Path(__file__).with_name("toy").joinpath("wording.json").read_text(encoding="utf-8"))

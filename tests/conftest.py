@@ -98,7 +98,8 @@ def grid_folder(tmp_path, monkeypatch, root) -> Path:
         ("paths", ["PROJECT_ROOT"]),
         ("config.schema", ["PROJECT_ROOT"]),
         ("experiments.spec", ["PROJECT_ROOT"]),
-        ("experiments.grid", ["GRID_PATH", "training_stage", "evaluation_stages", "evaluation_state"]),
+        ("experiments.grid", ["GRID_PATH"]),
+        ("experiments.grid_runs", ["GRID_PATH", "training_stage", "evaluation_stages", "evaluation_state"]),
         ("experiments.plan", ["evaluation_stages"]),
         ("experiments.state", ["GRID_PATH", "evaluation_state"]),
     ):

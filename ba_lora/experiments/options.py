@@ -2,14 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from ba_lora.config.checks import check_place
 from ba_lora.config.layers import override_layer
+from ba_lora.config.structured import read_typed
 from ba_lora.errors import UserError
 from ba_lora.experiments.tables import Row, Table
 from ba_lora.paths import written_path
-from ba_lora.words import nearest, take_options
+from ba_lora.words import nearest, read_list, read_numbers, take_options
 
 REPORT_OPTIONS = ("output", "allow", "page")
 MAX_WORKERS = 1024
@@ -28,6 +30,7 @@ class GridOptions:
     executor: str = "local"
     executor_settings: dict[str, Any] = field(default_factory=dict)  # typed as executor.KEY=VALUE
     cancel: bool = False
+    output: Path | None = None  # the report's folder, absolute; None: the table's own
     report: tuple[str, ...] = ()  # words for the report only, as they were typed
     running: tuple[str, ...] = ()  # words on how and where the runs are worked on, as they were typed
 
@@ -40,37 +43,27 @@ def read_grid_options(words: Sequence[str]) -> tuple[GridOptions, list[str]]:
     running = [f"{key}={typed[key]}" for key in ("workers", "retry", "cancel", "executor") if key in typed]
     running += [word for word in overrides if word.startswith(prefix)]
     overrides = [word for word in overrides if not word.startswith(prefix)]
-    if "output" in typed:
-        check_place(written_path(typed["output"]), "output")
+    output = written_path(typed["output"]) if typed.get("output") else None
+    if output is not None:
+        check_place(output, "output")
     report = tuple(f"{key}={typed.pop(key)}" for key in REPORT_OPTIONS if key in typed)
-    chosen = {key: _option(key, text) for key, text in typed.items()}
-    return GridOptions(**chosen, executor_settings=settings, report=report, running=tuple(running)), overrides
-
-
-def _option(key: str, text: str) -> object:
-    try:
-        if key == "executor":
-            return text
-        if key in ("retry", "cancel"):
-            return {"true": True, "false": False}[text.lower()]
-        if key == "only":
-            if not all(words := text.split(",")):  # an empty variable of a shell would choose every row
-                raise ValueError
-            return tuple(words)
-        if key == "seeds":
-            return tuple(int(word) for word in text.strip("[]").split(","))
-        if not 1 <= int(text) <= MAX_WORKERS:
-            raise ValueError
-        return int(text)
-    except (KeyError, ValueError) as error:
-        wanted = {
-            "retry": "true or false",
-            "cancel": "true or false",
-            "seeds": "whole numbers, [1,2]",
-            "only": "WORD[,WORD]",
-        }
-        wanted = wanted.get(key, f"a whole number from 1 to {MAX_WORKERS}")
-        raise UserError(f"{key}={text}: {wanted} is needed") from error
+    options, listed = read_typed(
+        GridOptions, [f"{key}={text}" for key, text in typed.items()], further=("seeds", "only")
+    )
+    for key in ("workers", "gpus"):
+        number = getattr(options, key)
+        if number is not None and not 1 <= number <= MAX_WORKERS:
+            raise UserError(f"{key}={number}: a whole number from 1 to {MAX_WORKERS} is needed")
+    options = replace(
+        options,
+        seeds=read_numbers("seeds", listed["seeds"]) if "seeds" in listed else None,
+        only=tuple(read_list("only", listed["only"])) if "only" in listed else (),
+        executor_settings=settings,
+        output=output,
+        report=report,
+        running=tuple(running),
+    )
+    return options, overrides
 
 
 def select_rows(table: Table, words: Sequence[str]) -> Table:

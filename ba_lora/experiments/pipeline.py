@@ -49,7 +49,7 @@ from ba_lora.runs.environment import environment, now
 from ba_lora.runs.folder import claimed_folder, is_finished
 from ba_lora.runs.results import track_evaluation, write_result
 from ba_lora.runs.results_table import labelled, results_table
-from ba_lora.words import take_options
+from ba_lora.words import read_list, take_options
 
 DEFAULT_CONFIG = "configs/nlg/toy.yaml"
 
@@ -122,7 +122,7 @@ def asked_specs(
     anything wrong in them, or where one could not write.
     """
     typed, words = take_options(words, ("method", "seed"))
-    methods, seeds = (_listed(key, typed.get(key)) for key in ("method", "seed"))
+    methods, seeds = (read_list(key, typed[key]) if key in typed else [] for key in ("method", "seed"))
     if method is not None and methods not in ([], [method]):
         raise UserError(
             f"method={','.join(methods)} beside --method {method}: give one (scripts/lora.sh, pissa.sh and full-ft.sh "
@@ -143,14 +143,6 @@ def asked_specs(
     for spec in specs:
         check_places(spec.config)
     return specs
-
-
-def _listed(key: str, text: str | None) -> list[str]:
-    """Return the values of `A[,B…]` or `[A,B…]`, none for None."""
-    values = [value.strip() for value in text.strip("[]").split(",")] if text is not None else []
-    if not all(values):
-        raise UserError(f"{key}={text}: a name or several, as in {key}=A,B, are needed")
-    return values
 
 
 def missing_judge(configs: Iterable[RunConfig], environ: Mapping[str, str]) -> str | None:

@@ -176,14 +176,20 @@ def deciding(table: Table) -> dict[str, Any]:
     return json.loads(json.dumps(found))
 
 
-def declare(table: Table, path: Path, folder: Path) -> None:
+def declaration_path(folder: Path, output: Path | None) -> Path:
+    """Return where a table's declaration is, or is to be: in the chosen folder of the report (`output`), else in the
+    table's own (`folder`). The record of a run that chose none counts for all."""
+    own = folder / DECLARED
+    return own if output is None or (own.exists() and not (output / DECLARED).exists()) else output / DECLARED
+
+
+def declare(table: Table, path: Path, record_path: Path) -> None:
     """Write down, before the first run of a table starts, what its file (`path`) says: its hash, whether the commit has
     it like that, and all that decides its tests.
 
-    The report (`folder` is its folder) tells by it whether the tests were chosen before a result was seen. The record
+    The report tells by it whether the tests were chosen before a result was seen. The record (see `declaration_path`)
     is written once; a damaged one is told by the report, never replaced.
     """
-    record_path = folder / DECLARED
     if record_path.exists():
         return
     committed = is_committed(table.sha256, path)
@@ -201,9 +207,8 @@ def declare(table: Table, path: Path, folder: Path) -> None:
     )
 
 
-def read_declaration(folder: Path) -> dict[str, Any] | None:
+def read_declaration(path: Path) -> dict[str, Any] | None:
     """Return what `declare` has written; None where there is no record. Raises UserError for a damaged one."""
-    path = folder / DECLARED
     if not path.is_file():
         return None
     record = read_object(path) or {}

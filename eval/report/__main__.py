@@ -28,11 +28,11 @@ from typing import Any
 
 from ba_lora.config.checks import check_place
 from ba_lora.errors import CommandParser, UserError, run_entry_point
-from ba_lora.experiments.state import read_declaration
+from ba_lora.experiments.state import declaration_path, read_declaration
 from ba_lora.experiments.tables import CHOSEN, find_table, load_table, report_folder
 from ba_lora.io import read_object, write_bytes_atomic, write_json_atomic, write_text_atomic
 from ba_lora.paths import PROJECT_ROOT, resolve_path, written_path
-from ba_lora.words import take_options
+from ba_lora.words import read_numbers, take_options
 from eval.report.figures import draw_figures
 from eval.report.hypothesis_figures import chosen_levels
 from eval.report.render import to_csv, to_json, to_latex, to_markdown
@@ -111,7 +111,7 @@ def _of_table(name: str, words: Sequence[str]) -> int:
         check_place(chosen, "output")
     allow = tuple(own["allow"].split(",")) if own.get("allow") else ()
     check_allowed(allow)
-    seeds = _seeds(own["seeds"]) if "seeds" in own else None
+    seeds = read_numbers("seeds", own["seeds"]) if "seeds" in own else None
     resolved = load_table(find_table(name), overrides=overrides, seeds=seeds)
     if resolved.unchosen:  # its rows would be those of other settings
         raise UserError(f"{resolved.id}: {resolved.unchosen}")
@@ -121,7 +121,8 @@ def _of_table(name: str, words: Sequence[str]) -> int:
     output = chosen or folder
     check_place(output, "output")
     command = " ".join(["sh scripts/reproduce.sh", name, *made_with])
-    sources = read_sources(spec, command=command, declared=read_declaration(folder))
+    declared = read_declaration(declaration_path(folder, chosen))
+    sources = read_sources(spec, command=command, declared=declared)
     table = build_table(spec, sources, allow=allow)
     drawn = write_report(table, sources, output)
     for figure, _ in drawn:
@@ -136,13 +137,6 @@ def _of_table(name: str, words: Sequence[str]) -> int:
     return _told(
         output / "page", write_page(output / "page", table, sources, shown_runs(table, sources), figures=drawn)
     )
-
-
-def _seeds(text: str) -> tuple[int, ...]:
-    words = text.strip("[]").split(",")
-    if not all(word.strip().isdecimal() for word in words):
-        raise UserError(f"seeds={text}: whole numbers are needed, such as seeds=[1,2]")
-    return tuple(int(word) for word in words)
 
 
 def read_sources(spec: TableSpec, *, command: str, declared: Mapping[str, Any] | None = None) -> Sources:

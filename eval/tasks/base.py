@@ -1,7 +1,7 @@
 """What a task is: where its items come from, how a completion is graded, how grades become metrics.
 
 A task is an object with the attributes and methods of `Task`; most tasks subclass it and define `items_from_rows` and
-`grade`. `eval.generate` uses `load_items`, `template`, `max_new_tokens` and `stop`; `eval.score` uses the rest.
+`grade`. `eval.generate` uses `load`, `template`, `max_new_tokens` and `stop`; `eval.score` uses the rest.
 
 Legend: an item is one row of the task's data; a completion is a model's text for one item; a grade is the verdict on
 one completion.

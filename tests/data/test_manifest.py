@@ -23,22 +23,22 @@ def digest(rows: list, columns: tuple) -> manifest.RowDigest:
 
 def test_hash_by_hand() -> None:
     text = '{"query":"2 + 2?","response":"4"}\n{"query":"Größe\\n?","response":"é"}\n'
-    assert manifest.canonical_sha256(ROWS, COLUMNS) == hashlib.sha256(text.encode()).hexdigest()
+    assert digest(ROWS, COLUMNS).sha256 == hashlib.sha256(text.encode()).hexdigest()
 
 
 def test_hash_ignores_other_columns_and_their_order_but_not_the_rows_order() -> None:
-    expected = manifest.canonical_sha256(ROWS, COLUMNS)
+    expected = digest(ROWS, COLUMNS).sha256
     swapped = [{"response": row["response"], "query": row["query"]} for row in ROWS]
-    assert manifest.canonical_sha256(swapped, COLUMNS) == expected
-    assert manifest.canonical_sha256(ROWS, COLUMNS[::-1]) == expected
-    assert manifest.canonical_sha256(ROWS[::-1], COLUMNS) != expected
-    assert manifest.canonical_sha256(ROWS[:1], COLUMNS) != expected
+    assert digest(swapped, COLUMNS).sha256 == expected
+    assert digest(ROWS, COLUMNS[::-1]).sha256 == expected
+    assert digest(ROWS[::-1], COLUMNS).sha256 != expected
+    assert digest(ROWS[:1], COLUMNS).sha256 != expected
 
 
 def test_hash_of_nested_values() -> None:
     talk = [{"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]}]
     other = [{"conversations": [{"value": "hi", "from": "human"}, {"value": "hello", "from": "gpt"}]}]
-    assert manifest.canonical_sha256(talk, ["conversations"]) == manifest.canonical_sha256(other, ["conversations"])
+    assert digest(talk, ["conversations"]).sha256 == digest(other, ["conversations"]).sha256
 
 
 def test_every_set_is_described() -> None:
@@ -64,13 +64,13 @@ def test_pinned_revision() -> None:
 
 @pytest.fixture
 def known(monkeypatch: pytest.MonkeyPatch) -> None:
-    split = {"rows": 2, "columns": list(COLUMNS), "sha256": manifest.canonical_sha256(ROWS, COLUMNS)}
+    split = {"rows": 2, "columns": list(COLUMNS), "sha256": digest(ROWS, COLUMNS).sha256}
     monkeypatch.setattr(manifest, "load", lambda: {"known": {"splits": {"train": split}}})
 
 
 def test_matches(known: None, capsys: pytest.CaptureFixture) -> None:
     result = manifest.check_rows("known", "train", digest(ROWS, COLUMNS))
-    assert result == {"sha256": manifest.canonical_sha256(ROWS, COLUMNS), "status": "matches"}
+    assert result == {"sha256": digest(ROWS, COLUMNS).sha256, "status": "matches"}
     assert capsys.readouterr().err == ""
 
 
@@ -82,7 +82,7 @@ def test_differs_warns_in_one_line_with_both_hashes(
     assert result["status"] == "differs"
     printed = capsys.readouterr().err
     assert printed.count("\n") == 1 and printed.startswith("warning: ")
-    assert result["sha256"] in printed and manifest.canonical_sha256(ROWS, COLUMNS) in printed
+    assert result["sha256"] in printed and digest(ROWS, COLUMNS).sha256 in printed
     monkeypatch.setenv("RANK", "1")
     manifest.check_rows("known", "train", digest(changed, COLUMNS))
     assert capsys.readouterr().err == ""

@@ -13,11 +13,11 @@ import time
 import pytest
 
 from ba_lora.errors import UserError
-from ba_lora.experiments import grid
+from ba_lora.experiments import grid_runs
 from ba_lora.experiments import state as grid_state
 from ba_lora.experiments.evaluation_state import STATE_FILE
 from ba_lora.experiments.executors.local import LocalExecutor
-from ba_lora.experiments.grid import Grid
+from ba_lora.experiments.grid_runs import Grid
 from ba_lora.experiments.options import read_grid_options, rows_for_gpus, select_rows
 from ba_lora.experiments.plan import dry_run, plan_runs
 from ba_lora.experiments.preparation import GRID_MODULE, prepare, prepare_words
@@ -67,8 +67,8 @@ def test_every_run_once_and_generation_together(folder):
 
 
 def test_what_begins_and_what_runs_long_is_told(folder, monkeypatch):
-    monkeypatch.setattr("ba_lora.experiments.grid.POLL_S", 0.05)
-    monkeypatch.setattr("ba_lora.experiments.grid.QUIET_S", 0.2)
+    monkeypatch.setattr("ba_lora.experiments.grid_runs.POLL_S", 0.05)
+    monkeypatch.setattr("ba_lora.experiments.grid_runs.QUIET_S", 0.2)
     monkeypatch.setenv("FAKE_SECONDS", "0.6")
     table = fake_grid.table(folder, seeds=[1])
     lines, started = [], time.monotonic()
@@ -244,7 +244,7 @@ def test_what_is_wrong_with_one_run_fails_that_run_alone(folder, monkeypatch, do
     """Nothing of it is left behind that would keep it from being done once it is fixed."""
     table = fake_grid.table(folder, seeds=[1])
     bad, good = paths_of(table)
-    real = getattr(grid, doing)
+    real = getattr(grid_runs, doing)
 
     def raising(asked, *words, **settings):
         spec = asked if doing == "inspect" else asked[0]
@@ -253,7 +253,7 @@ def test_what_is_wrong_with_one_run_fails_that_run_alone(folder, monkeypatch, do
         return real(asked, *words, **settings)
 
     with monkeypatch.context() as broken:
-        broken.setattr(grid, doing, raising)
+        broken.setattr(grid_runs, doing, raising)
         lines = []
         filled = fake_grid.run(table, workers=2, say=lines.append)
     assert filled.failed == {bad: "its data are gone: bring them back"} and filled.done == {good}
@@ -407,9 +407,9 @@ def test_the_words_of_the_command_line():
     assert overrides == ["data.num_rows=5"]
     for word, message in {
         "workers=0": "workers=0: a whole number from 1 to 1024 is needed",
-        "retry=yes": "retry=yes: true or false is needed",
+        "retry=often": "retry=often: true or false is needed",
         "seeds=[a]": "whole numbers",
-        "only=": "only=: WORD.,WORD. is needed",
+        "only=": "only=: a name or several, as in only=A,B",
         "toy": "cannot read 'toy'",
     }.items():
         with pytest.raises(UserError, match=message):

@@ -158,7 +158,8 @@ def test_a_refused_run_is_not_trained_and_the_others_are(grid_folder, monkeypatc
     monkeypatch.setattr(grid, "check_columns", lambda table: None)
     monkeypatch.setattr(grid, "open_executor", lambda *_, **__: LocalExecutor([Slot("worker", {})]))
     monkeypatch.setattr(grid, "subprocess", SimpleNamespace(run=lambda *_, **__: SimpleNamespace(returncode=0)))
-    monkeypatch.setattr(sys, "argv", ["grid", str(grid_folder / "fake.yaml"), "seeds=1"])
+    command = ["grid", str(grid_folder / "fake.yaml"), "seeds=1"]
+    monkeypatch.setattr(sys, "argv", [*command, f"output={grid_folder}/chosen"])
     name = bad.config.run_path.name
     assert grid.main() == 1
     printed = capsys.readouterr().out
@@ -166,11 +167,16 @@ def test_a_refused_run_is_not_trained_and_the_others_are(grid_folder, monkeypatc
     assert f"failed: {name}: {error}\n" in printed and "1 of 2 done, 1 failed" in printed
     assert not any(name in line for line in fake_grid.ledger(grid_folder))
     assert good.config.result_path.is_file()
-    [record] = (grid_folder / "reports").glob("fake-*/declared.json")  # of before the first run
-    declared = json.loads(record.read_text())
+    declared = json.loads((grid_folder / "chosen" / "declared.json").read_text())  # of before the first run
     assert (declared["num_results"], declared["tests"]["seeds"], declared["sha256"]) == (0, [1], table.sha256)
     assert declared["dirty"] is True  # no commit has this table
-    monkeypatch.setattr(sys, "argv", [*sys.argv, "--dry-run"])
+    assert not (grid_folder / "reports").exists()
+    monkeypatch.setattr(sys, "argv", command)
+    assert grid.main() == 1
+    [record] = (grid_folder / "reports").glob("fake-*/declared.json")
+    assert json.loads(record.read_text())["num_results"] == 1
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", [*command, "--dry-run"])
     assert grid.main() == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("failed ") and lines[1].strip() == error and lines[3].endswith("1 failed, 1 done")

@@ -319,7 +319,7 @@ def test_outcomes_are_told_in_order(tmp_path, write):
         (["toy", "toy", "trials=many"], "trials=many: a whole number"),
         (["toy", "toy", "engine=tpe,tpe"], "named twice"),
         (["toy", "toy", "engine=bayes"], "engine=bayes is unknown"),
-        (["toy", "toy", "seeds=1,a"], "seeds=a: a whole number"),
+        (["toy", "toy", "seeds=1,a"], "seeds=1,a: whole numbers are needed"),
         (["toy", "toy", "method=lola"], "lola"),
         (["toy", "toy", "workers=0"], "workers=0"),
         (["toy", "toy", "trainer.learning_rate=1"], "the search chooses trainer.learning_rate"),

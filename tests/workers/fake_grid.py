@@ -9,7 +9,7 @@ import yaml
 
 from ba_lora import paths
 from ba_lora.config import schema as config
-from ba_lora.experiments import grid, stages
+from ba_lora.experiments import grid, grid_runs, stages
 from ba_lora.experiments import plan as grid_plan
 from ba_lora.experiments import spec as grid_spec
 from ba_lora.experiments import state as grid_state
@@ -35,10 +35,10 @@ def use(folder):
     folder.mkdir(parents=True, exist_ok=True)
     os.environ["FAKE"] = str(folder)
     paths.PROJECT_ROOT = config.PROJECT_ROOT = grid_spec.PROJECT_ROOT = folder
-    grid.GRID_PATH = grid_state.GRID_PATH = folder / "outputs" / ".grid"
-    grid.training_stage = _training_stage
-    grid.evaluation_stages = grid_plan.evaluation_stages = _evaluation_stages
-    grid.evaluation_state = grid_state.evaluation_state = lambda config: {
+    grid.GRID_PATH = grid_runs.GRID_PATH = grid_state.GRID_PATH = folder / "outputs" / ".grid"
+    grid_runs.training_stage = _training_stage
+    grid_runs.evaluation_stages = grid_plan.evaluation_stages = _evaluation_stages
+    grid_runs.evaluation_state = grid_state.evaluation_state = lambda config: {
         "training": sha256_file(config.run_path / "train.json"),
         "eval": {"tasks": config.eval.tasks, "limit": config.eval.limit},
     }
@@ -73,7 +73,7 @@ def run(loaded, *, workers=2, executor=None, graders=GRADERS, say=lambda line: N
     """Fill the table, by this machine's workers unless there is another executor; return the grid."""
     if executor is None:
         executor = LocalExecutor([Slot(f"worker {number}", {}) for number in range(workers)])
-    filled = grid.Grid(loaded, executor, graders=graders, say=say, **settings)
+    filled = grid_runs.Grid(loaded, executor, graders=graders, say=say, **settings)
     filled.run()
     return filled
 

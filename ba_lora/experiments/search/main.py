@@ -44,7 +44,7 @@ from ba_lora.experiments.stages import launch_command, training_stage
 from ba_lora.experiments.state import GRID_PATH
 from ba_lora.locks import locked
 from ba_lora.paths import PROJECT_ROOT, stage_environment, written_path
-from ba_lora.words import take_options
+from ba_lora.words import read_list, read_numbers, take_options
 
 OWN = ("output", "workers", "gpus", "method", *TYPED)
 
@@ -147,11 +147,10 @@ def _spaces(name: str, typed: dict[str, str]) -> list[SearchSpace]:
     """Return the space once for each engine and seed that is typed."""
     values: dict[str, Any] = {key: _number(key, typed.get(key), least=0) for key in ("trials", "trials_at_once")}
     if "seeds" in typed:
-        values["seeds"] = [_number("seeds", word, least=0) for word in typed["seeds"].strip("[]").split(",")]
+        values["seeds"] = read_numbers("seeds", typed["seeds"])
     values = {key: value for key, value in values.items() if value is not None}
-    engines = typed["engine"].split(",") if "engine" in typed else [None]
-    texts = typed["search_seed"].strip("[]").split(",") if "search_seed" in typed else [None]
-    seeds = [_number("search_seed", text, least=0) for text in texts]
+    engines = read_list("engine", typed["engine"]) if "engine" in typed else [None]
+    seeds = read_numbers("search_seed", typed["search_seed"]) if "search_seed" in typed else [None]
     own = [
         values | {key: value for key, value in (("engine", engine), ("search_seed", seed)) if value is not None}
         for engine in engines

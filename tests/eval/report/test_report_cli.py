@@ -267,7 +267,8 @@ def test_the_report_tells_what_was_declared_before_the_first_run(table_path, rep
     table["report"]["primary"] = [{"column": "strict", "focus": "ba_lora", "against": "lora"}]
     table_path.write_text(yaml.safe_dump(table, sort_keys=False))
     folder = report_folder("two")
-    grid_state.declare(load_table(table_path), table_path, folder)
+    record_path = grid_state.declaration_path(folder, None)
+    grid_state.declare(load_table(table_path), table_path, record_path)
     fill(table_path)
     report(table_path)
     assert "sha256" in (told := capsys.readouterr().out) and "its primary tests are as declared" in told
@@ -287,7 +288,7 @@ def test_the_report_tells_what_was_declared_before_the_first_run(table_path, rep
     table["report"]["primary"][0]["column"] = "seconds"
     table["columns"]["seconds"]["task"] = "toy"
     table_path.write_text(yaml.safe_dump(table, sort_keys=False))
-    grid_state.declare(load_table(table_path), table_path, folder)  # the record of the first run stays
+    grid_state.declare(load_table(table_path), table_path, record_path)  # the record of the first run stays
     report(table_path)
     told = capsys.readouterr().out
     assert "the file was changed since; what decides its tests was changed (columns, report): all tests" in told
@@ -297,10 +298,32 @@ def test_the_report_tells_what_was_declared_before_the_first_run(table_path, rep
         UserError, match="report.primary: the table has no comparison of lora against ba_lora in strict"
     ):
         report(table_path)
-    (folder / "declared.json").write_text("{}")
+    record_path.write_text("{}")
     table_path.write_text(yaml.safe_dump(table | {"report": {}}, sort_keys=False))
     with pytest.raises(UserError, match="declared.json is damaged"):
         report(table_path)
+
+
+def test_a_declaration_lies_in_the_chosen_folder_and_counts_there(table_path, report, tmp_path, monkeypatch, capsys):
+    """Nothing is left in results/<table>, and the family is compared as one that was declared before a result."""
+    monkeypatch.setattr(tables, "RESULTS_PATH", tmp_path / "results")
+    table = yaml.safe_load(table_path.read_text())
+    table["report"]["primary"] = [{"column": "strict", "focus": "ba_lora", "against": "lora"}]
+    table_path.write_text(yaml.safe_dump(table, sort_keys=False))
+    folder, output = report_folder("two"), tmp_path / "report"
+    chosen = grid_state.declaration_path(folder, output)
+    assert chosen == output / "declared.json"
+    grid_state.declare(load_table(table_path), table_path, chosen)
+    fill(table_path)
+    report(table_path)
+    assert "its primary tests are as declared" in capsys.readouterr().out and not folder.exists()
+    comparisons = json.loads((output / "table.json").read_text())["comparisons"]
+    assert [one["column"] for one in comparisons if one["family"] == "primary"] == ["strict"]
+    later = grid_state.declaration_path(folder, None)  # a report of results/<table> has its own: now with results
+    grid_state.declare(load_table(table_path), table_path, later)
+    assert grid_state.read_declaration(later)["num_results"] == 4
+    assert grid_state.declaration_path(folder, output) == chosen
+    assert grid_state.declaration_path(folder, tmp_path / "other") == later  # as long as that folder has none
 
 
 def test_a_primary_family_has_at_most_five_tests(table_path, report):
