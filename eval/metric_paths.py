@@ -38,10 +38,10 @@ def patterns(task: str) -> list[tuple[str, str]]:
         if not of_set:
             known = [*TASKS, inheritance.NAME, likelihood.NAME, *(one for name in GLUE_TASKS for one in own_sets(name))]
             raise UserError(f"task {task} is unknown{nearest(task, known)}")
-        names = [*dict.fromkeys(metric for name in of_set for metric in GLUE_TASKS[name].metrics), *CLASS_METRICS]
-        names += [f"per_class.{name}" for name in CLASS_METRICS] + ["nll", "in_domain", "drop"]
-        labels = dict.fromkeys(label for name in of_set for label in GLUE_TASKS[name].labels)
-        names += [f"per_class.recall.{label}" for label in labels]
+        names = [*dict.fromkeys(metric for name in of_set for metric in GLUE_TASKS[name].metrics), "in_domain", "drop"]
+        if labels := dict.fromkeys(label for name in of_set for label in GLUE_TASKS[name].labels):  # no regression
+            names += ["nll", *CLASS_METRICS, *(f"per_class.{name}" for name in CLASS_METRICS)]
+            names += [f"per_class.recall.{label}" for label in labels]
         groups = ()
     found = [(name, re.escape(name)) for name in (*names, *COUNTS)]
     of_names = "|".join(map(re.escape, names))

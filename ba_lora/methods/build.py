@@ -174,6 +174,8 @@ def _build_on_factors(
         pissa.load_factors(model, factors, subtract=False)
     if init.residual:
         model.peft_config[DEFAULT].init_lora_weights = config.adapter.init
+    if init.corrects:  # PEFT's own mark of an adapter that is for a rounded base
+        model.peft_config[DEFAULT].loftq_config = {"loftq_bits": 4, "loftq_iter": 1}
     return model
 
 
@@ -245,7 +247,10 @@ def left_out_experts(model: "nn.Module") -> str | None:
     if settings is None or not experts:
         return None
     adapted = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in settings.target_modules}))
-    return f"adapter: on {adapted}; the fused experts and the routers stay as they are, in every method"
+    return (
+        f"adapter: on {adapted}; the fused experts and the routers stay as they are, and no load-balancing loss is "
+        "added, in every method"
+    )
 
 
 def _check_targets(model: "nn.Module", config: RunConfig, method: TrainingMethod) -> list[str]:

@@ -6,8 +6,8 @@
 `regularizers.lambda_mode=adaptive_kl`: the controller of RLHF (Ziegler et al. 2019, arXiv 1909.08593, section 2.2; gain
 0.1). KL(t) is the mean over the response positions (a classifier: the rows) of optimizer step t, in nats, from the
 pre-trained model to the trained one at the term's temperature: the term without its T². Theirs goes the other way, over
-samples of the trained model. λ starts at lambda_consistency, and stays within LAMBDA_LIMITS, so that a target that is
-out of reach does not carry it away.
+samples of the trained model. With a reference cache of K tokens it is over K + 1 outcomes, a lower bound. λ starts at
+lambda_consistency, and stays within LAMBDA_LIMITS, so that a target that is out of reach does not carry it away.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -81,6 +81,8 @@ def write_model_card(run_path: Path, config: RunConfig, result: dict[str, Any]) 
 
 def _note(name: str, config: RunConfig) -> str:
     """Return what must be said of a folder that cannot be loaded on the untouched base; "" for the others."""
+    if name == "adapter" and init_facts(config.adapter).get("corrects"):
+        return "\nThis is the adapter as trained, on the base in 4 bit (NF4). On the base as published use `merged/`.\n"
     if name != "adapter" or not writes_lora(config.adapter):
         return ""
     note = (

@@ -182,6 +182,8 @@ def adapter_parts(folder: Path) -> tuple[Path, dict[str, Any]]:
             plain = read_json(folder / settings)
             if plain.get("peft_type") != "LORA":
                 raise UserError(f"{folder} is an adapter of {plain.get('peft_type')}, and only LoRA's can be converted")
+            if plain.get("loftq_config"):
+                raise UserError(f"{folder} makes up for the rounding of its 4-bit base (LoftQ): take the run's merged/")
             return folder / weights, plain
     raise UserError(f"{folder} holds no adapter: {' and '.join(PUBLISHED)} are needed (no pickles)")
 

@@ -1,6 +1,7 @@
 """What a run ran on: packages, git commit, hardware, and its peak memory."""
 
 import datetime
+import functools
 import hashlib
 import importlib.metadata
 import os
@@ -32,7 +33,7 @@ def environment(*, num_processes: int = 1, num_gpus: Sequence[int] = ()) -> dict
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "python": platform.python_version(),
         "packages": _versions(),
-        "git": git_state(),
+        "git": code_state(),
         "hardware": {
             "cpu": platform.processor() or platform.machine(),
             "cpu_cores": os.cpu_count(),
@@ -78,6 +79,13 @@ def is_committed(sha256: str, path: Path) -> bool | None:
     if shown.returncode and git_state()["commit"] is None:
         return None
     return shown.returncode == 0 and hashlib.sha256(shown.stdout).hexdigest() == sha256
+
+
+@functools.cache
+def code_state() -> dict[str, Any]:
+    """Return `git_state` as it was when this process, or the one that it was forked from, first asked: that is the code
+    which it has loaded, whatever is checked out while it runs."""
+    return git_state()
 
 
 def git_state() -> dict[str, Any]:

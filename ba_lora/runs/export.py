@@ -288,7 +288,7 @@ def _trained_dequantized(config: RunConfig, run_path: Path) -> "nn.Module":
     folder = run_path / "adapter" if residual else serving_adapter(run_path)
     weights_name, settings_name = adapter_files(config) if residual else ADAPTER_FILES
     settings = json.loads((folder / settings_name).read_text())
-    plain = {"init_lora_weights": True, "inference_mode": False, "base_model_name_or_path": None}
+    plain = {"init_lora_weights": True, "loftq_config": {}, "inference_mode": False, "base_model_name_or_path": None}
     settings = LoraConfig.from_peft_type(**settings | plain)
     model = get_peft_model(load_dequantized(config, source=source), settings)
     set_peft_model_state_dict(model, load_tensors(folder / weights_name))

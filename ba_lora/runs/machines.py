@@ -25,7 +25,7 @@ from ba_lora.config.schema import RunConfig, setting_differences, training_setti
 from ba_lora.errors import UserError
 from ba_lora.io import sha256_file
 from ba_lora.paths import PROJECT_ROOT, resolve_path
-from ba_lora.runs.environment import git_state
+from ba_lora.runs.environment import code_state
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -67,7 +67,7 @@ def meet(process: PartialState, config: RunConfig) -> list[RunMachine]:
         first = process.process_index
         end = next((start for start in starts if start > first), process.num_processes)
         machine = _this_machine([*range(first, end)])
-        machine.commit, machine.files = git_state()["commit"], _source_hashes()
+        machine.commit, machine.files = code_state()["commit"], _source_hashes()
         machine.settings = training_settings(config) | {"run folder": str(config.run_path)}
         machine.data = {name: _file_hash(resolve_path(name)) for name in config.data_files}
         own = [machine]

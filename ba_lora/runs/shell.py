@@ -24,7 +24,7 @@ from ba_lora.methods.build import build_model, parameter_counts, probe_logits
 from ba_lora.models.source import hub_commit
 from ba_lora.processes import on_main_process, start_processes
 from ba_lora.runs.card import write_model_card
-from ba_lora.runs.environment import environment, peak_memory_mb, reset_peak_memory, total_peak_memory_mb
+from ba_lora.runs.environment import code_state, environment, peak_memory_mb, reset_peak_memory, total_peak_memory_mb
 from ba_lora.runs.export import export_run, push_to_hub, save_trained
 from ba_lora.runs.folder import (
     claimed_folder,
@@ -75,6 +75,8 @@ class TrainingRun:
         self.machines, self.stop = machines, stop
         self.run_path: Path = config.run_path
         self.print = process.print
+        if process.is_main_process:
+            code_state()  # before the code changes on the disk
 
     def build_model(self, dataset: "Dataset", tokenizer: PreTrainedTokenizerBase, **keywords: Any) -> PreTrainedModel:
         """Return the pre-trained model with the method's adapter; `keywords` go to methods.build.build_model.

@@ -5,7 +5,8 @@ run's id and config, the memory, and that a resumed run goes on where it was. `t
 evaluation, which are made after the training by another process. Nothing leaves the machine unless the environment or
 trainer.trackio_space_id asks for it.
 
-TensorBoard's files lie in the run's folder, W&B's in its wandb/, Trackio's where TRACKIO_DIR says.
+TensorBoard's files lie in the run's folder, or in one of its name where TENSORBOARD_LOGGING_DIR says; W&B's in its
+wandb/, Trackio's where TRACKIO_DIR says.
 """
 
 import contextlib
@@ -56,14 +57,20 @@ def _plain(config: RunConfig) -> dict[str, Any]:
     return public(dataclasses.asdict(config))
 
 
+def _tensorboard_folder(run_path: Path) -> Path:
+    chosen = os.environ.get("TENSORBOARD_LOGGING_DIR")
+    return Path(chosen) / run_path.name if chosen else run_path
+
+
 def _open_tensorboard(config: RunConfig, callback: Any, args: Any, state: Any, model: Any) -> None:
     from torch.utils.tensorboard import SummaryWriter
 
-    callback.logging_dir = str(config.run_path)
+    folder = _tensorboard_folder(config.run_path)
+    callback.logging_dir = str(folder)
     # What was logged after the checkpoint that a resumed run starts from is logged again, and hidden where it was.
     resumed = {"purge_step": state.global_step + 1} if state.global_step else {}
     if not resumed:
-        for path in config.run_path.glob("events.out.tfevents.*"):
+        for path in folder.glob("events.out.tfevents.*"):
             path.unlink()
     callback.tb_writer = SummaryWriter(callback.logging_dir, **resumed)
     callback.tb_writer.add_text("config", f"```yaml\n{to_yaml(config, for_others=True)}```", state.global_step)
@@ -143,7 +150,7 @@ def track_scores(run_path: Path, result: dict[str, Any]) -> None:
 def _add_to_tensorboard(run_path: Path, run_id: str, trainer: dict, scores: dict[str, float], step: int) -> None:
     from torch.utils.tensorboard import SummaryWriter
 
-    with SummaryWriter(str(run_path)) as writer:
+    with SummaryWriter(str(_tensorboard_folder(run_path))) as writer:
         for name, value in scores.items():
             writer.add_scalar(name, value, step)
 

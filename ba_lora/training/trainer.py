@@ -75,6 +75,7 @@ class BALoRATrainer(Trainer):
     `padding_share`.
     Evaluation logs `eval_loss`, the whole loss under the λ of that step (Trainer's mean over batches, by rows), and
     `eval_task`, the task's loss by itself (the mean over all response positions): compare methods by the latter.
+    L_task has no load-balancing loss, also where a model with experts would add one (output_router_logits).
     A loss that is inf or NaN, or weights that are after the last step, end the training with a UserError.
     """
 

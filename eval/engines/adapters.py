@@ -23,21 +23,23 @@ if TYPE_CHECKING:
 
 WEIGHTS = "adapter_model.safetensors"
 VLLM_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the values vLLM takes for max_lora_rank
-# Initialisations that take the adapter's first product out of the base: such an adapter is wrong on the base itself.
-BASE_CHANGING = (*RESIDUAL_INITS, "loftq")
 
 
 def read_adapter(path: str | Path) -> dict[str, Any]:
     """Return the adapter_config.json of a PEFT adapter that fits its base as published.
 
-    Raises UserError where there is none, or where the adapter belongs to changed base weights (PiSSA and its kin).
+    Raises UserError where there is none, or where the adapter belongs to changed base weights (PiSSA and its kin, whose
+    first product was taken out of the base; LoftQ, whose base is in 4 bit).
     """
     path = Path(path)
-    settings = read_json(path / "adapter_config.json")
-    if not isinstance(settings, dict):
-        raise UserError(f"{path}/adapter_config.json: a JSON object is needed; copy the adapter again")
+    settings = _read_json_settings(path)
     initialisation = str(settings.get("init_lora_weights", ""))
-    if initialisation.lower().startswith(BASE_CHANGING):
+    if settings.get("loftq_config"):
+        raise UserError(
+            f"{path} was trained on a 4-bit base, whose rounding it makes up for (LoftQ), and is wrong on the base as "
+            f"published: serve the merged model, {path.parent / 'merged'}"
+        )
+    if initialisation.lower().startswith(RESIDUAL_INITS):
         raise UserError(
             f"{path} was trained on a changed base (init_lora_weights={initialisation}) and is wrong on the base "
             f"itself: serve its conversion, {path.parent / 'lora'}, or the merged model"
@@ -45,9 +47,16 @@ def read_adapter(path: str | Path) -> dict[str, Any]:
     return settings
 
 
+def _read_json_settings(path: Path) -> dict[str, Any]:
+    settings = read_json(path / "adapter_config.json")
+    if not isinstance(settings, dict):
+        raise UserError(f"{path}/adapter_config.json: a JSON object is needed; copy the adapter again")
+    return settings
+
+
 def adapter_base(path: str | Path) -> str:
     """Return the base that a PEFT adapter folder names. Raises UserError where it names none."""
-    base = read_adapter(path).get("base_model_name_or_path")
+    base = _read_json_settings(Path(path)).get("base_model_name_or_path")
     if not base:
         raise UserError(f"{path}/adapter_config.json names no base_model_name_or_path: write the base into it")
     local = resolve_path(base)

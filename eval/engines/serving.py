@@ -53,6 +53,7 @@ def plan_serving(models: Sequence[str], *, serve: str = "auto", revision: str | 
             else:
                 raise UserError(f"{name} holds neither merged/ nor an adapter to serve: finish its training and export")
         elif (path / "adapter_config.json").is_file():
+            adapters.read_adapter(path)  # refused here, before any model is loaded
             served.append(ServedModel(name, adapters.adapter_base(path), "adapter", adapter=path, revision=revision))
         else:
             engines.require_model(name)

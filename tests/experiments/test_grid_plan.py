@@ -192,6 +192,7 @@ def test_a_refused_run_is_not_trained_and_the_others_are(grid_folder, monkeypatc
         ("mt_bench", "strict", "mt_bench has rating"),
         ("inheritance", "perplexity", "inheritance has .*perplexity.before, perplexity.after"),
         ("cola", "accuracy", "cola has matthews"),
+        ("stsb", "nll", "stsb has pearson"),
         ("mnli", "per_class.recall.contradicton", "nearest: per_class.recall.contradiction"),
         ("gsm8", "strict", "task gsm8 is unknown .*nearest: gsm8k"),
     ],

@@ -10,6 +10,9 @@ from ba_lora.io import read_json, read_jsonl
 from ba_lora.methods.build import build_model
 from ba_lora.models.load import load_model
 from ba_lora.models.pretrained import load_dequantized
+from ba_lora.runs.convert import merge_adapter
+from eval.engines.requests import weights_state
+from eval.engines.serving import plan_serving
 from tests.support.tiny import only_result
 
 NF4 = "model.quantization=nf4"
@@ -101,6 +104,13 @@ def test_loftq_makes_up_for_the_rounding_and_its_reference_is_what_it_starts_fro
     first, second = read_jsonl(run / "log.jsonl")[:2]
     assert first["consistency"] == pytest.approx(0, abs=1e-9) and second["consistency"] > 1e-9
     assert not (run / "residual").exists() and not (run / "lora").exists()
+    assert "NF4" in (run / "adapter" / "README.md").read_text(encoding="utf-8")
+    with pytest.raises(UserError, match="was trained on a 4-bit base"):
+        plan_serving([str(run / "adapter")])
+    (served,) = plan_serving([str(run)])
+    assert served.base == str(run / "merged") and weights_state(served)
+    with pytest.raises(UserError, match="makes up for the rounding of its 4-bit base"):
+        merge_adapter(run / "adapter", run / "elsewhere")
 
 
 def test_a_resumed_loftq_run_starts_from_its_own_factors(train, monkeypatch):

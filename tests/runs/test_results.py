@@ -14,7 +14,7 @@ from ba_lora.experiments.tables import find_table, load_table
 from ba_lora.io import read_json, write_json_atomic
 from ba_lora.prompts import prompt_hash
 from ba_lora.runs import folder as run
-from ba_lora.runs.environment import environment, git_state, hardware_name
+from ba_lora.runs.environment import code_state, environment, git_state, hardware_name
 from ba_lora.runs.results import assemble, write_result
 from tests.support.committed import committed_paths, committed_text
 
@@ -75,6 +75,13 @@ def test_what_a_run_writes_does_not_make_the_code_dirty(tmp_path, monkeypatch):
     assert git_state() == clean
     (tmp_path / "scripts" / "results.py").write_text("after")
     assert git_state() == clean | {"dirty": True}
+    code_state.cache_clear()
+    try:
+        assert code_state() == clean | {"dirty": True}
+        git("checkout", "scripts")
+        assert git_state() == clean and code_state() == clean | {"dirty": True}  # of what this process has loaded
+    finally:
+        code_state.cache_clear()
 
 
 def test_committed_results_come_from_real_runs():

@@ -2,10 +2,12 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 
 from ba_lora.runs.results import refresh_result
+from ba_lora.runs.tracking import _tensorboard_folder
 from ba_lora.training.trainer import BALoRATrainer
 from tests.config.test_config_values import refused
 from tests.support.tiny import only_result
@@ -109,3 +111,10 @@ def test_scores_that_cannot_be_tracked_are_told(train, tmp_path, monkeypatch, ca
 
 def test_the_name_of_a_tracked_run_is_the_runs():
     refused("trainer.run_name=mine", match="tracked runs have the run's id")
+
+
+def test_tensorboards_folder_may_be_chosen_and_each_run_has_its_own(monkeypatch, tmp_path):
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
+    assert _tensorboard_folder(tmp_path / "toy-1") == tmp_path / "toy-1"
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "/logs")
+    assert _tensorboard_folder(tmp_path / "toy-1") == Path("/logs/toy-1")

@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 
 from ba_lora.config.trainer import argument_types
+from ba_lora.runs.environment import code_state
 
 LIBRARIES = ("transformers.trainer", "peft.tuners.lora", "torch.profiler", "deepspeed", "evaluate")
 SCRIPTS = ("train_nlg", "train_nlu", "eval.engines.hf", "eval.tasks", "eval.scoring", "eval.run_models")
@@ -12,3 +13,4 @@ for name in (*SCRIPTS, *LIBRARIES):
     if importlib.util.find_spec(name) is not None:
         importlib.import_module(name)
 argument_types()  # read from a long source text, once
+code_state()  # the results name the code that has been imported here
