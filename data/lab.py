@@ -28,7 +28,7 @@ import random
 import re
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -251,9 +251,7 @@ def _make(folder: Path, start: Path | None, texts: Iterator[str], *, settings: d
     recipe |= {"start_sha256": sha256_file(start / "model.safetensors") if start else None}
     folder.parent.mkdir(parents=True, exist_ok=True)
     with locked(folder.with_name(f".{folder.name}.lock"), doing=f"trains {folder.name}", made=folder, wait=True):
-        if kept := read_object(folder / "lab.json"):
-            if {"corpus_sha256": recipe["corpus_sha256"]} | kept["recipe"] != recipe:  # older ones have no hash
-                raise UserError(f"{folder} was made by another recipe: move it away, or give another output=DIR")
+        if is_made(folder, recipe):
             return
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -264,7 +262,7 @@ def _make(folder: Path, start: Path | None, texts: Iterator[str], *, settings: d
         packed = _Packed(texts, tokenizer, length=settings["length"])
         num_steps = settings["num_steps"]
         trained = train(
-            model, packed.batch, num_steps=num_steps, settings=settings, say=lambda line: _say(f"{folder.name}: {line}")
+            model, packed.batch, num_steps=num_steps, settings=settings, say=lambda line: say(f"{folder.name}: {line}")
         )
         facts: dict[str, Any] = {"recipe": recipe, "num_texts": packed.num_texts}
         if start is not None:
@@ -275,7 +273,15 @@ def _make(folder: Path, start: Path | None, texts: Iterator[str], *, settings: d
             tokenizer.save_pretrained(temporary)
             facts |= {"sha256": sha256_file(temporary / "model.safetensors"), **trained}
             write_json_atomic(temporary / "lab.json", facts)
-        _say(f"{folder.name}: {_checked(facts)}, {trained['cpu_seconds']} s of CPU")
+        say(f"{folder.name}: {_checked(facts)}, {trained['cpu_seconds']} s of CPU")
+
+
+def is_made(folder: Path, recipe: dict[str, Any]) -> bool:
+    """Return whether a folder holds what a recipe makes. Raises UserError where it holds that of another one."""
+    kept = read_object(folder / "lab.json")
+    if kept and {"corpus_sha256": recipe["corpus_sha256"]} | kept["recipe"] != recipe:  # older ones have no hash
+        raise UserError(f"{folder} was made by another recipe: move it away, or give another output=DIR")
+    return bool(kept)
 
 
 def _checked(facts: dict[str, Any]) -> str:
@@ -304,8 +310,16 @@ def accuracy_in_frame(model, tokenizer, *, num_rows: int = 200) -> float:
     return sum(right) / len(rows)
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
+
+
+def read_workers(typed: Mapping[str, str]) -> int:
+    """Return `workers` of the words, 1 without it."""
+    workers = read_numbers("workers", typed.get("workers", "1"))[0]
+    if workers < 1:
+        raise UserError("workers must be at least 1")
+    return workers
 
 
 def main() -> None:
@@ -317,9 +331,7 @@ def main() -> None:
     levels = {factor: read_numbers(factor, typed[factor]) for factor in FACTORS if factor in typed}
     if rest or not levels or "seeds" not in typed:
         raise UserError(f"a factor with its levels and seeds are needed: rule=0,20,40 seeds=1,2; factors: {FACTORS}")
-    workers = read_numbers("workers", typed.get("workers", "1"))[0]
-    if workers < 1:
-        raise UserError("workers must be at least 1")
+    workers = read_workers(typed)
     output = written_path(typed["output"]) if "output" in typed else PROJECT_ROOT / "outputs" / "lab"
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     bases = {}
@@ -329,20 +341,23 @@ def main() -> None:
                 base = Base(factor, level, seed)
                 bases.setdefault(base.name, base)
     write_shared(output)
+    calls = [(make_start, seed, output) for seed in dict.fromkeys(base.seed for base in bases.values())]
+    calls += [(make_base, base, output) for base in bases.values()]  # later: no worker waits for another one's start
+    call_all(calls, workers)
+    print(f"{len(bases)} bases in {output / 'bases'}")
+
+
+def call_all(calls: Sequence[tuple[Any, ...]], workers: int) -> None:
+    """Call each function with what follows it, in this order, in processes; the first error ends all."""
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         try:
-            for step in (  # the first parts first: no worker waits for another one's
-                [pool.submit(make_start, seed, output) for seed in dict.fromkeys(base.seed for base in bases.values())],
-                [pool.submit(make_base, base, output) for base in bases.values()],
-            ):
-                for made in step:
-                    made.result()
+            for made in [pool.submit(*call) for call in calls]:
+                made.result()
         except BaseException:  # else the pool would first do all that waits
             pool.shutdown(wait=False, cancel_futures=True)
             for worker in active_children():
                 worker.terminate()
             raise
-    print(f"{len(bases)} bases in {output / 'bases'}")
 
 
 if __name__ == "__main__":

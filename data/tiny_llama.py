@@ -1,13 +1,14 @@
-"""The tiny Llama of the embedded default and its training from scratch: for data/toy/pretrain.py and data/lab.py."""
+"""The tiny Llama of the embedded default and its training from scratch: for data/toy/pretrain.py and data/lab.py.
+data/lab_nlu.py trains a classifier by the same loop."""
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import LlamaForCausalLM
+    from transformers import LlamaForCausalLM, PreTrainedModel
 
 VOCAB_SIZE = 576
 ARCHITECTURE = {
@@ -41,16 +42,17 @@ def untrained_llama(seed: int) -> "LlamaForCausalLM":
 
 
 def train(
-    model: "LlamaForCausalLM",
-    batch: Callable[[int], "Tensor"],
+    model: "PreTrainedModel",
+    batch: Callable[[int], "Tensor | Mapping[str, Tensor]"],
     *,
     num_steps: int,
     settings: dict[str, Any],
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Train by AdamW, warm-up and cosine; batch: step → token ids [B, T]; settings: the keys of `OPTIMIZER`.
+    """Train by AdamW, warm-up and cosine; batch: step → token ids [B, T], which are the labels too, or all that
+    the model takes; settings: the keys of `OPTIMIZER`.
 
-    Returns the loss curve (nats a token, means of 50 steps) and the seconds by wall clock and by CPU.
+    Returns the loss curve (nats a token or row, means of 50 steps) and the seconds by wall clock and by CPU.
     """
     import torch
 
@@ -72,8 +74,10 @@ def train(
     curve, recent, start, cpu_start = [], [], time.perf_counter(), time.process_time()
     model.train()
     for step in range(num_steps):
-        ids_BT = batch(step)
-        loss = model(input_ids=ids_BT, labels=ids_BT).loss
+        inputs = batch(step)
+        if isinstance(inputs, torch.Tensor):
+            inputs = {"input_ids": inputs, "labels": inputs}
+        loss = model(**inputs).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), settings["clip"])
         optimizer.step()

@@ -11,7 +11,7 @@ from ba_lora.config.schema import HARNESS
 from ba_lora.errors import UserError
 from ba_lora.glue import TASKS as GLUE_TASKS
 from ba_lora.words import nearest
-from eval import inheritance, likelihood
+from eval import inheritance, likelihood, likelihood_nlu
 from eval.nlu_scores import CLASS_METRICS
 from eval.tasks import TASKS
 from eval.tasks.glue import own_sets
@@ -30,7 +30,8 @@ def patterns(task: str) -> list[tuple[str, str]]:
     elif task == likelihood.NAME:
         names = ["p_right", "p_wrong", "nll", "kl", "ece", "perplexity.before", "perplexity.after"]
         names += [f"cue_gap.{role}" for role in ("corrected", "uncorrected", "tuned", "unseen")]
-        groups = likelihood.GROUPS
+        names += ["accuracy", "p_wrong_before"]  # of a classifier (eval/likelihood_nlu.py)
+        groups = tuple(dict.fromkeys([*likelihood.GROUPS, *likelihood_nlu.GROUPS]))
     elif task in TASKS:
         names, groups = list(TASKS[task].metrics), TASKS[task].groups
     else:

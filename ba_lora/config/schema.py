@@ -33,7 +33,8 @@ GENERATION_OPTIONS = (
     "max_new_tokens", "temperature", "top_p", "num_samples", "seed", "template", "batch_size", "dtype", "max_model_len",
     "attention", "tensor_parallel_size", "gpu_memory_utilization", "serve", "thinking", "protocol", "subset",
 )  # fmt: skip
-RUN_MEASURES = ("inheritance", "likelihood")  # measured on the run itself, not on completions: eval/<name>.py
+LIKELIHOOD = "likelihood"
+RUN_MEASURES = ("inheritance", LIKELIHOOD)  # measured on the run itself, not on completions: eval/<name>.py
 HARNESS = "harness/"  # before the name of a task of lm-evaluation-harness: eval/harness.py
 PUBLISHED_TERMS = ("consistency", "diversity", "svd")
 # Each further file in objective/terms is a term, with a weight `lambda_<name>` and a `<name>_schedule` of its own.

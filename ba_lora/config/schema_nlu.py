@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from ba_lora.config.ranges import check_range
 from ba_lora.config.registries import nlu_metrics
-from ba_lora.config.schema import BALoRAConfig, DataConfig, RunConfig
+from ba_lora.config.schema import LIKELIHOOD, BALoRAConfig, DataConfig, RunConfig
 from ba_lora.errors import UserError
 from ba_lora.glue import AUTO, OUT_OF_DOMAIN, TASKS, NLUTask, find_task, plain_label
 from ba_lora.paths import data_suffix, resolve_path
@@ -202,7 +202,10 @@ def check_nlu(config: NLUConfig) -> None:
         check_choice("data.class_shares", name, task.labels)
         check_range(f"data.class_shares.{name}", data.class_shares[name], "[0, 1]")
     for name in (*config.eval.tasks, *config.eval.data):
-        if not task.is_own:
+        if name == LIKELIHOOD:
+            if name not in config.eval.data:
+                raise UserError(f"eval.tasks: {name} needs the rows it is measured on: eval.data.{name}=FILE")
+        elif not task.is_own:
             check_choice("eval.tasks", name, OUT_OF_DOMAIN.get(task.name, ()))
         elif name not in config.eval.data:
             raise UserError(f"eval.tasks: {name} is a set of your own: name its file, eval.data.{name}=FILE")

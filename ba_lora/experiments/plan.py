@@ -19,6 +19,7 @@ from ba_lora.experiments.state import DONE, FAILED, MISSING, RUNNING, STALE, Run
 from ba_lora.experiments.tables import SeedCell, Table
 from ba_lora.glue import task_word
 from ba_lora.locks import holder, try_lock, work_lock_path
+from ba_lora.paths import resolve_path
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,8 @@ def plan_runs(table: Table, graders: Mapping[str, Mapping[str, str | None]]) -> 
             Planned(spec, cells, state, changed_config(table, cells[0]) if state.status == MISSING else None)
         )
     left = [entry.spec.config for entry in planned if entry.state.generates]
+    if table.prepare:  # which makes the files, and may be yet to be run
+        left = [config for config in left if all(resolve_path(file).is_file() for file in config.eval.data.values())]
     refused = refused_evaluations(left)
     return [replace(entry, refused=refused.get(entry.spec.config.run_path)) for entry in planned]
 
@@ -136,6 +139,7 @@ def dry_run(table: Table, planned: Sequence[Planned], *, retry: bool = False) ->
     lines += limit_lines(table)
     if missing := missing_judge((entry.spec.config for entry in planned), os.environ):
         lines.append(missing)
+    lines += [f"cost of the whole, as its file says: {table.cost}"] if table.cost else []
     return lines + estimate_lines(left)
 
 

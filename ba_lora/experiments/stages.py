@@ -14,7 +14,7 @@ from typing import Any
 
 from ba_lora.chat import is_chat
 from ba_lora.config.layers import find_config, read_yaml
-from ba_lora.config.schema import HARNESS, RUN_MEASURES, UNTUNED, RunConfig
+from ba_lora.config.schema import HARNESS, LIKELIHOOD, RUN_MEASURES, UNTUNED, RunConfig
 from ba_lora.errors import UserError
 from ba_lora.experiments.evaluation_state import data_file
 from ba_lora.experiments.spec import Spec
@@ -237,21 +237,28 @@ def _harness_stages(config: RunConfig, files: Mapping[str, str]) -> list[Stage]:
 
 
 def _nlu_stages(configs: Sequence[RunConfig], *, regrade: bool) -> list[Stage]:
-    """Return eval.nlu's call for the out-of-domain sets of `eval.tasks`; training has evaluated the task itself.
+    """Return eval.nlu's call for the out-of-domain sets of `eval.tasks`; training has evaluated the task itself. Then
+    the likelihoods, from what training has predicted.
 
-    regrade: also where there are none, since the call scores again what training has predicted.
+    regrade: eval.nlu also where there are no sets, since the call scores again what training has predicted.
     """
     first = configs[0]
-    if not first.eval.tasks and not regrade:
-        return []
+    sets = [name for name in first.eval.tasks if name != LIKELIHOOD]
     run_paths = tuple(config.run_path for config in configs)
-    options = {
-        "model": [str(path) for path in run_paths],
-        "task": [task_word(first.nlu.task), *first.eval.tasks],
-        "data": [f"{name}={data_file(first, name)}" for name in first.eval.data],
-        "max-rows": None if first.eval.limit is None else str(first.eval.limit),
-    }
-    return [Stage("evaluate", Call("eval.nlu", options), run_paths)]
+    folders = [str(path) for path in run_paths]
+    stages = []
+    if sets or regrade:
+        options = {
+            "model": folders,
+            "task": [task_word(first.nlu.task), *sets],
+            "data": [f"{name}={data_file(first, name)}" for name in first.eval.data if name != LIKELIHOOD],
+            "max-rows": None if first.eval.limit is None else str(first.eval.limit),
+        }
+        stages.append(Stage("evaluate", Call("eval.nlu", options), run_paths))
+    if LIKELIHOOD in first.eval.tasks:
+        options = {"run": folders, "data": str(data_file(first, LIKELIHOOD))}
+        stages.append(Stage(LIKELIHOOD, Call("eval.likelihood_nlu", options), run_paths, LIKELIHOOD))
+    return stages
 
 
 def whole_number(environ: Mapping[str, str], name: str, default: int) -> int:

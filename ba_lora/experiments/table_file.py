@@ -26,6 +26,7 @@
     prepare: [[data.lab, rule=0]]       modules with their words that the grid runs first, such as what makes the bases
     chosen: tuning                      each method's rows also take what results/tuning/chosen.yaml says, the report of
                                         that table: method → overrides; the grid runs nothing while it is not there
+    cost: 2 hours of one core           what the whole takes, as measured; told by --dry-run
     labels: {ba_lora: BA-LoRA (2024)}   method, base or column → how it is written; absent: its name
     ours: [ba_lora]                     the methods compared with all others; absent: those whose name begins so
     report: {…}                         how eval.report shows it, and its figures: see eval/report/block.py
@@ -104,6 +105,7 @@ class TableFile:
     report: dict[str, Any] = field(default_factory=dict)
     prepare: tuple[tuple[str, ...], ...] = ()
     chosen: str | None = None
+    cost: str | None = None
 
 
 def read_table_file(path: Path) -> tuple[TableFile, list[RowBlock], list[Column]]:

@@ -86,6 +86,7 @@ class Table:
     sha256: str = ""  # of the file
     prepare: tuple[tuple[str, ...], ...] = ()  # (module, words …) to run first
     unchosen: str | None = None  # why its runs are not known yet
+    cost: str | None = None  # as its file says
 
     @functools.cached_property
     def cells_of_runs(self) -> dict[Path, list[SeedCell]]:
@@ -180,6 +181,7 @@ def load_table(path: str | Path, *, overrides: Sequence[str] = (), seeds: Sequen
         sha256=sha256_file(path),
         prepare=tuple(map(tuple, file.prepare)),
         unchosen=unchosen,
+        cost=file.cost,
     )
 
 

@@ -11,7 +11,7 @@ VARIANTS = [(method, name) for method, layer in METHODS.items() for name in laye
 
 
 def test_the_variants_are_methods():
-    assert len(VARIANTS) == 15
+    assert len(VARIANTS) == 16
     assert {name for _, name in VARIANTS} <= set(available_methods("nlg")) & set(available_methods("nlu"))
 
 
@@ -23,7 +23,8 @@ def test_a_variant_has_its_terms_of_the_method_and_no_other(method, name, kind, 
     settings = METHODS[method]["variants"][name]
     terms = settings.get("terms", ["consistency", "diversity", "svd"])
     assert (
-        part.adapter.init == ("lora" if name.startswith(("lora_", "monteclora_")) else "pissa") and part.method == name
+        part.adapter.init == ("lora" if name.startswith(("full_", "lora_", "monteclora_")) else "pissa")
+        and part.method == name
     )
     usual = schema().regularizers
     for key, value in vars(part.regularizers).items():

@@ -19,8 +19,9 @@ import pytest
 from ba_lora.config.layers import load_config
 from ba_lora.errors import UserError
 from ba_lora.experiments.tables import available_tables
+from ba_lora.io import write_jsonl_atomic
 from ba_lora.runs import convert, results_nlu
-from data import show
+from data import lab_nlu, show
 from eval import chat, compare, generate, harness, score
 from eval.report import __main__ as report
 from scripts import bench
@@ -59,6 +60,7 @@ SHOW = [line for line in COMMANDS if "-m data.show" in line]
 CONVERT = [line for line in COMMANDS if "ba_lora.runs.convert" in line]
 EVAL_OWN = [line for line in COMMANDS if "outputs/RUN_OWN" in line]  # run by tests/data/test_own_task.py
 SITE = [line for line in COMMANDS if ".cache/docs" in line]
+LAB = [line for line in COMMANDS if "-m data.lab_nlu" in line]
 JUDGE = [line for line in COMMANDS if line.startswith("export JUDGE_MODEL=")]
 
 
@@ -90,7 +92,7 @@ def test_every_command_is_of_a_kind_that_is_tested_here():
         *BENCH,
     }
     tested |= {*OVER_SEEDS, *HARNESS, *SITE, *JUDGE, *SHOW, *CONVERT, *EVAL_OWN, *PAGE, *CHAT, *INSPECT, *SEARCH}
-    tested |= {*SUBMIT}
+    tested |= {*SUBMIT, *LAB}
     left = ["sh scripts/slurm/install.sh", *(f"sh scripts/test.sh{word}" for word in ("", " gpu", " slow"))]
     assert len(SUBMIT) == 1 and sorted({*COMMANDS} - tested) == left
 
@@ -177,6 +179,20 @@ def test_every_nlu_launch_resolves_to_its_commands(line, dry_run):
 def test_every_table_command_is_understood(line, dry_run):
     name = shlex.split(line)[2]
     assert re.search(rf"^{name}: \d+ cells from \d+ runs: ", dry_run(line), flags=re.M)
+
+
+def test_the_bases_of_classifiers_as_the_page_tells(tmp_path, monkeypatch):
+    rows = [{"sentence": f"a {word} {i}", "label": i % 2} for i in range(60) for word in ("film", "movie", "play")]
+    for name in ("train", "validation"):
+        write_jsonl_atomic(tmp_path / "sst2" / f"{name}.jsonl", rows)
+    monkeypatch.setenv("GLUE", str(tmp_path))
+    (line,) = LAB
+    asked = []
+    monkeypatch.setattr(lab_nlu, "call_all", lambda calls, workers: asked.extend(calls))
+    monkeypatch.setattr(lab_nlu.signal, "signal", lambda *_: None)
+    monkeypatch.setattr("sys.argv", [*shlex.split(os.path.expandvars(line))[2:], f"output={tmp_path}"])
+    lab_nlu.main()
+    assert len(asked) == 5 + 15 and asked[0][1].task == "sst2"
 
 
 @pytest.mark.parametrize("line", SEARCH)
