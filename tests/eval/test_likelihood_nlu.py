@@ -75,6 +75,7 @@ def test_a_run_starts_from_the_head_of_its_base(lab, train_nlu, monkeypatch):
     assert mean == pytest.approx(other["metrics"]["p_wrong"]) and set(grades[0]["groups"]) == {"role", "kind"}
 
     config = load_run(moved)
+    config.results_dir = str(lab / "results")
     (stage,) = evaluation_stages([config])
     assert stage.call.words == ["--run", str(moved), "--data", str(lab / "test.jsonl")]
     state = evaluation_state(config)
