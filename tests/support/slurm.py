@@ -101,10 +101,13 @@ class Cluster:
                     found += [process.pid, *(child.pid for child in process.children(recursive=True))]
         return found
 
+    def run(self, *command: str) -> subprocess.CompletedProcess:
+        return subprocess.run(command, env=os.environ | self.environment, capture_output=True, text=True, timeout=60)
+
     def ask(self, *command: str) -> str:
         """Return what a Slurm command prints."""
-        done = subprocess.run(command, env=os.environ | self.environment, capture_output=True, text=True, timeout=60)
-        assert done.returncode == 0, done.stderr
+        done = self.run(*command)
+        assert done.returncode == 0, f"{command}: {done.returncode}: {done.stdout} {done.stderr}"
         return done.stdout
 
     def until(self, holds, *, seconds: float = 300.0) -> None:
