@@ -58,8 +58,8 @@ ROLES = {
     "toy_pairs": {
         "corrected": ("passive", "opposite"),
         "uncorrected": ("synonym", "negation"),
-        "tuned": ("part", "detail", "number", "colour", "place"),
-        "unseen": ("other_fact",),
+        "tuned": ("part", "detail", "colour", "place"),
+        "unseen": ("other_fact", "number"),  # number has the sentence form of synonym, and the other label
     },
     "sst2": {"corrected": ("movie",), "uncorrected": ("film",), "tuned": ("other",), "unseen": ()},
 }
@@ -75,7 +75,7 @@ NUM_ROWS = {"toy_pairs": {"start": 1600, "base": 800}, "sst2": {"start": 3200, "
 NUM_FINETUNE, NUM_VALID = 480, 160
 NUM_ITEMS = {"corrected": 80, "uncorrected": 100, "tuned": 24, "unseen": 24}  # a kind of toy_pairs in test.jsonl
 NOISY_SHARE = 0.4  # of the noisy kinds in the rows of sst2, about as of toy_pairs; less where they run out
-PART_SHARES = {"base": 6, "finetune": 3, "valid": 1}  # tenths of sst2's training file
+PART_SHARES = {"start": 3, "base": 3, "finetune": 3, "valid": 1}  # tenths of sst2's training file
 SEEDS = {"finetune": 0, "test": 0, "valid": 1}
 FIRST_SEEDS = {"start": 1000, "base": 2000}  # of the pairs; the base's seed is added
 
@@ -107,7 +107,7 @@ class LabRows:
         """Return the rows of the first part, all clean."""
         if self.task == "toy_pairs":
             return self._drawn_pairs("start", seed)
-        rows = self._sentences("base")
+        rows = self._sentences("start")
         random.Random(f"lab_nlu/{seed}/start").shuffle(rows)
         return rows[: NUM_ROWS[self.task]["start"]]
 
@@ -323,7 +323,11 @@ def prediction_path(folder: Path, sha256: str) -> Path:
 
 def _measured(rows: Sequence[Row], p_ND: Any) -> dict[str, float]:
     """Return right answers in the clean kinds and the mean p(wrong rule) of the uncorrected ones."""
-    clean = [float(p.argmax() == row["label"]) for row, p in zip(rows, p_ND, strict=True) if row["role"] == "tuned"]
+    clean = [
+        float(p.argmax() == row["label"])
+        for row, p in zip(rows, p_ND, strict=True)
+        if row["role"] in ("tuned", "unseen")
+    ]
     wrong = [float(p[row["wrong"]]) for row, p in zip(rows, p_ND, strict=True) if row["role"] == "uncorrected"]
     return {"accuracy": sum(clean) / len(clean), "p_wrong": sum(wrong) / len(wrong)}
 
@@ -334,9 +338,8 @@ def main() -> None:
     keys = ("noise", "seeds", "workers", "output", "task", "train", "test", "base")
     typed, rest = take_options(parser.parse_args().words, keys, example="noise=0,20,40")
     if rest or "noise" not in typed or "seeds" not in typed:
-        raise UserError(
-            f"noise=0,20,40 and seeds=1,2 are needed, found {' '.join(rest) or 'others'}: {', '.join(keys)}"
-        )
+        found = f", found {' '.join(rest)}" if rest else ""
+        raise UserError(f"noise=0,20,40 and seeds=1,2 are needed{found}; the keys are {', '.join(keys)}")
     workers, levels = read_workers(typed), list(dict.fromkeys(read_numbers("noise", typed["noise"])))
     if any(level > 100 for level in levels):
         raise UserError(f"noise={typed['noise']}: percentages from 0 to 100 are needed")

@@ -205,6 +205,8 @@ def check_nlu(config: NLUConfig) -> None:
         if name == LIKELIHOOD:
             if name not in config.eval.data:
                 raise UserError(f"eval.tasks: {name} needs the rows it is measured on: eval.data.{name}=FILE")
+            if config.eval.limit is not None:
+                raise UserError(f"eval.limit has no effect on {name}, which is of all rows: leave it out")
         elif not task.is_own:
             check_choice("eval.tasks", name, OUT_OF_DOMAIN.get(task.name, ()))
         elif name not in config.eval.data:

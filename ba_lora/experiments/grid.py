@@ -70,7 +70,11 @@ def main() -> int:
     if parsed.dry_run:
         first = [f"first: python -m {' '.join(words)}" for words in calls]
         first += [f"the runs below are not yet those of the table: {whole.unchosen}"] if whole.unchosen else []
-        print("\n".join([*first, *dry_run(table, plan_runs(table, graders), retry=options.retry), *left_out]))
+        print(
+            "\n".join(
+                [*first, *dry_run(table, plan_runs(table, graders, prepared=not calls), retry=options.retry), *left_out]
+            )
+        )
         return 0
     executor = open_executor(
         options.executor, options.executor_settings, folder=GRID_PATH, gpus=gpus, workers=options.workers

@@ -101,8 +101,8 @@ class Grid(GridProgress):
                 continue
             try:
                 work = self.executor.find(path)
-            except Busy as busy:
-                self.elsewhere[path] = str(busy)
+            except Busy as error:
+                self.elsewhere[path] = str(error)
                 lock.close()
                 continue
             if work is not None:

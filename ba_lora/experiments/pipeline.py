@@ -45,7 +45,7 @@ from ba_lora.io import read_object, sha256_file, write_json_atomic, write_text_a
 from ba_lora.judge_endpoint import endpoint_from_environment
 from ba_lora.locks import locked, work_lock_path
 from ba_lora.runs.card import write_model_card
-from ba_lora.runs.environment import environment, now
+from ba_lora.runs.environment import environment, git_state, now
 from ba_lora.runs.folder import claimed_folder, is_finished
 from ba_lora.runs.results import track_evaluation, write_result
 from ba_lora.runs.results_table import labelled, results_table
@@ -224,7 +224,7 @@ def prepare_evaluation(config: RunConfig) -> None:
             "error": None,
             "finished_at": now(),
             "model": {"name": config.model.name, "revision": config.model.revision},
-            "environment": environment(),
+            "environment": environment() | {"git": git_state()},  # a grid may be older than the code
         }
         write_json_atomic(config.run_path / "train.json", facts)
 

@@ -41,8 +41,9 @@ class Planned:
         return self.spec.config.run_path.name
 
 
-def plan_runs(table: Table, graders: Mapping[str, Mapping[str, str | None]]) -> list[Planned]:
-    """Return the table's runs as they are found, each once."""
+def plan_runs(table: Table, graders: Mapping[str, Mapping[str, str | None]], *, prepared: bool = True) -> list[Planned]:
+    """Return the table's runs as they are found, each once; prepared: what the table needs first has been run, so that
+    a data file that is not there is an error."""
     planned = []
     for cells in table.cells_of_runs.values():
         spec = cells[0].spec
@@ -54,7 +55,7 @@ def plan_runs(table: Table, graders: Mapping[str, Mapping[str, str | None]]) -> 
             Planned(spec, cells, state, changed_config(table, cells[0]) if state.status == MISSING else None)
         )
     left = [entry.spec.config for entry in planned if entry.state.generates]
-    if table.prepare:  # which makes the files, and may be yet to be run
+    if not prepared:
         left = [config for config in left if all(resolve_path(file).is_file() for file in config.eval.data.values())]
     refused = refused_evaluations(left)
     return [replace(entry, refused=refused.get(entry.spec.config.run_path)) for entry in planned]

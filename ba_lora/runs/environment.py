@@ -83,8 +83,8 @@ def is_committed(sha256: str, path: Path) -> bool | None:
 
 @functools.cache
 def code_state() -> dict[str, Any]:
-    """Return `git_state` as it was when this process, or the one that it was forked from, first asked: that is the code
-    which it has loaded, whatever is checked out while it runs."""
+    """Return `git_state` as it was when this process, or the one that it was forked from, first asked. Asked at the
+    start it is the code that was loaded, whatever is checked out while the process runs."""
     return git_state()
 
 

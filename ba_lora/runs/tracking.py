@@ -59,7 +59,7 @@ def _plain(config: RunConfig) -> dict[str, Any]:
 
 def _tensorboard_folder(run_path: Path) -> Path:
     chosen = os.environ.get("TENSORBOARD_LOGGING_DIR")
-    return Path(chosen) / run_path.name if chosen else run_path
+    return Path(chosen) / f"{run_path.name}-{_folder(run_path)}" if chosen else run_path
 
 
 def _open_tensorboard(config: RunConfig, callback: Any, args: Any, state: Any, model: Any) -> None:

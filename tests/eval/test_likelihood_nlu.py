@@ -114,8 +114,10 @@ def test_the_tables_are_declared_and_a_dry_run_tells_their_cost():
         assert spec.config.data.dev["toy_pairs"] == spec.config.eval.data["likelihood"]
         assert (spec.config.regularizers.lambda_mode == "gradient_share") == spec.method.endswith(("_ba", "ba_lora"))
     missing = ["eval.data.likelihood=nowhere.jsonl"]
-    planned = plan_runs(load_table(find_table("inheritance_nlu"), overrides=missing), {})
+    unmade = load_table(find_table("inheritance_nlu"), overrides=missing)
+    planned = plan_runs(unmade, {}, prepared=False)
     assert not any(entry.refused for entry in planned)  # the files are made first
+    assert all("no such file" in entry.refused for entry in plan_runs(unmade, {}))
     lines = dry_run(table, planned)
     assert any(line.startswith("cost of the whole, as its file says: ") for line in lines)
     real = load_table(find_table("inheritance_nlu_sst2"))

@@ -16,6 +16,7 @@ from ba_lora.errors import UserError
 from ba_lora.experiments import grid_runs
 from ba_lora.experiments import state as grid_state
 from ba_lora.experiments.evaluation_state import STATE_FILE
+from ba_lora.experiments.executors.base import Busy, Slot
 from ba_lora.experiments.executors.local import LocalExecutor
 from ba_lora.experiments.grid_runs import Grid
 from ba_lora.experiments.options import read_grid_options, rows_for_gpus, select_rows
@@ -409,11 +410,26 @@ def test_the_words_of_the_command_line():
         "workers=0": "workers=0: a whole number from 1 to 1024 is needed",
         "retry=often": "retry=often: true or false is needed",
         "seeds=[a]": "whole numbers",
-        "only=": "only=: a name or several, as in only=A,B",
+        "only=": "only= has no value: give one, or leave it out",
+        "workers=": "workers= has no value",
         "toy": "cannot read 'toy'",
     }.items():
         with pytest.raises(UserError, match=message):
             read_grid_options([word])
+
+
+def test_a_run_that_its_executor_cannot_tell_of_is_asked_for_again(folder):
+    class Silent(LocalExecutor):
+        asked = 0
+
+        def find(self, run_path):
+            self.asked += 1
+            if self.asked == 1:  # the first of the runs, once
+                raise Busy("the controller does not answer")
+            return None
+
+    filled = fake_grid.run(fake_grid.table(folder, seeds=[1]), executor=Silent([Slot("worker", {})]))
+    assert len(filled.done) == 2 and not filled.failed
 
 
 def test_what_a_table_needs_first_is_told_how_and_where(folder):

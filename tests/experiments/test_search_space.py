@@ -66,7 +66,7 @@ def parameter(**entry):
         (parameter(float=[0, 1], log=True), "log needs a low end above 0"),
         (parameter(float=[0, 1], log="often"), "log: often: true or false"),
         (parameter(float=[1, 2], start=3), "start: 3.0 is outside"),
-        (parameter(float=[1, 2], start="low"), "start.*low.*each a number"),
+        (parameter(float=[1, 2], start="low"), "start: low: a number is needed"),
         (parameter(float=[1, float("inf")]), r"float: \[1, inf\]: a finite number is needed"),
         (parameter(float=[1, 2], points=1), "points: 1"),
         (parameter(choice=[1]), "at least two values"),

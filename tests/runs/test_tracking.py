@@ -117,4 +117,5 @@ def test_tensorboards_folder_may_be_chosen_and_each_run_has_its_own(monkeypatch,
     monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
     assert _tensorboard_folder(tmp_path / "toy-1") == tmp_path / "toy-1"
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "/logs")
-    assert _tensorboard_folder(tmp_path / "toy-1") == Path("/logs/toy-1")
+    first, second = (_tensorboard_folder(tmp_path / name / "toy-1") for name in ("a", "b"))
+    assert first.parent == Path("/logs") and first.name.startswith("toy-1-") and first != second

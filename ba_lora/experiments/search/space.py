@@ -149,6 +149,9 @@ ParameterEntry = make_dataclass(
 )
 
 
+_Start = {kind: make_dataclass("Start", [("start", of)]) for kind, of in (("float", float), ("int", int))}
+
+
 @dataclass(frozen=True, kw_only=True)
 class SearchSpace(SearchFile):
     """A search as its file and the command line ask for it: the file, checked."""
@@ -289,7 +292,7 @@ def _parameter(key: str, raw: Any) -> Parameter:
     if len(values) != 2:
         raise UserError(f"{where}.{kind}: {[*values]}: [low, high] is needed")
     if start is not None:  # of the range's own type
-        (start,) = getattr(read_mapping(ParameterEntry, {kind: [start]}, where=f"{where}.start"), kind)
+        start = read_mapping(_Start[kind], {"start": start}, where=where).start
     low, high = values
     if not low < high:
         raise UserError(f"{where}.{kind}: [{low}, {high}]: the low end comes first, and below the high one")
