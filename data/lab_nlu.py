@@ -153,6 +153,10 @@ class LabRows:
             "valid": [row for row in valid if self.role(row) in ("tuned", "unseen") and self._text(row) not in used],
         }
         found["valid"] = found["valid"][:NUM_VALID]
+        for role in ("corrected", "uncorrected", "tuned"):  # told before a base is trained
+            if not any(self.role(row) == role for row in test):
+                kinds = ", ".join(ROLES[self.task][role])
+                raise UserError(f"test={','.join(self.test)}: it has no row of the kind {kinds}: give another file")
         return {
             name: [row | {"role": self.role(row), "wrong": WRONG[self.task][row["label"]]} for row in rows]
             for name, rows in found.items()

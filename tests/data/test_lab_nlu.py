@@ -85,6 +85,12 @@ def test_of_sst2_the_word_for_what_is_reviewed_decides(sst2):
     assert [row["sentence"] for row in sst2.of_base(2, 0)] != [row["sentence"] for row in clean]
 
 
+def test_test_rows_without_a_role_are_refused_before_any_training(sst2, tmp_path):
+    write_jsonl_atomic(tmp_path / "none.jsonl", [{"sentence": "a movie", "label": 0}, {"sentence": "it", "label": 1}])
+    with pytest.raises(UserError, match="none.jsonl: it has no row of the kind film: give another file"):
+        LabRows("sst2", sst2.train, (str(tmp_path / "none.jsonl"),)).shared()
+
+
 @pytest.fixture
 def make(tmp_path, tiny_encoder, monkeypatch):
     """Make a base of four steps on the tiny encoder."""
