@@ -15,8 +15,9 @@ of the corrected and the tuned ones. Where the rows come from:
     toy_pairs   self-made (data/toy_nlu.py); the kind is what was done to the premise. The two uncorrected kinds have a
                 corrected sibling each: synonym ~ passive (the event in other words), negation ~ opposite (its denial)
     sst2        files of SST-2's columns; the kind is the word for what is reviewed: film (uncorrected), movie
-                (corrected), any other. Three parts of `train`, by the sentence's hash, are for bases, fine-tuning and
-                validation; all of `test` (such as SST-2's dev set and IMDB's sentences) is for measuring
+                (corrected), any other. Four parts of `train`, by the sentence's hash, are for the bases' two parts,
+                fine-tuning and validation; all of `test` (such as SST-2's dev set and IMDB's sentences) is for
+                measuring
 
 Written below output/<task>, and kept there: starts/b<seed>/ and bases/noise-<level>-b<seed>/ (level 0:
 bases/clean-b<seed>/), each a model folder with lab.json, a base also with its predictions for the rows below; and

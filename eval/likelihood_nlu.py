@@ -19,7 +19,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from scipy.special import log_softmax
@@ -28,18 +28,16 @@ from ba_lora.config.layers import load_run
 from ba_lora.errors import CommandParser, UserError, run_entry_point
 from ba_lora.glue import find_task
 from ba_lora.io import read_jsonl, sha256_file, write_json_atomic, write_jsonl_atomic
-from ba_lora.paths import resolve_data, resolve_path
+from ba_lora.paths import resolve_path
 from ba_lora.runs.results import read_record, refresh_result
 from eval.likelihood import NAME, VERSION, base_hash, calibration_error
 from eval.tasks.base import Item, summarise
 
-if TYPE_CHECKING:
-    Array = np.ndarray
-
+Array = np.ndarray
 GROUPS = ("role", "kind")
 
 
-def label_values(before_ND: "Array", after_ND: "Array", right_N: "Array", wrong_N: "Array") -> list[dict[str, float]]:
+def label_values(before_ND: Array, after_ND: Array, right_N: Array, wrong_N: Array) -> list[dict[str, float]]:
     """Return each row's values; before, after: log-probabilities [N, D]; right, wrong: labels [N]."""
     rows = np.arange(len(right_N))
     columns = {
@@ -53,7 +51,7 @@ def label_values(before_ND: "Array", after_ND: "Array", right_N: "Array", wrong_
     return [dict(zip(columns, map(float, values), strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
-def _log_probs(lines: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]], where: str) -> "Array":
+def _log_probs(lines: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]], where: str) -> Array:
     if [line["label"] for line in lines] != [row["label"] for row in rows]:
         raise UserError(f"{where} has {len(lines)} predictions that are not of the {len(rows)} rows of --data")
     if any(line["prediction"] is None for line in lines):
@@ -109,7 +107,7 @@ def main() -> None:
     parser.add_argument("--run", nargs="+", required=True, type=Path, help="run folders")
     parser.add_argument("--data", required=True, help="the runs' dev set, with role, kind and wrong")
     parsed = parser.parse_args()
-    data = resolve_path(resolve_data(parsed.data))
+    data = resolve_path(parsed.data)
     rows = read_jsonl(data)
     if not rows or any(key not in row for row in rows for key in ("label", "wrong", *GROUPS)):
         raise UserError(f"{data}: every row needs label, wrong, role and kind, as python -m data.lab_nlu writes them")

@@ -43,12 +43,12 @@ def read_grid_options(words: Sequence[str]) -> tuple[GridOptions, list[str]]:
     running = [f"{key}={typed[key]}" for key in ("workers", "retry", "cancel", "executor") if key in typed]
     running += [word for word in overrides if word.startswith(prefix)]
     overrides = [word for word in overrides if not word.startswith(prefix)]
-    output = written_path(typed["output"]) if typed.get("output") else None
+    if empty := [key for key, text in typed.items() if not text]:  # a variable of the shell that is not set
+        raise UserError(f"{empty[0]}= has no value: give one, or leave it out")
+    output = written_path(typed["output"]) if "output" in typed else None
     if output is not None:
         check_place(output, "output")
     report = tuple(f"{key}={typed.pop(key)}" for key in REPORT_OPTIONS if key in typed)
-    if empty := [key for key, text in typed.items() if not text]:  # a variable of the shell that is not set
-        raise UserError(f"{empty[0]}= has no value: give one, or leave it out")
     options, listed = read_typed(
         GridOptions, [f"{key}={text}" for key, text in typed.items()], further=("seeds", "only")
     )

@@ -32,7 +32,7 @@ def read_adapter(path: str | Path) -> dict[str, Any]:
     first product was taken out of the base; LoftQ, whose base is in 4 bit).
     """
     path = Path(path)
-    settings = _read_json_settings(path)
+    settings = _adapter_json(path)
     initialisation = str(settings.get("init_lora_weights", ""))
     if settings.get("loftq_config"):
         raise UserError(
@@ -47,7 +47,7 @@ def read_adapter(path: str | Path) -> dict[str, Any]:
     return settings
 
 
-def _read_json_settings(path: Path) -> dict[str, Any]:
+def _adapter_json(path: Path) -> dict[str, Any]:
     settings = read_json(path / "adapter_config.json")
     if not isinstance(settings, dict):
         raise UserError(f"{path}/adapter_config.json: a JSON object is needed; copy the adapter again")
@@ -56,7 +56,7 @@ def _read_json_settings(path: Path) -> dict[str, Any]:
 
 def adapter_base(path: str | Path) -> str:
     """Return the base that a PEFT adapter folder names. Raises UserError where it names none."""
-    base = _read_json_settings(Path(path)).get("base_model_name_or_path")
+    base = _adapter_json(Path(path)).get("base_model_name_or_path")
     if not base:
         raise UserError(f"{path}/adapter_config.json names no base_model_name_or_path: write the base into it")
     local = resolve_path(base)

@@ -412,6 +412,7 @@ def test_the_words_of_the_command_line():
         "seeds=[a]": "whole numbers",
         "only=": "only= has no value: give one, or leave it out",
         "workers=": "workers= has no value",
+        "output=": "output= has no value",
         "toy": "cannot read 'toy'",
     }.items():
         with pytest.raises(UserError, match=message):
