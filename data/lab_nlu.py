@@ -79,6 +79,7 @@ NOISY_SHARE = 0.4  # of the noisy kinds in the rows of sst2, about as of toy_pai
 PART_SHARES = {"start": 3, "base": 3, "finetune": 3, "valid": 1}  # tenths of sst2's training file
 SEEDS = {"finetune": 0, "test": 0, "valid": 1}
 FIRST_SEEDS = {"start": 1000, "base": 2000}  # of the pairs; the base's seed is added
+MAX_SEED = 999
 
 SETTINGS = {
     "batch": 16, "learning_rate": 1e-4, "betas": (0.9, 0.999), "weight_decay": 0.01, "warmup": 0.06, "clip": 1.0,
@@ -350,11 +351,14 @@ def main() -> None:
         raise UserError(f"noise={typed['noise']}: percentages from 0 to 100 are needed")
     test = tuple(name for name in typed.get("test", "").strip("[]").split(",") if name)
     rows = LabRows(typed.get("task", "toy_pairs"), typed.get("train"), test)
+    seeds = list(dict.fromkeys(read_numbers("seeds", typed["seeds"])))
+    if any(seed > MAX_SEED for seed in seeds):
+        raise UserError(f"seeds={typed['seeds']}: seeds from 0 to {MAX_SEED} are needed, or the two parts share rows")
     output = (written_path(typed["output"]) if "output" in typed else PROJECT_ROOT / "outputs" / "lab_nlu") / rows.task
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     for name, lines in rows.shared().items():
         write_jsonl_atomic(output / f"{name}.jsonl", lines)
-    seeds, options = list(dict.fromkeys(read_numbers("seeds", typed["seeds"]))), {"base": typed.get("base", "")}
+    options = {"base": typed.get("base", "")}
     calls = [(partial(make_classifier_start, **options), rows, seed, output) for seed in seeds]
     bases = [(partial(make_classifier, **options), rows, seed, level, output) for seed in seeds for level in levels]
     call_all([*calls, *bases], workers)

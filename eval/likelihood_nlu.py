@@ -30,10 +30,11 @@ from ba_lora.glue import find_task
 from ba_lora.io import read_jsonl, sha256_file, write_json_atomic, write_jsonl_atomic
 from ba_lora.paths import resolve_path
 from ba_lora.runs.results import read_record, refresh_result
-from eval.likelihood import NAME, VERSION, base_hash, calibration_error
+from eval.likelihood import NAME, base_hash, calibration_error
 from eval.tasks.base import Item, summarise
 
 Array = np.ndarray
+VERSION = "1"  # of a classifier's likelihood: bumped whenever a value changes
 GROUPS = ("role", "kind")
 
 

@@ -20,18 +20,23 @@ from eval.tasks.glue_x import out_of_domain
 COUNTS = ("n", "invalid", "num_completions", "num_truncated", "num_prompt_too_long", "num_missing", "timeouts")
 
 
-def patterns(task: str) -> list[tuple[str, str]]:
-    """Return (how a metric of the task may be written, what matches it). Raises UserError for an unknown task."""
+def patterns(kind: str, task: str) -> list[tuple[str, str]]:
+    """Return (how a metric of the task may be written, what matches it), in a table of a kind (nlg or nlu).
+
+    Raises UserError for an unknown task.
+    """
     if task.startswith(HARNESS):  # whose metrics are the harness's
         return [("<metric>", r"[\w.]+")]
     if task == inheritance.NAME:
         names = [*(f"distinct_{n}" for n in (1, 2, 3)), "answer_entropy", "perplexity.before", "perplexity.after"]
         groups: tuple[str, ...] = ()
     elif task == likelihood.NAME:
-        names = ["p_right", "p_wrong", "nll", "kl", "ece", "perplexity.before", "perplexity.after"]
-        names += [f"cue_gap.{role}" for role in ("corrected", "uncorrected", "tuned", "unseen")]
-        names += ["accuracy", "p_wrong_before"]  # of a classifier (eval/likelihood_nlu.py)
-        groups = tuple(dict.fromkeys([*likelihood.GROUPS, *likelihood_nlu.GROUPS]))
+        names, groups = ["p_right", "p_wrong", "nll", "kl", "ece"], likelihood.GROUPS
+        if kind == "nlu":
+            names, groups = [*names, "p_wrong_before", "accuracy"], likelihood_nlu.GROUPS
+        else:
+            names += ["perplexity.before", "perplexity.after"]
+            names += [f"cue_gap.{role}" for role in ("corrected", "uncorrected", "tuned", "unseen")]
     elif task in TASKS:
         names, groups = list(TASKS[task].metrics), TASKS[task].groups
     else:
@@ -55,9 +60,9 @@ def patterns(task: str) -> list[tuple[str, str]]:
 
 
 def check(arguments: Sequence[str]) -> None:
-    """Raise UserError where the score of a task (the first word) will have no such metric (the second)."""
-    task, metric = arguments
-    known = patterns(task)
+    """Raise UserError where the score will have no such metric; arguments: a table's kind, a task, a metric of it."""
+    kind, task, metric = arguments
+    known = patterns(kind, task)
     for path in _alternatives(metric):
         if not any(re.fullmatch(pattern, path) for _, pattern in known):
             names = [name for name, _ in known if name not in COUNTS]

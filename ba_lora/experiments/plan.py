@@ -88,7 +88,7 @@ def refused_evaluations(configs: Iterable[RunConfig]) -> dict[Path, str]:
 def check_columns(table: Table) -> None:
     """Raise UserError, naming the column, for a metric that its task's score will not have."""
     named = [column for column in table.columns if column.task is not None and column.metric is not None]
-    errors = refusals(Call("eval.metric_paths", settings=(column.task, column.metric)) for column in named)
+    errors = refusals(Call("eval.metric_paths", settings=(table.kind, column.task, column.metric)) for column in named)
     for column, error in zip(named, errors, strict=True):
         if error:
             raise UserError(f"table {table.id}: columns.{column.name}: {error}")

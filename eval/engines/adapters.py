@@ -37,14 +37,24 @@ def read_adapter(path: str | Path) -> dict[str, Any]:
     if settings.get("loftq_config"):
         raise UserError(
             f"{path} was trained on a 4-bit base, whose rounding it makes up for (LoftQ), and is wrong on the base as "
-            f"published: serve the merged model, {path.parent / 'merged'}"
+            f"published: serve {_sibling(path, 'merged')}"
         )
     if initialisation.lower().startswith(RESIDUAL_INITS):
         raise UserError(
             f"{path} was trained on a changed base (init_lora_weights={initialisation}) and is wrong on the base "
-            f"itself: serve its conversion, {path.parent / 'lora'}, or the merged model"
+            f"itself: serve {_sibling(path, 'lora')}"
         )
     return settings
+
+
+def _sibling(path: Path, name: str) -> str:
+    """Return how the same training's other export is told: its folder beside the adapter's, or how to make one."""
+    folder = path.parent / name
+    if folder.is_dir():
+        return str(folder)
+    if name == "lora":
+        return "its plain LoRA, which python -m ba_lora.runs.convert convert makes of it"
+    return "the model that it was merged into, in the base as it was trained"
 
 
 def _adapter_json(path: Path) -> dict[str, Any]:

@@ -94,7 +94,7 @@ def group_refusal(name: str, index: dict[str, Any]) -> str | None:
     found = sorted(leaves(name, below))
     shown = ", ".join(found[:3]) + (", …" if len(found) > 3 else "")
     return (
-        f"it stands for {len(found)} tasks ({shown}), and a file has the rows of one: ask for such a task by its name, "
+        f"it names a group of {len(found)} ({shown}), and a file has the rows of one: ask for such a task by its name, "
         "with its file"
     )
 

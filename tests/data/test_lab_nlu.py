@@ -144,6 +144,7 @@ def test_a_base_is_made_once_with_its_head_and_its_predictions(make, tmp_path, c
     ("words", "told"),
     [
         ("noise=20", "noise=0,20,40 and seeds=1,2 are needed"),
+        ("noise=20 seeds=1,1000", "seeds from 0 to 999"),
         ("noise=120 seeds=1", "percentages from 0 to 100"),
         ("noise=20 seeds=1 task=sst2", "task=sst2: give train=FILE and test=FILE"),
         ("noise=20 seeds=1 train=x.jsonl", "task=toy_pairs: leave train= and test= out"),

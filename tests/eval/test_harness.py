@@ -97,8 +97,8 @@ def test_a_name_of_several_tasks_takes_no_file():
     index |= {"stem": entry("GROUP", "algebra", {"task": "physics", "num_fewshot": 2})}
     index |= {"mmlu": entry("GROUP", {"group": "stem", "weight": 1}, "law"), "arc": entry("TAG", tags=["arc_easy"])}
     refused = group_refusal("mmlu", index)
-    assert refused.startswith("it stands for 3 tasks (algebra, law, physics), and a file has the rows of one: ask for")
-    assert group_refusal("arc", index).startswith("it stands for 1 tasks (arc_easy), ")
+    assert refused.startswith("it names a group of 3 (algebra, law, physics), and a file has the rows of one: ask for")
+    assert group_refusal("arc", index).startswith("it names a group of 1 (arc_easy), ")
     assert group_refusal("law", index) is None
 
 
@@ -114,7 +114,7 @@ def test_a_run_is_evaluated_by_it_with_the_training():
     assert stage.task == "harness/bbq" and "--limit" in stage.call.words
     asked = harness.read_words(stage.call.words)
     assert asked.tasks == ["bbq"] and asked.model == str(config.run_path)
-    check_metric(["harness/bbq", "acc"])
+    check_metric(["nlg", "harness/bbq", "acc"])
 
 
 @pytest.mark.slow
@@ -143,7 +143,7 @@ def test_the_real_harness_on_real_sets(real_data, tmp_path):
         with pytest.raises(UserError, match=f"shows {number} examples, which would be rows of the file .* --shots 0"):
             harness.check(["x", "gsm8k", "--data", file, *shots])
     harness.check(["x", "gsm8k", "--data", file, "--shots", "0"])
-    with pytest.raises(UserError, match="--data mmlu: it stands for 57 tasks .mmlu_abstract_algebra, .*ask for such a"):
+    with pytest.raises(UserError, match="--data mmlu: it names a group of 57 .mmlu_abstract_algebra, .*ask for such a"):
         harness.check(["x", "mmlu", "--data", file.replace("gsm8k=", "mmlu=", 1)])
     with pytest.raises(UserError, match="has no task mgsm_direct_xx .nearest: mgsm_direct"):
         harness.check(["x", "mgsm_direct_xx"])

@@ -199,15 +199,21 @@ def test_a_refused_run_is_not_trained_and_the_others_are(grid_folder, monkeypatc
 )
 def test_a_mistyped_metric_is_told_before_any_training(task, metric, nearest):
     with pytest.raises(UserError, match=nearest):
-        metric_paths.check([task, metric])
+        metric_paths.check(["nlg", task, metric])
 
 
 def test_every_metric_of_the_tables_is_known_and_a_score_has_those_that_are_named():
     tables = [yaml.safe_load(find_table(name).read_text()) for name in available_tables()]
-    named = {(c["task"], c["metric"]) for table in tables for c in table["columns"].values() if "task" in c}
+    named = {
+        (table["kind"], c["task"], c["metric"]) for table in tables for c in table["columns"].values() if "task" in c
+    }
     assert len(named) > 30
-    for task, metric in named:
-        metric_paths.check([task, metric])
+    for words in named:
+        metric_paths.check(words)
+    with pytest.raises(UserError, match="likelihood has p_right"):
+        metric_paths.check(["nlu", "likelihood", "perplexity.after"])
+    with pytest.raises(UserError, match="likelihood has p_right"):
+        metric_paths.check(["nlg", "likelihood", "groups.kind.synonym.metrics.p_wrong"])
     for task in TASKS.values():
         if not task.judged and not isinstance(task, CodeTask):
             grade = task.grade(Item("x/0", "?", "The answer is: 1", {"wrong_answer": "21"}), "The answer is: 1")
