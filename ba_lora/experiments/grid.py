@@ -29,7 +29,7 @@ from ba_lora.config.checks import check_places
 from ba_lora.errors import CommandParser, UserError, run_entry_point
 from ba_lora.experiments.executors import find_executor, open_executor
 from ba_lora.experiments.grid_runs import Grid
-from ba_lora.experiments.options import read_grid_options, rows_for_gpus, select_rows
+from ba_lora.experiments.options import read_grid_options, rows_for_gpus, select_rows, without_unchosen
 from ba_lora.experiments.pipeline import missing_judge
 from ba_lora.experiments.plan import ask_grader_versions, check_columns, dry_run, plan_runs
 from ba_lora.experiments.preparation import GRID_MODULE, prepare, prepare_words
@@ -59,8 +59,9 @@ def main() -> int:
         prepare(words)
     if whole.prepare and not parsed.dry_run:  # what was chosen then is known now
         whole = load_table(find_table(parsed.table), overrides=overrides, seeds=options.seeds)
-    if whole.unchosen and not parsed.dry_run:
-        raise UserError(f"{whole.id}: {whole.unchosen}")
+    unchosen: list[str] = []
+    if not parsed.dry_run:
+        whole, unchosen = without_unchosen(whole)
     table = select_rows(whole, options.only)
     table, gpus, left_out = rows_for_gpus(table, options.gpus)
     check_columns(whole)
@@ -69,7 +70,8 @@ def main() -> int:
     graders = ask_grader_versions()
     if parsed.dry_run:
         first = [f"first: python -m {' '.join(words)}" for words in calls]
-        first += [f"the runs below are not yet those of the table: {whole.unchosen}"] if whole.unchosen else []
+        first += [f"first: {command}" for command in dict.fromkeys(whole.unchosen.values()) if not calls]
+        first += ["the runs below are not yet those of the table"] if whole.unchosen else []
         print(
             "\n".join(
                 [*first, *dry_run(table, plan_runs(table, graders, prepared=not calls), retry=options.retry), *left_out]
@@ -85,7 +87,7 @@ def main() -> int:
             _say(f"stale: {entry.changed}; {entry.name} takes its place")
     if missing := missing_judge((spec.config for spec in table.specs()), os.environ):
         _say(missing)
-    for line in left_out:
+    for line in [*unchosen, *left_out]:
         _say(line)
     refused = {entry.spec.config.run_path: entry.refused for entry in planned if entry.refused}
     for error in dict.fromkeys(refused.values()):

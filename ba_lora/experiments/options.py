@@ -7,6 +7,7 @@ from typing import Any
 
 from ba_lora.config.checks import check_place
 from ba_lora.config.layers import override_layer
+from ba_lora.config.schema import UNTUNED
 from ba_lora.config.structured import read_typed
 from ba_lora.errors import UserError
 from ba_lora.experiments.tables import Row, Table
@@ -108,6 +109,20 @@ def rows_for_gpus(table: Table, gpus: int | None) -> tuple[Table, int, list[str]
             left_out[row.method, needed] = left_out.get((row.method, needed), 0) + 1
     lines = [f"left out: {number} runs of {method}: they take gpus={n}" for (method, n), number in left_out.items()]
     return _with_rows(table, rows), chosen, lines
+
+
+def without_unchosen(table: Table) -> tuple[Table, list[str]]:
+    """Return the table without runs whose settings are not chosen yet, and a line on each command that chooses them.
+
+    Raises UserError where no other run is a training.
+    """
+    commands: dict[str, dict[str, None]] = {}
+    for row, command in table.unchosen.items():
+        commands.setdefault(command, {})[row.method] = None
+    lines = [f"not chosen yet: the settings of {', '.join(names)}: {command}" for command, names in commands.items()]
+    if lines and not {row for row in table.rows if row.method != UNTUNED} - set(table.unchosen):
+        raise UserError(f"{table.id}: {'; '.join(lines)}")
+    return replace(table, cells=tuple(cell for cell in table.cells if cell.row not in table.unchosen)), lines
 
 
 def _with_rows(table: Table, rows: tuple[Row, ...]) -> Table:

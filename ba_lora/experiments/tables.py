@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +85,7 @@ class Table:
     report: dict[str, Any]
     sha256: str = ""  # of the file
     prepare: tuple[tuple[str, ...], ...] = ()  # (module, words …) to run first
-    unchosen: str | None = None  # why its runs are not known yet
+    unchosen: dict[Row, str] = field(default_factory=dict)  # row → the command that is to choose its settings
     cost: str | None = None  # as its file says
 
     @functools.cached_property
@@ -131,33 +131,31 @@ def load_table(path: str | Path, *, overrides: Sequence[str] = (), seeds: Sequen
     for seed in seeds:
         if seeds.count(seed) > 1:  # each of its runs would count more than once in a mean
             raise UserError(f"{path}: seed {seed} is asked for more than once: name each seed once")
-    chosen, unchosen = _chosen(file.chosen, path)
-    searches: list[str] = []  # that are missing
+    chosen = _chosen(file.chosen)
     rows: dict[Row, int] = {}  # row → GPUs
+    unchosen: dict[Row, str] = {}
     cells: list[SeedCell] = []
     _refuse_typed(overrides, _varied_keys(blocks, columns), kind=file.kind)
     for number, block in enumerate(blocks, start=1):
         where = f"{path}: rows, entry {number}"
         pairs = list(itertools.product(block.bases, block.methods))
-        searched: dict[tuple[str, str], list[str]] = {}
-        for base, method in pairs if block.search else ():
-            if (best := best_words(base, method, block.search)) is None:
-                several = f" gpus={block.gpus}" if block.gpus > 1 else ""
-                searches.append(f"sh scripts/search.sh {base} {block.search} method={method}{several}")
-            searched[base, method] = best or []
-        found = {word.partition("=")[0] for words in searched.values() for word in words}
+        searched = {pair: best_words(*pair, block.search) for pair in pairs if block.search}
+        found = {word.partition("=")[0] for words in searched.values() for word in words or ()}
         _refuse_typed(overrides, found, kind=file.kind)
         for (base, method), (setting, own) in itertools.product(pairs, (block.settings or {"": []}).items()):
             row = Row(base, method, " ".join(word for word in (setting, block.suffix) if word))
             if row in rows:
                 raise UserError(f"{where}: {base}, {method}, {row.setting!r} stands in the table twice")
             rows[row] = block.gpus
-            best = [*searched.get((base, method), []), *chosen.get(method, [])]
-            words = [*file.overrides, *block.overrides, *best, *own]
+            of_search = searched.get((base, method), [])
+            of_table = chosen.get(method) if file.chosen and method != UNTUNED else []
+            if of_search is None or of_table is None:
+                search = f"search.sh {base} {block.search} method={method}"
+                command = search if of_search is None else f"reproduce.sh {file.chosen}"
+                unchosen[row] = f"sh scripts/{command}" + (f" gpus={block.gpus}" if block.gpus > 1 else "")
+            words = [*file.overrides, *block.overrides, *(of_search or []), *(of_table or []), *own]
             cells += _row_cells(row, columns, file.kind, seeds, words, overrides, block.suffix, where)
     _refuse_two_evaluations(cells, path)
-    if searches:
-        unchosen = f"its rows take the best of searches, of which these are not made: {'; '.join(searches)}"
     methods = list(dict.fromkeys(row.method for row in rows))
     ours = file.ours or tuple(name for name in methods if name.startswith("ba_lora"))
     for name in ours:
@@ -185,18 +183,16 @@ def load_table(path: str | Path, *, overrides: Sequence[str] = (), seeds: Sequen
     )
 
 
-def _chosen(name: str | None, path: Path) -> tuple[dict[str, list[str]], str | None]:
-    """Return method → the overrides that another table's report has chosen, and why there are none yet."""
+def _chosen(name: str | None) -> dict[str, list[str]]:
+    """Return method → the overrides that another table's report has chosen, as far as it has."""
     if name is None:
-        return {}, None
+        return {}
     find_table(name)
-    chosen = RESULTS_PATH / name / CHOSEN
-    if not chosen.is_file():
-        return {}, f"{chosen} is not there: sh scripts/reproduce.sh {name} writes it"
-    found = read_yaml(chosen)
+    path = RESULTS_PATH / name / CHOSEN
+    found = read_yaml(path) if path.is_file() else {}
     if not all(isinstance(words, list) for words in found.values()):
-        raise UserError(f"{chosen}: method: [key=value, …] is needed; sh scripts/reproduce.sh {name} writes it")
-    return found, None
+        raise UserError(f"{path}: method: [key=value, …] is needed; sh scripts/reproduce.sh {name} writes it")
+    return found
 
 
 def _refuse_two_evaluations(cells: Sequence[SeedCell], path: Path) -> None:

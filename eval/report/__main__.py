@@ -28,13 +28,14 @@ from typing import Any
 
 from ba_lora.config.checks import check_place
 from ba_lora.errors import CommandParser, UserError, run_entry_point
+from ba_lora.experiments.options import without_unchosen
 from ba_lora.experiments.state import declaration_path, read_declaration
 from ba_lora.experiments.tables import CHOSEN, find_table, load_table, report_folder
 from ba_lora.io import read_object, write_bytes_atomic, write_json_atomic, write_text_atomic
 from ba_lora.paths import PROJECT_ROOT, resolve_path, written_path
 from ba_lora.words import read_numbers, take_options
 from eval.report.figures import draw_figures
-from eval.report.hypothesis_figures import chosen_levels
+from eval.report.hypothesis_figures import chosen_settings
 from eval.report.render import to_csv, to_json, to_latex, to_markdown
 from eval.report.settings import check_allowed
 from eval.report.sheets import Drawn
@@ -112,9 +113,9 @@ def _of_table(name: str, words: Sequence[str]) -> int:
     allow = tuple(own["allow"].split(",")) if own.get("allow") else ()
     check_allowed(allow)
     seeds = read_numbers("seeds", own["seeds"]) if "seeds" in own else None
-    resolved = load_table(find_table(name), overrides=overrides, seeds=seeds)
-    if resolved.unchosen:  # its rows would be those of other settings
-        raise UserError(f"{resolved.id}: {resolved.unchosen}")
+    resolved, unchosen = without_unchosen(load_table(find_table(name), overrides=overrides, seeds=seeds))
+    for line in unchosen:
+        print(f"note: {line}", file=sys.stderr)
     spec = table_spec(resolved)
     made_with = [*overrides, *([f"seeds={','.join(map(str, seeds))}"] if seeds else [])]
     folder = report_folder(spec.name, made_with)
@@ -157,7 +158,7 @@ def write_report(table: ReportTable, sources: Sources, folder: Path) -> list[tup
     drawn = [(_with_earlier(figure, folder), files) for figure, files in draw_figures(table, sources)]
     figures = [figure for figure, _ in drawn]
     facts = to_json(table, figures)
-    chosen = chosen_levels(table) if table.spec.clusters and table.spec.choose else {}
+    chosen = chosen_settings(table)
     _refuse_lost_tests(facts, folder / "table.json")
     texts = {"tex": to_latex(table), "csv": to_csv(table), "md": to_markdown(table, figures)}
     for figure, files in drawn:

@@ -14,8 +14,8 @@
       clusters: base                   # the word of a setting that names a pre-trained model: means are over these
       hypotheses: {…}                  # about them, instead of comparisons of two rows (hypotheses.py)
       choose: heldout                  # of rows that differ in their setting, the best in this column is compared, in
-                                       # the other columns; with clusters: the best settings, which are overrides, are
-                                       # written to chosen.yaml for another table (`chosen`)
+                                       # the other columns, and written to chosen.yaml for another table (`chosen`):
+                                       # settings are named by their overrides
       over_settings: [accuracy, nll]   # columns whose best, median, worst and spread over a method's settings are told
       names: {not stated: roberta-large}                 # the paper file's name of a model, method or setting → ours
       columns: {parameters: {scale: 1.0e-6, decimals: 1}}     # how a column's numbers are shown; `allow`: in it only
@@ -120,6 +120,7 @@ def parse_report(raw: Any, *, rows: Sequence[Row], columns: Sequence[ReportColum
         check_choice(f"{where}.columns", name, names)
     if block.choose is not None:
         check_choice(f"{where}.choose", block.choose, names)
+        _check_settings(rows, clusters=block.clusters, where=f"{where}.choose")
     for name in block.over_settings:
         check_choice(f"{where}.over_settings", name, [column.name for column in columns if column.better != "none"])
     if block.hypotheses and not block.clusters:
@@ -148,6 +149,16 @@ def parse_report(raw: Any, *, rows: Sequence[Row], columns: Sequence[ReportColum
             _figure(name, entry, names, where=f"{source}: figure {name}") for name, entry in block.figures.items()
         ),
     }
+
+
+def _check_settings(rows: Sequence[Row], *, clusters: str, where: str) -> None:
+    """Raise UserError where the settings that are chosen from could not be written as another table's overrides."""
+    if len({row.base for row in rows}) > 1:
+        raise UserError(f"{where}: the rows have several bases, and a choice is of one: leave one")
+    for word in {word for row in rows for word in row.setting.split()}:
+        key = word.partition("=")[0]
+        if "." not in key and key != clusters:
+            raise UserError(f"{where}: the setting {word} is no config key=value: name each setting by its overrides")
 
 
 def _show(column: ReportColumn, shown: ShownColumn, *, where: str) -> ReportColumn:

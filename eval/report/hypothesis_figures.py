@@ -73,9 +73,19 @@ def level_sheet(table: ReportTable) -> Sheet:
     return Sheet((("", len(header)),), header, tuple(rows), tuple(breaks))
 
 
-def chosen_levels(table: ReportTable) -> dict[str, list[str]]:
-    """Return method → the words of its best level in the column that the table chooses by; empty until all have their
-    values: budgets are equal only then."""
+def chosen_settings(table: ReportTable) -> dict[str, list[str]]:
+    """Return method → the overrides of the setting that the table has chosen, as far as it has; {} where it chooses
+    nothing."""
+    if not table.spec.choose:
+        return {}
+    if table.spec.clusters:
+        return _chosen_levels(table)
+    return {row.method: row.setting.split() for row in table.compared}
+
+
+def _chosen_levels(table: ReportTable) -> dict[str, list[str]]:
+    """Return the best level of each method over all pre-trained models; {} until all have their values: budgets are
+    equal only then."""
     column = table.spec.column(table.spec.choose)
     methods, levels = arms_and_levels(table)
     known = {(row.method, level_of(row, table.spec.clusters)) for row in table.spec.rows}

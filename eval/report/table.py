@@ -34,6 +34,7 @@ class ReportTable:
     declaration: str = ""
     findings: tuple[Finding, ...] = ()
     standing: str = ""  # of the hypotheses
+    compared: tuple[Row, ...] = ()  # the rows that are ranked and compared
 
     def cell(self, row: Row, column: ReportColumn) -> Cell:
         return self.cells[row, column.name]
@@ -76,6 +77,7 @@ def build_table(spec: TableSpec, sources: Sources, *, allow: Iterable[str] = ())
         declaration=declaration,
         findings=findings,
         standing=standing(sources.declared, spec.deciding, spec.sha256) if findings else "",
+        compared=rows,
     )
 
 

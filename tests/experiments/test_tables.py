@@ -13,6 +13,7 @@ import yaml
 from ba_lora.config.layers import read_yaml
 from ba_lora.errors import UserError
 from ba_lora.experiments import grid, stages, table_file, tables
+from ba_lora.experiments.options import without_unchosen
 from ba_lora.experiments.spec import Spec
 from ba_lora.experiments.stages import evaluation_stages, training_stage
 from ba_lora.experiments.tables import Row, load_table
@@ -322,24 +323,28 @@ def test_rows_take_the_best_values_of_their_own_searches(tmp_path, monkeypatch):
     }  # fmt: skip
     with pytest.raises(UserError, match="trainer.learning_rate is what this table varies"):
         load_table(write(tmp_path, rows=rows), overrides=["trainer.learning_rate=1"])
-    assert table.unchosen is None
+    assert table.unchosen == {}
     rows[0] |= {"methods": ["lora", "ba_lora"], "gpus": 2}
-    assert load_table(write(tmp_path, rows=rows)).unchosen.endswith(
-        "not made: sh scripts/search.sh toy rates method=ba_lora gpus=2"
-    )
+    missing = load_table(write(tmp_path, rows=rows))
+    assert set(missing.unchosen) == {Row("toy", "ba_lora"), Row("toy", "ba_lora", "rank=4")}
+    assert set(missing.unchosen.values()) == {"sh scripts/search.sh toy rates method=ba_lora gpus=2"}
 
 
 def test_a_table_takes_what_another_one_has_chosen(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "RESULTS_PATH", tmp_path / "results")
     path = write(tmp_path, chosen="tuned", prepare=[["data.lab", "rule=0"]])
     before = load_table(path)
-    assert before.prepare == (("data.lab", "rule=0"),) and "chosen.yaml is not there" in before.unchosen
+    assert before.prepare == (("data.lab", "rule=0"),)
+    assert set(before.unchosen) == {row for row in before.rows if row.method != "untuned"}
     (tmp_path / "results" / "tuned").mkdir(parents=True)
     (tmp_path / "results" / "tuned" / "chosen.yaml").write_text(
         'lora: ["adapter.rank=2", "trainer.learning_rate=0.01"]'
     )
     after = load_table(path)
-    assert after.unchosen is None
+    assert {row.method for row in after.unchosen} == {"ba_lora", "full_ft"}
+    left, lines = without_unchosen(after)
+    assert {cell.row.method for cell in left.cells} == {"lora", "untuned"} and left.rows == after.rows
+    assert lines == ["not chosen yet: the settings of ba_lora, full_ft: sh scripts/reproduce.sh tuned"]
     ranks = {(cell.row.method, cell.row.setting): cell.config.adapter.rank for cell in after.cells}
     assert ranks["lora", ""] == 2 and ranks["ba_lora", ""] == 8
     assert ranks["lora", "rank=4"] == 4  # the table's own words come after
@@ -350,7 +355,7 @@ def test_a_table_takes_what_another_one_has_chosen(tmp_path, monkeypatch):
 def test_a_grid_runs_nothing_before_its_settings_are_chosen(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "RESULTS_PATH", tmp_path / "results")
     monkeypatch.setattr("sys.argv", ["grid", str(write(tmp_path, chosen="tuned"))])
-    with pytest.raises(UserError, match="sh scripts/reproduce.sh tuned writes it"):
+    with pytest.raises(UserError, match="not chosen yet: .*: sh scripts/reproduce.sh tuned"):
         grid.main()
     monkeypatch.setattr("sys.argv", ["grid", str(write(tmp_path, prepare=[["json.tool", f"{tmp_path}/none"]]))])
     with pytest.raises(UserError, match="python -m json.tool .* failed with exit status"):

@@ -11,7 +11,7 @@ from ba_lora.experiments.tables import Row
 from eval.report.block import Figure
 from eval.report.figures import draw_figures
 from eval.report.hypotheses import Clusters, decide_all, effect, level_of, parse_hypotheses, standing
-from eval.report.hypothesis_figures import chosen_levels
+from eval.report.hypothesis_figures import chosen_settings
 from eval.report.render import to_markdown
 from eval.report.table import build_table
 from tests.support.report_world import World
@@ -267,10 +267,10 @@ def test_grades_that_are_not_at_hand_are_told(world):
 
 def test_the_best_level_is_chosen_when_all_have_been_tried(world):
     made = spec(world, hypotheses=(), figures=(), choose="gsm8k")
-    assert chosen_levels(build_table(made, world.sources(made))) == dict.fromkeys(METHODS, ["noise=40"])
+    assert chosen_settings(build_table(made, world.sources(made))) == dict.fromkeys(METHODS, ["noise=40"])
     lower = tuple(dataclasses.replace(column, better="lower") for column in made.columns)
     made = spec(world, hypotheses=(), figures=(), choose="gsm8k", columns=lower)
-    assert chosen_levels(build_table(made, world.sources(made))) == dict.fromkeys(METHODS, ["noise=0"])
+    assert chosen_settings(build_table(made, world.sources(made))) == dict.fromkeys(METHODS, ["noise=0"])
     (world.folder / "runs" / "tiny-pissa-noise=40_base=2-s1.json").unlink()
     made = spec(world, hypotheses=(), figures=(), choose="gsm8k")
-    assert chosen_levels(build_table(made, world.sources(made))) == {}
+    assert chosen_settings(build_table(made, world.sources(made))) == {}

@@ -17,6 +17,7 @@ from eval.report.block import parse_report
 from eval.report.columns import Items, ReportColumn, metric_value, why_missing
 from eval.report.comparisons import as_declared
 from eval.report.declared import Collapse, Primary
+from eval.report.hypothesis_figures import chosen_settings
 from eval.report.render import escape_markdown, to_csv, to_json, to_markdown
 from eval.report.settings import NEVER_ALLOWED, SETTINGS
 from eval.report.sheets import format_number, legend, letter, probability, signed
@@ -750,7 +751,7 @@ def test_numbers_as_they_are_written():
 
 def test_of_each_method_the_best_setting_by_the_chosen_column_is_compared(world):
     """LoRA's grid has its best inside, BA-LoRA's at its edge; only these two are ranked and tested."""
-    rates = ("lr=1", "lr=2", "lr=3")
+    rates = ("trainer.learning_rate=1", "trainer.learning_rate=2", "trainer.learning_rate=3")
     shares = {"lora": (0.2, 0.5, 0.4), "ba_lora": (0.3, 0.4, 0.6)}
     rows, runs = [], {}
     for method, values in shares.items():
@@ -766,8 +767,9 @@ def test_of_each_method_the_best_setting_by_the_chosen_column_is_compared(world)
         return build(world, rows=tuple(rows), columns=(column, judged), runs=runs, paper=(), choose="gsm8k")
 
     table = built()
-    lora, best = Row("tiny", "lora", "lr=2"), Row("tiny", "ba_lora", "lr=3")
+    lora, best = Row("tiny", "lora", "trainer.learning_rate=2"), Row("tiny", "ba_lora", "trainer.learning_rate=3")
     assert [(one.column, one.focus, one.other) for one in table.comparisons] == [("judged", best, lora)]
+    assert chosen_settings(table) == {"lora": ["trainer.learning_rate=2"], "ba_lora": ["trainer.learning_rate=3"]}
     marks = {(row, one.name): mark for row in rows for one in (column, judged) if (mark := table.cell(row, one).mark)}
     assert marks == {(best, "judged"): "best", (lora, "judged"): "second"}  # the column of the choice flatters it
 
@@ -780,10 +782,19 @@ def test_of_each_method_the_best_setting_by_the_chosen_column_is_compared(world)
 
     world.edit(runs[best, "gsm8k"][0], status="failed", error="diverged")
     table = built()  # tried, but not with every seed: another one is chosen, of the same budget
-    assert texts(Row("tiny", "ba_lora", "lr=2")) == ["chosen by gsm8k of 3 settings, of which 1 failed"]
+    assert texts(Row("tiny", "ba_lora", "trainer.learning_rate=2")) == [
+        "chosen by gsm8k of 3 settings, of which 1 failed"
+    ]
     runs[lora, "gsm8k"][0].result_path.unlink()
     table = built()  # not tried yet: no choice
-    assert texts(Row("tiny", "lora", "lr=1")) == ["not chosen yet: 2 of 3 settings have all seeds"]
+    assert texts(Row("tiny", "lora", "trainer.learning_rate=1")) == ["not chosen yet: 2 of 3 settings have all seeds"]
+    assert set(chosen_settings(table)) == {"ba_lora"}
     assert not table.comparisons and not any(cell.mark for cell in table.cells.values())
     with pytest.raises(UserError, match="report.choose=gsm9k is unknown"):
         parse_report({"choose": "gsm9k"}, rows=rows, columns=[column], source="table x")
+    for wrong, told in (
+        ([Row("tiny", "lora", "lr=1")], "the setting lr=1 is no config key=value"),
+        ([Row("tiny", "lora"), Row("small", "lora")], "the rows have several bases"),
+    ):
+        with pytest.raises(UserError, match=told):
+            parse_report({"choose": "gsm8k"}, rows=wrong, columns=[column], source="table x")
