@@ -31,6 +31,12 @@ def inits() -> tuple[str, ...]:
     return ("lora", *parts("init"))
 
 
+@functools.cache
+def residual_inits() -> tuple[str, ...]:
+    """Those whose s B₀A₀ is taken from the base."""
+    return tuple(name for name in parts("init") if facts("init", name)["residual"])
+
+
 def optimizers() -> tuple[str, ...]:
     """The optimizers that know A and B."""
     return tuple(parts("optimizer"))

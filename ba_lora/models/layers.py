@@ -4,16 +4,22 @@ import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from ba_lora.config.registries import residual_inits
+
 if TYPE_CHECKING:
     from torch import nn
 
 REFERENCE_ADAPTER = "reference"  # the frozen adapter beside the trained one (objective/reference.py)
-RESIDUAL_INITS = ("pissa", "corda", "olora", "lora_ga", "milora")  # for these s B₀A₀ is taken from the base
+
+
+def is_residual_init(init: object) -> bool:
+    """Whether an adapter with this `init_lora_weights` stands on W − s B₀A₀."""
+    return str(init).lower().split("_niter_")[0] in residual_inits()
 
 
 def has_residual_base(config: object) -> bool:
     """Return whether the adapter's first product was taken from the base when it was made."""
-    return str(getattr(config, "init_lora_weights", "")).lower().startswith(RESIDUAL_INITS)
+    return is_residual_init(getattr(config, "init_lora_weights", None))
 
 
 def adapter_layers(model: "nn.Module") -> "list[nn.Module]":

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from ba_lora.errors import CommandParser, UserError, in_one_line, run_entry_point
 from ba_lora.io import disk_errors, folder_atomic, load_tensors, read_json, read_jsonl
-from ba_lora.models.layers import RESIDUAL_INITS
+from ba_lora.models.layers import is_residual_init
 from ba_lora.models.source import hub_errors
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def convert(adapter: Path, output: Path, *, base: str | None = None, initial: Pa
 
     weights, settings = adapter_parts(adapter)
     form = str(settings.get("init_lora_weights"))
-    if not form.lower().startswith(RESIDUAL_INITS) and initial is None:
+    if not is_residual_init(form) and initial is None:
         raise UserError(
             f"{adapter} has init_lora_weights={form}: it is a plain LoRA already, there is nothing to convert"
         )
@@ -112,7 +112,7 @@ def merge_adapter(adapter: Path, output: Path, *, base: str | None = None) -> No
     from peft import PeftModel
 
     _, settings = adapter_parts(adapter)
-    if str(settings.get("init_lora_weights")).lower().startswith(RESIDUAL_INITS):
+    if is_residual_init(settings.get("init_lora_weights")):
         raise UserError(f"{adapter} belongs to a changed base: make it a plain LoRA with convert, then merge that")
     source = base_of(adapter, settings, base)
     model = _load(source, settings)

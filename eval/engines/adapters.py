@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ba_lora.errors import UserError, in_one_line
 from ba_lora.io import is_pickle, read_json
 from ba_lora.methods.base import import_tuners
-from ba_lora.models.layers import RESIDUAL_INITS
+from ba_lora.models.layers import is_residual_init
 from ba_lora.models.sizes import load_skeleton
 from ba_lora.paths import resolve_path
 
@@ -33,13 +33,13 @@ def read_adapter(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     settings = _adapter_json(path)
-    initialisation = str(settings.get("init_lora_weights", ""))
+    initialisation = settings.get("init_lora_weights")
     if settings.get("loftq_config"):
         raise UserError(
             f"{path} was trained on a 4-bit base, whose rounding it makes up for (LoftQ), and is wrong on the base as "
             f"published: serve {_sibling(path, 'merged')}"
         )
-    if initialisation.lower().startswith(RESIDUAL_INITS):
+    if is_residual_init(initialisation):
         raise UserError(
             f"{path} was trained on a changed base (init_lora_weights={initialisation}) and is wrong on the base "
             f"itself: serve {_sibling(path, 'lora')}"

@@ -27,6 +27,20 @@ def test_the_names_are_those_of_the_code():
     assert registries.judged_tasks() == tuple(name for name, task in TASKS.items() if task.judged)
 
 
+def test_whether_a_base_is_a_residual_is_a_fact_of_the_init():
+    from types import SimpleNamespace
+
+    from ba_lora.models.layers import has_residual_base
+
+    assert set(registries.residual_inits()) == {"pissa", "corda", "olora", "lora_ga", "milora"}
+    for name in registries.inits():
+        residual = name != "lora" and registries.facts("init", name)["residual"]
+        assert has_residual_base(SimpleNamespace(init_lora_weights=name)) == residual
+    assert has_residual_base(SimpleNamespace(init_lora_weights="pissa_niter_16"))
+    for plain in (True, False, "gaussian", "orthogonal", None):  # PEFT's
+        assert not has_residual_base(SimpleNamespace(init_lora_weights=plain))
+
+
 @pytest.mark.parametrize(
     ("word", "known"),
     [

@@ -3,6 +3,7 @@
 import pytest
 import yaml
 
+from ba_lora.config.layers import load_config
 from ba_lora.errors import UserError
 from ba_lora.experiments.search.space import available_spaces, check_runs, load_space
 from ba_lora.experiments.search.trials import TrialRuns
@@ -137,6 +138,33 @@ def test_a_search_never_looks_at_a_test_set(write, tmp_path, changes, words, mes
     with pytest.raises(UserError, match=message) as error:
         check(load_space(write(**changes)), tmp_path, *words)
     assert "\n" not in str(error.value)
+
+
+def test_an_accuracy_is_never_that_of_another_set_or_of_rows_that_are_trained_on(write, tmp_path):
+    from ba_lora.experiments.search.trials import FIRST_MEASURED, check_objective
+    from eval.tasks.heldout import FIRST_ROW, Heldout
+
+    (tmp_path / "rows.jsonl").write_text('{"query": "1 + 1?", "response": "The answer is: 2"}\n')
+    space, own = load_space("bbo_1"), f"eval.data.heldout={tmp_path / 'rows.jsonl'}"
+    for words, message in (
+        (["data.name=gsm8k"], "measured on MetaMathQA, and the trials train on gsm8k: give rows .*eval.data.heldout="),
+        ([f"data.source={tmp_path / 'rows.jsonl'}"], "and the trials train on .*rows.jsonl"),
+        (["data.num_rows=null"], "rows 100000 and later of MetaMathQA, which the trials may train on"),
+        (["data.num_rows=100001"], "set data.num_rows to at most 100000"),
+        (["data.sample_seed=1"], "without data.sample_seed"),
+        ([own, f"data.source={tmp_path / 'rows.jsonl'}"], "eval.data.heldout=.* is what the trials train on"),
+        ([], None),
+        ([own, "data.name=gsm8k"], None),
+        ([own, "data.num_rows=null"], None),
+    ):
+        config = load_config("llama-2-7b", method="lora", overrides=words)
+        if message is None:
+            check_objective(space, config)
+            continue
+        with pytest.raises(UserError, match=message) as error:
+            check_objective(space, config)
+        assert "\n" not in str(error.value)
+    assert FIRST_MEASURED == FIRST_ROW and Heldout.hub == "meta-math/MetaMathQA"
 
 
 @pytest.mark.parametrize(

@@ -391,12 +391,45 @@ def copied(tmp_path):
     return copy
 
 
+IN_THE_LIBRARY = """
+from pathlib import Path
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, TrainingArguments
+from ba_lora import BALoRAConfig, BALoRATrainer, export_lora
+from ba_lora.config.layers import load_config
+from ba_lora.methods.build import build_model
+
+config = load_config("configs/nlg/toy.yaml", method="pissa", overrides=["adapter.init=first_rows"])
+model, _ = build_model(config, run_path=Path("built"), num_steps=2)
+row = {"input_ids": [*range(3, 15)], "labels": [-100] * 6 + [*range(9, 15)], "attention_mask": [1] * 12}
+settings = {"per_device_train_batch_size": 2, "use_cpu": True, "report_to": "none", "save_strategy": "no"}
+args = TrainingArguments("trained", max_steps=2, learning_rate=1e-2, logging_steps=1, **settings)
+terms = BALoRAConfig(lambda_consistency=0.1)
+trainer = BALoRATrainer(model, args, regularizers=terms, train_dataset=Dataset.from_list([row] * 8))
+trainer.train()
+ids = torch.tensor([row["input_ids"]])
+with torch.no_grad():
+    trained = trainer.plain_model().eval()(ids).logits
+    base = AutoModelForCausalLM.from_pretrained(config.model.name)
+    first = base(ids).logits
+    loaded = PeftModel.from_pretrained(base, export_lora(trainer, "exported")).eval()
+    print(abs(loaded(ids).logits - trained).max().item(), abs(first - trained).max().item())
+"""
+
+
 @pytest.mark.slow
 def test_the_example_of_an_init_trains(copied, tmp_path):
+    """Under BA-LoRA's terms, so that the reference is asked for; by the command and by the library."""
     run = copied("ba_lora/methods/first_rows.py")
     words = ["adapter.init=first_rows", "trainer.max_steps=2", "data.num_rows=32", f"output_dir={tmp_path / 'run'}"]
-    run("train_nlg.py", "--config", "configs/nlg/toy.yaml", "--method", "pissa", *words, f"results_dir={tmp_path}")
+    run("train_nlg.py", "--config", "configs/nlg/toy.yaml", "--method", "ba_lora", *words, f"results_dir={tmp_path}")
     assert (tmp_path / "run" / "lora" / "adapter_config.json").is_file()  # checked against the trained model
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert 0 <= next(entry["consistency"] for entry in log if "consistency" in entry) < 0.1
+    difference, change = map(float, run("-c", IN_THE_LIBRARY).split()[-2:])
+    assert difference < 1e-3 < 0.1 < change
 
 
 def test_the_examples_of_a_method_a_task_and_a_table_work(copied, tmp_path):

@@ -24,6 +24,7 @@ from ba_lora.runs.folder import EXPORTS
 from ba_lora.training.evaluations import STOP, read_evaluations
 
 HELDOUT_TASK = "heldout"
+MEASURED_SET, FIRST_MEASURED = "metamathqa", 100_000  # what the task takes without a file: eval/tasks/heldout.py
 
 
 class TrialRuns:
@@ -120,6 +121,8 @@ def check_objective(space: SearchSpace, config: RunConfig) -> None:
                 f"{what} needs held-out rows in the training: add data.heldout_share=0.05 and "
                 "trainer.eval_strategy=epoch (or steps, with trainer.eval_steps) to overrides"
             )
+        if space.objective == "heldout_accuracy":
+            _check_measured_rows(config)
         _refuse_test_rows(space, config)
         return
     if space.objective != "heldout_accuracy":
@@ -130,6 +133,24 @@ def check_objective(space: SearchSpace, config: RunConfig) -> None:
         raise UserError(
             "an NLU search needs nlu.selection=tuned in overrides: else the dev set chooses, which is reported"
         )
+
+
+def _check_measured_rows(config: NLGConfig) -> None:
+    """Raise UserError where the accuracy would be that of another set's rows, or of rows that are trained on."""
+    data, file = config.data, config.eval.data.get(HELDOUT_TASK)
+    remedy = "give rows that are kept out of training by eval.data.heldout=FILE (columns query and response)"
+    if file is None and (data.name != MEASURED_SET or data.source is not None):
+        raise UserError(
+            f"objective heldout_accuracy would be measured on MetaMathQA, and the trials train on "
+            f"{data.source or data.name}: {remedy}"
+        )
+    if file is None and (data.num_rows is None or data.num_rows > FIRST_MEASURED or data.sample_seed is not None):
+        raise UserError(
+            f"objective heldout_accuracy would be measured on rows {FIRST_MEASURED} and later of MetaMathQA, which the "
+            f"trials may train on: set data.num_rows to at most {FIRST_MEASURED} without data.sample_seed, or {remedy}"
+        )
+    if file is not None and data.source is not None and resolve_path(file) == resolve_path(data.source):
+        raise UserError(f"eval.data.heldout={file} is what the trials train on: {remedy}")
 
 
 def _refuse_test_rows(space: SearchSpace, config: NLGConfig) -> None:
