@@ -9,7 +9,8 @@ A model is
   base: lora/ where PiSSA made one, else adapter/. A single run, and one whose adapter vLLM cannot serve (full
   fine-tuning, DoRA, AdaLoRA, LoHa, an adapter of fused experts, a 4-bit base), is served from merged/. `serve=merged`
   or `serve=hot` overrides;
-- a PEFT adapter folder, served hot on the base that its adapter_config.json names. The adapter/ of a PiSSA run is
+- a PEFT adapter folder, served hot on the base that its adapter_config.json names; RUN/ranks/<b>, a DyLoRA run at one
+  rank, keeps its completions there. The adapter/ of a PiSSA run is
   refused: it belongs to changed base weights. So is an adapter whose weights are not those of the layers it names;
 - a model folder or a hub id.
 
@@ -79,10 +80,10 @@ def completion_folders(served: Sequence[ServedModel], output: str | None) -> lis
     paths = []
     for model in served:
         if output is None:
-            if model.run is None:
+            if model.keeps is None:
                 found = "is no run folder" if Path(model.name).is_dir() else "is no folder, and so no run"
                 raise UserError(f"{model.name} {found}: of any other model say with --output DIR where completions go")
-            paths.append(model.run / "completions")
+            paths.append(model.keeps / "completions")
         else:
             name = re.sub(r"[^\w.-]+", "-", model.name.strip("/")).strip("-.") or "model"
             paths.append(Path(output) / name if len(served) > 1 else Path(output))
@@ -223,7 +224,7 @@ def describe_sampling(questions: Questions) -> dict:
 def trained_template(served: Sequence[ServedModel]) -> str | None:
     """Return the text of the chat template that all these runs were trained in; None where they are no runs, or were
     trained in the Alpaca frame, of which each task has its own form. Raises UserError where they differ."""
-    found = {model.name: kept_template(model.run) for model in served}
+    found = {model.name: kept_template(model.trained_in) for model in served}
     if len(set(found.values())) > 1:
         raise UserError(
             f"{', '.join(found)} were trained in different templates: ask them one by one, or all by template=NAME"

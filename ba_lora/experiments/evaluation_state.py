@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ba_lora.config.schema import HARNESS, RUN_MEASURES, RunConfig
+from ba_lora.config.schema import HARNESS, RUN_MEASURES, UNTUNED, RunConfig
 from ba_lora.config.schema_nlu import NLUConfig
 from ba_lora.errors import UserError
 from ba_lora.glue import find_task
@@ -54,6 +54,24 @@ def _scoring_settings(settings: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
+def is_generated(task: str) -> bool:
+    """Whether a task has completions of eval.generate, and is no measure of the run itself or of the harness."""
+    return task not in RUN_MEASURES and not task.startswith(HARNESS)
+
+
+def rank_folders(config: RunConfig) -> list[Path]:
+    """Return the folders of a run at lower ranks that are evaluated, NLG's: each with a plain LoRA, and completions and
+    scores of its own."""
+    ranks = config.export.ranks if config.kind == "nlg" and config.method != UNTUNED else []
+    return [config.run_path / "ranks" / str(rank) for rank in ranks]
+
+
+def score_path(config: RunConfig, name: str) -> Path:
+    """Return the file with the score of a task, or of ranks/<b>/<task>."""
+    rank, _, task = name.rpartition("/") if name.startswith("ranks/") else ("", "", name)
+    return config.run_path / rank / "scores" / f"{task}.json"
+
+
 def data_file(config: RunConfig, task: str) -> Path:
     """Return the task's file in `eval.data`. Raises UserError where it is not there."""
     path = resolve_path(config.eval.data[task])
@@ -85,9 +103,9 @@ def evaluation_fault(config: RunConfig, state: dict[str, Any], *, graders: Grade
     fault = min(faults, key=lambda fault: fault.regrade, default=None)
     if fault is None or not fault.regrade or config.kind == "nlu":  # eval.nlu predicts what it must
         return fault
-    completions = {task: config.run_path / "completions" / f"{task}.jsonl" for task in config.eval.tasks}
-    own = (*RUN_MEASURES, *(task for task in completions if task.startswith(HARNESS)))  # have no completions
-    lost = [task for task, path in completions.items() if task not in own and not path.is_file()]
+    folders = (config.run_path, *rank_folders(config))
+    generated = [task for task in config.eval.tasks if is_generated(task)]
+    lost = [t for t in generated if not all((path / "completions" / f"{t}.jsonl").is_file() for path in folders)]
     if lost:
         return dataclasses.replace(fault, regrade=False, reason=f"{fault.reason}; no completions of {', '.join(lost)}")
     return fault
@@ -109,7 +127,7 @@ def _task_faults(config: RunConfig, state: dict[str, Any], graders: Graders) -> 
             changed = [f"eval.{name}" for name, value in state["eval"].items() if found["eval"].get(name) != value]
         yield Fault(f"evaluated with another {', '.join(changed) or 'state'}")
     for task in config.eval.tasks:
-        path = config.run_path / "scores" / f"{task}.json"
+        path = score_path(config, task)
         if task not in scored or not path.is_file():
             yield Fault(f"no score of {task}", stale=False)
         elif isinstance(config, NLUConfig) and task in dev_sources(config):
@@ -118,6 +136,12 @@ def _task_faults(config: RunConfig, state: dict[str, Any], graders: Graders) -> 
             yield Fault(f"the score of {task} cannot be read", regrade=True)
         elif fault := _score_fault(task, score, graders.get(task, {})):
             yield fault
+        for folder in rank_folders(config) if is_generated(task) else ():
+            name = f"ranks/{folder.name}/{task}"
+            if (score := read_object(score_path(config, name))) is None:
+                yield Fault(f"no score of {name}", stale=False)
+            elif fault := _score_fault(name, score, graders.get(task, {})):
+                yield fault
 
 
 def _dev_faults(config: NLUConfig, graders: Graders) -> Iterator[Fault]:

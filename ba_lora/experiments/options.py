@@ -16,6 +16,7 @@ from ba_lora.words import nearest, read_list, read_numbers, take_options
 
 REPORT_OPTIONS = ("output", "allow", "page")
 MAX_WORKERS = 1024
+EXECUTOR_KEY = "executor."
 OPTIONS = ("retry", "workers", "gpus", "seeds", "only", "executor", "cancel", *REPORT_OPTIONS)
 
 
@@ -36,14 +37,18 @@ class GridOptions:
     running: tuple[str, ...] = ()  # words on how and where the runs are worked on, as they were typed
 
 
+def take_executor_settings(words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """Return what the words executor.KEY=VALUE say, and the other words."""
+    own = [word.removeprefix(EXECUTOR_KEY) for word in words if word.startswith(EXECUTOR_KEY)]
+    return override_layer(own), [word for word in words if not word.startswith(EXECUTOR_KEY)]
+
+
 def read_grid_options(words: Sequence[str]) -> tuple[GridOptions, list[str]]:
     """Return the grid's own options and the overrides from `key=value` words. Raises UserError for a bad value."""
     typed, overrides = take_options(words, OPTIONS, example="workers=2")
-    prefix = "executor."
-    settings = override_layer([word.removeprefix(prefix) for word in overrides if word.startswith(prefix)])
     running = [f"{key}={typed[key]}" for key in ("workers", "retry", "cancel", "executor") if key in typed]
-    running += [word for word in overrides if word.startswith(prefix)]
-    overrides = [word for word in overrides if not word.startswith(prefix)]
+    running += [word for word in overrides if word.startswith(EXECUTOR_KEY)]
+    settings, overrides = take_executor_settings(overrides)
     if empty := [key for key, text in typed.items() if not text]:  # a variable of the shell that is not set
         raise UserError(f"{empty[0]}= has no value: give one, or leave it out")
     output = written_path(typed["output"]) if "output" in typed else None

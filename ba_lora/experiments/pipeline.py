@@ -29,13 +29,19 @@ from ba_lora.config.layers import find_config, read_yaml
 from ba_lora.config.registries import judged_tasks
 from ba_lora.config.schema import UNTUNED, RunConfig, to_yaml
 from ba_lora.errors import CommandParser, UserError, run_entry_point
-from ba_lora.experiments.evaluation_state import STATE_FILE, evaluation_fault, evaluation_state, read_state
+from ba_lora.experiments.evaluation_state import (
+    STATE_FILE,
+    evaluation_fault,
+    evaluation_state,
+    is_generated,
+    read_state,
+    score_path,
+)
 from ba_lora.experiments.spec import Spec, untuned_config
 from ba_lora.experiments.stages import (
     ask_module,
     check_evaluation,
     evaluation_stages,
-    is_generated,
     launch_command,
     run_stage,
     training_stage,
@@ -242,9 +248,9 @@ def record_evaluation(config: RunConfig, state: dict[str, Any], *, failed: Colle
         scored, earlier["eval"]["tasks"] = earlier["eval"]["tasks"], asked
     made_alike = earlier == state
     for task in failed:
-        score_path = config.run_path / "scores" / f"{task}.json"
-        if not (made_alike and (not is_generated(task) or _is_of_its_completions(score_path))):
-            score_path.unlink(missing_ok=True)
+        path = score_path(config, task)
+        if not (made_alike and (not is_generated(task) or _is_of_its_completions(path))):
+            path.unlink(missing_ok=True)
     result = record_result(config)
     tasks = [task for task in asked if task not in failed]
     tasks += [task for task in scored if made_alike and task not in asked]
@@ -252,10 +258,10 @@ def record_evaluation(config: RunConfig, state: dict[str, Any], *, failed: Colle
     return result
 
 
-def _is_of_its_completions(score_path: Path) -> bool:
+def _is_of_its_completions(path: Path) -> bool:
     """Return whether a score in a run's folder was made from the completions of its task that are there now."""
-    completions_path = score_path.parent.with_name("completions") / f"{score_path.stem}.jsonl"
-    score = read_object(score_path) or {}
+    completions_path = path.parent.with_name("completions") / f"{path.stem}.jsonl"
+    score = read_object(path) or {}
     return completions_path.is_file() and sha256_file(completions_path) == score.get("completions_sha256")
 
 

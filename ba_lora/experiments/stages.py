@@ -4,6 +4,7 @@
 eval.check before a training (`refusals`).
 """
 
+import itertools
 import json
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from ba_lora.chat import is_chat
 from ba_lora.config.layers import find_config, read_yaml
 from ba_lora.config.schema import HARNESS, LIKELIHOOD, RUN_MEASURES, UNTUNED, RunConfig
 from ba_lora.errors import UserError
-from ba_lora.experiments.evaluation_state import data_file
+from ba_lora.experiments.evaluation_state import data_file, is_generated, rank_folders
 from ba_lora.experiments.spec import Spec
 from ba_lora.glue import task_word
 from ba_lora.models.source import model_source
@@ -160,7 +161,8 @@ def training_stage(spec: Spec, launch: Sequence[str], *, overwrite: bool = False
 
 def evaluation_stages(configs: Sequence[RunConfig], *, generate: bool = True) -> list[Stage]:
     """Return what evaluates runs that share model and `eval`: eval.generate for all runs and tasks (one engine start;
-    not with `generate=False`), eval.score for each run and task, then the measures of the runs themselves."""
+    not with `generate=False`), eval.score for each run and task, then the measures of the runs themselves. A run with
+    `export.ranks` is evaluated at each of these ranks, too."""
     first = configs[0]
     if first.kind == "nlu":
         return _nlu_stages(configs, regrade=not generate)
@@ -174,7 +176,7 @@ def evaluation_stages(configs: Sequence[RunConfig], *, generate: bool = True) ->
     if tasks and generate:
         settings = [f"{key}={value}" for key, value in first.eval.options.items()]
         settings += [f"limit={first.eval.limit}"] if first.eval.limit is not None else []
-        models, output = folders, None
+        models, output = [*folders, *(str(path) for config in configs for path in rank_folders(config))], None
         if first.method == UNTUNED and first.model.quantization == "none":
             assert len(configs) == 1, "the pre-trained model has one folder"
             models, output = model_source(first.model), str(first.run_path / "completions")
@@ -192,14 +194,15 @@ def evaluation_stages(configs: Sequence[RunConfig], *, generate: bool = True) ->
         call = Call("eval.generate", options, (*settings, *trusted))
         stages.append(Stage("generate", call, run_paths))
     for config in configs:
-        for task in tasks:
+        for folder, task in itertools.product((config.run_path, *rank_folders(config)), tasks):
+            name = task if folder == config.run_path else f"ranks/{folder.name}/{task}"
             options = {
                 "task": task,
-                "completions": str(config.run_path / "completions" / f"{task}.jsonl"),
+                "completions": str(folder / "completions" / f"{task}.jsonl"),
                 "data": files.get(task),
             }
             call = Call("eval.score", options, partial)
-            stages.append(Stage(f"score {task}", call, (config.run_path,), task, quiet=True))
+            stages.append(Stage(f"score {name}", call, (config.run_path,), name, quiet=True))
         stages += _harness_stages(config, files)
     for measure in first.eval.tasks:
         if measure in RUN_MEASURES:
@@ -208,11 +211,6 @@ def evaluation_stages(configs: Sequence[RunConfig], *, generate: bool = True) ->
             options = {"run": folders, "texts": files[measure], "task": tasks[0], "data": files.get(tasks[0])}
             stages.append(Stage(measure, Call(f"eval.{measure}", options, trusted), run_paths, measure))
     return stages
-
-
-def is_generated(task: str) -> bool:
-    """Whether a task has completions of eval.generate, and is no measure of the run itself or of the harness."""
-    return task not in RUN_MEASURES and not task.startswith(HARNESS)
 
 
 def _harness_stages(config: RunConfig, files: Mapping[str, str]) -> list[Stage]:

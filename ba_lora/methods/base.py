@@ -80,6 +80,7 @@ class Tuner(Part):
     draws_in_training: ClassVar[str | None] = None  # what of its steps the seed moves
     names_layers: ClassVar[bool] = False  # PEFT is given whole paths, not what stands in adapter.target_modules
     layer_types: ClassVar[tuple[str, ...]] = ("Linear", "Conv1D")
+    bounds_rank: ClassVar[bool] = True  # a layer takes no rank above its smaller size; not asked where rank is ignored
 
     # ---- build
 
@@ -97,7 +98,7 @@ class Tuner(Part):
 
     def largest_rank(self, num_in: int, num_out: int) -> int | None:
         """Return the largest rank a layer takes, None where the rank is not bound by it."""
-        return min(num_in, num_out)
+        return min(num_in, num_out) if self.bounds_rank and "rank" not in self.ignores else None
 
     @property
     def first_rank(self) -> int:

@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch.nn.functional as F
-from peft import PeftConfig
 from torch import Tensor, nn
 
 from ba_lora.errors import UserError
 from ba_lora.methods.base import Tuner, peft_settings
-from ba_lora.methods.own_layers import OwnLayer, register_own
+from ba_lora.methods.own_layers import OwnConfig, OwnLayer, register_own
 
 # The ends of the paths of the projections that leave a sub-layer, in the architectures of configs/.
 ATTENTION = ("self_attn.o_proj", "attention.output.dense", "attn.c_proj", "SelfAttention.o")
@@ -25,19 +24,11 @@ MLP = ("mlp.down_proj", "output.dense", "mlp.c_proj", "DenseReluDense.wo")
 
 
 @dataclass
-class BottleneckConfig(PeftConfig):
+class BottleneckConfig(OwnConfig):
     """r: the width inside; activation: f."""
 
-    target_modules: Any = None
-    exclude_modules: Any = None
-    modules_to_save: Any = None
     r: int = 64
     activation: str = "relu"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.peft_type = "BOTTLENECK"
-        self.target_modules = set(self.target_modules) if isinstance(self.target_modules, list) else self.target_modules
 
 
 class BottleneckLayer(OwnLayer):
@@ -72,13 +63,11 @@ class Bottleneck(Tuner):
     options = {"places": ("both", ("both", "mlp")), "activation": ("relu", ("relu", "gelu", "silu"))}
     selects_layers = False
     ignores = ("alpha", "target_modules")
+    bounds_rank = False
     names_layers = True
     has_dropout = False
     own_layers = True
     merges = False
-
-    def largest_rank(self, num_in: int, num_out: int) -> None:
-        return None
 
     def chosen_layers(self, model: nn.Module, linear: dict[str, tuple[int, int]]) -> list[str]:
         """Raises UserError for an architecture whose sub-layers are not known."""

@@ -22,9 +22,6 @@ class IA3(Tuner):
     has_dropout = False
     draws = None
 
-    def largest_rank(self, num_in: int, num_out: int) -> None:
-        return None
-
     def peft_config(self, num_steps: int) -> Any:
         from peft import IA3Config
 

@@ -9,6 +9,7 @@ class LoHa(Tuner):
     """2 r (in + out) parameters a layer."""
 
     options = {"rank_dropout": (None, None)}
+    bounds_rank = False
     layer_types = ("Linear",)
 
     def peft_config(self, num_steps: int) -> Any:

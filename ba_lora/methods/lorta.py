@@ -17,12 +17,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft import PeftConfig
 from torch import Tensor, nn
 
 from ba_lora.errors import UserError
 from ba_lora.methods.base import DEFAULT, Tuner, peft_settings, whole_alpha
-from ba_lora.methods.own_layers import OwnLayer, register_own
+from ba_lora.methods.own_layers import OwnConfig, OwnLayer, register_own
 
 # The ends of the paths of q, k, v and o, in the architectures of configs/.
 MATRICES = (
@@ -35,22 +34,14 @@ SHARED = ("lorta_a", "lorta_b", "lorta_layer", "lorta_head", "lorta_matrix")
 
 
 @dataclass
-class LortaConfig(PeftConfig):
+class LortaConfig(OwnConfig):
     """heads: H; places: layer's path → [l, m]; num_layers: L."""
 
-    target_modules: Any = None
-    exclude_modules: Any = None
-    modules_to_save: Any = None
     r: int = 8
     alpha: float = 8
     heads: int = 1
     num_layers: int = 1
     places: Any = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.peft_type = "LORTA"
-        self.target_modules = set(self.target_modules) if isinstance(self.target_modules, list) else self.target_modules
 
 
 class LortaLayer(OwnLayer):
@@ -70,11 +61,7 @@ class LortaLayer(OwnLayer):
         self.place, self.scaling = config.places[self.path], config.alpha / r
 
     def factors(self, adapter: str) -> tuple[Tensor, Tensor]:
-        """Return (lora_A [r, d], lora_B [d, r]) of the equal LoRA, without s."""
-        a, b, c_layer, c_head, c_matrix = (getattr(self, name)[adapter] for name in SHARED)
-        number, matrix = self.place
-        weights_HR = c_layer[number] * c_head * c_matrix[matrix]
-        return (weights_HR[:, :, None] * b).transpose(0, 1).flatten(1), a
+        return lora_factors([getattr(self, name)[adapter] for name in SHARED], self.place)
 
     def adapted(self, adapter: str, x: Tensor) -> Tensor:
         first, second = self.factors(adapter)
@@ -84,6 +71,14 @@ class LortaLayer(OwnLayer):
     def merged_weights(self, adapter: str) -> tuple[Tensor, Tensor | None]:
         first, second = self.factors(adapter)
         return self.base_layer.weight + self.scaling * second @ first, None
+
+
+def lora_factors(shared: list[Tensor], place: list[int]) -> tuple[Tensor, Tensor]:
+    """Return (lora_A [r, d], lora_B [d, r]) of the LoRA that (l, m) of the tensor is, without s. shared: as SHARED."""
+    a, b, c_layer, c_head, c_matrix = shared
+    number, matrix = place
+    weights_HR = c_layer[number] * c_head * c_matrix[matrix]
+    return (weights_HR[:, :, None] * b).transpose(0, 1).flatten(1), a
 
 
 register_own("lorta", LortaConfig, LortaLayer)
@@ -136,11 +131,9 @@ class Lorta(Tuner):
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         converted, paths = {}, sorted({name.rsplit(".lorta_", 1)[0] for name in weights if ".lorta_" in name})
         for prefix in paths:
-            a, b, c_layer, c_head, c_matrix = (weights[f"{prefix}.{name}"].float() for name in SHARED)
-            number, matrix = settings["places"][prefix.removeprefix("base_model.model.")]
-            scale_HR = c_layer[number] * c_head * c_matrix[matrix]
-            converted[f"{prefix}.lora_A.weight"] = (scale_HR[:, :, None] * b).transpose(0, 1).flatten(1)
-            converted[f"{prefix}.lora_B.weight"] = a.clone()
+            place = settings["places"][prefix.removeprefix("base_model.model.")]
+            first, second = lora_factors([weights[f"{prefix}.{name}"].float() for name in SHARED], place)
+            converted |= {f"{prefix}.lora_A.weight": first, f"{prefix}.lora_B.weight": second.clone()}
         kept = {name: value for name, value in weights.items() if ".lorta_" not in name}
         own = ("places", "num_layers", "heads", "alpha")
         plain = {name: value for name, value in settings.items() if name not in own}

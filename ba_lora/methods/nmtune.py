@@ -15,28 +15,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import PeftConfig
 from torch import Tensor, nn
 
 from ba_lora.errors import UserError
 from ba_lora.methods.base import DEFAULT, Tuner, WeightTerm, peft_settings
-from ba_lora.methods.own_layers import OwnLayer, register_own
+from ba_lora.methods.own_layers import OwnConfig, OwnLayer, register_own
 
 
 @dataclass
-class NMTuneConfig(PeftConfig):
+class NMTuneConfig(OwnConfig):
     """width: D, the hidden size of the encoder; the MLP is D → expansion · D → D."""
 
-    target_modules: Any = None
-    exclude_modules: Any = None
-    modules_to_save: Any = None
     width: int = 1
     expansion: float = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.peft_type = "NMTUNE"
-        self.target_modules = set(self.target_modules) if isinstance(self.target_modules, list) else self.target_modules
 
 
 class NMTuneLayer(OwnLayer):
@@ -81,9 +72,6 @@ class NMTune(Tuner):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self._width = 0
-
-    def largest_rank(self, num_in: int, num_out: int) -> None:
-        return None
 
     def chosen_layers(self, model: nn.Module, linear: dict[str, tuple[int, int]]) -> list[str]:
         """Raises UserError for a decoder, whose head runs on every token."""

@@ -1,11 +1,12 @@
 """What a method of our own needs to be one of PEFT's: a type, a configuration, a model and a base for its layers.
 
 PEFT then does for it what it does for its own: it puts the layers in and takes them out, disables, saves, loads and
-merges them, and keeps a classifier's head beside. A method is a configuration's dataclass and a layer with `allocate`,
-`forward` and, where it can be merged, `merge_weights`. An adapter of such a type is loaded by PeftModel.from_pretrained
-wherever the method's file has been imported.
+merges them, and keeps a classifier's head beside. A method is a dataclass with its settings, an `OwnConfig`, and a
+layer with `allocate`, `adapted` and, where it can be merged, `merged_weights`. An adapter of such a type is loaded by
+PeftModel.from_pretrained wherever the method's file has been imported.
 """
 
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -15,6 +16,21 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_t
 from peft.utils import PeftType, register_peft_method
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+
+
+@dataclass
+class OwnConfig(PeftConfig):
+    """On which layers it is; `register_own` gives a method's class its type."""
+
+    type_name: ClassVar[str]
+    target_modules: Any = None
+    exclude_modules: Any = None
+    modules_to_save: Any = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = self.type_name
+        self.target_modules = set(self.target_modules) if isinstance(self.target_modules, list) else self.target_modules
 
 
 class OwnLayer(nn.Module, BaseTunerLayer):
@@ -99,8 +115,9 @@ class OwnLayer(nn.Module, BaseTunerLayer):
             self.merged_adapters.clear()
 
 
-def register_own(name: str, config_class: type[PeftConfig], layer_class: type[OwnLayer]) -> type[BaseTuner]:
+def register_own(name: str, config_class: type[OwnConfig], layer_class: type[OwnLayer]) -> type[BaseTuner]:
     """Make a method a type of PEFT's, called NAME; parameters' names begin with `name_`. Return its model's class."""
+    config_class.type_name = name.upper()
 
     class OwnModel(BaseTuner):
         prefix = f"{name}_"

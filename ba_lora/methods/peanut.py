@@ -14,13 +14,11 @@ class Peanut(Tuner):
     """2 r out + 2 depth r² parameters a layer; `scaling` is s, whatever adapter.alpha is."""
 
     ignores = ("alpha",)
+    bounds_rank = False
     options = {"depth": (None, None), "act_fn": (None, None), "scaling": (None, None)}
     layer_types = ("Linear",)
     has_dropout = False
     no_zero3 = "PEANuT reads whole weights in each pass, which ZeRO-3 splits: use ZeRO-2, DDP or one process"
-
-    def largest_rank(self, num_in: int, num_out: int) -> None:
-        return None
 
     def peft_config(self, num_steps: int) -> Any:
         from peft import PeanutConfig

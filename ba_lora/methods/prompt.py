@@ -24,9 +24,6 @@ class PromptTuning(Tuner):
     recomputes = False
     no_deepspeed = "virtual tokens are not tried under DeepSpeed: use DDP or one process"
 
-    def largest_rank(self, num_in: int, num_out: int) -> None:
-        return None
-
     def peft_config(self, num_steps: int) -> Any:
         import peft
 

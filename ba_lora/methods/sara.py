@@ -47,9 +47,6 @@ class Sara(Tuner):
         self._frozen: dict[str, Tensor] = {}  # layer → which of its chosen weights keep their value
         self._before: dict[str, Tensor] = {}
 
-    def largest_rank(self, num_in: int, num_out: int) -> None:
-        return None
-
     def peft_config(self, num_steps: int) -> Any:
         self._reselect_at = round(self.option["reselect"] * num_steps)
         return peft_settings(SparseConfig, self.adapter, known=self.options)

@@ -10,27 +10,18 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft import PeftConfig
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ba_lora.methods.base import DEFAULT
-from ba_lora.methods.own_layers import OwnLayer, register_own
+from ba_lora.methods.own_layers import OwnConfig, OwnLayer, register_own
 
 
 @dataclass
-class SparseConfig(PeftConfig):
+class SparseConfig(OwnConfig):
     """counts: layer's path → number of its chosen weights, so that a reloaded layer has room for them."""
 
-    target_modules: Any = None
-    exclude_modules: Any = None
-    modules_to_save: Any = None
     counts: Any = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.peft_type = "SPARSE"
-        self.target_modules = set(self.target_modules) if isinstance(self.target_modules, list) else self.target_modules
 
 
 class SparseLayer(OwnLayer):

@@ -10,29 +10,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import PeftConfig
 from torch import Tensor, nn
 
 from ba_lora.errors import UserError
 from ba_lora.methods.base import Tuner, peft_settings
-from ba_lora.methods.own_layers import OwnLayer, register_own
+from ba_lora.methods.own_layers import OwnConfig, OwnLayer, register_own
 
 BIAS_KEYS = ("attention_bias", "mlp_bias")  # of a Llama's configuration
 
 
 @dataclass
-class SsfConfig(PeftConfig):
+class SsfConfig(OwnConfig):
     """shift: β is trained beside γ."""
 
-    target_modules: Any = None
-    exclude_modules: Any = None
-    modules_to_save: Any = None
     shift: bool = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.peft_type = "SSF"
-        self.target_modules = set(self.target_modules) if isinstance(self.target_modules, list) else self.target_modules
 
 
 class SsfLayer(OwnLayer):
@@ -76,9 +67,6 @@ class Ssf(Tuner):
     draws = None
     own_layers = True
     names_layers = True
-
-    def largest_rank(self, num_in: int, num_out: int) -> None:
-        return None
 
     def peft_config(self, num_steps: int) -> Any:
         return peft_settings(SsfConfig, self.adapter, known=self.options, **self.option)

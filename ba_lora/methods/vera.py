@@ -15,9 +15,7 @@ class Vera(Tuner):
     options = {"d_initial": (None, None), "projection_prng_key": (None, None)}
     draws = None
     ignores = ("alpha",)
-
-    def largest_rank(self, num_in: int, num_out: int) -> None:
-        return None
+    bounds_rank = False
 
     def peft_config(self, num_steps: int) -> Any:
         from peft import VeraConfig

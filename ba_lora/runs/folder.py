@@ -42,7 +42,7 @@ FIRST_FACTORS = ("initial", "residual")
 # judgements/: they are paid for, and each is kept under the very answer that it judges.
 _OWN = (
     "train.json", "log.jsonl", EVALUATIONS, STOP, "evaluation.json", "initial", "residual", "epochs", "features",
-    "predictions", "completions", "grades", "scores", "wandb", *EXPORTS,
+    "predictions", "completions", "grades", "scores", "wandb", "ranks", *EXPORTS,
     *(f"{name}.rejected" for name in EXPORTS), *(f".{name}.saving" for name in EXPORTS),
 )  # fmt: skip
 
@@ -245,6 +245,7 @@ def _export_fault(run_path: Path, config: RunConfig, trained: dict[str, Any]) ->
         wanted |= {"adapter", "lora"} if writes_lora(config.adapter) else {"adapter"}
     if config.export.merged or config.adapter.trains_own_weights:
         wanted.add("merged")
+    wanted |= {f"ranks/{rank}" for rank in config.export.ranks}
     for name in sorted(wanted):
         if not any((run_path / name).glob("*.safetensors")):
             return f"{name}/ has no weights"

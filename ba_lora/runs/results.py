@@ -48,10 +48,13 @@ def assemble(run_path: Path, config: RunConfig, trained: dict[str, Any] | None =
 
 def evaluation(run_path: Path) -> dict[str, Any]:
     """Return task → its score and, as "generation", how the completions were made (some scores tell it themselves).
+    ranks/<b>/<task>: the score of a run at that rank, where it was exported for several.
 
     Raises UserError for a file that is damaged.
     """
     found = {}
+    for rank in sorted(run_path.glob("ranks/[1-9]*/scores"), key=lambda folder: int(folder.parent.name)):
+        found |= {f"ranks/{rank.parent.name}/{task}": score for task, score in evaluation(rank.parent).items()}
     folder = run_path / "scores"
     for path in sorted(folder.rglob("*.json")):  # those of lm-evaluation-harness are in a folder of their own
         score = read_record(path, "metrics", "n", fix="delete it, and score the run again")

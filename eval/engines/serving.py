@@ -26,6 +26,16 @@ class ServedModel:
     run: Path | None = None
     revision: str | None = None
 
+    @property
+    def keeps(self) -> Path | None:
+        """The folder that keeps its completions and scores: the run's or, of a run at one rank, RUN/ranks/<b>."""
+        return self.run or (None if self.adapter is None or run_of_rank(self.adapter) is None else self.adapter)
+
+    @property
+    def trained_in(self) -> Path | None:
+        """The run that it is, or is a rank of."""
+        return self.run or (None if self.adapter is None else run_of_rank(self.adapter))
+
 
 def plan_serving(models: Sequence[str], *, serve: str = "auto", revision: str | None = None) -> list[ServedModel]:
     """Decide how each model is served. Raises UserError for a folder that holds none."""
@@ -54,11 +64,22 @@ def plan_serving(models: Sequence[str], *, serve: str = "auto", revision: str | 
                 raise UserError(f"{name} holds neither merged/ nor an adapter to serve: finish its training and export")
         elif (path / "adapter_config.json").is_file():
             adapters.read_adapter(path)  # refused here, before any model is loaded
-            served.append(ServedModel(name, adapters.adapter_base(path), "adapter", adapter=path, revision=revision))
+            if revision is None and (run := run_of_rank(path)) is not None:
+                revision_there = _run_model(run)[1]
+            else:
+                revision_there = revision
+            base = adapters.adapter_base(path)
+            served.append(ServedModel(name, base, "adapter", adapter=path, revision=revision_there))
         else:
             engines.require_model(name)
             served.append(ServedModel(name, name, "model", revision=None if path.is_dir() else revision))
     return served
+
+
+def run_of_rank(adapter: Path) -> Path | None:
+    """Return RUN of an adapter RUN/ranks/<b>, None for any other folder."""
+    run = adapter.parent.parent
+    return run if adapter.parent.name == "ranks" and (run / "config.yaml").is_file() else None
 
 
 def kept_template(run: Path | None) -> str | None:

@@ -10,7 +10,7 @@ Each file is optional. What is gone or damaged is named in `Answers.missing`, an
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,9 @@ def read_answers(run_path: Path, task: str, entry: Entry) -> Answers:
     """Return what a run's folder holds of its answers to `task`, whose score is `entry`. Never raises UserError."""
     if "of_task" in entry:
         return _predicted(run_path, task, entry)
+    if task.startswith("ranks/"):  # of the run at a lower rank, which keeps its own
+        rank, _, asked = task.rpartition("/")
+        return replace(read_answers(run_path / rank, asked, entry), task=task)
     answers = Answers(task)
     places = [run_path / folder / f"{task}.jsonl" for folder in ("completions", "grades")]
     if not any(place.is_file() for place in places):

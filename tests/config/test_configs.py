@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ba_lora.config.layers import available_methods, load_config
+from ba_lora.config.layers import METHODS_PATH, available_methods, load_config
 from ba_lora.config.schema import to_yaml
 from ba_lora.config.schema_nlg import NLGConfig
 from ba_lora.errors import UserError
@@ -30,6 +30,14 @@ CAN_QUANTIZE = {  # weights in 4 bit train only under LoRA-like adapters
 
 def stem(path: Path) -> str:
     return path.stem
+
+
+@pytest.mark.parametrize("path", sorted(METHODS_PATH.glob("*.yaml")), ids=stem)
+def test_the_head_of_a_method_tells_its_source_and_settings(path: Path) -> None:
+    """Which settings are the paper's, or that they are not known; full fine-tuning and ours have none of others."""
+    head = path.read_text(encoding="utf-8").split("\nadapter:")[0]
+    if path.stem not in ("full_ft", "ba_lora", "ba_lora_iclr2026"):
+        assert re.search(r"\barXiv \d{4}\.\d{5}\b", head) and "Theirs" in head
 
 
 def test_the_files_are_found() -> None:

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from ba_lora.errors import UserError
-from ba_lora.experiments.executors.base import Slot
+from ba_lora.experiments.executors.base import Busy, Slot
 from ba_lora.experiments.executors.local import LocalExecutor, group_lives
 from ba_lora.experiments.search import loop, nomad
 from ba_lora.experiments.search.journal import COMPLETE, FAILED, PRUNED, Journal, Outcome
@@ -24,6 +24,7 @@ from ba_lora.experiments.search.outcome import write_outcome
 from ba_lora.experiments.search.space import check_runs, load_space
 from ba_lora.experiments.search.trials import TrialRuns
 from tests.conftest import ROOT
+from tests.support import slurm
 from tests.workers import fake_trial
 
 WORKER = ROOT / "tests" / "workers" / "fake_trial.py"
@@ -58,13 +59,13 @@ def write(tmp_path):
     return file
 
 
-def search(folder, path, *, workers=1, say=lambda line: None, stop_after=None, **typed):
+def search(folder, path, *, workers=1, say=lambda line: None, stop_after=None, executor=None, **typed):
     """Run a search in this process; return its trials as (status, values, rounded loss)."""
     space = load_space(str(path), typed=typed)
     runs = TrialRuns(space, folder, "toy", method="lora", words=[], kind="nlg")
     journal = Journal(folder, space, {"words": []})
     slots = [Slot(f"worker {number}", {}) for number in range(workers)]
-    Search(journal, runs, open_proposer(space), LocalExecutor(slots), say=say).run()
+    Search(journal, runs, open_proposer(space), executor or LocalExecutor(slots), say=say).run()
     write_outcome(folder, journal, runs)
     return tried(journal)
 
@@ -207,6 +208,75 @@ def test_a_second_search_in_the_same_folder_is_refused_at_once(tmp_path, write):
     assert "error: interrupted; the same command goes on" in first.stdout.read()
 
 
+class Cluster(LocalExecutor):
+    """Keeps what it was given until it is told to forget it, as a cluster does for a search that was killed."""
+
+    def __init__(self, *, killed_after=None):
+        super().__init__([Slot("a job", {})])
+        self.kept, self.asked, self._killed_after = {}, [], killed_after
+
+    def find(self, run_path):
+        self.asked.append(run_path.name)
+        if self.asked.count(run_path.name) == 1:
+            raise Busy("may be in the queue: the controller does not answer")
+        found = self.kept.get(run_path)
+        if found is not None:
+            found.waiting = []  # it has ended meanwhile
+            super().submit(found, self.slots[0])
+        return found
+
+    def submit(self, work, slot):
+        (run_path,) = work.run_paths
+        assert run_path not in self.kept
+        self.kept[run_path] = work
+        work.news.append(f"job {len(self.kept)}")
+        super().submit(work, slot)
+
+    def wait(self, timeout_s):
+        ended = super().wait(timeout_s)
+        if ended and len(self.kept) == self._killed_after:
+            raise KeyboardInterrupt
+        return ended
+
+    def forget(self, work, run_path):
+        self.kept.pop(run_path)
+
+
+def test_a_search_finds_again_what_it_had_given_to_a_cluster(tmp_path, write, monkeypatch):
+    monkeypatch.setattr(loop, "LOOK_S", 0.05)
+    whole = search(tmp_path / "whole", write(trials=3))
+    killed, lines = Cluster(killed_after=1), []
+    with pytest.raises(KeyboardInterrupt):
+        search(tmp_path / "s", write(trials=3), executor=killed)
+    (left,) = killed.kept  # the training of trial 0 has ended, and nobody has written down what came of it
+    again = Cluster()
+    again.kept = {left: killed.kept[left]}
+    again.kept[left].locks = []
+    assert search(tmp_path / "s", write(trials=3), executor=again, say=lines.append) == whole
+    assert (left / "trainings.txt").read_text() == "started\n" and not again.kept
+    assert "trial 1: job 1" in lines
+    waiting = "waiting: trial 2 may be in the queue: the controller does not answer"
+    assert lines.count(waiting) == 1 and again.asked.count(left.name) == 2
+
+
+@pytest.mark.slow
+def test_a_search_on_slurm_makes_the_trials_of_one_here(tmp_path, write, monkeypatch):
+    if reason := slurm.missing():
+        pytest.skip(reason)
+    here = search(tmp_path / "here", write(trials=4, trials_at_once=2))
+    with slurm.running(tmp_path / "slurm") as cluster:
+        for name, value in cluster.environment.items():
+            monkeypatch.setenv(name, value)
+        words = ["executor=slurm", "executor.gpus=0", "executor.time_minutes=5", "executor.poll_seconds=1"]
+        done = run(tmp_path / "there", write(trials=4, trials_at_once=2), *words)
+        said = done.communicate()[0]
+    assert done.returncode == 0, said
+    (folder,) = (tmp_path / "there").glob("*-s0")
+    trials = json.loads((folder / "trials.json").read_text())["trials"]
+    assert [(one["status"], one["values"]) for one in trials] == [(status, values) for status, values, _ in here]
+    assert "job" in said and not list((folder / "slurm").glob("*.json"))
+
+
 def test_a_failed_trial_is_told_and_the_others_go_on(tmp_path, write, monkeypatch):
     monkeypatch.setenv("FAKE_FAIL", "adapter.rank=4")
     lines = []
@@ -327,6 +397,8 @@ def test_outcomes_are_told_in_order(tmp_path, write):
         (["toy", "toy", "seed=7"], "seed=7: a search sets it for each trial: give seeds="),
         (["toy", "toy", "output_dir=x"], "output_dir=x: a search sets it for each trial: give output=DIR"),
         (["toy", "toy", "overwrite=true"], "overwrite=true: a search sets it for each trial"),
+        (["toy", "toy", "executor=slrm"], "executor=slrm: no such file.*nearest: slurm"),
+        (["toy", "toy", "executor=slurm", "executor.partiton=x"], "unknown key partiton .nearest: partition"),
     ],
 )
 def test_what_is_wrong_on_the_command_line_is_one_line(words, message, monkeypatch, tmp_path):
@@ -386,7 +458,7 @@ def test_kill_9_leaves_no_forked_stage_behind(tmp_path):
     program = f"""
 import sys
 from pathlib import Path
-from ba_lora.experiments.executors.base import Slot
+from ba_lora.experiments.executors.base import Busy, Slot
 from ba_lora.experiments.executors.warm import WarmExecutor
 from ba_lora.experiments.stages import Call, Stage
 folder = Path({str(tmp_path)!r})

@@ -17,6 +17,7 @@ from statistics import mean, stdev
 import pytest
 
 from ba_lora.config.layers import load_config
+from ba_lora.config.registries import facts, parts
 from ba_lora.errors import UserError
 from ba_lora.experiments.tables import available_tables
 from ba_lora.io import write_jsonl_atomic
@@ -445,6 +446,17 @@ def test_the_examples_of_a_method_a_task_and_a_table_work(copied, tmp_path):
     assert "8 cells from 8 runs" in run("-m", "ba_lora.experiments.grid", "two_ranks", "--dry-run")
     said = run("-m", "eval.score", "--task", "yes_no", "--completions", "said.jsonl", "--data", "rows.jsonl")
     assert json.loads(said.splitlines()[-1])["metrics"]["strict"] == 1.0
+
+
+def test_the_methods_that_deepspeed_cannot_run_are_those_of_the_page():
+    """Each part by its name, as written there without signs; and no other one."""
+    told = PAGES["docs/methods.md"].partition("Refused under DeepSpeed: ")[2].replace("-", "").lower()
+    everywhere, of_zero3 = told.split("refused under zero3 only: ")
+    named = {name: facts(kind, name) for kind in ("tuner", "init", "optimizer") for name in parts(kind)}
+    for name, found in named.items():
+        word = "virtual tokens" if name in ("prompt", "prefix") else name.replace("_", "")
+        assert bool(re.search(rf"\b{word}\b", everywhere)) == bool(found["no_deepspeed"]), name
+        assert bool(re.search(rf"\b{word}\b", of_zero3)) == bool(found["no_zero3"] or found["needs_rows"]), name
 
 
 def test_every_table_is_in_the_list_of_tables():

@@ -10,8 +10,7 @@ from dataclasses import dataclass, field
 from typing import IO, Any
 
 from ba_lora.errors import UserError
-from ba_lora.experiments.executors.base import Slot, StageQueue
-from ba_lora.experiments.executors.local import LocalExecutor
+from ba_lora.experiments.executors.base import Busy, Executor, Slot, StageQueue
 from ba_lora.experiments.search.journal import COMPLETE, FAILED, PRUNED, Journal, Outcome, Trial
 from ba_lora.experiments.search.nomad import NomadProposer
 from ba_lora.experiments.search.proposers import Exhausted, OptunaProposer, Proposer
@@ -59,7 +58,7 @@ class Search:
         journal: Journal,
         runs: TrialRuns,
         proposer: Proposer,
-        executor: LocalExecutor,
+        executor: Executor,
         *,
         say: Callable[[str], None] = print,
     ) -> None:
@@ -67,7 +66,7 @@ class Search:
         self._proposer, self._executor, self._say = proposer, executor, say
         self._running: dict[int, _Running] = {}
         self._exhausted: str | None = None
-        self._waits_for = ""
+        self._said: set[str] = set()  # what is said once
 
     def run(self) -> str | None:
         """Work until the budget is spent; return why it was not, where the engine had no further trial."""
@@ -83,9 +82,11 @@ class Search:
                 for work in self._executor.wait(LOOK_S):
                     self._ended(next(running for running in self._running.values() if running.work is work))
                 for running in list(self._running.values()):
+                    self._tell_news(running)
                     self._prune(running)
         finally:
-            self._executor.cancel()
+            for line in self._executor.cancel():
+                self._say(line)
             for running in self._running.values():
                 if running.work is not None:
                     running.work.release()
@@ -162,14 +163,32 @@ class Search:
             spec = running.spec
             lock_path = work_lock_path(spec.config.run_path)
             if (lock := try_lock(lock_path)) is None:  # of a killed search, whose stages live on
-                if holder(lock_path) != self._waits_for:
-                    self._waits_for = holder(lock_path)
-                    self._say(f"waiting: trial {running.trial.number} is worked on by {self._waits_for}")
+                self._tell_waiting(running, f"is worked on by {holder(lock_path)}")
                 continue
+            try:
+                running.work = self._executor.find(spec.config.run_path)  # what a killed search gave to a cluster
+            except Busy as error:
+                self._tell_waiting(running, str(error))
+                lock.close()
+                continue
+            if running.work is not None:
+                running.work.locks.append(lock)
+                return True
             running.work = self._work(spec, slot, lock)
             self._executor.submit(running.work, slot)
             return True
         return False
+
+    def _tell_waiting(self, running: _Running, why: str) -> None:
+        told = f"waiting: trial {running.trial.number} {why}"
+        if told not in self._said:
+            self._said.add(told)
+            self._say(told)
+
+    def _tell_news(self, running: _Running) -> None:
+        """Say what a cluster has done with a trial."""
+        while running.work is not None and running.work.news:
+            self._say(f"trial {running.trial.number}: {running.work.news.pop(0)}")
 
     def _work(self, spec: Spec, slot: Slot, lock: IO[str]) -> StageQueue:
         config = spec.config
@@ -207,6 +226,8 @@ class Search:
                     running.outcome = Outcome(status, loss, self._evaluations(running), error)
             if running.outcome is not None:
                 running.outcome.facts |= {"seconds": round(running.seconds, 2), "runs": running.facts}
+            self._tell_news(running)
+            self._executor.forget(work, spec.config.run_path)
         finally:
             running.work = None
             work.release()

@@ -11,6 +11,8 @@ key=value changes every trial and the best config (`data.num_rows=1000`), but fo
     trials=N  seeds=[1,2]  trials_at_once=N         instead of the file's
     method=NAME                                     ba_lora where nothing is said
     workers=N     at most N trainings at a time     gpus=N        GPUs of each training
+    executor=NAME  where the trainings run: a file of configs/executors (local; a space's `warm`: warm),
+                  executor.KEY=VALUE over its settings
     output=DIR    the search's folder; otherwise outputs/searches/<CONFIG>-<METHOD>-<SPACE>
 
 Written there for each engine and seed: best.yaml, trials.csv, trials.json, report.md with its figures.
@@ -31,9 +33,9 @@ from ba_lora.config.checks import check_place
 from ba_lora.config.layers import find_config
 from ba_lora.config.schema import training_settings
 from ba_lora.errors import CommandParser, UserError, run_entry_point
+from ba_lora.experiments.executors import find_executor, open_executor
 from ba_lora.experiments.executors.base import Slot
-from ba_lora.experiments.executors.local import LocalExecutor, local_slots
-from ba_lora.experiments.options import MAX_WORKERS
+from ba_lora.experiments.options import MAX_WORKERS, take_executor_settings
 from ba_lora.experiments.search.best import search_folder
 from ba_lora.experiments.search.journal import Journal, import_optuna
 from ba_lora.experiments.search.loop import Search, open_proposer
@@ -46,7 +48,7 @@ from ba_lora.locks import locked
 from ba_lora.paths import PROJECT_ROOT, stage_environment, written_path
 from ba_lora.words import read_list, read_numbers, take_options
 
-OWN = ("output", "workers", "gpus", "method", *TYPED)
+OWN = ("output", "workers", "gpus", "executor", "method", *TYPED)
 
 
 def main() -> int:
@@ -67,8 +69,11 @@ def main() -> int:
         )
     config_path, space_name = places
     typed, words = take_options([word for word in parsed.words if "=" in word], OWN)
+    settings, words = take_executor_settings(words)
     workers, gpus = (_number(key, typed.get(key)) for key in ("workers", "gpus"))
     spaces = _spaces(space_name, typed)
+    executor = typed.get("executor", "warm" if spaces[0].warm else "local")
+    find_executor(executor, settings)  # an error in it is told in a dry run, too
     kind = base_kind(config_path)
     whole = _whole_folder(config_path, space_name, spaces[0], typed, words)
     check_place(whole, "output")
@@ -84,25 +89,34 @@ def main() -> int:
         return 0
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     for space, runs, first in asked:
-        _search(space, runs, first, words, workers=workers, gpus=gpus or 1)
+        at_once = min(workers or MAX_WORKERS, space.trials_at_once)
+        _search(space, runs, first, words, executor=(executor, settings), workers=at_once, gpus=gpus or 1)
     report = [sys.executable, "-m", "eval.report.search", *(str(runs.folder) for _, runs, _ in asked)]
     report += [f"output={whole}"] if len(asked) > 1 else []
     return subprocess.run(report, cwd=PROJECT_ROOT, env=stage_environment()).returncode
 
 
 def _search(
-    space: SearchSpace, runs: TrialRuns, first: dict[str, Any], words: Sequence[str], *, workers: int | None, gpus: int
+    space: SearchSpace,
+    runs: TrialRuns,
+    first: dict[str, Any],
+    words: Sequence[str],
+    *,
+    executor: tuple[str, dict[str, Any]],
+    workers: int,
+    gpus: int,
 ) -> None:
     folder = runs.folder
+    # a cluster's records are by a run's name, which another search has, too; a GPU's lock is for all of this machine
+    own = GRID_PATH if find_executor(*executor)[0].on_this_machine else folder
     settings = training_settings(runs.spec(0, first, space.seeds[0]).config)
     lock_path = folder.with_name(f".{folder.name}.lock")
     with locked(lock_path, doing=f"searches in {folder}", made=folder):
         journal = Journal(folder, space, {"words": [*words], "settings": settings})
         if (told := journal.told) or journal.trials:
             _say(f"{folder}: {told} of {space.budget} trials are known already")
-        at_once = min(workers or MAX_WORKERS, space.trials_at_once)
-        slots = local_slots(GRID_PATH, gpus_per_run=gpus, workers=at_once)
-        search = Search(journal, runs, open_proposer(space), _executor(space, slots), say=_say)
+        opened = open_executor(*executor, folder=own, gpus=gpus, workers=workers)
+        search = Search(journal, runs, open_proposer(space), opened, say=_say)
         ended_early = search.run()
         best = write_outcome(folder, journal, runs, ended_early=ended_early)
     if ended_early:
@@ -111,14 +125,6 @@ def _search(
     if best is None:
         raise UserError(f"no trial of {folder} is whole: {folder / 'trials.csv'} has their errors")
     _say(f"best config: {best}")
-
-
-def _executor(space: SearchSpace, slots: list[Any]) -> LocalExecutor:
-    if not space.warm:
-        return LocalExecutor(slots)
-    from ba_lora.experiments.executors.warm import WarmExecutor
-
-    return WarmExecutor(slots)
 
 
 def _asked(
