@@ -58,12 +58,12 @@ def test_a_rank_without_a_score_is_yet_to_be_evaluated(config):
         put(ranks / str(rank) / "scores" / "toy.json", SCORE)
     assert evaluation_fault(config, state) is None
     newer = {"toy": {"version": "2"}}
-    assert not evaluation_fault(config, state, newer).regrade  # no completions are left
+    assert not evaluation_fault(config, state, graders=newer).regrade  # no completions are left
     for folder in (config.run_path, ranks / "1", ranks / "4"):
         put(folder / "completions" / "toy.jsonl", {"task_id": folder.name, "completion": "2"})
     shown = read_answers(config.run_path, "ranks/4/toy", SCORE)
     assert (shown.task, shown.rows[0]["id"], shown.missing) == ("ranks/4/toy", "4", ["no grades at hand"])
-    assert evaluation_fault(config, state, newer).regrade
+    assert evaluation_fault(config, state, graders=newer).regrade
     found = results.evaluation(config.run_path)
     assert list(found) == ["ranks/1/toy", "ranks/4/toy", "toy"] and found["ranks/4/toy"]["metrics"] == {"strict": 0.5}
     record_evaluation(config, state | {"training": "another"}, failed=["ranks/4/toy"])
