@@ -424,7 +424,8 @@ with torch.no_grad():
 def test_the_example_of_an_init_trains(copied, tmp_path):
     """Under BA-LoRA's terms, so that the reference is asked for; by the command and by the library."""
     run = copied("ba_lora/methods/first_rows.py")
-    words = ["adapter.init=first_rows", "trainer.max_steps=2", "data.num_rows=32", f"output_dir={tmp_path / 'run'}"]
+    words = ["adapter.init=first_rows", "trainer.max_steps=2", "trainer.logging_steps=1", "data.num_rows=32"]
+    words += [f"output_dir={tmp_path / 'run'}"]
     run("train_nlg.py", "--config", "configs/nlg/toy.yaml", "--method", "ba_lora", *words, f"results_dir={tmp_path}")
     assert (tmp_path / "run" / "lora" / "adapter_config.json").is_file()  # checked against the trained model
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
