@@ -30,7 +30,7 @@ def environment(*, num_processes: int = 1, num_gpus: Sequence[int] = ()) -> dict
 
     cuda = torch.cuda.is_available()
     return {
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": " ".join([Path(sys.argv[0]).name, *public(sys.argv[1:])]),  # without this machine's folders
         "python": platform.python_version(),
         "packages": _versions(),
         "git": code_state(),
