@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ba_lora.config.schema import public
 from ba_lora.paths import PROJECT_ROOT
 
 PACKAGES = (
