@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from ba_lora.errors import CommandParser, UserError, in_one_line, run_entry_point
 from ba_lora.io import disk_errors, folder_atomic, load_tensors, read_json, read_jsonl
-from ba_lora.models.layers import RESIDUAL_INITS
+from ba_lora.models.layers import has_residual_base
 from ba_lora.models.source import hub_errors
 
 if TYPE_CHECKING:
@@ -189,7 +189,7 @@ def base_of(adapter: Path, settings: dict[str, Any], base: str | None) -> str:
 
 
 def _changes_base(settings: dict[str, Any]) -> bool:
-    return str(settings.get("init_lora_weights")).lower().startswith(RESIDUAL_INITS)
+    return has_residual_base(argparse.Namespace(init_lora_weights=settings.get("init_lora_weights")))
 
 
 def _load(source: str, settings: dict[str, Any], dtype: str = "auto") -> "nn.Module":
