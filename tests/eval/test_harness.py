@@ -168,6 +168,9 @@ def test_what_is_wrong_is_told_before_the_harness_is_asked(driver, tmp_path, tin
     assert driver == []
     with pytest.raises(UserError, match="no such file"):
         harness.check(["x", "bbq", "--data", f"bbq={tmp_path}/gone.jsonl"])
+    for model in ("x", "y"):  # two models of a table
+        harness.check([model, "of_two_models", "--engine", "hf"])
+    assert [request["tasks"] for request in driver] == [("of_two_models",)]
 
 
 def test_a_group_of_groups_has_the_tasks_of_all():
