@@ -278,22 +278,11 @@ def test_the_real_harness_on_real_sets(real_data, tmp_path):
     assert scores["bbq"]["num_missing"] == len((real_data / files["bbq"]).read_text().splitlines()) - 8
     assert scores["bbq"]["generation"]["engine_version"] == importlib.metadata.version("transformers")
     (tmp_path / "ours.jinja").write_text(TEMPLATE)
-    words = [
-        model,
-        "bbq",
-        "--data",
-        data[1],
-        "--limit",
-        "8",
-        "--engine",
-        "hf",
-        "--template",
-        str(tmp_path / "ours.jinja"),
-    ]
-    harness.main([*words, "--output", str(tmp_path / "chat")])
-    chat = read_json(tmp_path / "chat" / "harness" / "bbq.json")
+    asked = [model, "crows_pairs_english", "--data", data[0], "--limit", "8", "--engine", "hf"]
+    harness.main([*asked, "--template", str(tmp_path / "ours.jinja"), "--output", str(tmp_path / "chat")])
+    chat = read_json(tmp_path / "chat" / "harness" / "crows_pairs_english.json")
     assert chat["generation"]["template"] == text_hash(TEMPLATE)
-    assert chat["n"] == 8
+    assert chat["metrics"]["likelihood_diff"] != scores["crows_pairs_english"]["metrics"]["likelihood_diff"]
     assert 0 <= scores["crows_pairs_english"]["metrics"]["pct_stereotype"] <= 1
     assert {"acc", "amb_bias_score", "disamb_bias_score"} <= set(scores["bbq"]["metrics"])
     assert scores["gsm8k_alpaca"]["metrics"]["exact_match_flexible_extract"] == 0
