@@ -258,7 +258,7 @@ def _of_terms(regularizers: dict[str, Any], terms: list[str]) -> dict[str, Any]:
 
 def override_layer(overrides: list[str] | tuple[str, ...]) -> dict[str, Any]:
     for text in overrides:
-        if not re.match(r"^[A-Za-z_][\w.]*=", text):
+        if not re.match(r"^[A-Za-z_][\w./]*=", text):  # eval.data.harness/gsm8k=FILE
             raise UserError(f"cannot read {text!r}: overrides are key=value, such as trainer.max_steps=20")
         refuse_interpolations(text, "the command line")
     try:
