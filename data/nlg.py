@@ -189,6 +189,7 @@ def _open_rows(config: NLGDataConfig) -> tuple[Iterable[dict[str, Any]], DataSet
                 label_noise=settings.label_noise,
                 noisy_families=tuple(settings.noisy_families),
                 imbalance=settings.imbalance,
+                family_weights=dict.fromkeys(settings.families, 1.0) or None,
             )
         except ValueError as error:
             raise UserError(f"data.toy: {error}") from error

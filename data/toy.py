@@ -176,7 +176,7 @@ def family_shares(imbalance: float = 0.0, family_weights: Mapping[str, float] | 
         weights = {name: (1 - imbalance) ** i for i, name in enumerate(FAMILIES)}
     else:
         if imbalance:
-            raise ValueError("give imbalance or family_weights, not both")
+            raise ValueError("give imbalance or the families' weights, not both")
         _check_families(family_weights)
         weights = {name: float(family_weights.get(name, 0)) for name in FAMILIES}
         if not all(0 <= weight < float("inf") for weight in weights.values()) or not any(weights.values()):

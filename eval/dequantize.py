@@ -5,7 +5,7 @@
 RUN is the folder of the "run" of a pre-trained model (method untuned) with `model.quantization` in its config. Written
 is RUN/merged, its 4-bit weights in `model.dtype`: the function is that of the quantised model, and any engine takes
 it. Printed is {"unquantized_logit_difference"}: the largest |Δ logit| to the unquantised model, on the first prompts of
-the first task.
+the first task that has completions, else on a question of its own.
 """
 
 import argparse
@@ -16,6 +16,7 @@ from pathlib import Path
 from ba_lora.config.layers import load_run
 from ba_lora.config.schema_nlg import NLGConfig
 from ba_lora.errors import CommandParser, run_entry_point
+from ba_lora.experiments.stages import is_generated
 from ba_lora.io import folder_atomic
 from ba_lora.prompts import build_prompt
 
@@ -29,9 +30,11 @@ def write_dequantized(run_path: Path, config: NLGConfig) -> float:
     from eval.tasks import get_task
 
     tokenizer = load_tokenizer(config.model)
-    task = get_task(config.eval.tasks[0])
-    items, _ = task.load(config.eval.data.get(task.name))
-    prompts = [build_prompt(item.instruction, template=task.template) for item in items[:2]]
+    prompts = [build_prompt("What is 2 + 3?")]
+    if named := [name for name in config.eval.tasks if is_generated(name)]:
+        task = get_task(named[0])
+        items, _ = task.load(config.eval.data.get(task.name))
+        prompts = [build_prompt(item.instruction, template=task.template) for item in items[:2]]
     probe = probe_batch([{"input_ids": tokenizer(prompt)["input_ids"]} for prompt in prompts], tokenizer.pad_token_id)
     logits = probe_logits(load_base(config, quantize=False), probe)
     model = load_dequantized(config)

@@ -1,7 +1,8 @@
 """Any task of lm-evaluation-harness on a run or a model: `sh scripts/harness.sh` calls this.
 
     python -m eval.harness MODEL TASK … [--data TASK=FILE …] [--include-path DIR …] [--engine auto|hf|vllm] [--limit N]
-                           [--shots N] [--batch-size N] [--revision COMMIT] [--output DIR]
+                           [--shots N] [--batch-size N] [--dtype NAME] [--template chat|FILE] [--revision COMMIT]
+                           [--output DIR]
 
 MODEL is a run's folder (its merged model, else its adapter on the base), a model or adapter folder, or a hub id. The
 harness runs in .cache/lm-eval, an environment of its own. TASK is a name that the harness knows, or one of
@@ -10,12 +11,15 @@ columns that the task reads; without it they come from the hub. --include-path a
 
 Each score is written to RUN/scores/harness/<task>.json, and so into the run's result as harness/<task>:
 
-    {"task", "version", "n", "shots", "limit", "invalid": 0, "metrics", "stderr", "interval_95", "harness", "engine",
-     "data_sha256"}
+    {"task", "version", "n", "shots", "invalid": 0, "metrics", "stderr", "interval_95", "partial", "num_missing",
+     "generation": {"harness", "engine", "engine_version", "dtype", "template", "limit", "shots"}, "data_sha256"}
 
 A metric is named as the harness names it, with its filter where it has one (exact_match_flexible_extract). interval_95
-is the harness's own standard error times 1.96. A run that was trained in a chat template is asked in it, and its score
-has the template's hash as chat_template. Of other models --output DIR says where the scores go.
+is the harness's own standard error times 1.96. n counts the rows that were asked, num_missing those that --limit left
+out. `generation` says how they were asked: harness and engine_version are versions, limit and shots are what the call
+asked for (None: all rows, the task's own number). A run that was trained in a chat template is asked in it, any other
+model in that of --template; `template` has its hash, None for the plain questions. Of models that are no run, and with
+--template, --output DIR says where the scores go.
 """
 
 import argparse
@@ -27,7 +31,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ba_lora.chat import text_hash
+from ba_lora.chat import is_chat, load_chat, read_template, text_hash
 from ba_lora.config.checks import check_place
 from ba_lora.config.layers import load_run
 from ba_lora.config.schema import HARNESS as PREFIX
@@ -38,7 +42,9 @@ from ba_lora.paths import PROJECT_ROOT, resolve_path
 from ba_lora.rows import load_rows
 from ba_lora.runs.card import write_model_card
 from ba_lora.runs.results import refresh_result
+from eval.engines import base as engines
 from eval.engines.adapters import adapter_rank, vllm_lora_rank
+from eval.engines.base import EngineOptions
 from eval.engines.open import choose_engine
 from eval.engines.serving import ServedModel, kept_template, plan_serving
 from eval.options import read_data
@@ -65,6 +71,8 @@ def read_words(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--limit", type=int)
     parser.add_argument("--shots", type=int)
     parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--dtype", default="auto", help="of the weights: the checkpoint's own, on a CPU float32")
+    parser.add_argument("--template", help="of no run: chat, the tokenizer's own chat template, or a Jinja file")
     parser.add_argument("--output", type=Path)
     asked = parser.parse_intermixed_args(arguments)
     if asked.model is None and asked.words:
@@ -78,11 +86,28 @@ def read_words(arguments: Sequence[str] | None) -> argparse.Namespace:
             raise UserError(f"--{name.replace('_', '-')} {getattr(asked, name)}: a number of at least 1 is needed")
     if asked.shots is not None and asked.shots < 0:
         raise UserError(f"--shots {asked.shots}: a number of at least 0 is needed")
+    EngineOptions(dtype=asked.dtype)  # checks it
+    _check_template(asked.template, asked.output)
     asked.files = read_data(asked.data, asked.tasks, prefix=PREFIX)
     asked.folders = [str(DRIVER.parent), *(str(resolve_path(folder)) for folder in asked.include_path)]
     if missing := [folder for folder in asked.folders if not Path(folder).is_dir()]:
         raise UserError(f"--include-path: no such folder: {missing[0]}")
     return asked
+
+
+def _check_template(template: str | None, output: Path | None) -> None:
+    """Raise UserError for a --template that is none, or without a place of its own for the scores."""
+    if template is None:
+        return
+    if not is_chat(template):
+        raise UserError(f"--template {template} is unknown: chat or a Jinja file (FILE.jinja) is needed")
+    if template != "chat":
+        read_template(template)
+    if output is None:
+        raise UserError(
+            f"--template {template} needs --output DIR: the scores in a run's folder are of the template that it was "
+            "trained in"
+        )
 
 
 def call_driver(request: Mapping[str, Any]) -> dict[str, Any]:
@@ -105,21 +130,40 @@ def call_driver(request: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def model_arguments(served: ServedModel, engine: str, *, chat: bool = False) -> dict[str, Any]:
-    """Return the harness's model_args for a model as it is served; chat: with the tokenizer that the run keeps, which
-    holds its chat template."""
-    arguments: dict[str, Any] = {"pretrained": served.base}
+def chat_template(served: ServedModel, asked: str | None) -> str | None:
+    """Return the text of the chat template that questions are put into: the one asked for, else the one that the run
+    was trained in; None: none. Raises UserError where the model has no template of its own."""
+    if asked is None:
+        return kept_template(served.run)
+    tokenizer = engines.load_base_tokenizer(served.base, EngineOptions(revision=served.revision))
+    return load_chat(tokenizer, asked).text
+
+
+def tokenizer_with(served: ServedModel, template: str, folder: Path) -> Path:
+    """Write the model's tokenizer with a chat template into a folder, which it returns."""
+    tokenizer = engines.load_base_tokenizer(served.base, EngineOptions(revision=served.revision))
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def model_arguments(
+    served: ServedModel, engine: str, *, dtype: str = "auto", tokenizer: Path | None = None
+) -> dict[str, Any]:
+    """Return the harness's model_args for a model as it is served; tokenizer: a folder with another one than its own,
+    that holds a chat template."""
+    arguments: dict[str, Any] = {"pretrained": served.base, "dtype": dtype}
     if served.revision is not None:
         arguments["revision"] = served.revision
-    if chat and served.adapter is not None:
-        arguments["tokenizer"] = str(served.adapter)
+    if tokenizer is not None:
+        arguments["tokenizer"] = str(tokenizer)
     if served.adapter is not None:
         arguments["peft" if engine == "hf" else "lora_local_path"] = str(served.adapter)
     if engine == "vllm":
         settings = read_object(served.adapter / "adapter_config.json") if served.adapter else None
         arguments |= {"max_lora_rank": vllm_lora_rank(adapter_rank(settings)), "enable_lora": True} if settings else {}
         return arguments | {"gpu_memory_utilization": 0.85}
-    return arguments | {"dtype": "auto"}
+    return arguments
 
 
 def jsonl_of(task: str, file: str, folder: Path) -> str:
@@ -144,8 +188,8 @@ def _whole(number: float) -> int | float:
     return int(number) if number.is_integer() else number
 
 
-def to_score(task: str, found: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the score of one task from what the driver tells of it."""
+def to_score(task: str, found: Mapping[str, Any], *, generation: Mapping[str, Any], file: str | None) -> dict[str, Any]:
+    """Return the score of one task from what the driver tells of it; generation: how it was asked, see the head."""
     metrics, stderr = {}, {}
     for key, value in found["results"].items():
         name, _, of = key.partition(",")
@@ -169,7 +213,10 @@ def to_score(task: str, found: Mapping[str, Any], asked: Mapping[str, Any]) -> d
         "metrics": metrics,
         "stderr": stderr,
         "interval_95": intervals,
-        **asked,
+        "partial": found["num_missing"] > 0,
+        "num_missing": found["num_missing"],
+        "generation": dict(generation),
+        "data_sha256": sha256_file(file) if file and Path(file).is_file() else None,
     }
 
 
@@ -181,20 +228,38 @@ def evaluate_by_harness(asked: argparse.Namespace) -> dict[str, dict[str, Any]]:
         raise UserError(f"{asked.model} is no run folder: say with --output DIR where the scores go")
     folder = asked.output or served.run / "scores"
     check_place(folder, "--output" if asked.output else "scores")
-    template = kept_template(served.run)
-    request = {"tasks": asked.tasks, "include_path": asked.folders, "check": False, "limit": asked.limit}
-    request |= {"model": engine, "model_args": model_arguments(served, engine, chat=template is not None)}
-    request |= {"shots": asked.shots, "chat": template is not None}
+    template = chat_template(served, asked.template)
+    options = EngineOptions(dtype=asked.dtype, revision=served.revision)
+    dtype = engines.resolve_dtype(asked.dtype, engines.load_base_config(served.base, options))
     with tempfile.TemporaryDirectory() as place:
-        files = {task: jsonl_of(task, file, Path(place)) for task, file in asked.files.items()}
-        found = call_driver(request | {"batch_size": asked.batch_size, "data": files})
-    made = {"limit": asked.limit, "harness": found["version"], "engine": engine}
-    made |= {"chat_template": text_hash(template)} if template is not None else {}
+        tokenizer = served.adapter if template is not None else None
+        if template is not None and asked.template is not None:
+            tokenizer = tokenizer_with(served, template, Path(place) / "tokenizer")
+        request = {
+            "tasks": asked.tasks,
+            "include_path": asked.folders,
+            "data": {task: jsonl_of(task, file, Path(place)) for task, file in asked.files.items()},
+            "check": False,
+            "limit": asked.limit,
+            "shots": asked.shots,
+            "chat": template is not None,
+            "model": engine,
+            "model_args": model_arguments(served, engine, dtype=dtype, tokenizer=tokenizer),
+            "batch_size": asked.batch_size,
+        }
+        found = call_driver(request)
+    made = {
+        "harness": found["version"],
+        "engine": engine,
+        "engine_version": found["engine_version"],
+        "dtype": dtype,
+        "template": None if template is None else text_hash(template),
+        "limit": asked.limit,
+        "shots": asked.shots,
+    }
     scores = {}
     for task, result in found["tasks"].items():
-        file = asked.files.get(task)
-        source = {"data_sha256": sha256_file(file) if file and Path(file).is_file() else None}
-        scores[task] = to_score(task, result, made | source)
+        scores[task] = to_score(task, result, generation=made, file=asked.files.get(task))
         write_json_atomic(folder / PREFIX / f"{task}.json", scores[task])
     if served.run is not None and asked.output is None:
         config = load_run(served.run)

@@ -2,7 +2,7 @@
 # Evaluate a run or a model by lm-evaluation-harness; a run's JSON gets the scores as harness/<task>.
 #
 #     sh scripts/harness.sh RUN|MODEL TASK … [--data TASK=FILE …] [--include-path DIR] [--engine hf|vllm] [--limit N]
-#                                            [--shots N] [--batch-size N] [--output DIR]
+#                                            [--shots N] [--batch-size N] [--template chat|FILE] [--output DIR]
 #
 # The first call makes an environment of its own for it, .cache/lm-eval, on top of .venv: it needs another version of
 # dateutil. `sh scripts/harness.sh --setup` does only that. See eval/harness.py.

@@ -375,6 +375,8 @@ def training_settings(config: RunConfig) -> dict[str, Any]:
     for key, usual in _SINCE_ADDED.items():  # packed, dropout draws other numbers; held-out rows are not trained on
         if plain["data"].get(key) in (usual, None):
             plain["data"].pop(key, None)
+    if not plain["data"].get("toy", {}).get("families", True):  # as above
+        del plain["data"]["toy"]["families"]
     if plain.get("early_stopping", {}).get("patience") is None:
         plain.pop("early_stopping", None)
     return plain

@@ -50,6 +50,7 @@ class ToyConfig:
     label_noise: float = 0.0
     noisy_families: list[str] = field(default_factory=list)
     imbalance: float = 0.0
+    families: list[str] = field(default_factory=list)  # only these, alike, without imbalance; empty: all ten
     seed: int = 0
 
 
@@ -108,7 +109,7 @@ class NLGConfig(RunConfig):
         )
         # not toy.imbalance, which configs/nlg/toy.yaml sets for whoever takes it with another data set
         | dict.fromkeys(
-            ("data.toy.label_noise", "data.toy.noisy_families", "data.toy.seed"),
+            ("data.toy.label_noise", "data.toy.noisy_families", "data.toy.families", "data.toy.seed"),
             (lambda config: config.data.name == "toy" and config.data.source is None, "data.name=toy"),
         )
         | {

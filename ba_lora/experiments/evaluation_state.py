@@ -116,8 +116,22 @@ def _task_faults(config: RunConfig, state: dict[str, Any], graders: Graders) -> 
             continue  # MNLI's mismatched set, which training has scored
         elif (score := read_object(path)) is None:
             yield Fault(f"the score of {task} cannot be read", regrade=True)
-        elif fault := _score_fault(task, score, graders.get(task, {})):
+        elif fault := _score_fault(task, score, graders.get(task, {})) or _harness_fault(config, task, score, state):
             yield fault
+
+
+def _harness_fault(config: RunConfig, task: str, score: Mapping[str, Any], state: Mapping[str, Any]) -> Fault | None:
+    """Return why a score of lm-evaluation-harness is not what the run's settings ask for: scripts/harness.sh, called by
+    hand, writes it to the same place."""
+    if not task.startswith(HARNESS):
+        return None
+    made, asked = score.get("generation") or {}, {"limit": config.eval.limit}
+    for name, value in asked.items():
+        if name not in made or made[name] != value:
+            return Fault(f"{task}: made with {name} {made.get(name)}, asked is {value}", regrade=True)
+    if score.get("data_sha256") != state["data_sha256"].get(task):
+        return Fault(f"{task}: made from other rows than eval.data names", regrade=True)
+    return None
 
 
 def _dev_faults(config: NLUConfig, graders: Graders) -> Iterator[Fault]:

@@ -178,10 +178,9 @@ def evaluation_stages(configs: Sequence[RunConfig], *, generate: bool = True) ->
         if first.method == UNTUNED and first.model.quantization == "none":
             assert len(configs) == 1, "the pre-trained model has one folder"
             models, output = model_source(first.model), str(first.run_path / "completions")
-            if is_chat(first.data.template) and "template" not in first.eval.options:
-                template = first.data.template
-                settings.append(f"template={template if template == 'chat' else resolve_path(template)}")
             settings += [f"revision={first.model.revision}"] if first.model.revision is not None else []
+        if (template := _untuned_template(first)) and "template" not in first.eval.options:
+            settings.append(f"template={template}")
         options = {
             "model": models,
             "output": output,
@@ -210,6 +209,15 @@ def evaluation_stages(configs: Sequence[RunConfig], *, generate: bool = True) ->
     return stages
 
 
+def _untuned_template(config: RunConfig) -> str | None:
+    """Return the chat template in which the pre-trained model is asked, the one of the runs beside it; None: none, and
+    of a trained run, which keeps its own."""
+    template = config.data.template
+    if config.method != UNTUNED or not is_chat(template):
+        return None
+    return template if template == "chat" else str(resolve_path(template))
+
+
 def is_generated(task: str) -> bool:
     """Whether a task has completions of eval.generate, and is no measure of the run itself or of the harness."""
     return task not in RUN_MEASURES and not task.startswith(HARNESS)
@@ -218,9 +226,11 @@ def is_generated(task: str) -> bool:
 def _harness_stages(config: RunConfig, files: Mapping[str, str]) -> list[Stage]:
     """Return a call of lm-evaluation-harness for each of its tasks: one that fails leaves the others their scores."""
     stages = []
-    model, output = str(config.run_path), None
-    if config.method == UNTUNED and config.model.quantization == "none":
-        model, output = model_source(config.model), str(config.run_path / "scores")
+    model, output, revision = str(config.run_path), None, None
+    if config.method == UNTUNED:
+        output = str(config.run_path / "scores")
+        if config.model.quantization == "none":
+            model, revision = model_source(config.model), config.model.revision
     for task in config.eval.tasks:
         if task.startswith(HARNESS):
             options = {
@@ -230,7 +240,9 @@ def _harness_stages(config: RunConfig, files: Mapping[str, str]) -> list[Stage]:
                 "output": output,
                 "engine": config.eval.engine,
                 "limit": None if config.eval.limit is None else str(config.eval.limit),
-                "revision": config.model.revision if output else None,
+                "dtype": config.eval.options.get("dtype"),
+                "template": _untuned_template(config),
+                "revision": revision,
             }
             stages.append(Stage(task, Call("eval.harness", options), (config.run_path,), task, quiet=True))
     return stages

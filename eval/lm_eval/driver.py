@@ -4,16 +4,18 @@
 
 request: tasks, include_path (folders), data (task → jsonl file of rows), model, model_args, limit, shots, chat (true:
 questions are put into the tokenizer's chat template), batch_size, check (true: find the tasks and stop), folder (for
-files in between). answer: {"error"} in one line, or {"version", "tasks": name → …}. eval/harness.py writes the one and
-reads the other.
+files in between). answer: {"error"} in one line, or {"version", "engine_version", "tasks": name → …}. eval/harness.py
+writes the one and reads the other.
 """
 
 import difflib
+import importlib
 import importlib.metadata
 import json
 import math
 import os
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -69,20 +71,24 @@ def evaluate(request: dict[str, Any]) -> dict[str, Any]:
     members = found.get("group_subtasks", {})
     return {
         "version": importlib.metadata.version("lm-eval"),
+        "engine_version": importlib.import_module("vllm" if request["model"] == "vllm" else "transformers").__version__,
         "tasks": {
             name: {
                 "results": {key: value for key, value in result.items() if is_number(value)},
                 "version": found["versions"].get(name),
                 "shots": found["n-shot"].get(name),
-                "n": sum(
-                    found["n-samples"][one]["effective"]
-                    for one in leaves(name, members)
-                    if one in found.get("n-samples", {})
-                ),
+                **row_counts(leaves(name, members), found.get("n-samples", {})),
             }
             for name, result in found["results"].items()
         },
     }
+
+
+def row_counts(tasks: Iterable[str], samples: dict[str, dict[str, int]]) -> dict[str, int]:
+    """Return how many rows of some tasks were asked, and how many a limit left out."""
+    counts = [samples[task] for task in tasks if task in samples]
+    asked = sum(count["effective"] for count in counts)
+    return {"n": asked, "num_missing": sum(count["original"] for count in counts) - asked}
 
 
 def group_refusal(name: str, index: dict[str, Any]) -> str | None:

@@ -42,10 +42,15 @@ class Used:
         """Return what the score lacks; of a run with eval.limit, which alike runs share, of what it is."""
         if not self.entry.get("partial"):
             return None
-        missing, limit = self.entry.get("num_missing"), self.config("eval", "limit")
+        missing, limit = self.entry.get("num_missing"), self.limit()
         return (
             f"{missing} items missing" if limit is None else f"the first {limit} items (eval.limit), {missing} left out"
         )
+
+    def limit(self) -> int | None:
+        """Return the run's eval.limit; None without one, and where the score is by a limit of its own."""
+        limit = self.config("eval", "limit")
+        return limit if (self.entry.get("generation") or {}).get("limit", limit) == limit else None
 
     def grader(self) -> dict[str, Any]:
         """What a grade depends on beside the task's version: package versions, choices, the sandbox and its limits."""
@@ -75,6 +80,9 @@ EVALUATION: dict[str, Callable[[Used], Any]] = {
     "sampling": lambda used: [used.generation("sampling"), used.generation("choices")],
     "grader": Used.grader,
     "judge": lambda used: (used.entry.get("judge") or {}).get("id"),
+    "shots": lambda used: used.entry.get("shots"),
+    "limit": lambda used: used.generation("limit"),
+    "harness": lambda used: used.generation("harness"),
 }
 # Of how the runs were trained; the same among the rows that are compared with each other, the untuned model aside.
 TRAINING: dict[str, Callable[[Used], Any]] = {
@@ -155,7 +163,7 @@ def _alike_limits(used: Sequence[Used]) -> set[ReportColumn]:
     """Return the columns whose scores are all of the same first items: their runs have the same eval.limit."""
     limits: dict[ReportColumn, set[Any]] = {}
     for one in used:
-        partial = one.config("eval", "limit") if one.entry.get("partial") else None
+        partial = one.limit() if one.entry.get("partial") else None
         limits.setdefault(one.column, set()).add(partial and (partial, one.entry.get("num_missing")))
     return {column for column, found in limits.items() if len(found) == 1 and None not in found}
 

@@ -418,6 +418,7 @@ NLG = BOTH | regularizers(nlg_loss) | {
     "data.toy.label_noise": Key("0.5", rows),
     "data.toy.noisy_families": Key("[age]", rows, (NOISE,)),
     "data.toy.imbalance": Key("0.9", rows),
+    "data.toy.families": Key("[age]", rows, ("data.toy.imbalance=0",)),
     "data.toy.seed": Key("1", rows),
     "early_stopping.patience": Key("2", stopping, ("trainer.eval_strategy=epoch", "data.heldout_share=0.1")),
     "early_stopping.threshold": Key(

@@ -1,6 +1,9 @@
 """eval/harness.py: words, scores in the run's folder and result, what is refused; the harness itself on real data."""
 
+import dataclasses
+import importlib.metadata
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -8,26 +11,35 @@ import pytest
 from ba_lora.chat import text_hash
 from ba_lora.config.layers import load_config, load_run
 from ba_lora.errors import UserError
+from ba_lora.experiments.evaluation_state import STATE_FILE, Fault, evaluation_fault, evaluation_state
+from ba_lora.experiments.spec import untuned_config
 from ba_lora.experiments.stages import evaluation_stages
-from ba_lora.io import read_json
+from ba_lora.io import read_json, sha256_file, write_json_atomic
 from ba_lora.paths import PROJECT_ROOT
 from eval import harness
 from eval.engines.serving import ServedModel
-from eval.lm_eval.driver import group_refusal, leaves
+from eval.lm_eval.driver import group_refusal, leaves, row_counts
 from eval.metric_paths import check as check_metric
 from tests.support.page_world import write_run
 
 FOUND = {
     "version": "0.4.13",
+    "engine_version": "5.19.0",
     "tasks": {
         "bbq": {
             "results": {"acc,none": 0.25, "acc_stderr,none": 0.1, "exact_match,strict-match": 0.5, "alias": 1},
             "version": 1.0,
             "shots": 0,
             "n": 6,
+            "num_missing": 9,
         }
     },
 }
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}> {{ m.content }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant> {% endif %}"
+)
 
 
 @pytest.fixture
@@ -47,23 +59,92 @@ def test_scores_go_into_the_run_and_its_result(train, driver, tmp_path, capsys, 
     score = read_json(run / "scores" / "harness" / "bbq.json")
     assert score["metrics"] == {"acc": 0.25, "exact_match_strict_match": 0.5} and score["stderr"] == {"acc": 0.1}
     assert score["interval_95"]["acc"] == pytest.approx([0.054, 0.446])
-    assert (score["n"], score["shots"], score["limit"], score["version"]) == (6, 0, 6, "1.0") and score["data_sha256"]
+    assert (score["n"], score["shots"], score["version"]) == (6, 0, "1.0") and score["data_sha256"]
+    assert score["partial"] and score["num_missing"] == 9
+    assert score["generation"] == {
+        "harness": "0.4.13",
+        "engine": "hf",
+        "engine_version": "5.19.0",
+        "dtype": "float32",
+        "template": None,
+        "limit": 6,
+        "shots": None,
+    }
     result = read_json(load_run(run).result_path)
     assert result["evaluation"]["harness/bbq"]["metrics"]["acc"] == 0.25
-    assert not driver[0]["chat"] and "chat_template" not in score
+    assert not driver[0]["chat"] and "tokenizer" not in driver[0]["model_args"]
     assert driver[0]["model_args"]["pretrained"] == str(run / "merged") and driver[0]["model"] == "hf"
+    assert driver[0]["model_args"]["dtype"] == "float32"
     assert "harness/bbq" in capsys.readouterr().out
 
 
-def test_a_run_trained_in_a_chat_template_is_asked_in_it(driver, tmp_path, monkeypatch):
-    run = write_run(tmp_path / "run", "data.template=chat", method="lora")
+def test_a_run_and_its_base_are_asked_in_the_template_of_the_training(driver, tmp_path, tiny_model, monkeypatch):
+    """The base, which keeps no template of a training, by the words that the pipeline calls the harness with."""
+    template = tmp_path / "ours.jinja"
+    template.write_text(TEMPLATE)
+    words = [f"data.template={template}", "eval.tasks=[harness/bbq]", f"model.name={tiny_model}", "model.revision=null"]
+    run = write_run(tmp_path / "run", *words, method="lora")
     (run / "adapter").mkdir()
-    (run / "adapter" / "chat_template.jinja").write_text("{{ messages }}")
-    served = ServedModel("run", "base", "adapter", adapter=run / "adapter", run=run)
-    monkeypatch.setattr(harness, "plan_serving", lambda models, revision: [served])
-    harness.main([str(run), "bbq", "--engine", "hf", "--output", str(tmp_path)])
+    (run / "adapter" / "chat_template.jinja").write_text(TEMPLATE)
+    served = ServedModel("run", str(tiny_model), "adapter", adapter=run / "adapter", run=run)
+    with monkeypatch.context() as patch:
+        patch.setattr(harness, "plan_serving", lambda models, revision: [served])
+        harness.main([str(run), "bbq", "--engine", "hf", "--output", str(tmp_path)])
     assert driver[0]["chat"] and driver[0]["model_args"]["tokenizer"] == str(run / "adapter")
-    assert read_json(tmp_path / "harness" / "bbq.json")["chat_template"] == text_hash("{{ messages }}")
+    tuned = read_json(tmp_path / "harness" / "bbq.json")["generation"]
+    assert tuned["template"] == text_hash(TEMPLATE)
+
+    untuned = dataclasses.replace(untuned_config(load_run(run)), output_dir=str(tmp_path / "untuned"))
+    (stage,) = evaluation_stages([untuned])
+    asked = []
+
+    def ask(request):
+        folder = Path(request["model_args"]["tokenizer"])
+        asked.append((request["chat"], (folder / "chat_template.jinja").read_text(), request["model_args"]))
+        return FOUND
+
+    monkeypatch.setattr(harness, "call_driver", ask)
+    harness.main([*stage.call.words, "--engine", "hf"])
+    ((chat, text, arguments),) = asked
+    assert chat and text == TEMPLATE and arguments["pretrained"] == str(tiny_model)
+    assert read_json(tmp_path / "untuned" / "scores" / "harness" / "bbq.json")["generation"] == tuned
+
+
+def test_a_base_in_4_bit_is_asked_in_the_template_too():
+    """Its folder has the tokenizer's own template, not the file's."""
+    words = ["data.template=chat", "eval.tasks=[toy,harness/bbq]", "eval.options.dtype=bfloat16"]
+    config = untuned_config(load_config("toy", method="lora", overrides=[*words, "model.quantization=nf4"]))
+    generate, *_, stage = evaluation_stages([config])
+    assert "template=chat" in generate.call.words
+    asked = harness.read_words(stage.call.words)
+    assert (asked.model, asked.output) == (str(config.run_path), config.run_path / "scores")
+    assert (asked.template, asked.dtype) == ("chat", "bfloat16")
+    tuned = load_config("toy", method="lora", overrides=words)
+    *_, stage = evaluation_stages([tuned])
+    assert "--template" not in stage.call.words and "--output" not in stage.call.words
+
+
+def test_a_score_that_was_made_by_hand_is_made_again(tmp_path):
+    """Of fewer rows, of others; the completions beside it hold."""
+    rows = tmp_path / "bbq.jsonl"
+    rows.write_text('{"context": "?"}\n')
+    words = [f"output_dir={tmp_path}", "eval.tasks=[harness/bbq]", "eval.limit=6", f"eval.data={{harness/bbq: {rows}}}"]
+    config = load_config("toy", overrides=words)
+    write_json_atomic(tmp_path / "train.json", {"status": "ok"})
+    state = evaluation_state(config)
+    write_json_atomic(tmp_path / STATE_FILE, state)
+    score = {"version": "1.0", "generation": {"limit": 6}, "data_sha256": sha256_file(rows)}
+    for changes, reason in (
+        ({}, None),
+        ({"generation": {"limit": 5}}, "harness/bbq: made with limit 5, asked is 6"),
+        ({"generation": {"limit": None}}, "harness/bbq: made with limit None, asked is 6"),
+        ({"generation": None}, "harness/bbq: made with limit None, asked is 6"),
+        ({"data_sha256": None}, "harness/bbq: made from other rows than eval.data names"),
+    ):
+        write_json_atomic(tmp_path / "scores" / "harness" / "bbq.json", score | changes)
+        fault = evaluation_fault(config, state)
+        assert fault == (reason and Fault(reason, regrade=True))
+    assert [stage.name for stage in evaluation_stages([config], generate=False)] == ["harness/bbq"]
 
 
 def test_what_is_wrong_is_told_before_the_harness_is_asked(driver, tmp_path, tiny_model):
@@ -73,6 +154,11 @@ def test_what_is_wrong_is_told_before_the_harness_is_asked(driver, tmp_path, tin
         (["x", "bbq", "--include-path", str(tmp_path / "no")], "no such folder"),
         (["x", "bbq", "--limit", "0"], "--limit 0: a number of at least 1"),
         (["x", "bbq", "--shots", "-1"], "--shots -1: a number of at least 0"),
+        (["x", "bbq", "--dtype", "int8"], "unknown dtype 'int8': choose one of auto"),
+        (["x", "bbq", "--template", "alpaca"], "--template alpaca is unknown: chat or a Jinja file"),
+        (["x", "bbq", "--template", str(tmp_path / "no.jinja")], "no.jinja"),
+        (["x", "bbq", "--template", "chat"], "--template chat needs --output DIR"),
+        ([str(tiny_model), "bbq", "--template", "chat", "--output", str(tmp_path)], "has no chat template"),
         ([str(tiny_model), "bbq", "--engine", "hf"], "is no run folder: say with --output DIR"),
     ):
         with pytest.raises(UserError, match=message):
@@ -85,6 +171,8 @@ def test_what_is_wrong_is_told_before_the_harness_is_asked(driver, tmp_path, tin
 def test_a_group_of_groups_has_the_tasks_of_all():
     members = {"mmlu": ["stem", "law"], "stem": ["algebra", "physics"], "algebra": []}
     assert leaves("mmlu", members) == {"algebra", "physics", "law"} and leaves("bbq", members) == {"bbq"}
+    samples = {name: {"original": 9, "effective": 4} for name in ("algebra", "physics", "law", "bbq")}
+    assert row_counts(leaves("mmlu", members), samples) == {"n": 12, "num_missing": 15}
 
 
 def test_a_name_of_several_tasks_takes_no_file():
@@ -135,6 +223,26 @@ def test_the_real_harness_on_real_sets(real_data, tmp_path):
     harness.main(words)
     scores = {task: json.loads((tmp_path / "harness" / f"{task}.json").read_text()) for task in files}
     assert all(score["n"] == 8 for score in scores.values())
+    assert all(score["partial"] and score["generation"]["limit"] == 8 for score in scores.values())
+    assert scores["bbq"]["num_missing"] == len((real_data / files["bbq"]).read_text().splitlines()) - 8
+    assert scores["bbq"]["generation"]["engine_version"] == importlib.metadata.version("transformers")
+    (tmp_path / "ours.jinja").write_text(TEMPLATE)
+    words = [
+        model,
+        "bbq",
+        "--data",
+        data[1],
+        "--limit",
+        "8",
+        "--engine",
+        "hf",
+        "--template",
+        str(tmp_path / "ours.jinja"),
+    ]
+    harness.main([*words, "--output", str(tmp_path / "chat")])
+    chat = read_json(tmp_path / "chat" / "harness" / "bbq.json")
+    assert chat["generation"]["template"] == text_hash(TEMPLATE)
+    assert chat["metrics"] != scores["bbq"]["metrics"]
     assert 0 <= scores["crows_pairs_english"]["metrics"]["pct_stereotype"] <= 1
     assert {"acc", "amb_bias_score", "disamb_bias_score"} <= set(scores["bbq"]["metrics"])
     assert scores["gsm8k_alpaca"]["metrics"]["exact_match_flexible_extract"] == 0

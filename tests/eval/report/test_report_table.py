@@ -330,6 +330,9 @@ def test_settings_are_blocks_of_their_own(world):
         ("grader", "evaluation/gsm8k/packages", {"math-verify": "0.1"}),
         ("grader", "evaluation/gsm8k/choices", {"setup": "false"}),
         ("grader", "evaluation/gsm8k/sandbox", {"limits": {"cpu_s": 9.0}}),
+        ("shots", "evaluation/gsm8k/shots", 5),
+        ("limit", "evaluation/gsm8k/generation/limit", 5),
+        ("harness", "evaluation/gsm8k/generation/harness", "0.4.12"),
         ("training_data", "data/sha256", "d2"),
         ("training_data", "data/rows_used", 99),
         ("training_prompt", "prompt_hash", "p2"),
@@ -370,6 +373,14 @@ def test_scores_of_the_same_first_items_stand_side_by_side_with_a_footnote(known
     known.edit(finished[0], **{"config/eval": {"limit": 10}, "evaluation/gsm8k/num_missing": 6})  # one more is gone
     with pytest.raises(UserError, match="gsm8k is partial"):
         build(known)
+    known.edit(finished[0], **partial)
+    for run in finished:  # a score that tells its limit: one of its own is no eval.limit
+        known.edit(run, **{"evaluation/gsm8k/generation/limit": 9})
+    with pytest.raises(UserError, match="gsm8k is partial: 5 items missing"):
+        build(known)
+    for run in finished:
+        known.edit(run, **{"evaluation/gsm8k/generation/limit": 10})
+    assert build(known).footnotes == table.footnotes
 
 
 def test_every_setting_is_tried_above():
