@@ -71,7 +71,9 @@ def read_words(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--limit", type=int)
     parser.add_argument("--shots", type=int)
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--dtype", default="auto", help="of the weights: the checkpoint's own, on a CPU float32")
+    parser.add_argument(
+        "--dtype", help="of the weights; default: that of the run's training, of others the checkpoint's (CPU: float32)"
+    )
     parser.add_argument("--template", help="of no run: chat, the tokenizer's own chat template, or a Jinja file")
     parser.add_argument("--output", type=Path)
     asked = parser.parse_intermixed_args(arguments)
@@ -86,7 +88,7 @@ def read_words(arguments: Sequence[str] | None) -> argparse.Namespace:
             raise UserError(f"--{name.replace('_', '-')} {getattr(asked, name)}: a number of at least 1 is needed")
     if asked.shots is not None and asked.shots < 0:
         raise UserError(f"--shots {asked.shots}: a number of at least 0 is needed")
-    EngineOptions(dtype=asked.dtype)  # checks it
+    EngineOptions(dtype=asked.dtype or "auto")  # checks it
     _check_template(asked.template, asked.output)
     asked.files = read_data(asked.data, asked.tasks, prefix=PREFIX)
     asked.folders = [str(DRIVER.parent), *(str(resolve_path(folder)) for folder in asked.include_path)]
@@ -137,6 +139,15 @@ def chat_template(served: ServedModel, asked: str | None) -> str | None:
         return kept_template(served.run)
     tokenizer = engines.load_base_tokenizer(served.base, EngineOptions(revision=served.revision))
     return load_chat(tokenizer, asked).text
+
+
+def served_dtype(served: ServedModel, asked: str | None) -> str:
+    """Return the dtype of the weights: the one asked for, else the one that the run's base was trained in, of a model
+    that is no run what eval.generate takes."""
+    if asked is None and served.run is not None:
+        return load_run(served.run).model.dtype
+    config = engines.load_base_config(served.base, EngineOptions(revision=served.revision))
+    return engines.resolve_dtype(asked or "auto", config)
 
 
 def tokenizer_with(served: ServedModel, template: str, folder: Path) -> Path:
@@ -229,8 +240,7 @@ def evaluate_by_harness(asked: argparse.Namespace) -> dict[str, dict[str, Any]]:
     folder = asked.output or served.run / "scores"
     check_place(folder, "--output" if asked.output else "scores")
     template = chat_template(served, asked.template)
-    options = EngineOptions(dtype=asked.dtype, revision=served.revision)
-    dtype = engines.resolve_dtype(asked.dtype, engines.load_base_config(served.base, options))
+    dtype = served_dtype(served, asked.dtype)
     with tempfile.TemporaryDirectory() as place:
         tokenizer = served.adapter if template is not None else None
         if template is not None and asked.template is not None:

@@ -40,6 +40,7 @@ RANGES = {
     "early_stopping.threshold": "[0, 1000000]",
     "export.tolerance": "[0, 1000000]",
     "eval.limit": "[1, 1000000000]",
+    "eval.harness.batch_size": "[1, 1000000]",
     "nlu.heldout_share": "(0, 1)",
     "features.num_rows": "[1, 1000000000]",
 }

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from ba_lora.chat import is_chat, read_template
-from ba_lora.config.ranges import check_numbers
+from ba_lora.config.ranges import check_numbers, check_range
 from ba_lora.config.registries import data_sets, tasks
 from ba_lora.config.schema import (
     GENERATION_OPTIONS,
@@ -88,12 +88,39 @@ class EarlyStoppingConfig:
 
 
 @dataclass
+class HarnessConfig:
+    """How lm-evaluation-harness asks the tasks of `eval.tasks` that begin with `harness/`."""
+
+    shots: Any = None  # examples before a question: a number, or {harness/TASK: number}; None: each task's own
+    include_path: list[str] = field(default_factory=list)  # folders of task files of your own
+    batch_size: int = 16
+
+    def shots_of(self, task: str) -> int | None:
+        """Return the examples that a task of `eval.tasks` is to show; None: as many as it says itself."""
+        return self.shots.get(task) if isinstance(self.shots, dict) else self.shots
+
+
+def scoring_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the `eval` section, as plain values, without those of its harness that are at their defaults or change no
+    score: folders and scores were named before there were such keys."""
+    usual = HarnessConfig()
+    asked = {
+        key: value
+        for key, value in (settings.get("harness") or {}).items()
+        if key != "batch_size" and value != getattr(usual, key, None)
+    }
+    rest = {key: value for key, value in settings.items() if key != "harness"}
+    return rest | ({"harness": asked} if asked else {})
+
+
+@dataclass
 class NLGEvalConfig(EvalConfig):
     """How completions are generated."""
 
     engine: str = "auto"  # vllm | hf | auto
     untuned: bool = False  # evaluate the pre-trained model too, once for all runs of it
     options: dict[str, Any] = field(default_factory=dict)  # passed to eval.generate as key=value
+    harness: HarnessConfig = field(default_factory=HarnessConfig)
 
 
 @dataclass
@@ -177,6 +204,7 @@ def check_nlg(config: NLGConfig) -> None:
             check_choice("eval.tasks", task, (*tasks(), *RUN_MEASURES))
         if task in RUN_MEASURES and is_chat(data.template):
             raise UserError(f"eval.tasks: {task} asks in the Alpaca frame, and the run is trained in {data.template}")
+    _check_shots(config.eval.harness.shots)
     check_choice("eval.engine", config.eval.engine, ("auto", "vllm", "hf"))
     for key, value in config.eval.options.items():
         if key not in GENERATION_OPTIONS:
@@ -186,3 +214,16 @@ def check_nlg(config: NLGConfig) -> None:
             )
         if not isinstance(value, str | int | float | bool | None):
             raise UserError(f"eval.options.{key}={value}: a single value is needed")
+
+
+def _check_shots(shots: Any) -> None:
+    """Raise UserError where `eval.harness.shots` is neither a number of examples nor one for each task."""
+    if shots is None:
+        return
+    for task, number in shots.items() if isinstance(shots, dict) else [("", shots)]:
+        if task and not task.startswith(HARNESS):
+            raise UserError(f"eval.harness.shots.{task}: name the task as eval.tasks does, {HARNESS}{task}")
+        if not isinstance(number, int) or isinstance(number, bool):
+            name = f"eval.harness.shots{task and '.'}{task}"
+            raise UserError(f"{name}={number}: a whole number is needed, or {{{HARNESS}TASK: NUMBER}}")
+        check_range(f"eval.harness.shots{task and '.'}{task}", number, "[0, 1000]")

@@ -112,6 +112,7 @@ class NLUConfig(RunConfig):
         "eval.engine": "transformers runs classifiers",
         "eval.untuned": "a classifier's head is new: there is no pre-trained one to evaluate",
         "eval.options": "they are for generating text",
+        "eval.harness": "lm-evaluation-harness asks language models",
     }
     counts_with = (
         RunConfig.counts_with

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ba_lora.config.schema import HARNESS, RUN_MEASURES, RunConfig
+from ba_lora.config.schema_nlg import scoring_settings
 from ba_lora.config.schema_nlu import NLUConfig
 from ba_lora.errors import UserError
 from ba_lora.glue import find_task
@@ -48,7 +49,7 @@ def read_state(config: RunConfig) -> dict[str, Any] | None:
 
 
 def _scoring_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    kept = {name: value for name, value in settings.items() if name != "untuned"}
+    kept = {name: value for name, value in scoring_settings(settings).items() if name != "untuned"}
     if isinstance(options := kept.get("options"), dict):
         kept["options"] = {name: value for name, value in options.items() if name != "serve"}
     return kept
@@ -125,8 +126,8 @@ def _harness_fault(config: RunConfig, task: str, score: Mapping[str, Any], state
     hand, writes it to the same place."""
     if not task.startswith(HARNESS):
         return None
-    made, asked = score.get("generation") or {}, {"limit": config.eval.limit}
-    for name, value in asked.items():
+    made = score.get("generation") or {}
+    for name, value in (("limit", config.eval.limit), ("shots", config.eval.harness.shots_of(task))):
         if name not in made or made[name] != value:
             return Fault(f"{task}: made with {name} {made.get(name)}, asked is {value}", regrade=True)
     if score.get("data_sha256") != state["data_sha256"].get(task):

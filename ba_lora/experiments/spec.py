@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from ba_lora.chat import is_chat
 from ba_lora.config.layers import load_config
 from ba_lora.config.schema import UNTUNED, RunConfig
+from ba_lora.config.schema_nlg import scoring_settings
 from ba_lora.paths import PROJECT_ROOT
 
 
@@ -32,7 +33,7 @@ class Spec:
 
 def untuned_config(config: RunConfig) -> RunConfig:
     """Return the "run" of the pre-trained model itself, under the method name `untuned`: one for all runs on it."""
-    asked = [dataclasses.asdict(config.model), dataclasses.asdict(config.eval)]
+    asked = [dataclasses.asdict(config.model), scoring_settings(dataclasses.asdict(config.eval))]
     if is_chat(getattr(config.data, "template", "")):
         asked.append(config.data.template)
     key = json.dumps(asked, sort_keys=True)

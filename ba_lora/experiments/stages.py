@@ -21,6 +21,7 @@ from ba_lora.experiments.spec import Spec
 from ba_lora.glue import task_word
 from ba_lora.models.source import model_source
 from ba_lora.paths import PROJECT_ROOT, resolve_path, stage_environment
+from ba_lora.words import nearest
 
 CHECKED = ("eval.generate", "eval.harness", "eval.nlu")  # the modules with a `check`, which eval.check calls
 
@@ -224,27 +225,43 @@ def is_generated(task: str) -> bool:
 
 
 def _harness_stages(config: RunConfig, files: Mapping[str, str]) -> list[Stage]:
-    """Return a call of lm-evaluation-harness for each of its tasks: one that fails leaves the others their scores."""
+    """Return a call of lm-evaluation-harness for each of its tasks: one that fails leaves the others their scores.
+
+    Raises UserError for settings of it that name a folder or a task which is not there.
+    """
+    tasks = [task for task in config.eval.tasks if task.startswith(HARNESS)]
+    if not tasks:
+        return []
+    settings = config.eval.harness
+    folders = [str(resolve_path(folder)) for folder in settings.include_path]
+    if missing := [folder for folder in folders if not Path(folder).is_dir()]:
+        raise UserError(f"eval.harness.include_path: no such folder: {missing[0]}")
+    for name in settings.shots if isinstance(settings.shots, dict) else ():
+        if name not in tasks:
+            raise UserError(f"eval.harness.shots: {name} is not in eval.tasks{nearest(name, tasks)}")
     stages = []
     model, output, revision = str(config.run_path), None, None
     if config.method == UNTUNED:
         output = str(config.run_path / "scores")
         if config.model.quantization == "none":
             model, revision = model_source(config.model), config.model.revision
-    for task in config.eval.tasks:
-        if task.startswith(HARNESS):
-            options = {
-                "model": model,
-                "task": task,
-                "data": f"{task}={files[task]}" if task in files else None,
-                "output": output,
-                "engine": config.eval.engine,
-                "limit": None if config.eval.limit is None else str(config.eval.limit),
-                "dtype": config.eval.options.get("dtype"),
-                "template": _untuned_template(config),
-                "revision": revision,
-            }
-            stages.append(Stage(task, Call("eval.harness", options), (config.run_path,), task, quiet=True))
+    for task in tasks:
+        shots = settings.shots_of(task)
+        options = {
+            "model": model,
+            "task": task,
+            "data": f"{task}={files[task]}" if task in files else None,
+            "include-path": folders,
+            "output": output,
+            "engine": config.eval.engine,
+            "limit": None if config.eval.limit is None else str(config.eval.limit),
+            "shots": None if shots is None else str(shots),
+            "batch-size": str(settings.batch_size),
+            "dtype": str(config.eval.options.get("dtype") or config.model.dtype),
+            "template": _untuned_template(config),
+            "revision": revision,
+        }
+        stages.append(Stage(task, Call("eval.harness", options), (config.run_path,), task, quiet=True))
     return stages
 
 

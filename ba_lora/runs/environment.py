@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ba_lora.config.schema import public
 from ba_lora.paths import PROJECT_ROOT
 
 PACKAGES = (
@@ -30,7 +31,7 @@ def environment(*, num_processes: int = 1, num_gpus: Sequence[int] = ()) -> dict
 
     cuda = torch.cuda.is_available()
     return {
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": " ".join([Path(sys.argv[0]).name, *public(sys.argv[1:])]),  # without this machine's folders
         "python": platform.python_version(),
         "packages": _versions(),
         "git": code_state(),

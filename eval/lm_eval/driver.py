@@ -29,7 +29,8 @@ def evaluate(request: dict[str, Any]) -> dict[str, Any]:
             near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
             hint = f" (nearest: {', '.join(near)})" if near else ""
             return {
-                "error": f"lm-evaluation-harness has no task {name}{hint}; --include-path DIR adds tasks of your own"
+                "error": f"lm-evaluation-harness has no task {name}{hint}; --include-path DIR (in a config "
+                "eval.harness.include_path) adds tasks of your own"
             }
     for name in request["data"]:
         if several := group_refusal(name, manager.task_index):
@@ -43,7 +44,7 @@ def evaluate(request: dict[str, Any]) -> dict[str, Any]:
         if shots and not (task.get_config("fewshot_config") or {}).get("samples"):
             return {
                 "error": f"--data {name}: the task shows {shots} examples, which would be rows of the file that is "
-                "evaluated: use --shots 0"
+                f"evaluated: use --shots 0 (in a config eval.harness.shots={{harness/{name}: 0}})"
             }
     if request["check"]:
         return {"version": importlib.metadata.version("lm-eval"), "tasks": {}}
@@ -106,11 +107,13 @@ def group_refusal(name: str, index: dict[str, Any]) -> str | None:
 
 
 def children(entry: Any) -> list[str]:
-    """Return the names that stand directly below a group or tag of the harness's index."""
+    """Return the names that stand directly below a group or tag of the harness's index; a group may hold tasks without
+    one (t0_eval does)."""
     if entry.kind.name == "TAG":
         return sorted(entry.tags)
     listed = (entry.cfg or {}).get("task") or []
-    return [one if isinstance(one, str) else one.get("group") or one["task"] for one in listed]
+    names = [one if isinstance(one, str) else one.get("group") or one.get("task") for one in listed]
+    return [name for name in names if name]
 
 
 def leaves(name: str, members: dict[str, list[str]]) -> set[str]:

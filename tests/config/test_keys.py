@@ -430,6 +430,9 @@ NLG = BOTH | regularizers(nlg_loss) | {
     "eval.engine": Key("vllm", commands),
     "eval.untuned": Key("false", whole_run),
     "eval.options": Key("{max_new_tokens: 7}", commands),
+    "eval.harness.shots": Key("0", commands, ("eval.tasks=[harness/bbq]",)),
+    "eval.harness.include_path": Key("['{here}']", commands, ("eval.tasks=[harness/bbq]",)),
+    "eval.harness.batch_size": Key("4", commands, ("eval.tasks=[harness/bbq]",)),
 }  # fmt: skip
 NLU = BOTH | regularizers(nlu_loss) | {
     "model.name": Key("{here}/encoder2", loading),

@@ -1,5 +1,6 @@
 """eval/harness.py: words, scores in the run's folder and result, what is refused; the harness itself on real data."""
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
@@ -133,11 +134,12 @@ def test_a_score_that_was_made_by_hand_is_made_again(tmp_path):
     write_json_atomic(tmp_path / "train.json", {"status": "ok"})
     state = evaluation_state(config)
     write_json_atomic(tmp_path / STATE_FILE, state)
-    score = {"version": "1.0", "generation": {"limit": 6}, "data_sha256": sha256_file(rows)}
+    score = {"version": "1.0", "generation": {"limit": 6, "shots": None}, "data_sha256": sha256_file(rows)}
     for changes, reason in (
         ({}, None),
-        ({"generation": {"limit": 5}}, "harness/bbq: made with limit 5, asked is 6"),
-        ({"generation": {"limit": None}}, "harness/bbq: made with limit None, asked is 6"),
+        ({"generation": {"limit": 5, "shots": None}}, "harness/bbq: made with limit 5, asked is 6"),
+        ({"generation": {"limit": None, "shots": None}}, "harness/bbq: made with limit None, asked is 6"),
+        ({"generation": {"limit": 6, "shots": 0}}, "harness/bbq: made with shots 0, asked is None"),
         ({"generation": None}, "harness/bbq: made with limit None, asked is 6"),
         ({"data_sha256": None}, "harness/bbq: made from other rows than eval.data names"),
     ):
@@ -182,7 +184,7 @@ def test_a_name_of_several_tasks_takes_no_file():
         return SimpleNamespace(kind=SimpleNamespace(name=kind), cfg={"task": [*listed]}, tags={*tags})
 
     index = {name: entry("TASK") for name in ("law", "algebra", "physics", "arc_easy")}
-    index |= {"stem": entry("GROUP", "algebra", {"task": "physics", "num_fewshot": 2})}
+    index |= {"stem": entry("GROUP", "algebra", {"task": "physics", "num_fewshot": 2}, {"dataset_path": "x"})}
     index |= {"mmlu": entry("GROUP", {"group": "stem", "weight": 1}, "law"), "arc": entry("TAG", tags=["arc_easy"])}
     refused = group_refusal("mmlu", index)
     assert refused.startswith("it names a group of 3 (algebra, law, physics), and a file has the rows of one: ask for")
@@ -201,8 +203,54 @@ def test_a_run_is_evaluated_by_it_with_the_training():
     (stage,) = [stage for stage in evaluation_stages([config]) if stage.call.module == "eval.harness"]
     assert stage.task == "harness/bbq" and "--limit" in stage.call.words
     asked = harness.read_words(stage.call.words)
-    assert asked.tasks == ["bbq"] and asked.model == str(config.run_path)
+    assert asked.tasks == ["bbq"] and asked.model == str(config.run_path) and asked.shots is None
     check_metric(["nlg", "harness/bbq", "acc"])
+
+
+def test_a_config_says_how_the_harness_asks(tmp_path):
+    """Number of examples for each task or for all, folders of task files, batch; what keeps its default leaves the
+    notes of scores and the pre-trained model's folder as they were without the keys."""
+
+    def config(*words):
+        tasks = "eval.tasks=[toy,harness/gsm8k,harness/mmlu]"
+        return load_config("toy", method="lora", overrides=[tasks, f"output_dir={tmp_path}", *words])
+
+    def asked(*words):
+        stages = [stage for stage in evaluation_stages([config(*words)]) if stage.call.module == "eval.harness"]
+        return [harness.read_words(stage.call.words) for stage in stages]
+
+    write_json_atomic(tmp_path / "train.json", {"status": "ok"})
+    gsm8k, mmlu = asked("eval.harness.shots={harness/gsm8k: 0}", f"eval.harness.include_path=['{tmp_path}']")
+    assert (gsm8k.shots, mmlu.shots, mmlu.folders[1:]) == (0, None, [str(tmp_path)])
+    assert [(one.shots, one.batch_size) for one in asked("eval.harness={shots: 3, batch_size: 2}")] == [(3, 2)] * 2
+
+    def named(*words):
+        made = config(*words)
+        return untuned_config(made).run_path, evaluation_state(made)["eval"]
+
+    plain = named()
+    assert "harness" not in plain[1] and named("eval.harness.batch_size=2") == plain
+    few = named("eval.harness.shots=3")
+    assert few[0] != plain[0] and few[1]["harness"] == {"shots": 3}
+
+    for words, message in (
+        (
+            ["eval.harness.shots={gsm8k: 0}"],
+            "eval.harness.shots.gsm8k: name the task as eval.tasks does, harness/gsm8k",
+        ),
+        (
+            ["eval.harness.shots={harness/gsm: 0}"],
+            "eval.harness.shots: harness/gsm is not in eval.tasks .nearest: harn",
+        ),
+        (["eval.harness.shots=two"], "eval.harness.shots=two: a whole number is needed, or {harness/TASK: NUMBER}"),
+        (["eval.harness.shots=-1"], "eval.harness.shots is -1: it must be a number of at least 0"),
+        (["eval.harness.batch_size=0"], "eval.harness.batch_size is 0"),
+        (["eval.harness.include_path=[no_such]"], "eval.harness.include_path: no such folder: .*no_such"),
+    ):
+        with pytest.raises(UserError, match=message):
+            asked(*words)
+    with pytest.raises(UserError, match="eval.harness has no effect on a run of NLU: lm-evaluation-harness asks lang"):
+        load_config("toy", kind="nlu", overrides=["eval.harness.shots=0"])
 
 
 @pytest.mark.slow
@@ -250,7 +298,12 @@ def test_the_real_harness_on_real_sets(real_data, tmp_path):
     for shots, number in (([], 5), (["--shots", "2"], 2)):
         with pytest.raises(UserError, match=f"shows {number} examples, which would be rows of the file .* --shots 0"):
             harness.check(["x", "gsm8k", "--data", file, *shots])
-    harness.check(["x", "gsm8k", "--data", file, "--shots", "0"])
+    words = ["eval.tasks=[harness/gsm8k]", f"eval.data.harness/gsm8k={file.partition('=')[2]}"]
+    for shots, check in ([], pytest.raises(UserError, match="eval.harness.shots={harness/gsm8k: 0}")), ([0], None):
+        config = load_config("toy", overrides=[*words, *(f"eval.harness.shots={number}" for number in shots)])
+        (stage,) = evaluation_stages([config])
+        with check or contextlib.nullcontext():
+            harness.check(stage.call.words)
     with pytest.raises(UserError, match="--data mmlu: it names a group of 57 .mmlu_abstract_algebra, .*ask for such a"):
         harness.check(["x", "mmlu", "--data", file.replace("gsm8k=", "mmlu=", 1)])
     with pytest.raises(UserError, match="has no task mgsm_direct_xx .nearest: mgsm_direct"):

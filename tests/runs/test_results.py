@@ -12,6 +12,7 @@ from ba_lora import prompts
 from ba_lora.config.layers import load_config
 from ba_lora.experiments.tables import find_table, load_table
 from ba_lora.io import read_json, write_json_atomic
+from ba_lora.paths import PROJECT_ROOT
 from ba_lora.prompts import prompt_hash
 from ba_lora.runs import folder as run
 from ba_lora.runs.environment import code_state, environment, git_state, hardware_name
@@ -49,6 +50,12 @@ def test_how_the_completions_were_made_stands_beside_the_scores(config):
     found = {task: score["generation"] for task, score in assemble(run_path, config)["evaluation"].items()}
     assert found == {"toy": {"engine": "vllm"}, "other": None, "inheritance": {"engine": "hf"}}
     assert "output_dir" not in json.dumps(assemble(run_path, config)["config"])
+
+
+def test_the_recorded_command_tells_no_folder_of_the_machine(monkeypatch):
+    words = ["--config", str(PROJECT_ROOT / "configs" / "nlg" / "toy.yaml"), "data.source=/home/someone/rows.jsonl"]
+    monkeypatch.setattr("sys.argv", ["/home/someone/train_nlg.py", *words, "seed=1"])
+    assert environment()["command"] == "train_nlg.py --config configs/nlg/toy.yaml data.source=rows.jsonl seed=1"
 
 
 def test_what_a_run_writes_does_not_make_the_code_dirty(tmp_path, monkeypatch):
