@@ -84,6 +84,7 @@ def test_nmtunes_terms_are_means_over_micro_batches(encoder, tmp_path):
             rows=rows,
             gradient_accumulation_steps=accumulation,
             optim="sgd",
+            max_steps=2,
             learning_rate=0.1,
             max_grad_norm=0,
         )

@@ -70,7 +70,7 @@ OTHERS = {
     "vera.d_initial": Other("vera", "0.2"),
     "vera.projection_prng_key": Other("vera", "1"),
 }
-QUICK = ("delta_lora.weight", "dylora.frozen", "lora_ga.gamma", "monteclora.dirichlet_prior", "sara.reselect")
+QUICK = ("dylora.frozen", "monteclora.dirichlet_prior", "sara.reselect")
 
 
 def test_every_option_has_another_value():
