@@ -40,9 +40,8 @@ def train(run: TrainingRun) -> Trained:
     data = load_training_data(config.data, tokenizer)
     run.print(
         "data: {rows_used} of {rows_chosen} chosen rows, {rows_cut} cut to {max_length} tokens, {rows_dropped} dropped "
-        "(nothing of the response left), {rows_empty} empty, {rows_duplicate} repeated, {rows_heldout} held out".format(
-            **data.report, max_length=config.data.max_length
-        )
+        "(nothing of the response left), {rows_empty} empty, {rows_shortened} shortened (turns left out), "
+        "{rows_duplicate} repeated, {rows_heldout} held out".format(**data.report, max_length=config.data.max_length)
     )
     check_sizes(config, tokenizer, data.dataset, data.heldout)
 

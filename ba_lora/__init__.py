@@ -6,6 +6,7 @@ trainer.train()
 export_lora(trainer, "outputs/lora")  # a plain LoRA on the untouched base, for any PEFT or vLLM
 """
 
+import importlib
 import logging
 from typing import TYPE_CHECKING, Any
 
@@ -15,28 +16,22 @@ logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to 
 if TYPE_CHECKING:
     from ba_lora.config.schema import BALoRAConfig
     from ba_lora.runs.export import export_lora
+    from ba_lora.training.mixin import BALoRALoss
     from ba_lora.training.sft import BALoRASFTTrainer
     from ba_lora.training.trainer import BALoRATrainer
 
-__all__ = ["BALoRAConfig", "BALoRASFTTrainer", "BALoRATrainer", "export_lora"]
+__all__ = ["BALoRAConfig", "BALoRALoss", "BALoRASFTTrainer", "BALoRATrainer", "export_lora"]
+_MODULES = {
+    "BALoRAConfig": "config.schema",
+    "BALoRALoss": "training.mixin",
+    "BALoRASFTTrainer": "training.sft",
+    "BALoRATrainer": "training.trainer",
+    "export_lora": "runs.export",
+}
 
 
 def __getattr__(name: str) -> Any:
     """Import on first use: the evaluators import ba_lora too and need neither torch nor transformers."""
-    if name == "BALoRATrainer":
-        from ba_lora.training.trainer import BALoRATrainer
-
-        return BALoRATrainer
-    if name == "BALoRASFTTrainer":
-        from ba_lora.training.sft import BALoRASFTTrainer
-
-        return BALoRASFTTrainer
-    if name == "BALoRAConfig":
-        from ba_lora.config.schema import BALoRAConfig
-
-        return BALoRAConfig
-    if name == "export_lora":
-        from ba_lora.runs.export import export_lora
-
-        return export_lora
+    if name in _MODULES:
+        return getattr(importlib.import_module(f"ba_lora.{_MODULES[name]}"), name)
     raise AttributeError(f"module 'ba_lora' has no attribute {name!r}")

@@ -8,6 +8,7 @@ Shared by training data (data/nlu.py), the model's head and the evaluation, so t
 
 import functools
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +17,7 @@ import yaml
 
 from ba_lora.errors import UserError
 from ba_lora.paths import PROJECT_ROOT
-from ba_lora.words import nearest
+from ba_lora.words import YAML_WORDS, holds_bool, nearest
 
 HUB = "nyu-mll/glue"
 HUB_REVISION = "bcdcba79d07bc864c1c254ccfcedcce55bcc9a8c"
@@ -83,6 +84,9 @@ class NLUTask:
         It is a name, a number equal to a name (1.0 and 1), or, where no name is a number, an id.
         """
         text = plain_label(value)
+        if isinstance(value, bool):
+            names = [name.lower() for name in self.labels]
+            return names.index(text) if text in names else None
         if text in self.labels:
             return self.labels.index(text)
         number, names = _number(text), [_number(name) for name in self.labels]
@@ -91,7 +95,9 @@ class NLUTask:
 
 
 def plain_label(value: Any) -> str:
-    """Return a label as a name: its text without blanks around it, 1 for 1.0."""
+    """Return a label as a name: its text without blanks around it, 1 for 1.0, true for JSON's true."""
+    if isinstance(value, bool):
+        return str(value).lower()
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     return str(value).strip()
@@ -112,20 +118,27 @@ def parse_task(plain: Mapping[str, Any], where: str, *, name: str | None = None)
 
     if unknown := [key for key in plain if key not in KEYS]:
         raise refuse(f"unknown key {unknown[0]}{nearest(str(unknown[0]), KEYS)}; a task has {', '.join(KEYS)}")
+    for key, value in plain.items():
+        if holds_bool(value):
+            raise refuse(f"{key}={value}: {YAML_WORDS}")
     given = name or plain.get("name")
-    if not isinstance(given, str) or not given or not given.replace("_", "").replace("-", "").isalnum():
-        raise refuse(f"name={given}: a word of letters, digits, - and _ is needed; it becomes part of files' names")
+    if not _is_file_name(given):
+        raise refuse(f"name={given}: {FILE_NAME}")
     if name is None and given in TASKS:
         raise refuse(f"name={given} is the name of a task of configs/nlu/tasks: give yours another one")
     columns = _words(plain.get("text"))
     if columns is None or len(columns) not in (1, 2):
         raise refuse("text must name the column of the text, or the two columns of a pair: text: [premise, hypothesis]")
+    if len(set(columns)) < len(columns):
+        raise refuse(f"text names the column {columns[0]} twice: a pair has two")
     label = plain.get("label", "label")
     if not isinstance(label, str):
         raise refuse(
             f"label={label}: the name of one column is needed (several labels a row are not supported: train one task "
             "for each label)"
         )
+    if label in columns:
+        raise refuse(f"label={label} is a column of the text: name that of the labels")
     if (plain.get("labels") is None) == (plain.get("range") is None):
         raise refuse("give labels (a list, or auto) for classes, or range: [LOW, HIGH] for a regression")
     labels, score_range = (), None
@@ -143,16 +156,11 @@ def parse_task(plain: Mapping[str, Any], where: str, *, name: str | None = None)
     if "f1" in metrics and labels is not None and len(labels) != 2:
         raise refuse(f"metrics: f1 is of two classes, and there are {len(labels)}: use macro_f1")
     dev = plain.get("dev") or {given: "validation"}
-    sets = plain.get("sets") or {}
-    if not isinstance(dev, Mapping) or not isinstance(sets, Mapping):
-        raise refuse("dev and sets are mappings of names")
-    for other, form in sets.items():
-        is_form = isinstance(form, Mapping) and isinstance(form.get("map") or {}, Mapping)
-        if not is_form or set(form) - {"text", "label", "map"} or not isinstance(form.get("label", ""), str):
-            raise refuse(f"sets.{other} may have text, label and map: {{their label: ours}}")
-        for ours in (form.get("map") or {}).values():
-            if labels is not None and plain_label(ours) not in labels:
-                raise refuse(f"sets.{other}.map leads to {ours}, which is none of the labels {', '.join(labels)}")
+    if not isinstance(dev, Mapping) or not all(_is_file_name(key) for key in dev):
+        raise refuse(f"dev={dev}: a mapping of names is needed; of a name, {FILE_NAME}")
+    if not all(isinstance(split, str) and split for split in dev.values()):
+        raise refuse(f"dev={dict(dev)}: each name leads to a split of the hub's set, such as validation")
+    sets = _sets(plain.get("sets") or {}, columns, labels, score_range is not None, refuse)
     hub, subset = plain.get("hub"), plain.get("subset")
     if not all(word is None or isinstance(word, str) for word in (hub, subset)) or (subset and not hub):
         raise refuse(f"hub={hub}, subset={subset}: hub is OWNER/NAME, and subset one of its configurations")
@@ -166,9 +174,42 @@ def parse_task(plain: Mapping[str, Any], where: str, *, name: str | None = None)
         label=label,
         hub=hub,
         subset=subset or (given if hub == HUB else None),
-        sets={key: dict(value) for key, value in sets.items()},
+        sets=sets,
         definition=dict(plain) if name is None else None,
     )
+
+
+FILE_NAME = "a word of letters, digits, - and _ is needed; it becomes part of files' names"
+
+
+def _is_file_name(value: Any) -> bool:
+    return isinstance(value, str) and value.replace("_", "").replace("-", "").isalnum()
+
+
+def _sets(
+    plain: Any, columns: tuple[str, ...], labels: tuple[str, ...] | None, is_regression: bool, refuse: Any
+) -> dict[str, dict[str, Any]]:
+    """Return the sets of another domain, keys that are null left out."""
+    if not isinstance(plain, Mapping) or not all(_is_file_name(other) for other in plain):
+        raise refuse(f"sets={plain}: a mapping of names is needed; of a name, {FILE_NAME}")
+    found = {}
+    for other, form in plain.items():
+        if not isinstance(form, Mapping) or set(form) - {"text", "label", "map"}:
+            raise refuse(f"sets.{other} may have text, label and map: {{their label: ours}}")
+        form = found[other] = {key: value for key, value in form.items() if value is not None}
+        if "text" in form and len(_words(form["text"]) or ()) != len(columns):
+            raise refuse(f"sets.{other}.text={form['text']}: as many columns as text has are needed, {len(columns)}")
+        if not isinstance(form.get("label", ""), str):
+            raise refuse(f"sets.{other}.label={form['label']}: the name of one column is needed")
+        if "map" not in form:
+            continue
+        if not isinstance(form["map"], Mapping) or not form["map"] or is_regression:
+            classes = "a regression has no labels to map" if is_regression else "{their label: ours} is needed"
+            raise refuse(f"sets.{other}.map={form['map']}: {classes}")
+        for ours in form["map"].values():
+            if labels is not None and plain_label(ours) not in labels:
+                raise refuse(f"sets.{other}.map leads to {ours}, which is none of the labels {', '.join(labels)}")
+    return found
 
 
 def _words(value: Any) -> tuple[str, ...] | None:
@@ -178,7 +219,7 @@ def _words(value: Any) -> tuple[str, ...] | None:
 
 def _range(value: Any, refuse: Any) -> tuple[float, float]:
     numbers = isinstance(value, list | tuple) and len(value) == 2
-    if not numbers or not all(type(v) in (int, float) for v in value) or not value[0] < value[1]:
+    if not numbers or not all(type(v) in (int, float) for v in value) or not -math.inf < value[0] < value[1] < math.inf:
         raise refuse(f"range={value}: two numbers, the lower first, are needed: range: [0, 5]")
     return float(value[0]), float(value[1])
 
@@ -189,6 +230,8 @@ def _labels(value: Any, refuse: Any) -> tuple[str, ...]:
     labels = tuple(map(plain_label, value))
     if len(labels) < 2:
         raise refuse(f"labels={list(labels)}: at least two classes are needed")
+    if not all(labels):
+        raise refuse(f"labels={list(labels)}: one of them is empty, as the label of a row without one")
     if len({label.lower() for label in labels}) < len(labels):
         raise refuse(f"labels={list(labels)}: two of them are alike but for capitals")
     numbers = [number for number in map(_number, labels) if number is not None]

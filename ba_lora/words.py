@@ -6,6 +6,9 @@ from typing import Any
 
 from ba_lora.errors import UserError
 
+# What a true or false tells where a word is needed.
+YAML_WORDS = "YAML reads yes, no, on and off as true and false: write such a word in quotes"
+
 
 def nearest(word: object, choices: Iterable[str]) -> str:
     """Return ` (nearest: a, b)`, or nothing where nothing is near."""
@@ -52,6 +55,13 @@ def check_choice(key: str, value: object, choices: Collection[str]) -> None:
     """Raise UserError unless `value` is one of `choices`."""
     if value not in choices:
         raise UserError(f"{key}={value} is unknown{nearest(value, choices)}: choose one of {', '.join(choices)}")
+
+
+def holds_bool(value: Any) -> bool:
+    """Return whether a value of a YAML file is true or false, or holds one, as a key or a value at any depth."""
+    if isinstance(value, Mapping):
+        return any(map(holds_bool, value)) or any(map(holds_bool, value.values()))
+    return isinstance(value, bool) or (isinstance(value, list | tuple) and any(map(holds_bool, value)))
 
 
 def check_keys(value: Any, known: Collection[str] | None, *, where: object) -> None:

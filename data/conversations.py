@@ -16,13 +16,15 @@ Conversation = list[dict[str, str]]
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 
 
-def read_conversation(row: dict[str, Any], of: DataSet, where: str) -> Conversation:
-    """Return the conversation of one row; an empty list where it holds no question with an answer. It ends before the
-    first empty turn of a user or an assistant; an empty system turn is left out.
+def read_conversation(row: dict[str, Any], of: DataSet, where: str) -> tuple[Conversation, bool]:
+    """Return the conversation of one row, an empty list where it holds no question with an answer, and whether turns
+    of the row are left out of it.
 
+    Left out are an assistant's turns before the first question, all from the first empty turn of a user or an
+    assistant on, and what stands behind the last answer. (Not told: empty system turns, and what `exchanges` cuts off.)
     Raises UserError, naming `where`, for what is no text, no list of turns, or a role that is not known.
     """
-    return _of_messages(row, of, where) if of.messages else _of_columns(row, of, where)
+    return _of_messages(row, of, where) if of.messages else (_of_columns(row, of, where), False)
 
 
 def _of_columns(row: dict[str, Any], of: DataSet, where: str) -> Conversation:
@@ -40,7 +42,7 @@ def _of_columns(row: dict[str, Any], of: DataSet, where: str) -> Conversation:
     return [{"role": role, "content": text} for role, text in found if text]
 
 
-def _of_messages(row: dict[str, Any], of: DataSet, where: str) -> Conversation:
+def _of_messages(row: dict[str, Any], of: DataSet, where: str) -> tuple[Conversation, bool]:
     turns = row[of.messages]
     if isinstance(turns, str):  # in csv and tsv files
         try:
@@ -50,23 +52,29 @@ def _of_messages(row: dict[str, Any], of: DataSet, where: str) -> Conversation:
     if not isinstance(turns, list):
         raise UserError(f"{where}: {of.messages} must be a list of turns, found {type(turns).__name__}")
     found: Conversation = []
-    answers = 0
+    answers, has_question, shortened = 0, False, False
     for number, turn in enumerate(turns):
         if of.exchanges is not None and answers == of.exchanges:
             break
         message = _message(turn, f"{where}, turn {number}")
         if not message["content"] and message["role"] == "system":
             continue
+        if message["role"] == "assistant" and not has_question:  # ShareGPT's later parts of a long talk begin so
+            shortened = True
+            continue
         if not message["content"]:  # what stands before it is still a conversation
+            shortened = True
             break
         found.append(message)
+        has_question |= message["role"] == "user"
         answers += message["role"] == "assistant"
     while found and found[-1]["role"] != "assistant":  # a question without an answer
         found.pop()
+        shortened = True
     roles = [message["role"] for message in found if message["role"] != "system"]
-    if roles[:1] != ["user"] or (of.exchanges is not None and roles != ["user", "assistant"] * (len(roles) // 2)):
-        return []
-    return found
+    if not roles or (of.exchanges is not None and roles != ["user", "assistant"] * (len(roles) // 2)):
+        return [], False
+    return found, shortened
 
 
 def _message(turn: Any, where: str) -> dict[str, str]:

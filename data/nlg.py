@@ -35,7 +35,8 @@ class TrainingData:
     """The tokenized rows (input_ids, labels, length, and `row`, their number here) and what became of the raw ones.
 
     heldout: those that are kept out of training (`data.heldout_share`), None where there are none. numbers: what
-    happened → the rows it happened to, numbered as in the source: used, heldout, cut, dropped, empty, duplicate.
+    happened → the rows it happened to, numbered as in the source: used, heldout, cut, dropped, empty, shortened,
+    duplicate.
     """
 
     dataset: "Dataset"
@@ -49,7 +50,7 @@ def load_training_data(config: NLGDataConfig, tokenizer: "PreTrainedTokenizerBas
 
     Labels are −100 but on the answers and their end tokens. A row longer than `max_length` is cut (it then lacks the
     last end token); a row of which no answer would be left is dropped. Both are counted in the report, as are rows
-    without text and rows that another one repeats (which are trained on).
+    without text, conversations of which turns are left out, and rows that another one repeats (which are trained on).
     Raises UserError for a missing or empty file, wrong columns, roles or templates, a broken line, an absent set, or
     when no row is left.
     """
@@ -74,6 +75,7 @@ def load_training_data(config: NLGDataConfig, tokenizer: "PreTrainedTokenizerBas
         "cut": [number for number, cut in zip(kept, encoded["cut"][:], strict=True) if cut],
         "dropped": sorted(set(filled) - set(kept)),
         "empty": empty,
+        "shortened": [number for number in filled if number in reader.shortened],
         "duplicate": _repeated(filled, reader.hashes),
     }
     heldout = None
@@ -90,6 +92,7 @@ def load_training_data(config: NLGDataConfig, tokenizer: "PreTrainedTokenizerBas
         "rows_cut": sum(number in used for number in numbers["cut"]),
         "rows_dropped": len(numbers["dropped"]),
         "rows_empty": len(empty),
+        "rows_shortened": len(numbers["shortened"]),
         "rows_duplicate": len(numbers["duplicate"]),
         "rows_heldout": len(numbers["heldout"]),
         "sha256": checked["sha256"],
@@ -114,6 +117,7 @@ class _Reader:
         self.digest = manifest.RowDigest(of.read)
         self.hashes = array.array("Q")  # of each row's conversation
         self.empty: set[int] = set()
+        self.shortened: set[int] = set()
 
     @property
     def sha256(self) -> str:
@@ -121,23 +125,30 @@ class _Reader:
         return self._sha.hexdigest()
 
     def __iter__(self) -> Iterator[list[dict[str, str]]]:
-        found: list[str] = []
+        found: set[str] = set()
         for number, row in enumerate(self._rows):
             where = f"{self._source}, row {number}"
             if missing := [column for column in self._of.needed if column not in row]:
                 self._refuse_columns(row, found, missing, where)
-            found = found or sorted(row)
+            found.update(row)
             self.digest.add(row)
-            conversation = read_conversation(row, self._of, where)
+            conversation, shortened = read_conversation(row, self._of, where)
             self._encoder.check(conversation, where)
             line = json.dumps(conversation).encode()
             self._sha.update(line)
             self.hashes.append(int.from_bytes(hashlib.sha256(line).digest()[:8]))
             if not conversation:
                 self.empty.add(number)
+            if shortened:
+                self.shortened.add(number)
             yield conversation
+        if (column := self._of.columns.get("input")) is not None and column not in found:
+            raise UserError(
+                f"no row of {self._source} has the column {column} for the input; there are "
+                f"{', '.join(sorted(found))}: name another one in columns.input, or leave input out"
+            )
 
-    def _refuse_columns(self, row: dict[str, Any], found: list[str], missing: list[str], where: str) -> None:
+    def _refuse_columns(self, row: dict[str, Any], found: set[str], missing: list[str], where: str) -> None:
         needed = ", ".join(self._of.needed)
         if found:
             raise UserError(f"{where} lacks a column, {missing[0]}: {needed} are needed in every row")

@@ -9,12 +9,14 @@ replace: {response: [[PATTERN, TEXT], …]}                          regular exp
 
 import dataclasses
 import functools
+import itertools
 import re
 from dataclasses import dataclass, field
-from typing import Any
 
 from ba_lora.config.layers import read_yaml
+from ba_lora.config.ranges import RANGES, check_range
 from ba_lora.config.schema_nlg import NLGDataConfig, check_row_form
+from ba_lora.config.structured import read_mapping
 from ba_lora.errors import UserError
 from ba_lora.paths import PROJECT_ROOT, resolve_data
 from data import manifest
@@ -51,16 +53,18 @@ class DataSet:
 def named_set(name: str) -> DataSet:
     """Return the set that a file of configs/data describes. Raises UserError for a key or a form that is wrong."""
     path = SETS_PATH / f"{name}.yaml"
-    plain: dict[str, Any] = read_yaml(path)
-    known = {entry.name for entry in dataclasses.fields(DataSet)} - {"name"}
-    if unknown := set(plain) - known:
-        raise UserError(f"{path}: unknown key {sorted(unknown)[0]}; there are {', '.join(sorted(known))}")
-    found = DataSet(name=name, **plain)
-    check_row_form(str(path), found.columns, found.messages, found.exchanges)
+    found = read_mapping(DataSet, read_yaml(path), where=path, name=name)
+    check_row_form(f"{path}: ", found.columns, found.messages, found.exchanges)
     if not (found.columns or found.messages):
         raise UserError(f"{path} names neither columns nor messages")
+    if found.exchanges is not None:
+        check_range(f"{path}: exchanges", found.exchanges, RANGES["data.exchanges"])
+    if others := [part for part in found.replace if part not in found.columns]:
+        has = f"columns has {', '.join(found.columns)}" if found.columns else "texts in messages are not replaced"
+        raise UserError(f"{path}: replace.{others[0]} has no effect: {has}")
     try:
-        [re.compile(pattern) for rules in found.replace.values() for pattern, _ in rules]
+        for pattern, text in itertools.chain.from_iterable(found.replace.values()):
+            re.sub(pattern, text, "")  # a text may name a group that its pattern lacks
     except (re.error, ValueError) as error:
         raise UserError(f"{path}: replace needs pairs of a pattern and a text ({error})") from error
     return found

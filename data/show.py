@@ -46,16 +46,22 @@ def main() -> int:
 def _nlg_lines(config: NLGConfig, num_rows: int, marks: tuple[str, str]) -> Iterable[str]:
     from ba_lora.models.tokenizer import load_tokenizer
     from data.nlg import load_training_data
+    from data.sets import chosen_set
 
     tokenizer = load_tokenizer(config.model, template=config.data.template)
     data = load_training_data(config.data, tokenizer)
     report = data.report
     yield f"{report['name']} from {report['source']}, template {config.data.template}, manifest {report['manifest']}"
-    yield from _counts(report, ("read", "chosen", "used", "heldout", "cut", "dropped", "empty", "duplicate"))
+    yield from _counts(
+        report, ("read", "chosen", "used", "heldout", "cut", "dropped", "empty", "shortened", "duplicate")
+    )
+    found = chosen_set(config.data)
+    unanswered = "no question with an answer" + (" before the first empty turn" if found.messages else "")
     what = {
         "cut": f"longer than data.max_length={config.data.max_length}, cut",
         "dropped": f"no answer left in data.max_length={config.data.max_length}, left out",
-        "empty": "no question with an answer, left out",
+        "empty": unanswered + (", or turns that do not alternate" if found.exchanges else "") + ", left out",
+        "shortened": "turns before the first question, from an empty turn on or behind the last answer are left out",
         "duplicate": "repeat an earlier row, trained on",
     }
     for name, reason in what.items():

@@ -23,6 +23,7 @@ model in that of --template; `template` has its hash, None for the plain questio
 """
 
 import argparse
+import functools
 import json
 import subprocess
 import sys
@@ -287,10 +288,18 @@ def check(arguments: Sequence[str]) -> None:
     for task, file in asked.files.items():
         if Path(file).is_absolute() and not Path(file).exists():
             raise UserError(f"--data {task}: no such file: {file}")
+    files = [(task, file) for task, file in asked.files.items() if Path(file).exists()]
+    _check_tasks(tuple(asked.tasks), tuple(files), tuple(asked.folders), asked.shots)
+
+
+@functools.cache  # eval.check asks for each model of a table, and the harness takes seconds to know its own tasks
+def _check_tasks(
+    tasks: tuple[str, ...], files: tuple[tuple[str, str], ...], folders: tuple[str, ...], shots: int | None
+) -> None:
     with tempfile.TemporaryDirectory() as place:
-        files = {task: jsonl_of(task, file, Path(place)) for task, file in asked.files.items() if Path(file).exists()}
-        request = {"tasks": asked.tasks, "include_path": asked.folders, "check": True}
-        call_driver(request | {"data": files, "shots": asked.shots})
+        data = {task: jsonl_of(task, file, Path(place)) for task, file in files}
+        request = {"tasks": tasks, "include_path": folders, "check": True}
+        call_driver(request | {"data": data, "shots": shots})
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

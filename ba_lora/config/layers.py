@@ -26,7 +26,7 @@ from ba_lora.config.methods import check_typed
 from ba_lora.config.schema import RunConfig
 from ba_lora.config.schema_nlg import NLGConfig
 from ba_lora.config.schema_nlu import NLUConfig, task_layer, with_labels
-from ba_lora.config.structured import refuse_interpolations, wanted_at
+from ba_lora.config.structured import misfit, refuse_interpolations, wanted_at
 from ba_lora.config.trainer import ALIASES, argument_types, nearest_argument, normalized
 from ba_lora.errors import UserError
 from ba_lora.paths import PROJECT_ROOT, resolve_path
@@ -258,7 +258,7 @@ def _of_terms(regularizers: dict[str, Any], terms: list[str]) -> dict[str, Any]:
 
 def override_layer(overrides: list[str] | tuple[str, ...]) -> dict[str, Any]:
     for text in overrides:
-        if not re.match(r"^[A-Za-z_][\w.]*=", text):
+        if not re.match(r"^[A-Za-z_][\w./]*=", text):  # eval.data.harness/gsm8k=FILE
             raise UserError(f"cannot read {text!r}: overrides are key=value, such as trainer.max_steps=20")
         refuse_interpolations(text, "the command line")
     try:
@@ -327,6 +327,8 @@ def _typed(node: Any, layer: dict[str, Any], prefix: str = "") -> dict[str, Any]
         elif type(value) is kinds[key] and value != "???":  # OmegaConf's word for what is missing
             typed[key] = value
         else:
+            if (hint := misfit(kinds[key], value)) is not None:
+                raise UserError(f"{prefix}{key}={value}: {wanted_at(node, key)} is needed{hint}")
             try:
                 typed[key] = copy.deepcopy(_typed_value(node, key, pickle.dumps(value)))
             except OmegaConfBaseException as error:

@@ -20,7 +20,7 @@ from ba_lora.config.methods import tuner_facts
 from ba_lora.config.ranges import check_numbers, check_range
 from ba_lora.config.registries import schedules
 from ba_lora.errors import UserError
-from ba_lora.paths import PROJECT_ROOT, written_path
+from ba_lora.paths import PROJECT_ROOT, resolve_data, written_path
 from ba_lora.words import check_choice
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -194,6 +194,11 @@ class DataConfig:
     def sources(self) -> list[str]:
         """`source` as a list."""
         return [] if self.source is None else [self.source] if isinstance(self.source, str) else list(self.source)
+
+    @property
+    def reads_hub(self) -> bool:
+        """Whether some rows are not of files."""
+        return not self.sources or not all(Path(resolve_data(name)).is_absolute() for name in self.sources)
 
     @property
     def files(self) -> list[str]:

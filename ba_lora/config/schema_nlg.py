@@ -131,9 +131,15 @@ class NLGConfig(RunConfig):
     counts_with = (
         RunConfig.counts_with
         | dict.fromkeys(
-            ("data.revision", "data.split", "data.sample_seed"),
+            ("data.split", "data.sample_seed"),
             (lambda config: config.data.name != "toy" or config.data.source is not None, "data.source or a data.name"),
         )
+        | {
+            "data.revision": (
+                lambda config: config.data.reads_hub and (config.data.name != "toy" or config.data.source is not None),
+                "rows of the hub",
+            )
+        }
         # not toy.imbalance, which configs/nlg/toy.yaml sets for whoever takes it with another data set
         | dict.fromkeys(
             ("data.toy.label_noise", "data.toy.noisy_families", "data.toy.families", "data.toy.seed"),
@@ -162,26 +168,19 @@ class NLGConfig(RunConfig):
 PARTS = ("instruction", "input", "response")
 
 
-def check_row_form(
-    where: str, columns: dict[str, Any], messages: str | None, exchanges: int | None, *, named: bool = False
-) -> None:
-    """Raise UserError where `columns`, `messages` and `exchanges` do not say how a row becomes a conversation.
-
-    named: a named set says that, and `exchanges` is what is asked of it.
-    """
+def check_row_form(section: str, columns: dict[str, str], messages: str | None, exchanges: int | None) -> None:
+    """Raise UserError where `columns`, `messages` and `exchanges` do not fit each other. section: before each key."""
     if columns and messages:
-        raise UserError(f"{where} has columns and messages, which are two forms of a row: keep one")
-    for part, column in columns.items():
-        check_choice("data.columns", part, PARTS)
-        if not isinstance(column, str):
-            raise UserError(f"data.columns.{part}={column}: the name of a column is needed")
+        raise UserError(f"{section}columns: columns and messages are two forms of a row: keep one")
+    for part in columns:
+        check_choice(f"{section}columns", part, PARTS)
     if len(set(columns.values())) < len(columns):
-        raise UserError(f"data.columns of {where}: instruction, input and response are columns of their own")
+        raise UserError(f"{section}columns: instruction, input and response are columns of their own")
     for part in ("instruction", "response"):
         if columns and part not in columns:
-            raise UserError(f"data.columns of {where} has no {part}: give data.columns.{part}=COLUMN")
+            raise UserError(f"{section}columns has no {part}: add {part}: COLUMN")
     if exchanges is not None and columns:
-        raise UserError("data.exchanges has no effect on columns, which are one exchange: leave it out")
+        raise UserError(f"{section}exchanges has no effect on columns, which are one exchange: leave it out")
 
 
 def check_nlg(config: NLGConfig) -> None:
@@ -189,7 +188,7 @@ def check_nlg(config: NLGConfig) -> None:
     check_choice("reference.dtype", config.reference.dtype, ("float16", "float32"))
     check_choice("data.name", config.data.name, data_sets())
     data = config.data
-    check_row_form("the configuration", data.columns, data.messages, data.exchanges, named=not data.has_own_form)
+    check_row_form("data.", data.columns, data.messages, data.exchanges)
     if data.template not in FRAMES and not is_chat(data.template):
         raise UserError(
             f"data.template={data.template} is unknown: choose alpaca, chat or a Jinja file (FILE.jinja)"

@@ -117,9 +117,15 @@ class NLUConfig(RunConfig):
     counts_with = (
         RunConfig.counts_with
         | dict.fromkeys(
-            ("data.revision", "data.split", "data.sample_seed"),
+            ("data.split", "data.sample_seed"),
             (lambda config: config.nlu.task != "toy_pairs" or config.data.source is not None, "data.source or a task"),
         )
+        | {
+            "data.revision": (
+                lambda config: config.data.reads_hub and (config.nlu.task != "toy_pairs" or bool(config.data.sources)),
+                "rows of the hub",
+            )
+        }
         # not toy.dev_rows, which configs/nlu/toy.yaml sets for whoever takes it with another task
         | dict.fromkeys(
             ("data.toy.label_noise", "data.toy.noisy_labels", "data.toy.imbalance", "data.toy.seed"),

@@ -1,6 +1,7 @@
 """What YAML files and `key=value` words say, read as dataclasses: OmegaConf's structured configs know the types."""
 
 import dataclasses
+import itertools
 import math
 import types
 import typing
@@ -11,7 +12,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ba_lora.errors import UserError
-from ba_lora.words import check_keys, nearest
+from ba_lora.words import YAML_WORDS, check_keys, nearest
 
 T = TypeVar("T")
 WANTED = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}
@@ -25,6 +26,10 @@ def read_mapping(kind: type[T], raw: Any, *, where: object, **given: Any) -> T:
     """
     known = [entry.name for entry in dataclasses.fields(kind) if entry.init and entry.name not in given]
     check_keys(raw, known, where=where)
+    of = {entry.name: entry.type for entry in dataclasses.fields(kind)}
+    for key, value in raw.items():
+        if (hint := misfit(of[key], value)) is not None:
+            raise UserError(f"{_told(f'{where}: ', key, value)}: {_wanted(of[key])} is needed{hint}")
     values = {key: _text_keys(value) for key, value in raw.items() if value is not None}
     return _read(kind, values | given, f"{where}: ")
 
@@ -84,6 +89,26 @@ def _read(kind: type[T], values: Mapping[str, Any], where: str) -> T:
     return read
 
 
+def misfit(annotation: Any, value: Any) -> str | None:
+    """Return a hint (or nothing) where a value, or one within it, is no word and a word is wanted, None where all fit.
+
+    OmegaConf would take `True` for a word that YAML reads as true, and let a list within a list pass.
+    """
+    kinds = _kinds(annotation)
+    inner = next((typing.get_args(one) for one in kinds if typing.get_origin(one) in (list, tuple, dict)), ())
+    if isinstance(value, Mapping) and len(inner) == 2:
+        parts = [(one, part) for pair in value.items() for one, part in zip(inner, pair, strict=True)]
+    elif isinstance(value, list | tuple) and inner:
+        parts = [(inner[0], part) for part in value]
+    elif str not in kinds or bool in kinds:
+        return None
+    elif isinstance(value, bool):
+        return f"; {YAML_WORDS}"
+    else:
+        return "" if isinstance(value, Mapping | list | tuple) else None
+    return next((hint for hint in itertools.starmap(misfit, parts) if hint is not None), None)
+
+
 def _told(where: str, key: str, value: Any) -> str:
     return f"{where}{key}: {value}" if where else f"{key}={value}"  # as it stands in a file, or as it was typed
 
@@ -104,10 +129,11 @@ def _wanted(annotation: Any) -> str:
     one = next(one for one in _kinds(annotation) if one is not type(None))
     if one in WANTED:
         return WANTED[one]
-    inner = [WANTED[each] for each in typing.get_args(one) if each in WANTED]
-    if typing.get_origin(one) is dict:
-        return f"a mapping{f', each {inner[-1]},' if len(inner) > 1 else ''}"
-    return f"a list{f', each {inner[0]},' if inner else ''}" if typing.get_origin(one) in (tuple, list) else "a mapping"
+    word = "a list" if typing.get_origin(one) in (tuple, list) else "a mapping"
+    inner = [each for each in typing.get_args(one) if each in WANTED or typing.get_origin(each)]
+    if len(inner) < (1 if word == "a list" else 2):
+        return word
+    return f"{word}, each {_wanted(inner[-1]).removesuffix(',')},"
 
 
 def _text_keys(value: Any) -> Any:

@@ -11,7 +11,8 @@ convert: a PiSSA adapter becomes a plain LoRA of twice the rank on the untouched
 merge: the adapter becomes part of its base, an ordinary model folder. Of PiSSA: convert first.
 compare: the logits of two folders (models, or adapters on their base) on the same texts: largest and mean difference,
     KL divergence of the second from the first, and how often both have the same most likely token. Leaves with status 1
-    where the largest difference is above --tolerance, or no number.
+    where the largest difference is above --tolerance, or no number. Of an adapter whose base cannot be made again
+    (pissa_niter_N, CorDA, …): convert first.
 
 --base names the base where the adapter's own adapter_config.json does not, or names a place that is no longer.
 """
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from ba_lora.errors import CommandParser, UserError, in_one_line, run_entry_point
 from ba_lora.io import disk_errors, folder_atomic, load_tensors, read_json, read_jsonl
-from ba_lora.models.layers import RESIDUAL_INITS
+from ba_lora.models.layers import has_residual_base
 from ba_lora.models.source import hub_errors
 
 if TYPE_CHECKING:
@@ -55,8 +56,9 @@ def main() -> int:
         found = compare_models(*asked.models, texts=read_texts(asked.texts))
         print(json.dumps(found))
         return int(not found["max_difference"] <= asked.tolerance)  # also where it is NaN
-    if asked.output.exists() and any(asked.output.iterdir()):
-        raise UserError(f"--output: {asked.output} is not empty: name a new folder")
+    if asked.output.exists() and not (asked.output.is_dir() and not any(asked.output.iterdir())):
+        fault = "is not empty" if asked.output.is_dir() else "is a file"
+        raise UserError(f"--output: {asked.output} {fault}: name a new folder")
     if asked.verb == "convert":
         convert(asked.adapter, asked.output, base=asked.base, initial=asked.initial)
     else:
@@ -72,7 +74,7 @@ def convert(adapter: Path, output: Path, *, base: str | None = None, initial: Pa
 
     weights, settings = adapter_parts(adapter)
     form = str(settings.get("init_lora_weights"))
-    if not form.lower().startswith(RESIDUAL_INITS) and initial is None:
+    if not _changes_base(settings) and initial is None:
         raise UserError(
             f"{adapter} has init_lora_weights={form}: it is a plain LoRA already, there is nothing to convert"
         )
@@ -109,25 +111,15 @@ def _computed_again(settings: dict[str, Any], base: str) -> "dict[str, Tensor]":
 
 def merge_adapter(adapter: Path, output: Path, *, base: str | None = None) -> None:
     """Write the model that a plain LoRA and its base are together, in the base's dtype, with the tokenizer."""
-    from peft import PeftModel
-
     _, settings = adapter_parts(adapter)
-    if str(settings.get("init_lora_weights")).lower().startswith(RESIDUAL_INITS):
+    if _changes_base(settings):
         raise UserError(f"{adapter} belongs to a changed base: make it a plain LoRA with convert, then merge that")
     source = base_of(adapter, settings, base)
-    model = _load(source, settings)
-    try:
-        model = PeftModel.from_pretrained(model, str(adapter))
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"{adapter} does not fit the base {source}: {in_one_line(error)}") from error
-    merged = model.merge_and_unload(safe_merge=True)
+    merged = _on_base(adapter, source, settings).merge_and_unload(safe_merge=True)
     with disk_errors(output), folder_atomic(output) as folder:
         merged.save_pretrained(folder)
         if not _copy_tokenizer(adapter, folder):
-            from transformers import AutoTokenizer
-
-            with hub_errors(source, "tokenizer"):
-                AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+            _tokenizer(source, settings).save_pretrained(folder)
 
 
 def compare_models(first: str, second: str, *, texts: list[str]) -> dict[str, float]:
@@ -196,23 +188,47 @@ def base_of(adapter: Path, settings: dict[str, Any], base: str | None) -> str:
     return found
 
 
-def _load(source: str, settings: dict[str, Any]) -> "nn.Module":
+def _changes_base(settings: dict[str, Any]) -> bool:
+    return has_residual_base(argparse.Namespace(init_lora_weights=settings.get("init_lora_weights")))
+
+
+def _load(source: str, settings: dict[str, Any], dtype: str = "auto") -> "nn.Module":
     from transformers import AutoModelForCausalLM
 
     with hub_errors(source, "model"):
-        return AutoModelForCausalLM.from_pretrained(source, revision=settings.get("revision"), dtype="auto")
+        return AutoModelForCausalLM.from_pretrained(source, revision=settings.get("revision"), dtype=dtype)
+
+
+def _tokenizer(source: str, settings: dict[str, Any]) -> Any:
+    from transformers import AutoTokenizer
+
+    with hub_errors(source, "tokenizer"):
+        return AutoTokenizer.from_pretrained(source, revision=settings.get("revision"))
+
+
+def _on_base(adapter: Path, source: str, settings: dict[str, Any], dtype: str = "auto") -> Any:
+    from peft import PeftModel
+
+    model = _load(source, settings, dtype)
+    try:
+        return PeftModel.from_pretrained(model, str(adapter))
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"{adapter} does not fit the base {source}: {in_one_line(error)}") from error
 
 
 def _open(name: str) -> tuple["nn.Module", Any]:
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
+    """Return a model in float32, an adapter on its base, and the tokenizer; PEFT takes an exact PiSSA from the base."""
     path = Path(name)
-    source = base_of(path, adapter_parts(path)[1], None) if (path / PUBLISHED[1]).is_file() else name
-    with hub_errors(name, "model"):
-        model = AutoModelForCausalLM.from_pretrained(source, dtype="float32")
-        model = PeftModel.from_pretrained(model, name) if source != name else model
-        return model.eval(), AutoTokenizer.from_pretrained(source)
+    if not any((path / settings).is_file() for _, settings in (PUBLISHED, KEPT)):
+        return _load(name, {}, "float32").eval(), _tokenizer(name, {})
+    _, settings = adapter_parts(path)
+    if _changes_base(settings) and settings["init_lora_weights"] != "pissa":
+        raise UserError(
+            f"{path} belongs to a base that {settings['init_lora_weights']} changed, which cannot be made again: make "
+            "it a plain LoRA with convert, then compare that"
+        )
+    source = base_of(path, settings, None)
+    return _on_base(path, source, settings, "float32").eval(), _tokenizer(source, settings)
 
 
 def _copy_tokenizer(source: Path, target: Path) -> bool:

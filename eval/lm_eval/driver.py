@@ -41,7 +41,7 @@ def evaluate(request: dict[str, Any]) -> dict[str, Any]:
         shots = task.get_config("num_fewshot")
         if shots != 0 and request["shots"] is not None:  # a task that says 0 keeps it
             shots = request["shots"]
-        if shots and not (task.get_config("fewshot_config") or {}).get("samples"):
+        if shots and not getattr(task.get_config("fewshot_config"), "samples", None):
             return {
                 "error": f"--data {name}: the task shows {shots} examples, which would be rows of the file that is "
                 f"evaluated: use --shots 0 (in a config eval.harness.shots={{harness/{name}: 0}})"

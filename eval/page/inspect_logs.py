@@ -18,7 +18,7 @@ from eval.page.runs import ShownRun
 if TYPE_CHECKING:
     from inspect_ai.log import EvalLog, EvalSample
 
-INSTALL = "logs for Inspect need inspect_ai: pip install 'ba-lora[inspect]', in an environment of its own"
+INSTALL = "logs for Inspect need inspect_ai: pip install -e '.[inspect]', in an environment of its own"
 _STOPS = {"length": "max_tokens", "stop": "stop"}
 
 

@@ -167,7 +167,10 @@ def _text(row: dict, column: str, *, source: str, index: int) -> str:
 
 
 def _plain(raw: object) -> object:
-    """Return 1 for 1.0 and "1", and text in lower case without space around it: files differ in such things."""
+    """Return 1 for 1.0 and "1", and text in lower case without space around it, of true and false too: files differ in
+    such things."""
+    if isinstance(raw, bool):
+        return str(raw).lower()
     if isinstance(raw, str):
         text = raw.strip().lower()
         try:
@@ -180,14 +183,14 @@ def _plain(raw: object) -> object:
 
 
 def _class(raw: object, of: EvaluationSet, *, source: str, index: int) -> str:
-    if isinstance(raw, bool) or not isinstance(raw, int | float | str) or raw not in of.classes:
+    if not isinstance(raw, int | float | str) or raw not in of.classes:
         known = ", ".join(str(label) for label in of.classes)
         raise UserError(f"{source}, row {index}: {raw!r:.60} is no label of {of.name}; its labels are {known}")
     return of.classes[raw]
 
 
 def _score(raw: object, column: ScoreColumn, *, source: str, index: int) -> float:
-    if isinstance(raw, bool) or not isinstance(raw, int | float) or not column.low <= raw <= column.high:
+    if not isinstance(raw, int | float) or not column.low <= raw <= column.high:
         raise UserError(
             f"{source}, row {index}: {raw!r:.60} is no score: a number from {column.low:g} to {column.high:g} is needed"
         )

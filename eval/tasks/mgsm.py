@@ -3,7 +3,8 @@
 Data: the published files mgsm_<language>.tsv (github.com/google-research/url-nlp: question and number, no header), or
 any file or hub set with the columns question and answer (or answer_number). Graded as GSM8K is, with what languages
 differ in: flexible also knows the words with which the published worked examples introduce their answer; digits of any
-script are read; in languages with a decimal comma 1.000 is a thousand and 0,5 a half.
+script are read; in languages with a decimal comma 1.000 is a thousand and 0,5 a half. There 1,000 could be both, and is
+a thousand; 0,125, 1.000,125 and 3,1416 could not.
 """
 
 import csv
@@ -41,7 +42,7 @@ class MGSM(NumberTask):
     """One language; subclasses name it."""
 
     language: str
-    version = "1"
+    version = "2"
     template = "alpaca_step_by_step"
     max_new_tokens = 1024
     columns = ("question",)
@@ -96,9 +97,12 @@ class MGSM(NumberTask):
         text = ascii_digits(text).replace("，", ",").replace("。", ". ")
         if self.language in DECIMAL_COMMA:
             text = re.sub(
-                r"(?<![\d.,])\d{1,3}(?:[.\u00a0\u202f]\d{3})+(?![\d])", lambda m: re.sub(r"\D", "", m[0]), text
+                r"(?<![\d.,])([1-9]\d{0,2}(?:[.\u00a0\u202f]\d{3})+)(?!\d)(,(?=\d))?",
+                lambda m: re.sub(r"\D", "", m[1]) + ("." if m[2] else ""),
+                text,
             )
-            text = re.sub(r"(?<=\d),(?=\d{1,2}(?!\d))", ".", text)
+            text = re.sub(r"(?<![\d.,])0,(?=\d)", "0.", text)
+            text = re.sub(r"(?<=\d),(?=(?:\d{1,2}|\d{4,})(?!\d))", ".", text)
         return text
 
 

@@ -25,6 +25,7 @@ ROWS = [
     {"frage": f"Was ist {n}?", "antwort": f"Das ist {n}.", "kontext": "" if n % 2 else f"Zahl {n}"} for n in range(4)
 ]
 COLUMNS = {"instruction": "frage", "response": "antwort"}
+FORM = "columns: {instruction: a, response: b}\n"  # of a file of a set
 TALK = [
     {"role": "user", "content": "Hallo, wer bist du?"},
     {"role": "assistant", "content": "Ein Modell."},
@@ -94,6 +95,19 @@ def test_an_input_stands_in_alpacas_own_frame(tokenizer, tmp_path):
     first, second, *_ = load_training_data(config, tokenizer).dataset
     assert "### Input:\nZahl 0\n\n### Response: Das ist 0." in tokenizer.decode(first["input_ids"])
     assert tokenizer.decode(second["input_ids"]) == "<s>" + build_prompt("Was ist 1?") + " Das ist 1.</s>"
+
+
+def test_an_input_column_that_no_row_has_is_refused(tokenizer, tmp_path):
+    """A row may lack it, as json rows do; a name that nothing has is a slip."""
+    source = write(
+        tmp_path / "rows.jsonl", [*ROWS[:1], *({k: v for k, v in r.items() if k != "kontext"} for r in ROWS)]
+    )
+    data = load_training_data(NLGDataConfig(source=source, columns=COLUMNS | {"input": "kontext"}), tokenizer)
+    assert data.report["rows_used"] == 5 and "Zahl 0" in tokenizer.decode(data.dataset[0]["input_ids"])
+    with pytest.raises(
+        UserError, match="no row of .*rows.jsonl has the column kontxt .* antwort, frage, kontext: name"
+    ):
+        load_training_data(NLGDataConfig(source=source, columns=COLUMNS | {"input": "kontxt"}), tokenizer)
 
 
 @pytest.mark.parametrize("form", ["openai", "sharegpt", "json text"])
@@ -275,19 +289,30 @@ def test_bad_turns_are_named_with_their_row(tokenizer, tmp_path, turns, message)
 
 
 @pytest.mark.parametrize(
-    ("words", "kept"),
+    ("words", "kept", "shortened"),
     [
-        (["system: ", "user: a", "assistant: b"], "ab"),
-        (["system: s", "user: a", "assistant: b", "user: c", "assistant: "], "sab"),
-        (["user: a", "assistant: b", "user: ", "assistant: d"], "ab"),
-        (["user: a", "assistant: ", "user: c", "assistant: d"], ""),
-        (["user: a", "system: ", "assistant: b"], "ab"),
+        (["system: ", "user: a", "assistant: b"], "ab", False),
+        (["system: s", "user: a", "assistant: b", "user: c", "assistant: "], "sab", True),
+        (["user: a", "assistant: b", "user: ", "assistant: d"], "ab", True),
+        (["user: a", "assistant: ", "user: c", "assistant: d"], "", False),
+        (["user: a", "system: ", "assistant: b"], "ab", False),
+        (["user: a", "assistant: b", "user: c"], "ab", True),
+        (["assistant: x", "user: a", "assistant: b"], "ab", True),
+        (["system: s", "assistant: ", "assistant: x", "user: a", "assistant: b"], "sab", True),
+        (["assistant: x"], "", False),
     ],
 )
-def test_an_empty_turn_keeps_the_exchanges_before_it(words, kept):
+def test_what_stands_around_the_exchanges_is_left_out_and_told(words, kept, shortened):
     turns = [dict(zip(("role", "content"), word.split(": "), strict=True)) for word in words]
-    found = read_conversation({"talk": turns}, sets.DataSet("own", messages="talk"), "row 0")
-    assert "".join(message["content"] for message in found) == kept
+    found, left_out = read_conversation({"talk": turns}, sets.DataSet("own", messages="talk"), "row 0")
+    assert "".join(message["content"] for message in found) == kept and left_out == shortened
+
+
+def test_exchanges_count_from_the_first_question():
+    turns = [{"from": name, "value": text} for name, text in zip(["gpt", "human", "gpt", "human"], "xabc", strict=True)]
+    found, left_out = read_conversation({"talk": turns}, sets.DataSet("own", messages="talk", exchanges=1), "row 0")
+    assert [message["content"] for message in found] == ["a", "b"] and left_out
+    assert read_conversation({"talk": turns[1:]}, sets.DataSet("own", messages="talk", exchanges=1), "")[1] is False
 
 
 def test_what_the_alpaca_frame_has_no_room_for(tokenizer, tmp_path):
@@ -306,13 +331,20 @@ def test_what_the_alpaca_frame_has_no_room_for(tokenizer, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["data.columns={instruction: a}"], "has no response: give data.columns.response=COLUMN"),
+        (["data.columns={instruction: a}"], "data.columns has no response: add response: COLUMN"),
         (["data.columns={question: a, response: b}"], "data.columns=question is unknown.*instruction, input, response"),
         (["data.columns={instruction: a, response: b}", "data.messages=m"], "columns and messages"),
         (["data.columns=[a, b]"], r"data.columns=.*: give data.columns=\{NAME: VALUE\}"),
         (["data.columns={instruction: a, response: a}"], "columns of their own"),
         (["data.template=chatt"], "data.template=chatt is unknown.*nearest: chat"),
         (["data.template=no.jinja"], "no such file: .*no.jinja"),
+        (
+            ["data.columns={instruction: a, response: yes}"],
+            "data.columns=.*: a mapping, each a word.* write .* in quotes",
+        ),
+        (["data.messages=no"], "data.messages=False: a word is needed; YAML reads yes, no"),
+        (["eval.tasks=[[qa]]"], "eval.tasks=.*: a list, each a word, is needed$"),
+        (["data.revision=main"], "data.revision=main has no effect without rows of the hub"),
         (["data.source=5"], "data.source=5: a file, a list of files or a hub set is needed"),
     ],
 )
@@ -330,15 +362,38 @@ def test_a_new_set_is_a_file(tokenizer, tmp_path, monkeypatch):
     source = write(tmp_path / "rows.jsonl", ROWS)
     data = load_training_data(NLGDataConfig(name="mine", source=source), tokenizer)
     assert answers(data.dataset[0], tokenizer) == [" Es ist 0.</s>"]
-    for text, message in (
-        ("colums: {}", "unknown key colums; there are"),
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("colums: {}", "unknown key colums .nearest: columns"),
         ("hub: a/b", "names neither columns nor messages"),
-        ("columns: {instruction: a, response: b}\nreplace: {response: [['(', '']]}", "replace needs pairs"),
-    ):
-        sets.named_set.cache_clear()
-        (tmp_path / "mine.yaml").write_text(text)
-        with pytest.raises(UserError, match=message):
-            load_training_data(NLGDataConfig(name="mine", source=source), tokenizer)
+        ("columns: [a, b]", "columns: .*: a mapping, each a word, is needed"),
+        ("columns: {instruction: a, response: yes}", "in quotes"),
+        ("columns: {instruction: a}", "columns has no response"),
+        ("messages: no", "messages: False: a word is needed; YAML"),
+        ("messages: [a]", "messages: .*: a word is needed"),
+        ("messages: m\nexchanges: two", "exchanges: two: a whole number is needed"),
+        ("messages: m\nexchanges: 0", "exchanges is 0: it must be a number of at least 1"),
+        ("messages: m\nreplace: {response: [[a, b]]}", "replace.response has no effect: texts in messages are not"),
+        (f"{FORM}exchanges: 1", "exchanges has no effect on columns"),
+        (f"{FORM}replace: [[a, b]]", "replace: .* a mapping, each a list"),
+        (f"{FORM}replace: {{response: [ab]}}", "replace: .* a mapping, each a list"),
+        (f"{FORM}replace: {{response: [[[a], b]]}}", "replace: .* a mapping, each a list"),
+        (f"{FORM}replace: {{answer: [[a, b]]}}", "replace.answer has no effect: columns has instruction, response"),
+        (f"{FORM}replace: {{response: [[a, b, c]]}}", "replace needs pairs"),
+        (f"{FORM}replace: {{response: [['(', '']]}}", "replace needs pairs"),
+        (f"{FORM}replace: {{response: [[a, '\\1']]}}", "replace needs pairs .*invalid group reference"),
+    ],
+)
+def test_a_wrong_file_of_a_set_is_told(tmp_path, monkeypatch, text, message):
+    monkeypatch.setattr(sets, "SETS_PATH", tmp_path)
+    sets.named_set.cache_clear()
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(UserError, match=message) as error:
+        sets.named_set("mine")
+    assert str(error.value).startswith(f"{tmp_path}/mine.yaml") and "\n" not in str(error.value)
 
 
 def test_many_rows_are_tokenized_by_several_processes_alike(tokenizer, tmp_path, monkeypatch):

@@ -51,6 +51,17 @@ def test_it_counts_as_the_training_does(tiny_model, tmp_path, train, run_show, m
     assert "\033[1;32m ja</s>\033[0m" in run_show(str(tmp_path / "base.yaml"), *words)
 
 
+def test_shortened_conversations_are_counted_and_named(tiny_model, tmp_path, train, run_show):
+    talk = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    rows = [talk, [*talk, talk[0]], [talk[1], *talk], talk[:1]]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"talk": row}) + "\n" for row in rows))
+    words = [f"data.source={tmp_path / 'rows.jsonl'}", "data.messages=talk", "data.num_rows=null"]
+    text = run_show(str(tmp_path / "base.yaml"), *words)
+    assert "3 used, 0 held out, 0 cut, 0 dropped, 1 empty, 2 shortened, 2 repeated" in text
+    assert re.search(r"shortened \(turns before .* are left out\): row 1, 2$", text, re.MULTILINE)
+    assert "empty (no question with an answer before the first empty turn, left out): row 3" in text
+
+
 def test_no_row_steers_the_terminal(tiny_model):
     tokenizer = load_tokenizer(ModelConfig(name=str(tiny_model)))
     ids = tokenizer("a\x1b[2Jb", add_special_tokens=False)["input_ids"]

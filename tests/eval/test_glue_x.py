@@ -137,7 +137,7 @@ def test_empty_texts_are_counted_and_kept() -> None:
     [
         ("sst2", "imdb", [{"text": "x", "label": 2}], "rows.jsonl, row 0: 2 is no label of imdb; its labels are 0, 1"),
         ("sst2", "imdb", [{"text": "x", "label": 0.5}], "0.5 is no label"),
-        ("sst2", "imdb", [{"text": "x", "label": True}], "True is no label"),
+        ("sst2", "imdb", [{"text": "x", "label": True}], "'true' is no label"),
         ("sst2", "imdb", [{"text": "x", "label": [1]}], "no label of imdb"),
         ("sst2", "flipkart", [{"Summary": "x", "Sentiment": "mixed"}], "'mixed' is no label of flipkart"),
         (

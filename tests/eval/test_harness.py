@@ -168,6 +168,9 @@ def test_what_is_wrong_is_told_before_the_harness_is_asked(driver, tmp_path, tin
     assert driver == []
     with pytest.raises(UserError, match="no such file"):
         harness.check(["x", "bbq", "--data", f"bbq={tmp_path}/gone.jsonl"])
+    for model in ("x", "y"):  # two models of a table
+        harness.check([model, "of_two_models", "--engine", "hf"])
+    assert [request["tasks"] for request in driver] == [("of_two_models",)]
 
 
 def test_a_group_of_groups_has_the_tasks_of_all():
@@ -275,22 +278,11 @@ def test_the_real_harness_on_real_sets(real_data, tmp_path):
     assert scores["bbq"]["num_missing"] == len((real_data / files["bbq"]).read_text().splitlines()) - 8
     assert scores["bbq"]["generation"]["engine_version"] == importlib.metadata.version("transformers")
     (tmp_path / "ours.jinja").write_text(TEMPLATE)
-    words = [
-        model,
-        "bbq",
-        "--data",
-        data[1],
-        "--limit",
-        "8",
-        "--engine",
-        "hf",
-        "--template",
-        str(tmp_path / "ours.jinja"),
-    ]
-    harness.main([*words, "--output", str(tmp_path / "chat")])
-    chat = read_json(tmp_path / "chat" / "harness" / "bbq.json")
+    asked = [model, "crows_pairs_english", "--data", data[0], "--limit", "8", "--engine", "hf"]
+    harness.main([*asked, "--template", str(tmp_path / "ours.jinja"), "--output", str(tmp_path / "chat")])
+    chat = read_json(tmp_path / "chat" / "harness" / "crows_pairs_english.json")
     assert chat["generation"]["template"] == text_hash(TEMPLATE)
-    assert chat["metrics"] != scores["bbq"]["metrics"]
+    assert chat["metrics"]["likelihood_diff"] != scores["crows_pairs_english"]["metrics"]["likelihood_diff"]
     assert 0 <= scores["crows_pairs_english"]["metrics"]["pct_stereotype"] <= 1
     assert {"acc", "amb_bias_score", "disamb_bias_score"} <= set(scores["bbq"]["metrics"])
     assert scores["gsm8k_alpaca"]["metrics"]["exact_match_flexible_extract"] == 0

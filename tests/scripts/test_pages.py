@@ -203,12 +203,15 @@ def test_every_search_command_is_understood(line, dry_run):
 
 
 def test_the_library_example_trains(tmp_path, monkeypatch):
-    (script,) = blocks(PAGES["docs/library.md"], "python")
+    script, mixin = blocks(PAGES["docs/library.md"], "python")
     monkeypatch.chdir(ROOT)
     names = {}
     exec(script.replace("outputs/library", str(tmp_path)), names)
     losses = [entry["task"] for entry in names["trainer"].state.log_history if "task" in entry]
     assert len(losses) == 3 and losses[-1] < losses[0]
+    exec(mixin, names)
+    kind = names["OwnTrainer"]
+    assert issubclass(kind, names["Trainer"]) and kind.compute_loss is names["BALoRALoss"].compute_loss
 
 
 def test_scoring_as_the_pages_tell(tmp_path, monkeypatch, capsys):

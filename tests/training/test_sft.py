@@ -1,5 +1,6 @@
 """BALoRASFTTrainer: TRL's SFTTrainer under the same loss."""
 
+import importlib
 import sys
 
 import pytest
@@ -17,10 +18,12 @@ from tests.support.tiny import tiny_moe
 OFF = BALoRAConfig(lambda_consistency=0, lambda_diversity=0, lambda_svd=0)
 
 
-def test_without_trl_it_says_how_to_get_it(monkeypatch):
+def test_without_trl_it_says_how_to_get_it_and_the_mixin_is_there(monkeypatch):
     monkeypatch.setitem(sys.modules, "trl", None)
-    monkeypatch.delitem(sys.modules, "ba_lora.training.sft", raising=False)
-    with pytest.raises(UserError, match=r"needs TRL: pip install 'ba-lora\[trl\]'"):
+    for name in ("sft", "mixin"):
+        monkeypatch.delitem(sys.modules, f"ba_lora.training.{name}", raising=False)
+    assert importlib.import_module("ba_lora.training.mixin").BALoRALoss
+    with pytest.raises(UserError, match=r"needs TRL: pip install -e '\.\[trl\]' in"):
         import ba_lora.training.sft  # noqa: F401
 
 

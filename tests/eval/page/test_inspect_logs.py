@@ -20,7 +20,7 @@ def test_without_inspect_the_line_says_how_to_install_it(world, tmp_path, monkey
 
 @pytest.mark.slow
 def test_every_answer_comes_back(world, tmp_path):
-    log = pytest.importorskip("inspect_ai.log", reason="no inspect_ai: pip install 'ba-lora[inspect]'")
+    log = pytest.importorskip("inspect_ai.log", reason="no inspect_ai: pip install -e '.[inspect]'")
     files = write_logs(find_runs([world]), tmp_path / "logs")
     assert len(files) == 7
     read = log.read_eval_log(str(tmp_path / "logs" / "toy-ba_lora-s1_toy.eval"))
