@@ -2,10 +2,10 @@
 
     python -m eval.check < COMMANDS.json
 
-reads a JSON list of commands of eval.generate and eval.nlu, each a list of words from the module's name on (or
-eval.metric_paths, a table's kind, a task and a metric of its score), and prints a JSON list: for each the error, one
-line, that it would end with, or null. That covers its options, its engine and the local data files; what only the hub
-or the model tells shows later.
+reads a JSON list of commands of eval.generate, eval.harness and eval.nlu, each a list of words from the module's name
+on (or eval.metric_paths, a table's kind, a task and a metric of its score), and prints a JSON list: for each the error,
+one line, that it would end with, or null. That covers its options, its engine and the local data files; what only the
+hub or the model tells shows later.
 """
 
 import argparse

@@ -36,7 +36,7 @@ from ba_lora.config.layers import load_config
 from ba_lora.config.methods import tuner_facts
 from ba_lora.config.schema_nlu import NLUConfig
 from ba_lora.console import console_table
-from ba_lora.errors import UserError, run_entry_point
+from ba_lora.errors import CommandParser, UserError, run_entry_point
 from ba_lora.experiments.evaluation_state import dev_sources, hub_of
 from ba_lora.glue import find_task, task_word
 from ba_lora.io import sha256_file, write_json_atomic, write_jsonl_atomic
@@ -308,13 +308,10 @@ def _cell(value: float | None, drop: float | None = None) -> str:
     return f"{100 * value:.2f}" + ("" if drop is None else f" (drop {100 * drop:.2f})")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        raise UserError(f"{message}; see python -m eval.nlu --help")
-
-
 def _read_command(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = _Parser(prog="python -m eval.nlu", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = CommandParser(
+        prog="python -m eval.nlu", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--model", type=Path, nargs="+", required=True, metavar="RUN_DIR")
     parser.add_argument("--task", nargs="+", metavar="NAME")
     parser.add_argument("--data", nargs="+", default=[], metavar="SET=FILE")

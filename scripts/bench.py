@@ -79,6 +79,12 @@ def main() -> None:
     cases = list(dict.fromkeys(options.cases.split(",") if options.cases else shape.cases))
     if unknown := set(cases) - set(known):
         raise UserError(f"--cases: {', '.join(sorted(unknown))} is unknown: choose among {', '.join(known)}")
+    lacking = {case: why for case in cases if (why := bench_cases.lacks(case, options.device))}
+    for case, why in lacking.items():
+        if options.cases:
+            raise UserError(f"--cases: {case}: {why}")
+        print(f"{case} is left out: {why}", file=sys.stderr)
+    cases = [case for case in cases if case not in lacking]
     together = (1 if options.device == "cuda" else len(cases)) if options.together is None else options.together
     if min(options.repeats, options.warmup, together) < 1:
         raise UserError("--repeats, --warmup and --together must be at least 1")

@@ -3,7 +3,9 @@
     pissa        Trainer + PEFT as anyone would write them: the floor of what BA-LoRA adds to
     pissa_fused  PiSSA under our fused loss with every λ 0: no logits are kept, none made where there is no label
     pissa_cce    Trainer + PEFT with the loss of the package cut-cross-entropy (its kernels on CUDA, its torch.compile
-                 form on a CPU); in no shape's own cases: --cases asks for it, and ends the bench without the package
+                 form on a CPU)
+    pissa_liger  Trainer + PEFT with Liger's fused loss, by Trainer's own use_liger_kernel; on CUDA only. Its kernels
+                 for norms, rotation and activation stay off: every case has the same model
     lora         pissa without PiSSA's initialisation
     official     the official recipe's arithmetic, rewritten from its description: a second full model, the logits of
                  both at all positions, KL and entropy over all of them, torch.svd_lowrank of the logits
@@ -15,10 +17,14 @@
     packed       the same rows without padding (`data.packing`): its real tokens a second against padded's are
                  padded's step_ratio ÷ its own, or tokens_per_s where both took turns
 
+pissa_cce and pissa_liger need packages of their own (pip install -e '.[bench]'). Where one is missing, its case is
+left out of the shape's own cases and named; asked for by --cases, it is refused.
+
 Only padded and packed have rows of unequal lengths, and on a GPU flash-attention where it is installed and the shape
 has 16 bits: by sdpa packed rows are walked one by one. Tokens are real ones: prompt and response, no padding.
 """
 
+import importlib.util
 import math
 import statistics
 from dataclasses import dataclass
@@ -32,7 +38,7 @@ if TYPE_CHECKING:
 
     from ba_lora.objective.reference_cache.store import CachedReference
 
-PISSA = ("pissa", "pissa_fused", "pissa_cce")  # the fastest of a group is its best PiSSA
+PISSA = ("pissa", "pissa_fused", "pissa_cce", "pissa_liger")  # the fastest of a group is its best PiSSA
 CASES = (
     *PISSA, "lora", "official", "plain", "fused", "fused_cache", "fused_no_svd", "fused_cache_no_svd", "padded",
     "packed",
@@ -40,6 +46,9 @@ CASES = (
 WITHOUT_SVD = ("fused_no_svd", "fused_cache_no_svd")
 UNEQUAL = ("padded", "packed")
 FILLED_BEFORE = ("fused_cache", "fused_cache_no_svd")  # by `fill_cache`, in a process whose memory does not count
+PACKAGES = {"pissa_cce": ("cut_cross_entropy", "triton"), "pissa_liger": ("liger_kernel", "triton")}
+# of all that Trainer's use_liger_kernel would patch
+LIGER = {"fused_linear_cross_entropy": True, "cross_entropy": False, "rope": False, "rms_norm": False, "swiglu": False}
 OFFICIAL_SKETCH = 6  # columns of torch.svd_lowrank, its own default
 
 
@@ -60,7 +69,7 @@ class Shape:
     dtype: str = "float32"
     checkpointing: bool = False
     # unless others are asked for
-    cases: tuple[str, ...] = tuple(case for case in CASES if case not in (*WITHOUT_SVD, "pissa_cce"))
+    cases: tuple[str, ...] = tuple(case for case in CASES if case not in WITHOUT_SVD)
 
     def lengths(self, case: str) -> list[int]:
         """Return the tokens of each row of a micro-batch; every micro-batch has the same ones.
@@ -79,10 +88,18 @@ SHAPES = {
     "default": Shape((32_000, 128_000), 512, 6, 8, 1376, batch=4, length=256, response=176, rank=64),
     "llama2-7b": Shape(
         (32_000,), 4096, 32, 32, 11008, batch=16, length=512, response=352, rank=128, init="pissa_niter_16",
-        dtype="bfloat16", checkpointing=True, cases=tuple(case for case in CASES if case != "pissa_cce"),
+        dtype="bfloat16", checkpointing=True, cases=CASES,
     ),
     "toy": Shape((512,), 64, 2, 2, 96, batch=2, length=32, response=22, rank=4),
 }  # fmt: skip
+
+
+def lacks(case: str, device: str) -> str | None:
+    """Return what a case needs and does not have here, None where it can run."""
+    missing = [name for name in PACKAGES.get(case, ()) if importlib.util.find_spec(name) is None]
+    if case == "pissa_liger" and device != "cuda":
+        return "Liger's kernels need CUDA"
+    return f"no {', no '.join(missing)} here: pip install -e '.[bench]'" if missing else None
 
 
 def build_trainer(case: str, shape: Shape, vocabulary: int, device: str, folder: Path) -> "Trainer":
@@ -118,11 +135,13 @@ def build_trainer(case: str, shape: Shape, vocabulary: int, device: str, folder:
         bf16=shape.dtype == "bfloat16",
         gradient_checkpointing=shape.checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False} if shape.checkpointing else None,
+        use_liger_kernel=case == "pissa_liger",
+        liger_kernel_config=LIGER if case == "pissa_liger" else None,
     )
     data = {"train_dataset": rows, "data_collator": PackingCollator() if case == "packed" else _padded}
     if case == "pissa_cce":
         return _cce_trainer(device)(model, arguments, **data)
-    if case in ("pissa", "lora"):
+    if case in ("pissa", "pissa_liger", "lora"):
         return Trainer(model, arguments, **data)
     if case == "official":
         return _official_trainer(pretrained)(model, arguments, **data)
@@ -272,16 +291,8 @@ def _official_trainer(pretrained: "torch.nn.Module") -> type["Trainer"]:
 
 def _cce_trainer(device: str) -> type["Trainer"]:
     """Return a Trainer whose loss is cut-cross-entropy's (Wijmans et al. 2024, arXiv 2411.09009)."""
+    from cut_cross_entropy import linear_cross_entropy
     from transformers import Trainer
-
-    from ba_lora.errors import UserError
-
-    try:
-        from cut_cross_entropy import linear_cross_entropy
-    except ImportError as error:
-        raise UserError(
-            f"case pissa_cce needs the package cut-cross-entropy ({error}): pip install cut-cross-entropy==25.1.1"
-        ) from error
 
     class CCETrainer(Trainer):
         def compute_loss(
@@ -323,6 +334,6 @@ def operations(case: str, shape: Shape, vocabulary: int) -> float:
         return step + 2 * tokens * head
     if case == "official":
         return step + tokens * frozen + 3 * tokens * head
-    if case in (*FILLED_BEFORE, "pissa_fused", "pissa_cce"):
+    if case in (*FILLED_BEFORE, *PISSA):
         return step + 2 * positions * head
     return step + forward + 3 * positions * head

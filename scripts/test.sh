@@ -27,6 +27,17 @@ esac
 
 sh scripts/setup.sh
 
+# What only tests import. Without it the tests that need it are skipped.
+MADE=.venv/.test-stamp
+WANTED=$(cksum <requirements-test.txt)
+if [ "$(cat "$MADE" 2>/dev/null)" != "$WANTED" ]; then
+    if .venv/bin/python -m pip --disable-pip-version-check --no-input install -r requirements-test.txt >>.cache/setup.log 2>&1; then
+        echo "$WANTED" >"$MADE"
+    else
+        echo "test: requirements-test.txt cannot be installed (see .cache/setup.log): the tests that need it are skipped" >&2
+    fi
+fi
+
 # The sandbox needs bubblewrap. Where it cannot be installed, the tests that run generated programs are skipped.
 if ! command -v bwrap >/dev/null 2>&1; then
     if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then

@@ -64,14 +64,22 @@ def test_no_two_groups_are_given_one_port(tmp_path):
     assert command[command.index("--main_process_port") + 1] == "0"
 
 
-def run_stage(program, folder, locks=()):
+def run_stage(program, folder, locks=(), name="generate"):
     work = StageQueue(
-        [Stage("generate", Call("-c", settings=(program,), launch=(sys.executable,)), (folder,))], folder, list(locks)
+        [Stage(name, Call("-c", settings=(program,), launch=(sys.executable,)), (folder,))], folder, list(locks)
     )
     local = LocalExecutor([Slot("worker", {})])
     local.submit(work, local.free_slot())
     assert local.wait(60) == [work]
     work.release()
+    return work
+
+
+def test_a_stage_of_the_harness_has_a_log_of_its_own(tmp_path):
+    (tmp_path / "run").mkdir()
+    work = run_stage("print('scored')", tmp_path / "run", name="harness/bbq")
+    assert not work.failures and work.log_path.name == "run.harness-bbq.log"
+    assert work.log_path.read_text() == "scored\n"
 
 
 @pytest.mark.parametrize("then", ["os.kill(os.getpid(), 9)", "sys.exit(0)"])

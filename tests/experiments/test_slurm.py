@@ -4,12 +4,18 @@ What an executor does with a training is tested on a real one, too: USR1 in its 
 """
 
 import collections
+import contextlib
 import json
 import os
 import re
 import signal
 import subprocess
+import sys
+import time
+from pathlib import Path
 
+import cloudpickle
+import psutil
 import pytest
 import torch
 import yaml
@@ -18,8 +24,10 @@ from safetensors.torch import load_file
 from ba_lora.experiments import grid
 from ba_lora.experiments.executors import slurm as slurm_executor
 from ba_lora.experiments.executors.base import Busy, Slot, StageQueue
+from ba_lora.experiments.executors.local import LocalExecutor
 from ba_lora.experiments.executors.slurm import SlurmExecutor, SlurmSettings, queue_states
-from ba_lora.experiments.stages import Call, Stage
+from ba_lora.experiments.spec import Spec
+from ba_lora.experiments.stages import Call, Stage, training_stage
 from tests.support import slurm
 from tests.workers import fake_grid
 
@@ -107,6 +115,48 @@ def test_a_controller_that_is_silent_forgets_no_job(tmp_path, monkeypatch):
         answer = subprocess.CompletedProcess([], done, "", "scancel: error\nno contact\n")
         monkeypatch.setattr(slurm_executor, "_ask", lambda command, answer=answer: answer)
         assert made.cancel(jobs=True) == [told] and record.exists() == bool(done)
+
+
+class _Older(StageQueue):
+    """A work as code without `failures` has pickled it."""
+
+    def __getstate__(self):
+        return {name: value for name, value in vars(self).items() if name != "failures"}
+
+
+OTHER_CODE = {"another module": b"cba_lora.gone\nWork\n.", "cut off": b"\x80\x05\x95", "another class": None}
+
+
+@pytest.mark.parametrize("content", OTHER_CODE.values(), ids=OTHER_CODE)
+def test_a_result_of_other_code_is_done_again_once(content, tmp_path, monkeypatch):
+    """Without a cluster. While the job runs, what cannot be read yet is no result."""
+    run, states = tmp_path / "run", {}
+    made = SlurmExecutor(SlurmSettings(jobs_at_once=1, poll_seconds=0), tmp_path)
+    monkeypatch.setattr(slurm_executor, "queue_states", lambda: states)
+    jobs = iter("78")
+    monkeypatch.setattr(made, "_array", lambda *_: [next(jobs)])
+    stage = Stage("train", Call("train"), (run,))
+    made.submit(StageQueue([stage], tmp_path, []), Slot("Slurm", {}))
+
+    def ends(job):
+        given = made._given[0]
+        assert given.job == job
+        result = content or cloudpickle.dumps(("success", _Older([stage], tmp_path, [])))
+        (tmp_path / given.key / f"{job}_0_result.pkl").write_bytes(result)
+        states[job] = ("RUNNING", "node", "")
+        assert not made.wait(0.1) and not made.wait(0.1)
+        states[job] = ("COMPLETED", "node", "")
+
+    assert not made.wait(0.1)
+    ends("7")
+    assert not made.wait(0.1) and not made.wait(0.1)
+    assert made._given[0].work.news[-1] == f"job 7 ended ({slurm_executor.UNREADABLE}): submitted again"
+    assert not made.wait(0.1)
+    ends("8")
+    assert not made.wait(0.1)
+    (work,) = made.wait(0.1)
+    (failure,) = work.failures[run]
+    assert failure.error == f"its job 8 ended without a result: {slurm_executor.UNREADABLE}"
 
 
 @pytest.mark.slow
@@ -225,9 +275,9 @@ def _note(folder, line):
         file.write(line + "\n")
 
 
-@pytest.mark.slow
-def test_a_real_training_that_is_told_to_stop_ends_as_without_it(cluster, tiny_model, tmp_path, root):
-    """scripts/slurm/submit.sh, two processes: USR1 in the middle, saved, requeued, resumed; the very same weights."""
+@pytest.fixture
+def base(tiny_model, tmp_path):
+    """A BA-LoRA run of 80 steps, with a checkpoint after each tenth."""
     trainer = {"per_device_train_batch_size": 2, "max_steps": 80, "save_steps": 10, "learning_rate": 0.01}
     base = {
         "model": {"name": str(tiny_model), "dtype": "float32"},
@@ -239,11 +289,27 @@ def test_a_real_training_that_is_told_to_stop_ends_as_without_it(cluster, tiny_m
         "results_dir": str(tmp_path / "results"),
     }
     (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
+    return tmp_path / "base.yaml"
+
+
+def losses(run):
+    entries = map(json.loads, (run / "log.jsonl").read_text().splitlines())
+    return {entry["step"]: entry["loss"] for entry in entries if "loss" in entry}
+
+
+def check_same_weights(*runs):
+    one, other = (load_file(run / "adapter" / "adapter_model.safetensors") for run in runs)
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.slow
+def test_a_real_training_that_is_told_to_stop_ends_as_without_it(cluster, base, tmp_path, root):
+    """scripts/slurm/submit.sh, two processes: USR1 in the middle, saved, requeued, resumed; the very same weights."""
     environment = os.environ | {"NUM_PROCESSES": "2", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
     environment["ACCELERATE_CONFIG"] = "configs/accelerate/cpu.yaml"
 
     def call(script, name):
-        words = ["sh", f"scripts/{script}", str(tmp_path / "base.yaml"), f"output_dir={tmp_path / name}"]
+        words = ["sh", f"scripts/{script}", str(base), f"output_dir={tmp_path / name}"]
         done = subprocess.run(words, cwd=root, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
         return done.stdout
@@ -262,6 +328,75 @@ def test_a_real_training_that_is_told_to_stop_ends_as_without_it(cluster, tiny_m
     steps = [int(step) for step in re.findall(r"told to stop \(USR1\): saved at step (\d+) of 80", text)]
     assert len(steps) == 1 and f"resumed from step {steps[0]} of 80" in text
     call("ba-lora.sh", "whole")
-    weights = [load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("stopped", "whole")]
-    assert weights[0].keys() == weights[1].keys()
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    check_same_weights(tmp_path / "stopped", tmp_path / "whole")
+
+
+def trainings(config):
+    """Return the processes that train by a config's file."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if {"train_nlg.py", str(config)} <= set(process.cmdline()):
+                found.append(process.pid)
+    return found
+
+
+def is_told(pid):
+    """Whether USR1 waits for a process that is stopped."""
+    with contextlib.suppress(FileNotFoundError):
+        status = Path(f"/proc/{pid}/status").read_text()
+        return any(int(mask, 16) >> (signal.SIGUSR1 - 1) & 1 for mask in re.findall(r"^S\w+Pnd:\s*(\w+)", status, re.M))
+    return False
+
+
+@pytest.mark.slow
+def test_a_real_training_over_a_time_limit_ends_as_on_this_machine(cluster, base, tmp_path):
+    """Given by the executor. At its first checkpoint it is held still, and its time limit put so near that Slurm sends
+    USR1; the next start has time enough, on a busy machine, too."""
+    settings = SETTINGS | {"time_minutes": 60, "signal_seconds": 60, "setup": ("export OMP_NUM_THREADS=1",)}
+    on_slurm = SlurmExecutor.open(SlurmSettings(**settings), folder=tmp_path, gpus=1, workers=None)
+
+    def give(made, name):
+        spec = Spec.resolve(str(base), "ba_lora", [f"output_dir={tmp_path / name}", "trainer.max_steps=200"])
+        made.submit(StageQueue([training_stage(spec, [sys.executable])], tmp_path, []), made.free_slot())
+
+    def ended(made, *, seconds=900):
+        deadline = time.monotonic() + seconds
+        while not (works := made.wait(0.2)):
+            assert time.monotonic() < deadline, cluster.state()
+        (work,) = works
+        assert not work.failures and not work.waiting, work.log_path.read_text()[-3000:]
+        return work
+
+    give(on_slurm, "limited")
+    began = time.monotonic()
+    assert not on_slurm.wait(0.0)  # submits it
+    job = json.loads((tmp_path / "slurm" / "limited.json").read_text())["job"]
+    cluster.until(lambda: trainings(base))
+    pids = trainings(base)
+    checkpoint = tmp_path / "limited" / "checkpoints" / "checkpoint-10" / "files.json"
+    cluster.until(checkpoint.is_file, seconds=900, every_s=0.01)
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    minutes = int(time.monotonic() - began) // 60 + 2
+    cluster.ask("scontrol", "update", f"jobid={job}", f"timelimit={minutes}")
+    cluster.until(lambda: any(map(is_told, pids)))
+    for pid in pids:
+        os.kill(pid, signal.SIGCONT)
+    (path,) = (tmp_path / "slurm").glob("*/*_events.jsonl")
+    cluster.until(lambda: "stopped" in path.read_text())
+    cluster.until(lambda: cluster.run("scontrol", "update", f"jobid={job}", "timelimit=60").returncode == 0)
+    work = ended(on_slurm)
+    assert work.node_failures == 0
+    noted = [json.loads(line) for line in path.read_text().splitlines()]
+    kinds = [event["event"] for event in noted if event["event"] != "terminated"]  # as Slurm takes it back
+    assert kinds == ["start", "stage", "stopped", "start", "stage"] and noted[2]["by"] == "SIGUSR1"
+    text = work.log_path.read_text()
+    (step,) = re.findall(r"told to stop \(USR1\): saved at step (\d+) of 200", text)
+    assert f"resumed from step {step} of 200" in text
+
+    here = LocalExecutor([Slot("here", {"OMP_NUM_THREADS": "1"})])
+    give(here, "whole")
+    ended(here)
+    assert losses(tmp_path / "limited") == losses(tmp_path / "whole")
+    check_same_weights(tmp_path / "limited", tmp_path / "whole")

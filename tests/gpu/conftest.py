@@ -1,15 +1,29 @@
 """The checks of `sh scripts/test.sh gpu`: each says a figure, and a table of all of them ends the run.
 
 They run on CUDA. BA_LORA_GPU_CHECKS=cpu rehearses them on the CPU with smaller sizes, which proves that they can run
-and that they measure what they say, not that CUDA does.
+and that they measure what they say, not that CUDA does. No check begins after 8 minutes (BA_LORA_GPU_MINUTES), and a
+process that a check starts is ended after some minutes.
 """
 
+import contextlib
 import os
+import signal
+import subprocess
+import time
 
 import pytest
 import torch
 
+STARTED = time.monotonic()
+MINUTES = float(os.environ.get("BA_LORA_GPU_MINUTES", 8))
+COMMAND_S = 240.0  # for one process on a GPU; the rehearsal's machine may be slower, and busy
 FIGURES = pytest.StashKey[list[str]]()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and time.monotonic() - STARTED >= 60 * MINUTES:
+        pytest.skip(f"left out: it would begin after {MINUTES:g} minutes; BA_LORA_GPU_MINUTES=30 gives them more")
 
 
 @pytest.fixture(scope="session")
@@ -27,6 +41,33 @@ def on_device(device: str, train):
 
     def run(*words: str, **settings):
         return train(*words, f"trainer.use_cpu={device == 'cpu'}", **settings)
+
+    return run
+
+
+@pytest.fixture
+def finish(device: str, root, tmp_path):
+    """Run commands side by side, for a limited time, after which nothing of them is left: `finish(command, …)`."""
+
+    def run(*commands: list[str], environ: list[dict[str, str]] | None = None) -> None:
+        deadline = time.monotonic() + COMMAND_S * (1 if device == "cuda" else 5)
+        logs, started = [tmp_path / f"command{number}.log" for number in range(len(commands))], []
+        try:
+            for command, path, more in zip(commands, logs, environ or [{}] * len(commands), strict=True):
+                settings = {"cwd": root, "env": os.environ | more, "start_new_session": True}
+                with open(path, "w") as log:
+                    started.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, **settings))
+            for process, path in zip(started, logs, strict=True):
+                try:
+                    status = process.wait(max(0.1, deadline - time.monotonic()))
+                except subprocess.TimeoutExpired:
+                    status = "it did not end in time"
+                assert status == 0, f"{process.args}: {status}\n{path.read_text()[-2000:]}"
+        finally:
+            for process in started:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
 
     return run
 

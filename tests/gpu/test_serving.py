@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import subprocess
 import sys
 
 import pytest
@@ -10,7 +9,7 @@ import pytest
 pytestmark = pytest.mark.gpu
 
 
-def test_vllm_answers_as_transformers_does(device, figure, tmp_path, root):
+def test_vllm_answers_as_transformers_does(figure, finish, tmp_path, root):
     if importlib.util.find_spec("vllm") is None:
         pytest.skip("vLLM is not installed")
     from ba_lora.io import read_jsonl
@@ -20,8 +19,7 @@ def test_vllm_answers_as_transformers_does(device, figure, tmp_path, root):
     request = {"model": str(root / "data" / "toy" / "clean"), "prompts": prompts, "max_model_len": 256}
     (tmp_path / "request.json").write_text(json.dumps(request | {"long_prompts": prompts[:2]}))
     worker = root / "tests" / "real" / "test_vllm_cpu.py"
-    done = subprocess.run([sys.executable, str(worker), str(tmp_path)], cwd=root, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    finish([sys.executable, str(worker), str(tmp_path)])
     answer = json.loads((tmp_path / "answer.json").read_text())
     pairs = {
         "base": (answer["vllm"]["free"], answer["hf"]["free"]),

@@ -41,13 +41,14 @@ def read_trackio(folder, run):
 
 @pytest.fixture(params=["tensorboard", "trackio"])
 def tool(request, tmp_path, monkeypatch):
-    pytest.importorskip(request.param, reason=f"no {request.param}: pip install 'ba-lora[{request.param}]'")
+    pytest.importorskip(request.param, reason=f"no {request.param}: pip install -e '.[{request.param}]'")
     for name in [name for name in sys.modules if name.partition(".")[0] == "trackio"]:
         monkeypatch.delitem(sys.modules, name)  # it reads its folder when it is imported
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     return request.param
 
 
+@pytest.mark.slow
 def test_a_killed_run_and_its_scores_are_one_tracked_run(tool, train, tmp_path, monkeypatch):
     words = [
         f"trainer.report_to={tool}",

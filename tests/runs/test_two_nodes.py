@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
@@ -26,6 +27,7 @@ from tests.support.slurm import free_ports
 from tests.support.tiny import only_result
 
 LOST_AFTER_S = 20  # a busy machine keeps a living process waiting for some seconds
+TOLD_AFTER_S = LOST_AFTER_S + 60  # and the end of all processes for some more
 
 
 @pytest.fixture
@@ -102,17 +104,20 @@ def losses(run):
 @pytest.mark.slow
 @pytest.mark.parametrize(("launcher", "failure"), [("cpu", "cut link"), ("zero2", "killed node")])
 def test_two_nodes_are_one_run_also_over_a_failure(nodes, base, tmp_path, root, launcher, failure):
-    """Same losses as on one node; each process ends in time and says which rank was lost; the same command goes on."""
+    """Same losses as on one node; each process ends in time and says which rank was lost; the same command goes on.
+    Each file of the caches is made once, those of PiSSA's factors by the first rank."""
     two, one = (words(base, tmp_path, name) for name in ("two", "one"))
-    processes, logs = start(nodes, two, launcher)
+    noted = {"PYTHONPATH": f"{root}:{root / 'tests' / 'workers' / 'noted'}", "NOTED": str(tmp_path / "noted")}
+    processes, logs = start(nodes, two, launcher, **noted)
     until((tmp_path / "two" / "checkpoints" / "checkpoint-10" / "files.json").is_file, processes)
     broken = time.monotonic()
     if failure == "cut link":
         nodes.link("down")
     else:
         nodes.kill(1)
-    statuses, said = ended(processes, logs, seconds=LOST_AFTER_S + 60)
-    assert all(statuses) and time.monotonic() - broken < LOST_AFTER_S + 60
+    statuses, said = ended(processes, logs, seconds=TOLD_AFTER_S)
+    print(f"{failure}: all have ended after {time.monotonic() - broken:.0f} s")
+    assert all(statuses) and time.monotonic() - broken < TOLD_AFTER_S
     assert re.search(r"^error: .*rank 1 on node1 (was lost|has ended)", said[0], flags=re.M)
     if failure == "cut link":
         assert re.search(
@@ -125,7 +130,7 @@ def test_two_nodes_are_one_run_also_over_a_failure(nodes, base, tmp_path, root, 
         if "checkpoints" not in file.parts and "initial" not in file.parts
     ]
 
-    statuses, said = ended(*start(nodes, two, launcher, attempt="again"))
+    statuses, said = ended(*start(nodes, two, launcher, attempt="again", **noted))
     assert statuses == [0, 0] and re.search(r"resumed from step \d+ of 60", said[0])
     one_node(root, one, launcher)
     ours, theirs = (losses(tmp_path / name) for name in ("two", "one"))
@@ -140,7 +145,14 @@ def test_two_nodes_are_one_run_also_over_a_failure(nodes, base, tmp_path, root, 
         sorted(file.name for file in (tmp_path / f"{name}-factors").glob("*.safetensors")) for name in ("two", "one")
     ]
     assert files[0] == files[1] != []
-    assert "reference cache" in said[0] or "reference cache" in logs[0].read_text()
+    lines = [line.split(" ", 1) for line in (tmp_path / "noted").read_text().splitlines()]
+    made = [(rank, Path(file)) for rank, file in lines]
+    for kind, ranks in (("reference", {"0", "1"}), ("factors", {"0"})):
+        there = [path.name for path in (tmp_path / f"two-{kind}").glob("*.safetensors")]
+        by_rank = [(rank, file.name) for rank, file in made if file.parent.name == f"two-{kind}"]
+        print(kind, by_rank)
+        assert sorted(name for _, name in by_rank if name.endswith(".safetensors")) == sorted(there) != []
+        assert {rank for rank, _ in by_rank} <= ranks
 
 
 @pytest.mark.slow
@@ -158,13 +170,19 @@ def test_who_was_lost_is_told_in_time(nodes, tmp_path, root, failure):
         until(lambda: (tmp_path / "pid1").is_file() and (tmp_path / "pid0").is_file(), processes)
         time.sleep(3)
         nodes.link("down") if failure == "cut link" else os.kill(int((tmp_path / "pid1").read_text()), signal.SIGKILL)
+    broken = time.monotonic()
     statuses, said = ended(processes, logs)
+    took_s = time.monotonic() - broken
+    print(f"{failure}: all have ended after {took_s:.0f} s")
     lost = "rank 1 on node1 was lost: no sign of life for"
     if failure == "error":
         assert statuses == [2, 2] and "error: its disk is full" in said[1]
         assert "error: rank 1 on node1 has ended: its disk is full" in said[0]
     else:
         assert statuses[0] in (1, 2) and f"error: {lost}" in said[0] and "seen from rank 0 on node0" in said[0]
+        assert took_s < TOLD_AFTER_S
+    if failure == "killed":  # its broken connections are seen before its silence is long enough
+        assert f"error: {lost} {LOST_AFTER_S / 3:.0f} s" in said[0]
     if failure == "cut link":
         told = "error: node0 (rank 0), which holds the meeting point, cannot be reached: no sign of life for"
         assert statuses[1] == 1 and told in said[1]

@@ -1,7 +1,6 @@
 """scripts/bench.py: rows with the agreed keys, appended with their circumstances, and the count of operations."""
 
 import csv
-import importlib.util
 import json
 import os
 import subprocess
@@ -24,8 +23,8 @@ def bench(results, *words, shape="toy"):
 
 
 def runnable(shape):
-    """The cases whose packages are here."""
-    return [case for case in kind(shape).CASES if case != "pissa_cce" or importlib.util.find_spec("cut_cross_entropy")]
+    """The cases whose packages are here; pissa_cce's is in no requirements: on Linux it brings a triton of 200 MB."""
+    return [case for case in kind(shape).CASES if bench_cases.lacks(case, "cpu") is None]
 
 
 def check(folder, cases, *words, shape="toy"):
@@ -107,7 +106,7 @@ def test_cases_that_take_turns(tmp_path, monkeypatch, capsys, words, groups):
 
 def test_the_svd_term_is_left_out_by_default_only_for_a_gpus_shape(tmp_path):
     without = ("fused_no_svd", "fused_cache_no_svd")
-    assert set(without) < set(SHAPES["llama2-7b"].cases) == {*bench_cases.CASES} - {"pissa_cce"}
+    assert set(without) < set(SHAPES["llama2-7b"].cases) == {*bench_cases.CASES}
     assert not set(without) & {*SHAPES["default"].cases, *SHAPES["toy"].cases}
     settings = SHAPES["toy"], 512, "cpu", tmp_path
     without = bench_cases.build_trainer("fused_no_svd", *settings).objective.terms
@@ -125,6 +124,46 @@ def test_unequal_rows_take_flash_attention_where_it_can_run(flash_attention_inst
 
 def test_without_flash_attention_unequal_rows_take_sdpa():
     assert bench_cases.attention("packed", SHAPES["llama2-7b"], "cuda") == "sdpa"
+
+
+def test_the_best_pissa_is_among_the_cases_wherever_its_package_is(tmp_path, monkeypatch, capsys):
+    """By default what cannot run is left out by name; asked for, it is refused before anything runs."""
+    ran, installed = [], set()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(bench_cases.importlib.util, "find_spec", lambda name: name if name in installed else None)
+    monkeypatch.setattr(bench_script, "measure", lambda cases, *_, **__: ran.append(cases) or [])
+    monkeypatch.setattr(bench_script, "append", lambda *_: None)
+    monkeypatch.setattr(bench_script, "plot", lambda *_: None)
+
+    def told(*words):
+        ran.clear()
+        monkeypatch.setattr("sys.argv", ["bench.py", "--shape", "toy", "--results", str(tmp_path / "b.csv"), *words])
+        bench_script.main()
+        return capsys.readouterr().err.splitlines()
+
+    cce = "no cut_cross_entropy, no triton here: pip install -e '.[bench]'"
+    assert told("--device", "cpu") == [
+        f"pissa_cce is left out: {cce}",
+        "pissa_liger is left out: Liger's kernels need CUDA",
+    ]
+    assert ran[0][:2] == ["pissa", "pissa_fused"] and not {"pissa_cce", "pissa_liger"} & set(ran[0])
+    installed |= {"cut_cross_entropy", "liger_kernel", "triton"}
+    assert not told("--device", "cuda") and all(group[:4] == list(bench_cases.PISSA) for group in ran)
+    with pytest.raises(UserError, match="--cases: pissa_liger: Liger's kernels need CUDA"):
+        told("--device", "cpu", "--cases", "pissa_liger")
+
+
+def test_liger_is_switched_on_by_trainers_own_word(tmp_path, monkeypatch):
+    """It cannot run here; what Trainer would hand to Liger can be seen."""
+    from transformers import Trainer
+
+    seen = []
+    monkeypatch.setattr(Trainer, "__init__", lambda self, model, arguments, **_: seen.append(arguments))
+    bench_cases.build_trainer("pissa_liger", SHAPES["toy"], 512, "cpu", tmp_path)
+    bench_cases.build_trainer("pissa", SHAPES["toy"], 512, "cpu", tmp_path)
+    liger, stock = seen
+    assert liger.use_liger_kernel and not stock.use_liger_kernel
+    assert [name for name, on in liger.liger_kernel_config.items() if on] == ["fused_linear_cross_entropy"]
 
 
 def test_an_unknown_case_is_refused(tmp_path):
@@ -153,7 +192,8 @@ def test_operations_by_hand():
     assert operations("pissa", shape, 5) == operations("lora", shape, 5) == trained + 2 * 4 * head
     assert operations("official", shape, 5) == trained + 4 * frozen + 3 * 4 * head
     assert operations("fused", shape, 5) == operations("plain", shape, 5) == trained + 4 * (frozen + factors) + 90
-    assert operations("fused_cache", shape, 5) == trained + 2 * 3 * head
+    for case in ("fused_cache", "pissa_fused", "pissa_cce", "pissa_liger"):
+        assert operations(case, shape, 5) == trained + 2 * 3 * head
     for case in ("fused", "fused_cache"):  # the svd term's own products are left out of the count
         assert operations(f"{case}_no_svd", shape, 5) == operations(case, shape, 5)
 

@@ -185,6 +185,23 @@ def test_an_nvidia_driver_means_gpu_packages_and_flash_attn_is_optional(tree: Pa
     assert "cpu" in set_up(tree, BA_LORA_SETUP="cpu")[1].splitlines()[0]
 
 
+def test_what_only_tests_need_is_installed_once_and_they_run_without_it(tree: Path) -> None:
+    shutil.copy(ROOT / "scripts" / "test.sh", tree / "scripts")
+    add_program(tree.parent / "tools" / "bwrap", "#!/bin/sh\n")
+
+    def test(**environ: str) -> str:
+        environ = {"PATH": str(tree.parent / "tools"), "CALLS": str(tree.parent / "calls")} | environ
+        command = [SHELL, str(tree / "scripts" / "test.sh"), "slow", "-x"]
+        done = subprocess.run(command, env=environ, capture_output=True, text=True)
+        assert done.returncode == 0 and calls(tree)[-1].endswith("-m pytest -m not gpu -n 0 --dist worksteal -x")
+        return done.stderr
+
+    assert "requirements-test.txt cannot be installed" in test(FAIL="-r requirements-test.txt")
+    for _ in range(2):
+        assert "test: " not in test()
+    assert sum("-r requirements-test.txt" in call for call in calls(tree)) == 2
+
+
 def test_vllm_can_be_left_out(tree: Path) -> None:
     assert set_up(tree, BA_LORA_NO_VLLM="1")[0] == 0
     assert not any("requirements-cpu" in call for call in calls(tree))

@@ -110,12 +110,12 @@ class Cluster:
         assert done.returncode == 0, f"{command}: {done.returncode}: {done.stdout} {done.stderr}"
         return done.stdout
 
-    def until(self, holds, *, seconds: float = 300.0) -> None:
+    def until(self, holds, *, seconds: float = 300.0, every_s: float = 0.2) -> None:
         """Wait until `holds()` is true."""
         deadline = time.monotonic() + seconds
         while not holds():
             assert time.monotonic() < deadline, self.state()
-            time.sleep(0.2)
+            time.sleep(every_s)
 
     def state(self) -> str:
         return self.ask("squeue", "-t", "all", "-r") + self.ask("sinfo")

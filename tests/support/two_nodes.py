@@ -30,7 +30,7 @@ class TwoNodes:
     links: tuple[str, str]
 
     def environment(self, rank: int) -> dict[str, str]:
-        """Return what a node has of its own, and what docs/recipes.md tells to set on each."""
+        """Return what a node has of its own, and what docs/cluster.md tells to set on each."""
         own = self.folder / f"node{rank}"
         (own / "tmp").mkdir(parents=True, exist_ok=True)
         return {

@@ -7,6 +7,7 @@ left behind would keep these locks, and its GPU's memory, too.
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -143,7 +144,7 @@ class LocalExecutor(Executor):
             if not any(map(job.work.goes_on, job.stage.run_paths)):
                 job.work.waiting.pop(0)
                 continue
-            log_name = f"{job.stage.run_paths[0].name}.{job.stage.name.replace(' ', '-')}.log"
+            log_name = f"{job.stage.run_paths[0].name}.{re.sub('[ /]', '-', job.stage.name)}.log"  # harness/TASK
             job.work.log_path = job.work.log_folder / log_name
             locks, goes_on = [*job.work.locks, *job.slot_locks], job.work.seconds > 0
             job.process = self.start_process(job.stage, job.slot, job.work.log_path, locks, append=goes_on)

@@ -38,6 +38,8 @@ JOB_NAME = "ba_lora"
 GONE_AFTER = 2  # looks at the queue that agree before a job without a result counts as ended
 REQUEUED = ("TIMEOUT", "PREEMPTED", "DEADLINE")  # ends that a job without its own requeue may come to
 OF_THE_NODE = ("NODE_FAIL", "BOOT_FAIL", "LOST")
+UNREADABLE = "its result cannot be read: it is of other code"
+TAKEN_OVER = ("waiting", "failures", "seconds", "log_path")  # what a job has changed in its work
 UNENDED = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "RESIZING",
            "SIGNALING", "STAGE_OUT", "STOPPED", "SUSPENDED", "SPECIAL_EXIT", "REVOKED")  # fmt: skip
 
@@ -157,7 +159,7 @@ class SlurmExecutor(Executor):
             return empty
         self._submit_waiting()
         deadline = time.monotonic() + timeout_s
-        while time.monotonic() < max(self._next_look, 0.0):
+        while time.monotonic() < self._next_look:
             if (left := deadline - time.monotonic()) <= 0:
                 return []
             time.sleep(min(left, 0.2))
@@ -272,7 +274,7 @@ class SlurmExecutor(Executor):
     def _has_ended(self, given: _Given, states: Mapping[str, tuple[str, str, str]] | None) -> bool:
         self._read_events(given)
         outcome = _outcome(self.folder / given.key, given.job)
-        if outcome is not None:
+        if outcome is not None and outcome[0] != UNREADABLE:
             return self._take(given, *outcome)
         if states is None:
             return False
@@ -286,15 +288,13 @@ class SlurmExecutor(Executor):
         given.gone += 1
         if given.gone < GONE_AFTER:  # its result may be on its way through the file system
             return False
-        return self._settle(given, state or _accounted_state(given.job) or "LOST")
+        return self._settle(given, UNREADABLE if outcome else state or _accounted_state(given.job) or "LOST")
 
     def _take(self, given: _Given, outcome: str, result: Any) -> bool:
         """Take over what a job has returned."""
-        work = given.work
         if outcome == "success":
-            work.waiting, work.failures, work.seconds, work.log_path = (
-                result.waiting, result.failures, result.seconds, result.log_path,
-            )  # fmt: skip
+            for name, value in result.items():
+                setattr(given.work, name, value)
             return True
         last = (str(result).strip().splitlines() or ["no reason given"])[-1]
         return self._fail(given, f"its job {given.job} ended: {last}")
@@ -305,8 +305,10 @@ class SlurmExecutor(Executor):
         timeouts, failures = (sum(given.ends[one] for one in kinds) for kinds in (REQUEUED, OF_THE_NODE))
         if state in OF_THE_NODE:
             given.work.node_failures += 1
-        if (state in REQUEUED and timeouts <= self.settings.max_timeouts) or (
-            state in OF_THE_NODE and failures <= self.settings.max_node_failures
+        if (
+            (state in REQUEUED and timeouts <= self.settings.max_timeouts)
+            or (state in OF_THE_NODE and failures <= self.settings.max_node_failures)
+            or (state == UNREADABLE and given.ends[state] == 1)
         ):
             given.work.news.append(f"job {given.job} ended ({state}): submitted again")
             if (call := self._submitted(given.key, given.job)) is not None:
@@ -389,15 +391,19 @@ def _ask(command: Sequence[str]) -> subprocess.CompletedProcess | None:
 
 
 def _outcome(folder: Path, job: str) -> tuple[str, Any] | None:
-    """Return ("success", the work) or ("error", a traceback) of a job that has written its result."""
+    """Return what a job has written as its result: ("success", what it changed in its work) or ("error", a traceback);
+    (UNREADABLE, why) for what this code cannot read, be it of other code or still on its way; None: nothing yet."""
     import submitit
     from submitit.core.utils import pickle_load
 
     path = submitit.SlurmJob(folder, job).paths.result_pickle
-    try:
-        return pickle_load(path) if path.is_file() else None
-    except EOFError:  # on its way through the file system
+    if not path.is_file():
         return None
+    try:
+        outcome, result = pickle_load(path)
+        return outcome, {name: getattr(result, name) for name in TAKEN_OVER} if outcome == "success" else result
+    except Exception as error:  # whatever a pickle raises whose modules or classes have changed
+        return UNREADABLE, error
 
 
 def _node_failures(lines: Sequence[str]) -> int:
