@@ -1,4 +1,4 @@
-"""Bottleneck adapters: a small network behind a sub-layer, h + s U f(D h), D [r, width] random, U = 0 at the start.
+"""Bottleneck adapters: a small network behind a sub-layer, h + U f(D h), D [r, width] random, U = 0 at the start.
 
 Houlsby et al. 2019 (arXiv 1902.00751) put one behind the attention's output and one behind the MLP's in each layer,
 Pfeiffer et al. 2020 (arXiv 2005.00247) the latter only. As in Houlsby's paper it acts on the sub-layer's projection

@@ -1,5 +1,5 @@
 """EVA (Paischer et al. 2024, arXiv 2410.07170): A₀ = the top right singular vectors of a layer's inputs on training
-rows, B₀ = 0, the base stays as it is. By PEFT.
+rows, centred on their mean; B₀ = 0, the base stays as it is. By PEFT.
 
 Ranks go where the inputs' variance is: a layer has up to ρ r, some have none, all together L r, and α goes with them so
 that s stays equal. Inputs are those at tokens that are trained on (NLU: all real tokens).
@@ -45,9 +45,8 @@ class Eva(Init):
             from peft.tuners.lora.eva import get_eva_state_dict
 
             self._set_config(model, label_mask=config.kind == "nlg")
-            given = self._large_enough(
-                batches(model, rows, **{k: self.option[v] for k, v in SIZES.items()}), config.kind
-            )
+            given = batches(model, rows, num_rows=self.option["rows"], batch_size=self.option["batch_size"])
+            given = self._large_enough(given, config.kind)
             was_training = model.training
             model.eval()
             directions = get_eva_state_dict(model, given, gather_distributed_inputs=False, show_progress_bar=False)
@@ -110,5 +109,4 @@ class Eva(Init):
         return kept
 
 
-SIZES = {"num_rows": "rows", "batch_size": "batch_size"}
 INIT = Eva

@@ -1,7 +1,8 @@
 """SAM, second-order approximation (Fu et al. 2022, arXiv 2211.15583): trained are the weights with the largest squared
 gradient, (∂L/∂w)², of the loss on training rows; the others stay.
 
-`share` of the weights over all layers; the gradient is the mean over `rows` rows. (Not sharpness-aware minimisation.)
+`share` of the weights over all layers, exactly so many; the gradient is the mean over `rows` rows. (Not sharpness-aware
+minimisation.)
 """
 
 from pathlib import Path
@@ -12,6 +13,7 @@ from accelerate import PartialState
 from safetensors.torch import save_file
 from torch import nn
 
+from ba_lora.errors import UserError
 from ba_lora.io import folder_atomic, load_tensors
 from ba_lora.methods.base import TrainingRows, Tuner, peft_settings
 from ba_lora.methods.rows import batches
@@ -49,6 +51,7 @@ class Sam(Tuner):
         choose_places(model, load_tensors(path))
 
     def _places(self, model: nn.Module, rows: TrainingRows) -> dict[str, torch.Tensor]:
+        """Return by layer the places of the chosen weights in the flat W, by rising number."""
         layers = sparse_layers(model)
         weights = {name: layer.base_layer.weight for name, layer in layers.items()}
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -59,17 +62,35 @@ class Sam(Tuner):
         with torch.random.fork_rng(), model.disable_adapter():
             for batch in batches(model, rows, num_rows=self.option["rows"], batch_size=1):
                 model(**batch).loss.backward()
-        squares = {name: weight.grad.float().square().flatten() for name, weight in weights.items()}
+        number = max(1, round(self.option["share"] * sum(weight.numel() for weight in weights.values())))
+        largest, places, total = torch.empty(0), torch.empty(0, dtype=torch.long), 0  # of the layers so far, as one
+        for name, weight in weights.items():
+            square = squared_gradient(weight, layers[name].path).flatten()
+            own = square.topk(min(number, len(square)))
+            largest = torch.cat([largest.to(square.device), own.values])
+            places = torch.cat([places.to(square.device), own.indices + total])
+            largest, order = largest.topk(min(number, len(largest)))
+            places, total = places[order], total + len(square)
         for weight in weights.values():
             weight.requires_grad_(False)
             weight.grad = None
         for parameter in trained:
             parameter.requires_grad_(True)
-        number = max(1, round(self.option["share"] * sum(map(len, squares.values()))))
-        # the number-th largest of all: no layer can hold more of them than so many
-        largest = torch.cat([square.topk(min(number, len(square))).values for square in squares.values()])
-        least = largest.topk(number).values[-1]
-        return {name: (square >= least).nonzero().flatten().cpu() for name, square in squares.items()}
+        sizes = torch.tensor([weight.numel() for weight in weights.values()])
+        starts, places = sizes.cumsum(0) - sizes, places.sort().values.cpu()
+        parts = places.tensor_split(torch.searchsorted(places, starts[1:]))
+        return {name: part - start for name, part, start in zip(weights, parts, starts, strict=True)}
+
+
+def squared_gradient(weight: nn.Parameter, path: str) -> torch.Tensor:
+    """Return (∂L/∂w)² in the layout of W, float32. Raises UserError where it is 0 everywhere, or not finite."""
+    gradient = weight.grad
+    if gradient is None or not gradient.isfinite().all() or not gradient.any():
+        raise UserError(
+            f"adapter.tuner=sam: the gradient of {path} is 0 or not finite on the training rows: try "
+            "model.dtype=float32, or leave the layer out of adapter.target_modules"
+        )
+    return gradient.float().square()
 
 
 TUNER = Sam

@@ -103,12 +103,12 @@ def build_reference(model: nn.Module, *, trained_apart: Iterable[str] = ()) -> R
     layers = adapter_layers(model)
     if set(model.peft_config) != {"default"}:
         raise UserError(f"one adapter is needed, called default; this model has {', '.join(model.peft_config)}")
-    _check_trained(model, layers, trained_apart)
     config = model.peft_config["default"]
     tuner, init = method_of(model).tuner, method_of(model).init
+    tuner.check_reference()
+    _check_trained(model, layers, trained_apart)
     if not hasattr(model, "training_method"):  # PEFT alone has made the model
         _check_init(config, variant_is_known=tuner.recognises(config))
-    tuner.check_reference()
     if not (tuner.needs_frozen_copy(model) or (init is not None and init.corrects)):
         return Reference(layers, frozen_factors=False)
     frozen_config = copy.deepcopy(config)

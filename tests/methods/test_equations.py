@@ -1,43 +1,26 @@
 """Methods against numbers worked out by hand, and what papers and codes contradict (docs/findings.md)."""
 
-import math
-
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn import functional as F
 
+from ba_lora.config.schema import AdapterConfig
+from ba_lora.methods.bottleneck import BottleneckConfig, BottleneckLayer
 from ba_lora.methods.delta_lora import DeltaLora
 from ba_lora.methods.dylora import cut, drawn_rank
 from ba_lora.methods.lora_fa import FrozenAAdamW
 from ba_lora.methods.lora_ga import lora_ga_factors
 from ba_lora.methods.lora_pro import adjusted_gradients
-from ba_lora.methods.lorta import LortaConfig, LortaLayer
+from ba_lora.methods.lorta import Lorta, LortaConfig, LortaLayer, share_tensors
 from ba_lora.methods.milora import milora_factors
 from ba_lora.methods.monteclora import dirichlet_kl, gaussian_kl, wishart_kl
 from ba_lora.methods.olora import olora_factors
 from ba_lora.methods.sara import nuclear_norm
 from ba_lora.methods.sparse import SparseConfig, SparseLayer
 from ba_lora.methods.ssf import SsfConfig, SsfLayer
-
-
-def tensor(*rows):
-    return torch.tensor(rows, dtype=torch.float32)
-
-
-def linear(weight, bias=None):
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
-    layer.weight.data = weight.clone()
-    if bias is not None:
-        layer.bias.data = torch.tensor(bias, dtype=torch.float32)
-    return layer.requires_grad_(False)
-
-
-def close(got, want, **tolerance):
-    torch.testing.assert_close(
-        got, torch.as_tensor(want, dtype=got.dtype), **({"atol": 1e-5, "rtol": 1e-5} | tolerance)
-    )
+from tests.support.layers import by_its_tuner, close, linear, tensor
 
 
 def test_olora():
@@ -60,6 +43,24 @@ def test_milora():
     close(second @ first, [[0.5, -0.5], [-0.5, 0.5]])
     first, second = milora_factors(tensor([2, 1], [1, 2]), 1, 4.0)
     close(4 * second @ first, [[0.5, -0.5], [-0.5, 0.5]])
+
+
+def test_milora_tells_of_components_that_cannot_learn(tmp_path, capsys):
+    """Three singular values of one matrix are 0, and four are taken of each."""
+    from tests.support.methods import built
+    from tests.support.tiny import tiny_llama
+
+    model = tiny_llama()
+    weight = model.model.layers[1].self_attn.k_proj.weight
+    left, values, right = torch.linalg.svd(weight.detach())
+    values[-3:] = 0
+    weight.data = left @ torch.diag(values) @ right
+    model.save_pretrained(tmp_path / "base")
+    built("milora", tmp_path / "base", tmp_path / "run")
+    told = (
+        "MiLoRA: 3 of the components have the singular value 0, in 1 layers: their part of the adapter will not learn"
+    )
+    assert told in capsys.readouterr().out
 
 
 def test_lora_ga_has_the_papers_factors_and_not_pefts():
@@ -202,6 +203,19 @@ def test_lorta():
     close(layer(torch.eye(2)).T, [[6, 60], [12, 120]])
 
 
+def test_lortas_parameters_on_roberta_base():
+    """4 (768 + 64 + 12 + 12 + 4), as the paper counts them."""
+    from transformers import RobertaConfig, RobertaForSequenceClassification
+
+    with torch.device("meta"):
+        model = RobertaForSequenceClassification(RobertaConfig())
+    layers = {name: (m.in_features, m.out_features) for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    tuner = Lorta(AdapterConfig(tuner="lorta", rank=4))
+    model = by_its_tuner(model, tuner, tuner.chosen_layers(model, layers))
+    share_tensors(model)
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 3440
+
+
 def test_sara():
     layer = SparseLayer(linear(tensor([0.5, -0.001], [-0.002, 0.3])), "default", SparseConfig(), path="x")
     layer.choose("default", torch.tensor([1, 2]))
@@ -239,8 +253,6 @@ def test_sara_as_released_does_not_begin_at_the_base():
 
 def delta(alpha, *, weight, start, written=False, steps=12, lr=0.02, optimizer=torch.optim.Adam):
     """Losses of a small regression by Delta-LoRA: as published, W += λ s (B₊A₊ − BA) (`written`), or as here."""
-    from ba_lora.config.schema import AdapterConfig
-
     torch.manual_seed(0)
     x, y = torch.randn(32, 6), torch.randn(32, 5)
     model = nn.Sequential(nn.Linear(6, 5, bias=False))
@@ -279,8 +291,6 @@ def test_delta_lora_from_the_start_is_lora_with_another_alpha_under_adam():
 
 def test_delta_lora_check_value():
     """1 × 1: W 1, A 1 → 2, B 0 → 0.5, s 2, λ 0.5: the written W is 2 (W + λ s ΔBA = 1 + 0.5 · 2 · 1), y(1) = 4."""
-    from ba_lora.config.schema import AdapterConfig
-
     model = get_peft_model(nn.Sequential(linear(tensor([1.0]))), LoraConfig(r=1, lora_alpha=2, target_modules=["0"]))
     layer = model.base_model.model[0]
     first, second = layer.lora_A["default"].weight, layer.lora_B["default"].weight
@@ -295,31 +305,14 @@ def test_delta_lora_check_value():
         close(model(torch.ones(1, 1))[0, 0], 1.0)
 
 
-def test_peanut():
-    from peft import PeanutConfig
-
-    model = nn.Sequential(linear(tensor([1, -1], [2, 0])))
-    model = get_peft_model(model, PeanutConfig(r=1, scaling=1.0, depth=0, target_modules=["0"], init_weights=True))
-    layer = model.base_model.model[0]
-    parameters = {name: p for name, p in layer.named_parameters() if p.requires_grad}
-    a, b = (next(p for name, p in parameters.items() if f"_{letter}" in name) for letter in ("A", "B"))
-    a.data, b.data = tensor([1, 1]), tensor([1], [2])
-    close(layer(torch.eye(2)).T - tensor([1, -1], [2, 0]), [[3, 0], [6, 0]])
-
-
-def test_miss():
-    from peft import MissConfig
-
-    model = get_peft_model(nn.Sequential(linear(torch.zeros(1, 4))), MissConfig(r=2, target_modules=["0"]))
-    layer = model.base_model.model[0]
-    next(p for p in layer.parameters() if p.requires_grad).data = tensor([1], [10])
-    close(layer(torch.eye(4))[:, 0], [1, 10, 1, 10])
-
-
-def test_dora():
-    model = nn.Sequential(linear(tensor([3, 4])))
-    model = get_peft_model(model, LoraConfig(r=1, lora_alpha=1, use_dora=True, target_modules=["0"]))
-    layer = model.base_model.model[0]
-    layer.lora_A["default"].weight.data, layer.lora_B["default"].weight.data = tensor([1, 0]), tensor([-3])
-    close(layer(torch.eye(2))[:, 0], [0, 5])
-    assert math.isclose(layer.lora_magnitude_vector["default"].weight.item(), 5)
+def test_bottleneck():
+    """h + U f(D h) of a layer's output h: W x = (1, −2), D h = (1 − 2, −1), relu (0, 0) or silu."""
+    for activation, function in (("relu", F.relu), ("silu", F.silu), ("gelu", F.gelu)):
+        config = BottleneckConfig(r=2, activation=activation)
+        layer = BottleneckLayer(linear(tensor([1, 0], [0, -2])), "default", config, path="x")
+        close(layer(tensor([1, 1])), [[1, -2]])  # U = 0
+        down, up = layer.bottleneck_down["default"], layer.bottleneck_up["default"]
+        down.weight.data, down.bias.data = tensor([1, 1], [-1, 0]), torch.tensor([0.0, 3.0])
+        up.weight.data, up.bias.data = tensor([1, 0], [2, 3]), torch.tensor([0.5, 0.0])
+        inside = function(torch.tensor([-1.0, 2.0]))
+        close(layer(tensor([1, 1])), [[1.5 + inside[0], -2 + 2 * inside[0] + 3 * inside[1]]])

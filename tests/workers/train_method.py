@@ -1,6 +1,8 @@
-"""Train a method on the tiny model for 4 steps under python or torchrun, without and with BA-LoRA's terms; save them.
+"""Train methods on the tiny model for 4 steps under python or torchrun, under BA-LoRA's terms; save the weights.
 
-train_method.py BASE RUN ACCUMULATION OUT METHOD [METHOD …]     RUN: folder of the runs' first factors
+train_method.py BASE RUN ACCUMULATION OUT METHOD [METHOD …]
+
+RUN: folder of the runs' first factors. For the methods that are for classifiers BASE is an encoder.
 """
 
 import sys
@@ -13,7 +15,7 @@ from accelerate import PartialState
 from ba_lora import BALoRAConfig, BALoRATrainer
 from ba_lora.errors import end_process
 from ba_lora.methods.build import build_model
-from tests.methods.test_methods import CASES, config_of
+from tests.support.methods import CASES, CLASSIFIERS, IN_LAYERS, OFF, config_of, fixed_draws, nlu_trainer_of
 from tests.support.tiny import adapter_weights, arguments, collate, tiny_rows
 
 base, run, accumulation, output = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
@@ -21,19 +23,27 @@ torch.set_num_threads(1)
 PartialState(cpu=True)
 found = {}
 for method in sys.argv[5:]:
-    steps = CASES[method].steps
     torch.manual_seed(1)
-    model, _ = build_model(config_of(method, base), run_path=run / method, num_steps=steps, rows=tiny_rows(24))
-    trainer = BALoRATrainer(
-        model,
-        arguments(
-            Path(tempfile.mkdtemp()), max_steps=steps, learning_rate=1e-3, gradient_accumulation_steps=accumulation
-        ),
-        regularizers=BALoRAConfig(0.5, 0.3, 0.0),
-        train_dataset=tiny_rows(48),
-        data_collator=collate,
-    )
-    trainer.train()
+    if method in CLASSIFIERS:
+        trainer = nlu_trainer_of(
+            method, base, run / method, learning_rate=1e-3, gradient_accumulation_steps=accumulation
+        )
+        trainer.train()
+        found[method] = adapter_weights(trainer.model)
+        continue
+    steps = CASES[method].steps
+    with fixed_draws():
+        model, _ = build_model(config_of(method, base), run_path=run / method, num_steps=steps, rows=tiny_rows(24))
+        trainer = BALoRATrainer(
+            model,
+            arguments(
+                Path(tempfile.mkdtemp()), max_steps=steps, learning_rate=1e-3, gradient_accumulation_steps=accumulation
+            ),
+            regularizers=BALoRAConfig(0.5, 0.3, 0.0) if method in IN_LAYERS else OFF,
+            train_dataset=tiny_rows(48),
+            data_collator=collate,
+        )
+        trainer.train()
     found[method] = adapter_weights(model)
 if PartialState().is_main_process:
     torch.save({"processes": PartialState().num_processes, "weights": found}, output)
