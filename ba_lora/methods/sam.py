@@ -34,9 +34,6 @@ class Sam(Tuner):
     no_zero3 = "SAM reads the gradients of whole weights, which ZeRO-3 splits: use ZeRO-2, DDP or one process"
     draws = "rows of SAM's gradients"
 
-    def largest_rank(self, num_in: int, num_out: int) -> None:
-        return None
-
     def peft_config(self, num_steps: int) -> Any:
         return peft_settings(SparseConfig, self.adapter, known=self.options)
 

@@ -114,19 +114,6 @@ def test_monteclora_kl_of_peft_is_not_one():
     assert not theirs(torch.full((64,), 2.0), 1.0).isfinite()
 
 
-def test_monteclora_as_released_never_trains_a():
-    """Their forward makes a new nn.Parameter of A each time: the one that the optimizer holds gets no gradient."""
-    layer = nn.Linear(3, 2, bias=False)
-    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, weight_decay=0)
-    held = layer.weight
-    for _ in range(3):
-        layer.weight = nn.Parameter(layer.weight + 1e-6 * torch.randn(2, 3))
-        layer(torch.ones(1, 3)).sum().backward()
-        optimizer.step()
-    assert held.grad is None and layer.weight.grad is not None
-    assert (layer.weight - held).abs().max() < 1e-5
-
-
 def test_lora_fa():
     first, second = nn.Parameter(tensor([2, 0]), requires_grad=False), nn.Parameter(torch.zeros(2, 1))
     second.grad = tensor([1], [2])
@@ -237,15 +224,6 @@ def test_the_gradient_of_saras_norm_is_0_at_the_start():
     theirs = moved.detach().clone().requires_grad_()
     torch.linalg.matrix_norm(theirs, "nuc").backward()
     close(moved.grad, theirs.grad, atol=1e-4)
-
-
-def test_sara_as_released_does_not_begin_at_the_base():
-    """Its small weights begin as |w|: those below 0 change their sign."""
-    torch.manual_seed(0)
-    weight, x = 0.05 * torch.randn(64, 64), torch.randn(16, 64)
-    small = weight.abs() < weight.abs().quantile(0.05)
-    released = torch.where(small, weight.abs(), weight)
-    assert (F.linear(x, released) - F.linear(x, weight)).abs().max() > 0.01
 
 
 # ---- Delta-LoRA: what is written into the base, and what we do instead
