@@ -16,7 +16,7 @@ from pathlib import Path
 from ba_lora.config.layers import load_run
 from ba_lora.config.schema_nlg import NLGConfig
 from ba_lora.errors import CommandParser, run_entry_point
-from ba_lora.experiments.stages import is_generated
+from ba_lora.experiments.evaluation_state import is_generated
 from ba_lora.io import folder_atomic
 from ba_lora.prompts import build_prompt
 

@@ -137,7 +137,7 @@ def chat_template(served: ServedModel, asked: str | None) -> str | None:
     """Return the text of the chat template that questions are put into: the one asked for, else the one that the run
     was trained in; None: none. Raises UserError where the model has no template of its own."""
     if asked is None:
-        return kept_template(served.run)
+        return kept_template(served.trained_in)
     tokenizer = engines.load_base_tokenizer(served.base, EngineOptions(revision=served.revision))
     return load_chat(tokenizer, asked).text
 
@@ -145,8 +145,8 @@ def chat_template(served: ServedModel, asked: str | None) -> str | None:
 def served_dtype(served: ServedModel, asked: str | None) -> str:
     """Return the dtype of the weights: the one asked for, else the one that the run's base was trained in, of a model
     that is no run what eval.generate takes."""
-    if asked is None and served.run is not None:
-        return load_run(served.run).model.dtype
+    if asked is None and served.trained_in is not None:
+        return load_run(served.trained_in).model.dtype
     config = engines.load_base_config(served.base, EngineOptions(revision=served.revision))
     return engines.resolve_dtype(asked or "auto", config)
 

@@ -26,7 +26,7 @@ die() {
 }
 
 # ---- nothing to do? (files only: no Python, no nvidia-smi, so that it costs milliseconds)
-WANTED=$(cat requirements*.txt pyproject.toml scripts/setup.sh | cksum | tr ' ' '-')-${BA_LORA_NO_VLLM:-0}
+WANTED=$(cat requirements.txt requirements-cpu.txt requirements-gpu.txt pyproject.toml scripts/setup.sh | cksum | tr ' ' '-')-${BA_LORA_NO_VLLM:-0}
 DRIVER=no
 if [ -e /dev/nvidiactl ] || [ -e /dev/dxg ]; then DRIVER=yes; fi
 done_already() {

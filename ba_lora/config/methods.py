@@ -113,6 +113,8 @@ def check_method(config: Any) -> None:
         raise UserError(f"adapter.tuner={adapter.tuner} cannot be merged into the model: set export.merged=false")
     if config.export.ranks and not tuner["cuts_ranks"]:
         raise UserError("export.ranks is for methods that train every rank, such as dylora: leave it out")
+    if config.export.ranks and config.model.quantization != "none":
+        raise UserError("export.ranks are adapters on the base as published, not on a 4-bit one: leave it out")
     for rank in config.export.ranks:
         if not 1 <= rank <= adapter.rank:
             raise UserError(f"export.ranks={rank}: it must be at least 1 and at most adapter.rank={adapter.rank}")

@@ -153,7 +153,8 @@ def _harness_fault(config: RunConfig, task: str, score: Mapping[str, Any], state
     made = score.get("generation") or {}
     for name, value in (("limit", config.eval.limit), ("shots", config.eval.harness.shots_of(task))):
         if name not in made or made[name] != value:
-            return Fault(f"{task}: made with {name} {made.get(name)}, asked is {value}", regrade=True)
+            told = f"made with {name} {made[name]}" if name in made else f"it does not tell its {name}"
+            return Fault(f"{task}: {told}, asked is {value}", regrade=True)
     if score.get("data_sha256") != state["data_sha256"].get(task):
         return Fault(f"{task}: made from other rows than eval.data names", regrade=True)
     return None

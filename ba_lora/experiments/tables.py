@@ -138,6 +138,8 @@ def load_table(path: str | Path, *, overrides: Sequence[str] = (), seeds: Sequen
     _refuse_typed(overrides, _varied_keys(blocks, columns), kind=file.kind)
     for number, block in enumerate(blocks, start=1):
         where = f"{path}: rows, entry {number}"
+        if "choose" in file.report:
+            _check_names(block, clusters=file.report.get("clusters", ""), where=where)
         pairs = list(itertools.product(block.bases, block.methods))
         searched = {pair: best_words(*pair, block.search) for pair in pairs if block.search}
         found = {word.partition("=")[0] for words in searched.values() for word in words or ()}
@@ -193,6 +195,14 @@ def _chosen(name: str | None) -> dict[str, list[str]]:
     if not all(isinstance(words, list) for words in found.values()):
         raise UserError(f"{path}: method: [key=value, …] is needed; sh scripts/reproduce.sh {name} writes it")
     return found
+
+
+def _check_names(block: RowBlock, *, clusters: str, where: str) -> None:
+    """Raise UserError where a setting's name, which another table will take as overrides, is not what its rows set."""
+    for name, own in (block.settings or {}).items():
+        for word in name.split():
+            if word not in own and not word.startswith(f"{clusters}="):
+                raise UserError(f"{where}: the setting {name} does not set {word}: name it by its overrides")
 
 
 def _refuse_two_evaluations(cells: Sequence[SeedCell], path: Path) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,11 @@ PACKAGES = (
 )  # fmt: skip
 
 
+def _without_folders(word: str) -> str:
+    """Return a word of a command with its paths, also those in a list or a mapping, as `public` tells them."""
+    return re.sub(r"(?<![^\s=\[{,])(?:~?/|\.\./)[^,\]}]+", lambda found: str(public(found[0])), word)
+
+
 def environment(*, num_processes: int = 1, num_gpus: Sequence[int] = ()) -> dict[str, Any]:
     """Return versions, hardware, and the state of the code.
 
@@ -31,7 +37,7 @@ def environment(*, num_processes: int = 1, num_gpus: Sequence[int] = ()) -> dict
 
     cuda = torch.cuda.is_available()
     return {
-        "command": " ".join([Path(sys.argv[0]).name, *public(sys.argv[1:])]),  # without this machine's folders
+        "command": " ".join([Path(sys.argv[0]).name, *map(_without_folders, sys.argv[1:])]),
         "python": platform.python_version(),
         "packages": _versions(),
         "git": code_state(),

@@ -98,11 +98,15 @@ def group_refusal(name: str, index: dict[str, Any]) -> str | None:
     below = {one: children(entry) for one, entry in index.items() if entry.kind.name in ("GROUP", "TAG")}
     if name not in below:
         return None
-    found = sorted(leaves(name, below))
+    found = sorted(leaves(name, below) - {name})
+    if not found:
+        return (
+            "it names a group of tasks without names of their own, and a file has the rows of one: choose another task"
+        )
     shown = ", ".join(found[:3]) + (", …" if len(found) > 3 else "")
     return (
-        f"it names a group of {len(found)} ({shown}), and a file has the rows of one: ask for such a task by its name, "
-        "with its file"
+        f"it names {len(found)} of the harness's tasks ({shown}), and a file has the rows of one: ask for such a task by "
+        "its name, with its file"
     )
 
 

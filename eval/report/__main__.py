@@ -165,6 +165,8 @@ def write_report(table: ReportTable, sources: Sources, folder: Path) -> list[tup
         for suffix, content in files.items():
             write_bytes_atomic(folder / "figures" / f"{figure.name}.{suffix}", content)
     write_json_atomic(folder / "table.json", facts)
+    if table.spec.choose and not chosen:
+        (folder / CHOSEN).unlink(missing_ok=True)  # an earlier report's, of other trials
     if chosen:
         write_text_atomic(folder / CHOSEN, "".join(f"{name}: {json.dumps(words)}\n" for name, words in chosen.items()))
     for suffix, text in texts.items():

@@ -190,8 +190,10 @@ def test_a_name_of_several_tasks_takes_no_file():
     index |= {"stem": entry("GROUP", "algebra", {"task": "physics", "num_fewshot": 2}, {"dataset_path": "x"})}
     index |= {"mmlu": entry("GROUP", {"group": "stem", "weight": 1}, "law"), "arc": entry("TAG", tags=["arc_easy"])}
     refused = group_refusal("mmlu", index)
-    assert refused.startswith("it names a group of 3 (algebra, law, physics), and a file has the rows of one: ask for")
-    assert group_refusal("arc", index).startswith("it names a group of 1 (arc_easy), ")
+    assert refused.startswith(
+        "it names 3 of the harness's tasks (algebra, law, physics), and a file has the rows of one: ask for"
+    )
+    assert group_refusal("arc", index).startswith("it names 1 of the harness's tasks (arc_easy), ")
     assert group_refusal("law", index) is None
 
 
@@ -296,7 +298,9 @@ def test_the_real_harness_on_real_sets(real_data, tmp_path):
         (stage,) = evaluation_stages([config])
         with check or contextlib.nullcontext():
             harness.check(stage.call.words)
-    with pytest.raises(UserError, match="--data mmlu: it names a group of 57 .mmlu_abstract_algebra, .*ask for such a"):
+    with pytest.raises(
+        UserError, match="--data mmlu: it names 57 of the harness.s tasks .mmlu_abstract_algebra, .*ask for such a"
+    ):
         harness.check(["x", "mmlu", "--data", file.replace("gsm8k=", "mmlu=", 1)])
     with pytest.raises(UserError, match="has no task mgsm_direct_xx .nearest: mgsm_direct"):
         harness.check(["x", "mgsm_direct_xx"])

@@ -458,7 +458,7 @@ def test_kill_9_leaves_no_forked_stage_behind(tmp_path):
     program = f"""
 import sys
 from pathlib import Path
-from ba_lora.experiments.executors.base import Busy, Slot
+from ba_lora.experiments.executors.base import Slot
 from ba_lora.experiments.executors.warm import WarmExecutor
 from ba_lora.experiments.stages import Call, Stage
 folder = Path({str(tmp_path)!r})

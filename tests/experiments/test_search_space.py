@@ -130,6 +130,7 @@ def check(space, folder, *words, config="toy", kind="nlg"):
             "pruning needs held-out",
         ),
         ({}, ["data.source=data/toy/test.jsonl"], "shares 400 questions with test.jsonl, the test set of toy"),
+        ({}, ["data.source=[data/toy/clean/sample.jsonl,data/toy/test.jsonl]"], "shares 400 questions with test.jsonl"),
         ({"objective": "heldout_accuracy"}, ["eval.data.heldout=data/toy/test.jsonl"], "never looks at a test set"),
         ({}, ["data.name=gsm8k", "data.split=test"], "data.split=test is refused"),
     ],

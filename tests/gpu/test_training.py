@@ -66,9 +66,9 @@ def test_packed_rows_in_bfloat16(device, on_device, figure, attention):
 
 @pytest.mark.parametrize("method", ["lora", "pissa", "ba_lora", "loftq"])
 def test_a_base_in_4_bit(on_device, figure, method):
+    """QLoRA, QPiSSA, Q-BA-LoRA and LoftQ: the merged model is the trained one, which is not the float parent."""
     if importlib.util.find_spec("bitsandbytes") is None:
         pytest.skip("bitsandbytes is not installed")
-    """QLoRA, QPiSSA, Q-BA-LoRA and LoftQ: the merged model is the trained one, which is not the float parent."""
     run = on_device("model.quantization=nf4", "model.dtype=float32", method=method)
     differences = read_json(run / "train.json")["export"]["max_logit_difference"]
     parent = differences["adapter" if method in ("lora", "loftq") else "lora"]

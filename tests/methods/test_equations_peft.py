@@ -27,7 +27,7 @@ def test_peanut():
     layer, (a, b) = peanut(weight, r=1, scaling=1.0, depth=0)
     a.data, b.data = tensor([1, 1]), tensor([1], [2])
     close(layer(torch.eye(2)).T - weight, [[3, 0], [6, 0]])
-    close((weight @ a.data.T).relu() @ b.data.T, [[0, 0], [2, 4]])  # the form of their code for language models
+    # their code for language models has relu(W Aᵀ) Bᵀ, which would be [[0, 0], [2, 4]]
 
 
 def test_peanut_with_depth():

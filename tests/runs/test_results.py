@@ -54,8 +54,15 @@ def test_how_the_completions_were_made_stands_beside_the_scores(config):
 
 def test_the_recorded_command_tells_no_folder_of_the_machine(monkeypatch):
     words = ["--config", str(PROJECT_ROOT / "configs" / "nlg" / "toy.yaml"), "data.source=/home/someone/rows.jsonl"]
+    words += [
+        "data.source=[/home/someone/a.jsonl,../b.jsonl]",
+        "eval.data={harness/bbq: /home/someone/bbq.jsonl, qa: c}",
+    ]
     monkeypatch.setattr("sys.argv", ["/home/someone/train_nlg.py", *words, "seed=1"])
-    assert environment()["command"] == "train_nlg.py --config configs/nlg/toy.yaml data.source=rows.jsonl seed=1"
+    assert environment()["command"] == (
+        "train_nlg.py --config configs/nlg/toy.yaml data.source=rows.jsonl data.source=[a.jsonl,b.jsonl] "
+        "eval.data={harness/bbq: bbq.jsonl, qa: c} seed=1"
+    )
 
 
 def test_what_a_run_writes_does_not_make_the_code_dirty(tmp_path, monkeypatch):

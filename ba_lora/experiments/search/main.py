@@ -108,7 +108,9 @@ def _search(
 ) -> None:
     folder = runs.folder
     # a cluster's records are by a run's name, which another search has, too; a GPU's lock is for all of this machine
-    own = GRID_PATH if find_executor(*executor)[0].on_this_machine else folder
+    kind, chosen = find_executor(*executor)
+    own = GRID_PATH if kind.on_this_machine else folder
+    workers = min(workers, getattr(chosen, "jobs_at_once", workers))
     settings = training_settings(runs.spec(0, first, space.seeds[0]).config)
     lock_path = folder.with_name(f".{folder.name}.lock")
     with locked(lock_path, doing=f"searches in {folder}", made=folder):

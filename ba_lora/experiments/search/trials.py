@@ -149,7 +149,7 @@ def _check_measured_rows(config: NLGConfig) -> None:
             f"objective heldout_accuracy would be measured on rows {FIRST_MEASURED} and later of MetaMathQA, which the "
             f"trials may train on: set data.num_rows to at most {FIRST_MEASURED} without data.sample_seed, or {remedy}"
         )
-    if file is not None and data.source is not None and resolve_path(file) == resolve_path(data.source):
+    if file is not None and resolve_path(file) in map(resolve_path, data.sources):
         raise UserError(f"eval.data.heldout={file} is what the trials train on: {remedy}")
 
 
@@ -159,7 +159,7 @@ def _refuse_test_rows(space: SearchSpace, config: NLGConfig) -> None:
     asked = {"eval.data.heldout": named} if space.objective == "heldout_accuracy" else {}
     if config.data.split != "train":
         raise UserError(f"data.split={config.data.split} is refused: a search may look at training rows only")
-    for key, file in {"data.source": config.data.source, **asked}.items():
+    for key, file in [*(("data.source", one) for one in config.data.sources), *asked.items()]:
         path = resolve_path(file) if file else None
         if path is None or path.suffix not in (".json", ".jsonl") or not path.is_file():
             continue
