@@ -31,7 +31,7 @@ sh scripts/setup.sh
 MADE=.venv/.test-stamp
 WANTED=$(cksum <requirements-test.txt)
 if [ "$(cat "$MADE" 2>/dev/null)" != "$WANTED" ]; then
-    if .venv/bin/python -m pip --disable-pip-version-check --no-input install -c requirements.txt -r requirements-test.txt >>.cache/setup.log 2>&1; then
+    if .venv/bin/python -m pip --disable-pip-version-check --no-input install -r requirements.txt -r requirements-test.txt >>.cache/setup.log 2>&1; then
         echo "$WANTED" >"$MADE"
     else
         echo "test: requirements-test.txt cannot be installed (see .cache/setup.log): the tests that need it are skipped" >&2

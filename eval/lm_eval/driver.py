@@ -105,8 +105,8 @@ def group_refusal(name: str, index: dict[str, Any]) -> str | None:
         )
     shown = ", ".join(found[:3]) + (", …" if len(found) > 3 else "")
     return (
-        f"it names {len(found)} of the harness's tasks ({shown}), and a file has the rows of one: ask for such a task by "
-        "its name, with its file"
+        f"it names {len(found)} of the harness's tasks ({shown}), and a file has the rows of one: ask for such a task "
+        "by its name, with its file"
     )
 
 
