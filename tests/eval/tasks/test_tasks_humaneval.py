@@ -468,4 +468,4 @@ def test_code_training_configs_name_these_tasks(root: Path) -> None:
         config = load_config(path, method="ba_lora", overrides=overrides, kind="nlg")
         assert (config.data.name, config.eval.tasks) == ("codefeedback", ["humaneval", "mbpp"])
         assert all(get_task(name).version for name in config.eval.tasks)
-        assert config.eval.options == {"protocol": "iclr2026"}
+        assert config.eval.options["protocol"] == "iclr2026"
