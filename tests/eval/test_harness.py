@@ -140,7 +140,7 @@ def test_a_score_that_was_made_by_hand_is_made_again(tmp_path):
         ({"generation": {"limit": 5, "shots": None}}, "harness/bbq: made with limit 5, asked is 6"),
         ({"generation": {"limit": None, "shots": None}}, "harness/bbq: made with limit None, asked is 6"),
         ({"generation": {"limit": 6, "shots": 0}}, "harness/bbq: made with shots 0, asked is None"),
-        ({"generation": None}, "harness/bbq: made with limit None, asked is 6"),
+        ({"generation": None}, "harness/bbq: it does not tell its limit, asked is 6"),
         ({"data_sha256": None}, "harness/bbq: made from other rows than eval.data names"),
     ):
         write_json_atomic(tmp_path / "scores" / "harness" / "bbq.json", score | changes)
