@@ -178,8 +178,7 @@ def deciding(table: Table) -> dict[str, Any]:
 
 def declaration_path(folder: Path, output: Path | None) -> Path:
     """Return where a table's declaration is, or is to be: in the chosen folder of the report (`output`), else in the
-    table's own (`folder`). Where that folder has none, the record of a run
-    that chose no folder counts."""
+    table's own (`folder`). Where the chosen folder has none, that of a run that chose no folder counts."""
     own = folder / DECLARED
     return own if output is None or (own.exists() and not (output / DECLARED).exists()) else output / DECLARED
 
