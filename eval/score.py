@@ -4,7 +4,6 @@
     python -m eval.score --runs DIR [--results DIR] [key=value …]
                                                          re-score every run below DIR, and bring the runs' results
                                                          (default: results/runs) up to date
-    python -m eval.score --versions                      the graders as they are now: task → version and pinned hub data
     python -m eval.score --stale DIR                     grade nothing; mark the scores below DIR that an older grader
                                                          or other completions gave: "stale" in the file says why
 
@@ -35,7 +34,7 @@ from pathlib import Path
 
 from ba_lora.errors import CommandParser, UserError, run_entry_point
 from eval.rescore import mark_stale, score_runs
-from eval.scoring import grader_versions, read_options, score_file
+from eval.scoring import read_options, score_file
 from eval.tasks import TASKS, get_task
 
 
@@ -53,14 +52,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--runs", type=Path)
     parser.add_argument("--results", type=Path, help="with --runs: where the runs' results are; default results/runs")
     parser.add_argument("--stale", type=Path)
-    parser.add_argument("--versions", action="store_true")
     parser.add_argument("options", nargs="*", metavar="key=value")
     parsed = parser.parse_intermixed_args(arguments)
     if parsed.results is not None and parsed.runs is None:
         raise UserError("--results belongs to --runs DIR")
-    if parsed.versions:
-        print(json.dumps(grader_versions()))
-        return 0
     if parsed.stale is not None:
         if parsed.options or parsed.runs or parsed.task or parsed.completions or parsed.data or parsed.output:
             raise UserError("--stale DIR takes no other argument")

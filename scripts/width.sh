@@ -52,5 +52,5 @@ fi
 "$PYTHON" -m pip --disable-pip-version-check list --format=freeze | grep -E '^(torch|transformers|peft|accelerate|trl)==' >&2
 [ $# -gt 0 ] || set -- tests/objective tests/training/test_trainer.py tests/training/test_mixin.py \
     tests/training/test_sft.py tests/runs/test_export.py
-exec env PYTHONPATH="$PWD" HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false \
+exec env PYTHONPATH="$PWD" OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false \
     "$PYTHON" -m pytest -q -p no:cacheprovider -m "not gpu and not real" "$@"

@@ -31,7 +31,7 @@ from ba_lora.experiments.executors import find_executor, open_executor
 from ba_lora.experiments.grid_runs import Grid
 from ba_lora.experiments.options import read_grid_options, rows_for_gpus, select_rows, without_unchosen
 from ba_lora.experiments.pipeline import missing_judge
-from ba_lora.experiments.plan import ask_grader_versions, check_columns, dry_run, plan_runs
+from ba_lora.experiments.plan import ask_evaluators, dry_run, plan_runs
 from ba_lora.experiments.preparation import GRID_MODULE, prepare, prepare_words
 from ba_lora.experiments.state import GRID_PATH, declaration_path, declare
 from ba_lora.experiments.tables import available_tables, find_table, load_table, report_folder
@@ -64,24 +64,19 @@ def main() -> int:
         whole, unchosen = without_unchosen(whole)
     table = select_rows(whole, options.only)
     table, gpus, left_out = rows_for_gpus(table, options.gpus)
-    check_columns(whole)
     for spec in table.specs():
         check_places(spec.config)
-    graders = ask_grader_versions()
+    checks = ask_evaluators(table, prepared=not (parsed.dry_run and calls))
+    planned = plan_runs(table, checks)
     if parsed.dry_run:
         first = [f"first: python -m {' '.join(words)}" for words in calls]
         first += [f"first: {command}" for command in dict.fromkeys(whole.unchosen.values()) if not calls]
         first += ["the runs below are not yet those of the table"] if whole.unchosen else []
-        print(
-            "\n".join(
-                [*first, *dry_run(table, plan_runs(table, graders, prepared=not calls), retry=options.retry), *left_out]
-            )
-        )
+        print("\n".join([*first, *dry_run(table, planned, retry=options.retry), *left_out]))
         return 0
     executor = open_executor(
         options.executor, options.executor_settings, folder=GRID_PATH, gpus=gpus, workers=options.workers
     )
-    planned = plan_runs(table, graders)
     for entry in planned:
         if entry.changed:
             _say(f"stale: {entry.changed}; {entry.name} takes its place")
@@ -93,7 +88,9 @@ def main() -> int:
     for error in dict.fromkeys(refused.values()):
         number = list(refused.values()).count(error)
         _say(f"failed: {number} runs cannot be evaluated and are not trained: {error}")
-    grid = Grid(table, executor, graders=graders, refused=refused, retry=options.retry, cancel=options.cancel, say=_say)
+    grid = Grid(
+        table, executor, graders=checks.graders, refused=refused, retry=options.retry, cancel=options.cancel, say=_say
+    )
     seeds = [f"seeds={','.join(map(str, options.seeds))}"] if options.seeds else []
     folder = report_folder(table.id, [*overrides, *seeds])
     declare(whole, find_table(parsed.table), declaration_path(folder, options.output))

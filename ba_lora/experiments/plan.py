@@ -6,15 +6,16 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ba_lora.config.schema import RunConfig
 from ba_lora.errors import UserError
 from ba_lora.experiments.estimates import estimate_lines
+from ba_lora.experiments.evaluation_state import Graders
 from ba_lora.experiments.pipeline import missing_judge
 from ba_lora.experiments.spec import Spec
-from ba_lora.experiments.stages import CHECKED, Call, ask_module, evaluation_stages, refusals
+from ba_lora.experiments.stages import CHECKED, Call, ask_checks, evaluation_stages
 from ba_lora.experiments.state import DONE, FAILED, MISSING, RUNNING, STALE, RunState, changed_config, inspect
 from ba_lora.experiments.tables import SeedCell, Table
 from ba_lora.glue import task_word
@@ -41,57 +42,69 @@ class Planned:
         return self.spec.config.run_path.name
 
 
-def plan_runs(table: Table, graders: Mapping[str, Mapping[str, str | None]], *, prepared: bool = True) -> list[Planned]:
-    """Return the table's runs as they are found, each once; prepared: what the table needs first has been run, so that
-    a data file that is not there is an error."""
-    planned = []
-    for cells in table.cells_of_runs.values():
-        spec = cells[0].spec
-        try:
-            state = inspect(spec, graders)
-        except UserError as error:
-            state = RunState(FAILED, str(error))
-        planned.append(
-            Planned(spec, cells, state, changed_config(table, cells[0]) if state.status == MISSING else None)
-        )
-    left = [entry.spec.config for entry in planned if entry.state.generates]
-    if not prepared:
-        left = [config for config in left if all(resolve_path(file).is_file() for file in config.eval.data.values())]
-    refused = refused_evaluations(left)
-    return [replace(entry, refused=refused.get(entry.spec.config.run_path)) for entry in planned]
+@dataclass(frozen=True)
+class Checks:
+    """What eval/ answers before anything is run. graders: as they are now; refused: run folder → why its evaluation
+    could not work, as far as that shows without the trained model."""
+
+    graders: Graders = field(default_factory=dict)
+    refused: Mapping[Path, str] = field(default_factory=dict)
 
 
-def refused_evaluations(configs: Iterable[RunConfig]) -> dict[Path, str]:
-    """Return run folder → why its evaluation could not work, as far as that shows without the trained model.
+def ask_evaluators(table: Table, *, prepared: bool = True) -> Checks:
+    """Ask eval.check, in one process of its own, all that a table needs to know. prepared: what the table needs first
+    has been run, so that a data file that is not there is an error.
 
-    Runs with one model and one evaluation are checked once; the commands are, all in one process, by eval.check.
+    Runs with one model and one evaluation are checked once. Raises UserError, naming the column, for a metric that its
+    task's score will not have.
     """
-    alike: dict[str, list[RunConfig]] = {}
-    for config in configs:
-        task = task_word(config.nlu.task) if config.kind == "nlu" else None
-        key = json.dumps([config.kind, task, dataclasses.asdict(config.model), dataclasses.asdict(config.eval)])
-        alike.setdefault(key, []).append(config)
+    columns = [column for column in table.columns if column.task is not None and column.metric is not None]
+    calls = [Call("eval.metric_paths", settings=(table.kind, column.task, column.metric)) for column in columns]
+    asked_for: list[list[RunConfig]] = []  # for each further call
     refused: dict[Path, str] = {}
-    calls: list[tuple[list[RunConfig], Call]] = []
-    for members in alike.values():
+    for members in _evaluated_alike(spec.config for spec in table.specs()):
+        if not prepared and not all(resolve_path(file).is_file() for file in members[0].eval.data.values()):
+            continue
         try:
             stages = evaluation_stages(members[:1])
         except UserError as error:
             refused |= {config.run_path: str(error) for config in members}
             continue
-        calls += [(members, stage.call) for stage in stages if stage.call.module in CHECKED]
-    for (members, _), error in zip(calls, refusals(call for _, call in calls), strict=True):
-        refused |= {config.run_path: error for config in members} if error else {}
-    return refused
-
-
-def check_columns(table: Table) -> None:
-    """Raise UserError, naming the column, for a metric that its task's score will not have."""
-    named = [column for column in table.columns if column.task is not None and column.metric is not None]
-    errors = refusals(Call("eval.metric_paths", settings=(table.kind, column.task, column.metric)) for column in named)
-    for column, error in zip(named, errors, strict=True):
-        if error:
+        checked = [stage.call for stage in stages if stage.call.module in CHECKED]
+        calls += checked
+        asked_for += [members] * len(checked)
+    answers = ask_checks(calls, "--graders")
+    errors = iter(answers["errors"])
+    for column in columns:
+        if error := next(errors):
             raise UserError(f"table {table.id}: columns.{column.name}: {error}")
+    for members, error in zip(asked_for, errors, strict=True):
+        refused |= {config.run_path: error for config in members} if error else {}
+    return Checks(answers["graders"], refused)
+
+
+def _evaluated_alike(configs: Iterable[RunConfig]) -> Iterable[list[RunConfig]]:
+    alike: dict[str, list[RunConfig]] = {}
+    for config in configs:
+        task = task_word(config.nlu.task) if config.kind == "nlu" else None
+        key = json.dumps([config.kind, task, dataclasses.asdict(config.model), dataclasses.asdict(config.eval)])
+        alike.setdefault(key, []).append(config)
+    return alike.values()
+
+
+def plan_runs(table: Table, checks: Checks) -> list[Planned]:
+    """Return the table's runs as they are found, each once."""
+    planned = []
+    for cells in table.cells_of_runs.values():
+        spec = cells[0].spec
+        try:
+            state = inspect(spec, checks.graders)
+        except UserError as error:
+            state = RunState(FAILED, str(error))
+        changed = changed_config(table, cells[0]) if state.status == MISSING else None
+        refused = checks.refused.get(spec.config.run_path) if state.generates else None
+        planned.append(Planned(spec, cells, state, changed, refused))
+    return planned
 
 
 def limit_lines(table: Table) -> list[str]:
@@ -111,11 +124,6 @@ def limit_lines(table: Table) -> list[str]:
         told = ", ".join(map(str, sorted(alike)))
         lines.append(f"eval.limit={told}: scores are of the first items only, as a footnote of the table will say")
     return lines
-
-
-def ask_grader_versions() -> dict[str, dict[str, str | None]]:
-    """Ask eval.score, in its own process, which version each grader is at."""
-    return ask_module("eval.score", None, "--versions")
 
 
 def dry_run(table: Table, planned: Sequence[Planned], *, retry: bool = False) -> list[str]:

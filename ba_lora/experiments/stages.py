@@ -1,7 +1,7 @@
 """The stages of a run: what each one is started with, said here and nowhere else. Each is a process of its own.
 
 `Call` holds what a command is given, by name; it becomes words in `Call.command`. What eval/ may refuse is asked of
-eval.check before a training (`refusals`).
+eval.check before a training (`ask_checks`).
 """
 
 import itertools
@@ -71,15 +71,16 @@ def run_stage(stage: Stage) -> None:
         sys.exit(status if status > 0 else 128 - status)
 
 
-def refusals(calls: Iterable[Call]) -> list[str | None]:
-    """Return, for each call, the error it would end with after the training, as far as it shows before; None: none."""
-    questions = [[call.module, *call.words] for call in calls]
-    return ask_module("eval.check", questions) if questions else []
+def ask_checks(calls: Iterable[Call], *words: str) -> dict[str, Any]:
+    """Return eval.check's answers: `errors`, for each call the one that it would end with after the training, as far as
+    it shows before, or None; and what its `words` ask for."""
+    return ask_module("eval.check", [[call.module, *call.words] for call in calls], *words)
 
 
 def check_evaluation(stages: Iterable[Stage]) -> None:
-    """Raise the first of the `refusals` of an evaluation."""
-    for error in refusals(stage.call for stage in stages if stage.call.module in CHECKED):
+    """Raise the first error that an evaluation would end with, as far as it shows before the training."""
+    calls = [stage.call for stage in stages if stage.call.module in CHECKED]
+    for error in ask_checks(calls)["errors"] if calls else ():
         if error:
             raise UserError(error)
 

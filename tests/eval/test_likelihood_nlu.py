@@ -10,7 +10,7 @@ from ba_lora.config.layers import load_run
 from ba_lora.errors import UserError
 from ba_lora.experiments.evaluation_state import evaluation_fault, evaluation_state
 from ba_lora.experiments.pipeline import record_evaluation
-from ba_lora.experiments.plan import dry_run, plan_runs
+from ba_lora.experiments.plan import ask_evaluators, dry_run, plan_runs
 from ba_lora.experiments.stages import evaluation_stages
 from ba_lora.experiments.tables import find_table, load_table
 from ba_lora.io import read_json, read_jsonl, sha256_file, write_jsonl_atomic
@@ -115,9 +115,9 @@ def test_the_tables_are_declared_and_a_dry_run_tells_their_cost():
         assert (spec.config.regularizers.lambda_mode == "gradient_share") == spec.method.endswith(("_ba", "ba_lora"))
     missing = ["eval.data.likelihood=nowhere.jsonl"]
     unmade = load_table(find_table("inheritance_nlu"), overrides=missing)
-    planned = plan_runs(unmade, {}, prepared=False)
+    planned = plan_runs(unmade, ask_evaluators(unmade, prepared=False))
     assert not any(entry.refused for entry in planned)  # the files are made first
-    assert all("no such file" in entry.refused for entry in plan_runs(unmade, {}))
+    assert all("no such file" in entry.refused for entry in plan_runs(unmade, ask_evaluators(unmade)))
     lines = dry_run(table, planned)
     assert any(line.startswith("cost of the whole, as its file says: ") for line in lines)
     real = load_table(find_table("inheritance_nlu_sst2"))
@@ -130,5 +130,5 @@ def test_the_tables_are_declared_and_a_dry_run_tells_their_cost():
 
 def test_without_its_files_a_table_that_makes_none_is_refused():
     table = load_table(find_table("inheritance_nlu_sst2"), overrides=["eval.data.likelihood=nowhere.jsonl"])
-    refused = {entry.refused for entry in plan_runs(table, {})}
+    refused = {entry.refused for entry in plan_runs(table, ask_evaluators(table))}
     assert len(refused) == 1 and "eval.data.likelihood: no such file: " in refused.pop()

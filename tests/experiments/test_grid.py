@@ -20,7 +20,7 @@ from ba_lora.experiments.executors.base import Busy, Slot
 from ba_lora.experiments.executors.local import LocalExecutor
 from ba_lora.experiments.grid_runs import Grid
 from ba_lora.experiments.options import read_grid_options, rows_for_gpus, select_rows
-from ba_lora.experiments.plan import dry_run, plan_runs
+from ba_lora.experiments.plan import Checks, dry_run, plan_runs
 from ba_lora.experiments.preparation import GRID_MODULE, prepare, prepare_words
 from ba_lora.experiments.spec import Spec
 from ba_lora.experiments.stages import evaluation_stages
@@ -226,7 +226,7 @@ def test_a_failure_is_shown_and_retried_on_request(folder):
     again = fake_grid.run(table, say=lines.append)
     assert set(again.failed) == {bad} and f"train {bad.name}" not in counted(folder)
     assert any("is broken: fix it" in line and "retry=true" in line for line in lines)
-    assert "failed " in "\n".join(dry_run(table, plan_runs(table, fake_grid.GRADERS)))
+    assert "failed " in "\n".join(dry_run(table, plan_runs(table, Checks(fake_grid.GRADERS))))
     assert not fake_grid.run(table, retry=True).failed
     check_complete(table)
 

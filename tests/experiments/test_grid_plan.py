@@ -14,7 +14,7 @@ from ba_lora.experiments import plan as grid_plan
 from ba_lora.experiments.executors.base import Slot
 from ba_lora.experiments.executors.local import LocalExecutor
 from ba_lora.experiments.options import select_rows
-from ba_lora.experiments.plan import dry_run, plan_runs
+from ba_lora.experiments.plan import Checks, ask_evaluators, dry_run, plan_runs
 from ba_lora.experiments.tables import available_tables, find_table, load_table
 from ba_lora.io import write_jsonl_atomic
 from eval import metric_paths
@@ -27,9 +27,11 @@ from tests.workers import fake_grid
 def test_another_config_is_named(grid_folder):
     fake_grid.run(fake_grid.table(grid_folder))
     changed = fake_grid.table(grid_folder, overrides=["data.num_rows=7"])
-    text = "\n".join(dry_run(changed, plan_runs(changed, fake_grid.GRADERS)))
+    text = "\n".join(dry_run(changed, plan_runs(changed, Checks(fake_grid.GRADERS))))
     assert text.count("stale ") == 6 and "config changed since toy-lora-s1-" in text
-    assert sum(entry.changed is not None for entry in plan_runs(changed, fake_grid.GRADERS)) == 6  # told once a run
+    assert (
+        sum(entry.changed is not None for entry in plan_runs(changed, Checks(fake_grid.GRADERS))) == 6
+    )  # told once a run
     assert "6 stale" in text and "18 cells" not in text and "12 cells from 6 runs" in text
 
 
@@ -39,11 +41,13 @@ def test_a_missing_judge_is_told_before_the_first_training(grid_folder, monkeypa
     column = {"task": "mt_bench", "metric": "rating", "unit": "points"}
     judged = fake_grid.table(grid_folder, columns={"mt_bench": column})
     told = [
-        line for line in dry_run(judged, plan_runs(judged, {})) if line.startswith("warning: JUDGE_MODEL is not set")
+        line
+        for line in dry_run(judged, plan_runs(judged, Checks()))
+        if line.startswith("warning: JUDGE_MODEL is not set")
     ]
     assert len(told) == 1
     table = fake_grid.table(grid_folder)
-    assert not any("JUDGE" in line for line in dry_run(table, plan_runs(table, {})))
+    assert not any("JUDGE" in line for line in dry_run(table, plan_runs(table, Checks())))
 
 
 def test_each_run_is_looked_at_once(grid_folder, monkeypatch):
@@ -51,7 +55,7 @@ def test_each_run_is_looked_at_once(grid_folder, monkeypatch):
     looked, real = [], grid_plan.inspect
     monkeypatch.setattr(grid_plan, "inspect", lambda spec, graders: looked.append(spec) or real(spec, graders))
     table = fake_grid.table(grid_folder)
-    plan_runs(table, fake_grid.GRADERS)
+    plan_runs(table, Checks(fake_grid.GRADERS))
     assert looked == table.specs() and len(table.cells) == 2 * len(looked)
 
 
@@ -66,7 +70,7 @@ def test_a_run_that_cannot_be_looked_at_is_told_beside_the_others(grid_folder):
     fake_grid.run(table)
     bad = table.specs()[0].config.run_path
     (bad / "claim.json").write_text("{")
-    lines = dry_run(table, plan_runs(table, fake_grid.GRADERS))
+    lines = dry_run(table, plan_runs(table, Checks(fake_grid.GRADERS)))
     assert lines[0].startswith("failed ") and "claim.json, line 1: not valid JSON" in lines[1]
     assert lines[2].startswith("done ") and lines[3].endswith("1 failed, 1 done")
 
@@ -79,7 +83,7 @@ def test_what_failed_costs_nothing_unless_it_is_tried_again(grid_folder, monkeyp
     costs = []
     monkeypatch.setattr(grid_plan, "estimate_lines", lambda left: costs.append(left) or [])
     for retry in (False, True):
-        dry_run(table, plan_runs(table, fake_grid.GRADERS), retry=retry)
+        dry_run(table, plan_runs(table, Checks(fake_grid.GRADERS)), retry=retry)
     assert costs[0] == []
     ((spec, state),) = costs[1]
     assert spec.config.run_path == bad and state.train
@@ -99,11 +103,12 @@ def settings(tmp_path, root, monkeypatch):
             "seeds": [1, 2],
             "overrides": [f"results_dir={tmp_path}", *words],
             "rows": [{"bases": [base], "methods": ["lora"], "settings": rows}],
-            "columns": {"strict": {"task": task, "metric": "strict"}},
+            "columns": {"score": {"task": task, "metric": "strict" if kind == "nlg" else "accuracy"}},
         }
         path = tmp_path / "settings.yaml"
         path.write_text(yaml.safe_dump(raw))
-        entries = plan_runs(load_table(path), {})
+        table = load_table(path)
+        entries = plan_runs(table, ask_evaluators(table))
         assert len(entries) == 2 * len(named)
         return {entry.cells[0].row.setting: entry for entry in entries}
 
@@ -153,9 +158,8 @@ def test_a_refused_run_is_not_trained_and_the_others_are(grid_folder, monkeypatc
     table = fake_grid.table(grid_folder, seeds=[1])
     bad, good = table.specs()
     error = "eval.data.toy: no such file"
-    monkeypatch.setattr(grid_plan, "refused_evaluations", lambda configs: {bad.config.run_path: error})
-    monkeypatch.setattr(grid, "ask_grader_versions", lambda: fake_grid.GRADERS)
-    monkeypatch.setattr(grid, "check_columns", lambda table: None)
+    checks = Checks(fake_grid.GRADERS, {bad.config.run_path: error})
+    monkeypatch.setattr(grid, "ask_evaluators", lambda table, prepared: checks)
     monkeypatch.setattr(grid, "open_executor", lambda *_, **__: LocalExecutor([Slot("worker", {})]))
     monkeypatch.setattr(grid, "subprocess", SimpleNamespace(run=lambda *_, **__: SimpleNamespace(returncode=0)))
     command = ["grid", str(grid_folder / "fake.yaml"), "seeds=1"]
@@ -230,7 +234,7 @@ def test_the_command_refuses_a_mistyped_metric_as_it_is_typed(grid_folder, monke
 
 def test_a_dry_run_tells_what_a_limit_does_to_the_table(grid_folder):
     table = fake_grid.table(grid_folder, overrides=["eval.limit=7"])
-    lines = dry_run(table, plan_runs(table, fake_grid.GRADERS))
+    lines = dry_run(table, plan_runs(table, Checks(fake_grid.GRADERS)))
     assert "eval.limit=7: scores are of the first items only, as a footnote of the table will say" in lines
     settings = {"all": [], "some": ["eval.limit=7"]}
     rows = [{"bases": ["toy"], "methods": ["lora"], "settings": {"all": []}}]

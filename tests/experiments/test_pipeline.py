@@ -230,7 +230,9 @@ def test_a_task_without_data_of_its_own_is_told_before_the_training(tmp_path, mo
     monkeypatch.setattr(sys, "argv", words)
     monkeypatch.setattr(TASKS["heldout"], "hub", None)
     monkeypatch.setattr(
-        stages, "ask_module", lambda module, commands: [find_error(name, words) for name, *words in commands]
+        stages,
+        "ask_module",
+        lambda module, commands: {"errors": [find_error(name, words) for name, *words in commands]},
     )
     with pytest.raises(UserError, match="heldout has no data of its own.*eval.data.heldout=FILE"):
         pipeline.main()
