@@ -1,5 +1,5 @@
 #!/bin/sh
-# The library's tests (objective, trainer, export, TRL) with other packages than requirements.txt pins:
+# The library's fast tests (objective, trainer, export, TRL) with other packages than requirements.txt pins:
 #
 #     sh scripts/width.sh oldest     the oldest versions that pyproject.toml allows
 #     sh scripts/width.sh newest     the newest ones that it allows and the registry has
@@ -53,4 +53,4 @@ fi
 [ $# -gt 0 ] || set -- tests/objective tests/training/test_trainer.py tests/training/test_mixin.py \
     tests/training/test_sft.py tests/runs/test_export.py
 exec env PYTHONPATH="$PWD" OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false \
-    "$PYTHON" -m pytest -q -p no:cacheprovider -m "not gpu and not real" "$@"
+    "$PYTHON" -m pytest -p no:cacheprovider -m "not gpu and not real and not slow" "$@"

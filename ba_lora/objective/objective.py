@@ -22,6 +22,7 @@ from ba_lora.objective.path import LossPath, base_model, choose_path, evaluating
 from ba_lora.objective.reference import Reference, build_reference, check_step_zero
 from ba_lora.objective.reference_cache.store import NOT_THESE_ROWS, CachedReference
 from ba_lora.objective.regularizers import response_mask, response_targets
+from ba_lora.objective.schedules import scheduled_weight
 from ba_lora.objective.terms import term_class, term_names
 from ba_lora.objective.terms.base import BatchTerm, ModelTerm, Outputs, PositionTerm, Term
 from ba_lora.objective.terms.block import Positions
@@ -80,6 +81,36 @@ class Objective:
         `units`: what each factor would be with λ = 1; where given, each term's squared gradient norm is taken too.
         """
         raise NotImplementedError
+
+    def lambdas(self, step: int, num_steps: int, weights: Mapping[str, float] | None = None) -> dict[str, float]:
+        """Return λ(t) of each term: its weight, or the one given, under its schedule."""
+        weights = {term.name: term.weight for term in self.terms} | dict(weights or {})
+        return {
+            term.name: scheduled_weight(term.schedule, weights[term.name], step=step, num_steps=num_steps)
+            for term in self.terms
+        }
+
+    def factors(
+        self, lambdas: Mapping[str, float], *, of_position: float | Tensor, of_micro_batch: float
+    ) -> dict[str, float | Tensor]:
+        """Return what each term of a micro-batch is multiplied with: λ(t) and its share of the optimizer step."""
+        return {
+            term.name: lambdas[term.name] * (of_position if term.reduction == "mean" else of_micro_batch)
+            for term in self.terms
+        }
+
+    def step_values(
+        self, sums: Mapping[str, TermSums], lambdas: Mapping[str, float], *, number: Tensor | int, micro_batches: int
+    ) -> dict[str, Tensor]:
+        """Return a micro-batch's share of each term's value in the optimizer step, of `number` positions and so many
+        micro-batches on all processes, and of its weighted value, for the log; no wait for the device."""
+        values = {}
+        for term in self.terms:
+            if (found := sums.get(term.name)) is not None:
+                all_of_it = number if term.reduction == "mean" else micro_batches
+                values[term.name] = found.value / all_of_it
+                values[f"weighted_{term.name}"] = found.weighted / all_of_it * lambdas[term.name]
+        return values
 
     def report(self) -> dict[str, Any]:
         """Return how the loss was computed, for the run's result; {} before the first micro-batch."""

@@ -16,7 +16,6 @@ from ba_lora.config.schema_nlg import LossConfig
 from ba_lora.errors import UserError
 from ba_lora.methods.base import Tuner, method_of
 from ba_lora.objective.objective import TokenObjective
-from ba_lora.objective.schedules import scheduled_weight
 from ba_lora.objective.terms.base import Term
 from ba_lora.training.log import TermMeter
 from ba_lora.training.plain_lora import initial_factors
@@ -92,26 +91,16 @@ class BALoRALoss:
         objective = self.objective
         inputs = {name: value for name, value in inputs.items() if name != "use_cache"}  # which the objective sets
         number = num_items_in_batch if num_items_in_batch is not None else max(objective.count(inputs), 1)
-        step, num_steps = self.state.global_step, max(self.state.max_steps, 1)
-        lambdas = {
-            term.name: scheduled_weight(term.schedule, term.weight, step=step, num_steps=num_steps)
-            for term in objective.terms
-        }
+        step = self.state.global_step
+        lambdas = objective.lambdas(step, max(self.state.max_steps, 1))
         shared = num_items_in_batch is not None and self.args.average_tokens_across_devices
         mean = (self.accelerator.num_processes if shared else 1) / number
         micro_batches = self.current_gradient_accumulation_steps
-        factors = {
-            term.name: lambdas[term.name] * (mean if term.reduction == "mean" else 1 / micro_batches)
-            for term in objective.terms
-        }
+        factors = objective.factors(lambdas, of_position=mean, of_micro_batch=1 / micro_batches)
         total, sums = objective.loss(model, inputs, factors, check_reference=step == 0 and not self._has_begun)
         self._has_begun = True
-        values = {}
-        for term in objective.terms:
-            if (found := sums.get(term.name)) is not None:
-                all_of_it = number if term.reduction == "mean" else micro_batches * self.accelerator.num_processes
-                values[term.name] = found.value / all_of_it
-                values[f"weighted_{term.name}"] = found.weighted / all_of_it * lambdas[term.name]
+        of_step = micro_batches * self.accelerator.num_processes
+        values = objective.step_values(sums, lambdas, number=number, micro_batches=of_step)
         self._term_meter.add(values, steps=1 / micro_batches)
         return (total, {"loss": total.detach()}) if return_outputs else total
 

@@ -32,7 +32,6 @@ from ba_lora.objective.losses.plain import TermSums
 from ba_lora.objective.objective import Objective, TokenObjective
 from ba_lora.objective.reference import Reference
 from ba_lora.objective.reference_cache.store import CachedReference
-from ba_lora.objective.schedules import scheduled_weight
 from ba_lora.objective.terms.base import ModelTerm, Term
 from ba_lora.training.checkpoints import (
     clear_checkpoints,
@@ -165,13 +164,8 @@ class BALoRATrainer(Trainer):
 
     def _lambdas(self) -> dict[str, float]:
         """Return λ(t) of each term."""
-        step, num_steps = self.state.global_step, self.state.max_steps
-        weights = {term.name: term.weight for term in self.objective.terms}
-        weights |= self._shares.weights | self._kl.weights
-        return {
-            term.name: scheduled_weight(term.schedule, weights[term.name], step=step, num_steps=num_steps)
-            for term in self.objective.terms
-        }
+        weights = self._shares.weights | self._kl.weights
+        return self.objective.lambdas(self.state.global_step, self.state.max_steps, weights)
 
     def _factors(self, lambdas: dict[str, float], number: Tensor | int, *, training: bool) -> dict[str, float | Tensor]:
         """Return what each term of the micro-batch is multiplied with. DDP and DeepSpeed average gradients over the
@@ -179,10 +173,7 @@ class BALoRATrainer(Trainer):
         shared = training and self.args.average_tokens_across_devices
         mean = (self.accelerator.num_processes if shared else 1) / number
         micro_batch = 1 / (self.current_gradient_accumulation_steps if training else 1)
-        return {
-            term.name: lambdas[term.name] * (mean if term.reduction == "mean" else micro_batch)
-            for term in self.objective.terms
-        }
+        return self.objective.factors(lambdas, of_position=mean, of_micro_batch=micro_batch)
 
     def _set_signature_columns_if_needed(self) -> None:
         """Keep the columns that the objective reads; Trainer drops what the model does not take."""
@@ -258,12 +249,7 @@ class BALoRATrainer(Trainer):
     def _record(self, sums: dict[str, TermSums], lambdas: dict[str, float], number: Tensor | int) -> None:
         """Give the micro-batch's share of each term's value to the log (on the device, no synchronisation)."""
         micro_batches = self.current_gradient_accumulation_steps * self.accelerator.num_processes
-        values = {}
-        for term in self.objective.terms:
-            if (found := sums.get(term.name)) is not None:
-                all_of_it = number if term.reduction == "mean" else micro_batches
-                values[term.name] = found.value / all_of_it
-                values[f"weighted_{term.name}"] = found.weighted / all_of_it * lambdas[term.name]
+        values = self.objective.step_values(sums, lambdas, number=number, micro_batches=micro_batches)
         self._term_meter.add(values, steps=1 / self.current_gradient_accumulation_steps)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
