@@ -43,7 +43,7 @@ if [ "$(cat "$STAMP" 2>/dev/null)" != "$WANTED" ]; then
         exit 69
     fi
     torch=$(needs | grep '^torch')
-    pip install --quiet --timeout 15 --retries 1 --index-url https://download.pytorch.org/whl/cpu "$torch" >&2 ||
+    pip install -qqq --timeout 15 --retries 1 --index-url https://download.pytorch.org/whl/cpu "$torch" >&2 ||
         pip install --quiet "$torch" >&2
     needs >"$ENV/needs.txt"
     pip install --quiet -r "$ENV/needs.txt" "$(grep '^pytest==' requirements.txt)" >&2
