@@ -613,6 +613,53 @@ def test_what_the_toy_says_is_what_its_comparisons_say():
     assert len(comparisons) == 72 and not any(one["p"] for one in comparisons)
 
 
+def _cells(row):
+    return [cell.strip(" *").replace("−", "-") for cell in row.strip().strip("|").split("|")]
+
+
+INHERITANCE = {"inheritance": "## Results", "inheritance_rate": "## At one learning rate"}  # table → where the page tells what it found
+
+
+@pytest.mark.parametrize("table", INHERITANCE)
+def test_what_is_inherited_is_what_the_reports_found(table):
+    """Each hypothesis with its interval and decision, and the means at the highest noise."""
+    told = PAGES["docs/inheritance.md"].partition(INHERITANCE[table] + "\n")[2].partition("\n## ")[0]
+    rows = {cells[0].partition(":")[0]: cells for line in told.splitlines() if (cells := _cells(line))[1:]}
+    found = json.loads(committed_text(f"results/{table}/table.json"))["hypotheses"]
+    assert found
+    for one in found:
+        _, effect, interval, decision, *_ = rows[one["hypothesis"]["name"]]
+        assert effect == f"{one['difference']:+.2f}", one
+        assert interval == f"{one['low']:+.2f} to {one['high']:+.2f}" and decision.startswith(one["decision"])
+    report = committed_text(f"results/{table}/table.md").partition("## Means over the pre-trained models\n")[2]
+    (header, _, *lines) = [_cells(line) for line in report.partition("\n## ")[0].splitlines() if line.startswith("|")]
+    means = {
+        method: dict(zip(header[2:], cells, strict=True)) for level, method, *cells in lines if level == "noise=40"
+    }
+    (head,) = [cells for cells in map(_cells, told.splitlines()) if cells[1:] and cells[1].startswith("p(wrong rule)")]
+    for method, of_report in means.items():
+        shown = dict(zip(head[1:], rows[method][1:], strict=True))
+        for column, text in shown.items():
+            (cell,) = [cell for name, cell in of_report.items() if name.startswith(column)]
+            for number, exact in zip(re.findall(r"[\d.]+", text), re.findall(r"[\d.]+", cell), strict=False):
+                assert abs(float(number) - float(exact)) <= 0.51 * 10 ** -len(number.partition(".")[2]), (
+                    method,
+                    column,
+                )
+
+
+def test_the_first_pages_tell_what_the_page_on_inheritance_tells():
+    (h1,) = [
+        one
+        for one in json.loads(committed_text("results/inheritance/table.json"))["hypotheses"]
+        if one["hypothesis"]["name"] == "H1"
+    ]
+    told = f"{h1['difference']:+.2f} points", f"95 % {h1['low']:+.2f} to {h1['high']:+.2f}"
+    for page in ("README.md", "REPRODUCTION.md", "docs/results.md"):
+        text = " ".join(PAGES[page].replace("−", "-").split())
+        assert all(one in text for one in told), page
+
+
 def test_reproduction_opens_with_the_verdict_that_the_report_wrote():
     """Copied from results/toy/table.md, five lines."""
     lines = json.loads(committed_text("results/toy/table.json"))["verdict"]
@@ -632,18 +679,38 @@ def test_what_the_page_on_statistics_says_is_what_was_simulated():
     assert max(line["false"] for line in lines) <= 0.06
 
 
-def test_the_price_of_a_step_is_that_of_the_newest_bench_rows():
-    newest = {}
+def _bench_runs():
+    """Of the default shape on the CPU: runs of the bench in their order, each vocabulary → case → row."""
+    runs = {}
     for row in csv.DictReader(committed_text("results/bench.csv").splitlines()):
         if (row["device"], row["shape"]) == ("cpu", "default"):
-            newest[row["case"], row["vocab"]] = (
-                f"{float(row['step_ratio']):.2f}",
-                f"{float(row['memory_ratio']):.2f}",
-            )
+            runs.setdefault((row["commit"], row["vocab"]), {})[row["case"]] = row
+    return runs
+
+
+def test_the_price_of_a_step_is_that_of_the_newest_run_with_the_official_recipe():
+    newest = {vocabulary: rows for (_, vocabulary), rows in _bench_runs().items() if "official" in rows}
     names = {"official arithmetic": "official", "fused": "fused", "fused, reference cached": "fused_cache"}
     for name, case in names.items():
         (line,) = re.findall(rf"^\| BA-LoRA, {name} \|(.*)\|$", RESULTS, flags=re.M)
-        assert tuple(cell.strip() for cell in line.split("|")) == newest[case, "32000"] + newest[case, "128000"], name
+        rows = [newest[vocabulary][case] for vocabulary in ("32000", "128000")]
+        shown = [f"{float(row[key]):.2f}" for row in rows for key in ("step_ratio", "memory_ratio")]
+        assert [cell.strip() for cell in line.split("|")] == shown, name
+
+
+def test_the_ratios_to_the_best_pissa_are_those_of_the_newest_run():
+    newest = {vocabulary: rows for (_, vocabulary), rows in _bench_runs().items() if "pissa_fused" in rows}
+    told = RESULTS.partition("**Beside the best PiSSA.**")[2].partition("**On a GPU")[0]
+    for vocabulary, rows in newest.items():
+        step, memory = (
+            {case: float(row[f"best_{key}_ratio"]) for case, row in rows.items()} for key in ("step", "memory")
+        )
+        lines = [line for line in told.splitlines() if line.startswith(f"| {int(vocabulary):,} |")]
+        for line, case in zip(lines, ("fused_cache", "fused"), strict=False):
+            assert float(re.search(r"(\d\.\d\d)\*\*", line)[1]) == pytest.approx(step[case], abs=0.0051), line
+            assert f"| {float(rows[case]['best_floor_ratio']):.2f} |" in line
+        assert f"| {memory['fused_cache']:.2f} ({memory['fused']:.2f}) |" in lines[2]
+        assert min(step, key=step.get) == "pissa_fused"
 
 
 def _of_the_table(result, method):
