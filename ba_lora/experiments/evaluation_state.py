@@ -20,7 +20,7 @@ from ba_lora.paths import no_such_file, resolve_path
 
 STATE_FILE = "evaluation.json"  # what the scores in a run's folder belong to
 
-Graders = Mapping[str, Mapping[str, str | None]]  # of `python -m eval.check --graders`
+Graders = Mapping[str, Mapping[str, str | None]]  # what `python -m eval.check --graders` prints as `graders`
 
 
 def evaluation_state(config: RunConfig) -> dict[str, Any]:

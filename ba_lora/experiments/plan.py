@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ba_lora.config.schema import RunConfig
+from ba_lora.config.schema import UNTUNED, RunConfig
 from ba_lora.errors import UserError
 from ba_lora.experiments.estimates import estimate_lines
 from ba_lora.experiments.evaluation_state import Graders
@@ -52,8 +52,8 @@ class Checks:
 
 
 def ask_evaluators(table: Table, *, prepared: bool = True) -> Checks:
-    """Ask eval.check, in one process of its own, all that a table needs to know. prepared: what the table needs first
-    has been run, so that a data file that is not there is an error.
+    """Ask eval.check, in one process of its own, all that a table needs to know, of finished runs, too. prepared: what
+    the table needs first has been run, so that a data file that is not there is an error.
 
     Runs with one model and one evaluation are checked once. Raises UserError, naming the column, for a metric that its
     task's score will not have.
@@ -74,11 +74,11 @@ def ask_evaluators(table: Table, *, prepared: bool = True) -> Checks:
         calls += checked
         asked_for += [members] * len(checked)
     answers = ask_checks(calls, "--graders")
-    errors = iter(answers["errors"])
-    for column in columns:
-        if error := next(errors):
+    of_columns, of_runs = answers["errors"][: len(columns)], answers["errors"][len(columns) :]
+    for column, error in zip(columns, of_columns, strict=True):
+        if error:
             raise UserError(f"table {table.id}: columns.{column.name}: {error}")
-    for members, error in zip(asked_for, errors, strict=True):
+    for members, error in zip(asked_for, of_runs, strict=True):
         refused |= {config.run_path: error for config in members} if error else {}
     return Checks(answers["graders"], refused)
 
@@ -87,7 +87,8 @@ def _evaluated_alike(configs: Iterable[RunConfig]) -> Iterable[list[RunConfig]]:
     alike: dict[str, list[RunConfig]] = {}
     for config in configs:
         task = task_word(config.nlu.task) if config.kind == "nlu" else None
-        key = json.dumps([config.kind, task, dataclasses.asdict(config.model), dataclasses.asdict(config.eval)])
+        settings = [dataclasses.asdict(config.model), dataclasses.asdict(config.eval)]
+        key = json.dumps([config.kind, task, config.method == UNTUNED, *settings])
         alike.setdefault(key, []).append(config)
     return alike.values()
 

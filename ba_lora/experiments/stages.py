@@ -72,8 +72,8 @@ def run_stage(stage: Stage) -> None:
 
 
 def ask_checks(calls: Iterable[Call], *words: str) -> dict[str, Any]:
-    """Return eval.check's answers: `errors`, for each call the one that it would end with after the training, as far as
-    it shows before, or None; and what its `words` ask for."""
+    """Return eval.check's answers: `errors`, for each call the error that it would end with after the training, as far
+    as it shows before, or None; and what `words` ask for."""
     return ask_module("eval.check", [[call.module, *call.words] for call in calls], *words)
 
 

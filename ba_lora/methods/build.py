@@ -222,10 +222,12 @@ def _leave_experts_out(model: "nn.Module", peft_config: Any, adapter: AdapterCon
     PiSSA and CorDA have no factors for those three-dimensional weights, and LoRA is to be compared with them on the
     same layers. Raises UserError where the configuration names such layers itself.
     """
-    try:
-        from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
-    except ImportError:  # the PEFT of today has it; 0.18 adds no experts
+    import peft
+    from packaging.version import Version
+
+    if Version(peft.__version__) < Version("0.19"):  # which adds none
         return
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 
     found = copy.deepcopy(peft_config)
     try:

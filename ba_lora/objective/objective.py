@@ -3,8 +3,8 @@
     L = L_task + λ1 L_consistency + λ2 L_diversity + λ3 L_svd + Σ λ · further terms
 
 TokenObjective is a language model's, over the response positions; ClassifierObjective (objective_nlu.py) a
-classifier's, over whole rows. BALoRATrainer owns λ(t), counts, the log and checkpoints, and gives each term its factor:
-λ(t) / number of positions of the effective batch, or λ(t) / number of micro-batches.
+classifier's, over whole rows. The trainer owns counts, the log and checkpoints, and asks for λ(t) and each term's
+factor: λ(t) / number of positions of the effective batch, or λ(t) / number of micro-batches.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -102,8 +102,11 @@ class Objective:
     def step_values(
         self, sums: Mapping[str, TermSums], lambdas: Mapping[str, float], *, number: Tensor | int, micro_batches: int
     ) -> dict[str, Tensor]:
-        """Return a micro-batch's share of each term's value in the optimizer step, of `number` positions and so many
-        micro-batches on all processes, and of its weighted value, for the log; no wait for the device."""
+        """Return each term's value and weighted value, as this micro-batch's share of the optimizer step, for the log.
+
+        number: the positions of the step; micro_batches: those of the step on all processes. Nothing waits for the
+        device.
+        """
         values = {}
         for term in self.terms:
             if (found := sums.get(term.name)) is not None:

@@ -99,8 +99,8 @@ class BALoRALoss:
         factors = objective.factors(lambdas, of_position=mean, of_micro_batch=1 / micro_batches)
         total, sums = objective.loss(model, inputs, factors, check_reference=step == 0 and not self._has_begun)
         self._has_begun = True
-        of_step = micro_batches * self.accelerator.num_processes
-        values = objective.step_values(sums, lambdas, number=number, micro_batches=of_step)
+        micro_batches_of_step = micro_batches * self.accelerator.num_processes
+        values = objective.step_values(sums, lambdas, number=number, micro_batches=micro_batches_of_step)
         self._term_meter.add(values, steps=1 / micro_batches)
         return (total, {"loss": total.detach()}) if return_outputs else total
 

@@ -617,47 +617,72 @@ def _cells(row):
     return [cell.strip(" *").replace("−", "-") for cell in row.strip().strip("|").split("|")]
 
 
-INHERITANCE = {"inheritance": "## Results", "inheritance_rate": "## At one learning rate"}  # table → where the page tells what it found
+# Table → where the page tells what it found, and how many methods it has at the highest noise.
+INHERITANCE = {"inheritance": ("## Results", 7), "inheritance_rate": ("## At one learning rate", 3)}
+DECISIONS = {  # what stands behind "refuted", by the interval and the margin
+    "above 0": lambda low, high, margin: low > 0 and high > margin,
+    "within ± 1": lambda low, high, margin: margin == 1 and -1 <= low and high <= 1,
+    "below 0": lambda low, high, margin: high < 0 and low < -margin,
+}
+
+
+def _hypotheses(table):
+    return {
+        one["hypothesis"]["name"]: one
+        for one in json.loads(committed_text(f"results/{table}/table.json"))["hypotheses"]
+    }
+
+
+def _effect(one):
+    return f"{one['difference']:+.2f}", f"{one['low']:+.2f} to {one['high']:+.2f}"
 
 
 @pytest.mark.parametrize("table", INHERITANCE)
 def test_what_is_inherited_is_what_the_reports_found(table):
     """Each hypothesis with its interval and decision, and the means at the highest noise."""
-    told = PAGES["docs/inheritance.md"].partition(INHERITANCE[table] + "\n")[2].partition("\n## ")[0]
+    section, num_methods = INHERITANCE[table]
+    told = PAGES["docs/inheritance.md"].partition(section + "\n")[2].partition("\n## ")[0]
     rows = {cells[0].partition(":")[0]: cells for line in told.splitlines() if (cells := _cells(line))[1:]}
-    found = json.loads(committed_text(f"results/{table}/table.json"))["hypotheses"]
-    assert found
-    for one in found:
-        _, effect, interval, decision, *_ = rows[one["hypothesis"]["name"]]
-        assert effect == f"{one['difference']:+.2f}", one
-        assert interval == f"{one['low']:+.2f} to {one['high']:+.2f}" and decision.startswith(one["decision"])
+    found = _hypotheses(table)
+    assert len(found) == {"inheritance": 7, "inheritance_rate": 2}[table]
+    for name, one in found.items():
+        _, effect, interval, decision, *_ = rows[name]
+        assert (effect, interval) == _effect(one) and decision.startswith(one["decision"])
+        for reason, holds in DECISIONS.items():
+            assert reason not in decision or holds(one["low"], one["high"], one["hypothesis"]["margin"]), name
+        if by_holm := re.search(r"Holm (0\.\d+)", decision):
+            assert float(by_holm[1]) == pytest.approx(one["p_adjusted"], abs=0.0005)
     report = committed_text(f"results/{table}/table.md").partition("## Means over the pre-trained models\n")[2]
     (header, _, *lines) = [_cells(line) for line in report.partition("\n## ")[0].splitlines() if line.startswith("|")]
     means = {
         method: dict(zip(header[2:], cells, strict=True)) for level, method, *cells in lines if level == "noise=40"
     }
+    assert len(means) == num_methods
     (head,) = [cells for cells in map(_cells, told.splitlines()) if cells[1:] and cells[1].startswith("p(wrong rule)")]
     for method, of_report in means.items():
-        shown = dict(zip(head[1:], rows[method][1:], strict=True))
-        for column, text in shown.items():
+        for column, text in zip(head[1:], rows[method][1:], strict=True):
             (cell,) = [cell for name, cell in of_report.items() if name.startswith(column)]
-            for number, exact in zip(re.findall(r"[\d.]+", text), re.findall(r"[\d.]+", cell), strict=False):
-                assert abs(float(number) - float(exact)) <= 0.51 * 10 ** -len(number.partition(".")[2]), (
-                    method,
-                    column,
-                )
+            numbers = re.findall(r"[\d.]+", text)
+            assert numbers, (method, column)
+            for number, exact in zip(
+                numbers, re.findall(r"[\d.]+", cell), strict=False
+            ):  # with n, or the spread left out
+                decimals = len(number.partition(".")[2])
+                assert abs(float(number) - float(exact)) <= 0.51 * 10**-decimals, (method, column)
 
 
-def test_the_first_pages_tell_what_the_page_on_inheritance_tells():
-    (h1,) = [
-        one
-        for one in json.loads(committed_text("results/inheritance/table.json"))["hypotheses"]
-        if one["hypothesis"]["name"] == "H1"
-    ]
-    told = f"{h1['difference']:+.2f} points", f"95 % {h1['low']:+.2f} to {h1['high']:+.2f}"
-    for page in ("README.md", "REPRODUCTION.md", "docs/results.md"):
+def test_the_first_pages_tell_what_the_reports_on_inheritance_found():
+    found, of_rate = _hypotheses("inheritance"), _hypotheses("inheritance_rate")
+    everywhere = [_effect(found["H1"]), _effect(of_rate["All terms"])]
+    told = {
+        "README.md": everywhere,
+        "REPRODUCTION.md": [*everywhere, _effect(found["H2"])],
+        "docs/results.md": [*everywhere, *(_effect(found[name]) for name in ("H2", "H3", "H4"))],
+    }
+    for page, effects in told.items():
         text = " ".join(PAGES[page].replace("−", "-").split())
-        assert all(one in text for one in told), page
+        for effect, interval in effects:
+            assert re.search(rf"{re.escape(effect)}( points)? \((95 % )?{re.escape(interval)}", text), (page, effect)
 
 
 def test_reproduction_opens_with_the_verdict_that_the_report_wrote():
@@ -679,17 +704,20 @@ def test_what_the_page_on_statistics_says_is_what_was_simulated():
     assert max(line["false"] for line in lines) <= 0.06
 
 
-def _bench_runs():
-    """Of the default shape on the CPU: runs of the bench in their order, each vocabulary → case → row."""
+def _newest_bench(case):
+    """Of the default shape on the CPU: vocabulary → case → row, of the newest run that has the case."""
     runs = {}
     for row in csv.DictReader(committed_text("results/bench.csv").splitlines()):
         if (row["device"], row["shape"]) == ("cpu", "default"):
             runs.setdefault((row["commit"], row["vocab"]), {})[row["case"]] = row
-    return runs
+    in_order = sorted(runs.items(), key=lambda run: next(iter(run[1].values()))["finished_at"])
+    newest = {vocabulary: rows for (_, vocabulary), rows in in_order if case in rows}
+    assert set(newest) == {"32000", "128000"}
+    return newest
 
 
 def test_the_price_of_a_step_is_that_of_the_newest_run_with_the_official_recipe():
-    newest = {vocabulary: rows for (_, vocabulary), rows in _bench_runs().items() if "official" in rows}
+    newest = _newest_bench("official")
     names = {"official arithmetic": "official", "fused": "fused", "fused, reference cached": "fused_cache"}
     for name, case in names.items():
         (line,) = re.findall(rf"^\| BA-LoRA, {name} \|(.*)\|$", RESULTS, flags=re.M)
@@ -699,18 +727,20 @@ def test_the_price_of_a_step_is_that_of_the_newest_run_with_the_official_recipe(
 
 
 def test_the_ratios_to_the_best_pissa_are_those_of_the_newest_run():
-    newest = {vocabulary: rows for (_, vocabulary), rows in _bench_runs().items() if "pissa_fused" in rows}
     told = RESULTS.partition("**Beside the best PiSSA.**")[2].partition("**On a GPU")[0]
-    for vocabulary, rows in newest.items():
-        step, memory = (
-            {case: float(row[f"best_{key}_ratio"]) for case, row in rows.items()} for key in ("step", "memory")
-        )
-        lines = [line for line in told.splitlines() if line.startswith(f"| {int(vocabulary):,} |")]
-        for line, case in zip(lines, ("fused_cache", "fused"), strict=False):
-            assert float(re.search(r"(\d\.\d\d)\*\*", line)[1]) == pytest.approx(step[case], abs=0.0051), line
-            assert f"| {float(rows[case]['best_floor_ratio']):.2f} |" in line
-        assert f"| {memory['fused_cache']:.2f} ({memory['fused']:.2f}) |" in lines[2]
-        assert min(step, key=step.get) == "pissa_fused"
+    for vocabulary, rows in _newest_bench("pissa_fused").items():
+        assert min(rows, key=lambda case: float(rows[case]["step_s"])) == "pissa_fused"
+        for name, case in (("fused with the cache", "fused_cache"), ("fused", "fused")):
+            for kind in ("step", "memory"):
+                what = rf"{'step' if kind == 'step' else 'peak memory'}, {name}"
+                (line,) = re.findall(rf"^\| {int(vocabulary):,} \| {what} \|(.*)\|$", told, flags=re.M)
+                target, measured, floor = (cell.strip() for cell in line.split("|"))
+                ratio = float(rows[case][f"best_{kind}_ratio"])
+                assert measured.strip("*").startswith(f"{ratio:.2f}") and floor in (
+                    "",
+                    f"{float(rows[case]['best_floor_ratio']):.2f}",
+                )
+                assert ("missed" in measured) == bool(target and round(ratio, 2) > float(target.strip("≤ ")))
 
 
 def _of_the_table(result, method):

@@ -5,7 +5,7 @@ import dataclasses
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -154,7 +154,7 @@ def fixed_draws() -> Iterator[None]:
         yield
 
 
-def check_two_processes(worker: str, words: list[str], methods: Iterable[str], folder: Path, root: Path) -> None:
+def check_two_processes(worker: str, words: list[str], methods: Collection[str], folder: Path, root: Path) -> None:
     """Assert that each method's weights are the same, trained by one process with accumulation 2 and by two."""
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

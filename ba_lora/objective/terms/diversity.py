@@ -31,15 +31,13 @@ class Diversity(PositionTerm):
         return -entropy(logits_NV, top_k=self.top_k)
 
     def walk(self, block: Block, factor: float) -> tuple[Tensor, None]:
-        """n = Σ p log p, dz = p (log p − n); of the top k only n = Σ s log s, dz = s (log s − n) at those k.
-
-        With m the largest logit and e = Σ p (z − m), n = e − (log Σ exp z − m) and dz = p (z − m) − e p.
-        """
+        """n = Σ p log p, dz = p (log p − n); of the top k only n = Σ s log s, dz = s (log s − n) at those k."""
         if self.top_k is None or self.top_k >= block.logits.shape[1]:
-            e_B = block.logits.sub_(block.peak[:, None]).mul_(block.softmax).sum(-1)
-            block.add_softmax(-factor * e_B[:, None])
+            p_log_p_BV = block.logits.sub_(block.peak[:, None]).sub_(block.rest[:, None]).mul_(block.softmax)
+            values_B = p_log_p_BV.sum(-1)
+            block.add_softmax(-factor * values_B[:, None])
             block.add_logits(factor)
-            return e_B - block.rest, None
+            return values_B, None
         top_BK, tokens_BK = block.logits.topk(self.top_k, dim=-1)
         log_s_BK = top_BK.log_softmax(-1)
         s_BK = log_s_BK.exp()
