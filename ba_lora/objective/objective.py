@@ -82,9 +82,9 @@ class Objective:
         """
         raise NotImplementedError
 
-    def lambdas(self, step: int, num_steps: int, weights: Mapping[str, float] | None = None) -> dict[str, float]:
+    def lambdas(self, step: int, num_steps: int, weights: dict[str, float] | None = None) -> dict[str, float]:
         """Return λ(t) of each term: its weight, or the one given, under its schedule."""
-        weights = {term.name: term.weight for term in self.terms} | dict(weights or {})
+        weights = {term.name: term.weight for term in self.terms} | (weights or {})
         return {
             term.name: scheduled_weight(term.schedule, weights[term.name], step=step, num_steps=num_steps)
             for term in self.terms
