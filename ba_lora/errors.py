@@ -9,6 +9,9 @@ from collections.abc import Callable
 from typing import NoReturn
 
 
+INCOMPLETE = 3  # the exit status of a report that is whole, but whose page lacks something
+
+
 class UserError(ValueError):
     """Something in the user's hands is wrong: a file, a key, a missing package. Entry points print it and exit 2."""
 

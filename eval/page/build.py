@@ -19,9 +19,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ba_lora.config.schema import HARNESS
 from ba_lora.io import folder_atomic
-from eval.page.items import Answers, read_answers
+from eval.page.items import Answers, keeps_answers, read_answers
 from eval.page.runs import ShownRun, describe_run
 from eval.page.scripts import libraries, script
 from eval.page.view import item_values, runs_of, table_view
@@ -132,7 +131,7 @@ def _answer_files(
     tasks: dict[str, Any] = {}
     faults: list[str] = []
     for place, (task, entry) in enumerate(run.evaluation.items()):
-        if "perplexity" in entry or task.startswith(HARNESS):  # inheritance and the harness keep no completions
+        if not keeps_answers(task):
             continue
         answers = read_answers(run.run_path, task, entry)
         faults += [f"{task}: {fault}" for fault in answers.missing]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ba_lora.errors import UserError
 from ba_lora.runs.environment import now
-from eval.page.items import Answers, read_answers
+from eval.page.items import Answers, keeps_answers, read_answers
 from eval.page.loose import read_shown
 from eval.page.runs import ShownRun
 
@@ -35,6 +35,8 @@ def write_logs(paths: Sequence[Path], folder: Path) -> list[Path]:
     written = []
     for run in runs:
         for task, entry in run.evaluation.items():
+            if not keeps_answers(task):
+                continue
             answers = read_answers(run.run_path, task, entry)
             missing += [f"{run.run_id}, {task}: {fault}" for fault in answers.missing]
             if not answers.rows:

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from ba_lora.config.checks import check_place
-from ba_lora.errors import CommandParser, UserError, run_entry_point
+from ba_lora.errors import INCOMPLETE, CommandParser, UserError, run_entry_point
 from ba_lora.experiments.options import without_unchosen
 from ba_lora.experiments.state import declaration_path, read_declaration
 from ba_lora.experiments.tables import CHOSEN, find_table, load_table, report_folder
@@ -42,8 +42,6 @@ from eval.report.sheets import Drawn
 from eval.report.sources import Sources, read_failures, read_paper, read_results
 from eval.report.spec import TableSpec, table_spec
 from eval.report.table import ReportTable, build_table
-
-INCOMPLETE = 3  # the exit status of a page that lacks something
 
 
 def main() -> int:
