@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable
 from typing import NoReturn
 
-
 INCOMPLETE = 3  # the exit status of a report that is whole, but whose page lacks something
 
 

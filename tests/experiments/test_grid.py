@@ -445,6 +445,16 @@ def test_what_a_table_needs_first_is_told_how_and_where(folder):
         assert prepare_words(("data.lab", "rule=0"), options) == ["data.lab", "rule=0", "workers=3"]
 
 
+def test_a_table_that_comes_first_may_lack_its_page_and_nothing_else(monkeypatch):
+    def ends_with(status):
+        return ["timeit", "-n", "1", "-r", "1", f"import os; os._exit({status})"]
+
+    for module, status, goes_on in (("timeit", 3, True), ("timeit", 1, False), (GRID_MODULE, 3, False)):
+        monkeypatch.setattr("ba_lora.experiments.preparation.GRID_MODULE", module)
+        with contextlib.nullcontext() if goes_on else pytest.raises(UserError, match=f"exit status {status}"):
+            prepare(ends_with(status))
+
+
 def test_ctrl_c_reaches_what_a_table_needs_first_and_lets_it_end(tmp_path):
     begun, ended = tmp_path / "begun", tmp_path / "ended"
     code = f"""

@@ -9,7 +9,7 @@ import yaml
 
 from ba_lora.config.layers import load_config
 from ba_lora.config.schema import to_yaml
-from ba_lora.errors import UserError
+from ba_lora.errors import INCOMPLETE, UserError
 from ba_lora.io import write_json_atomic, write_jsonl_atomic, write_text_atomic
 from eval import compare
 from eval.page.build import POLICY, SCRIPTS, write_page
@@ -17,7 +17,6 @@ from eval.page.items import read_answers
 from eval.page.loose import find_runs, table_of_runs
 from eval.page.runs import ShownRun, _kind_and_task, describe_run
 from eval.page.scripts import libraries, script
-from eval.report.__main__ import INCOMPLETE
 from eval.report.__main__ import main as report
 from tests.support.page_world import HOSTILE, ITEMS, SEEDS, solved, toy_run
 
@@ -169,6 +168,19 @@ def test_a_setting_that_differs_makes_a_row_and_a_copy_has_its_name(tmp_path):
         toy_run(tmp_path / name, "lora", 1, completion=lambda place, gold: gold, items=3, overrides=words)
     made = table_of_runs(find_runs([tmp_path]))
     assert [row.setting for row in made.table.spec.rows] == ["adapter.rank=8", "adapter.rank=4", "adapter.rank=8 c"]
+
+
+@pytest.mark.parametrize("task", ["likelihood", "inheritance", "harness/xnli_es", "ranks/r4/likelihood"])
+def test_a_score_without_answers_leaves_no_gap(tmp_path, task):
+    run = toy_run(tmp_path / "run", "lora", 1, completion=lambda place, gold: gold, items=3)
+    score = {"task": task, "version": "1", "n": 3, "metrics": {"p_right": 0.5}}
+    write_json_atomic(run / "scores" / f"{task}.json", score)
+    write_jsonl_atomic(run / "grades" / f"{task}.jsonl", [{"task_id": "a/0", "metrics": {"p_right": 0.5}}])
+    made = table_of_runs(find_runs([run]))
+    assert set(made.shown[0].evaluation) == {"toy", task}
+    page = tmp_path / "page"
+    assert write_page(page, made.table, made.sources, made.shown, changed=made.changed, missing=made.missing) == []
+    assert len(list((page / "data").glob("answers-*"))) == 1
 
 
 def test_the_page_of_runs_and_its_exit_status(world, tmp_path, monkeypatch, capsys):

@@ -9,12 +9,12 @@ import pytest
 import yaml
 
 from ba_lora.config.schema import UNTUNED
-from ba_lora.errors import UserError
+from ba_lora.errors import INCOMPLETE, UserError
 from ba_lora.experiments import state as grid_state
 from ba_lora.experiments import tables
 from ba_lora.experiments.tables import load_table, report_folder
 from ba_lora.io import write_json_atomic
-from eval.report.__main__ import INCOMPLETE, main
+from eval.report.__main__ import main
 from eval.report.columns import ReportColumn
 from eval.report.sources import FailedStage, read_results
 from eval.report.spec import table_spec
