@@ -617,8 +617,13 @@ def _cells(row):
     return [cell.strip(" *").replace("−", "-") for cell in row.strip().strip("|").split("|")]
 
 
-# Table → where the page tells what it found, and how many methods it has at the highest noise.
-INHERITANCE = {"inheritance": ("## Results", 7), "inheritance_rate": ("## At one learning rate", 3)}
+# Table → where the page tells what it found, its number of hypotheses, and of means at the highest noise.
+INHERITANCE = {
+    "inheritance": ("## Results", 7, 7),
+    "inheritance_rate": ("## At one learning rate", 2, 3),
+    "inheritance_nlu": ("## The twin's results", 7, 7),
+    "inheritance_nlu_rate": ("## The twin at one learning rate", 2, 4),
+}
 DECISIONS = {  # what stands behind "refuted", by the interval and the margin
     "above 0": lambda low, high, margin: low > 0 and high > margin,
     "within ± 1": lambda low, high, margin: margin == 1 and -1 <= low and high <= 1,
@@ -640,11 +645,11 @@ def _effect(one):
 @pytest.mark.parametrize("table", INHERITANCE)
 def test_what_is_inherited_is_what_the_reports_found(table):
     """Each hypothesis with its interval and decision, and the means at the highest noise."""
-    section, num_methods = INHERITANCE[table]
+    section, num_hypotheses, num_means = INHERITANCE[table]
     told = PAGES["docs/inheritance.md"].partition(section + "\n")[2].partition("\n## ")[0]
     rows = {cells[0].partition(":")[0]: cells for line in told.splitlines() if (cells := _cells(line))[1:]}
     found = _hypotheses(table)
-    assert len(found) == {"inheritance": 7, "inheritance_rate": 2}[table]
+    assert len(found) == num_hypotheses
     for name, one in found.items():
         _, effect, interval, decision, *_ = rows[name]
         assert (effect, interval) == _effect(one) and decision.startswith(one["decision"])
@@ -654,10 +659,12 @@ def test_what_is_inherited_is_what_the_reports_found(table):
             assert float(by_holm[1]) == pytest.approx(one["p_adjusted"], abs=0.0005)
     report = committed_text(f"results/{table}/table.md").partition("## Means over the pre-trained models\n")[2]
     (header, _, *lines) = [_cells(line) for line in report.partition("\n## ")[0].splitlines() if line.startswith("|")]
-    means = {
-        method: dict(zip(header[2:], cells, strict=True)) for level, method, *cells in lines if level == "noise=40"
+    means = {  # a method, or a method and its learning rate
+        ", ".join([method, *re.findall("rate=(.*) ", level)]): dict(zip(header[2:], cells, strict=True))
+        for level, method, *cells in lines
+        if level.endswith("noise=40")
     }
-    assert len(means) == num_methods
+    assert len(means) == num_means
     (head,) = [cells for cells in map(_cells, told.splitlines()) if cells[1:] and cells[1].startswith("p(wrong rule)")]
     for method, of_report in means.items():
         for column, text in zip(head[1:], rows[method][1:], strict=True):
@@ -672,16 +679,41 @@ def test_what_is_inherited_is_what_the_reports_found(table):
 
 def test_the_first_pages_tell_what_the_reports_on_inheritance_found():
     found, of_rate = _hypotheses("inheritance"), _hypotheses("inheritance_rate")
-    everywhere = [_effect(found["H1"]), _effect(of_rate["All terms"])]
+    twin, at_one_rate = _hypotheses("inheritance_nlu"), _hypotheses("inheritance_nlu_rate")
+    assert all(one["low"] < 0 < one["high"] for one in at_one_rate.values())  # "nothing that can be told from 0"
+    everywhere = [_effect(found["H1"]), _effect(of_rate["All terms"]), _effect(twin["H1"])]
+    further = [*everywhere, _effect(found["H2"]), *map(_effect, at_one_rate.values())]
     told = {
         "README.md": everywhere,
-        "REPRODUCTION.md": [*everywhere, _effect(found["H2"])],
-        "docs/results.md": [*everywhere, *(_effect(found[name]) for name in ("H2", "H3", "H4"))],
+        "REPRODUCTION.md": further,
+        "docs/results.md": [
+            *further,
+            *(_effect(one[name]) for one, name in ((found, "H3"), (found, "H4"), (twin, "H2"), (twin, "H5"))),
+        ],
     }
     for page, effects in told.items():
         text = " ".join(PAGES[page].replace("−", "-").split())
         for effect, interval in effects:
             assert re.search(rf"{re.escape(effect)}( points)? \((95 % )?{re.escape(interval)}", text), (page, effect)
+
+
+def test_the_page_on_lambda_has_the_means_of_its_sweep():
+    cells = json.loads(committed_text("results/lambda_toy/table.json"))["cells"]
+    found = {(cell["method"], cell["setting"], cell["column"]): cell for cell in cells}
+    methods = {"2024": ["ba_lora"], "ICLR 2026": ["ba_lora_iclr2026"], "none (PiSSA)": ["ba_lora", "ba_lora_iclr2026"]}
+    settings = {"as published": "published", "0": "share=0"}
+    seen = set()
+    for line in PAGES["docs/lambda.md"].splitlines():
+        terms, share, *numbers = [*_cells(line), ""][:5]
+        if terms not in methods:
+            continue
+        setting = settings.get(share) or f"share={float(share.removesuffix(' %')) / 100:g}"
+        method = next(one for one in methods[terms] if (one, setting) not in seen)
+        seen.add((method, setting))
+        for column, decimals, text in zip(("strict", "ppl_after", "kl"), (2, 3, 2), numbers, strict=True):
+            cell = found[method, setting, column]
+            assert text == f"{cell['mean']:.{decimals}f} ± {cell['std']:.{decimals}f}" and cell["n"] == 3
+    assert seen == {(method, setting) for method, setting, _ in found}
 
 
 def test_reproduction_opens_with_the_verdict_that_the_report_wrote():
