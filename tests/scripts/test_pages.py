@@ -623,6 +623,7 @@ INHERITANCE = {
     "inheritance_rate": ("## At one learning rate", 2, 3),
     "inheritance_nlu": ("## The twin's results", 7, 7),
     "inheritance_nlu_rate": ("## The twin at one learning rate", 2, 4),
+    "inheritance_nlu_lora": ("## The twin's LoRA at higher rates", 4, 4),
 }
 DECISIONS = {  # what stands behind "refuted", by the interval and the margin
     "above 0": lambda low, high, margin: low > 0 and high > margin,
@@ -647,11 +648,14 @@ def test_what_is_inherited_is_what_the_reports_found(table):
     """Each hypothesis with its interval and decision, and the means at the highest noise."""
     section, num_hypotheses, num_means = INHERITANCE[table]
     told = PAGES["docs/inheritance.md"].partition(section + "\n")[2].partition("\n## ")[0]
-    rows = {cells[0].partition(":")[0]: cells for line in told.splitlines() if (cells := _cells(line))[1:]}
+    tables = [[_cells(line) for line in part.splitlines()] for part in told.split("\n\n") if part.startswith("|")]
+    (effects,) = [rows for header, _, *rows in tables if "95 % interval" in header]
+    ((head, rows),) = [(header, rows) for header, _, *rows in tables if header[1].startswith("p(wrong rule)")]
     found = _hypotheses(table)
     assert len(found) == num_hypotheses
+    shown = {name.partition(":")[0]: cells for name, *cells in effects}
     for name, one in found.items():
-        _, effect, interval, decision, *_ = rows[name]
+        effect, interval, decision = shown[name]
         assert (effect, interval) == _effect(one) and decision.startswith(one["decision"])
         for reason, holds in DECISIONS.items():
             assert reason not in decision or holds(one["low"], one["high"], one["hypothesis"]["margin"]), name
@@ -664,11 +668,10 @@ def test_what_is_inherited_is_what_the_reports_found(table):
         for level, method, *cells in lines
         if level.endswith("noise=40")
     }
-    assert len(means) == num_means
-    (head,) = [cells for cells in map(_cells, told.splitlines()) if cells[1:] and cells[1].startswith("p(wrong rule)")]
-    for method, of_report in means.items():
-        for column, text in zip(head[1:], rows[method][1:], strict=True):
-            (cell,) = [cell for name, cell in of_report.items() if name.startswith(column)]
+    assert len({row[0] for row in rows}) == num_means
+    for method, *texts in rows:
+        for column, text in zip(head[1:], texts, strict=True):
+            (cell,) = [cell for name, cell in means[method].items() if name.startswith(column)]
             numbers = re.findall(r"[\d.]+", text)
             assert numbers, (method, column)
             exact_ones = re.findall(r"[\d.]+", cell)  # more: the spread, which the page may leave out, and n
