@@ -15,7 +15,8 @@ from ba_lora.experiments.executors.local import LocalExecutor, group_lives
 from ba_lora.experiments.stages import Stage
 from ba_lora.locks import training_lock_path, try_lock
 
-UNMOVED = ("sh", "-c", 'trap "" USR1; exec "$@"', "sh")  # stands before a command that USR1 is not to end
+SIGNAL = "USR1"  # Slurm's, before a time limit and on preemption
+UNMOVED = ("sh", "-c", f'trap "" {SIGNAL}; exec "$@"', "sh")  # stands before a command that the signal is not to end
 AGAIN_S = 5.0  # between two signals to a stage that has not ended yet
 RESERVE_S = 20.0  # of the time before a job's end: for the way back into the queue
 LOCK_WAIT_S = 900.0  # for a process of the run that still lives on a node which the cluster has given up

@@ -15,7 +15,6 @@ A start that no orderly stop explains followed a failure of the node: that is co
 import dataclasses
 import getpass
 import json
-import os
 import shlex
 import shutil
 import subprocess
@@ -30,7 +29,7 @@ from typing import Any, Self
 
 from ba_lora.errors import UserError
 from ba_lora.experiments.executors.base import Busy, Executor, Slot, StageFailure, StageQueue
-from ba_lora.experiments.stage_job import UNMOVED, StageJob, unmoved_by_usr1
+from ba_lora.experiments.stage_job import SIGNAL, UNMOVED, StageJob, unmoved_by_usr1
 from ba_lora.io import disk_errors, read_object, write_json_atomic
 from ba_lora.paths import PROJECT_ROOT, user_folder
 
@@ -96,7 +95,6 @@ class SlurmExecutor(Executor):
                 f"executor slurm: gpus={settings.gpus}: the table's rows are set for {gpus} GPU(s) a run; choose "
                 "others by gpus=N on the command line, or leave the executor's out"
             )
-        os.environ["SUBMITIT_PREEMPT_SIGNAL"] = "USR1"  # read when submitit is imported
         import submitit
 
         if submitit.SlurmExecutor.affinity() < 0:
@@ -228,6 +226,7 @@ class SlurmExecutor(Executor):
         """Submit the calls; return the jobs' numbers."""
         import submitit
 
+        submitit.JobEnvironment.USR_SIG = SIGNAL  # sbatch's --signal; the variable is read at the first import only
         chosen = self.settings
         container = [chosen.container] if chosen.container else []
         # until submitit listens to USR1 it would end the job
@@ -243,7 +242,7 @@ class SlurmExecutor(Executor):
             ntasks_per_node=1,
             stderr_to_stdout=True,
             setup=[
-                "export SUBMITIT_PREEMPT_SIGNAL=USR1",
+                f"export SUBMITIT_PREEMPT_SIGNAL={SIGNAL}",
                 *(f"module load {name}" for name in chosen.modules),
                 *chosen.setup,
             ],
