@@ -45,5 +45,6 @@ def prepare(words: Sequence[str]) -> None:
         process.send_signal(signal.SIGINT)
         process.wait()
         raise
-    if status and not (words[0] == GRID_MODULE and status == INCOMPLETE):  # a table needs no page of another
+    allowed = (0, INCOMPLETE) if words[0] == GRID_MODULE else (0,)  # the page of another table may lack something
+    if status not in allowed:
         raise UserError(f"python -m {' '.join(words)} failed with exit status {status}; see above")

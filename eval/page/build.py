@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ba_lora.io import folder_atomic
-from eval.page.items import Answers, keeps_answers, read_answers
+from eval.page.items import Answers, has_answers, read_answers
 from eval.page.runs import ShownRun, describe_run
 from eval.page.scripts import libraries, script
 from eval.page.view import item_values, runs_of, table_view
@@ -131,7 +131,7 @@ def _answer_files(
     tasks: dict[str, Any] = {}
     faults: list[str] = []
     for place, (task, entry) in enumerate(run.evaluation.items()):
-        if not keeps_answers(task):
+        if not has_answers(task):
             continue
         answers = read_answers(run.run_path, task, entry)
         faults += [f"{task}: {fault}" for fault in answers.missing]

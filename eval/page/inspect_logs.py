@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ba_lora.errors import UserError
 from ba_lora.runs.environment import now
-from eval.page.items import Answers, keeps_answers, read_answers
+from eval.page.items import Answers, has_answers, read_answers
 from eval.page.loose import read_shown
 from eval.page.runs import ShownRun
 
@@ -22,8 +22,8 @@ INSTALL = "logs for Inspect need inspect_ai: pip install -e '.[inspect]', in an 
 _STOPS = {"length": "max_tokens", "stop": "stop"}
 
 
-def write_logs(paths: Sequence[Path], folder: Path) -> list[Path]:
-    """Write RUN_TASK.eval into `folder` for each run and task with answers at hand; return the files.
+def write_logs(paths: Sequence[Path], folder: Path) -> tuple[list[Path], list[str]]:
+    """Write RUN_TASK.eval into `folder` for each run and task with answers at hand; return them, and what is missing.
 
     Raises UserError where inspect_ai is not installed, or no run has an answer.
     """
@@ -35,7 +35,7 @@ def write_logs(paths: Sequence[Path], folder: Path) -> list[Path]:
     written = []
     for run in runs:
         for task, entry in run.evaluation.items():
-            if not keeps_answers(task):
+            if not has_answers(task):
                 continue
             answers = read_answers(run.run_path, task, entry)
             missing += [f"{run.run_id}, {task}: {fault}" for fault in answers.missing]
@@ -45,8 +45,8 @@ def write_logs(paths: Sequence[Path], folder: Path) -> list[Path]:
             written.append(folder / f"{run.run_id}_{task}.eval")
             write_eval_log(to_log(run, answers, entry), str(written[-1]))
     if not written:
-        raise UserError(f"no answers to write: {'; '.join(missing[:3]) or 'the runs were asked nothing'}")
-    return written
+        raise UserError(f"no answers to write: {'; '.join(missing[:3]) or 'no task of the runs has any'}")
+    return written, missing
 
 
 def to_log(run: ShownRun, answers: Answers, entry: Mapping[str, Any]) -> "EvalLog":

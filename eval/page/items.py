@@ -14,14 +14,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ba_lora.config.schema import HARNESS
+from ba_lora.config.schema import HARNESS, RUN_MEASURES
 from ba_lora.errors import UserError
 from ba_lora.io import read_jsonl
 from ba_lora.prompts import build_conversation
 from eval.grading.thinking import THINKING, cut_thinking
-from eval.inheritance import NAME as INHERITANCE
 from eval.judge.store import short_sha256
-from eval.likelihood import NAME as LIKELIHOOD
 
 Entry = Mapping[str, Any]  # one task's part of a result's "evaluation"
 
@@ -41,9 +39,9 @@ class Answers:
     missing: list[str] = field(default_factory=list)
 
 
-def keeps_answers(task: str) -> bool:
-    """Whether a run has answers to a task of its evaluation: teacher-forced measures and the harness keep none."""
-    return not task.startswith(HARNESS) and task.rpartition("/")[2] not in (INHERITANCE, LIKELIHOOD)
+def has_answers(task: str) -> bool:
+    """Whether a run has answers to a task of its evaluation: measures of the run itself and the harness keep none."""
+    return not task.startswith(HARNESS) and task.rpartition("/")[2] not in RUN_MEASURES  # at a lower rank: ranks/4/…
 
 
 def read_answers(run_path: Path, task: str, entry: Entry) -> Answers:

@@ -75,9 +75,10 @@ def _of_runs(kind: str, words: Sequence[str], more: Sequence[str]) -> int:
     if kind == "inspect":
         from eval.page.inspect_logs import write_logs
 
-        for path in write_logs(runs, output):
+        logs, missing = write_logs(runs, output)
+        for path in logs:
             print(f"log: {path}")
-        return 0
+        return _tell_missing("the logs", missing)
     return loose_page(runs, output)
 
 
@@ -92,11 +93,17 @@ def loose_page(runs: Sequence[Path], output: Path) -> int:
 
 
 def _told(page: Path, missing: Sequence[str]) -> int:
-    for line in missing[:10]:
-        print(f"missing in the page: {line}", file=sys.stderr)
-    if len(missing) > 10:
-        print(f"missing in the page: {len(missing) - 10} things more; it lists them", file=sys.stderr)
+    status = _tell_missing("the page", missing)
     print(f"page: {page / 'index.html'}")
+    return status
+
+
+def _tell_missing(place: str, missing: Sequence[str]) -> int:
+    """Name the first ten things that are missing; return the exit status."""
+    for line in missing[:10]:
+        print(f"missing in {place}: {line}", file=sys.stderr)
+    if len(missing) > 10:
+        print(f"missing in {place}: {len(missing) - 10} things more", file=sys.stderr)
     return INCOMPLETE if missing else 0
 
 

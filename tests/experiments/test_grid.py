@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from ba_lora.errors import UserError
+from ba_lora.errors import INCOMPLETE, UserError
 from ba_lora.experiments import grid_runs
 from ba_lora.experiments import state as grid_state
 from ba_lora.experiments.evaluation_state import STATE_FILE
@@ -447,9 +447,11 @@ def test_what_a_table_needs_first_is_told_how_and_where(folder):
 
 def test_a_table_that_comes_first_may_lack_its_page_and_nothing_else(monkeypatch):
     def ends_with(status):
-        return ["timeit", "-n", "1", "-r", "1", f"import os; os._exit({status})"]
+        return ["timeit", "-n", "1", "-r", "1", f"import os; os._exit({status})"]  # a module that runs a line of code
 
-    for module, status, goes_on in (("timeit", 3, True), ("timeit", 1, False), (GRID_MODULE, 3, False)):
+    for module, status, goes_on in (
+        ("timeit", INCOMPLETE, True), ("timeit", 1, False), ("timeit", 2, False), (GRID_MODULE, INCOMPLETE, False)
+    ):  # fmt: skip
         monkeypatch.setattr("ba_lora.experiments.preparation.GRID_MODULE", module)
         with contextlib.nullcontext() if goes_on else pytest.raises(UserError, match=f"exit status {status}"):
             prepare(ends_with(status))

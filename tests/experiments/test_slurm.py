@@ -187,7 +187,9 @@ def test_six_runs_are_one_array_on_two_slots(folder, cluster):
     }
     assert len(arrays) == 1 and any(" started on " in line for line in lines)
     told = [found for line in lines if (found := re.search(r"(\d+) running, (\d+) queued", line))]
-    assert told and max(int(found[1]) for found in told) <= 2, lines
+    counts = [(int(found[1]), int(found[2])) for found in told]
+    assert any(running and queued for running, queued in counts), lines
+    assert all(running <= 2 and running + queued <= 6 for running, queued in counts), lines
     assert not list((grid.GRID_PATH / "slurm").glob("*.json")) and not list((grid.GRID_PATH / "slurm").glob("*/*.pkl"))
     assert not fake_grid.run(fake_grid.table(folder), executor=executor()).failed  # nothing is left: no job
     assert set(trained(folder).values()) == {1}

@@ -6,7 +6,7 @@ let answersState = { run: null, task: null, at: null, shown: [], words: "" };
 /** Return the answers of a run to a task: arrays by place. Throws where they are not in the page. */
 async function loadAnswers(run, task) {
   const files = run.tasks[task];
-  if (!files?.answers) throw new Error(`${run.id} has no answers to ${task} in this page: ${(files?.missing ?? ["it was not asked"]).join("; ")}`);
+  if (!files?.answers) throw new Error(`${run.id} has no answers to ${task} in this page: ${(files?.missing ?? ["there are none"]).join("; ")}`);
   const [answers, items] = await Promise.all([need(files.answers), need(files.items)]);
   const found = { ...answers, ...items, length: items.id.length };
   found.place ??= new Map(items.id.map((id, place) => [`${id} ${items.sample[place]}`, place]));

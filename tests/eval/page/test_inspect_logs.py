@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from ba_lora.errors import UserError
+from ba_lora.io import write_json_atomic
 from eval.page.inspect_logs import INSTALL, write_logs
 from eval.page.loose import find_runs
 from tests.support.page_world import HOSTILE, ITEMS
@@ -21,8 +22,13 @@ def test_without_inspect_the_line_says_how_to_install_it(world, tmp_path, monkey
 @pytest.mark.slow
 def test_every_answer_comes_back(world, tmp_path):
     log = pytest.importorskip("inspect_ai.log", reason="no inspect_ai: pip install -e '.[inspect]'")
-    files = write_logs(find_runs([world]), tmp_path / "logs")
-    assert len(files) == 7
+    score = world / "toy-lora-s1" / "scores" / "likelihood.json"  # has no answers
+    write_json_atomic(score, {"task": "likelihood", "version": "1", "n": 3, "metrics": {"p_right": 0.5}})
+    try:
+        files, missing = write_logs(find_runs([world]), tmp_path / "logs")
+    finally:
+        score.unlink()
+    assert len(files) == 7 and not missing
     read = log.read_eval_log(str(tmp_path / "logs" / "toy-ba_lora-s1_toy.eval"))
     grades = [json.loads(line) for line in (world / "toy-ba_lora-s1/grades/toy.jsonl").read_text().splitlines()]
     samples = sorted(read.samples, key=lambda sample: int(sample.id.split("/")[1]))  # the reader sorts ids as texts

@@ -181,12 +181,13 @@ def test_a_self_made_pair_has_its_texts(tmp_path):
     assert [row["question"] for row in answers.rows] == [f"{row['premise']}\n\n{row['hypothesis']}" for row in pairs]
 
 
-@pytest.mark.parametrize("task", ["likelihood", "inheritance", "harness/xnli_es", "ranks/r4/likelihood"])
+@pytest.mark.parametrize("task", ["likelihood", "inheritance", "harness/xnli_es", "ranks/4/likelihood"])
 def test_a_score_without_answers_leaves_no_gap(tmp_path, task):
     run = toy_run(tmp_path / "run", "lora", 1, completion=lambda place, gold: gold, items=3)
     score = {"task": task, "version": "1", "n": 3, "metrics": {"p_right": 0.5}}
-    write_json_atomic(run / "scores" / f"{task}.json", score)
-    write_jsonl_atomic(run / "grades" / f"{task}.jsonl", [{"task_id": "a/0", "metrics": {"p_right": 0.5}}])
+    at_rank, _, name = task.rpartition("/") if task.startswith("ranks/") else ("", "", task)
+    write_json_atomic(run / at_rank / "scores" / f"{name}.json", score)
+    write_jsonl_atomic(run / at_rank / "grades" / f"{name}.jsonl", [{"task_id": "a/0", "metrics": {"p_right": 0.5}}])
     made = table_of_runs(find_runs([run]))
     assert set(made.shown[0].evaluation) == {"toy", task}
     page = tmp_path / "page"
