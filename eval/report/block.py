@@ -22,7 +22,7 @@
       figures:
         ablation: {kind: dots, columns: [gsm8k, math]}
         ranks: {kind: lines, columns: [gsm8k], x: rank, log_x: true}      # x: a key of the settings' names
-        pareto: {kind: scatter, columns: [gsm8k], x: seconds}
+        pareto: {kind: scatter, columns: [gsm8k], x: seconds, log_x: true}     # x: another column
         terms: {kind: training, terms: [loss (nats), svd], methods: [pissa, ba_lora]}    # a unit may follow
         tsne: {kind: features}         # over steps (features.py)
         dose: {kind: dose, columns: [wrong], x: noise}     # these three: of a table with hypotheses

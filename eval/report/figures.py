@@ -5,6 +5,7 @@ are the paper's values. Rows that lie on each other are said to do so; a row tha
 with none, is left out. Every caption tells n.
 """
 
+import math
 from collections.abc import Callable, Iterator
 
 import matplotlib
@@ -182,13 +183,13 @@ def _scatter(table: ReportTable, figure: Figure, sources: Sources) -> tuple[Canv
             if spec.block(row) != block:
                 continue
             x, y, style = table.cell(row, cost), table.cell(row, column), styles[series_of(spec, row)]
-            if x.mean is not None and y.mean is not None:
+            if x.mean is not None and y.mean is not None and (x.mean > 0 or not figure.log_x):
                 points[row] = (x.mean, y.mean)
             if has_paper_mark(x) and has_paper_mark(y):
                 axis.plot(x.paper.mean, y.paper.mean, mfc="none", color=style.colour, marker=style.marker, ls="")
                 drawn.append(series_of(spec, row))
         above = True
-        for first, *others in _coinciding(points):
+        for first, *others in _coinciding(points, log_x=figure.log_x):
             x, y, style = table.cell(first, cost), table.cell(first, column), styles[series_of(spec, first)]
             look = {"color": style.colour, "marker": style.marker, "ls": ""}
             axis.errorbar(x.mean, y.mean, y.std, x.std, mec="black", mew=0.5, capsize=2, lw=0.8, **look)
@@ -203,7 +204,10 @@ def _scatter(table: ReportTable, figure: Figure, sources: Sources) -> tuple[Canv
             axis.plot(*zip(*front, strict=True), zorder=1, **front_line)
             has_front = True
         axis.margins(0.12)
-        axis.locator_params(axis="x", nbins=6)
+        if figure.log_x:
+            axis.set_xscale("log")
+        else:
+            axis.locator_params(axis="x", nbins=6)
         axis.set_title(written_words(spec, block))
         axis.set_xlabel(f"{axis_label(cost)}{ARROWS[cost.better]}")
         y_axis(axis, column)
@@ -214,8 +218,10 @@ def _scatter(table: ReportTable, figure: Figure, sources: Sources) -> tuple[Canv
     return canvas, figure_caption(table, figure) + told
 
 
-def _coinciding(points: dict[Row, tuple[float, float]]) -> list[list[Row]]:
+def _coinciding(points: dict[Row, tuple[float, float]], *, log_x: bool) -> list[list[Row]]:
     """Return the rows in groups that the eye cannot tell apart: within 2 % of what is shown, in both directions."""
+    if log_x:
+        points = {row: (math.log(x), y) for row, (x, y) in points.items()}
     values = np.array(list(points.values())).reshape(-1, 2)
     near = 0.02 * (np.ptp(values, axis=0) if len(values) else np.zeros(2))
     groups: list[list[Row]] = []

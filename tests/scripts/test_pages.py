@@ -15,11 +15,12 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import pytest
+import yaml
 
 from ba_lora.config.layers import load_config
 from ba_lora.config.registries import facts, parts
 from ba_lora.errors import INCOMPLETE, UserError
-from ba_lora.experiments.tables import available_tables
+from ba_lora.experiments.tables import available_tables, find_table, load_table
 from ba_lora.io import write_jsonl_atomic
 from ba_lora.runs import convert, results_nlu
 from data import lab_nlu, show
@@ -700,6 +701,30 @@ def test_the_first_pages_tell_what_the_reports_on_inheritance_found():
         text = " ".join(PAGES[page].replace("−", "-").split())
         for effect, interval in effects:
             assert re.search(rf"{re.escape(effect)}( points)? \((95 % )?{re.escape(interval)}", text), (page, effect)
+
+
+def test_the_page_on_results_has_every_method_of_its_table():
+    cells = json.loads(committed_text("results/methods_nlu_toy/table.json"))["cells"]
+    labels = load_table(find_table("methods_nlu_toy")).labels
+    found = {(labels[cell["method"]], cell["column"]): cell for cell in cells}
+    chosen = yaml.safe_load(committed_text("results/methods_nlu_toy_tuning/chosen.yaml"))
+    rates = {labels[method]: float(words[0].partition("=")[2]) for method, words in chosen.items()}
+    told = PAGES["docs/results.md"].partition("## Every method on the NLU default\n")[2].partition("\n## ")[0]
+    (header, _, *rows) = [_cells(line) for line in told.splitlines() if line.startswith("|")]
+    assert {row[0] for row in rows} == rates.keys() and len(rows) == 31
+    for name, rate, *shown in rows:
+        accuracy, parameters, seconds, memory = (
+            found[name, column] for column in ("accuracy", "parameters", "seconds", "memory")
+        )
+        assert float(rate) == rates[name]
+        assert shown == [
+            f"{accuracy['mean']:.1f} ± {accuracy['std']:.1f}",
+            f"{parameters['mean']:.2f}",
+            f"{seconds['mean']:.0f}",
+            f"{memory['mean']:.0f}",
+        ]
+    means = [float(row[2].split()[0]) for row in rows]
+    assert means == sorted(means, reverse=True)
 
 
 TERMS = ("consistency", "diversity", "svd")

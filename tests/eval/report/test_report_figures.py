@@ -15,7 +15,7 @@ from ba_lora.io import write_jsonl_atomic
 from eval.report import figures
 from eval.report.block import Figure
 from eval.report.columns import ReportColumn
-from eval.report.figures import draw_figures, pareto_front
+from eval.report.figures import _coinciding, draw_figures, pareto_front
 from eval.report.style import styles_of
 from eval.report.table import build_table
 from tests.support.report_world import SEEDS, World
@@ -234,6 +234,15 @@ def test_scatter_joins_the_pareto_front(known, canvases):
     [front] = [line for line in axis.lines if line.get_linestyle() == "--"]
     assert list(front.get_xdata()) == [2.0, 3.0]  # full FT and PiSSA cost the same; full FT is better
     assert list(front.get_ydata()) == pytest.approx([100 / 3, 70])
+
+
+def test_a_scatter_may_have_a_logarithmic_axis(known, canvases):
+    for log_x in (False, True):
+        drawn(known, Figure("a", "scatter", ("gsm8k",), x="hours", log_x=log_x, methods=("lora", "pissa", "full_ft")))
+    assert [canvas.axes[0].get_xscale() for canvas in canvases] == ["linear", "log"]
+    near, far = Row("tiny", "lora"), Row("tiny", "pissa")
+    points = {near: (1.0, 5.0), far: (2.0, 5.0), Row("tiny", "full_ft"): (1000.0, 9.0)}
+    assert len(_coinciding(points, log_x=False)) == 2 and len(_coinciding(points, log_x=True)) == 3
 
 
 def test_the_legend_names_a_pareto_front_that_is_drawn(known, canvases):
