@@ -109,7 +109,7 @@ def _read(config: NLUConfig, task: NLUTask) -> tuple[list[_Row], dict[str, list[
     if data.dev_share is not None and (data.dev or data.source is None):
         other = "data.dev names the dev set" if data.dev else f"{task.name} has a dev set of its own"
         raise UserError(f"data.dev_share={data.dev_share:g} would not be used, {other}: leave data.dev_share out")
-    if is_generated(config):
+    if config.nlu.task == "toy_pairs" and data.source is None:
         return _generate(config, task)
     train, origin = _read_set(data.sources, config, task, split=data.split)
     origins, dev = {"train": origin}, {}
@@ -126,17 +126,6 @@ def _read(config: NLUConfig, task: NLUTask) -> tuple[list[_Row], dict[str, list[
     if first not in dev:
         raise UserError(f"{data.source} has no dev set with it: add data.dev.{first}=FILE, or data.dev_share=0.1")
     return train, dev, origins
-
-
-def is_generated(config: NLUConfig) -> bool:
-    """Whether a run's rows, those of its dev set as well, are the self-made pairs."""
-    return config.nlu.task == "toy_pairs" and config.data.source is None
-
-
-def generated_texts(config: NLUConfig) -> dict[str, tuple[str, str]]:
-    """Return task_id → premise and hypothesis of the dev set of a run that `is_generated`."""
-    _, dev, _ = _generate(config, find_task(config.nlu.task))
-    return {f"{name}/{row.number}": row.texts for name, rows in dev.items() for row in rows}
 
 
 def _generate(config: NLUConfig, task: NLUTask) -> tuple[list[_Row], dict[str, list[_Row]], dict[str, dict]]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ba_lora.config.schema_nlu import NLUConfig
 from ba_lora.errors import UserError
 from ba_lora.glue import NLUTask, find_task
-from ba_lora.models.load import quantization_options, torch_dtype, without_load_report
+from ba_lora.models.load import keep_4bit_layout, quantization_options, torch_dtype, without_load_report
 from ba_lora.models.source import hub_errors, model_source
 from ba_lora.models.tokenizer import load_tokenizer
 
@@ -58,6 +58,7 @@ def load_classifier(config: NLUConfig, *, source: str | None = None, quantize: b
                 output_loading_info=True,
                 **options,
             )
+    keep_4bit_layout(model)
     heads = head_names(model)
     missing = sorted(name for name in report["missing_keys"] if name.split(".")[0] not in heads)
     if missing:

@@ -38,6 +38,7 @@ def load_model(config: ModelConfig, *, source: str | None = None, quantize: bool
             **options,
         )
     require_weights(report, source or config.name)
+    keep_4bit_layout(model)
     model.config.use_cache = False  # a training model keeps no keys and values; generation loads its own
     return model
 
@@ -80,6 +81,14 @@ def quantization_options(config: ModelConfig, *, skip: list[str] | None = None) 
         llm_int8_skip_modules=skip,
     )
     return {"quantization_config": settings}
+
+
+def keep_4bit_layout(model: "torch.nn.Module") -> None:
+    """Keep bitsandbytes from packing 4-bit weights anew, in bfloat16, when a model is first asked on a CPU with
+    AVX512-BF16: it then computes otherwise than in training, and fails where a weight's width is no multiple of 64."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def torch_dtype(name: str) -> "torch.dtype":

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ba_lora.errors import UserError, in_one_line
-from ba_lora.models.load import require_weights, without_load_report
+from ba_lora.models.load import keep_4bit_layout, require_weights, without_load_report
 from ba_lora.models.source import hub_errors
 from eval.engines.base import Engine, EngineOptions, Sampling, encode_prompts
 
@@ -60,6 +60,7 @@ class HFEngine(Engine):
                 device_map="auto" if cuda else None,
             )
         require_weights(report, base)
+        keep_4bit_layout(self._model)
         self._model.config.use_cache = True
         self._model.generation_config = GenerationConfig()  # no hidden sampling defaults of the model's
         for name, folder in self.adapters.items():

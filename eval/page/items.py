@@ -211,12 +211,11 @@ def _softmax(logits: Any, labels: Sequence[str]) -> dict[str, float]:
 
 
 def _texts(run_path: Path, task: str, entry: Entry, answers: Answers, *, of_task: str) -> dict[str, str]:
-    """Return task_id → the text or texts of a set's rows, read again from where the run had them, or made again.
+    """Return task_id → the text or texts of a set's rows, read again from where the run had them.
 
     A dev set that is a share of the training rows has their numbers, and its texts are read from their file.
     """
     from ba_lora.config.layers import load_run
-    from data.nlu import generated_texts, is_generated
 
     try:
         given = entry.get("data")
@@ -225,8 +224,6 @@ def _texts(run_path: Path, task: str, entry: Entry, answers: Answers, *, of_task
             given = config.data.dev.get(task) or (config.eval.data or {}).get(task)
             if given is None and config.data.dev_share is not None and isinstance(config.data.source, str):
                 given = config.data.source
-            if given is None and is_generated(config):
-                return {task_id: "\n\n".join(pair) for task_id, pair in generated_texts(config).items()}
         return _texts_of_set(of_task, task, given)
     except (UserError, OSError) as error:
         answers.missing.append(f"the texts of {task} are not at hand: {error}")

@@ -11,7 +11,6 @@ from ba_lora.config.layers import load_config
 from ba_lora.config.schema import to_yaml
 from ba_lora.errors import INCOMPLETE, UserError
 from ba_lora.io import write_json_atomic, write_jsonl_atomic, write_text_atomic
-from data.toy_nlu import generate_pairs
 from eval import compare
 from eval.page.build import POLICY, SCRIPTS, write_page
 from eval.page.items import read_answers
@@ -19,7 +18,7 @@ from eval.page.loose import find_runs, table_of_runs
 from eval.page.runs import ShownRun, _kind_and_task, describe_run
 from eval.page.scripts import libraries, script
 from eval.report.__main__ import main as report
-from tests.support.page_world import HOSTILE, ITEMS, SEEDS, solved, toy_run, write_run
+from tests.support.page_world import HOSTILE, ITEMS, SEEDS, solved, toy_run
 
 
 def entry(world, run, task):
@@ -169,16 +168,6 @@ def test_a_setting_that_differs_makes_a_row_and_a_copy_has_its_name(tmp_path):
         toy_run(tmp_path / name, "lora", 1, completion=lambda place, gold: gold, items=3, overrides=words)
     made = table_of_runs(find_runs([tmp_path]))
     assert [row.setting for row in made.table.spec.rows] == ["adapter.rank=8", "adapter.rank=4", "adapter.rank=8 c"]
-
-
-def test_a_self_made_pair_has_its_texts(tmp_path):
-    run = write_run(tmp_path / "run", "data.toy.dev_rows=3", method="lora", base="nlu/toy")
-    pairs = generate_pairs(num_rows=3, seed=0, split="test")
-    lines = [{"task_id": f"toy_pairs/{n}", "label": 0, "prediction": 0, "logits": [1.0, 0.0, 0.0]} for n in range(3)]
-    write_jsonl_atomic(run / "predictions" / "best.jsonl", lines)
-    answers = read_answers(run, "toy_pairs", {"of_task": "toy_pairs"})
-    assert not answers.missing
-    assert [row["question"] for row in answers.rows] == [f"{row['premise']}\n\n{row['hypothesis']}" for row in pairs]
 
 
 @pytest.mark.parametrize("task", ["likelihood", "inheritance", "harness/xnli_es", "ranks/4/likelihood"])
