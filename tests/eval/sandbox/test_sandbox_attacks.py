@@ -109,7 +109,9 @@ def world(root: Path, tmp_path: Path) -> Iterator[tuple[dict[str, object], Calla
 
         def harm() -> set[str]:
             found = {path.name for path in (target, grader) if not path.exists() or path.read_text() != "unharmed"}
-            found |= {"killed"} if doomed.poll() is not None else set()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                doomed.wait(timeout=5)  # its signal may still be on its way
+                found.add("killed")
             found |= {"limited"} if resource.prlimit(victim.pid, resource.RLIMIT_NOFILE) != open_files else set()
             for name, server in (("tcp", tcp), ("unix", unix), ("abstract", abstract)):
                 with contextlib.suppress(BlockingIOError):
