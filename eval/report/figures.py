@@ -176,14 +176,19 @@ def _scatter(table: ReportTable, figure: Figure, sources: Sources) -> tuple[Canv
     canvas, axes = panel_grid(len(panels), across=len(blocks) if len(blocks) > 1 else len(figure.columns))
     front_line = {"color": "0.4", "lw": 0.9, "ls": "--"}
     has_front = False
-    styles, together, drawn = series_styles(spec), [], []
+    styles, together, drawn, unplaced = series_styles(spec), [], [], []
     for axis, (block, column) in zip(axes, panels, strict=True):
         points: dict[Row, tuple[float, float]] = {}
         for row in rows:
             if spec.block(row) != block:
                 continue
             x, y, style = table.cell(row, cost), table.cell(row, column), styles[series_of(spec, row)]
-            if x.mean is not None and y.mean is not None and (x.mean > 0 or not figure.log_x):
+            if figure.log_x and any(
+                value is not None and value <= 0 for value in (x.mean, x.paper.mean if x.paper else None)
+            ):
+                unplaced.append(written_words(spec, series_of(spec, row)))
+                continue
+            if x.mean is not None and y.mean is not None:
                 points[row] = (x.mean, y.mean)
             if has_paper_mark(x) and has_paper_mark(y):
                 axis.plot(x.paper.mean, y.paper.mean, mfc="none", color=style.colour, marker=style.marker, ls="")
@@ -215,6 +220,7 @@ def _scatter(table: ReportTable, figure: Figure, sources: Sources) -> tuple[Canv
     front_handles = [Line2D([], [], label="Pareto front", **front_line)] if has_front else []
     add_legend(canvas, [*handles, *front_handles, *paper_handle(table, figure)])
     told = f" Rows on one point, drawn as the first of them: {'; '.join(together)}." if together else ""
+    told += f" Not above 0, so not drawn: {', '.join(dict.fromkeys(unplaced))}." if unplaced else ""
     return canvas, figure_caption(table, figure) + told
 
 

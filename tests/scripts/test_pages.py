@@ -685,7 +685,9 @@ def test_what_is_inherited_is_what_the_reports_found(table):
 def test_the_first_pages_tell_what_the_reports_on_inheritance_found():
     found, of_rate = _hypotheses("inheritance"), _hypotheses("inheritance_rate")
     twin, at_one_rate = _hypotheses("inheritance_nlu"), _hypotheses("inheritance_nlu_rate")
-    assert all(one["low"] < 0 < one["high"] for one in at_one_rate.values())  # "nothing that can be told from 0"
+    assert {one["decision"] for one in at_one_rate.values()} == {"undecided"}
+    of_the_rate = f"{twin['H1']['difference'] - at_one_rate['At 2.5e-4']['difference']:.2f} of it"
+    assert of_the_rate in PAGES["README.md"] and of_the_rate in PAGES["REPRODUCTION.md"]
     everywhere = [_effect(found["H1"]), _effect(of_rate["All terms"]), _effect(twin["H1"])]
     further = [*everywhere, _effect(found["H2"]), *map(_effect, at_one_rate.values())]
     told = {
