@@ -240,6 +240,12 @@ def test_a_scatter_may_have_a_logarithmic_axis(known, canvases):
     for log_x in (False, True):
         drawn(known, Figure("a", "scatter", ("gsm8k",), x="hours", log_x=log_x, methods=("lora", "pissa", "full_ft")))
     assert [canvas.axes[0].get_xscale() for canvas in canvases] == ["linear", "log"]
+    for seed in SEEDS:
+        known.add("lora", seed, training={"seconds": 0.0, "trainable_parameters": 1})
+    one, _ = drawn(
+        known, Figure("a", "scatter", ("gsm8k",), x="hours", log_x=True, methods=("lora", "pissa", "full_ft"))
+    )
+    assert "Not above 0, so not drawn: lora." in one.caption
     near, far = Row("tiny", "lora"), Row("tiny", "pissa")
     points = {near: (1.0, 5.0), far: (2.0, 5.0), Row("tiny", "full_ft"): (1000.0, 9.0)}
     assert len(_coinciding(points, log_x=False)) == 2 and len(_coinciding(points, log_x=True)) == 3
