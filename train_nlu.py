@@ -18,7 +18,7 @@ if __name__ == "__main__":  # what is wrong in the command line is told before t
 from transformers import DataCollatorWithPadding
 
 from ba_lora.glue import find_task
-from ba_lora.io import write_json_atomic
+from ba_lora.io import write_json_atomic, write_jsonl_atomic
 from ba_lora.models.sizes import check_sizes
 from ba_lora.models.tokenizer import load_tokenizer
 from ba_lora.objective.objective_nlu import ClassifierObjective
@@ -86,6 +86,8 @@ def train(run: TrainingRun) -> Trained:
     if run.process.is_main_process:
         for name, score in dev_scores(run.run_path, config, data.report).items():
             write_json_atomic(run.run_path / "scores" / f"{name}.json", score)
+        if data.generated:
+            write_jsonl_atomic(run.run_path / "predictions" / "texts.jsonl", data.generated)
     selection = selection_report(config, epochs.history(), best, last)
     training = run.facts(trainer) | {"terms_off": objective.off, "selection": selection}
     return Trained(trainer, data.report, training, clean_up=epochs.remove_files)

@@ -6,6 +6,7 @@ Each file is optional. What is gone or damaged is named in `Answers.missing`, an
     grades/<task>.jsonl        metrics, what was extracted, gold, groups; of code the program and the sandbox's verdict
     judgements/<task>.jsonl    MT-Bench: each judgement's text
     predictions/<set>.jsonl    a classifier's label, prediction and logits (best.jsonl: its dev sets)
+    predictions/texts.jsonl    the texts of dev rows that were generated
 """
 
 import math
@@ -169,7 +170,7 @@ def _predicted(run_path: Path, task: str, entry: Entry) -> Answers:
     answers = Answers(task, kind="classes")
     name = f"{task}.jsonl" if "predictions_sha256" in entry else "best.jsonl"
     lines = _read(run_path / "predictions" / name, answers, "predictions")
-    lines = [line for line in lines if str(line.get("task_id")).startswith(f"{task}/")]
+    lines = [line for line in lines if _is_of(line, task)]
     try:
         word = task_word(entry.get("definition") or str(entry["of_task"]))
         of = find_task(word)
@@ -211,13 +212,16 @@ def _softmax(logits: Any, labels: Sequence[str]) -> dict[str, float]:
 
 
 def _texts(run_path: Path, task: str, entry: Entry, answers: Answers, *, of_task: str) -> dict[str, str]:
-    """Return task_id → the text or texts of a set's rows, read again from where the run had them.
+    """Return task_id → the text or texts of a set's rows: the run's own copy of generated ones, others read again from
+    where it had them.
 
     A dev set that is a share of the training rows has their numbers, and its texts are read from their file.
     """
     from ba_lora.config.layers import load_run
 
     try:
+        if kept := _kept_texts(run_path, task):
+            return kept
         given = entry.get("data")
         if not isinstance(given, str):
             config = load_run(run_path)
@@ -228,6 +232,16 @@ def _texts(run_path: Path, task: str, entry: Entry, answers: Answers, *, of_task
     except (UserError, OSError) as error:
         answers.missing.append(f"the texts of {task} are not at hand: {error}")
         return {}
+
+
+def _kept_texts(run_path: Path, task: str) -> dict[str, str]:
+    path = run_path / "predictions" / "texts.jsonl"
+    lines = [line for line in read_jsonl(path) if _is_of(line, task)] if path.is_file() else []
+    return {line["task_id"]: "\n\n".join(map(str, line.get("texts") or ())) for line in lines}
+
+
+def _is_of(line: Mapping[str, Any], task: str) -> bool:
+    return str(line.get("task_id")).startswith(f"{task}/")
 
 
 _FOUND: dict[tuple[str, str, str | None], dict[str, str] | UserError] = {}  # each set is read once a process

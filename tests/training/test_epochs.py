@@ -20,6 +20,7 @@ from ba_lora.models.predict import Predictions
 from ba_lora.runs.results_nlu import run_table, seeds_table
 from ba_lora.training import epochs
 from ba_lora.training.trainer import BALoRATrainer
+from data.toy_nlu import generate_pairs
 from eval.metrics import Scores
 from tests.conftest import ROOT
 from tests.runs.test_resume import killed
@@ -27,6 +28,7 @@ from tests.support.tiny import only_result
 from tests.support.tiny_nlu import nlu_config, save_tiny_encoder, tiny_overrides, write_sst2
 
 MINILM = ROOT / "configs" / "nlu" / "minilm.yaml"
+KEPT = ("best", "last", "texts")
 
 
 @pytest.fixture
@@ -240,8 +242,17 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_been(train_nlu, tmp_path, 
     assert read_json(tmp_path / "stopped" / "train.json")["status"] == "cancelled"
     stopped = train_nlu(config_path=config, name="stopped")
     assert read_json(stopped / "train.json")["training"]["resumed_from"] == "checkpoint-6"
-    for name in ("adapter/adapter_model.safetensors", "merged/model.safetensors", "predictions/last.jsonl"):
+    files = (
+        "adapter/adapter_model.safetensors",
+        "merged/model.safetensors",
+        *(f"predictions/{of}.jsonl" for of in KEPT),
+    )
+    for name in files:
         assert (stopped / name).read_bytes() == (whole / name).read_bytes()
+    made = generate_pairs(num_rows=12, seed=0, split="test")
+    kept = {line["task_id"]: line["texts"] for line in lines_of(whole, "texts")}
+    assert kept == {f"toy_pairs/{n}": [pair["premise"], pair["hypothesis"]] for n, pair in enumerate(made)}
+    assert kept.keys() == {line["task_id"] for line in lines_of(whole, "best")}
     selections = [read_json(run / "train.json")["training"]["selection"] for run in (whole, stopped)]
     assert selections[0] == selections[1] and len(selections[0]["epochs"]) == 3
 
@@ -263,6 +274,7 @@ def test_resume_after_kill_at_10_instants(tmp_path, tiny_encoder, root):
 def test_a_finished_run_is_not_trained_again(sst2, capsys):
     run = sst2()
     written = (run / "train.json").stat().st_mtime_ns
+    assert not (run / "predictions" / "texts.jsonl").exists()  # they stand in the file of the dev set
     sst2()
     assert "is trained already" in capsys.readouterr().out and (run / "train.json").stat().st_mtime_ns == written
 

@@ -80,6 +80,23 @@ def test_the_answers_of_a_classifier_of_ones_own_and_its_base(tmp_path):
     assert _kind_and_task(config) == ("nlu", None) and _kind_and_task({"nlu": {"task": "sst2"}}) == ("nlu", "sst2")
 
 
+def test_the_texts_of_generated_rows_are_the_runs_own(tmp_path):
+    """Of the set that is asked for only; a damaged copy is told."""
+    texts = tmp_path / "predictions" / "texts.jsonl"
+    rows = [{"task_id": f"toy_pairs/{n}", "texts": [f"premise {n}", f"hypothesis {n}"]} for n in (0, 1)]
+    write_jsonl_atomic(texts, rows)
+    line = {"label": 0, "prediction": 0, "logits": [1.0, 0.0, 0.0]}
+    for name, file in (("toy_pairs", "best"), ("mnli", "mnli")):
+        write_jsonl_atomic(tmp_path / "predictions" / f"{file}.jsonl", [line | {"task_id": f"{name}/1"}])
+    answers = read_answers(tmp_path, "toy_pairs", {"of_task": "toy_pairs"})
+    assert answers.missing == [] and [row["question"] for row in answers.rows] == ["premise 1\n\nhypothesis 1"]
+    other = {"of_task": "toy_pairs", "predictions_sha256": "0", "data": "no/such.jsonl"}
+    answers = read_answers(tmp_path, "mnli", other)
+    assert [row["question"] for row in answers.rows] == [None] and "texts of mnli are not at hand" in answers.missing[0]
+    texts.write_text("{")
+    assert "texts.jsonl" in read_answers(tmp_path, "toy_pairs", {"of_task": "toy_pairs"}).missing[0]
+
+
 def test_a_harness_score_has_no_answers_and_its_own_scale(tmp_path):
     run = toy_run(tmp_path / "run", "lora", 1, completion=lambda place, gold: gold, items=5)
     metrics = {"acc_norm": 0.5, "word_perplexity": 12.0}
