@@ -8,12 +8,14 @@ from ba_lora.config.layers import load_config, load_run
 from ba_lora.errors import UserError
 from ba_lora.io import read_json, read_jsonl
 from ba_lora.methods.build import build_model
+from ba_lora.models.classifier import load_classifier
 from ba_lora.models.load import load_model
 from ba_lora.models.pretrained import load_dequantized
 from ba_lora.runs.convert import merge_adapter
 from eval.engines.requests import weights_state
 from eval.engines.serving import plan_serving
 from tests.support.tiny import only_result
+from tests.support.tiny_nlu import nlu_config
 
 NF4 = "model.quantization=nf4"
 
@@ -44,6 +46,19 @@ def test_the_merged_model_is_the_one_that_was_trained(train, tmp_path, method):
     if method == "ba_lora":  # the reference is the model at step 0, the 4-bit one
         first = read_jsonl(run / "log.jsonl")[0]
         assert first["consistency"] == pytest.approx(0, abs=1e-9) and first["loss"] > 1
+
+
+def test_on_a_cpu_with_avx512_bf16_the_weights_are_not_packed_anew(tiny_model, tiny_encoder, monkeypatch):
+    """As bitsandbytes does there, unless told otherwise, at the first forward pass without a gradient."""
+    from bitsandbytes.nn import modules
+
+    monkeypatch.setattr(modules, "has_avx512bf16", lambda: True)
+    for model in (
+        load_model(load_config("toy", overrides=[f"model.name={tiny_model}", NF4]).model),
+        load_classifier(nlu_config(tiny_encoder, NF4)),
+    ):
+        layers = four_bit_layers(model)
+        assert layers and not any(layer.support_avx512bf16_for_cpu for layer in layers)
 
 
 def layers_with_adapter(model):

@@ -729,6 +729,37 @@ def test_the_page_on_results_has_every_method_of_its_table():
     assert means == sorted(means, reverse=True)
 
 
+def test_the_page_on_results_has_the_tests_and_edges_of_the_methods_on_the_nlu_default():
+    report = json.loads(committed_text("results/methods_nlu_toy/table.json"))
+    told = PAGES["docs/results.md"].partition("## Every method on the NLU default\n")[2].partition("\n## ")[0]
+    text = " ".join(told.split())
+    by_method = {}
+    for one in report["comparisons"]:
+        if one["column"] == "accuracy":
+            decided = (one["difference"] > 0) - (one["difference"] < 0) if one["is_significant"] else 0
+            by_method.setdefault(one["other"]["method"], set()).add(decided)
+    assert set.union(*by_method.values()) == {0, 1}  # "behind no method by a corrected test"
+    ahead = {method for method, decided in by_method.items() if decided == {1}}
+    assert ahead == {"adalora", "dylora", "peanut", "nmtune", "bitfit", "lorta"}
+    assert "ahead of six: AdaLoRA, DyLoRA, NEAT, NMTune, BitFit and LoRTA" in text
+
+    chosen = yaml.safe_load(committed_text("results/methods_nlu_toy_tuning/chosen.yaml"))
+    rates = {}
+    for row in yaml.safe_load(committed_text("configs/tables/methods_nlu_toy_tuning.yaml"))["rows"]:
+        rates |= {
+            method: [float(setting.partition("=")[2]) for setting in row["settings"]] for method in row["methods"]
+        }
+    at = {
+        place: {m for m, words in chosen.items() if float(words[0].partition("=")[2]) == rates[m][place]}
+        for place in (0, -1)
+    }
+    assert at[-1] == {"lora_fa", "loha", "adalora", "houlsby", "pfeiffer", "vera"} and at[0] == {"lora_pro", "nmtune"}
+    assert (
+        "LoRA-FA, LoHa, AdaLoRA, Houlsby, Pfeiffer and VeRA at the highest rate, LoRA-Pro and NMTune at the lowest"
+        in text
+    )
+
+
 TERMS = ("consistency", "diversity", "svd")
 
 

@@ -5,10 +5,12 @@ import sys
 
 import pytest
 
-from ba_lora.errors import UserError
+from ba_lora.errors import INCOMPLETE, UserError
 from ba_lora.io import write_json_atomic
+from eval.page import inspect_logs
 from eval.page.inspect_logs import INSTALL, write_logs
 from eval.page.loose import find_runs
+from eval.report.__main__ import main as report
 from tests.support.page_world import HOSTILE, ITEMS
 
 
@@ -17,6 +19,17 @@ def test_without_inspect_the_line_says_how_to_install_it(world, tmp_path, monkey
     with pytest.raises(UserError, match="pip install"):
         write_logs(find_runs([world / "toy-lora-s1"]), tmp_path / "logs")
     assert not (tmp_path / "logs").exists() and "inspect_ai" in INSTALL
+
+
+def test_what_the_logs_lack_is_told_and_the_status_is_not_0(world, tmp_path, monkeypatch, capsys):
+    for missing, status in (["toy-lora-s1, toy: no grades at hand"], INCOMPLETE), ([], 0):
+        made = ([tmp_path / "logs" / "toy-lora-s1_toy.eval"], missing)
+        monkeypatch.setattr(inspect_logs, "write_logs", lambda runs, output, made=made: made)
+        monkeypatch.setattr(sys, "argv", ["eval.report", "--inspect", str(world / "toy-lora-s1"), f"output={tmp_path}"])
+        assert report() == status
+        printed = capsys.readouterr()
+        assert "toy-lora-s1_toy.eval" in printed.out
+        assert printed.err == "".join(f"missing in the logs: {line}\n" for line in missing)
 
 
 @pytest.mark.slow
