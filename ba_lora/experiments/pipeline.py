@@ -82,7 +82,7 @@ def run_specs(specs: Sequence[Spec], *, table: Callable[[list[dict[str, Any]]], 
     configs = [spec.config for spec in specs]
     evaluations = [evaluation_stages([config]) for config in configs]  # checks files, too
     for config, evaluation in zip(configs, evaluations, strict=True):
-        if not (config.run_path / "train.json").is_file():
+        if config.overwrite or not is_finished(config):
             check_evaluation(evaluation)
     if missing := missing_judge(configs, os.environ):
         print(missing, file=sys.stderr, flush=True)

@@ -259,6 +259,26 @@ def test_an_nlu_run_is_checked_trained_and_pushed_as_any_other(tmp_path, monkeyp
     assert pipeline_nlu.main() == 0
 
 
+def test_what_will_be_trained_is_checked_before(tmp_path, monkeypatch):
+    """A training that failed has a train.json, too."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "train.json").write_text('{"status": "error"}')
+    asked = []
+    monkeypatch.setattr(pipeline, "check_evaluation", lambda stages: asked.append([stage.name for stage in stages]))
+
+    def plan(*words):
+        specs = pipeline.asked_specs("toy", [f"output_dir={run}", *words], method="lora")
+        pipeline.run_specs(specs, table=str, dry_run=True)
+
+    plan()
+    monkeypatch.setattr(pipeline, "is_finished", lambda config: True)
+    plan("overwrite=true")
+    assert asked == [["generate", "score toy"]] * 2
+    plan()
+    assert len(asked) == 2
+
+
 def test_why_scores_no_longer_hold(tmp_path):
     config = load_config("configs/nlg/toy.yaml", overrides=[f"output_dir={tmp_path}", "eval.limit=5"])
     (tmp_path / "train.json").write_text('{"status": "ok"}')

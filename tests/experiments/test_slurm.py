@@ -96,6 +96,24 @@ def test_a_controller_that_is_silent_forgets_no_job(tmp_path, monkeypatch):
     monkeypatch.setattr(slurm_executor, "_listed", lambda command: [])
     assert made.find(run) is None and not record.exists()
 
+    failed = subprocess.CompletedProcess([], 1, "", "scancel: error\n")
+    monkeypatch.setattr(slurm_executor, "_ask", lambda command: failed)
+    for ended, states in (
+        (False, None),
+        (False, {"7": ("RUNNING", "n", "")}),
+        (True, {"7": ("FAILED", "n", "")}),
+        (True, {}),
+    ):
+        record.write_text(json.dumps({"key": "k", "job": "7"}))  # its pickle is gone
+        monkeypatch.setattr(slurm_executor, "queue_states", lambda states=states: states)
+        if ended:
+            assert made.find(run) is None and not record.exists()
+        else:
+            with pytest.raises(Busy, match="does not cancel the job 7"):
+                made.find(run)
+            assert record.is_file()
+    record.write_text(json.dumps({"key": "k", "job": None}))
+
     def interrupted(*_):
         raise KeyboardInterrupt
 

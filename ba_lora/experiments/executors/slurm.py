@@ -136,13 +136,14 @@ class SlurmExecutor(Executor):
         if record is None:
             return None
         key, job = record.get("key"), record.get("job")
-        lost = _listed(["squeue", "-h", "-n", f"{JOB_NAME}-{key}", "-o", "%A"]) if job is None else None
+        lost = _listed(["squeue", "-h", "-r", "-n", f"{JOB_NAME}-{key}", "-o", "%i"]) if job is None else None
         if job is None and lost is None:
             raise Busy(f"Slurm's controller does not say whether it has the job {JOB_NAME}-{key}")
         job_call = None if job is None else self._submitted(key, job)
         if job_call is None:
-            for number in lost or ([job] if job else []):
-                subprocess.run(["scancel", str(number)], capture_output=True)
+            for number in lost if job is None else [job]:
+                if not _is_cancelled(number):
+                    raise Busy(f"Slurm does not cancel the job {number}, whose work cannot be read")
             self._record_path(run_path).unlink(missing_ok=True)
             return None
         work = job_call.work
@@ -369,6 +370,15 @@ def queue_states() -> dict[str, tuple[str, str, str]] | None:
         return None
     found = (line.split("|", 3) for line in lines)
     return {job: (state, node, reason) for job, state, node, reason in found}
+
+
+def _is_cancelled(job: str) -> bool:
+    """Cancel a job; return whether it has ended, or is about to."""
+    done = _ask(["scancel", job])
+    if done is not None and done.returncode == 0:
+        return True
+    states = queue_states()
+    return states is not None and states.get(job, ("", "", ""))[0] not in UNENDED
 
 
 def _accounted_state(job: str) -> str | None:
