@@ -27,7 +27,7 @@ from ba_lora.console import visible
 from ba_lora.errors import CommandParser, UserError, run_entry_point
 from ba_lora.prompts import build_conversation, build_prompt, template_stops
 from eval.engines.base import Engine, Sampling, load_base_tokenizer
-from eval.engines.open import KINDS, choose_engine, open_engine
+from eval.engines.open import KINDS, check_engine, choose_engine, open_engine
 from eval.engines.requests import GenerateOptions
 from eval.engines.serving import ServedModel, kept_template, plan_serving
 from eval.tasks.base import ALPACA_STOPS
@@ -76,11 +76,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise UserError(f"give one RUN or two, not {len(models)}")
     if options.num_samples not in (None, 1):
         raise UserError("num_samples: a question gets one answer here; leave it out")
-    kind = choose_engine(parsed.engine)
+    check_engine(parsed.engine)
     templates = [_template(model, options) for model in models]
     served = plan_serving(models, serve=options.serve, revision=options.revision)
     with contextlib.ExitStack() as stack:
-        talk(_open(served, templates, kind, options, stack), sys.stdin, print, keep=parsed.turns)
+        talk(_open(served, templates, parsed.engine, options, stack), sys.stdin, print, keep=parsed.turns)
     return 0
 
 
@@ -107,7 +107,7 @@ def _template(model: str, options: GenerateOptions) -> tuple[str, str | None]:
 def _open(
     served: Sequence[ServedModel],
     templates: Sequence[tuple[str, str | None]],
-    kind: str,
+    engine: str,
     options: GenerateOptions,
     stack: contextlib.ExitStack,
 ) -> list[Speaker]:
@@ -125,6 +125,7 @@ def _open(
     for base, revision in dict.fromkeys((model.base, model.revision) for model in served):
         adapters = {name: m.adapter for m, name in names.items() if (m.base, m.revision) == (base, revision)}
         settings = dataclasses.replace(options.engine(), revision=revision)
+        kind = choose_engine(engine, base, settings)
         print(f"chat: starting {kind} on {base}", file=sys.stderr)
         engines[base, revision] = stack.enter_context(open_engine(kind, base, adapters=adapters, options=settings))
     return [

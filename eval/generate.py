@@ -256,7 +256,7 @@ def run(
     for anything wrong, before a model is loaded where it can be known by then.
     """
     options = options if options is not None else GenerateOptions()
-    kind = choose_engine(engine)
+    check_engine(engine)
     chosen = choose_tasks(tasks, choices or {})
     served = plan_serving(models, serve=options.serve, revision=options.revision)
     folders = dict(zip(served, completion_folders(served, output), strict=True))
@@ -272,6 +272,7 @@ def run(
     records: dict[tuple[ServedModel, str], dict] = {}
     for (base, revision), members in groups.items():
         settings = dataclasses.replace(options.engine(), revision=revision)
+        kind = choose_engine(engine, base, settings)
         all_questions = [questions.of_base(base, settings, text=text) for questions in loaded]
         left = []
         for model, questions in itertools.product(members, all_questions):

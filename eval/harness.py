@@ -46,7 +46,7 @@ from ba_lora.runs.results import refresh_result
 from eval.engines import base as engines
 from eval.engines.adapters import adapter_rank, vllm_lora_rank
 from eval.engines.base import EngineOptions
-from eval.engines.open import choose_engine
+from eval.engines.open import check_engine, choose_engine
 from eval.engines.serving import ServedModel, kept_template, plan_serving
 from eval.options import read_data
 from eval.tasks import TASKS
@@ -234,7 +234,7 @@ def to_score(task: str, found: Mapping[str, Any], *, generation: Mapping[str, An
 
 def evaluate_by_harness(asked: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Evaluate, write the scores, and return them by task."""
-    engine = choose_engine(asked.engine)
+    check_engine(asked.engine)
     (served,) = plan_serving([asked.model], revision=asked.revision)
     if served.run is None and asked.output is None:
         raise UserError(f"{asked.model} is no run folder: say with --output DIR where the scores go")
@@ -242,6 +242,7 @@ def evaluate_by_harness(asked: argparse.Namespace) -> dict[str, dict[str, Any]]:
     check_place(folder, "--output" if asked.output else "scores")
     template = chat_template(served, asked.template)
     dtype = served_dtype(served, asked.dtype)
+    engine = choose_engine(asked.engine, served.base, EngineOptions(dtype=dtype, revision=served.revision))
     with tempfile.TemporaryDirectory() as place:
         tokenizer = served.adapter if template is not None else None
         if template is not None and asked.template is not None:
@@ -284,7 +285,7 @@ def check(arguments: Sequence[str]) -> None:
     """Raise the UserError that the command would end with, as far as no model is needed: its words, its files, tasks
     that the harness does not know."""
     asked = read_words(arguments)
-    choose_engine(asked.engine)
+    check_engine(asked.engine)
     for task, file in asked.files.items():
         if Path(file).is_absolute() and not Path(file).exists():
             raise UserError(f"--data {task}: no such file: {file}")

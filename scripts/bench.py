@@ -1,6 +1,7 @@
 """What a training step costs: BA-LoRA beside stock PiSSA, plain LoRA and the official recipe, in one run.
 
     python scripts/bench.py --device cpu                      both vocabularies of the default shape, about 20 minutes
+    python scripts/bench.py --device cuda --shape default-bf16    in 16 bits, as a GPU trains
     python scripts/bench.py --device cuda --shape llama2-7b   random weights of that shape, on one GPU
     python scripts/bench.py --device cpu --shape minilm-nlu   a classifier, under the NLU loss
 
@@ -76,10 +77,11 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=ROOT / "results" / "bench.csv")
     options = parser.parse_args()
     known, shape = kind(options.shape).CASES, SHAPES[options.shape]
+    dtype = getattr(shape, "dtype", "float32")  # a classifier's shape has no other
     cases = list(dict.fromkeys(options.cases.split(",") if options.cases else shape.cases))
     if unknown := set(cases) - set(known):
         raise UserError(f"--cases: {', '.join(sorted(unknown))} is unknown: choose among {', '.join(known)}")
-    lacking = {case: why for case in cases if (why := bench_cases.lacks(case, options.device))}
+    lacking = {case: why for case in cases if (why := bench_cases.lacks(case, options.device, dtype))}
     for case, why in lacking.items():
         if options.cases:
             raise UserError(f"--cases: {case}: {why}")
@@ -88,8 +90,9 @@ def main() -> None:
     together = (1 if options.device == "cuda" else len(cases)) if options.together is None else options.together
     if min(options.repeats, options.warmup, together) < 1:
         raise UserError("--repeats, --warmup and --together must be at least 1")
-    if options.device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the memory and the hardware to be reported are the CPU's
+    # One GPU: Trainer would share a step out among several. None: memory and hardware to be reported are the CPU's.
+    gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    os.environ["CUDA_VISIBLE_DEVICES"] = gpu if options.device == "cuda" else ""
     settings = {"repeats": options.repeats, "warmup": options.warmup}
     for vocabulary in options.vocab or shape.vocabularies:
         with tempfile.TemporaryDirectory(prefix="ba-lora-bench-") as folder:  # the groups share a reference cache

@@ -90,15 +90,20 @@ SHAPES = {
         (32_000,), 4096, 32, 32, 11008, batch=16, length=512, response=352, rank=128, init="pissa_niter_16",
         dtype="bfloat16", checkpointing=True, cases=CASES,
     ),
+    "default-bf16": Shape(
+        (32_000, 128_000), 512, 6, 8, 1376, batch=4, length=256, response=176, rank=64, dtype="bfloat16"
+    ),
     "toy": Shape((512,), 64, 2, 2, 96, batch=2, length=32, response=22, rank=4),
 }  # fmt: skip
 
 
-def lacks(case: str, device: str) -> str | None:
+def lacks(case: str, device: str, dtype: str = "float32") -> str | None:
     """Return what a case needs and does not have here, None where it can run."""
     missing = [name for name in PACKAGES.get(case, ()) if importlib.util.find_spec(name) is None]
     if case == "pissa_liger" and device != "cuda":
         return "Liger's kernels need CUDA"
+    if case == "pissa_cce" and device == "cuda" and dtype == "float32":
+        return "cut-cross-entropy's kernels need 16 bits: --shape default-bf16"
     return f"no {', no '.join(missing)} here: pip install -e '.[bench]'" if missing else None
 
 

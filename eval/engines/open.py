@@ -20,22 +20,25 @@ from pathlib import Path
 
 from ba_lora.errors import UserError
 from eval.engines.adapters import check_adapter, read_adapter
-from eval.engines.base import Engine, EngineOptions
+from eval.engines.base import Engine, EngineOptions, load_base_config, resolve_dtype
 
 KINDS = ("auto", "vllm", "hf")
 
 
-def choose_engine(kind: str) -> str:
-    """Return "vllm" or "hf"; `auto` is vLLM where it is installed and a CUDA device is there, else transformers.
+def choose_engine(kind: str, base: str, options: EngineOptions = EngineOptions()) -> str:
+    """Return "vllm" or "hf" for a base. `auto` is vLLM where it is installed and a CUDA device is there, else
+    transformers, as for a base in float32: on a GPU vLLM serves adapters in 16 bits only.
 
-    Raises UserError where `check_engine` does.
+    Raises UserError where `check_engine` does, and for a base that is not there.
     """
     check_engine(kind)
     if kind != "auto":
         return kind
     import torch
 
-    return "vllm" if _has_vllm() and torch.cuda.is_available() else "hf"
+    if not _has_vllm() or not torch.cuda.is_available():
+        return "hf"
+    return "hf" if resolve_dtype(options.dtype, load_base_config(base, options)) == "float32" else "vllm"
 
 
 def check_engine(kind: str) -> None:
@@ -62,7 +65,7 @@ def open_engine(
 
     Raises UserError for a missing model or engine, and for an adapter that does not belong on this base.
     """
-    chosen = choose_engine(kind)
+    chosen = choose_engine(kind, str(base), options)
     folders = {name: str(Path(path).resolve()) for name, path in (adapters or {}).items()}
     for folder in folders.values():
         read_adapter(folder)

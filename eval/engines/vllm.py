@@ -28,6 +28,11 @@ class VLLMEngine(Engine):
         if on_cpu:
             self._check_cpu()
             os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(self._cpu_cache_gib()))
+        elif adapters and self.dtype == "float32":
+            raise UserError(
+                f"vLLM on a GPU serves adapters in 16 bits only, and {base} is to be in float32: dtype=bfloat16, "
+                "serve=merged, or --engine hf"
+            )
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # fork breaks an initialised CUDA

@@ -2,19 +2,19 @@
 
 import importlib.util
 import json
-import os
 import sys
 
 import pytest
-import torch
 
 from ba_lora.config.layers import available_methods
 from ba_lora.io import read_json, read_jsonl
 from ba_lora.runs.parity import FLOAT32_TOLERANCE
+from tests.gpu.conftest import GPUS, NUM_GPUS
+from tests.support.methods import CASES
 from tests.support.slurm import free_ports
 
 pytestmark = pytest.mark.gpu
-REHEARSED = ("ba_lora", "full_ft", "lora")  # on the CPU, where tests/ trains all of them in its own ways
+STEPS = 3
 LOSS_TOLERANCE = 1e-4  # relative, of float32 losses that are computed in another order
 
 
@@ -24,17 +24,17 @@ def losses(run) -> list[float]:
 
 def largest_difference(run, other) -> float:
     pairs = list(zip(losses(run), losses(other), strict=True))
-    assert len(pairs) == 3
+    assert len(pairs) == STEPS
     return max(abs(one - two) / abs(two) for one, two in pairs)
 
 
 @pytest.mark.parametrize("method", available_methods())
-def test_every_method_trains_and_is_exported(device, on_device, figure, method):
-    if device == "cpu" and method not in REHEARSED:
-        pytest.skip("the rehearsal trains three methods")
-    run = on_device("model.dtype=float32", method=method)
+def test_every_method_trains_and_is_exported(on_device, figure, method):
+    """With the options that a short run needs."""
+    options, steps = ((), STEPS) if method not in CASES else (CASES[method].options, max(STEPS, CASES[method].steps))
+    run = on_device("model.dtype=float32", f"trainer.max_steps={steps}", *options, method=method)
     told = read_json(run / "train.json")
-    assert told["status"] == "ok" and len(losses(run)) == 3
+    assert told["status"] == "ok" and len(losses(run)) == steps
     differences = told["export"]["max_logit_difference"]
     figure(f"loss {losses(run)[0]:.3f} → {losses(run)[-1]:.3f}")
     figure("logits of the exports off by " + ", ".join(f"{name} {value:.1e}" for name, value in differences.items()))
@@ -81,7 +81,7 @@ def test_a_base_in_4_bit(on_device, figure, method):
 def test_two_processes_give_the_losses_of_one(device, tmp_path, root, tiny_model, figure, finish, way):
     """The same six rows a step: three a process, or two micro-batches of three. By gloo both processes have the same
     GPU, as two machines with one GPU each would; the launcher gives each its own, by NCCL."""
-    if way == "launcher" and device == "cuda" and torch.cuda.device_count() < 2:
+    if way == "launcher" and device == "cuda" and NUM_GPUS < 2:
         pytest.skip("one GPU, and NCCL takes one process a GPU")
     shared = [
         "train_nlg.py", "--config", "configs/nlg/toy.yaml", "--method", "ba_lora", f"model.name={tiny_model}",
@@ -96,10 +96,9 @@ def test_two_processes_give_the_losses_of_one(device, tmp_path, root, tiny_model
     if way == "launcher":
         file = root / "configs" / "accelerate" / ("cpu.yaml" if device == "cpu" else "multi_gpu.yaml")
         launcher = ["-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", "0"]
-        finish([sys.executable, *launcher, "--config_file", str(file), *two])
+        finish([sys.executable, *launcher, "--config_file", str(file), *two], environ=[{"CUDA_VISIBLE_DEVICES": GPUS}])
     else:
-        gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-        world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0", "CUDA_VISIBLE_DEVICES": gpu}
+        world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0"}
         world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_ports(1)[0])}
         command = [sys.executable, *two, "trainer.ddp_backend=gloo"]
         finish(command, command, environ=[world | {"RANK": rank} for rank in "01"])

@@ -34,7 +34,10 @@ def model_and_questions(real_data: Path | None) -> tuple[Path, list[str]]:
 
 
 def probe(folder: Path) -> None:
-    """Answer `folder`/request.json with both engines; write `folder`/answer.json: variant → engine → completions."""
+    """Answer `folder`/request.json with both engines; write `folder`/answer.json: variant → engine → completions.
+
+    request: model, prompts, long_prompts, max_model_len, and where they are not float32 with an adapter, dtype and hot.
+    """
     import dataclasses
 
     import torch
@@ -54,18 +57,20 @@ def probe(folder: Path) -> None:
     PeftModel.from_pretrained(model, folder / "adapter").merge_and_unload().save_pretrained(folder / "merged")
     AutoTokenizer.from_pretrained(base).save_pretrained(folder / "merged")
 
-    options, answer = EngineOptions(max_model_len=request["max_model_len"]), {}
+    dtype, is_hot = request.get("dtype", "float32"), request.get("hot", True)
+    options, answer = EngineOptions(max_model_len=request["max_model_len"], dtype=dtype), {}
+    adapters = {"one": folder / "adapter"} if is_hot else {}
     with open_engine("hf", folder / "merged", options=options) as engine:
         answer["merged"] = engine.generate(prompts, max_new_tokens=40)
     for kind in ("hf", "vllm"):
-        with open_engine(kind, base, adapters={"one": folder / "adapter"}, options=options) as engine:
+        with open_engine(kind, base, adapters=adapters, options=options) as engine:
             free = engine.generate(prompts, max_new_tokens=40)
             stop = next(samples[0].text[9:12] for samples in free if len(samples[0].text) > 12)
             answer[kind] = {
                 "free": free,
                 "stop": engine.generate(prompts, max_new_tokens=40, stop=(stop, "never there")),
                 "clamped": engine.generate(request["long_prompts"], max_new_tokens=10_000),
-                "adapter": engine.generate(prompts, adapter="one", max_new_tokens=40),
+                "adapter": engine.generate(prompts, adapter="one", max_new_tokens=40) if is_hot else [],
                 "sampled": engine.generate(prompts[:2], max_new_tokens=8, temperature=1.0, num_samples=3, seed=5),
             }
             answer[f"{kind}_again"] = engine.generate(

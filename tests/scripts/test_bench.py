@@ -148,7 +148,14 @@ def test_the_best_pissa_is_among_the_cases_wherever_its_package_is(tmp_path, mon
     ]
     assert ran[0][:2] == ["pissa", "pissa_fused"] and not {"pissa_cce", "pissa_liger"} & set(ran[0])
     installed |= {"cut_cross_entropy", "liger_kernel", "triton"}
-    assert not told("--device", "cuda") and all(group[:4] == list(bench_cases.PISSA) for group in ran)
+    sixteen = ("--device", "cuda", "--shape", "default-bf16")
+    assert not told(*sixteen) and all(group[:4] == list(bench_cases.PISSA) for group in ran)
+    (left_out,) = told("--device", "cuda")
+    assert left_out == "pissa_cce is left out: cut-cross-entropy's kernels need 16 bits: --shape default-bf16"
+    for visible, seen in (("3,1", "3"), ("", "")):  # several GPUs in one process would share a step out
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        told(*sixteen)
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == seen
     with pytest.raises(UserError, match="--cases: pissa_liger: Liger's kernels need CUDA"):
         told("--device", "cpu", "--cases", "pissa_liger")
 

@@ -6,6 +6,10 @@ import sys
 
 import pytest
 
+from ba_lora import processes
+from ba_lora.errors import UserError
+from ba_lora.processes import start_processes
+
 WORKER = """
 import sys
 from ba_lora.config.layers import load_config
@@ -25,6 +29,27 @@ def main():
 
 run_entry_point(main)
 """
+
+
+def test_the_backend_that_is_asked_for_is_opened(monkeypatch):
+    """On CUDA accelerate takes NCCL where it is told none, which does not put two processes on one GPU."""
+    opened = []
+    monkeypatch.setattr(processes, "PartialState", lambda **settings: opened.append(settings["backend"]))
+    for launched in (False, True):
+        if launched:
+            monkeypatch.setenv("LOCAL_RANK", "0")
+        else:
+            monkeypatch.delenv("LOCAL_RANK", raising=False)
+        start_processes({"ddp_backend": "gloo"})
+        start_processes({})
+    assert opened == [None, None, "gloo", None]
+
+    def refused(**_):
+        raise ValueError("Your assigned backend ccl is not available, please use gloo")
+
+    monkeypatch.setattr(processes, "PartialState", refused)
+    with pytest.raises(UserError, match="trainer.ddp_backend=ccl: .* please use gloo"):
+        start_processes({"ddp_backend": "ccl"})
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,9 @@ def test_both_engines_refuse_what_does_not_fit(
     change, message = DAMAGES[damage]
     folder = shutil.copytree(good, tmp_path / "adapter")
     change(folder)
-    monkeypatch.setattr(engines, "choose_engine", lambda name: name)  # before vLLM is imported, if it is there at all
+    monkeypatch.setattr(
+        engines, "choose_engine", lambda name, *_: name
+    )  # before vLLM is imported, if it is there at all
     with pytest.raises(UserError, match=message) as error, open_engine(kind, base, adapters={"a": folder}):
         pass
     assert "\n" not in str(error.value) and "checked" not in str(error.value)

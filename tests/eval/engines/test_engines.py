@@ -231,15 +231,37 @@ def test_adapters_of_a_changed_base_are_refused(tmp_path: Path, base: Path) -> N
         pass
 
 
-def test_engine_choice(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert engines.choose_engine("auto") == "hf"
+def test_engine_choice(monkeypatch: pytest.MonkeyPatch, base: Path) -> None:
+    name = str(base)  # in float32
+    monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: name)
+    for cuda, dtype, chosen in (
+        (False, "auto", "hf"),
+        (False, "bfloat16", "hf"),
+        (True, "auto", "hf"),
+        (True, "float32", "hf"),
+        (True, "bfloat16", "vllm"),
+    ):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
+        assert engines.choose_engine("auto", name, EngineOptions(dtype=dtype)) == chosen, (cuda, dtype)
+    assert engines.choose_engine("vllm", name) == "vllm"
     monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: None)
-    assert engines.choose_engine("hf") == "hf"
+    assert engines.choose_engine("auto", name, EngineOptions(dtype="bfloat16")) == "hf"
+    assert engines.choose_engine("hf", name) == "hf"
     with pytest.raises(UserError, match="setup.sh"):
-        engines.choose_engine("vllm")
+        engines.choose_engine("vllm", name)
     with pytest.raises(UserError, match="auto, vllm, hf"):
-        engines.choose_engine("tgi")
+        engines.choose_engine("tgi", name)
+
+
+def test_on_a_gpu_vllm_is_not_started_on_adapters_in_float32(
+    monkeypatch: pytest.MonkeyPatch, base: Path, tmp_path: Path
+) -> None:
+    from eval.engines.vllm import VLLMEngine
+
+    adapter = save_adapter(tmp_path / "adapter", base, seed=0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(UserError, match="serves adapters in 16 bits only, .* serve=merged"):
+        VLLMEngine(str(base), {"a": str(adapter)}, EngineOptions())
 
 
 def test_only_engines_imports_vllm(root: Path) -> None:
