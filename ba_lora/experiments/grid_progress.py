@@ -41,7 +41,6 @@ class GridProgress:
         self.train_seconds: list[float] = []
         self.said_at = time.monotonic()
         self._say = say
-        self._node_failures = 0
         self._last_waiting = ""
 
     def say(self, line: str) -> None:
@@ -57,7 +56,8 @@ class GridProgress:
         parts += [f"{len(self.failed)} failed"] if self.failed else []
         queued = sum(running.work.queued for running in self.running)
         parts += [f"{len(self.running) - queued} running, {queued} queued"] if queued else []
-        parts += [f"{self._node_failures} node failures"] if self._node_failures else []
+        failures = self.executor.node_failures
+        parts += [f"{failures} node failures"] if failures else []
         left = len(self.specs) - len(self.done) - len(self.failed)
         if self.train_seconds and left:
             mean = sum(self.train_seconds) / len(self.train_seconds)
@@ -83,7 +83,6 @@ class GridProgress:
         for running in self.running:
             told += [f"{running.work.doing}: {running.names(1)}: {line}" for line in running.work.news]
             running.work.news.clear()
-        self._node_failures = max(self._node_failures, sum(running.work.node_failures for running in self.running))
         for line in told:
             self.tell(line)
 

@@ -134,6 +134,45 @@ def test_a_controller_that_is_silent_forgets_no_job(tmp_path, monkeypatch):
         assert made.cancel(jobs=True) == [told] and record.exists() == bool(done)
 
 
+def test_node_failures_are_counted_once_a_job_and_end_it_at_their_limit(tmp_path, monkeypatch):
+    """Without a cluster. Slurm itself begins a job again whose node has failed, as often as it likes."""
+    states, cancelled = {}, []
+    made = SlurmExecutor(SlurmSettings(jobs_at_once=4, poll_seconds=0, max_node_failures=2), tmp_path)
+    monkeypatch.setattr(slurm_executor, "queue_states", lambda: states)
+    monkeypatch.setattr(slurm_executor, "_is_cancelled", lambda job: not cancelled.append(job))
+    jobs = iter(["7", "8", "9"])
+    monkeypatch.setattr(made, "_array", lambda *_: [next(jobs)])
+    for name in "abc":
+        made.submit(StageQueue([Stage("train", Call("train"), (tmp_path / name,))], tmp_path, []), Slot("Slurm", {}))
+        assert not made.wait(0.1)
+        states[made._given[-1].job] = ("RUNNING", "node", "")
+    first, second, third = made._given
+    second.job, second.key = "7", first.key  # one job for two works, as of an evaluation that was found again
+
+    def restarts(given, number):
+        lines = [json.dumps({"event": "start", "node": "n"})] * (number + 1)
+        (tmp_path / given.key / f"{given.job}_events.jsonl").write_text("\n".join(lines) + "\n")
+
+    restarts(first, 1)
+    assert not made.wait(0.1) and made.node_failures == 1
+    restarts(third, 2)
+    assert not made.wait(0.1) and made.node_failures == 3 and not cancelled
+    made._given.remove(second)
+    restarts(third, 3)
+    (work,) = made.wait(0.1)
+    assert work is third.work and cancelled == ["9"] and made.node_failures == 4
+    assert "its node failed 3 times (max_node_failures)" in work.failures[tmp_path / "c"][0].error
+    states["7"] = ("NODE_FAIL", "node", "")
+    assert not made.wait(0.1) and not made.wait(0.1)
+    assert first.job is None and made.node_failures == 5  # a second time in this job, and submitted again
+    jobs = iter(["10"])
+    assert not made.wait(0.1) and first.job == "10"
+    states["10"] = ("RUNNING", "node", "")
+    restarts(first, 1)
+    (work,) = made.wait(0.1)
+    assert work is first.work and made.node_failures == 6 and cancelled == ["9", "10"]
+
+
 class _Older(StageQueue):
     """A work as code without `failures` has pickled it."""
 
@@ -416,7 +455,7 @@ def test_a_real_training_over_a_time_limit_ends_as_on_this_machine(cluster, base
     cluster.until(lambda: "stopped" in path.read_text())
     cluster.until(lambda: cluster.run("scontrol", "update", f"jobid={job}", "timelimit=60").returncode == 0)
     work = ended(on_slurm)
-    assert work.node_failures == 0
+    assert on_slurm.node_failures == 0
     noted = [json.loads(line) for line in path.read_text().splitlines()]
     kinds = [event["event"] for event in noted if event["event"] != "terminated"]  # as Slurm takes it back
     assert kinds == ["start", "stage", "stopped", "start", "stage"] and noted[2]["by"] == "SIGUSR1"

@@ -53,7 +53,7 @@ class StageQueue:
     The executor fills in the rest. `waiting`: what is not done yet; `failures`: run folder → where, in their order;
     `log_path`: of the stage that runs; `started`: by the monotonic clock; `seconds`: of all stages. Of an executor that
     gives the work on: `place`: where it is, in words; `queued`: it has not begun; `news`: lines that nobody has told
-    yet; `node_failures`: how often its node failed, which is no failure of the work.
+    yet.
     """
 
     stages: list[Stage]
@@ -69,7 +69,6 @@ class StageQueue:
     place: str = ""
     queued: bool = False
     news: list[str] = field(default_factory=list)
-    node_failures: int = 0
 
     def __post_init__(self) -> None:
         self.waiting = list(self.stages)
@@ -108,11 +107,13 @@ class Executor(ABC):
 
     settings_kind: a dataclass of what a file of configs/executors may have beside `executor`, with types and defaults
     (ba_lora/config/structured.py reads it); on_this_machine: whether the works run where the grid does, so that what a
-    table needs first (`prepare`) may run beside it.
+    table needs first (`prepare`) may run beside it; node_failures: how often a node failed under a work, which is no
+    failure of the work.
     """
 
     settings_kind: ClassVar[type] = NoSettings
     on_this_machine: ClassVar[bool] = False
+    node_failures: int = 0
 
     @classmethod
     @abstractmethod

@@ -52,6 +52,7 @@ class _Given:
     key: str = ""
     job: str | None = None
     told: int = 0  # events that have been read
+    node_failures: int = 0  # after which Slurm itself has begun the job again
     gone: int = 0  # looks at the queue that did not find it, or found it ended
     ends: Counter[str] = field(default_factory=Counter)  # how earlier jobs of the work ended
 
@@ -110,6 +111,11 @@ class SlurmExecutor(Executor):
         self._empty: list[StageQueue] = []  # works without a stage
         self._next_look = 0.0
         self._answers = True  # whether Slurm's controller did when it was last asked
+        self._failed_nodes: dict[str, int] = {}  # job → how often its node failed: two works may share a job
+
+    @property
+    def node_failures(self) -> int:
+        return sum(self._failed_nodes.values())
 
     @property
     def places(self) -> list[str]:
@@ -278,6 +284,9 @@ class SlurmExecutor(Executor):
             return self._take(given, *outcome)
         if states is None:
             return False
+        failures = given.node_failures + sum(given.ends[kind] for kind in OF_THE_NODE)
+        if failures > self.settings.max_node_failures and _is_cancelled(given.job):
+            return self._fail(given, f"its node failed {failures} times (max_node_failures)")
         state, node, reason = states.get(given.job, ("", "", ""))
         if state in UNENDED:
             given.gone = 0
@@ -304,16 +313,18 @@ class SlurmExecutor(Executor):
         given.ends[state] += 1
         timeouts, failures = (sum(given.ends[one] for one in kinds) for kinds in (REQUEUED, OF_THE_NODE))
         if state in OF_THE_NODE:
-            given.work.node_failures += 1
+            self._failed_nodes[given.job] = given.node_failures + 1
         if (
             (state in REQUEUED and timeouts <= self.settings.max_timeouts)
-            or (state in OF_THE_NODE and failures <= self.settings.max_node_failures)
+            or (state in OF_THE_NODE and failures + given.node_failures <= self.settings.max_node_failures)
             or (state == UNREADABLE and given.ends[state] == 1)
         ):
             given.work.news.append(f"job {given.job} ended ({state}): submitted again")
             if (call := self._submitted(given.key, given.job)) is not None:
                 given.work.waiting = call.work.waiting
             given.job, given.work.queued = None, True
+            given.ends["NODE_FAIL"] += given.node_failures
+            given.told = given.node_failures = 0
             return False
         return self._fail(given, f"its job {given.job} ended without a result: {state}")
 
@@ -330,7 +341,6 @@ class SlurmExecutor(Executor):
         """Read what the job has noted since: where it began, which log it writes, how it was stopped."""
         path = self.folder / given.key / f"{given.job}_events.jsonl"
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        before = _node_failures(lines[: given.told])
         for event in map(json.loads, lines[given.told :]):
             if event["event"] == "start":
                 given.work.news.append(f"job {given.job} started on {event['node']}")
@@ -339,8 +349,8 @@ class SlurmExecutor(Executor):
             else:
                 given.work.news.append(f"job {given.job} {event['event']}: it goes back into the queue, or ends")
         given.told = len(lines)
-        if failed := _node_failures(lines) - before:
-            given.work.node_failures += failed
+        if (failures := _node_failures(lines)) > given.node_failures:
+            given.node_failures = self._failed_nodes[given.job] = failures
             given.work.news.append(f"job {given.job}: its node had failed")
 
     # ---- records
