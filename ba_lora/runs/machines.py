@@ -36,7 +36,8 @@ ENDED = "ended"  # the sign of a process that has ended, well or not: it is not 
 
 @dataclass
 class RunMachine:
-    """What one machine is and sees, as its first process tells. files: source file → hash; data: file → hash."""
+    """What one machine is and sees, as its first process tells. num_gpus: those that its processes use, not all that it
+    has; files: source file → hash; data: file → hash."""
 
     host: str
     ranks: list[int]
@@ -58,15 +59,16 @@ def meet(process: PartialState, config: RunConfig) -> list[RunMachine]:
     Raises UserError, on all of them, where one sees another commit, other code, settings or local data than the first.
     """
     # Each machine begins with its process 0. How many it has is said by torchrun only, and not by DeepSpeed's launcher.
-    places = gather_object([process.local_process_index])
-    starts = [rank for rank, place in enumerate(places) if place == 0]
+    places = gather_object([(process.local_process_index, _gpu_id(process))])
+    starts = [rank for rank, (place, _) in enumerate(places) if place == 0]
+    gpus = [gpu for _, gpu in places]
     if len(starts) <= 1:
-        return [_this_machine([*range(process.num_processes)])]
+        return [_this_machine([*range(process.num_processes)], gpus)]
     own = [None]
     if process.local_process_index == 0:
         first = process.process_index
         end = next((start for start in starts if start > first), process.num_processes)
-        machine = _this_machine([*range(first, end)])
+        machine = _this_machine([*range(first, end)], gpus)
         machine.commit, machine.files = code_state()["commit"], _source_hashes()
         machine.settings = training_settings(config) | {"run folder": str(config.run_path)}
         machine.data = {name: _file_hash(resolve_path(name)) for name in config.data_files}
@@ -92,12 +94,20 @@ def check_same_rows(process: PartialState, machines: list[RunMachine], dataset: 
             )
 
 
-def _this_machine(ranks: list[int]) -> RunMachine:
+def _this_machine(ranks: list[int], gpus: list[str | None]) -> RunMachine:
+    """gpus: of each rank, the id of its GPU. Two processes may have one, by gloo."""
     import torch
 
-    cuda = torch.cuda.is_available()
-    name = torch.cuda.get_device_name() if cuda else None
-    return RunMachine(socket.gethostname(), ranks, name, torch.cuda.device_count() if cuda else 0)
+    used = {gpus[rank] for rank in ranks} - {None}
+    name = torch.cuda.get_device_name() if used else None
+    return RunMachine(socket.gethostname(), ranks, name, len(used))
+
+
+def _gpu_id(process: PartialState) -> str | None:
+    import torch
+
+    device = process.device
+    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None
 
 
 def _difference(first: RunMachine, other: RunMachine) -> str | None:
@@ -121,7 +131,7 @@ def _difference(first: RunMachine, other: RunMachine) -> str | None:
 def _source_hashes() -> dict[str, str]:
     files = [
         *PROJECT_ROOT.glob("train_*.py"),
-        *(f for top in ("ba_lora", "data") for f in (PROJECT_ROOT / top).rglob("*.py")),
+        *(f for top in ("ba_lora", "data", "eval") for f in (PROJECT_ROOT / top).rglob("*.py")),
     ]
     return {file.relative_to(PROJECT_ROOT).as_posix(): sha256_file(file)[:16] for file in files}
 

@@ -65,10 +65,11 @@ def layers_with_adapter(model):
     return [module for module in model.modules() if hasattr(module, "lora_A")]
 
 
-def test_a_resumed_run_has_the_very_weights_of_an_uninterrupted_one(train, monkeypatch):
+@pytest.mark.parametrize("method", ["lora", "pissa", "ba_lora"])
+def test_a_resumed_run_has_the_very_weights_of_an_uninterrupted_one(train, monkeypatch, method):
     from ba_lora.training.trainer import BALoRATrainer
 
-    whole = train(NF4, name="whole")
+    whole = train(NF4, name="whole", method=method)
     real = BALoRATrainer.training_step
     steps = iter(range(1, 100))
 
@@ -79,10 +80,11 @@ def test_a_resumed_run_has_the_very_weights_of_an_uninterrupted_one(train, monke
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(BALoRATrainer, "training_step", stop_at_3)
-        train(NF4, name="stopped")
-    stopped = train(NF4, name="stopped")
+        train(NF4, name="stopped", method=method)
+    stopped = train(NF4, name="stopped", method=method)
     assert read_json(stopped / "train.json")["training"]["resumed_from"] == "checkpoint-2"
-    for name in ("adapter/adapter_model.safetensors", "lora/adapter_model.safetensors", "merged/model.safetensors"):
+    exports = ("adapter/adapter_model", "merged/model", *(() if method == "lora" else ("lora/adapter_model",)))
+    for name in (f"{export}.safetensors" for export in exports):
         assert (stopped / name).read_bytes() == (whole / name).read_bytes()
 
 

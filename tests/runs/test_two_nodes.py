@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
+import torch
 import yaml
 
 from ba_lora.config.layers import load_config
@@ -305,14 +306,27 @@ def test_deepspeeds_own_launcher_on_two_machines(base, tmp_path, root):
     assert (found["num_machines"], found["num_processes"]) == (2, 2)
 
 
-@pytest.mark.parametrize(("places", "ranks"), [([0, 1, 0, 1, 2], [[0, 1], [2, 3, 4]]), ([0, 1], [[0, 1]])])
-def test_the_machines_of_a_run_are_found_whatever_the_launcher_says(places, ranks, monkeypatch):
-    monkeypatch.setattr(machines, "gather_object", lambda own: places if isinstance(own[0], int) else own)
+@pytest.mark.parametrize(
+    ("places", "gpus", "ranks", "num_gpus"),
+    [
+        ([0, 1, 0, 1, 2], [None] * 5, [[0, 1], [2, 3, 4]], [0, 0]),
+        ([0, 1, 0, 1, 2], ["a", "b", "c", "d", "d"], [[0, 1], [2, 3, 4]], [2, 2]),
+        ([0, 1], ["a", "a"], [[0, 1]], [1]),
+    ],
+)
+def test_the_machines_of_a_run_are_found_whatever_the_launcher_says(places, gpus, ranks, num_gpus, monkeypatch):
+    """And their GPUs that are used: two processes may have one."""
+    told = list(zip(places, gpus, strict=True))
+    monkeypatch.setattr(machines, "gather_object", lambda own: told if isinstance(own[0], tuple) else own)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     config, found = load_config("toy"), []
     for rank in (rank for rank, place in enumerate(places) if place == 0):
-        process = SimpleNamespace(num_processes=len(places), process_index=rank, local_process_index=0)
+        process = SimpleNamespace(
+            num_processes=len(places), process_index=rank, local_process_index=0, device=torch.device("cpu")
+        )
         found += machines.meet(process, config)
-    assert [machine.ranks for machine in found] == ranks
+    assert [machine.ranks for machine in found] == ranks and [machine.num_gpus for machine in found] == num_gpus
+    assert {machine.gpu for machine in found} == {"a GPU" if any(gpus) else None}
 
 
 def test_a_result_counts_the_gpus_of_all_machines():
