@@ -41,8 +41,7 @@ from ba_lora.errors import CommandParser, UserError, run_entry_point
 from ba_lora.io import read_object, sha256_file, write_json_atomic, write_jsonl_atomic
 from ba_lora.paths import PROJECT_ROOT, resolve_path
 from ba_lora.rows import load_rows
-from ba_lora.runs.card import write_model_card
-from ba_lora.runs.results import refresh_result
+from ba_lora.runs.card import refresh_run
 from eval.engines import base as engines
 from eval.engines.adapters import adapter_rank, vllm_lora_rank
 from eval.engines.base import EngineOptions
@@ -274,10 +273,7 @@ def evaluate_by_harness(asked: argparse.Namespace) -> dict[str, dict[str, Any]]:
         scores[task] = to_score(task, result, generation=made, file=asked.files.get(task))
         write_json_atomic(folder / PREFIX / f"{task}.json", scores[task])
     if served.run is not None and asked.output is None:
-        config = load_run(served.run)
-        result = refresh_result(served.run, config.result_path)
-        if result is not None:
-            write_model_card(served.run, config, result)
+        refresh_run(served.run, load_run(served.run))
     return scores
 
 

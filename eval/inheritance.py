@@ -34,7 +34,7 @@ from ba_lora.errors import CommandParser, UserError, run_entry_point
 from ba_lora.io import read_jsonl, sha256_file, write_json_atomic, write_jsonl_atomic
 from ba_lora.paths import resolve_data, resolve_path
 from ba_lora.prompts import build_prompt, prompt_hash
-from ba_lora.runs.results import refresh_result
+from ba_lora.runs.card import refresh_run
 from eval.engines.base import Engine
 from eval.options import split_options
 from eval.run_models import open_models
@@ -210,7 +210,7 @@ def main() -> None:
         write_jsonl_atomic(path / "grades" / f"{NAME}.jsonl", measures.items)
         write_jsonl_atomic(path / "grades" / f"{NAME}_texts.jsonl", measures.texts)
         write_json_atomic(path / "scores" / f"{NAME}.json", score)
-        refresh_result(path, load_run(path).result_path)
+        refresh_run(path, load_run(path))
         before, after = (_shown(score["perplexity"][name]) for name in ("before", "after"))
         print(
             f"{path.name}: perplexity {before} → {after}, distinct-2 {score['metrics']['distinct_2']:.3f}, "

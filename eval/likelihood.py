@@ -35,7 +35,7 @@ from ba_lora.errors import CommandParser, UserError, run_entry_point
 from ba_lora.io import sha256_file, write_json_atomic, write_jsonl_atomic
 from ba_lora.paths import resolve_data, resolve_path
 from ba_lora.prompts import build_prompt, prompt_hash
-from ba_lora.runs.results import refresh_result
+from ba_lora.runs.card import refresh_run
 from eval.inheritance import load_texts, text_perplexity
 from eval.options import split_options
 from eval.run_models import open_models
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from eval.engines.hf import HFEngine
 
 NAME = "likelihood"
-VERSION = "1"  # bumped whenever a value changes
+VERSION = "1"  # bumped whenever a value changes, of a classifier's likelihood, too
 GROUPS = ("role", "family", "cue")
 NUM_BINS = 10
 
@@ -187,7 +187,7 @@ def main() -> None:
         ]
         write_jsonl_atomic(one.path / "grades" / f"{NAME}.jsonl", lines)
         write_json_atomic(one.path / "scores" / f"{NAME}.json", score)
-        refresh_result(one.path, load_run(one.path).result_path)
+        refresh_run(one.path, load_run(one.path))
         means, roles = score["metrics"], score["groups"]["role"]
         wrong = ", ".join(f"{role} {100 * of['metrics']['p_wrong']:.1f} %" for role, of in roles.items())
         print(

@@ -29,12 +29,12 @@ from ba_lora.errors import CommandParser, UserError, run_entry_point
 from ba_lora.glue import find_task
 from ba_lora.io import read_jsonl, sha256_file, write_json_atomic, write_jsonl_atomic
 from ba_lora.paths import resolve_path
-from ba_lora.runs.results import read_record, refresh_result
-from eval.likelihood import NAME, base_hash, calibration_error
+from ba_lora.runs.card import refresh_run
+from ba_lora.runs.results import read_record
+from eval.likelihood import NAME, VERSION, base_hash, calibration_error
 from eval.tasks.base import Item, summarise
 
 Array = np.ndarray
-VERSION = "1"  # of a classifier's likelihood: bumped whenever a value changes
 GROUPS = ("role", "kind")
 
 
@@ -117,7 +117,7 @@ def main() -> None:
         score, grades = score_run(folder, rows, sha256)
         write_jsonl_atomic(folder / "grades" / f"{NAME}.jsonl", grades)
         write_json_atomic(folder / "scores" / f"{NAME}.json", score)
-        refresh_result(folder, load_run(folder).result_path)
+        refresh_run(folder, load_run(folder))
         roles = score["groups"]["role"].items()
         told = ", ".join(f"{role} {100 * of['metrics']['p_wrong']:.1f} %" for role, of in roles)
         print(f"{folder.name}: p(wrong rule) {told}; KL to its base {score['metrics']['kl']:.3f} nats", file=sys.stderr)

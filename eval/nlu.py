@@ -41,8 +41,8 @@ from ba_lora.experiments.evaluation_state import dev_sources, hub_of
 from ba_lora.glue import find_task, task_word
 from ba_lora.io import sha256_file, write_json_atomic, write_jsonl_atomic
 from ba_lora.rows import Source
-from ba_lora.runs.card import write_model_card
-from ba_lora.runs.results import read_record, refresh_result
+from ba_lora.runs.card import refresh_run
+from ba_lora.runs.results import read_record
 from eval.classify import Classifier, classify, open_classifier
 from eval.nlu_scores import dev_scores, score_predictions
 from eval.options import read_data
@@ -261,9 +261,7 @@ def evaluate_classifier(plan: Plan) -> dict[str, Any]:
     for name, reason in skipped.items():
         print(f"note: {run.name}: {name} is left out: {reason}", file=sys.stderr)
     if run.config and run.output == run.config.run_path:
-        result = refresh_result(run.output, run.config.result_path)
-        if result is not None:
-            write_model_card(run.output, run.config, result)
+        refresh_run(run.output, run.config)
     return {
         "run": run.name,
         "task": find_task(run.task).name,

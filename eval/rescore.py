@@ -14,7 +14,7 @@ from ba_lora.config.schema import RESULTS_PATH
 from ba_lora.errors import UserError
 from ba_lora.io import read_json, write_json_atomic
 from ba_lora.runs.results import refresh_result
-from eval import inheritance
+from eval import inheritance, likelihood
 from eval.completions import score_paths
 from eval.judge.judge import one_judge
 from eval.scoring import ScoreOptions, score_file, stale_reason
@@ -55,16 +55,17 @@ def score_runs(folder: Path, *, options: ScoreOptions, results: Path | None = No
 
 def _refresh(run: Path, results: Path | None) -> bool:
     """Bring a run's result and model cards up to date; return whether a score in them had changed."""
-    from ba_lora.runs.card import write_model_card
+    from ba_lora.runs.card import refresh_run
 
     config = load_run(run) if (run / "config.yaml").is_file() else None
     name = f"{run.name}.json" if config is None else config.result_path.name
     result_path = (results or RESULTS_PATH) / name
-    result = refresh_result(run, result_path)
-    if result is None:
+    if config is None:
+        changed = refresh_result(run, result_path) is not None
+    else:
+        changed = refresh_run(run, config, result_path)
+    if not changed:
         return False
-    if config is not None:
-        write_model_card(run, config, result)
     print(f"refreshed {result_path}", flush=True)
     return True
 
@@ -85,6 +86,8 @@ def _scorer(score: Mapping) -> str:
         return "eval.nlu --model RUN scores the run again"
     if score.get("task") == inheritance.NAME:
         return "eval.inheritance --run RUN measures the run again"
+    if score.get("task") == likelihood.NAME:
+        return "eval.likelihood, of a classifier eval.likelihood_nlu, --run RUN measures the run again"
     return "eval.score --runs DIR re-scores it"
 
 

@@ -204,7 +204,7 @@ def stale_reason(score: Mapping, *, completions: Path | None = None) -> str | No
 def grader_versions() -> dict[str, dict[str, str | None]]:
     """Return task, or a classifier's set → {"version", "hub"}: the grader's version, the hub set with its commit (None
     for a set of no pinned commit, which cannot be told stale by it)."""
-    from eval import inheritance
+    from eval import inheritance, likelihood
     from eval.tasks.glue import VERSION, own_sets
     from eval.tasks.glue_x import find_set, out_of_domain
 
@@ -217,7 +217,7 @@ def grader_versions() -> dict[str, dict[str, str | None]]:
     for name, task in TASKS.items():
         hub = f"{task.hub}@{task.hub_revision}" if task.hub and task.hub_revision else None
         versions[name] = {"version": task.version, "hub": hub}
-    return versions | {inheritance.NAME: {"version": inheritance.VERSION, "hub": None}}
+    return versions | {one.NAME: {"version": one.VERSION, "hub": None} for one in (inheritance, likelihood)}
 
 
 def _grade(task: Task, pairs: Sequence[tuple[Item, str]], options: ScoreOptions) -> list[Grade]:

@@ -14,6 +14,7 @@ from ba_lora.config.methods import adapter_loads, init_facts, tuner_facts, write
 from ba_lora.config.schema import RunConfig, public, to_yaml
 from ba_lora.glue import find_task
 from ba_lora.io import write_text_atomic
+from ba_lora.runs.results import refresh_result
 
 TEMPLATE = """\
 ---
@@ -40,6 +41,14 @@ Trained on {{ rows_used }} rows of {{ data }} ({{ data_source }}, revision {{ re
 {{ fence }}yaml
 {{ settings }}{{ fence }}
 """
+
+
+def refresh_run(run_path: Path, config: RunConfig, result_path: Path | None = None) -> bool:
+    """Bring a run's result and model cards up to the scores in its folder; return whether they have changed."""
+    result = refresh_result(run_path, result_path or config.result_path)
+    if result is not None:
+        write_model_card(run_path, config, result)
+    return result is not None
 
 
 def write_model_card(run_path: Path, config: RunConfig, result: dict[str, Any]) -> None:

@@ -252,7 +252,7 @@ def _export_fault(run_path: Path, config: RunConfig, trained: dict[str, Any]) ->
     recorded = trained.get("files")
     for name, size in recorded.items() if isinstance(recorded, dict) else ():
         file = run_path / name
-        if file.parent.name not in wanted:
+        if Path(name).parent.as_posix() not in wanted:
             continue  # a merged model that is no longer asked for may go
         if not file.is_file():
             return f"{name} is gone"
@@ -263,7 +263,8 @@ def _export_fault(run_path: Path, config: RunConfig, trained: dict[str, Any]) ->
 
 def finish_run(run_path: Path, config: RunConfig, facts: dict[str, Any]) -> dict[str, Any]:
     """Write train.json and the result; return the result."""
-    exported = [file for name in EXPORTS for file in sorted((run_path / name).glob("*")) if file.name != "README.md"]
+    folders = (*EXPORTS, *(f"ranks/{rank}" for rank in config.export.ranks))
+    exported = [file for name in folders for file in sorted((run_path / name).glob("*")) if file.name != "README.md"]
     sizes = {str(file.relative_to(run_path)): file.stat().st_size for file in exported if file.is_file()}
     asked = facts.get("data", {}).get("prompt_hash", prompt_hash())
     ended = {"status": "ok", "error": None, "finished_at": now(), "prompt_hash": asked}

@@ -153,4 +153,5 @@ def track_evaluation(run_path: Path, result: dict[str, Any]) -> None:
 
 
 def _without_seconds(scores: dict[str, Any]) -> dict[str, Any]:
-    return {task: {key: value for key, value in s.items() if key != "grader_seconds"} for task, s in scores.items()}
+    timed = ("seconds", "grader_seconds")
+    return {task: {key: value for key, value in s.items() if key not in timed} for task, s in scores.items()}

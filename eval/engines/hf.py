@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import importlib.metadata
+import importlib.util
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -132,12 +133,16 @@ class HFEngine(Engine):
     def nll(self, texts: Sequence[str], *, adapter: str | None = None) -> list[tuple[float, int]]:
         """Return of each text the negative log-likelihood in nats, summed over its tokens, and the number of these.
 
-        Each text is encoded as a prompt is and ends with EOS; its first token is given, not predicted.
+        Each text is encoded as a prompt is and ends with EOS; its first token is given, not predicted. One beyond the
+        context is cut to it, which is told.
         """
         import torch
 
         eos = [self.tokenizer.eos_token_id]
-        encoded = [[*ids, *eos][: self.context] for ids in encode_prompts(self.tokenizer, texts)]
+        whole = [[*ids, *eos] for ids in encode_prompts(self.tokenizer, texts)]
+        encoded = [ids[: self.context] for ids in whole]
+        if cut := sum(len(ids) > len(kept) for ids, kept in zip(whole, encoded, strict=True)):
+            print(f"{cut} of {len(texts)} texts are cut to the context of {self.context} tokens", file=sys.stderr)
         self.check_tokens(encoded)
         order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
         found = [(0.0, 0)] * len(encoded)

@@ -10,7 +10,7 @@ import pytest
 
 from ba_lora.errors import UserError
 from ba_lora.io import sha256_file
-from eval import inheritance
+from eval import inheritance, likelihood
 from eval.completions import read_completions, score_paths
 from eval.score import main
 from eval.scoring import ScoreOptions, grader_versions, read_options, score_file
@@ -446,6 +446,7 @@ def test_scores_of_classifiers_and_measures_of_runs_go_stale_too(tmp_path: Path,
         "mnli": {"of_task": "mnli", "version": glue.VERSION},
         "sick": {"of_task": "mnli", "version": glue.VERSION},
         "inheritance": {"version": inheritance.VERSION},
+        "likelihood": {"version": likelihood.VERSION},
     }
     for name, score in scores.items():
         path = tmp_path / "run" / "scores" / f"{name}.json"
@@ -455,14 +456,16 @@ def test_scores_of_classifiers_and_measures_of_runs_go_stale_too(tmp_path: Path,
     def mark() -> list[str]:
         assert main(["--stale", str(tmp_path)]) == 0
         *lines, summary = capsys.readouterr().out.splitlines()
-        assert json.loads(summary)["checked"] == 3
+        assert json.loads(summary)["checked"] == 4
         return lines
 
     assert mark() == []
     monkeypatch.setattr(glue, "VERSION", "8")
     monkeypatch.setattr(inheritance, "VERSION", "9")
+    monkeypatch.setattr(likelihood, "VERSION", "7")
     found = [
         ("inheritance", 1, 9, "eval.inheritance --run RUN measures"),
+        ("likelihood", 1, 7, "eval.likelihood, of a classifier eval.likelihood_nlu, --run RUN measures"),
         ("mnli", 1, 8, "eval.nlu --model RUN scores"),
         ("sick", 1, 8, "eval.nlu --model RUN scores"),
     ]

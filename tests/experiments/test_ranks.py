@@ -14,7 +14,7 @@ from ba_lora.experiments.pipeline import record_evaluation
 from ba_lora.experiments.spec import untuned_config
 from ba_lora.experiments.stages import evaluation_stages
 from ba_lora.runs import results
-from ba_lora.runs.folder import EXPORTS, is_trained
+from ba_lora.runs.folder import EXPORTS, finish_run, is_trained
 from eval.engines.serving import plan_serving
 from eval.generate import completion_folders, trained_template
 from eval.page.items import read_answers
@@ -88,6 +88,10 @@ def test_ranks_that_are_asked_for_later_are_not_there_yet(config):
     for rank in (1, 4):
         put(config.run_path / "ranks" / str(rank) / "adapter_model.safetensors", "")
     assert is_trained(config.run_path, config)
+    finish_run(config.run_path, config, {})
+    assert is_trained(config.run_path, config)
+    put(config.run_path / "ranks" / "4" / "adapter_model.safetensors", "of another size")
+    assert not is_trained(config.run_path, config)
 
 
 @pytest.mark.slow
