@@ -52,7 +52,7 @@ def train(run: TrainingRun) -> Trained:
         cache = cached_reference(config, data.dataset, data.report, tokenizer)
 
     # Model: the pre-trained one, with the method's adapter.
-    model = run.build_model(data.dataset, tokenizer, rows=data.dataset)
+    model = run.build_model(data.dataset, tokenizer)
     if config.data.packing:
         prepare_packing(model, data.dataset["input_ids"][:2])
         if hint := faster_attention(config.model, run.process.device):

@@ -52,7 +52,7 @@ def train(run: TrainingRun) -> Trained:
     check_sizes(config, tokenizer, data.train, data.heldout, *data.dev.values())
 
     # Model: the pre-trained one, with a new head and the method's adapter.
-    model = run.build_model(data.train, tokenizer, rows=data.train)
+    model = run.build_model(data.train, tokenizer)
 
     # Objective and trainer: L = L_task + λ1 L_consistency + λ2 L_diversity + λ3 L_svd.
     objective = ClassifierObjective(

@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,12 +38,12 @@ LIKELIHOOD = "likelihood"
 RUN_MEASURES = ("inheritance", LIKELIHOOD)  # measured on the run itself, not on completions: eval/<name>.py
 HARNESS = "harness/"  # before the name of a task of lm-evaluation-harness: eval/harness.py
 PUBLISHED_TERMS = ("consistency", "diversity", "svd")
-# Each further file in objective/terms is a term, with a weight `lambda_<name>` and a `<name>_schedule` of its own.
+# Each further file in objective/terms that binds TERM has a weight `lambda_<name>` and a `<name>_schedule` of its own.
 EXTRA_TERMS = tuple(
     sorted(
         file.stem
         for file in (PROJECT_ROOT / "ba_lora" / "objective" / "terms").glob("*.py")
-        if file.stem not in ("__init__", "base", "block", "task", *PUBLISHED_TERMS)
+        if file.stem not in PUBLISHED_TERMS and re.search("^TERM = ", file.read_text(encoding="utf-8"), re.MULTILINE)
     )
 )
 RESULTS_PATH = PROJECT_ROOT / "results" / "runs"
@@ -313,10 +314,13 @@ _COSMETIC_ARGUMENTS = (
     "trackio_bucket_id", "trackio_static_space_id", "disable_tqdm", "log_level", "dataloader_num_workers",
     "dataloader_pin_memory",
 )  # fmt: skip
-# Keys of `data` that came later, with the value at which the weights are what they were without the key.
-_SINCE_ADDED = {
-    "packing": False, "heldout_share": None, "columns": {}, "messages": None, "exchanges": None, "subset": None,
-    "template": "alpaca",
+# Keys that came later, with the value at which the weights are what they were without the key.
+_SINCE_ADDED: dict[str, dict[str, Any]] = {
+    "data": {
+        "packing": False, "heldout_share": None, "columns": {}, "messages": None, "exchanges": None, "subset": None,
+        "template": "alpaca",
+    },
+    "regularizers": {},
 }  # fmt: skip
 _SAVING_ARGUMENTS = ("save_steps", "save_strategy", "save_total_limit")  # nor these, unless the best is exported
 
@@ -377,9 +381,10 @@ def training_settings(config: RunConfig) -> dict[str, Any]:
     svd_rank = plain["adapter"].pop("svd_rank") or config.adapter.rank
     if config.adapter.init.startswith("pissa_niter"):  # an exact SVD has the same leading components at any rank
         plain["adapter"]["svd_rank"] = svd_rank
-    for key, usual in _SINCE_ADDED.items():  # packed, dropout draws other numbers; held-out rows are not trained on
-        if plain["data"].get(key) in (usual, None):
-            plain["data"].pop(key, None)
+    for room, keys in _SINCE_ADDED.items():  # packed, dropout draws other numbers; held-out rows are not trained on
+        for key, usual in keys.items():
+            if plain[room].get(key) in (usual, None):
+                plain[room].pop(key, None)
     if not plain["data"].get("toy", {}).get("families", True):  # as above
         del plain["data"]["toy"]["families"]
     if plain.get("early_stopping", {}).get("patience") is None:

@@ -12,7 +12,8 @@ none the training runs under plain python; on several, or several machines, unde
     NUM_PROCESSES                         of all machines together; the number of GPUs where unset
     NUM_MACHINES MACHINE_RANK             how many machines, and which one this is (the same command on each)
     MASTER_ADDR MASTER_PORT               machine 0, and a free port on it; for several machines
-    MAX_RESTARTS                          how often torchrun starts all processes again after one was lost (0)
+    MAX_RESTARTS                          how often torchrun starts all processes again after one was lost (0); for
+                                          several machines
 """
 
 import argparse

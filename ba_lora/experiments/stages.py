@@ -54,7 +54,7 @@ class Call:
 @dataclass(frozen=True)
 class Stage:
     """One call, and the folders of the runs that it serves. task: the one whose score it gives, and nothing else:
-    no other stage needs it; None: what comes after it in these runs does. quiet: the table repeats its output."""
+    no other stage needs it; None: the later stages of these runs need it. quiet: the table repeats its output."""
 
     name: str
     call: Call

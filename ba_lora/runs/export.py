@@ -2,9 +2,9 @@
 
     adapter/   the trained PEFT adapter as it is. That of PiSSA and kin belongs to the residual base W − B₀A₀, and some
                methods need more than PEFT's weights, so:
-    ranks/<b>  of a method for every rank (DyLoRA): a plain LoRA of rank b, compared with the trained model at that rank
     lora/      of these: a plain LoRA on the untouched base (plain_lora.py; of PiSSA and kin its rank is 2r), in
                float32; any PEFT or vLLM loads it without knowing where it comes from
+    ranks/<b>  of a method for every rank (DyLoRA): a plain LoRA of rank b, compared with the trained model at that rank
     merged/    an ordinary model folder, W + BA − B₀A₀, in the base's dtype
 
 Each is written beside its final place and renamed, so a killed export leaves nothing half-written, and each is loaded

@@ -78,20 +78,20 @@ class TrainingRun:
         if process.is_main_process:
             code_state()  # before the code changes on the disk
 
-    def build_model(self, dataset: "Dataset", tokenizer: PreTrainedTokenizerBase, **keywords: Any) -> PreTrainedModel:
-        """Return the pre-trained model with the method's adapter; `keywords` go to methods.build.build_model.
+    def build_model(self, rows: "Dataset", tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+        """Return the pre-trained model with the method's adapter, for training on `rows`.
 
         The logits of two rows, the probe, tell how far step 0 is from the pre-trained model, and later each export
         from the trained one.
         """
         config = self.config
-        check_same_rows(self.process, self.machines, dataset)
-        self.probe = probe_batch(dataset.select(range(min(2, len(dataset)))).to_list(), tokenizer.pad_token_id)
-        self.num_steps = count_steps(self.arguments, len(dataset))
+        check_same_rows(self.process, self.machines, rows)
+        self.probe = probe_batch(rows.select(range(min(2, len(rows)))).to_list(), tokenizer.pad_token_id)
+        self.num_steps = count_steps(self.arguments, len(rows))
         self.model_commit = hub_commit(config.model)  # a branch may move while the run trains
         on_main_process(self.process, keep_base, config, commit=self.model_commit)
         model, self.step0 = build_model(
-            config, run_path=self.run_path, num_steps=self.num_steps, probe=self.probe, **keywords
+            config, run_path=self.run_path, num_steps=self.num_steps, probe=self.probe, rows=rows
         )
         on_main_process(self.process, keep_factors, config)
         self.trainable, self.everything = parameter_counts(model)

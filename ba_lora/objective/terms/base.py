@@ -66,7 +66,8 @@ class PositionTerm(Term):
 
     reduction: ClassVar[str] = "mean"
     num_buffers: ClassVar[int] = 3  # [B, V] buffers that `walk` takes, to size the chunks by; autograd's are a guess
-    uses_up: ClassVar[int] = 0  # what `walk` destroys, and terms go by it: 1 the reference's logits, 2 the logits
+    # What `walk` overwrites: 0 nothing, 1 the reference's logits, 2 the logits. Terms run in this order.
+    uses_up: ClassVar[int] = 0
 
     def values(self, logits_NV: Tensor, positions: Positions) -> Tensor:
         """Return the term at each position [N], with its gradient; `logits_NV` is at least float32."""
