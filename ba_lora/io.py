@@ -187,9 +187,9 @@ def reading_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+        raise UserError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}; save it as UTF-8") from error
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"{path} is no gzip file, or is cut short: {error}") from error
+        raise UserError(f"{path} is no gzip file, or is cut short: {error}; copy it again") from error
 
 
 def _parse(text: str, path: Path, *, line: int | None = None, finite: bool = False) -> object:
@@ -197,7 +197,7 @@ def _parse(text: str, path: Path, *, line: int | None = None, finite: bool = Fal
     where = str(path) if line is None else f"{path}, line {line}"
 
     def refuse(constant: str) -> None:
-        raise UserError(f"{where}: {constant} is no number that JSON knows")
+        raise UserError(f"{where}: {constant} is no number that JSON knows; write null")
 
     try:
         return json.loads(text, parse_constant=refuse if finite else None)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from ba_lora.config.schema import ModelConfig
 from ba_lora.errors import UserError
 from ba_lora.glue import NLUTask
+from ba_lora.paths import ADAPTER_CONFIG
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,7 +40,7 @@ def open_classifier(folder: Path, task: NLUTask, *, max_length: int | None = Non
     import ba_lora.models.t5_encoder  # noqa: F401  makes the Auto classes know the T5 encoder
     from ba_lora.models.tokenizer import load_tokenizer
 
-    if (folder / "adapter_config.json").is_file():
+    if (folder / ADAPTER_CONFIG).is_file():
         return _open_adapter(folder, task, max_length=max_length)
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} holds no model: give a run's folder with merged/, or a model folder")

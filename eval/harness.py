@@ -39,7 +39,7 @@ from ba_lora.config.schema import HARNESS as PREFIX
 from ba_lora.console import console_table
 from ba_lora.errors import CommandParser, UserError, run_entry_point
 from ba_lora.io import read_object, sha256_file, write_json_atomic, write_jsonl_atomic
-from ba_lora.paths import PROJECT_ROOT, resolve_path
+from ba_lora.paths import ADAPTER_CONFIG, PROJECT_ROOT, resolve_path
 from ba_lora.rows import load_rows
 from ba_lora.runs.card import refresh_run
 from eval.engines import base as engines
@@ -171,7 +171,7 @@ def model_arguments(
     if served.adapter is not None:
         arguments["peft" if engine == "hf" else "lora_local_path"] = str(served.adapter)
     if engine == "vllm":
-        settings = read_object(served.adapter / "adapter_config.json") if served.adapter else None
+        settings = read_object(served.adapter / ADAPTER_CONFIG) if served.adapter else None
         arguments |= {"max_lora_rank": vllm_lora_rank(adapter_rank(settings)), "enable_lora": True} if settings else {}
         return arguments | {"gpu_memory_utilization": 0.85}
     return arguments

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ba_lora.config.layers import load_run
+from ba_lora.config.schema import UNTUNED
 from ba_lora.config.structured import read_typed
 from ba_lora.errors import CommandParser, UserError, run_entry_point
 from ba_lora.io import sha256_file, write_json_atomic, write_jsonl_atomic
@@ -162,7 +163,7 @@ def main() -> None:
             reference = measure_model(one.engine, None, task, items, None, options.kl_items)
             before = text_perplexity(one.engine.nll(texts))
             continue
-        is_reference = one.adapter is None and one.config.method == "untuned"
+        is_reference = one.adapter is None and one.config.method == UNTUNED
         found = reference if is_reference else measure_model(
             one.engine, one.adapter, task, items, reference, options.kl_items
         )  # fmt: skip

@@ -102,8 +102,8 @@ def check_place(folder: Path, key: str) -> None:
         while not there.exists():
             there = there.parent
         if not there.is_dir():
-            raise UserError(f"{key}: {there} is a file, and a folder is needed")
+            raise UserError(f"{key}: {there} is a file, and a folder is needed: choose another place")
         with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:
-        raise UserError(f"{key}: cannot write in {there}: {error.strerror or error}") from error
+        raise UserError(f"{key}: cannot write in {there}: {error.strerror or error}; choose another place") from error

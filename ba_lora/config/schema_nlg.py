@@ -202,7 +202,10 @@ def check_nlg(config: NLGConfig) -> None:
         if not task.startswith(HARNESS):  # the harness knows its own names, and is asked before the training
             check_choice("eval.tasks", task, (*tasks(), *RUN_MEASURES))
         if task in RUN_MEASURES and is_chat(data.template):
-            raise UserError(f"eval.tasks: {task} asks in the Alpaca frame, and the run is trained in {data.template}")
+            raise UserError(
+                f"eval.tasks: {task} asks in the Alpaca frame, and the run is trained in {data.template}: leave {task} "
+                "out, or train with data.template=alpaca"
+            )
     _check_shots(config.eval.harness.shots)
     check_choice("eval.engine", config.eval.engine, ("auto", "vllm", "hf"))
     for key, value in config.eval.options.items():

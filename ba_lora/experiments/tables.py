@@ -147,7 +147,7 @@ def load_table(path: str | Path, *, overrides: Sequence[str] = (), seeds: Sequen
         for (base, method), (setting, own) in itertools.product(pairs, (block.settings or {"": []}).items()):
             row = Row(base, method, " ".join(word for word in (setting, block.suffix) if word))
             if row in rows:
-                raise UserError(f"{where}: {base}, {method}, {row.setting!r} stands in the table twice")
+                raise UserError(f"{where}: {base}, {method}, {row.setting!r} stands in the table twice: take one out")
             rows[row] = block.gpus
             of_search = searched.get((base, method), [])
             of_table = chosen.get(method) if file.chosen and method != UNTUNED else []

@@ -282,7 +282,9 @@ def _check_targets(model: "nn.Module", config: RunConfig, method: TrainingMethod
                 )
         targets = {p: m for p, m in linear.items() if any(p == n or p.endswith(f".{n}") for n in wanted)}
     if not targets:
-        raise UserError(f"no linear layer to adapt was found in this {model.config.model_type} model")
+        raise UserError(
+            f"no linear layer to adapt was found in this {model.config.model_type} model: choose another model"
+        )
     kinds = {"Conv1D" if isinstance(model.get_submodule(path), Conv1D) else "Linear" for path in targets}
     if missing := sorted(kinds - set(tuner.layer_types)):
         raise UserError(

@@ -104,22 +104,22 @@ def cached_consistency(
 ) -> Tensor:
     """T² KL over K + 1 outcomes, the reference's K likeliest tokens and one for all others, over M:
 
-        T² [ Σ_{k∈K} r_k log(r_k / q_k) + r_tail log(r_tail / q_tail) ],   r = softmax(Z_P / T), q = softmax(Z_F / T),
+        T² [ Σ_{k∈K} r_k log(r_k / p_k) + r_tail log(r_tail / p_tail) ],   r = softmax(Z_P / T), p = softmax(Z_F / T),
 
-    with r_tail and q_tail the masses that r and q give to the tokens outside K. Merging outcomes can only lower a KL
+    with r_tail and p_tail the masses that r and p give to the tokens outside K. Merging outcomes can only lower a KL
     (the data-processing inequality), so this is a lower bound of `consistency`; what is missing is exactly
-    T² r_tail KL(r ‖ q, both within the tail). With K = V nothing is. Its gradient with respect to Z_F is
+    T² r_tail KL(r ‖ p, both within the tail). With K = V nothing is. Its gradient with respect to Z_F is
 
-        T (q_v − r_v) for v in K,   T (q_v − r_tail q_v / q_tail) elsewhere.
+        T (p_v − r_v) for v in K,   T (p_v − r_tail p_v / p_tail) elsewhere.
 
     `reference`, at the same temperature, is in the order of `logits[mask]`. Arguments else as in `consistency`.
     """
-    log_q_MV = F.log_softmax(_select(logits, mask) / temperature, dim=-1)
-    log_r_MK, log_q_MK = reference.log_probs, log_q_MV.gather(-1, reference.tokens)
-    divergence_M = (log_r_MK.exp() * (log_r_MK - log_q_MK)).sum(-1)
-    if log_r_MK.shape[-1] < log_q_MV.shape[-1]:
-        log_q_tail_M = _log_tail(log_q_MV, reference.tokens)
-        divergence_M = divergence_M + reference.log_tail.exp() * (reference.log_tail - log_q_tail_M)
+    log_p_MV = F.log_softmax(_select(logits, mask) / temperature, dim=-1)
+    log_r_MK, log_p_MK = reference.log_probs, log_p_MV.gather(-1, reference.tokens)
+    divergence_M = (log_r_MK.exp() * (log_r_MK - log_p_MK)).sum(-1)
+    if log_r_MK.shape[-1] < log_p_MV.shape[-1]:
+        log_p_tail_M = _log_tail(log_p_MV, reference.tokens)
+        divergence_M = divergence_M + reference.log_tail.exp() * (reference.log_tail - log_p_tail_M)
     divergence_M = divergence_M * temperature**2
     if position_weights is not None:
         divergence_M = divergence_M * position_weights

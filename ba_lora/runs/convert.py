@@ -26,12 +26,13 @@ from ba_lora.errors import CommandParser, UserError, in_one_line, run_entry_poin
 from ba_lora.io import disk_errors, folder_atomic, load_tensors, read_json, read_jsonl
 from ba_lora.models.layers import is_residual_init
 from ba_lora.models.source import hub_errors
+from ba_lora.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 TEXTS = ("The capital of France is", "def add(a, b):\n    return", "2 + 2 =", "Was ist ein Baum?")
-PUBLISHED = ("adapter_model.safetensors", "adapter_config.json")
+PUBLISHED = ADAPTER_WEIGHTS, ADAPTER_CONFIG
 KEPT = ("trained.safetensors", "trained_config.json")  # of a randomised PiSSA of ours, which PEFT must not load
 
 

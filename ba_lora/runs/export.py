@@ -33,6 +33,7 @@ from ba_lora.methods.pissa import factors_path
 from ba_lora.models.pretrained import load_base, load_dequantized
 from ba_lora.models.source import model_source
 from ba_lora.models.tokenizer import load_tokenizer
+from ba_lora.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from ba_lora.runs.parity import Parity, compare_logits
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
     from ba_lora.training.trainer import BALoRATrainer
 
 
-ADAPTER_FILES = "adapter_model.safetensors", "adapter_config.json"  # PEFT's names of weights and settings
+ADAPTER_FILES = ADAPTER_WEIGHTS, ADAPTER_CONFIG
 STATE = "method_state.safetensors"  # in adapter/: what the plain LoRA needs beside PEFT's weights
 
 
@@ -103,7 +104,7 @@ def export_run(
 ) -> dict[str, Parity]:
     """Write lora/ and merged/ from adapter/, compare each with the trained model; return name → `Parity`.
 
-    `initial_logits` are the trained model's at step 0. Raises UserError where an export is too far off (`_compare`);
+    `initial_logits` are the trained model's at step 0. Raises UserError where an export is too far off (parity.py);
     the folder in question is kept as <name>.rejected.
     """
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -164,16 +165,14 @@ def convert_to_lora(adapter_path: Path, initial_factors: Path, output_path: Path
 
 def write_rank(adapter_path: Path, output_path: Path, rank: int, *, config: RunConfig) -> None:
     """Write the first `rank` rows of A and columns of B as a plain LoRA of that rank, with the same α."""
-    settings = json.loads((adapter_path / "adapter_config.json").read_text()) | {"r": rank}
+    settings = json.loads((adapter_path / ADAPTER_CONFIG).read_text()) | {"r": rank}
     weights = {
         name: value[:rank] if ".lora_A." in name else value[:, :rank] if ".lora_B." in name else value
-        for name, value in load_tensors(adapter_path / "adapter_model.safetensors").items()
+        for name, value in load_tensors(adapter_path / ADAPTER_WEIGHTS).items()
     }
     with folder_atomic(output_path) as folder:
-        save_file(
-            {k: v.contiguous() for k, v in weights.items()}, folder / "adapter_model.safetensors", {"format": "pt"}
-        )
-        (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+        save_file({k: v.contiguous() for k, v in weights.items()}, folder / ADAPTER_WEIGHTS, {"format": "pt"})
+        (folder / ADAPTER_CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
         _run_tokenizer(config).save_pretrained(folder)
 
 
@@ -189,7 +188,7 @@ def export_lora(trainer: "BALoRATrainer", folder: str | Path) -> Path:
     Of PiSSA and kin that is a LoRA of twice the rank, else the adapter itself, or what its method makes of it. Every
     process calls it. Raises UserError for an adapter that is no LoRA.
     """
-    from ba_lora.training.plain_lora import SETTINGS, WEIGHTS, write_plain_lora
+    from ba_lora.training.plain_lora import write_plain_lora
 
     folder = Path(folder)
     model = trainer.plain_model()
@@ -210,7 +209,10 @@ def export_lora(trainer: "BALoRATrainer", folder: str | Path) -> Path:
         trainer.accelerator.wait_for_everyone()
         if main:
             with folder_atomic(folder) as target:
-                weights, settings = load_tensors(temporary / WEIGHTS), json.loads((temporary / SETTINGS).read_text())
+                weights, settings = (
+                    load_tensors(temporary / ADAPTER_WEIGHTS),
+                    json.loads((temporary / ADAPTER_CONFIG).read_text()),
+                )
                 weights, settings = tuner.to_plain_lora(weights, settings, tuner.state(model))
                 write_plain_lora(target, weights, trainer.initial_factors, settings)
                 for file in temporary.iterdir():  # no pickles, and no card that knows nothing of the training
@@ -243,7 +245,7 @@ def push_to_hub(run_path: Path, config: RunConfig) -> str:
     try:
         url = api.create_repo(config.hub.repo_id, private=config.hub.private, exist_ok=True)
         if not config.adapter.trains_own_weights:
-            folder, name = serving_adapter(run_path), "adapter_config.json"
+            folder, name = serving_adapter(run_path), ADAPTER_CONFIG
             settings = json.loads((folder / name).read_text())  # names a local base by this machine's folders
             settings["base_model_name_or_path"] = public(settings["base_model_name_or_path"])
             told = (json.dumps(settings, indent=2) + "\n").encode()
@@ -262,7 +264,7 @@ def push_to_hub(run_path: Path, config: RunConfig) -> str:
 
 def _fix_adapter_files(folder: Path, config: RunConfig) -> None:
     """Name the untouched base in the settings, and give both files the names of `adapter_files`."""
-    path = folder / "adapter_config.json"
+    path = folder / ADAPTER_CONFIG
     settings = json.loads(path.read_text())
     base = model_source(config.model)  # a relative path would be found from this folder only
     settings["base_model_name_or_path"] = str(Path(base).resolve()) if Path(base).is_dir() else base
@@ -270,7 +272,7 @@ def _fix_adapter_files(folder: Path, config: RunConfig) -> None:
     path.write_text(json.dumps(settings, indent=2) + "\n")
     weights_name, settings_name = adapter_files(config)
     path.rename(folder / settings_name)
-    (folder / "adapter_model.safetensors").rename(folder / weights_name)
+    (folder / ADAPTER_WEIGHTS).rename(folder / weights_name)
 
 
 def _with_adapter(config: RunConfig, adapter_path: Path) -> "nn.Module":

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from ba_lora.config.schema import UNTUNED
 from ba_lora.console import console_table
 
 
@@ -31,7 +32,7 @@ def results_table(results: list[dict[str, Any]]) -> str:
 def labelled(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the results, the method of each followed by its seed and its λ (consistency/diversity/svd) where these
     differ among them, so that the lines of one table tell what they are of."""
-    tuned = [result for result in results if "untuned" != result["method"]]
+    tuned = [result for result in results if result["method"] != UNTUNED]
 
     def weights(result: dict[str, Any]) -> str:
         found = result["config"]["regularizers"]
@@ -41,7 +42,7 @@ def labelled(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     words = {name: read for name, read in words.items() if len({read(result) for result in tuned}) > 1}
     return [
         result | {"method": " ".join([result["method"], *(f"{name}={read(result)}" for name, read in words.items())])}
-        if "untuned" != result["method"]
+        if result["method"] != UNTUNED
         else result
         for result in results
     ]

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from ba_lora.errors import UserError
 from ba_lora.io import load_tensors
 from ba_lora.models.layers import adapter_layers, gathered, has_residual_base
+from ba_lora.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
-WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
 FINGERPRINT = "initial_fingerprint.safetensors"
 FINGERPRINT_TOLERANCE = 1e-3  # relative: an exact SVD differs by far less between machines
 
@@ -93,8 +93,8 @@ def write_plain_lora(
         raise UserError(f"the adapter for {folder} and the first factors are of different layers: of different runs")
     weights = plain_lora(weights, initial) if initial else {name: value.contiguous() for name, value in weights.items()}
     settings = plain_settings(settings) if initial else {**settings, "init_lora_weights": True}
-    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
-    (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
+    save_file(weights, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
 
 
 # ---- checkpoints ----

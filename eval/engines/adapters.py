@@ -14,14 +14,13 @@ from ba_lora.io import is_pickle, read_json
 from ba_lora.methods.base import import_tuners
 from ba_lora.models.layers import is_residual_init
 from ba_lora.models.sizes import load_skeleton
-from ba_lora.paths import resolve_path
+from ba_lora.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS, resolve_path
 
 if TYPE_CHECKING:
     from peft import PeftConfig
 
     from eval.engines.base import EngineOptions
 
-WEIGHTS = "adapter_model.safetensors"
 VLLM_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the values vLLM takes for max_lora_rank
 
 
@@ -58,9 +57,9 @@ def _sibling(path: Path, name: str) -> str:
 
 
 def _adapter_json(path: Path) -> dict[str, Any]:
-    settings = read_json(path / "adapter_config.json")
+    settings = read_json(path / ADAPTER_CONFIG)
     if not isinstance(settings, dict):
-        raise UserError(f"{path}/adapter_config.json: a JSON object is needed; copy the adapter again")
+        raise UserError(f"{path}/{ADAPTER_CONFIG}: a JSON object is needed; copy the adapter again")
     return settings
 
 
@@ -68,7 +67,7 @@ def adapter_base(path: str | Path) -> str:
     """Return the base that a PEFT adapter folder names. Raises UserError where it names none."""
     base = _adapter_json(Path(path)).get("base_model_name_or_path")
     if not base:
-        raise UserError(f"{path}/adapter_config.json names no base_model_name_or_path: write the base into it")
+        raise UserError(f"{path}/{ADAPTER_CONFIG} names no base_model_name_or_path: write the base into it")
     local = resolve_path(base)
     return str(local.resolve()) if local.is_dir() else str(base)
 
@@ -125,10 +124,10 @@ def check_adapter(path: str | Path, base: str, options: "EngineOptions") -> None
             found = model.load_adapter(path, name, torch_device="cpu", low_cpu_mem_usage=True)
     except SafetensorError as error:
         raise UserError(
-            f"{path}/{WEIGHTS} is damaged or cut short ({error}): copy or export the adapter again"
+            f"{path}/{ADAPTER_WEIGHTS} is damaged or cut short ({error}): copy or export the adapter again"
         ) from error
     except KeyError as error:
-        raise UserError(f"{misfit}: {error.args[0]} is missing in {WEIGHTS}") from error
+        raise UserError(f"{misfit}: {error.args[0]} is missing in {ADAPTER_WEIGHTS}") from error
     except RuntimeError as error:
         told = in_one_line(error).replace(f".{name}.", ".")
         raise UserError(f"{misfit}, it is of another one or of one with added tokens: {told}") from error
@@ -142,7 +141,7 @@ def check_adapter(path: str | Path, base: str, options: "EngineOptions") -> None
         told = [f"{len(missing)} of its layers' weights are missing, such as {missing[0]}"] if missing else []
         told += [f"{len(unexpected)} belong to no layer, such as {unexpected[0]}"] if unexpected else []
         raise UserError(
-            f"{misfit}: {WEIGHTS} does not hold the layers that adapter_config.json names: {'; '.join(told)}; save the "
+            f"{misfit}: {ADAPTER_WEIGHTS} does not hold the layers that {ADAPTER_CONFIG} names: {'; '.join(told)}; save the "
             "adapter again with PEFT's save_pretrained (of the model before torch.compile)"
         )
     whole = [
@@ -152,7 +151,7 @@ def check_adapter(path: str | Path, base: str, options: "EngineOptions") -> None
     ]
     if whole:
         raise UserError(
-            f"{path}/{WEIGHTS} also holds weights of the base itself, such as {whole[0]}, which would change the base "
+            f"{path}/{ADAPTER_WEIGHTS} also holds weights of the base itself, such as {whole[0]}, which would change the base "
             "for every model served on it: merge the adapter into its base (merge_and_unload) and serve that"
         )
 
@@ -163,16 +162,16 @@ def _read_settings(path: Path) -> "PeftConfig":
     try:
         return PeftConfig.from_pretrained(path)
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}/adapter_config.json cannot be read by PEFT: {in_one_line(error)}") from error
+        raise UserError(f"{path}/{ADAPTER_CONFIG} cannot be read by PEFT: {in_one_line(error)}") from error
 
 
 def _require_weights(path: Path) -> None:
-    for name in (WEIGHTS, "adapter_model.bin", "adapter_model.pt"):
-        if (path / name).is_file() and (name != WEIGHTS or is_pickle(path / name)):
+    for name in (ADAPTER_WEIGHTS, "adapter_model.bin", "adapter_model.pt"):
+        if (path / name).is_file() and (name != ADAPTER_WEIGHTS or is_pickle(path / name)):
             raise UserError(
-                f"{path}/{name} is a pickle, which may run code when it is loaded: save the adapter as {WEIGHTS} "
+                f"{path}/{name} is a pickle, which may run code when it is loaded: save the adapter as {ADAPTER_WEIGHTS} "
                 "(PEFT's save_pretrained does)"
             )
         if (path / name).is_file():
             return
-    raise UserError(f"{path} has no {WEIGHTS}: copy or export the adapter again")
+    raise UserError(f"{path} has no {ADAPTER_WEIGHTS}: copy or export the adapter again")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ba_lora.chat import is_chat
 from ba_lora.errors import UserError
+from ba_lora.paths import ADAPTER_CONFIG
 from eval.engines import adapters
 from eval.engines import base as engines
 
@@ -62,7 +63,7 @@ def plan_serving(models: Sequence[str], *, serve: str = "auto", revision: str | 
                 served.append(ServedModel(name, str(path / "merged"), "merged", run=path))
             else:
                 raise UserError(f"{name} holds neither merged/ nor an adapter to serve: finish its training and export")
-        elif (path / "adapter_config.json").is_file():
+        elif (path / ADAPTER_CONFIG).is_file():
             adapters.read_adapter(path)  # refused here, before any model is loaded
             if revision is None and (run := run_of_rank(path)) is not None:
                 revision_there = _run_model(run)[1]
@@ -100,13 +101,13 @@ def kept_template(run: Path | None) -> str | None:
 def run_base(run: Path) -> tuple[str | None, str | None]:
     """Return base and hub revision of a run's adapter, None where it has none (full fine-tuning)."""
     adapter = _hot_adapter(run)
-    if not (adapter / "adapter_config.json").is_file():
+    if not (adapter / ADAPTER_CONFIG).is_file():
         return None, None
     return adapters.adapter_base(adapter), _run_model(run)[1]
 
 
 def _hot_adapter(run: Path) -> Path:
-    return run / "lora" if (run / "lora" / "adapter_config.json").is_file() else run / "adapter"
+    return run / "lora" if (run / "lora" / ADAPTER_CONFIG).is_file() else run / "adapter"
 
 
 def _run_model(run: Path) -> tuple[bool, str | None]:
@@ -120,6 +121,6 @@ def _run_model(run: Path) -> tuple[bool, str | None]:
 def _hot_base(run: Path) -> str | None:
     """Return the base of a run folder whose adapter may be served hot, None for every other model."""
     adapter = _hot_adapter(run)
-    if not (run / "config.yaml").is_file() or not (adapter / "adapter_config.json").is_file() or _run_model(run)[0]:
+    if not (run / "config.yaml").is_file() or not (adapter / ADAPTER_CONFIG).is_file() or _run_model(run)[0]:
         return None
     return None if adapters.hot_obstacle(adapters.read_adapter(adapter)) else adapters.adapter_base(adapter)

@@ -26,7 +26,7 @@ import numpy as np
 
 from ba_lora.config.checks import check_place
 from ba_lora.errors import CommandParser, UserError, run_entry_point
-from ba_lora.io import read_json, write_bytes_atomic, write_json_atomic
+from ba_lora.io import load_tensors, read_json, write_bytes_atomic, write_json_atomic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -89,23 +89,19 @@ def read_steps(folder: Path) -> list[Features]:
 
 
 def _read_step(step: int, path: Path) -> Features:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        tensors = load_file(path)
-    except SafetensorError as error:
-        raise UserError(f"{path} is no readable safetensors file: {error}") from error
+    tensors = load_tensors(path)
     missing = [name for name in ("features", "labels") if name not in tensors]
     if missing:
-        raise UserError(f"{path} lacks {' and '.join(missing)}; found: {', '.join(tensors) or 'none'}")
+        raise UserError(f"{path} lacks {' and '.join(missing)}; found: {', '.join(tensors) or 'none'}; train again")
     features, labels = tensors["features"].double().numpy(), tensors["labels"].numpy()
     if features.ndim != 2 or labels.shape != features.shape[:1]:
         raise UserError(
             f"{path}: features {list(features.shape)} and labels {list(labels.shape)}: [N, hidden] and [N] are needed"
         )
     if len(labels) < MIN_ROWS:
-        raise UserError(f"{path} has {len(labels)} rows: at least {MIN_ROWS} are needed")
+        raise UserError(
+            f"{path} has {len(labels)} rows: at least {MIN_ROWS} are needed: a larger dev set, or features.num_rows"
+        )
     if not np.isfinite(features).all():
         raise UserError(f"{path}: features are NaN or infinite: the training has diverged")
     return Features(step, features, labels)

@@ -34,7 +34,7 @@ class ReverseKL(PositionTerm):
         log_p, log_q = logits_NV.log_softmax(-1), positions.reference.log_softmax(-1)
         return (log_p.exp() * (log_p - log_q)).sum(-1)
 
-    def emphasis(self, positions, *, vocabulary):
+    def position_weights(self, positions, *, vocabulary):
         return positions.reference.softmax(-1).amax(-1)
 
 

@@ -83,8 +83,8 @@ def test_what_is_missing_is_the_divergence_within_the_tail(top_k, temperature):
     missing = 0.0
     for position in range(5):
         tail = sorted(set(range(12)) - set(top.tokens[position].tolist()))
-        r, q = (side[position].div(temperature).softmax(-1)[tail] for side in (reference, tuned))
-        missing += temperature**2 * (r * ((r / r.sum()) / (q / q.sum())).log()).sum().item() / 5
+        r, p = (side[position].div(temperature).softmax(-1)[tail] for side in (reference, tuned))
+        missing += temperature**2 * (r * ((r / r.sum()) / (p / p.sum())).log()).sum().item() / 5
     assert cached < exact or top_k == 11  # with one token in the tail nothing is missing
     assert exact.item() - cached.item() == pytest.approx(missing, abs=1e-12)
 
@@ -97,10 +97,10 @@ def test_the_gradient_is_the_stated_one(top_k, temperature):
     (got,) = torch.autograd.grad(
         reg.cached_consistency(tuned, top, EVERY, temperature=temperature, reduction="sum"), tuned
     )
-    r, q = (side.detach().div(temperature).softmax(-1) for side in (reference, tuned))
+    r, p = (side.detach().div(temperature).softmax(-1) for side in (reference, tuned))
     kept = torch.zeros(5, 12, dtype=torch.bool).scatter(1, top.tokens, True)
-    r_tail, q_tail = ((side * ~kept).sum(-1, keepdim=True) for side in (r, q))
-    want = temperature * torch.where(kept, q - r, q - r_tail * q / q_tail.clamp(min=1e-300))
+    r_tail, p_tail = ((side * ~kept).sum(-1, keepdim=True) for side in (r, p))
+    want = temperature * torch.where(kept, p - r, p - r_tail * p / p_tail.clamp(min=1e-300))
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
 
 

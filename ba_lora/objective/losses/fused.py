@@ -104,7 +104,8 @@ class _Walk:
     chunk_bytes: int
 
     def __call__(self, hidden_ND: Tensor, *, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
-        """Return each term's sum, plain and under its emphasis, [terms, 2], and dL/dH [N, D], None without gradient."""
+        """Return each term's sum, without and with its position weights, [terms, 2], and dL/dH [N, D], None without
+        gradient."""
         dtype = _product_dtype(self.weight_VD)
         weight_VD = self.weight_VD.to(dtype)
         precision = torch.promote_types(dtype, torch.float32)
@@ -131,10 +132,10 @@ class _Walk:
                 rows = slice(first, min(first + block, len(z_CV)))
                 part = Block(z_CV[rows], chunk_positions[rows], buffer=_taken_from(buffers, z_CV[rows], block))
                 for row, term in enumerate(self.terms):
-                    values_B, emphasis_B = term.walk(part, self.factors[term.name] / scale)
+                    values_B, weights_B = term.walk(part, self.factors[term.name] / scale)
                     where = slice(start + first, start + rows.stop)
                     values[row, 0, where] = values_B
-                    values[row, 1, where] = values_B if emphasis_B is None else values_B * emphasis_B
+                    values[row, 1, where] = values_B if weights_B is None else values_B * weights_B
                 if with_gradient:
                     part.gradient()  # over z
             if with_gradient:

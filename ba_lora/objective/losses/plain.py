@@ -17,8 +17,8 @@ from ba_lora.objective.terms.block import Positions
 class TermSums(NamedTuple):
     """A term of one micro-batch, detached: its value, and the value that counts in the loss.
 
-    For a PositionTerm both are sums over the positions, the second under the term's `emphasis`. `square`: ‖unit ·
-    d weighted/dH‖² where it was asked for (gradient_shares.py).
+    For a PositionTerm both are sums over the positions, the second with the term's `position_weights`. `square`:
+    ‖unit · d weighted/dH‖² where it was asked for (gradient_shares.py).
     """
 
     value: Tensor
@@ -48,8 +48,8 @@ def plain_loss(
     total, sums = logits_NV.new_zeros(()), {}
     for term in terms:
         values_N = term.values(logits_NV, positions)
-        emphasis_N = term.emphasis(positions, vocabulary=logits_NV.shape[-1])
-        weighted = (values_N if emphasis_N is None else values_N * emphasis_N).sum()
+        weights_N = term.position_weights(positions, vocabulary=logits_NV.shape[-1])
+        weighted = (values_N if weights_N is None else values_N * weights_N).sum()
         total = total + factors[term.name] * weighted
         sums[term.name] = TermSums(values_N.detach().sum(), weighted.detach())
     return total, sums

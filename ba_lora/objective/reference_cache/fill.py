@@ -270,7 +270,7 @@ def _logits(cache: CachedReference, model: nn.Module, batch: list[int]) -> list[
     return [logits_TV[mask_T] for logits_TV, mask_T in zip(logits_BTV, mask_BT, strict=True)]
 
 
-# ---- locks, progress, the key ----
+# ---- locks, progress ----
 
 
 class FileLocks:

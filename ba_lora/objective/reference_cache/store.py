@@ -262,7 +262,7 @@ class CachedReference:
 def open_cache(path: Path, key: dict[str, Any], rows: Rows) -> CachedReference:
     """Return the cache of `key` at `path`, full or not. Raises UserError where the folder holds something else.
 
-    Nothing is written: `reference_build.claim` does that.
+    Nothing is written: `fill.claim` does that.
     """
     key = json.loads(json.dumps(key))  # as it will be read again
     saved = path / KEY_FILE

@@ -73,20 +73,21 @@ class PositionTerm(Term):
         """Return the term at each position [N], with its gradient; `logits_NV` is at least float32."""
         raise NotImplementedError
 
-    def emphasis(self, positions: Positions, *, vocabulary: int) -> Tensor | None:
+    def position_weights(self, positions: Positions, *, vocabulary: int) -> Tensor | None:
         """Return a weight of each position inside the mean [N], without gradient, or None where all count the same."""
         return None
 
     def walk(self, block: Block, factor: float) -> tuple[Tensor, Tensor | None]:
-        """Return the block's (values [B], emphasis [B] or None); add factor · d(Σ emphasis · value)/dz to its dL/dz."""
+        """Return the block's (values [B], position weights [B] or None); add factor · d(Σ weight · value)/dz to its
+        dL/dz."""
         with torch.enable_grad():
             logits_BV = block.logits.detach().requires_grad_()
             values_B = self.values(logits_BV, block.positions)
-            emphasis_B = self.emphasis(block.positions, vocabulary=logits_BV.shape[1])
-            weighted_B = values_B if emphasis_B is None else values_B * emphasis_B
+            weights_B = self.position_weights(block.positions, vocabulary=logits_BV.shape[1])
+            weighted_B = values_B if weights_B is None else values_B * weights_B
             (gradient_BV,) = torch.autograd.grad(weighted_B.sum(), logits_BV)
         block.add(gradient_BV, factor)
-        return values_B.detach(), emphasis_B
+        return values_B.detach(), weights_B
 
 
 @dataclass(frozen=True, kw_only=True)

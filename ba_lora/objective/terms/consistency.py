@@ -20,10 +20,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Consistency(PositionTerm):
-    """T² KL(q_T ‖ p_T), q_T = softmax(z_P / T) the reference's and p_T = softmax(z / T) the trained model's.
+    """T² KL(r_T ‖ p_T), r_T = softmax(z_P / T) the reference's and p_T = softmax(z / T) the trained model's.
 
-    Under the adaptive λ1 each position counts by a, its trust in the reference
-    (regularizers.adaptive_position_weights).
+    Under the adaptive λ1 each position has a weight a (regularizers.adaptive_position_weights).
     """
 
     name: ClassVar[str] = "consistency"
@@ -48,42 +47,42 @@ class Consistency(PositionTerm):
             reduction="none",
         )
 
-    def emphasis(self, positions: Positions, *, vocabulary: int) -> Tensor | None:
-        return self._trust(regularizers.entropy(positions.reference), vocabulary) if self._is_adaptive else None
+    def position_weights(self, positions: Positions, *, vocabulary: int) -> Tensor | None:
+        return self._weights(regularizers.entropy(positions.reference), vocabulary) if self._is_adaptive else None
 
     def walk(self, block: Block, factor: float) -> tuple[Tensor, Tensor | None]:
-        """dz = a T (p_T − q_T)"""
-        reference_BV, q_BV = block.positions.reference, block.buffer()
-        trust_B = None
+        """dz = a T (p_T − r_T)"""
+        reference_BV, r_BV = block.positions.reference, block.buffer()
+        weights_B = None
         if self._is_adaptive:
-            peak_B, rest_B = softmax(reference_BV, out=q_BV)
-            # the entropy, log Σ exp (z − m) − Σ q (z − m), m the largest logit
-            trust_B = self._trust(rest_B - q_BV.mul_(reference_BV - peak_B[:, None]).sum(-1), block.vocabulary)
+            peak_B, rest_B = softmax(reference_BV, out=r_BV)
+            # the entropy, log Σ exp (z − m) − Σ r (z − m), m the largest logit
+            weights_B = self._weights(rest_B - r_BV.mul_(reference_BV - peak_B[:, None]).sum(-1), block.vocabulary)
         p = block.cooled(self.temperature)
         if self.temperature != 1:
             reference_BV.div_(self.temperature)
-        peak_q_B, rest_q_B = softmax(reference_BV, out=q_BV)
-        # Σ q (log q − log p); the differences are taken first, so that a small divergence is not lost in rounding.
-        divergence_B = reference_BV.sub_(p.logits).mul_(q_BV).sum(-1)
-        divergence_B += (p.peak - peak_q_B) + (p.rest - rest_q_B)
+        peak_r_B, rest_r_B = softmax(reference_BV, out=r_BV)
+        # Σ r (log r − log p); the differences are taken first, so that a small divergence is not lost in rounding.
+        divergence_B = reference_BV.sub_(p.logits).mul_(r_BV).sum(-1)
+        divergence_B += (p.peak - peak_r_B) + (p.rest - rest_r_B)
         if factor:
-            factor_B1 = self._factor(factor, trust_B, divergence_B)
+            factor_B1 = self._factor(factor, weights_B, divergence_B)
             block.add(p.softmax, factor_B1)
-            block.add(q_BV, -factor_B1)
-        return divergence_B * self.temperature**2, trust_B
+            block.add(r_BV, -factor_B1)
+        return divergence_B * self.temperature**2, weights_B
 
     @property
     def _is_adaptive(self) -> bool:
         return self.schedule == "adaptive"
 
     @staticmethod
-    def _trust(entropy_N: Tensor, vocabulary: int) -> Tensor:
+    def _weights(entropy_N: Tensor, vocabulary: int) -> Tensor:
         return regularizers.position_weights_of_entropy(entropy_N, vocabulary=vocabulary, maximum=1.0)
 
-    def _factor(self, factor: float, trust_B: Tensor | None, like_B: Tensor) -> Tensor:
+    def _factor(self, factor: float, weights_B: Tensor | None, like_B: Tensor) -> Tensor:
         """Return a T, times the term's own factor, [B, 1]."""
-        trust_B = torch.ones_like(like_B) if trust_B is None else trust_B
-        return factor * self.temperature * trust_B[:, None]
+        weights_B = torch.ones_like(like_B) if weights_B is None else weights_B
+        return factor * self.temperature * weights_B[:, None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,13 +103,13 @@ class CachedConsistency(Consistency):
             reduction="none",
         )
 
-    def emphasis(self, positions: Positions, *, vocabulary: int) -> Tensor | None:
-        return self._trust(positions.reference.entropy, vocabulary) if self._is_adaptive else None
+    def position_weights(self, positions: Positions, *, vocabulary: int) -> Tensor | None:
+        return self._weights(positions.reference.entropy, vocabulary) if self._is_adaptive else None
 
     def walk(self, block: Block, factor: float) -> tuple[Tensor, Tensor | None]:
-        """dz = a T (p_T − q_T) in K, a T (p_T − q_tail p_T / p_tail) elsewhere"""
+        """dz = a T (p_T − r_T) in K, a T (p_T − r_tail p_T / p_tail) elsewhere"""
         top: TopLogProbs = block.positions.reference
-        trust_B = self.emphasis(block.positions, vocabulary=block.vocabulary)
+        weights_B = self.position_weights(block.positions, vocabulary=block.vocabulary)
         p = block.cooled(self.temperature)
         kept_log_p_BK = (p.logits.gather(1, top.tokens) - p.peak[:, None]) - p.rest[:, None]
         tail_BV = block.buffer().copy_(p.softmax) if p.softmax is block.softmax else p.softmax
@@ -122,11 +121,11 @@ class CachedConsistency(Consistency):
             log_p_tail_B = tail_BV.sum(-1).clamp_(min=torch.finfo(tail_BV.dtype).tiny).log_()
             divergence_B += top.log_tail.exp() * (top.log_tail - log_p_tail_B)
         if factor:
-            factor_B1 = self._factor(factor, trust_B, divergence_B)
+            factor_B1 = self._factor(factor, weights_B, divergence_B)
             block.add_at(top.tokens, factor_B1 * (kept_p_BK - top.log_probs.exp()))
             if has_tail:
                 block.add(tail_BV, factor_B1 * (1 - (top.log_tail - log_p_tail_B).exp())[:, None])
-        return divergence_B * self.temperature**2, trust_B
+        return divergence_B * self.temperature**2, weights_B
 
 
 TERM = Consistency

@@ -351,7 +351,7 @@ def test_features_are_rows_of_the_first_seed_that_has_some(known, canvases):
     assert [axis.get_title() for axis in canvases[0].axes] == ["step 0", "step 10", "", ""]
     assert not overlapping(canvases[0])
     (known.run("lora", 2).run_path / "features" / "step-0.safetensors").write_bytes(b"half")
-    with pytest.raises(UserError, match="step-0.safetensors is no readable safetensors file"):
+    with pytest.raises(UserError, match="step-0.safetensors is damaged or cut short"):
         drawn(known, Figure("a", "features"))
 
 
