@@ -209,10 +209,8 @@ def export_lora(trainer: "BALoRATrainer", folder: str | Path) -> Path:
         trainer.accelerator.wait_for_everyone()
         if main:
             with folder_atomic(folder) as target:
-                weights, settings = (
-                    load_tensors(temporary / ADAPTER_WEIGHTS),
-                    json.loads((temporary / ADAPTER_CONFIG).read_text()),
-                )
+                weights = load_tensors(temporary / ADAPTER_WEIGHTS)
+                settings = json.loads((temporary / ADAPTER_CONFIG).read_text())
                 weights, settings = tuner.to_plain_lora(weights, settings, tuner.state(model))
                 write_plain_lora(target, weights, trainer.initial_factors, settings)
                 for file in temporary.iterdir():  # no pickles, and no card that knows nothing of the training

@@ -141,8 +141,8 @@ def check_adapter(path: str | Path, base: str, options: "EngineOptions") -> None
         told = [f"{len(missing)} of its layers' weights are missing, such as {missing[0]}"] if missing else []
         told += [f"{len(unexpected)} belong to no layer, such as {unexpected[0]}"] if unexpected else []
         raise UserError(
-            f"{misfit}: {ADAPTER_WEIGHTS} does not hold the layers that {ADAPTER_CONFIG} names: {'; '.join(told)}; save the "
-            "adapter again with PEFT's save_pretrained (of the model before torch.compile)"
+            f"{misfit}: {ADAPTER_WEIGHTS} does not hold the layers that {ADAPTER_CONFIG} names: {'; '.join(told)}; "
+            "save the adapter again with PEFT's save_pretrained (of the model before torch.compile)"
         )
     whole = [
         key
@@ -151,8 +151,8 @@ def check_adapter(path: str | Path, base: str, options: "EngineOptions") -> None
     ]
     if whole:
         raise UserError(
-            f"{path}/{ADAPTER_WEIGHTS} also holds weights of the base itself, such as {whole[0]}, which would change the base "
-            "for every model served on it: merge the adapter into its base (merge_and_unload) and serve that"
+            f"{path}/{ADAPTER_WEIGHTS} also holds weights of the base itself, such as {whole[0]}, which would change "
+            "the base for every model served on it: merge the adapter into its base (merge_and_unload) and serve that"
         )
 
 
@@ -169,8 +169,8 @@ def _require_weights(path: Path) -> None:
     for name in (ADAPTER_WEIGHTS, "adapter_model.bin", "adapter_model.pt"):
         if (path / name).is_file() and (name != ADAPTER_WEIGHTS or is_pickle(path / name)):
             raise UserError(
-                f"{path}/{name} is a pickle, which may run code when it is loaded: save the adapter as {ADAPTER_WEIGHTS} "
-                "(PEFT's save_pretrained does)"
+                f"{path}/{name} is a pickle, which may run code when it is loaded: save the adapter as "
+                f"{ADAPTER_WEIGHTS} (PEFT's save_pretrained does)"
             )
         if (path / name).is_file():
             return

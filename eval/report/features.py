@@ -100,7 +100,7 @@ def _read_step(step: int, path: Path) -> Features:
         )
     if len(labels) < MIN_ROWS:
         raise UserError(
-            f"{path} has {len(labels)} rows: at least {MIN_ROWS} are needed: a larger dev set, or features.num_rows"
+            f"{path} has {len(labels)} rows, at least {MIN_ROWS} are needed: use a larger dev set, or features.num_rows"
         )
     if not np.isfinite(features).all():
         raise UserError(f"{path}: features are NaN or infinite: the training has diverged")

@@ -132,7 +132,7 @@ def test_scores_are_a_scale(tmp_path: Path) -> None:
     [
         ({"features": torch.full((60, 8), float("nan"))}, "features are NaN or infinite"),
         ({"labels": torch.zeros(59, dtype=torch.long)}, r"features \[60, 8\] and labels \[59\]"),
-        ({"features": torch.zeros(3, 2), "labels": torch.zeros(3, dtype=torch.long)}, "has 3 rows: at least 5"),
+        ({"features": torch.zeros(3, 2), "labels": torch.zeros(3, dtype=torch.long)}, "has 3 rows, at least 5"),
     ],
 )
 def test_damaged_features(tmp_path: Path, replaced: dict, message: str) -> None:
@@ -150,7 +150,7 @@ def test_missing_features(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="lacks features and labels; found: hidden"):
         read_steps(tmp_path)
     (tmp_path / "features" / "step-0.safetensors").write_bytes(b"not a file of tensors")
-    with pytest.raises(UserError, match="no readable safetensors file"):
+    with pytest.raises(UserError, match="is damaged or cut short"):
         read_steps(tmp_path)
 
 
