@@ -415,56 +415,75 @@ def trainings(config):
     return found
 
 
-@pytest.mark.slow
-def test_a_real_training_over_a_time_limit_ends_as_on_this_machine(cluster, base, tmp_path):
-    """Given by the executor. At its first checkpoint it is held still, and its time limit put so near that Slurm sends
-    USR1; the next start has time enough, on a busy machine, too."""
-    settings = SETTINGS | {"time_minutes": 60, "signal_seconds": 60, "setup": ("export OMP_NUM_THREADS=1",)}
-    on_slurm = SlurmExecutor.open(SlurmSettings(**settings), folder=tmp_path, gpus=1, workers=None)
+def give(made, base, run):
+    spec = Spec.resolve(str(base), "ba_lora", [f"output_dir={run}", "trainer.max_steps=200"])
+    made.submit(StageQueue([training_stage(spec, [sys.executable])], run.parent, []), made.free_slot())
 
-    def give(made, name):
-        spec = Spec.resolve(str(base), "ba_lora", [f"output_dir={tmp_path / name}", "trainer.max_steps=200"])
-        made.submit(StageQueue([training_stage(spec, [sys.executable])], tmp_path, []), made.free_slot())
 
-    def ended(made, *, seconds=900):
-        deadline = time.monotonic() + seconds
-        while not (works := made.wait(0.2)):
-            assert time.monotonic() < deadline, cluster.state()
-        (work,) = works
-        assert not work.failures and not work.waiting, work.log_path.read_text()[-3000:]
-        return work
+def end_of(made, cluster, *, seconds=900):
+    """Return the work once it has ended well."""
+    deadline = time.monotonic() + seconds
+    while not (works := made.wait(0.2)):
+        assert time.monotonic() < deadline, cluster.state()
+    (work,) = works
+    assert not work.failures and not work.waiting, work.log_path.read_text()[-3000:]
+    return work
 
-    give(on_slurm, "limited")
-    began = time.monotonic()
-    assert not on_slurm.wait(0.0)  # submits it
-    job = json.loads((tmp_path / "slurm" / "limited.json").read_text())["job"]
-    checkpoint = tmp_path / "limited" / "checkpoints" / "checkpoint-10" / "files.json"
-    cluster.until(checkpoint.is_file, seconds=900, every_s=0.01)
+
+def reach_the_time_limit(cluster, base, job, log, noted, *, began):
+    """Hold the training still, with its time limit so near that Slurm sends USR1; the next start has time enough, on a
+    busy machine, too."""
     pids = trainings(base)  # not earlier: while the shell before it becomes the training, neither is seen
     assert pids
     for pid in pids:
         os.kill(pid, signal.SIGSTOP)
     minutes = int(time.monotonic() - began) // 60 + 2
     cluster.ask("scontrol", "update", f"jobid={job}", f"timelimit={minutes}")
-    (log,) = (tmp_path / "slurm").glob("*/*_log.out")
     cluster.until(lambda: "Caught signal SIGUSR1" in log.read_text())
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):  # Slurm lets it go on, too
             os.kill(pid, signal.SIGCONT)
-    (path,) = (tmp_path / "slurm").glob("*/*_events.jsonl")
-    cluster.until(lambda: "stopped" in path.read_text())
+    cluster.until(lambda: "stopped" in noted.read_text())
     cluster.until(lambda: cluster.run("scontrol", "update", f"jobid={job}", "timelimit=60").returncode == 0)
-    work = ended(on_slurm)
+
+
+def be_requeued(cluster, base, job, log, noted, *, began):
+    """Without a word before, as by preemption without grace."""
+    cluster.ask("scontrol", "requeue", job)
+    cluster.until(lambda: noted.read_text().count('"start"') == 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("happens", "kinds"),
+    [
+        (reach_the_time_limit, ["start", "stage", "stopped", "start", "stage"]),
+        (be_requeued, ["start", "stage", "start", "stage"]),
+    ],
+)
+def test_a_real_training_that_is_interrupted_ends_as_on_this_machine(cluster, base, tmp_path, happens, kinds):
+    """Given by the executor, and interrupted after its first checkpoint."""
+    settings = SETTINGS | {"time_minutes": 60, "signal_seconds": 60, "setup": ("export OMP_NUM_THREADS=1",)}
+    on_slurm = SlurmExecutor.open(SlurmSettings(**settings), folder=tmp_path, gpus=1, workers=None)
+    give(on_slurm, base, tmp_path / "interrupted")
+    began = time.monotonic()
+    assert not on_slurm.wait(0.0)  # submits it
+    job = json.loads((tmp_path / "slurm" / "interrupted.json").read_text())["job"]
+    checkpoint = tmp_path / "interrupted" / "checkpoints" / "checkpoint-10" / "files.json"
+    cluster.until(checkpoint.is_file, seconds=900, every_s=0.01)
+    (log,), (noted,) = ((tmp_path / "slurm").glob(f"*/*_{end}") for end in ("log.out", "events.jsonl"))
+    happens(cluster, base, job, log, noted, began=began)
+    work = end_of(on_slurm, cluster)
     assert on_slurm.node_failures == 0
-    noted = [json.loads(line) for line in path.read_text().splitlines()]
-    kinds = [event["event"] for event in noted if event["event"] != "terminated"]  # as Slurm takes it back
-    assert kinds == ["start", "stage", "stopped", "start", "stage"] and noted[2]["by"] == "SIGUSR1"
+    events = [json.loads(line) for line in noted.read_text().splitlines()]
+    assert [event["event"] for event in events if event["event"] != "terminated"] == kinds  # as Slurm takes it back
     text = work.log_path.read_text()
-    (step,) = re.findall(r"told to stop \(USR1\): saved at step (\d+) of 200", text)
-    assert f"resumed from step {step} of 200" in text
+    (step,) = re.findall(r"resumed from step (\d+) of 200", text)
+    if happens is reach_the_time_limit:
+        assert events[2]["by"] == "SIGUSR1" and f"told to stop (USR1): saved at step {step} of 200" in text
 
     here = LocalExecutor([Slot("here", {"OMP_NUM_THREADS": "1"})])
-    give(here, "whole")
-    ended(here)
-    assert losses(tmp_path / "limited") == losses(tmp_path / "whole")
-    check_same_weights(tmp_path / "limited", tmp_path / "whole")
+    give(here, base, tmp_path / "whole")
+    end_of(here, cluster)
+    assert losses(tmp_path / "interrupted") == losses(tmp_path / "whole")
+    check_same_weights(tmp_path / "interrupted", tmp_path / "whole")
