@@ -23,6 +23,7 @@ from ba_lora.models.sizes import check_sizes
 from ba_lora.models.tokenizer import load_tokenizer
 from ba_lora.objective.objective_nlu import ClassifierObjective
 from ba_lora.objective.reference_cache.features import cached_features
+from ba_lora.runs.folder import DEV_TEXTS
 from ba_lora.runs.results_nlu import selection_report
 from ba_lora.runs.shell import Trained, TrainingRun, run_training
 from ba_lora.training.arguments import autocast_precision
@@ -87,7 +88,7 @@ def train(run: TrainingRun) -> Trained:
         for name, score in dev_scores(run.run_path, config, data.report).items():
             write_json_atomic(run.run_path / "scores" / f"{name}.json", score)
         if data.generated:
-            write_jsonl_atomic(run.run_path / "predictions" / "texts.jsonl", data.generated)
+            write_jsonl_atomic(run.run_path / DEV_TEXTS, data.generated)
     selection = selection_report(config, epochs.history(), best, last)
     training = run.facts(trainer) | {"terms_off": objective.off, "selection": selection}
     return Trained(trainer, data.report, training, clean_up=epochs.remove_files)

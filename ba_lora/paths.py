@@ -5,7 +5,7 @@ from pathlib import Path
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 LOCAL_SUFFIXES = (".json", ".jsonl", ".parquet", ".csv", ".tsv")  # of data files; .gz may follow
-ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # PEFT\'s names of its files
+ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # PEFT's names of its files
 
 
 def data_suffix(path: Path) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-from ba_lora.errors import UserError
+from ba_lora.errors import UserError, in_one_line
 
 
 def start_processes(trainer: Mapping[str, Any]) -> PartialState:
@@ -27,8 +27,10 @@ def start_processes(trainer: Mapping[str, Any]) -> PartialState:
     backend = trainer.get("ddp_backend") if "LOCAL_RANK" in os.environ else None  # one process has none
     try:
         return PartialState(cpu=on_cpu, backend=backend, timeout=timedelta(seconds=seconds))
-    except ValueError as error:
-        raise UserError(f"trainer.ddp_backend={backend}: {error}") from error
+    except (RuntimeError, ValueError) as error:
+        if backend is None:
+            raise
+        raise UserError(f"trainer.ddp_backend={backend}: {in_one_line(error)}") from error
 
 
 def on_main_process(process: PartialState, function: Callable[..., None], *arguments: Any, **keywords: Any) -> None:

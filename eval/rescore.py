@@ -13,6 +13,7 @@ from ba_lora.config.layers import load_run
 from ba_lora.config.schema import RESULTS_PATH
 from ba_lora.errors import UserError
 from ba_lora.io import read_json, write_json_atomic
+from ba_lora.runs.card import refresh_run
 from ba_lora.runs.results import refresh_result
 from eval import inheritance, likelihood
 from eval.completions import score_paths
@@ -55,8 +56,6 @@ def score_runs(folder: Path, *, options: ScoreOptions, results: Path | None = No
 
 def _refresh(run: Path, results: Path | None) -> bool:
     """Bring a run's result and model cards up to date; return whether a score in them had changed."""
-    from ba_lora.runs.card import refresh_run
-
     config = load_run(run) if (run / "config.yaml").is_file() else None
     name = f"{run.name}.json" if config is None else config.result_path.name
     result_path = (results or RESULTS_PATH) / name
@@ -87,7 +86,8 @@ def _scorer(score: Mapping) -> str:
     if score.get("task") == inheritance.NAME:
         return "eval.inheritance --run RUN measures the run again"
     if score.get("task") == likelihood.NAME:
-        return "eval.likelihood, of a classifier eval.likelihood_nlu, --run RUN measures the run again"
+        command = "eval.likelihood" if "prompt_hash" in score else "eval.likelihood_nlu"
+        return f"{command} --run RUN --data FILE measures the run again"
     return "eval.score --runs DIR re-scores it"
 
 

@@ -43,7 +43,8 @@ EXTRA_TERMS = tuple(
     sorted(
         file.stem
         for file in (PROJECT_ROOT / "ba_lora" / "objective" / "terms").glob("*.py")
-        if file.stem not in PUBLISHED_TERMS and re.search("^TERM = ", file.read_text(encoding="utf-8"), re.MULTILINE)
+        if file.stem not in PUBLISHED_TERMS
+        and re.search(r"^TERM\b.* = ", file.read_text(encoding="utf-8"), re.MULTILINE)
     )
 )
 RESULTS_PATH = PROJECT_ROOT / "results" / "runs"
@@ -314,11 +315,11 @@ _COSMETIC_ARGUMENTS = (
     "trackio_bucket_id", "trackio_static_space_id", "disable_tqdm", "log_level", "dataloader_num_workers",
     "dataloader_pin_memory",
 )  # fmt: skip
-# Keys that came later, with the value at which the weights are what they were without the key.
-_SINCE_ADDED: dict[str, dict[str, Any]] = {
+# Keys that came later, with the values at which the weights are what they were without the key.
+_SINCE_ADDED: dict[str, dict[str, tuple[Any, ...]]] = {
     "data": {
-        "packing": False, "heldout_share": None, "columns": {}, "messages": None, "exchanges": None, "subset": None,
-        "template": "alpaca",
+        "packing": (False, None), "heldout_share": (None,), "columns": ({}, None), "messages": (None,),
+        "exchanges": (None,), "subset": (None,), "template": ("alpaca", None),
     },
     "regularizers": {},
 }  # fmt: skip
@@ -383,8 +384,8 @@ def training_settings(config: RunConfig) -> dict[str, Any]:
         plain["adapter"]["svd_rank"] = svd_rank
     for room, keys in _SINCE_ADDED.items():  # packed, dropout draws other numbers; held-out rows are not trained on
         for key, usual in keys.items():
-            if plain[room].get(key) in (usual, None):
-                plain[room].pop(key, None)
+            if key in plain[room] and plain[room][key] in usual:
+                del plain[room][key]
     if not plain["data"].get("toy", {}).get("families", True):  # as above
         del plain["data"]["toy"]["families"]
     if plain.get("early_stopping", {}).get("patience") is None:

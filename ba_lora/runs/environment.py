@@ -36,6 +36,7 @@ def environment(*, num_processes: int = 1, num_gpus: Sequence[int] = ()) -> dict
     import torch
 
     cuda = torch.cuda.is_available()
+    gpus = sum(num_gpus) if num_gpus else torch.cuda.device_count() if cuda else 0
     return {
         "command": " ".join([Path(sys.argv[0]).name, *map(_without_folders, sys.argv[1:])]),
         "python": platform.python_version(),
@@ -44,8 +45,8 @@ def environment(*, num_processes: int = 1, num_gpus: Sequence[int] = ()) -> dict
         "hardware": {
             "cpu": platform.processor() or platform.machine(),
             "cpu_cores": os.cpu_count(),
-            "gpu": torch.cuda.get_device_name() if cuda else None,
-            "num_gpus": sum(num_gpus) if num_gpus else torch.cuda.device_count() if cuda else 0,
+            "gpu": torch.cuda.get_device_name() if cuda and gpus else None,
+            "num_gpus": gpus,
             "cuda": torch.version.cuda if cuda else None,
         },
         "cpu_model": _cpu_model(),
@@ -62,7 +63,7 @@ def hardware_name(found: Mapping[str, Any]) -> str:
     """
     machine = found.get("hardware") or {}
     if machine.get("gpu"):
-        return f"{found.get('num_processes', 1)} × {machine['gpu']}"
+        return f"{machine.get('num_gpus') or found.get('num_processes', 1)} × {machine['gpu']}"
     threads = f"{found.get('num_threads', '?')} CPU thread(s)"
     return f"{threads} of {found['cpu_model']}" if found.get("cpu_model") else threads
 

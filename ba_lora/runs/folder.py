@@ -8,6 +8,7 @@ outputs/<run_id>/claim.json    what must stay as it was: number of processes, ha
                  adapter/ lora/ merged/
                  log.jsonl     every logged step
                  evaluations.jsonl    those inside the training, as soon as they are known; stop: a request to end it
+                 predictions/  a classifier's; dev_texts.jsonl: the texts of its dev rows where they stand in no file
                  train.json    written last: what training and export did (status, times, terms, environment)
 
 A run without a checkpoint and without an export has nothing to lose: it starts over where something has changed since,
@@ -37,12 +38,13 @@ from ba_lora.training.evaluations import EVALUATIONS, STOP
 
 CLAIM = "claim.json"
 EXPORTS = ("adapter", "lora", "merged")
+DEV_TEXTS = "dev_texts.jsonl"
 FIRST_FACTORS = ("initial", "residual")
 # What a run and its evaluation write into the folder, but for the checkpoints: overwrite=true removes nothing else. Not
 # judgements/: they are paid for, and each is kept under the very answer that it judges.
 _OWN = (
     "train.json", "log.jsonl", EVALUATIONS, STOP, "evaluation.json", "initial", "residual", "epochs", "features",
-    "predictions", "completions", "grades", "scores", "wandb", "ranks", *EXPORTS,
+    DEV_TEXTS, "predictions", "completions", "grades", "scores", "wandb", "ranks", *EXPORTS,
     *(f"{name}.rejected" for name in EXPORTS), *(f".{name}.saving" for name in EXPORTS),
 )  # fmt: skip
 

@@ -95,12 +95,12 @@ def check_same_rows(process: PartialState, machines: list[RunMachine], dataset: 
 
 
 def _this_machine(ranks: list[int], gpus: list[str | None]) -> RunMachine:
-    """gpus: of each rank, the id of its GPU. Two processes may have one, by gloo."""
+    """gpus: of each rank, the id of its GPU. By gloo two processes may share a GPU, which counts for the first."""
     import torch
 
     used = {gpus[rank] for rank in ranks} - {None}
     name = torch.cuda.get_device_name() if used else None
-    return RunMachine(socket.gethostname(), ranks, name, len(used))
+    return RunMachine(socket.gethostname(), ranks, name, len(used - set(gpus[: ranks[0]])))
 
 
 def _gpu_id(process: PartialState) -> str | None:

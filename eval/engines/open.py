@@ -27,7 +27,8 @@ KINDS = ("auto", "vllm", "hf")
 
 def choose_engine(kind: str, base: str, options: EngineOptions = EngineOptions()) -> str:
     """Return "vllm" or "hf" for a base. `auto` is vLLM where it is installed and a CUDA device is there, else
-    transformers, as for a base in float32: on a GPU vLLM serves adapters in 16 bits only.
+    transformers, as for all models on a base in float32: on a GPU vLLM serves adapters in 16 bits only, and models that
+    are compared are to have one engine.
 
     Raises UserError where `check_engine` does, and for a base that is not there.
     """

@@ -6,7 +6,7 @@ Each file is optional. What is gone or damaged is named in `Answers.missing`, an
     grades/<task>.jsonl        metrics, what was extracted, gold, groups; of code the program and the sandbox's verdict
     judgements/<task>.jsonl    MT-Bench: each judgement's text
     predictions/<set>.jsonl    a classifier's label, prediction and logits (best.jsonl: its dev sets)
-    predictions/texts.jsonl    the texts of dev rows that were generated
+    dev_texts.jsonl            the texts of dev rows that were generated for the run
 """
 
 import math
@@ -19,6 +19,7 @@ from ba_lora.config.schema import HARNESS, RUN_MEASURES
 from ba_lora.errors import UserError
 from ba_lora.io import read_jsonl
 from ba_lora.prompts import build_conversation
+from ba_lora.runs.folder import DEV_TEXTS
 from eval.grading.thinking import THINKING, cut_thinking
 from eval.judge.store import short_sha256
 
@@ -235,9 +236,11 @@ def _texts(run_path: Path, task: str, entry: Entry, answers: Answers, *, of_task
 
 
 def _kept_texts(run_path: Path, task: str) -> dict[str, str]:
-    path = run_path / "predictions" / "texts.jsonl"
+    path = run_path / DEV_TEXTS
     lines = [line for line in read_jsonl(path) if _is_of(line, task)] if path.is_file() else []
-    return {line["task_id"]: "\n\n".join(map(str, line.get("texts") or ())) for line in lines}
+    return {
+        line["task_id"]: "\n\n".join(map(str, line["texts"])) for line in lines if isinstance(line.get("texts"), list)
+    }
 
 
 def _is_of(line: Mapping[str, Any], task: str) -> bool:

@@ -12,6 +12,7 @@ import typing
 import pytest
 import yaml
 
+from ba_lora.config import schema
 from ba_lora.config.checks import check_place, check_places
 from ba_lora.config.layers import find_config, load_config, read_yaml
 from ba_lora.config.ranges import RANGES, TRAINER_RANGES, check_range
@@ -227,6 +228,18 @@ def test_trust_and_overwrite_count_only_when_they_are_typed(tmp_path) -> None:
     assert typed.model.trust_remote_code and typed.overwrite
     assert "trust_remote_code" not in to_yaml(typed) and "overwrite" not in to_yaml(typed)
     assert training_hash(typed) == training_hash(toy())
+
+
+def test_a_field_that_came_later_is_no_part_of_the_hash_at_its_usual_value(monkeypatch) -> None:
+    """Only at this one: null may mean something else."""
+
+    def hashes():
+        return {value: training_hash(toy(f"regularizers.diversity_top_k={value}")) for value in ("20", "30", "null")}
+
+    before = hashes()
+    monkeypatch.setitem(schema._SINCE_ADDED, "regularizers", {"diversity_top_k": (20,)})
+    after = hashes()
+    assert {value for value in before if before[value] != after[value]} == {"20"} and len({*after.values()}) == 3
 
 
 def test_a_task_of_a_base_cannot_trust_either(tmp_path) -> None:

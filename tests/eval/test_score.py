@@ -446,7 +446,7 @@ def test_scores_of_classifiers_and_measures_of_runs_go_stale_too(tmp_path: Path,
         "mnli": {"of_task": "mnli", "version": glue.VERSION},
         "sick": {"of_task": "mnli", "version": glue.VERSION},
         "inheritance": {"version": inheritance.VERSION},
-        "likelihood": {"version": likelihood.VERSION},
+        "likelihood": {"version": likelihood.VERSION, "prompt_hash": "0"},
     }
     for name, score in scores.items():
         path = tmp_path / "run" / "scores" / f"{name}.json"
@@ -465,7 +465,7 @@ def test_scores_of_classifiers_and_measures_of_runs_go_stale_too(tmp_path: Path,
     monkeypatch.setattr(likelihood, "VERSION", "7")
     found = [
         ("inheritance", 1, 9, "eval.inheritance --run RUN measures"),
-        ("likelihood", 1, 7, "eval.likelihood, of a classifier eval.likelihood_nlu, --run RUN measures"),
+        ("likelihood", 1, 7, "eval.likelihood --run RUN --data FILE measures"),
         ("mnli", 1, 8, "eval.nlu --model RUN scores"),
         ("sick", 1, 8, "eval.nlu --model RUN scores"),
     ]

@@ -139,7 +139,7 @@ def test_node_failures_are_counted_once_a_job_and_end_it_at_their_limit(tmp_path
     states, cancelled = {}, []
     made = SlurmExecutor(SlurmSettings(jobs_at_once=4, poll_seconds=0, max_node_failures=2), tmp_path)
     monkeypatch.setattr(slurm_executor, "queue_states", lambda: states)
-    monkeypatch.setattr(slurm_executor, "_is_cancelled", lambda job: not cancelled.append(job))
+    monkeypatch.setattr(slurm_executor, "_cancel", lambda job: not cancelled.append(job))
     jobs = iter(["7", "8", "9"])
     monkeypatch.setattr(made, "_array", lambda *_: [next(jobs)])
     for name in "abc":
@@ -161,7 +161,7 @@ def test_node_failures_are_counted_once_a_job_and_end_it_at_their_limit(tmp_path
     restarts(third, 3)
     (work,) = made.wait(0.1)
     assert work is third.work and cancelled == ["9"] and made.node_failures == 4
-    assert "its node failed 3 times (max_node_failures)" in work.failures[tmp_path / "c"][0].error
+    assert "3 node failures; raise executor.max_node_failures" in work.failures[tmp_path / "c"][0].error
     states["7"] = ("NODE_FAIL", "node", "")
     assert not made.wait(0.1) and not made.wait(0.1)
     assert first.job is None and made.node_failures == 5  # a second time in this job, and submitted again

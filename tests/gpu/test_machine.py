@@ -5,6 +5,8 @@ import importlib.metadata
 import pytest
 import torch
 
+from tests.gpu.conftest import NUM_GPUS
+
 pytestmark = pytest.mark.gpu
 PACKAGES = (
     "transformers", "peft", "accelerate", "deepspeed", "bitsandbytes", "flash-attn", "triton", "cut-cross-entropy",
@@ -25,7 +27,7 @@ def test_device(device, figure):
     if device == "cpu":
         pytest.skip("no CUDA device")
     properties = torch.cuda.get_device_properties(0)
-    figure(f"{torch.cuda.device_count()} × {properties.name}, {properties.total_memory / 2**30:.0f} GiB")
+    figure(f"{NUM_GPUS} × {properties.name}, {properties.total_memory / 2**30:.0f} GiB")
     figure(f"NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}")
     figure(f"compute capability {properties.major}.{properties.minor}, bf16 {torch.cuda.is_bf16_supported()}")
     assert torch.cuda.is_bf16_supported(), "the 7B recipes train in bfloat16: Ampere or later"

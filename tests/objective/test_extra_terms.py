@@ -26,13 +26,13 @@ from tests.support.tiny import arguments, collate, tiny_peft, tiny_rows
 
 @dataclass(frozen=True, kw_only=True)
 class ReverseKL(PositionTerm):
-    """KL(p ‖ q): a term that reads the reference's logits, and weighs its positions."""
+    """KL(p ‖ r): a term that reads the reference's logits, and weighs its positions."""
 
     name: ClassVar[str] = "reverse_kl"
 
     def values(self, logits_NV, positions):
-        log_p, log_q = logits_NV.log_softmax(-1), positions.reference.log_softmax(-1)
-        return (log_p.exp() * (log_p - log_q)).sum(-1)
+        log_p, log_r = logits_NV.log_softmax(-1), positions.reference.log_softmax(-1)
+        return (log_p.exp() * (log_p - log_r)).sum(-1)
 
     def position_weights(self, positions, *, vocabulary):
         return positions.reference.softmax(-1).amax(-1)

@@ -6,7 +6,8 @@ import pytest
 import yaml
 
 from ba_lora.config.layers import load_config
-from ba_lora.runs.card import write_model_card
+from ba_lora.io import read_json, write_json_atomic
+from ba_lora.runs.card import refresh_run, write_model_card
 
 
 def card(tmp_path, config, result=None):
@@ -55,3 +56,19 @@ def test_a_card_names_no_folder_of_its_machine(tmp_path):
         assert "/secret" not in text and "/home" not in text
         assert head_of(text)[0]["base_model"] == "tiny"
         assert "rows.jsonl" in text and (name == "merged") == ("AutoModelForCausalLM.from_pretrained(FOLDER)" in text)
+
+
+def test_a_card_and_the_result_get_the_scores_that_have_changed(tmp_path):
+    config = load_config("configs/nlg/toy.yaml", overrides=[f"output_dir={tmp_path}", f"results_dir={tmp_path}"])
+    trained = {"finished_at": "now", "status": "ok"}
+    write_json_atomic(tmp_path / "train.json", trained)
+    write_json_atomic(config.result_path, trained | {"config": {"trainer": {}}, "evaluation": {}})
+    card(tmp_path, config)
+    score = {"task": "likelihood", "n": 4, "metrics": {"p_wrong": 0.25}, "seconds": 3.0}
+    write_json_atomic(tmp_path / "scores" / "likelihood.json", score)
+    assert refresh_run(tmp_path, config)
+    assert read_json(config.result_path)["evaluation"]["likelihood"]["metrics"] == {"p_wrong": 0.25}
+    for name in ("adapter", "lora", "merged"):
+        assert "| likelihood | p_wrong | 25.00 | 4 |" in (tmp_path / name / "README.md").read_text()
+    write_json_atomic(tmp_path / "scores" / "likelihood.json", score | {"seconds": 4.0})
+    assert not refresh_run(tmp_path, config)  # the same score, which took longer

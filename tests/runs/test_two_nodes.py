@@ -312,6 +312,7 @@ def test_deepspeeds_own_launcher_on_two_machines(base, tmp_path, root):
         ([0, 1, 0, 1, 2], [None] * 5, [[0, 1], [2, 3, 4]], [0, 0]),
         ([0, 1, 0, 1, 2], ["a", "b", "c", "d", "d"], [[0, 1], [2, 3, 4]], [2, 2]),
         ([0, 1], ["a", "a"], [[0, 1]], [1]),
+        ([0, 0], ["a", "a"], [[0], [1]], [1, 0]),
     ],
 )
 def test_the_machines_of_a_run_are_found_whatever_the_launcher_says(places, gpus, ranks, num_gpus, monkeypatch):
@@ -327,6 +328,15 @@ def test_the_machines_of_a_run_are_found_whatever_the_launcher_says(places, gpus
         found += machines.meet(process, config)
     assert [machine.ranks for machine in found] == ranks and [machine.num_gpus for machine in found] == num_gpus
     assert {machine.gpu for machine in found} == {"a GPU" if any(gpus) else None}
+
+
+def test_the_id_of_a_gpu_is_asked_of_the_process_own_device(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: asked.append(device) or SimpleNamespace(uuid="GPU-1")
+    )
+    assert machines._gpu_id(SimpleNamespace(device=torch.device("cuda:1"))) == "GPU-1"
+    assert machines._gpu_id(SimpleNamespace(device=torch.device("cpu"))) is None and asked == [torch.device("cuda:1")]
 
 
 def test_a_result_counts_the_gpus_of_all_machines():

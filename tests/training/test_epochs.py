@@ -28,7 +28,6 @@ from tests.support.tiny import only_result
 from tests.support.tiny_nlu import nlu_config, save_tiny_encoder, tiny_overrides, write_sst2
 
 MINILM = ROOT / "configs" / "nlu" / "minilm.yaml"
-KEPT = ("best", "last", "texts")
 
 
 @pytest.fixture
@@ -242,15 +241,11 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_been(train_nlu, tmp_path, 
     assert read_json(tmp_path / "stopped" / "train.json")["status"] == "cancelled"
     stopped = train_nlu(config_path=config, name="stopped")
     assert read_json(stopped / "train.json")["training"]["resumed_from"] == "checkpoint-6"
-    files = (
-        "adapter/adapter_model.safetensors",
-        "merged/model.safetensors",
-        *(f"predictions/{of}.jsonl" for of in KEPT),
-    )
-    for name in files:
+    weights = ("adapter/adapter_model.safetensors", "merged/model.safetensors")
+    for name in (*weights, "predictions/best.jsonl", "predictions/last.jsonl", "dev_texts.jsonl"):
         assert (stopped / name).read_bytes() == (whole / name).read_bytes()
     made = generate_pairs(num_rows=12, seed=0, split="test")
-    kept = {line["task_id"]: line["texts"] for line in lines_of(whole, "texts")}
+    kept = {line["task_id"]: line["texts"] for line in read_jsonl(whole / "dev_texts.jsonl")}
     assert kept == {f"toy_pairs/{n}": [pair["premise"], pair["hypothesis"]] for n, pair in enumerate(made)}
     assert kept.keys() == {line["task_id"] for line in lines_of(whole, "best")}
     selections = [read_json(run / "train.json")["training"]["selection"] for run in (whole, stopped)]
@@ -274,7 +269,7 @@ def test_resume_after_kill_at_10_instants(tmp_path, tiny_encoder, root):
 def test_a_finished_run_is_not_trained_again(sst2, capsys):
     run = sst2()
     written = (run / "train.json").stat().st_mtime_ns
-    assert not (run / "predictions" / "texts.jsonl").exists()  # they stand in the file of the dev set
+    assert not (run / "dev_texts.jsonl").exists()  # they stand in the file of the dev set
     sst2()
     assert "is trained already" in capsys.readouterr().out and (run / "train.json").stat().st_mtime_ns == written
 

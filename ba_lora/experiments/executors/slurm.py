@@ -9,7 +9,8 @@ The grid's folder lies on a file system that all nodes share. In it, below slurm
 
 A job is a LocalExecutor on its node (`StageJob`). Before its time limit, and on preemption, Slurm sends USR1: the
 training saves a checkpoint and ends, submitit puts the job back into the queue, and the next start goes on from there.
-A start that no orderly stop explains followed a failure of the node: that is counted and told, and is no error.
+A start that no orderly stop explains followed a failure of the node: that is counted and told, and is no error before
+there have been more than `max_node_failures`.
 """
 
 import dataclasses
@@ -148,7 +149,7 @@ class SlurmExecutor(Executor):
         job_call = None if job is None else self._submitted(key, job)
         if job_call is None:
             for number in lost if job is None else [job]:
-                if not _is_cancelled(number):
+                if not _cancel(number):
                     raise Busy(f"Slurm does not cancel the job {number}, whose work cannot be read")
             self._record_path(run_path).unlink(missing_ok=True)
             return None
@@ -285,8 +286,8 @@ class SlurmExecutor(Executor):
         if states is None:
             return False
         failures = given.node_failures + sum(given.ends[kind] for kind in OF_THE_NODE)
-        if failures > self.settings.max_node_failures and _is_cancelled(given.job):
-            return self._fail(given, f"its node failed {failures} times (max_node_failures)")
+        if failures > self.settings.max_node_failures and _cancel(given.job):
+            return self._fail(given, f"{failures} node failures; raise executor.max_node_failures, or retry=true")
         state, node, reason = states.get(given.job, ("", "", ""))
         if state in UNENDED:
             given.gone = 0
@@ -382,7 +383,7 @@ def queue_states() -> dict[str, tuple[str, str, str]] | None:
     return {job: (state, node, reason) for job, state, node, reason in found}
 
 
-def _is_cancelled(job: str) -> bool:
+def _cancel(job: str) -> bool:
     """Cancel a job; return whether it has ended, or is about to."""
     done = _ask(["scancel", job])
     if done is not None and done.returncode == 0:

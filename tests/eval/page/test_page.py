@@ -82,7 +82,7 @@ def test_the_answers_of_a_classifier_of_ones_own_and_its_base(tmp_path):
 
 def test_the_texts_of_generated_rows_are_the_runs_own(tmp_path):
     """Of the set that is asked for only; a damaged copy is told."""
-    texts = tmp_path / "predictions" / "texts.jsonl"
+    texts = tmp_path / "dev_texts.jsonl"
     rows = [{"task_id": f"toy_pairs/{n}", "texts": [f"premise {n}", f"hypothesis {n}"]} for n in (0, 1)]
     write_jsonl_atomic(texts, rows)
     line = {"label": 0, "prediction": 0, "logits": [1.0, 0.0, 0.0]}
@@ -93,6 +93,10 @@ def test_the_texts_of_generated_rows_are_the_runs_own(tmp_path):
     other = {"of_task": "toy_pairs", "predictions_sha256": "0", "data": "no/such.jsonl"}
     answers = read_answers(tmp_path, "mnli", other)
     assert [row["question"] for row in answers.rows] == [None] and "texts of mnli are not at hand" in answers.missing[0]
+    write_jsonl_atomic(texts, [{"task_id": "toy_pairs/1", "texts": 3}, {"texts": []}])
+    assert (
+        "texts of toy_pairs are not at hand" in read_answers(tmp_path, "toy_pairs", {"of_task": "toy_pairs"}).missing[0]
+    )
     texts.write_text("{")
     assert "texts.jsonl" in read_answers(tmp_path, "toy_pairs", {"of_task": "toy_pairs"}).missing[0]
 
