@@ -14,6 +14,7 @@ from ba_lora.experiments.pipeline import prepare_evaluation
 from ba_lora.experiments.spec import untuned_config
 from ba_lora.io import read_jsonl
 from eval import inheritance, run_models
+from eval.engines.base import EngineOptions
 from eval.engines.open import open_engine
 
 
@@ -39,6 +40,14 @@ def test_likelihood_equals_one_text_at_a_time(tiny_model):
                 alone = engine._model(input_ids=ids, labels=ids).loss.item() * (ids.shape[1] - 1)
             assert count == len(text) + 1  # one token a byte, after BOS, and EOS
             assert total == pytest.approx(alone, rel=1e-5)
+
+
+def test_a_text_beyond_the_context_is_cut_to_it_and_told(tiny_model, capsys):
+    texts = ["short", "a much longer text"]
+    with open_engine("hf", tiny_model, options=EngineOptions(max_model_len=8)) as engine:
+        (_, whole), (_, cut) = engine.nll(texts)
+    assert (whole, cut) == (len("short") + 1, 7)
+    assert "1 of 2 texts are cut to the context of 8 tokens" in capsys.readouterr().err
 
 
 def test_a_diverged_model_has_no_perplexity():
