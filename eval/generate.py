@@ -8,7 +8,8 @@ A model is
 - a run folder (it has a config.yaml). Runs of one base that are asked for together are served hot, as adapters on that
   base: lora/ where PiSSA made one, else adapter/. A single run, and one whose adapter vLLM cannot serve (full
   fine-tuning, DoRA, AdaLoRA, LoHa, an adapter of fused experts, a 4-bit base), is served from merged/. `serve=merged`
-  or `serve=hot` overrides;
+  or `serve=hot` overrides. A run that has neither (bottlenecks, virtual tokens) is its adapter on the base, which only
+  transformers serves;
 - a PEFT adapter folder, served hot on the base that its adapter_config.json names; RUN/ranks/<b>, a DyLoRA run at one
   rank, keeps its completions there. The adapter/ of a PiSSA run is
   refused: it belongs to changed base weights. So is an adapter whose weights are not those of the layers it names;
@@ -266,13 +267,13 @@ def run(
     if text is not None:
         options = dataclasses.replace(options, template="chat")
     loaded = [load_questions(task, (data or {}).get(task.name), options) for task in chosen]
-    groups: dict[tuple[str, str | None], list[ServedModel]] = {}
+    groups: dict[tuple[str, str | None, bool], list[ServedModel]] = {}
     for model in served:
-        groups.setdefault((model.base, model.revision), []).append(model)
+        groups.setdefault((model.base, model.revision, model.needs_transformers), []).append(model)
     records: dict[tuple[ServedModel, str], dict] = {}
-    for (base, revision), members in groups.items():
+    for (base, revision, needs_transformers), members in groups.items():
         settings = dataclasses.replace(options.engine(), revision=revision)
-        kind = choose_engine(engine, base, settings)
+        kind = "hf" if engine == "auto" and needs_transformers else choose_engine(engine, base, settings)
         all_questions = [questions.of_base(base, settings, text=text) for questions in loaded]
         left = []
         for model, questions in itertools.product(members, all_questions):

@@ -155,7 +155,7 @@ class HFEngine(Engine):
                 mask_BT = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in batch])
                 logits_BTV = self._model(
                     input_ids=ids_BT.to(self._model.device), attention_mask=mask_BT.to(self._model.device)
-                ).logits
+                ).logits[:, -width:]  # behind virtual tokens, of an adapter that has them
                 targets_BT = ids_BT[:, 1:].masked_fill(mask_BT[:, 1:] == 0, -100).to(logits_BTV.device)
                 nll = torch.nn.functional.cross_entropy(
                     logits_BTV[:, :-1].flatten(0, 1).float(), targets_BT.flatten(), reduction="none"
@@ -192,7 +192,7 @@ class HFEngine(Engine):
                 mask_BT = torch.tensor([[1] * len(rows[i]) + [0] * (width - len(rows[i])) for i in batch])
                 logits_BTV = self._model(
                     input_ids=ids_BT.to(self._model.device), attention_mask=mask_BT.to(self._model.device)
-                ).logits
+                ).logits[:, -width:]  # behind virtual tokens, of an adapter that has them
                 for index, ids_T, logits_TV in zip(batch, ids_BT, logits_BTV, strict=True):
                     seam, length = len(texts[index][0]), len(rows[index])
                     first = next(t for t in range(length) if places[index][t][1] > seam)

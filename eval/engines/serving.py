@@ -33,6 +33,11 @@ class ServedModel:
         return self.run or (None if self.adapter is None or run_of_rank(self.adapter) is None else self.adapter)
 
     @property
+    def needs_transformers(self) -> bool:
+        """Whether it is an adapter that vLLM cannot serve."""
+        return self.adapter is not None and adapters.hot_obstacle(adapters.read_adapter(self.adapter)) is not None
+
+    @property
     def trained_in(self) -> Path | None:
         """The run that it is, or is a rank of."""
         return self.run or (None if self.adapter is None else run_of_rank(self.adapter))
@@ -50,6 +55,8 @@ def plan_serving(models: Sequence[str], *, serve: str = "auto", revision: str | 
         if (path / "config.yaml").is_file():
             shared = base is not None and bases.count(base) > 1
             merged = (path / "merged" / "config.json").is_file()
+            if base is None and not merged and serve != "merged":
+                base = _unmerged_base(path)
             if serve == "hot" and base is None:
                 raise UserError(f"{name} cannot be served hot: no plain LoRA adapter in it; leave serve=hot out")
             if serve == "merged" and not merged:
@@ -116,6 +123,15 @@ def _run_model(run: Path) -> tuple[bool, str | None]:
 
     model = load_run(run).model
     return model.quantization != "none", model.revision
+
+
+def _unmerged_base(run: Path) -> str | None:
+    """Return the base of a run folder that has nothing but an adapter which only transformers serves (bottlenecks,
+    virtual tokens, DoRA without merged/), None for every other model."""
+    adapter = _hot_adapter(run)
+    if not (adapter / ADAPTER_CONFIG).is_file() or _run_model(run)[0]:
+        return None
+    return adapters.adapter_base(adapter)
 
 
 def _hot_base(run: Path) -> str | None:

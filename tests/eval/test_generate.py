@@ -7,15 +7,18 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from ba_lora.config.structured import read_typed
 from ba_lora.errors import UserError
 from ba_lora.io import read_json, read_jsonl, sha256_file
+from ba_lora.methods.base import import_tuners
 from ba_lora.prompts import build_prompt, prompt_hash
 from eval import generate
 from eval.engines import base as engines
+from eval.engines.open import open_engine
 from eval.engines.requests import weights_state
 from eval.engines.serving import ServedModel, plan_serving
 from eval.generate import GenerateOptions, main, recorded_name
@@ -412,3 +415,34 @@ def test_a_run_is_asked_in_the_chat_template_it_was_trained_in(tiny_model, train
     assert record["prompt_hash"] != prompt_hash()
     with pytest.raises(UserError, match="trained in different templates"):
         generate.run([str(run), str(tiny_model)], ["gsm8k"], engine="hf", data={"gsm8k": str(data)}, output="x")
+
+
+@pytest.mark.parametrize("method", ["houlsby", "prompt_tuning", "prefix_tuning"])
+def test_a_run_that_is_an_adapter_and_nothing_else_is_evaluated_by_transformers(train, tiny_model, method, monkeypatch):
+    """Bottlenecks and virtual tokens have no merged model, and vLLM serves none of them."""
+    run = train(method=method)
+    for serve in ("auto", "hot"):
+        (served,) = plan_serving([str(run)], serve=serve)
+        assert (served.base, served.served, served.run) == (str(tiny_model), "adapter", run)
+    assert served.needs_transformers
+    with pytest.raises(UserError, match="merged is missing"):
+        plan_serving([str(run)], serve="merged")
+
+    text = "Tom has 3 balls."
+    with open_engine("hf", tiny_model, adapters={"a": served.adapter}) as engine:
+        ((total, count),) = engine.nll([text], adapter="a")
+        ((_, ids_T, of_prompt, log_probs_TV),) = engine.log_probs([("Tom has", text[7:])], adapter="a")
+        ids = [*engine.tokenizer(text)["input_ids"], engine.tokenizer.eos_token_id]
+        import_tuners()
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), served.adapter).eval()
+        with torch.no_grad():
+            logits_TV = model(input_ids=torch.tensor([ids])).logits[0, -len(ids) :]
+    wanted_T = logits_TV[:-1].log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+    assert count == len(ids) - 1 and total == pytest.approx(-wanted_T.sum().item(), rel=1e-4)
+    found_T = log_probs_TV.gather(1, of_prompt[:, None])[:, 0]
+    torch.testing.assert_close(found_T, wanted_T[-1 - len(found_T) : -1], rtol=1e-4, atol=1e-4)
+
+    asked = []
+    monkeypatch.setattr(generate, "choose_engine", lambda *_: asked.append(1) or "vllm")
+    (record,) = generate.run([str(run)], ["toy"], options=GenerateOptions(limit=2, max_new_tokens=4))
+    assert record["engine"] == "hf" and not asked
