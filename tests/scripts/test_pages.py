@@ -760,6 +760,40 @@ def test_the_page_on_results_has_the_tests_and_edges_of_the_methods_on_the_nlu_d
     )
 
 
+METHODS_TOY = "methods_toy-b27d4d75"  # three of its five seeds
+
+
+def test_the_page_on_results_has_every_method_on_the_nlg_toy():
+    report = json.loads(committed_text(f"results/{METHODS_TOY}/table.json"))
+    labels = load_table(find_table("methods_toy")).labels
+    found = {(labels[cell["method"]], cell["column"]): cell for cell in report["cells"]}
+    assert all(cell["n"] == cell["planned"] == 3 for cell in report["cells"])
+    chosen = yaml.safe_load(committed_text("results/methods_toy_tuning/chosen.yaml"))
+    rates = {labels[method]: float(words[0].partition("=")[2]) for method, words in chosen.items()}
+    told = PAGES["docs/results.md"].partition("## Every method on the NLG toy\n")[2].partition("\n## ")[0]
+    (header, _, *rows) = [_cells(line) for line in told.splitlines() if line.startswith("|")]
+    assert {row[0] for row in rows} == rates.keys() and len(rows) == 32
+    for name, rate, *shown in rows:
+        assert float(rate) == rates[name]
+        spread = [(found[name, column], places) for column, places in (("inside", 1), ("outside", 1), ("ppl_after", 2))]
+        wanted = [f"{cell['mean']:.{places}f} ± {cell['std']:.{places}f}" for cell, places in spread]
+        parameters, seconds, memory = (found[name, column]["mean"] for column in ("parameters", "seconds", "memory"))
+        assert shown == [*wanted, f"{parameters / 1000:.1f}", f"{seconds:.0f}", f"{memory:.0f}"], name
+    means = [float(row[2].split()[0]) for row in rows]
+    assert means == sorted(means, reverse=True)
+
+    text = " ".join(told.replace("−", "-").split())
+    behind = {"ba_lora": 0, "ba_lora_iclr2026": 0}
+    ahead = set()
+    for one in (one for one in report["comparisons"] if one["column"] == "inside"):
+        behind[one["focus"]["method"]] += one["high"] < 0
+        ahead |= {one["other"]["method"]} if one["low"] > 0 else set()
+        if one["family"] == "primary":
+            assert "{:+.2f} ({:+.2f} to {:+.2f}".format(*(one[key] for key in ("difference", "low", "high"))) in text
+    assert f"behind {behind['ba_lora']} (2024) and {behind['ba_lora_iclr2026']} (ICLR 2026) of the 30 others" in text
+    assert ahead == {"dylora", "ia3", "lorta", "prompt_tuning", "prefix_tuning"}
+
+
 TERMS = ("consistency", "diversity", "svd")
 
 
