@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ba_lora.errors import UserError, in_one_line
 from ba_lora.models.load import keep_4bit_layout, require_weights, without_load_report
 from ba_lora.models.source import hub_errors
+from eval.engines.adapters import read_adapter
 from eval.engines.base import Engine, EngineOptions, Sampling, encode_prompts
 
 if TYPE_CHECKING:
@@ -101,6 +102,8 @@ class HFEngine(Engine):
         ]
         queue = [row for samples in rows for row in samples]
         batch_size = self._batch_size
+        # Behind its virtual tokens PEFT ignores position ids: padding would move the prompt.
+        unpadded = adapter is not None and read_adapter(self.adapters[adapter]).get("peft_type") == "PROMPT_TUNING"
         torch.manual_seed(settings.seed)
         with (
             self._active(adapter),
@@ -110,6 +113,9 @@ class HFEngine(Engine):
             while queue:
                 queue.sort(key=lambda row: row.length)  # alike lengths pad little; the longest first meet any OOM first
                 batch, queue = queue[-batch_size:], queue[:-batch_size]
+                if unpadded:
+                    queue += [row for row in batch if row.length != batch[-1].length]
+                    batch = [row for row in batch if row.length == batch[-1].length]
                 try:
                     unfinished = self._extend(batch, settings)
                 except torch.OutOfMemoryError:

@@ -432,6 +432,9 @@ def test_a_run_that_is_an_adapter_and_nothing_else_is_evaluated_by_transformers(
     with open_engine("hf", tiny_model, adapters={"a": served.adapter}) as engine:
         ((total, count),) = engine.nll([text], adapter="a")
         ((_, ids_T, of_prompt, log_probs_TV),) = engine.log_probs([("Tom has", text[7:])], adapter="a")
+        texts = [text, "Ann", "a longer text than both of these"]
+        alone = [engine.generate([one], adapter="a", max_new_tokens=6)[0] for one in texts]
+        assert engine.generate(texts, adapter="a", max_new_tokens=6) == alone
         ids = [*engine.tokenizer(text)["input_ids"], engine.tokenizer.eos_token_id]
         import_tuners()
         model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), served.adapter).eval()
