@@ -303,7 +303,8 @@ def _cce_trainer(device: str) -> type["Trainer"]:
             self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
         ) -> Any:
             llama = self.accelerator.unwrap_model(model).get_base_model()
-            hidden_BTD = llama.model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])[0]
+            with self.accelerator.autocast():  # Trainer's own stands around the forward that is passed by here
+                hidden_BTD = llama.model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])[0]
             total = linear_cross_entropy(
                 hidden_BTD,
                 llama.lm_head.weight,

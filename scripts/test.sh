@@ -38,6 +38,12 @@ if [ "$(cat "$MADE" 2>/dev/null)" != "$WANTED" ]; then
     fi
 fi
 
+# The other PiSSAs that the bench compares with.
+if [ "$MARKS" = gpu ] && ! .venv/bin/python -c "import importlib.util as u, sys; sys.exit(not (u.find_spec('cut_cross_entropy') and u.find_spec('liger_kernel')))"; then
+    .venv/bin/python -m pip --disable-pip-version-check --no-input install -r requirements.txt --no-build-isolation -e '.[bench]' >>.cache/setup.log 2>&1 ||
+        echo "test: cut-cross-entropy and Liger cannot be installed (see .cache/setup.log): the bench compares without them" >&2
+fi
+
 # The sandbox needs bubblewrap. Where it cannot be installed, the tests that run generated programs are skipped.
 if ! command -v bwrap >/dev/null 2>&1; then
     if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import socket
 import time
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ba_lora.errors import UserError
 from ba_lora.experiments.executors.base import Slot, StageQueue
 from ba_lora.experiments.executors.local import LocalExecutor, group_lives
 from ba_lora.experiments.stages import Stage
@@ -35,7 +37,12 @@ class StageJob:
     _terminated: bool = False
 
     def __call__(self) -> StageQueue:
-        """Return the work, done. A job that Slurm ends itself (scancel, scontrol requeue) leaves no result."""
+        """Return the work, done. A job that Slurm ends itself (scancel, scontrol requeue) leaves no result.
+
+        Raises UserError where the job could not put itself back into the queue, as in a container without Slurm.
+        """
+        if shutil.which("scontrol") is None:
+            raise UserError("no scontrol in the job, which puts it back into the queue: bring Slurm into the container")
         signal.signal(signal.SIGTERM, self._on_term)  # in place of submitit's, which only notes it
         self._note(event="start", node=socket.gethostname())
         self._wait_for_locks()

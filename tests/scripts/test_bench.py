@@ -1,10 +1,12 @@
 """scripts/bench.py: rows with the agreed keys, appended with their circumstances, and the count of operations."""
 
 import csv
+import dataclasses
 import json
 import os
 import subprocess
 import sys
+import types
 
 import pytest
 
@@ -171,6 +173,30 @@ def test_liger_is_switched_on_by_trainers_own_word(tmp_path, monkeypatch):
     liger, stock = seen
     assert liger.use_liger_kernel and not stock.use_liger_kernel
     assert [name for name, on in liger.liger_kernel_config.items() if on] == ["fused_linear_cross_entropy"]
+
+
+def test_every_pissa_computes_in_the_same_precision(tmp_path, monkeypatch):
+    """Their Trainers differ in how they call the model. The package is not here: a loss of its name stands in."""
+    import torch
+
+    def linear_cross_entropy(hidden, weight, labels, *, shift, reduction, impl):
+        logits = (hidden @ weight.T)[:, :-1].flatten(0, 1)
+        return torch.nn.functional.cross_entropy(logits.float(), labels[:, 1:].flatten(), reduction=reduction)
+
+    stand_in = types.SimpleNamespace(linear_cross_entropy=linear_cross_entropy)
+    monkeypatch.setitem(sys.modules, "cut_cross_entropy", stand_in)
+    shape = dataclasses.replace(SHAPES["toy"], dtype="bfloat16")
+    seen = {}
+    for case in ("pissa", "pissa_fused", "pissa_cce"):
+        trainer = bench_cases.build_trainer(case, shape, 512, "cpu", tmp_path)
+        factors = [module for name, module in trainer.model.named_modules() if name.endswith("lora_A.default")]
+        for module in factors:
+            module.register_forward_hook(
+                lambda module, inputs, output, case=case: seen.setdefault(case, set()).add(output.dtype)
+            )
+        trainer.args.max_steps = 1
+        trainer.train()
+    assert seen == dict.fromkeys(seen, {torch.bfloat16}) and len(seen) == 3
 
 
 def test_an_unknown_case_is_refused(tmp_path):

@@ -165,6 +165,14 @@ def test_every_submission_is_a_run_and_a_job(line, dry_run, tmp_path):
     done = shell(f"PATH={tmp_path}:$PATH; " + line.replace("scripts/slurm/submit.sh", str(script)))
     given = done.stdout.splitlines()
     assert given[:2] == ["--nodes=2", "--gpus-per-node=8"] and given[-2:] == shlex.split(line)[-2:]
+    outer = "GPUS_PER_NODE=0 CPUS_PER_NODE=16 SLURM_ARRAY_JOB_ID=7 SLURM_CONF=/etc/slurm.conf"
+    (tmp_path / "sbatch").write_text('#!/bin/sh\nprintf "%s\\n" "$@" "${SLURM_ARRAY_JOB_ID-none}" "$SLURM_CONF"\n')
+    on_cpus = shell(f"PATH={tmp_path}:$PATH; {outer} sh {script} CONFIG").stdout.splitlines()
+    assert on_cpus[:2] == ["--nodes=1", "--cpus-per-task=16"] and on_cpus[-2:] == ["none", "/etc/slurm.conf"]
+    refused = subprocess.run(
+        ["sh", script, "CONFIG"], capture_output=True, text=True, env=os.environ | {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+    )
+    assert refused.returncode == 2 and "error: how many GPUs? GPUS_PER_NODE=8" in refused.stderr
     assert given[-3].endswith("scripts/slurm/train.sbatch") and (ROOT / "scripts/slurm/train.sbatch").is_file()
 
 

@@ -7,15 +7,18 @@ The grid's folder lies on a file system that all nodes share. In it, below slurm
     <key>/              submitit's files of one array, its jobs' own output, and <job>_events.jsonl: each start with its
                         node, each stage with its log, each orderly stop
 
-A job is a LocalExecutor on its node (`StageJob`). Before its time limit, and on preemption, Slurm sends USR1: the
-training saves a checkpoint and ends, submitit puts the job back into the queue, and the next start goes on from there.
+A job is a LocalExecutor on its node (`StageJob`). Before its time limit, and on preemption where the site has it so,
+Slurm sends USR1: the training saves a checkpoint and ends, submitit puts the job back into the queue, and the next
+start goes on from there. A job that SIGTERM has ended without being cancelled was preempted: it is submitted again.
 A start that no orderly stop explains followed a failure of the node: that is counted and told, and is no error before
 there have been more than `max_node_failures`.
 """
 
+import contextlib
 import dataclasses
 import getpass
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -23,18 +26,32 @@ import sys
 import time
 import uuid
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
 from ba_lora.errors import UserError
 from ba_lora.experiments.executors.base import Busy, Executor, Slot, StageFailure, StageQueue
-from ba_lora.experiments.stage_job import SIGNAL, UNMOVED, StageJob, unmoved_by_usr1
+from ba_lora.experiments.stage_job import RESERVE_S, SIGNAL, UNMOVED, StageJob, unmoved_by_usr1
 from ba_lora.io import disk_errors, read_object, write_json_atomic
 from ba_lora.paths import PROJECT_ROOT, user_folder
 
 JOB_NAME = "ba_lora"
+OF_A_JOB = ("SLURM_", "SLURMD_", "SRUN_", "SUBMITIT_")  # variables that Slurm sets for what runs in a job
+OWN_OPTIONS = {
+    "array",
+    "chdir",
+    "error",
+    "job_name",
+    "nodes",
+    "ntasks_per_node",
+    "open_mode",
+    "output",
+    "requeue",
+    "signal",
+    "time",
+}  # of sbatch: watching and requeueing hang on them; the last two have settings
 GONE_AFTER = 2  # looks at the queue that agree before a job without a result counts as ended
 REQUEUED = ("TIMEOUT", "PREEMPTED", "DEADLINE")  # ends that a job without its own requeue may come to
 OF_THE_NODE = ("NODE_FAIL", "BOOT_FAIL", "LOST")
@@ -53,6 +70,7 @@ class _Given:
     key: str = ""
     job: str | None = None
     told: int = 0  # events that have been read
+    last_event: str = ""
     node_failures: int = 0  # after which Slurm itself has begun the job again
     gone: int = 0  # looks at the queue that did not find it, or found it ended
     ends: Counter[str] = field(default_factory=Counter)  # how earlier jobs of the work ended
@@ -60,7 +78,8 @@ class _Given:
 
 @dataclass(frozen=True)
 class SlurmSettings:
-    """What configs/executors/slurm.yaml describes. gpus: of a job; None: as many as the table's rows are set for."""
+    """What configs/executors/slurm.yaml describes. gpus: of a job; None: as many as the table's rows are set for;
+    sbatch: by sbatch's names of its options, over the others."""
 
     partition: str | None = None
     account: str | None = None
@@ -72,6 +91,7 @@ class SlurmSettings:
     time_minutes: int = 1440
     signal_seconds: int = 180
     jobs_at_once: int = 16
+    jobs_queued: int = 100
     poll_seconds: int = 30
     max_timeouts: int = 100
     max_node_failures: int = 5
@@ -92,6 +112,13 @@ class SlurmExecutor(Executor):
             least = 0 if key in ("gpus", "max_timeouts", "max_node_failures") else 1
             if isinstance(value, int) and value < least:
                 raise UserError(f"executor slurm: {key}={value}: a whole number of at least {least} is needed")
+        most = 60 * settings.time_minutes
+        if not RESERVE_S < settings.signal_seconds < most:
+            raise UserError(
+                f"executor slurm: signal_seconds={settings.signal_seconds}: more than {RESERVE_S:.0f} and less than "
+                f"{most}, the time limit, is needed: a training saves its checkpoint in it"
+            )
+        settings = dataclasses.replace(settings, sbatch=_options(settings.sbatch))
         if settings.gpus not in (None, 0, gpus):
             raise UserError(
                 f"executor slurm: gpus={settings.gpus}: the table's rows are set for {gpus} GPU(s) a run; choose "
@@ -124,8 +151,9 @@ class SlurmExecutor(Executor):
 
     def free_slot(self) -> Slot | None:
         """Return a place in the queue: as many works as there are go into the next array, while not all of the jobs
-        that may run at once are taken."""
-        if sum(given.job is not None for given in self._given) >= self.settings.jobs_at_once:
+        that may run at once are taken, and as long as the queue may hold more of them."""
+        submitted = sum(given.job is not None for given in self._given)
+        if submitted >= self.settings.jobs_at_once or len(self._given) >= self.settings.jobs_queued:
             return None
         return Slot("Slurm", {"BA_LORA_FOLDER": str(user_folder())}, num_gpus=self.settings.gpus)
 
@@ -219,7 +247,7 @@ class SlurmExecutor(Executor):
         # whatever fails now: sbatch may have accepted the jobs, the records let `find` look them up by their name
         jobs = self._array([self._job_call(given, folder) for given in waiting], folder, key, room)
         for given, job in zip(waiting, jobs, strict=True):
-            given.job, given.told, given.gone = job, 0, 0
+            given.job, given.told, given.gone, given.last_event = job, 0, 0, ""
             given.work.queued, given.work.place = True, f"job {job}"
             given.work.news.append(f"job {job}")
             self._write_records(given)
@@ -241,7 +269,10 @@ class SlurmExecutor(Executor):
         python = " ".join([shlex.join(UNMOVED), *container, shlex.quote(sys.executable)])
         executor = submitit.SlurmExecutor(folder, max_num_timeout=chosen.max_timeouts, python=python)
         named = {key: getattr(chosen, key) for key in ("partition", "account", "qos", "constraint")}
-        named |= {"mem": chosen.memory, "cpus_per_task": chosen.cpus, "gpus_per_node": chosen.gpus or None}
+        named |= {"mem": chosen.memory, "cpus_per_task": chosen.cpus}
+        cpus = chosen.sbatch.get("cpus_per_task", chosen.cpus)
+        if not {"gres", "gpus", "gpus_per_task"} & chosen.sbatch.keys():  # which name them another way
+            named["gpus_per_node"] = chosen.gpus or None
         executor.update_parameters(
             job_name=f"{JOB_NAME}-{key}",
             time=chosen.time_minutes,
@@ -249,16 +280,20 @@ class SlurmExecutor(Executor):
             array_parallelism=at_once,
             ntasks_per_node=1,
             stderr_to_stdout=True,
+            wckey=None,  # submitit's own word for it is refused where wckeys are checked
+            # since Slurm 22.05 srun does not take them over from sbatch
+            srun_args=[f"--cpus-per-task={cpus}"] if cpus else [],
             setup=[
                 f"export SUBMITIT_PREEMPT_SIGNAL={SIGNAL}",
-                *(f"module load {name}" for name in chosen.modules),
+                *(["command -v module >/dev/null || . /etc/profile"] if chosen.modules else []),
+                *(f"module load {shlex.quote(name)} || exit 1" for name in chosen.modules),
                 *chosen.setup,
             ],
             additional_parameters={"requeue": True, "chdir": str(PROJECT_ROOT), **chosen.sbatch},
             **{key: value for key, value in named.items() if value is not None},
         )
         try:
-            with executor.batch():
+            with _outside_any_job(), executor.batch():
                 jobs = [executor.submit(call) for call in calls]
         except Exception as error:  # submitit's own classes, and what it lets through
             last = (str(error).strip().splitlines() or [type(error).__name__])[-1]
@@ -311,6 +346,8 @@ class SlurmExecutor(Executor):
 
     def _settle(self, given: _Given, state: str) -> bool:
         """Decide on a job that ended without a result: again, or a failure."""
+        if state == "FAILED" and given.last_event == "terminated":  # in the grace time that a site gives the preempted
+            state = "PREEMPTED"
         given.ends[state] += 1
         timeouts, failures = (sum(given.ends[one] for one in kinds) for kinds in (REQUEUED, OF_THE_NODE))
         if state in OF_THE_NODE:
@@ -343,10 +380,17 @@ class SlurmExecutor(Executor):
         path = self.folder / given.key / f"{given.job}_events.jsonl"
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
         for event in map(json.loads, lines[given.told :]):
+            if event["event"] == "stage":
+                given.work.log_path = Path(event["log"])
+                continue
+            given.last_event = event["event"]
             if event["event"] == "start":
                 given.work.news.append(f"job {given.job} started on {event['node']}")
-            elif event["event"] == "stage":
-                given.work.log_path = Path(event["log"])
+            elif event.get("by") == "SIGKILL":
+                given.work.news.append(
+                    f"job {given.job} was killed before it had saved, and starts again from its last checkpoint: raise "
+                    "executor.signal_seconds"
+                )
             else:
                 given.work.news.append(f"job {given.job} {event['event']}: it goes back into the queue, or ends")
         given.told = len(lines)
@@ -371,6 +415,32 @@ class SlurmExecutor(Executor):
             return submitit.SlurmJob(self.folder / key, job).submission().function
         except Exception:  # a missing or damaged pickle, or one of other code: the work is done again
             return None
+
+
+def _options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return sbatch's options by submitit's names, without those that are switched off.
+
+    Raises UserError for those that the executor sets itself.
+    """
+    named = {key.replace("-", "_"): value for key, value in options.items() if value not in (None, False)}
+    if owned := sorted(OWN_OPTIONS & named.keys()):
+        raise UserError(
+            f"executor slurm: sbatch: {owned[0]} is set by the executor itself (time_minutes, signal_seconds and "
+            "jobs_at_once are its settings); leave it out"
+        )
+    return named
+
+
+@contextlib.contextmanager
+def _outside_any_job() -> Iterator[None]:
+    """Take a job's variables out of the environment: sbatch would hand those of the grid's own job to the new one."""
+    kept = {name: os.environ[name] for name in list(os.environ) if name.startswith(OF_A_JOB) and name != "SLURM_CONF"}
+    for name in kept:
+        del os.environ[name]
+    try:
+        yield
+    finally:
+        os.environ.update(kept)
 
 
 def queue_states() -> dict[str, tuple[str, str, str]] | None:
