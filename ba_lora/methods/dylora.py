@@ -4,8 +4,9 @@ Each optimizer step draws b of 1 … r, the same for all layers: y = W x + (α/b
 the code (huawei-noah/Efficient-NLP), only row b of A and column b of B learn in that step. b follows from seed and
 step, so that it is one on all processes, micro-batches and recomputed passes, and in a resumed run.
 
-What did not learn in a step stays where it is: AdamW by itself moves (by its momentum) and decays such rows, in their
-code too. After training, `export.ranks` writes the plain LoRA of each rank asked for.
+AdamW also moves (by its momentum) and decays the rows that do not learn in a step, as in their code. `restore` puts
+these rows back. Their momentum is then lost, and they learn much less (docs/findings.md). After training,
+`export.ranks` writes the plain LoRA of each rank asked for.
 """
 
 import contextlib
@@ -25,7 +26,7 @@ from ba_lora.models.layers import adapter_layers
 class DyLora(Lora):
     """A rank a step."""
 
-    options = {"frozen": (True, (True, False))}
+    options = {"frozen": (True, (True, False)), "restore": (False, (True, False))}
     has_factors = False  # no other inits and optimizers: a rank below r would be a share of them only
     takes_dora = False
     quantizes = True
@@ -60,13 +61,16 @@ class DyLora(Lora):
         kept = self._learning()
         self._before = []
         for first, second, _ in factor_pairs(model):
-            self._before.append((first.detach().clone(), second.detach().clone()))
+            if self.option["restore"]:
+                self._before.append((first.detach().clone(), second.detach().clone()))
             mask = torch.zeros(first.shape[0], dtype=first.dtype, device=first.device)
             mask[kept] = 1
             first.grad.mul_(mask[:, None])
             second.grad.mul_(mask)
 
     def after_step(self, model: nn.Module, step: int, optimizer: torch.optim.Optimizer) -> None:
+        if not self.option["restore"]:
+            return
         kept = self._learning()
         with torch.no_grad():
             for (first, second, _), (old_first, old_second) in zip(factor_pairs(model), self._before, strict=True):

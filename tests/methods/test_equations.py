@@ -155,7 +155,7 @@ def test_dylora_draws_every_rank_and_the_same_for_a_step():
 
 
 def test_adamw_moves_what_has_no_gradient():
-    """So a rank that is left out of a step must be put back: by the momentum it goes on."""
+    """So a row that is left out of a step of DyLoRA goes on by its momentum."""
     parameter = nn.Parameter(torch.ones(2))
     optimizer = torch.optim.AdamW([parameter], lr=0.1, weight_decay=0.0)
     for gradient in ([1.0, 1.0], [1.0, 0.0]):

@@ -14,10 +14,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from ba_lora.config.layers import load_config
-from ba_lora.config.schema import BALoRAConfig
+from ba_lora.config.schema import AdapterConfig, BALoRAConfig
 from ba_lora.io import read_jsonl
-from ba_lora.methods.base import find_part
+from ba_lora.methods.base import Tuner, find_part
 from ba_lora.methods.build import build_model
+from ba_lora.methods.dylora import DyLora
+from ba_lora.methods.lora_fa import factor_pairs
 from ba_lora.models.layers import adapter_layers
 from ba_lora.runs.export import export_lora
 from ba_lora.training.trainer import BALoRATrainer
@@ -162,6 +164,49 @@ def test_sara_as_released_does_not_begin_at_the_pretrained_model():
         )
         assert 0.001 < share < 0.2 and (at_start - logits).abs().max() > 0.02
     assert after > 1.002 * before
+
+
+def dylora_steps(form, *, lr, constant):
+    """108 steps of AdamW on a layer with LoRA of rank 8, α 16, in a form of DyLoRA or none: how far an entry of A moved
+    in units of the learning rate under a gradient of 1, or the loss that is left of a regression on ΔW of rank 8."""
+    torch.manual_seed(0)
+    x, change = torch.randn(256, 32), torch.randn(32, 8) @ torch.randn(8, 32) / 16
+    layers = nn.Sequential(nn.Linear(32, 32, bias=False))
+    target = layers(x).detach() + x @ change.T
+    model = get_peft_model(layers, LoraConfig(r=8, lora_alpha=16, target_modules=["0"])).train()
+    tuner = Tuner()
+    if form != "lora":
+        tuner = DyLora(AdapterConfig(tuner="dylora", rank=8, options={"restore": form == "restored"}))
+    tuner.prepare(model)
+    ((first, second, _),) = factor_pairs(model)
+    start = first.detach().clone()
+    optimizer = torch.optim.AdamW([first, second], lr=lr, weight_decay=0)
+    for step in range(108):
+        tuner.begin_step(model, step)
+        loss = (model(x) - target).square().mean()
+        optimizer.zero_grad()
+        if constant:
+            first.grad, second.grad = torch.ones_like(first), torch.ones_like(second)
+        else:
+            loss.backward()
+        tuner.before_step(model, step)
+        optimizer.step()
+        tuner.after_step(model, step, optimizer)
+    if constant:
+        return (first - start).abs().mean().item() / lr
+    return ((model.eval()(x) - target).square().mean() / (x @ change.T).square().mean()).item()
+
+
+def test_dylora_learns_less_where_rows_are_restored():
+    """Putting rows back takes their momentum from them: a gradient counts with 1 − β₁ of its weight."""
+    forms = ("lora", "theirs", "restored")
+    moved = {form: dylora_steps(form, lr=1e-3, constant=True) for form in forms}
+    print("moved, in learning rates:", {form: round(far, 1) for form, far in moved.items()})
+    assert moved["lora"] > 2 * moved["theirs"] > 8 * moved["restored"]
+    for lr in (6e-3, 1.8e-2):
+        left = {form: dylora_steps(form, lr=lr, constant=False) for form in forms}
+        print(f"loss that is left at {lr}:", {form: round(loss, 3) for form, loss in left.items()})
+        assert left["lora"] < left["theirs"] < left["restored"]
 
 
 @pytest.fixture

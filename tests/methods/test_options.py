@@ -37,6 +37,7 @@ OTHERS = {
     "delta_lora.weight": Other("delta_lora", "0.5", steps=None),
     "delta_lora.start": Other("delta_lora", "2", steps=None),
     "dylora.frozen": Other("dylora", "false", steps=None),
+    "dylora.restore": Other("dylora", "true", steps=None),
     "eva.rho": Other("eva", "2"),
     "eva.tau": Other("eva", "0.2"),
     "eva.rows": Other("eva", "8"),
@@ -70,7 +71,7 @@ OTHERS = {
     "vera.d_initial": Other("vera", "0.2"),
     "vera.projection_prng_key": Other("vera", "1"),
 }
-QUICK = ("dylora.frozen", "monteclora.dirichlet_prior", "sara.reselect")
+QUICK = ("dylora.frozen", "dylora.restore", "monteclora.dirichlet_prior", "sara.reselect")
 
 
 def test_every_option_has_another_value():
