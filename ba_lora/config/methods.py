@@ -81,6 +81,12 @@ def check_method(config: Any) -> None:
         raise UserError(
             f"adapter.optimizer={adapter.optimizer} is for LoRA's A and B: adapter.tuner={adapter.tuner} has none"
         )
+    if optimizer.get("reads_gradient") and (adapter.dora or tuner["draws_in_training"]):
+        cause = "adapter.dora=true" if adapter.dora else f"adapter.tuner={adapter.tuner}"
+        raise UserError(
+            f"adapter.optimizer={adapter.optimizer} needs layers W + s B A, which {cause} makes others in training: "
+            "use adapter.tuner=lora without adapter.dora"
+        )
     for key, name, found in named:
         if found and config.kind not in found["kinds"]:
             raise UserError(f"adapter.{key}={name} {found['limits']}")

@@ -203,6 +203,7 @@ class AdapterOptimizer(Part):
     """How a step is made. The default is trainer.optim's."""
 
     replaces_adamw: ClassVar[bool] = True  # else it takes the class that trainer.optim names
+    reads_gradient: ClassVar[bool] = False  # of W off those of A and B: the layer must be W + s B A in training
 
     def prepare(self, model: "nn.Module") -> None:
         """Make the model ready, before the optimizer is made: freeze what is not trained."""

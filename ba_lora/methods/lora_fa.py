@@ -57,6 +57,7 @@ class FrozenAAdamW(torch.optim.AdamW):
 class LoraFA(AdapterOptimizer):
     """Half of LoRA's parameters, and no activations kept for A."""
 
+    reads_gradient = True
     no_deepspeed = "LoRA-FA needs the factors of a layer together, which ZeRO splits: use DDP or one process"
 
     def prepare(self, model: nn.Module) -> None:

@@ -89,6 +89,7 @@ class LoraPro(AdapterOptimizer):
     """Costs two small eigenvalue problems a layer and step."""
 
     options = {"form": ("full", ("full", "efficient"))}
+    reads_gradient = True
     no_deepspeed = "LoRA-Pro needs the factors of a layer together, which ZeRO splits: use DDP or one process"
 
     def make(self, model: nn.Module, args: Any, decayed: set[str], default: tuple[type, dict]) -> torch.optim.Optimizer:

@@ -158,6 +158,10 @@ def test_arguments_that_are_refused(override: str, message: str) -> None:
         ("eva", "adapter.options.tau=1.0", "adapter.options.tau is 1.0"),
         ("miss", "adapter.options.init_weights=bta", "init_weights=bta is unknown: choose one of True, bat, mini"),
         ("miss", "adapter.options.init_weights=false", "init_weights=False is unknown"),
+        ("lora_pro", "adapter.dora=true", "needs layers W . s B A, which adapter.dora=true makes others"),
+        ("lora_fa", "adapter.dora=true", "needs layers W . s B A, which adapter.dora=true makes others"),
+        ("monteclora", "adapter.optimizer=lora_pro", "which adapter.tuner=monteclora makes others in training"),
+        ("monteclora", "adapter.optimizer=lora_fa", "which adapter.tuner=monteclora makes others in training"),
         ("lora_pro", "trainer.optim=adamw_torch_8bit", "is built on AdamW: .* set adamw_torch"),
     ],
 )

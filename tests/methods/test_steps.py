@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import Dataset
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora.config import MontecloraConfig
 from torch import nn
 from transformers import PretrainedConfig, TrainerCallback
 
@@ -15,6 +16,7 @@ from ba_lora.config.schema_nlu import NLURegularizersConfig
 from ba_lora.errors import UserError
 from ba_lora.methods import dylora
 from ba_lora.methods.base import TrainingRows
+from ba_lora.methods.lora_fa import factor_pairs
 from ba_lora.methods.lora_pro import ProAdamW
 from ba_lora.methods.nmtune import feature_consistency, feature_covariance, feature_dominance
 from ba_lora.methods.sam import Sam
@@ -203,6 +205,33 @@ def test_lora_plus_gives_b_another_learning_rate_and_nothing_else(tiny_encoder, 
         assert chosen == pytest.approx((expected[0], 0.0) if name.endswith("bias") else expected), name
     assert {kind for kind in kinds if any(kind in name for name in trained)} == set(kinds)
     assert any(name.endswith("classifier.modules_to_save.default.bias") for name in trained)
+
+
+def test_what_lora_fa_and_lora_pro_read_the_gradient_off():
+    """∇A = s Bᵀ G and ∇B = s G Aᵀ, G of the weight that the layer has: so in LoRA, not in DoRA and MonteCLoRA."""
+
+    def distances(**settings):
+        torch.manual_seed(0)
+        layer = nn.Sequential(nn.Linear(256, 256, bias=False))
+        model = get_peft_model(layer, LoraConfig(r=8, lora_alpha=8, target_modules=["0"], **settings)).train()
+        x, y, ((a, b, s),) = torch.randn(64, 256), torch.randn(64, 256), factor_pairs(model)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        for _ in range(21):  # the gradients of the last step are those of weights that have moved
+            first, second = a.detach().clone(), b.detach().clone()
+            optimizer.zero_grad()
+            output = model(x)
+            output.retain_grad()
+            (output - y).square().mean().backward()
+            optimizer.step()
+        gradient = output.grad.T @ x
+        wanted = ((a.grad, s * second.T @ gradient), (b.grad, s * gradient @ first.T))
+        return [((found - want).norm() / found.norm()).item() for found, want in wanted]
+
+    draws = MontecloraConfig(num_samples=4, sample_scaler=5e-3, buffer_size=1)
+    dora, noisy = distances(use_dora=True), distances(monteclora_config=draws)
+    print(f"away from LoRA's ∇A and ∇B: DoRA {dora}, MonteCLoRA {noisy}")
+    assert max(distances()) < 1e-5 and min(dora) > 0.5
+    assert noisy[0] < 1e-5 and noisy[1] > 0.1
 
 
 def pair_of(a, b, gradient, s):
