@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from ba_lora.config.schema import AdapterConfig, RunConfig
 
 DEFAULT = "default"  # PEFT's name of the trained adapter
+METHOD_STATE = "method_state.safetensors"  # `Tuner.state` in a checkpoint, and in adapter/ where a plain LoRA needs it
 PLAIN = ("init", "lora")  # A random and B = 0, as the layers are made
 
 
@@ -150,6 +151,10 @@ class Tuner(Part):
     def state(self, model: "nn.Module") -> "dict[str, Tensor]":
         """Return what a checkpoint must hold beside PEFT's weights, the optimizer and the random states."""
         return {}
+
+    def saved_state(self, model: "nn.Module") -> "dict[str, Tensor]":
+        """Return `state` as it is written."""
+        return {name: value.detach().cpu().contiguous() for name, value in self.state(model).items()}
 
     def load_state(self, model: "nn.Module", state: "dict[str, Tensor]") -> None:
         """Take it up again, {} where there was none, on a model with the checkpoint's weights."""

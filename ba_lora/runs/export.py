@@ -27,7 +27,7 @@ from ba_lora.config.methods import adapter_loads, init_facts, writes_lora
 from ba_lora.config.schema import RunConfig, public
 from ba_lora.errors import UserError
 from ba_lora.io import disk_errors, folder_atomic, load_tensors
-from ba_lora.methods.base import DEFAULT, TrainingMethod
+from ba_lora.methods.base import DEFAULT, METHOD_STATE, TrainingMethod
 from ba_lora.methods.build import probe_logits
 from ba_lora.methods.pissa import factors_path
 from ba_lora.models.pretrained import load_base, load_dequantized
@@ -45,7 +45,6 @@ if TYPE_CHECKING:
 
 
 ADAPTER_FILES = ADAPTER_WEIGHTS, ADAPTER_CONFIG
-STATE = "method_state.safetensors"  # in adapter/: what the plain LoRA needs beside PEFT's weights
 
 
 def adapter_files(config: RunConfig) -> tuple[str, str]:
@@ -86,9 +85,9 @@ def save_trained(trainer: "BALoRATrainer", config: RunConfig, run_path: Path) ->
                         shutil.move(file, folder / file.name)
                 if not config.adapter.trains_own_weights:
                     _fix_adapter_files(folder, config)
-                if state := trainer.method.tuner.state(trainer.plain_model()):
-                    if writes_lora(config.adapter):
-                        save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, folder / STATE)
+                state = trainer.method.tuner.saved_state(trainer.plain_model())
+                if state and writes_lora(config.adapter):  # which needs it
+                    save_file(state, folder / METHOD_STATE)
     finally:
         if main:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -152,7 +151,7 @@ def convert_to_lora(adapter_path: Path, initial_factors: Path, output_path: Path
 
     weights_name, settings_name = adapter_files(config)
     settings = json.loads((adapter_path / settings_name).read_text())
-    state = load_tensors(adapter_path / STATE) if (adapter_path / STATE).is_file() else {}
+    state = load_tensors(adapter_path / METHOD_STATE) if (adapter_path / METHOD_STATE).is_file() else {}
     weights = load_tensors(adapter_path / weights_name)
     weights, settings = TrainingMethod.of(config.adapter, seed=config.seed).tuner.to_plain_lora(
         weights, settings, state

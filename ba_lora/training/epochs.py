@@ -24,7 +24,7 @@ from transformers import TrainerCallback
 from ba_lora.config.schema_nlu import NLUConfig
 from ba_lora.errors import UserError
 from ba_lora.glue import find_task
-from ba_lora.io import disk_errors, load_tensors, read_jsonl, write_jsonl_atomic
+from ba_lora.io import file_atomic, load_tensors, read_jsonl, write_jsonl_atomic
 from ba_lora.models.predict import Predictions, predict, predicted_values, prediction_lines
 
 if TYPE_CHECKING:
@@ -217,12 +217,10 @@ class EpochEvaluation(TrainerCallback):
         weights = {
             name: parameter.detach().cpu().contiguous() for name, parameter in self._trained_parameters().items()
         }
-        state = self._trainer.method.tuner.state(self._trainer.accelerator.unwrap_model(self._trainer.model))
-        weights |= {f"{STATE}{name}": value.detach().cpu().contiguous() for name, value in state.items()}
-        temporary = path.with_name(f".{path.name}.tmp")
-        with disk_errors(path):
+        state = self._trainer.method.tuner.saved_state(self._trainer.accelerator.unwrap_model(self._trainer.model))
+        weights |= {f"{STATE}{name}": value for name, value in state.items()}
+        with file_atomic(path) as temporary:
             save_file(weights, temporary)
-            temporary.replace(path)
 
     def _load_weights(self, path: Path) -> None:
         if not path.is_file():
@@ -243,8 +241,5 @@ class EpochEvaluation(TrainerCallback):
         number = self._config.features.num_rows
         labels = torch.tensor(self._sets[self._first_dev]["labels"])[:number]
         path = self._run_path / "features" / f"step-{step}.safetensors"
-        with disk_errors(path):
-            path.parent.mkdir(exist_ok=True)
-            temporary = path.with_name(f".{path.name}.tmp")
+        with file_atomic(path) as temporary:
             save_file({"features": predictions.pooled[:number].contiguous(), "labels": labels}, temporary)
-            temporary.replace(path)

@@ -25,7 +25,7 @@ from ba_lora.config.schema import BALoRAConfig
 from ba_lora.config.schema_nlg import LossConfig
 from ba_lora.errors import UserError
 from ba_lora.io import disk_errors, load_tensors
-from ba_lora.methods.base import method_of
+from ba_lora.methods.base import METHOD_STATE, method_of
 from ba_lora.objective.gradient_shares import GradientShares
 from ba_lora.objective.kl_control import KLController
 from ba_lora.objective.losses.plain import TermSums
@@ -46,9 +46,6 @@ from ba_lora.training.plain_lora import check_initial_factors, initial_factors, 
 from ba_lora.training.sampler import SeededLengthGroupedSampler, reachable_sampler
 
 logger = logging.get_logger(__name__)
-
-
-METHOD_STATE = "method_state.safetensors"  # in a checkpoint: what the method keeps beside PEFT's weights
 
 
 class AfterStep(TrainerCallback):
@@ -324,8 +321,8 @@ class BALoRATrainer(Trainer):
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
     def _save_method_state(self, folder: Path) -> None:
-        if state := self.method.tuner.state(self._bare_model()):
-            save_file({name: value.detach().cpu().contiguous() for name, value in state.items()}, folder / METHOD_STATE)
+        if state := self.method.tuner.saved_state(self._bare_model()):
+            save_file(state, folder / METHOD_STATE)
 
     def _load_method_state(self, checkpoint: Path) -> None:
         path = checkpoint / METHOD_STATE

@@ -83,7 +83,11 @@ def test_a_resumed_run_has_the_very_weights_of_an_uninterrupted_one(train, monke
         train(NF4, name="stopped", method=method)
     stopped = train(NF4, name="stopped", method=method)
     assert read_json(stopped / "train.json")["training"]["resumed_from"] == "checkpoint-2"
-    exports = ("adapter/adapter_model", "merged/model", *(() if method in ("lora", "loftq") else ("lora/adapter_model",)))
+    exports = (
+        "adapter/adapter_model",
+        "merged/model",
+        *(() if method in ("lora", "loftq") else ("lora/adapter_model",)),
+    )
     for name in (f"{export}.safetensors" for export in exports):
         assert (stopped / name).read_bytes() == (whole / name).read_bytes()
 
