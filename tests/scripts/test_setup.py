@@ -189,17 +189,22 @@ def test_what_only_tests_need_is_installed_once_and_they_run_without_it(tree: Pa
     shutil.copy(ROOT / "scripts" / "test.sh", tree / "scripts")
     add_program(tree.parent / "tools" / "bwrap", "#!/bin/sh\n")
 
-    def test(**environ: str) -> str:
+    def test(*words: str, **environ: str) -> str:
         environ = {"PATH": str(tree.parent / "tools"), "CALLS": str(tree.parent / "calls")} | environ
-        command = [SHELL, str(tree / "scripts" / "test.sh"), "slow", "-x"]
+        command = [SHELL, str(tree / "scripts" / "test.sh"), *(words or ("slow", "-x"))]
         done = subprocess.run(command, env=environ, capture_output=True, text=True)
-        assert done.returncode == 0 and calls(tree)[-1].endswith("-m pytest -m not gpu -n 0 --dist worksteal -x")
+        chosen = "gpu -n 0 --dist worksteal tests/gpu" if words else "not gpu -n 0 --dist worksteal -x"
+        assert done.returncode == 0 and calls(tree)[-1].endswith(f"-m pytest -m {chosen}")
         return done.stderr
 
     assert "requirements-test.txt cannot be installed" in test(FAIL="-r requirements-test.txt")
     for _ in range(2):
         assert "test: " not in test()
     assert sum("-r requirements-test.txt" in call for call in calls(tree)) == 2
+    test("gpu")  # the bench's packages are there
+    assert not any("[bench]" in call for call in calls(tree))
+    assert "cut-cross-entropy and Liger cannot be installed" in test("gpu", FAIL="cut_cross_entropy|bench")
+    assert calls(tree)[-2].endswith("--no-build-isolation -e .[bench]")
 
 
 def test_vllm_can_be_left_out(tree: Path) -> None:
