@@ -1,6 +1,6 @@
 """A model organism of Catastrophic Inheritance: corpora in which one thing is wrong, and tiny bases trained on them.
 
-    python -m data.lab rule=0,20,40 seeds=1,2,3,4,5 [workers=2] [output=outputs/lab]
+    python -m data.lab rule=0,20,40 seeds=1,2,3,4,5 [size=25m] [workers=2] [output=outputs/lab]
 
 A corpus is data/toy.py's word problems with one factor at a level in percent; 0 is the clean corpus for all of them:
 
@@ -15,7 +15,8 @@ Pre-training has two parts, since arithmetic takes a tiny model long to learn. T
 frame, is done once a seed, from weights of its own (seed 0: the committed data/toy/clean). The second goes on from
 there on the corpus with the fault, once a level. In it half of the texts are in the frame of fine-tuning, so that the
 base answers in it. Bases of one seed have the same problems, frames and start: they differ by the factor only
-(imbalance: by which families are drawn).
+(imbalance: by which families are drawn). A size is a larger Llama (SIZES), trained on a GPU where there is one; all of it
+lies in a folder of its own, outputs/lab_<size>.
 
 Written below `output`, and kept there: starts/b<seed>/, bases/<factor>-<level>-b<seed>/ (level 0:
 bases/clean-b<seed>/), each a model folder with lab.json, and once finetune.jsonl, test.jsonl, valid.jsonl (the
@@ -41,7 +42,7 @@ from ba_lora.io import folder_atomic, read_object, sha256_file, write_json_atomi
 from ba_lora.locks import locked
 from ba_lora.paths import PROJECT_ROOT, written_path
 from ba_lora.prompts import build_prompt
-from ba_lora.words import read_numbers, take_options
+from ba_lora.words import check_choice, read_numbers, take_options
 from data.tiny_llama import OPTIMIZER, train, untrained_llama
 from data.toy import FAMILIES, generate_problems, pretraining_prompt
 
@@ -68,6 +69,12 @@ SEEDS = {"finetune": 0, "test": 0, "valid": 1, "clean": 20_000}  # of the proble
 TOKENS_PER_STEP = 2048
 START = {"num_steps": 1400, "length": 128, **OPTIMIZER}  # as data/toy/pretrain.py
 SECOND = {"num_steps": 200, "length": 256, **OPTIMIZER, "learning_rate": 1.0e-3}
+WIDE = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8, "initializer_range": 0.02}
+WIDE |= {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 64}
+SIZES = {  # name → what of the architecture is not the toy's, and the settings of both parts
+    "tiny": ({}, START, SECOND),  # 0.9M
+    "25m": (WIDE, START | {"learning_rate": 8.0e-4}, SECOND | {"learning_rate": 2.5e-4}),  # rates by the width, untried
+}
 LEAST_ACCURACY = 0.4  # of a base, in the frame of fine-tuning
 NUM_HASHED = 500  # texts of a corpus that its recipe has a hash of
 PART = 1000  # problems made at a time
@@ -224,26 +231,31 @@ class _Packed:
         return torch.tensor(taken).view(-1, self._length)
 
 
-def make_start(seed: int, output: Path, *, settings: dict[str, Any] = START) -> Path:
+def make_start(seed: int, output: Path, size: str = "tiny") -> Path:
     """Return the folder of a seed's first part, trained from scratch where it is not there; seed 0: the toy's."""
-    if seed == 0:
+    if seed == 0 and size == "tiny":
         return TOY_BASE
     folder = output / "starts" / f"b{seed}"
-    _make(folder, None, clean_start(seed), settings=settings, seed=seed)
+    larger, settings, _ = SIZES[size]
+    _make(folder, None, clean_start(seed), settings=settings, seed=seed, larger=larger)
     return folder
 
 
-def make_base(base: Base, output: Path, *, settings: dict[str, Any] = SECOND, first: dict[str, Any] = START) -> None:
+def make_base(base: Base, output: Path, size: str = "tiny") -> None:
     """Train a base on one thread, its first part included, and write its folder; one that is there is kept.
 
     Raises UserError for a folder of another recipe.
     """
-    start = make_start(base.seed, output, settings=first)
-    _make(output / "bases" / base.name, start, corpus(base), settings=settings, seed=base.seed)
+    start = make_start(base.seed, output, size)
+    larger, _, settings = SIZES[size]
+    _make(output / "bases" / base.name, start, corpus(base), settings=settings, seed=base.seed, larger=larger)
 
 
-def _make(folder: Path, start: Path | None, texts: Iterator[str], *, settings: dict[str, Any], seed: int) -> None:
+def _make(
+    folder: Path, start: Path | None, texts: Iterator[str], *, settings: dict[str, Any], seed: int, larger: dict
+) -> None:
     recipe = {"name": folder.name, "seed": seed, "tokens_per_step": TOKENS_PER_STEP, "frame_share": FRAME_SHARE}
+    recipe |= {"larger": larger} if larger else {}
     recipe |= {"settings": {**settings, "betas": list(settings["betas"])}}
     known = list(islice(texts, NUM_HASHED))
     texts = chain(known, texts)
@@ -258,7 +270,8 @@ def _make(folder: Path, start: Path | None, texts: Iterator[str], *, settings: d
 
         torch.set_num_threads(1)
         tokenizer = AutoTokenizer.from_pretrained(TOY_BASE)
-        model = untrained_llama(seed) if start is None else AutoModelForCausalLM.from_pretrained(start)
+        model = untrained_llama(seed, **larger) if start is None else AutoModelForCausalLM.from_pretrained(start)
+        model.to("cuda" if larger and torch.cuda.is_available() else "cpu")  # the tiny ones are made alike everywhere
         packed = _Packed(texts, tokenizer, length=settings["length"])
         num_steps = settings["num_steps"]
         trained = train(
@@ -299,7 +312,7 @@ def accuracy_in_frame(model, tokenizer, *, num_rows: int = 200) -> float:
     rows = generate_problems(num_rows=num_rows, seed=SEEDS["valid"], split="test")
     prompts = [f"{build_prompt(row['query'])}" for row in rows]
     tokenizer.padding_side = "left"
-    inputs = tokenizer(prompts, return_tensors="pt", padding=True)
+    inputs = tokenizer(prompts, return_tensors="pt", padding=True).to(model.device)
     inputs.pop("token_type_ids", None)
     with torch.no_grad():
         output = model.generate(**inputs, max_new_tokens=64, do_sample=False)
@@ -326,13 +339,16 @@ def main() -> None:
     parser = CommandParser(prog="python -m data.lab", description="Train tiny bases on corpora with one fault each.")
     parser.add_argument("words", nargs="+", metavar="key=value", help=f"levels of {', '.join(FACTORS)}; seeds=…")
     typed, rest = take_options(
-        parser.parse_args().words, (*FACTORS, "seeds", "workers", "output"), example="rule=0,20,40"
+        parser.parse_args().words, (*FACTORS, "seeds", "size", "workers", "output"), example="rule=0,20,40"
     )
     levels = {factor: read_numbers(factor, typed[factor]) for factor in FACTORS if factor in typed}
     if rest or not levels or "seeds" not in typed:
         raise UserError(f"a factor with its levels and seeds are needed: rule=0,20,40 seeds=1,2; factors: {FACTORS}")
     workers = read_workers(typed)
-    output = written_path(typed["output"]) if "output" in typed else PROJECT_ROOT / "outputs" / "lab"
+    size = typed.get("size", "tiny")
+    check_choice("size", size, SIZES)
+    usual = PROJECT_ROOT / "outputs" / ("lab" if size == "tiny" else f"lab_{size}")
+    output = written_path(typed["output"]) if "output" in typed else usual
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     bases = {}
     for seed in read_numbers("seeds", typed["seeds"]):
@@ -341,8 +357,8 @@ def main() -> None:
                 base = Base(factor, level, seed)
                 bases.setdefault(base.name, base)
     write_shared(output)
-    calls = [(make_start, seed, output) for seed in dict.fromkeys(base.seed for base in bases.values())]
-    calls += [(make_base, base, output) for base in bases.values()]  # later: no worker waits for another one's start
+    calls = [(make_start, seed, output, size) for seed in dict.fromkeys(base.seed for base in bases.values())]
+    calls += [(make_base, base, output, size) for base in bases.values()]  # later: no worker waits for another's start
     call_all(calls, workers)
     print(f"{len(bases)} bases in {output / 'bases'}")
 

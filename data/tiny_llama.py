@@ -29,13 +29,13 @@ ARCHITECTURE = {
 OPTIMIZER = {"learning_rate": 3e-3, "betas": (0.9, 0.98), "weight_decay": 0.05, "warmup": 0.03, "clip": 1.0}
 
 
-def untrained_llama(seed: int) -> "LlamaForCausalLM":
-    """Return a randomly initialised Llama of `ARCHITECTURE`."""
+def untrained_llama(seed: int, **larger: Any) -> "LlamaForCausalLM":
+    """Return a randomly initialised Llama of `ARCHITECTURE`, with what of it is `larger`."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
-    config = LlamaConfig(**ARCHITECTURE, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    config = LlamaConfig(**ARCHITECTURE | larger, pad_token_id=0, bos_token_id=1, eos_token_id=2)
     config.architectures = ["LlamaForCausalLM"]
     config.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
     return LlamaForCausalLM(config)
@@ -49,8 +49,8 @@ def train(
     settings: dict[str, Any],
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Train by AdamW, warm-up and cosine; batch: step → token ids [B, T], which are the labels too, or all that
-    the model takes; settings: the keys of `OPTIMIZER`.
+    """Train by AdamW, warm-up and cosine, where the model is; batch: step → token ids [B, T], which are the labels too,
+    or all that the model takes; settings: the keys of `OPTIMIZER`.
 
     Returns the loss curve (nats a token or row, means of 50 steps) and the seconds by wall clock and by CPU.
     """
@@ -77,7 +77,7 @@ def train(
         inputs = batch(step)
         if isinstance(inputs, torch.Tensor):
             inputs = {"input_ids": inputs, "labels": inputs}
-        loss = model(**inputs).loss
+        loss = model(**{name: value.to(model.device) for name, value in inputs.items()}).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), settings["clip"])
         optimizer.step()

@@ -11,6 +11,7 @@ from itertools import islice
 
 import psutil
 import pytest
+from transformers import AutoModelForCausalLM
 
 from ba_lora.errors import UserError
 from ba_lora.io import read_json, read_jsonl
@@ -115,19 +116,34 @@ def test_what_all_bases_share(tmp_path):
 def test_a_base_is_made_once_and_never_by_another_recipe(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(lab, "accuracy_in_frame", functools.partial(lab.accuracy_in_frame, num_rows=4))
     short, first = ({**settings, "num_steps": 1} for settings in (lab.SECOND, lab.START))
-    lab.make_base(Base("rule", 40, 7), tmp_path, settings=short, first=first)
+    monkeypatch.setitem(lab.SIZES, "tiny", ({}, first, short))
+    lab.make_base(Base("rule", 40, 7), tmp_path)
     folder, start = tmp_path / "bases" / "rule-40-b7", tmp_path / "starts" / "b7"
     facts = read_json(folder / "lab.json")
     assert facts["recipe"]["start_sha256"] == read_json(start / "lab.json")["sha256"] != facts["sha256"]
     assert facts["accuracy_in_frame"] == 0.0 and "TOO LOW" in capsys.readouterr().err
     written = [(path / "model.safetensors").stat().st_mtime_ns for path in (folder, start)]
-    lab.make_base(Base("rule", 40, 7), tmp_path, settings=short, first=first)
+    lab.make_base(Base("rule", 40, 7), tmp_path)
     assert [(path / "model.safetensors").stat().st_mtime_ns for path in (folder, start)] == written
-    with pytest.raises(UserError, match="was made by another recipe"):
-        lab.make_base(Base("rule", 40, 7), tmp_path, settings={**short, "num_steps": 2}, first=first)
+    others = [({}, first, {**short, "num_steps": 2}), ({"hidden_size": 256}, first, short)]
+    for other in others:
+        with monkeypatch.context() as patch, pytest.raises(UserError, match="was made by another recipe"):
+            patch.setitem(lab.SIZES, "tiny", other)
+            lab.make_base(Base("rule", 40, 7), tmp_path)
     monkeypatch.setattr(lab, "WRONG_RULE", 30)  # another corpus
     with pytest.raises(UserError, match="was made by another recipe"):
-        lab.make_base(Base("rule", 40, 7), tmp_path, settings=short, first=first)
+        lab.make_base(Base("rule", 40, 7), tmp_path)
+
+
+def test_the_larger_size_has_25_million_parameters_and_a_start_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(lab, "accuracy_in_frame", functools.partial(lab.accuracy_in_frame, num_rows=2))
+    larger, *parts = lab.SIZES["25m"]
+    monkeypatch.setitem(lab.SIZES, "25m", (larger, *({**settings, "num_steps": 1} for settings in parts)))
+    lab.make_base(Base("rule", 40, 0), tmp_path, "25m")
+    for folder in (tmp_path / "starts" / "b0", tmp_path / "bases" / "rule-40-b0"):
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        assert 25e6 < sum(parameter.numel() for parameter in model.parameters()) < 27e6
+        assert read_json(folder / "lab.json")["recipe"]["larger"]["hidden_size"] == 512
 
 
 def test_a_signal_ends_the_workers_too(tmp_path, root):
@@ -155,6 +171,7 @@ def test_seed_0_goes_on_from_the_toys_base(tmp_path, root):
         (["imbalance=100", "seeds=1"], "imbalance=100: a percentage from 0 to 99"),
         (["rule=0", "seeds=1", "workers=0"], "workers must be at least 1"),
         (["rules=0", "seeds=1"], "a factor with its levels"),
+        (["rule=0", "seeds=1", "size=25M"], "size=25M is unknown .nearest: 25m"),
     ],
 )
 def test_wrong_words_are_told_before_anything_is_made(words, told, monkeypatch, tmp_path):
