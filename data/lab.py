@@ -15,8 +15,8 @@ Pre-training has two parts, since arithmetic takes a tiny model long to learn. T
 frame, is done once a seed, from weights of its own (seed 0: the committed data/toy/clean). The second goes on from
 there on the corpus with the fault, once a level. In it half of the texts are in the frame of fine-tuning, so that the
 base answers in it. Bases of one seed have the same problems, frames and start: they differ by the factor only
-(imbalance: by which families are drawn). A size is a larger Llama (SIZES), trained on a GPU where there is one; all of it
-lies in a folder of its own, outputs/lab_<size>.
+(imbalance: by which families are drawn). A size is a larger Llama (SIZES), trained on a GPU where there is one; all of
+it lies in a folder of its own, outputs/lab_<size>.
 
 Written below `output`, and kept there: starts/b<seed>/, bases/<factor>-<level>-b<seed>/ (level 0:
 bases/clean-b<seed>/), each a model folder with lab.json, and once finetune.jsonl, test.jsonl, valid.jsonl (the
