@@ -188,10 +188,12 @@ def _with_earlier(figure: Drawn, folder: Path) -> Drawn:
 
 
 def _refuse_lost_tests(facts: Mapping[str, Any], path: Path) -> None:
-    """Raise UserError where comparisons whose items the earlier report knew have no grades any more."""
+    """Raise UserError where tests whose items the earlier report knew have no grades any more."""
 
     def chosen(report: Mapping[str, Any], found: Callable[[Any], bool]) -> set[str]:
-        return {json.dumps([c["column"], c["focus"], c["other"]]) for c in report["comparisons"] if found(c)}
+        tests = [([c["column"], c["focus"], c["other"]], c) for c in report["comparisons"]]
+        tests += [(h["hypothesis"]["name"], h) for h in report.get("hypotheses", []) if h["low"] is not None]
+        return {json.dumps(name) for name, test in tests if found(test)}
 
     earlier = read_object(path)
     if earlier is None or earlier.get("statistics") != facts["statistics"]:  # tests of another kind are no loss
@@ -199,7 +201,7 @@ def _refuse_lost_tests(facts: Mapping[str, Any], path: Path) -> None:
     lost = chosen(earlier, lambda c: c["num_items"] is not None) & chosen(facts, lambda c: c["num_items"] is None)
     if lost:
         raise UserError(
-            f"{path} has {len(lost)} comparisons whose grades are not at hand here: bring the runs' outputs along, or "
+            f"{path} has {len(lost)} tests whose grades are not at hand here: bring the runs' outputs along, or "
             "write elsewhere with output=DIR"
         )
 

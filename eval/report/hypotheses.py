@@ -11,7 +11,8 @@
 The effect is [first arm − second arm] at the first level minus the same at the second one; with one arm, or one level,
 without that difference. A pre-trained model is a cluster: the arms' runs on it are averaged over their seeds and
 subtracted item by item, and what is tested is these values with models and items both as random effects (crossed.py;
-two levels have models of their own, and are not taken as pairs).
+two levels have models of their own, and are not taken as pairs). Where the items of a run are not known, of all runs
+only their means count: the interval is over models only.
 
 Decided on the column's scale by the 95 % interval: `supported` where it lies beyond the margin in the direction that is
 expected, `refuted` where it lies within ± margin or on the other side of 0, else `undecided`. A primary one also needs
@@ -33,7 +34,7 @@ from ba_lora.config.structured import read_mapping
 from ba_lora.errors import UserError
 from ba_lora.experiments.tables import Row
 from ba_lora.words import check_choice
-from eval.report.crossed import Array, Estimate, crossed_t
+from eval.report.crossed import Array, Estimate, crossed_t, seeds_t
 from eval.report.stats import LEAST_SEEDS, MOST_PRIMARY, SIGNIFICANT, holm
 
 SUPPORTED, REFUTED, UNDECIDED, VOID, NOT_RUN = "supported", "refuted", "undecided", "void", "not run"
@@ -119,8 +120,8 @@ def level_of(row: Row, clusters: str) -> str:
 
 
 class Clusters:
-    """The values of a table's runs by pre-trained model. `values`: (row, column's name) → of each run its items'
-    values [runs, N] and the items' ids on the column's scale, None where a run is missing."""
+    """The values of a table's runs by pre-trained model. `values`: (row, column's name) → of each run its items' values
+    [runs, N], or where these are not known its mean [runs, 1], on the column's scale."""
 
     def __init__(self, rows: Sequence[Row], clusters: str, values: Any, num_missing: Any) -> None:
         self._rows, self._clusters, self._values, self._num_missing = rows, clusters, values, num_missing
@@ -135,12 +136,16 @@ class Clusters:
         return max(sum(self._num_missing(row, column) for row in rows) for column in columns)
 
     def effect_at(self, arms: Sequence[str], level: str, column: str) -> Array:
-        """Return [models, N]: the first arm's values minus the second's, each a mean over its runs on the model."""
+        """Return [models, N]: the first arm's values minus the second's, each a mean over its runs on the model; N = 1
+        where the items of a run are not known."""
         of_arms = [{self._cluster(row): row for row in self.rows_at(method, level)} for method in arms]
         common = [name for name in of_arms[0] if all(name in of for of in of_arms)]
         if not common or any(len(of) != len(common) for of in of_arms):
             raise UserError(f"hypotheses: {' and '.join(arms)} at {level} have not the same pre-trained models")
-        found = [np.stack([self._values(of[name], column).mean(axis=0) for name in common]) for of in of_arms]
+        found = [[self._values(of[name], column).mean(axis=0) for name in common] for of in of_arms]
+        if any(values.size == 1 for of in found for values in of):
+            found = [[values.mean(keepdims=True) for values in of] for of in found]
+        found = [np.stack(of) for of in found]
         return found[0] if len(found) == 1 else found[0] - found[1]
 
     def _cluster(self, row: Row) -> str:
@@ -186,10 +191,13 @@ def _find(one: Hypothesis, clusters: Clusters) -> Finding:
 
 
 def effect(levels: Sequence[Array]) -> Estimate:
-    """Test mean(first) − mean(second), or of one level its mean against 0; each [models, N], both random."""
-    if len(levels) == 2:
-        return crossed_t([(levels[0], levels[1])])
-    return crossed_t([(levels[0], np.zeros_like(levels[0]))], paired=True)
+    """Test mean(first) − mean(second), or of one level its mean against 0; each [models, N], both random. Where N is 1
+    in one of them, the models only are."""
+    first, second = levels if len(levels) == 2 else (levels[0], np.zeros_like(levels[0]))
+    paired = len(levels) == 1
+    if 1 in (first.shape[1], second.shape[1]):
+        return seeds_t(first.mean(axis=1), second.mean(axis=1), paired=paired)
+    return crossed_t([(first, second)], paired=paired)
 
 
 def _decision(finding: Finding) -> str:

@@ -126,6 +126,16 @@ def _line(table: ReportTable, one: Finding) -> tuple[Text, ...]:
     return tuple(Text(word) for word in words)
 
 
+def hypothesis_legend(table: ReportTable) -> list[str]:
+    """Return the sentences below the hypotheses."""
+    if all(one.low is None or one.num_items for one in table.findings):
+        return []
+    return [
+        "Where no items are given, grades are not at hand: interval, p and decision are by the models only, "
+        "and say nothing of other items."
+    ]
+
+
 def draw_dose(table: ReportTable, figure: Figure) -> tuple[Canvas, str] | None:
     """Return the figure and its caption; None where no arm has values at two levels."""
     methods, levels = arms_and_levels(table)
@@ -161,7 +171,7 @@ def draw_tradeoff(table: ReportTable, figure: Figure) -> tuple[Canvas, str] | No
     styles = styles_of([(method,) for method in methods])
     across = table.spec.column(figure.x)
     canvas, axes = panel_grid(len(figure.columns), across=len(figure.columns))
-    drawn, counts = [], set()
+    drawn, counts, has_front = [], set(), False
     for axis, name in zip(axes, figure.columns, strict=True):
         column = table.spec.column(name)
         points = []
@@ -176,13 +186,15 @@ def draw_tradeoff(table: ReportTable, figure: Figure) -> tuple[Canvas, str] | No
             drawn += [method] if method not in drawn else []
         front = pareto_front(points, better=(across.better, column.better))
         if len(set(front)) > 1:
+            has_front = True
             axis.plot(*zip(*front, strict=True), color="0.4", lw=0.9, ls="--", zorder=1)
         axis.set_xlabel(f"{axis_label(across)}{ARROWS[across.better]}")
         y_axis(axis, column)
     if len(drawn) < 2:
         return None
     add_legend(canvas, [line_handle(styles[method,], table.spec.label(method), line="") for method in drawn])
-    return canvas, f"At {table.spec.label(figure.level)}. {_models(counts)} Dashed: the arms that none beats in both."
+    dashed = " Dashed: the arms that none beats in both." if has_front else ""
+    return canvas, f"At {table.spec.label(figure.level)}. {_models(counts)}{dashed}"
 
 
 def draw_forest(table: ReportTable, figure: Figure) -> tuple[Canvas, str] | None:
@@ -201,7 +213,8 @@ def draw_forest(table: ReportTable, figure: Figure) -> tuple[Canvas, str] | None
     axis.set_ylim(len(found) - 0.5, -0.5)
     axis.set_xlabel("effect (points)")
     told = "; ".join(f"{one.hypothesis.name}: {one.hypothesis.says}" for one in found)
-    return canvas, f"Effects with 95 % intervals over models and items; dotted: the margin. Dots: primary. {told}."
+    over = "models and items" if all(one.num_items for one in found) else "models"
+    return canvas, f"Effects with 95 % intervals over {over}; dotted: the margin. Dots: primary. {told}."
 
 
 def _models(counts: set[int]) -> str:

@@ -169,14 +169,17 @@ class PairedTests:
         return self._ids.setdefault(tuple(ids), tuple(ids))
 
 
-def run_items(sources: Sources, column: ReportColumn, runs: Sequence[PlannedRun]) -> Array:
-    """Return the grades of runs on the items of a column, [runs, N], in the order of the items' ids. Raises UserError
-    where one has none at hand, or other items."""
+def run_items(sources: Sources, column: ReportColumn, runs: Sequence[PlannedRun]) -> Array | None:
+    """Return the grades of runs on the items of a column, [runs, N], in the order of the items' ids; None where one has
+    none at hand. Raises UserError where one has other items."""
     found = [None if column.items is None else sources.grades(run, column.items) for run in runs]
+    if None in found:
+        return None
     for run, grades in zip(runs, found, strict=True):
-        if grades is None or grades.keys() != found[0].keys():
-            why = "has no grades at hand" if grades is None else f"has other items than {runs[0].run_id}"
-            raise UserError(f"{run.run_id} {why} for column {column.name}: bring the runs' outputs along")
+        if grades.keys() != found[0].keys():
+            raise UserError(
+                f"{run.run_id} has other items than {runs[0].run_id} for column {column.name}: score both on one file"
+            )
     return np.array([[total / number for _, (total, number) in sorted(grades.items())] for grades in found])
 
 

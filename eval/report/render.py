@@ -13,7 +13,7 @@ from typing import Any
 
 from ba_lora.experiments.tables import Row
 from eval.report.columns import ReportColumn
-from eval.report.hypothesis_figures import hypothesis_sheet, level_sheet
+from eval.report.hypothesis_figures import hypothesis_legend, hypothesis_sheet, level_sheet
 from eval.report.over_settings import over_settings, over_settings_sheet
 from eval.report.sheets import (
     Drawn,
@@ -50,6 +50,7 @@ def to_markdown(table: ReportTable, figures: Sequence[Drawn] = ()) -> str:
     parts = [f"# {escape_markdown(table.spec.title)}"]
     if table.findings:
         parts += ["## Hypotheses", escape_markdown(table.standing), _markdown_sheet(hypothesis_sheet(table))]
+        parts += map(escape_markdown, hypothesis_legend(table))
     if table.spec.clusters:
         parts += ["## Means over the pre-trained models", _markdown_sheet(level_sheet(table)), "## Every model"]
     else:

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from ba_lora.config.schema import UNTUNED
 from ba_lora.experiments.tables import Row
 from ba_lora.runs.environment import hardware_name
@@ -85,9 +87,9 @@ def find(spec: TableSpec, sources: Sources, cells: Mapping[CellKey, Cell]) -> tu
     """Return what came of the table's hypotheses."""
 
     def values(row: Row, name: str) -> Array:
-        column = spec.column(name)
-        runs = [run for run in spec.planned(row, column) if run.run_id in cells[row, name].run_ids]
-        return column.scale * run_items(sources, column, runs)
+        column, cell = spec.column(name), cells[row, name]
+        items = run_items(sources, column, [run for run in spec.planned(row, column) if run.run_id in cell.run_ids])
+        return np.array(cell.values)[:, None] if items is None else column.scale * items
 
     def num_missing(row: Row, name: str) -> int:
         cell = cells[row, name]

@@ -14,7 +14,7 @@ from ba_lora.experiments import state as grid_state
 from ba_lora.experiments import tables
 from ba_lora.experiments.tables import load_table, report_folder
 from ba_lora.io import write_json_atomic
-from eval.report.__main__ import main
+from eval.report.__main__ import _refuse_lost_tests, main
 from eval.report.columns import ReportColumn
 from eval.report.sources import FailedStage, read_results
 from eval.report.spec import table_spec
@@ -252,13 +252,24 @@ def test_tests_are_not_lost_where_the_grades_are_elsewhere(table_path, report, t
     facts["comparisons"][0]["num_items"] = 400
     write_json_atomic(path, facts)
     before = path.read_bytes()
-    with pytest.raises(
-        UserError, match="has 1 comparisons whose grades are not at hand here: bring the runs' outputs along"
-    ):
+    with pytest.raises(UserError, match="has 1 tests whose grades are not at hand here: bring the runs' outputs along"):
         report(table_path)
     assert path.read_bytes() == before
     write_json_atomic(path, facts | {"statistics": "a bootstrap over items"})
     assert report(table_path) == 0  # tests of another kind are no loss
+
+
+def test_hypotheses_are_not_lost_either(tmp_path):
+    def facts(**finding):
+        hypotheses = [{"hypothesis": {"name": "H1"}, **finding}]
+        return {"statistics": "t", "comparisons": [], "hypotheses": hypotheses}
+
+    path = tmp_path / "table.json"
+    write_json_atomic(path, facts(low=-1.0, num_items=300))
+    with pytest.raises(UserError, match="has 1 tests whose grades are not at hand"):
+        _refuse_lost_tests(facts(low=-1.1, num_items=None), path)
+    _refuse_lost_tests(facts(low=None, num_items=None), path)  # not run: told by itself
+    _refuse_lost_tests(facts(low=-1.0, num_items=300), path)
 
 
 def test_the_report_tells_what_was_declared_before_the_first_run(table_path, report, tmp_path, monkeypatch, capsys):

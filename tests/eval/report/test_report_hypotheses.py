@@ -11,7 +11,7 @@ from ba_lora.experiments.tables import Row
 from eval.report.block import Figure
 from eval.report.figures import draw_figures
 from eval.report.hypotheses import Clusters, decide_all, effect, level_of, parse_hypotheses, standing
-from eval.report.hypothesis_figures import chosen_settings
+from eval.report.hypothesis_figures import chosen_settings, draw_forest, draw_tradeoff
 from eval.report.render import to_markdown
 from eval.report.table import build_table
 from tests.support.report_world import World
@@ -131,18 +131,33 @@ def test_models_are_the_sample_where_items_are_alike():
     assert alone.p == pytest.approx(scipy.stats.ttest_1samp(high, 0).pvalue)
 
 
+@pytest.mark.parametrize("is_flat", [False, True])
 @pytest.mark.parametrize("sd", [0.0, 1.0, 4.0])
-def test_no_effect_is_seldom_called_one(sd):
-    """Of 600 experiments without an effect, 5 models a level, arms that differ by chance: at most 6.5 %."""
+def test_no_effect_is_seldom_called_one(sd, is_flat):
+    """Of 2000 experiments without an effect, 5 models a level, arms that differ by chance: at most 6 %.
+
+    is_flat: nothing varies at the second level, as of a wrong rule without noise.
+    """
     random, wrong = np.random.default_rng(1), 0
-    for _ in range(600):
-        easy_N = random.normal(0, 10, 120)
-        levels = [
+    for _ in range(2000):
+        easy_N = random.normal(0, 0 if is_flat else 10, 120)
+        high, low = (
             random.normal(0, sd, (5, 1)) + 0.1 * easy_N + random.normal(0, 3, (5, 120)) + random.normal(0, 1, 120)
             for _ in range(2)
-        ]
-        wrong += effect(levels).p < 0.05
-    assert wrong / 600 <= 0.065
+        )
+        wrong += effect([high, np.zeros_like(low) if is_flat else low]).p < 0.05
+    assert 0.01 < wrong / 2000 <= 0.06
+
+
+def test_without_items_the_models_alone_are_the_sample():
+    random = np.random.default_rng(5)
+    high, low = random.normal(2, 1, (5, 40)), random.normal(0, 1, (5, 40))
+    wanted = scipy.stats.ttest_ind(high.mean(axis=1), low.mean(axis=1), equal_var=False)
+    one = effect([high.mean(axis=1, keepdims=True), low])
+    assert (one.p, one.low, one.high) == pytest.approx((wanted.pvalue, *wanted.confidence_interval()))
+    assert one.num_items is None
+    alone = effect([high.mean(axis=1, keepdims=True)])
+    assert alone.p == pytest.approx(scipy.stats.ttest_1samp(high.mean(axis=1), 0).pvalue)
 
 
 @pytest.mark.parametrize(
@@ -245,6 +260,18 @@ def test_a_table_of_models_from_its_runs_to_its_figures(world):
     figures = {drawn.name: (drawn, files) for drawn, files in draw_figures(table, sources)}
     assert all(drawn.missing is None and set(files) == {"png", "pdf"} for drawn, files in figures.values())
     assert "n = 5 pre-trained models" in figures["dose"][0].caption and "H1: …" in figures["forest"][0].caption
+    assert "Dashed" not in figures["front"][0].caption  # one arm is best in both, no line is drawn
+
+
+def test_the_front_is_told_where_there_is_one(world):
+    for row in ROWS:  # the more right answers, the more hours
+        hours = SHARES[row.method][0]
+        for seed in RUN_SEEDS:
+            run = world.run(row.method, seed, setting=row.setting.replace(" ", "_"))
+            world.edit(run, **{"training/seconds": 3600.0 * hours})
+    made = spec(world)
+    _, caption = draw_tradeoff(build_table(made, world.sources(made)), FIGURES[1])
+    assert caption.endswith("Dashed: the arms that none beats in both.")
 
 
 def test_a_run_that_is_missing_leaves_effect_mean_and_figure_blank(world):
@@ -258,10 +285,32 @@ def test_a_run_that_is_missing_leaves_effect_mean_and_figure_blank(world):
     assert missing["forest"] == "no arm has all its values yet"
 
 
-def test_grades_that_are_not_at_hand_are_told(world):
-    (world.folder / "outputs" / "tiny-pissa-noise=40_base=2-s1" / "grades" / "gsm8k.jsonl").unlink()
+def test_where_grades_are_not_at_hand_the_models_alone_count_and_that_is_told(world):
     made = spec(world)
-    with pytest.raises(UserError, match="pissa-noise=40_base=2-s1 has no grades at hand"):
+    with_items = build_table(made, world.sources(made))
+    assert "by the models only" not in to_markdown(with_items)
+    run = world.run("pissa", 1, setting="noise=40_base=2")
+    (run.run_path / "grades" / "gsm8k.jsonl").unlink()
+    world.edit(run, **{"evaluation/gsm8k/metrics/strict": 0.7})
+    table = build_table(made, world.sources(made))
+    (one,) = table.findings
+    assert one.difference == pytest.approx(-21) and one.num_items is None and one.num_clusters == (5, 5)
+    (before,) = with_items.findings
+    assert one.low < one.difference < one.high and before.num_items == 10
+    assert (
+        "Where no items are given, grades are not at hand: interval, p and decision are by the models only"
+        in to_markdown(table)
+    )
+    _, caption = draw_forest(table, FIGURES[2])
+    assert caption.startswith("Effects with 95 % intervals over models;")
+
+
+def test_items_that_differ_between_runs_are_refused(world):
+    world.add("pissa", 1, setting="noise=40_base=2", grades=[1.0] * 9)
+    made = spec(world)
+    with pytest.raises(
+        UserError, match="s2 has other items than tiny-pissa-noise=40_base=2-s1 for column gsm8k: score"
+    ):
         build_table(made, world.sources(made))
 
 
