@@ -117,6 +117,11 @@ def _line(table: ReportTable, one: Finding) -> tuple[Text, ...]:
     decimals = table.spec.column(one.hypothesis.column).decimals
     interval = "" if one.low is None else f"{signed(one.low, decimals)} … {signed(one.high, decimals)}"
     decision = f"{NOT_RUN}: {one.num_missing} runs are missing" if one.decision == NOT_RUN else one.decision
+    if one.guard is not None:
+        guard = one.hypothesis.guard
+        column = table.spec.column(guard.column)
+        told = signed(one.guard, column.decimals)
+        decision += f" (guard: {column.label} {told}, at least {format_number(-guard.margin, column.decimals)})"
     kind = " (primary)" if one.hypothesis.primary else " (condition)" if one.hypothesis.condition else ""
     words = (
         f"{one.hypothesis.name}{kind}", one.hypothesis.says, decision, signed(one.difference, decimals), interval,

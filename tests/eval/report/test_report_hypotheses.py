@@ -314,6 +314,14 @@ def test_items_that_differ_between_runs_are_refused(world):
         build_table(made, world.sources(made))
 
 
+def test_the_guards_value_is_told_beside_the_decision(world):
+    entry = H1 | {"column": "gsm8k", "guard": {"column": "gsm8k", "margin": 1}}
+    rows = spec(world).rows
+    guarded = spec(world, hypotheses=parse_hypotheses({"H1": entry}, rows, ["gsm8k"], clusters="base", where="x"))
+    text = to_markdown(build_table(guarded, world.sources(guarded)))
+    assert " (guard: GSM8K −20.00, at least −1.00) | −20.00 |" in text
+
+
 def test_the_best_level_is_chosen_when_all_have_been_tried(world):
     made = spec(world, hypotheses=(), figures=(), choose="gsm8k")
     assert chosen_settings(build_table(made, world.sources(made))) == dict.fromkeys(METHODS, ["noise=40"])
