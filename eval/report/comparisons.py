@@ -115,10 +115,11 @@ def as_declared(spec: TableSpec, record: Mapping[str, Any] | None) -> tuple[Tabl
     then = f"the same as when the first run started ({record['declared_at']})" if same else (
         f"{record['sha256'][:12]} when the first run started ({record['declared_at']}): the file was changed since"
     )  # fmt: skip
+    before = f"; {record['num_results']} results were there before" if record["num_results"] else ""
     if not spec.primary and not (record["tests"].get("report") or {}).get("primary"):
-        return without, f"{now}, {then}."
-    if record["num_results"]:
-        return without, f"{now}, {then}; {record['num_results']} results were there before: no test is primary."
+        return without, f"{now}, {then}{before}."
+    if before:
+        return without, f"{now}, {then}{before}: no test is primary."
     changed = sorted(key for key in spec.deciding if record["tests"].get(key) != spec.deciding[key])
     if changed:
         told = ", ".join(key.removesuffix("_sha256") for key in changed)

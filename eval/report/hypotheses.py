@@ -221,15 +221,17 @@ def _decision(finding: Finding) -> str:
 
 def standing(declared: Mapping[str, Any] | None, deciding: Mapping[str, Any], sha256: str) -> str:
     """Return a sentence on whether the hypotheses stood before the first run; see ba_lora/experiments/state.py."""
+    now = f"now it has the sha256 {sha256[:12]}"
     if declared is None:
-        return "Exploratory: it is not recorded what the table's file was when the first run started."
+        return f"Exploratory: it is not recorded what the table's file was when the first run started; {now}."
     at = f"{declared['declared_at']}, commit {str(declared.get('commit') or 'unknown')[:12]}"
     at += ", where the file was not committed" if declared.get("dirty") else ""
+    at += f", sha256 {declared['sha256'][:12]}"
     if declared["num_results"]:
-        return f"Exploratory: {declared['num_results']} results were there when the file was recorded ({at})."
+        return f"Exploratory: {declared['num_results']} results were there when the file was recorded ({at}); {now}."
     changed = sorted(key for key in deciding if declared["tests"].get(key) != deciding[key])
     if changed:
         told = ", ".join(key.removesuffix("_sha256") for key in changed)
-        return f"Exploratory: what decides them was changed since the first run ({at}): {told}."
-    same = "is the same" if declared["sha256"] == sha256 else "was changed since in what decides nothing"
+        return f"Exploratory: what decides them was changed since the first run ({at}; {now}): {told}."
+    same = "is the same" if declared["sha256"] == sha256 else f"was changed since in what decides nothing: {now}"
     return f"Confirmatory: declared before the first run ({at}); the table's file {same}."

@@ -196,14 +196,21 @@ def test_arms_need_the_same_models():
 
 def test_what_is_confirmatory():
     tests = {"rows": [1], "report": {"hypotheses": {}}}
-    record = {"declared_at": "2026-01-01", "commit": "abc", "num_results": 0, "tests": tests, "sha256": "1"}
-    assert standing(record, tests, "1").startswith(
-        "Confirmatory: declared before the first run (2026-01-01, commit abc)"
+    record = {"declared_at": "2026-01-01", "commit": "abc", "num_results": 0, "tests": tests, "sha256": "1" * 64}
+    then, now, other = f"sha256 {'1' * 12}", f"now it has the sha256 {'2' * 12}", "2" * 64
+    assert standing(record, tests, "1" * 64) == (
+        f"Confirmatory: declared before the first run (2026-01-01, commit abc, {then}); the table's file is the same."
     )
-    assert "abc, where the file was not committed)" in standing(record | {"dirty": True}, tests, "1")
-    assert "changed since the first run" in standing(record, tests | {"rows": [2]}, "2")
-    assert "3 results were there" in standing(record | {"num_results": 3}, tests, "1")
-    assert standing(None, tests, "1").startswith("Exploratory")
+    assert standing(record, tests, other).endswith(
+        f"{then}); the table's file was changed since in what decides nothing: {now}."
+    )
+    assert f"abc, where the file was not committed, {then})" in standing(record | {"dirty": True}, tests, other)
+    changed = standing(record, tests | {"rows": [2]}, other)
+    assert "changed since the first run" in changed and then in changed and now in changed
+    before = standing(record | {"num_results": 3}, tests, other)
+    assert "3 results were there" in before and then in before and now in before
+    unknown = standing(None, tests, other)
+    assert unknown.startswith("Exploratory") and now in unknown
 
 
 # ---- a whole table

@@ -284,6 +284,12 @@ def test_a_family_counts_only_as_it_was_before_the_first_run(world, record, told
     assert (found.primary, found.num_primary) == ((primary, 1) if is_primary else ((), 0))
 
 
+@pytest.mark.parametrize(("number", "told"), [(0, "+00:00)."), (6, "+00:00); 6 results were there before.")])
+def test_results_before_the_declaration_are_told_where_no_test_is_primary(world, number, told):
+    record = RECORD | {"tests": {"report": {}}, "num_results": number}
+    assert as_declared(world.spec(sha256="s1"), record)[1].endswith(told)
+
+
 def test_no_html_no_link_and_no_new_line_comes_into_the_markdown(known):
     """From labels, notes, errors and the paper's file alike."""
     bad = "<img src=x onerror=alert(1)>[a](javascript:b)|\n# c"
