@@ -156,6 +156,7 @@ def to_json(table: ReportTable, figures: Sequence[Drawn] = ()) -> dict[str, Any]
         "footnotes": list(table.footnotes),
         "also_reported": [dataclasses.asdict(line) for line in table.unmatched_paper],
         "figures": [dataclasses.asdict(figure) for figure in figures],
+        **({"bases": {name: [*hashes] for name, hashes in table.bases.items()}} if table.bases else {}),
         "runs": list(table.provenance),
     }
 

@@ -2,14 +2,16 @@
 
 import string
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean
 
 from ba_lora.experiments.tables import Row
 from eval.report.cells import Cell
 from eval.report.columns import ReportColumn
 from eval.report.comparisons import Comparison
+from eval.report.hypotheses import level_of
 from eval.report.spec import TableSpec, row_name
 from eval.report.stats import LEAST_SEEDS, SIGNIFICANT
 from eval.report.table import ReportTable
@@ -164,18 +166,38 @@ def _seed_lines(spec: TableSpec) -> list[str]:
 
 
 def _gradient_lines(table: ReportTable) -> list[str]:
-    """Return how strongly each method's terms pulled: the mean over its runs of their gradient shares."""
+    """Return how strongly each method's terms pulled: the mean over its runs of their gradient shares; of each setting
+    where they differ."""
+    spec = table.spec
     shares = {run["run_id"]: run["gradient_shares"] for run in table.provenance if run["gradient_shares"]}
-    found: dict[str, dict[str, list[float]]] = {}
-    for row in table.spec.rows:
-        for run in {run.run_id for column in table.spec.columns for run in table.spec.planned(row, column)}:
+    found: dict[tuple[str, str], dict[str, list[float]]] = {}
+    for row in spec.rows:
+        key = (row.method, level_of(row, spec.clusters))
+        for run in {run.run_id for column in spec.columns for run in spec.planned(row, column)}:
             for term, share in shares.get(run, {}).items():
-                found.setdefault(table.spec.label(row.method), {}).setdefault(term, []).append(share)
-    told = [
-        f"{method}: {', '.join(f'{term} {100 * fmean(values):.2g} %' for term, values in terms.items())}"
-        for method, terms in found.items()
-    ]
+                found.setdefault(key, {}).setdefault(term, []).append(share)
+    texts: dict[str, dict[str, list[str]]] = {}  # method → its terms' shares → the settings that have them
+    for (method, setting), terms in found.items():
+        text = ", ".join(f"{term} {_percent(fmean(values))}" for term, values in terms.items())
+        texts.setdefault(method, {}).setdefault(text, []).append(setting)
+    told = []
+    for method, of in texts.items():
+        common = set.intersection(*(set(setting.split()) for settings in of.values() for setting in settings))
+        for text, settings in of.items():
+            names = (spec.labels.get(setting) or _in_short(setting, without=common) for setting in settings)
+            which = f" ({', '.join(names)})" if len(of) > 1 else ""
+            told.append(f"{spec.label(method)}{which}: {text}")
     return [f"A term's gradient at the hidden states, in shares of the task's: {'; '.join(told)}."] if told else []
+
+
+def _in_short(setting: str, *, without: Collection[str]) -> str:
+    """Return a setting without these words, and of each other word's dotted name the last part."""
+    words = (word.partition("=") for word in setting.split() if word not in without)
+    return " ".join(f"{name.rpartition('.')[2]}{equals}{value}" for name, equals, value in words)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2g} %" if share >= 1e-5 or not share else "< 0.001 %"
 
 
 def _cost_lines(table: ReportTable) -> list[str]:
@@ -251,15 +273,19 @@ def unmatched_lines(table: ReportTable) -> list[str]:
 
 
 def provenance_lines(table: ReportTable) -> list[str]:
-    """Return how many runs there are, and by which code they were made."""
+    """Return how many runs there are, by which code they were made, and from which pre-trained models."""
     commits: dict[str, int] = {}
     for run in table.provenance:
         name = f"{(run['commit'] or 'unknown')[:12]}{' with uncommitted changes' if run['dirty'] else ''}"
         commits[name] = commits.get(name, 0) + 1
     planned = len(table.spec.all_runs())
+    bases = ", ".join(
+        f"{Path(name).name} {' or '.join(sha256[:12] for sha256 in hashes)}" for name, hashes in table.bases.items()
+    )
     return [
         f"{len(table.provenance)} of {planned} runs have a result; `table.json` lists them with the hash of each file.",
         *(f"commit {name}: {count} run{'s' if count > 1 else ''}" for name, count in commits.items()),
+        *([f"pre-trained models, the first 12 digits of their weights' sha256: {bases}"] if bases else []),
     ]
 
 

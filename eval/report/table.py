@@ -3,12 +3,12 @@
 import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from ba_lora.config.schema import UNTUNED
+from ba_lora.config.schema import LIKELIHOOD, UNTUNED
 from ba_lora.experiments.tables import Row
 from ba_lora.runs.environment import hardware_name
 from eval.report.cells import COLLAPSED, Cell, CellKey, FailedRun
@@ -37,6 +37,7 @@ class ReportTable:
     findings: tuple[Finding, ...] = ()
     standing: str = ""  # of the hypotheses
     compared: tuple[Row, ...] = ()  # the rows that are ranked and compared
+    bases: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  # model.name → sha256 of its weights → runs
 
     def cell(self, row: Row, column: ReportColumn) -> Cell:
         return self.cells[row, column.name]
@@ -66,6 +67,8 @@ def build_table(spec: TableSpec, sources: Sources, *, allow: Iterable[str] = ())
                 if column.mean_of
                 else _measured_cell(spec, sources, row, column, notes)
             )
+    bases = _bases(spec, sources)
+    _note_other_bases(spec, sources, bases, cells, notes)
     rows = _chosen_rows(spec, cells, notes)
     _mark(spec, cells, rows, notes)
     findings = find(spec, sources, cells) if spec.hypotheses else ()
@@ -80,6 +83,7 @@ def build_table(spec: TableSpec, sources: Sources, *, allow: Iterable[str] = ())
         findings=findings,
         standing=standing(sources.declared, spec.deciding, spec.sha256) if findings else "",
         compared=rows,
+        bases=bases,
     )
 
 
@@ -245,6 +249,33 @@ def _mark(spec: TableSpec, cells: dict[CellKey, Cell], rows: Sequence[Row], note
 
 def _add_note(cells: dict[CellKey, Cell], key: CellKey, note: int) -> None:
     cells[key] = dataclasses.replace(cells[key], notes=(*cells[key].notes, note))
+
+
+def _base_of(result: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Return (name, sha256 of the weights) of the pre-trained model that a run's likelihoods were measured against."""
+    sha256 = ((result.get("evaluation") or {}).get(LIKELIHOOD) or {}).get("base_sha256")
+    return (result["config"]["model"]["name"], sha256) if sha256 else None
+
+
+def _bases(spec: TableSpec, sources: Sources) -> dict[str, Counter[str]]:
+    """Return name → sha256 → how many runs tell it, of the table's pre-trained models."""
+    found: dict[str, Counter[str]] = {}
+    for run in spec.all_runs():
+        if (result := sources.result(run)) and (base := _base_of(result)):
+            found.setdefault(base[0], Counter())[base[1]] += 1
+    return found
+
+
+def _note_other_bases(
+    spec: TableSpec, sources: Sources, bases: Mapping[str, Mapping[str, int]], cells: dict[CellKey, Cell],
+    notes: _Footnotes,
+) -> None:  # fmt: skip
+    """Add a footnote to each cell with a run on a pre-trained model of which not all runs had the same weights."""
+    for key, cell in cells.items():
+        for name in sorted({base[0] for run_id in cell.run_ids if (base := _base_of(sources.results[run_id]))}):
+            if len(bases[name]) > 1:
+                told = ", ".join(f"sha256 {sha256[:12]} in {number} runs" for sha256, number in bases[name].items())
+                _add_note(cells, key, notes.number(f"{name} had different weights: {told}"))
 
 
 def _unmatched(spec: TableSpec, sources: Sources) -> tuple[PaperRow, ...]:

@@ -499,6 +499,43 @@ def test_the_terms_gradients_are_told_where_they_were_measured(known):
     assert "in shares of the task's: BA-LoRA: svd 2 %." in to_markdown(build(known))
 
 
+def test_the_terms_gradients_are_told_of_each_setting_where_they_differ(world):
+    shares = {"x.a=1.5 y base=1": 0.0, "x.a=1.5 y base=2": 0.02, "b y": 0.9, "c y base=1": 1e-9, "d y base=1": 0.01}
+    rows = tuple(Row("tiny", method, setting) for method in ("lora", "ba_lora") for setting in shares)
+    runs = {}
+    for row in rows:
+        share = shares[row.setting] if row.method == "ba_lora" else 0.1
+        changes = {"training/gradient_shares": {"svd": share}}
+        runs[row, "gsm8k"] = (world.add(row.method, 1, setting=row.setting.replace(" ", "_"), **changes),)
+    columns = (ReportColumn("gsm8k", "GSM8K", task="gsm8k", metric="strict"),)
+    table = build(world, rows=rows, columns=columns, runs=runs, clusters="base", labels={"b y": "B"})
+    [line] = [line for line in legend(table) if "gradient" in line]
+    assert line.endswith(
+        "task's: lora: svd 10 %; ba_lora (a=1.5, d): svd 1 %; ba_lora (B): svd 90 %; ba_lora (c): svd < 0.001 %."
+    )
+
+
+def test_the_pre_trained_models_are_told_by_their_weights(world):
+    """A name whose weights were others in one run has a footnote."""
+    rows = tuple(Row("tiny", method, f"base={number}") for method in ("lora", "ba_lora") for number in (1, 2))
+    runs = {}
+    for row in rows:
+        other = (row.method, row.setting) == ("ba_lora", "base=2")
+        likelihood = {"task": "likelihood", "base_sha256": f"{row.setting[-1]}{'f' if other else 'e'}" * 32}
+        changes = {"evaluation/likelihood": likelihood, "config/model/name": f"bases/b{row.setting[-1]}"}
+        runs[row, "gsm8k"] = (world.add(row.method, 1, setting=row.setting, **changes),)
+    columns = (ReportColumn("gsm8k", "GSM8K", task="gsm8k", metric="strict"),)
+    table = build(world, rows=rows, columns=columns, runs=runs, clusters="base")
+    text = to_markdown(table)
+    assert f"weights' sha256: b1 {'1e' * 6}, b2 {'2e' * 6} or {'2f' * 6}" in text
+    assert to_json(table)["bases"] == {"bases/b1": ["1e" * 32], "bases/b2": ["2e" * 32, "2f" * 32]}
+    assert table.footnotes == (
+        f"bases/b2 had different weights: sha256 {'2e' * 6} in 1 runs, sha256 {'2f' * 6} in 1 runs",
+    )
+    assert {row.setting for row in rows if table.cell(row, columns[0]).notes} == {"base=2"}
+    assert "bases" not in to_json(build(world, rows=(), columns=(), runs={}))
+
+
 def test_a_group_of_items_is_tested_by_its_own_grades(known):
     """Items 0 to 3 are "rare": there lora has 1, 1, 2 right in its three seeds and ba_lora the other ones."""
     for method in ("lora", "ba_lora"):
