@@ -52,6 +52,7 @@ NAME = "likelihood"
 VERSION = "1"  # bumped whenever a value changes, of a classifier's likelihood, too
 GROUPS = ("role", "family", "cue")
 NUM_BINS = 10
+EXPECTED_KL = (0.1, 0.5)  # of a tuned model, declared in docs/inheritance.md
 
 
 @dataclass(frozen=True)
@@ -191,11 +192,19 @@ def main() -> None:
         refresh_run(one.path, load_run(one.path))
         means, roles = score["metrics"], score["groups"]["role"]
         wrong = ", ".join(f"{role} {100 * of['metrics']['p_wrong']:.1f} %" for role, of in roles.items())
+        told = f"{means['kl']:.3f} nats a position{'' if is_reference else beside_expected(means['kl'])}"
         print(
             f"{one.path.name}: p(wrong rule) {wrong}; p(right) {100 * means['p_right']:.1f} %; KL to the pre-trained "
-            f"model {means['kl']:.3f} nats a position",
+            f"model {told}",
             file=sys.stderr,
         )
+
+
+def beside_expected(kl: float) -> str:
+    """Return where the KL of a tuned model lies beside what was expected, to be appended."""
+    low, high = EXPECTED_KL
+    place = "below" if kl < low else "above" if kl > high else "within"
+    return f", {place} the expected {low:g} to {high:g}"
 
 
 def base_hash(name: str) -> str | None:

@@ -66,13 +66,20 @@ def measure(monkeypatch, root, data, *runs):
     return [json.loads((run / "scores" / "likelihood.json").read_text()) for run in runs]
 
 
-def test_the_pretrained_model_and_a_run_of_it(monkeypatch, root, tmp_path, data, train):
+@pytest.mark.parametrize(("kl", "place"), [(0.099, "below"), (0.1, "within"), (0.5, "within"), (0.51, "above")])
+def test_the_kl_is_told_beside_what_was_expected(kl, place):
+    assert likelihood.beside_expected(kl) == f", {place} the expected 0.1 to 0.5"
+
+
+def test_the_pretrained_model_and_a_run_of_it(monkeypatch, root, tmp_path, data, train, capsys):
     config = untuned_config(load_config("configs/nlg/toy.yaml"))
     config.output_dir = str(tmp_path / "untuned")
     prepare_evaluation(config)
     base = root / "data" / "toy" / "clean"
     run = train("export.merged=false", "trainer.learning_rate=0.05", f"model.name={base}", method="lora")
     untuned, tuned = measure(monkeypatch, root, data, tmp_path / "untuned", run)
+    of_untuned, of_tuned = [line for line in capsys.readouterr().err.splitlines() if "p(wrong rule)" in line]
+    assert of_untuned.endswith("0.000 nats a position") and of_tuned.endswith("the expected 0.1 to 0.5")
     assert untuned["n"] == 12 and untuned["metrics"]["kl"] == 0.0 < tuned["metrics"]["kl"]
     assert untuned["perplexity"]["before"] == untuned["perplexity"]["after"] == tuned["perplexity"]["before"]
     assert untuned["perplexity"]["after"] == pytest.approx(1.3425, abs=1e-3) != tuned["perplexity"]["after"]
