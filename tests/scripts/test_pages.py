@@ -1,6 +1,7 @@
 """The commands of all pages run, and their tables hold no number that is not in a file."""
 
 import csv
+import dataclasses
 import importlib
 import io
 import json
@@ -26,10 +27,15 @@ from ba_lora.runs import convert, results_nlu
 from data import lab_nlu, show
 from eval import chat, compare, generate, harness, score
 from eval.report import __main__ as report
+from eval.report import simulation
+from eval.report.hypotheses import level_of
+from eval.report.sources import Sources
+from eval.report.spec import table_spec
+from eval.report.table import build_table
 from scripts import bench
 from tests.conftest import ROOT
 from tests.runs.test_results_nlu import result as nlu_result
-from tests.support.committed import committed_text
+from tests.support.committed import committed_paths, committed_text
 from tests.support.page_world import toy_run
 from tests.support.pages import COMMANDS, PAGES, blocks, commands, example
 
@@ -671,6 +677,10 @@ def test_what_is_inherited_is_what_the_reports_found(table):
         by_holm = re.search(r"Holm (0\.\d+)", decision)
         assert by_holm or one["p_adjusted"] is None, name
         assert not by_holm or float(by_holm[1]) == pytest.approx(one["p_adjusted"], abs=0.0005)
+        if one["guard"] is not None and one["hypothesis"]["primary"]:
+            guards = told.replace("−", "-").partition("The guard, ")[2].partition(" kept")[0]
+            assert f"{name} {one['guard']:.2f}" in guards
+            assert guards.endswith(" not") == (one["guard"] < -one["hypothesis"]["guard"]["margin"])
     report = committed_text(f"results/{table}/table.md").partition("## Means over the pre-trained models\n")[2]
     (header, _, *lines) = [_cells(line) for line in report.partition("\n## ")[0].splitlines() if line.startswith("|")]
     means = {  # a method, or a method and its learning rate
@@ -688,6 +698,45 @@ def test_what_is_inherited_is_what_the_reports_found(table):
             for number, exact in zip(numbers, exact_ones, strict=False):
                 decimals = len(number.partition(".")[2])
                 assert abs(float(number) - float(exact)) <= 0.51 * 10**-decimals, (method, column)
+
+
+def test_the_first_hypothesis_follows_from_the_committed_runs(monkeypatch):
+    """By the models only: the grades of items are not committed."""
+    monkeypatch.setattr(Sources, "grades", lambda *_: None)
+    spec = table_spec(load_table(find_table("inheritance")))
+    [h1] = [one for one in spec.hypotheses if one.name == "H1"]
+    levels = {row for row in spec.rows if row.method in h1.arms and level_of(row, spec.clusters) in h1.levels}
+    runs = {key: of for key, of in spec.runs.items() if key[0] in levels and key[1] in (h1.column, h1.guard.column)}
+    columns = tuple(spec.column(name) for name in (h1.column, h1.guard.column))
+    rows = tuple(row for row in spec.rows if row in levels)
+    spec = dataclasses.replace(spec, rows=rows, columns=columns, runs=runs, hypotheses=(h1,))
+    (one,) = build_table(spec, report.read_sources(spec, command="")).findings
+    committed = _hypotheses("inheritance")["H1"]
+    assert (one.difference, one.guard) == pytest.approx((committed["difference"], committed["guard"]))
+    assert (one.low, one.high) == pytest.approx((-0.97, 0.08), abs=0.005)
+    assert one.num_clusters == (5, 5) and one.num_items is None and one.decision == committed["decision"]
+    told = " ".join(PAGES["docs/inheritance.md"].split()).replace("−", "-")
+    assert f"{_effect(dataclasses.asdict(one))[0]} ({_effect(dataclasses.asdict(one))[1]}) by the models only" in told
+
+
+def test_the_committed_reports_tell_what_was_declared_and_when():
+    paths = [path for path in committed_paths("results") if path.endswith("/declared.json")]
+    assert len(paths) >= 14
+    for path in paths:
+        declared, made = (
+            json.loads(committed_text(f"{path.rpartition('/')[0]}/{name}.json")) for name in ("declared", "table")
+        )
+        for told in filter(None, (made["declaration"], made["standing"])):
+            assert declared["sha256"][:12] in told, path
+            assert not declared["num_results"] or f"{declared['num_results']} results were there" in told, path
+        assert made["standing"] in committed_text(f"{path.rpartition('/')[0]}/table.md")
+
+
+def test_the_committed_reports_tell_what_the_seed_moves():
+    """A base of the twin brings its head; the one of the NLU default has none."""
+    texts = {table: committed_text(f"results/{table}/table.md") for table in ("methods_nlu_toy", *INHERITANCE)}
+    assert [table for table, text in texts.items() if "initialisation of the head" in text] == ["methods_nlu_toy"]
+    assert all("dropout of the encoder" in text for table, text in texts.items() if "nlu" in table)
 
 
 def test_the_first_pages_tell_what_the_reports_on_inheritance_found():
@@ -869,12 +918,43 @@ def test_reproduction_opens_with_the_verdict_that_the_report_wrote():
 
 def test_what_the_page_on_statistics_says_is_what_was_simulated():
     lines = json.loads((ROOT / "docs" / "statistics.json").read_text())["lines"]
-    text = PAGES["docs/statistics.md"]
-    of_4 = [line for line in lines if (line["metric"], line["seed_sd"]) == ("accuracy", 4.0)]
-    for name, key in (("false marks, seeds and items", "false"), ("false marks, items only", "false_items_alone")):
-        [row] = [line for line in text.splitlines() if line.startswith(f"| {name}")]
-        shown = [float(cell.strip(" %")) for cell in row.split("|")[2:5]]
-        assert shown == pytest.approx([100 * line[key] for line in of_4], abs=0.06)
+    text = PAGES["docs/statistics.md"].partition("## What the simulation says")[2]
+    found = {(line["metric"], line["num_seeds"], line["seed_sd"]): line for line in lines}
+
+    def same(shown, share):
+        decimals = len(shown.partition(".")[2])
+        assert abs(float(shown) - 100 * share) <= 0.501 * 10**-decimals, (shown, share)
+
+    header, _, *rows = [_cells(line) for line in text.splitlines() if line.startswith("|")]
+    assert header == ["accuracy, seed sd 4 points", "3 seeds", "5 seeds", "10 seeds"]
+    rules = {"items only": "_items_alone", "paired": "_paired", "seeds and items": ""}
+    seen = set()
+    for name, *shown in rows:
+        kind = "false" if name.startswith("false marks") else "found"
+        key = kind + next(suffix for rule, suffix in rules.items() if f", {rule}" in name)
+        seen.add(key)
+        for num_seeds, cell in zip((3, 5, 10), shown, strict=True):
+            same(cell.removesuffix(" %"), found["accuracy", num_seeds, 4.0][key])
+    assert len(seen) == len(rows) == 6
+
+    text = " ".join(text.split())
+    of = {metric: [line["false"] for line in lines if line["metric"] == metric] for metric in simulation.METRICS}
+    low, high = re.search(r"wrong in ([\d.]+) to ([\d.]+) % of cases", text).groups()
+    same(low, min(of["accuracy"]))
+    same(high, max(of["accuracy"]))
+    others = re.search(r"F1 up to ([\d.]+), Matthews ([\d.]+), perplexity ([\d.]+), Spearman ([\d.]+) %", text).groups()
+    for shown, metric in zip(others, ("f1", "matthews", "perplexity", "spearman"), strict=True):
+        same(shown, max(of[metric]))
+    same(re.search(r"\(([\d.]+) % at sd 0 and 3 seeds\)", text)[1], found["accuracy", 3, 0.0]["false"])
+    assert f"{simulation.NUM_ITEMS} items (Spearman: {simulation.NUM_RANKED})" in text
+    repeats = {line["repeats"] for line in lines if line["metric"] != "accuracy"}
+    (few,), many = repeats, found["accuracy", 3, 0.0]["repeats"]
+    assert (
+        f"{many} repetitions for accuracy, {few} for the other metrics" in text and f"({few} repetitions: ± 2)" in text
+    )
+    assert "At a seed sd of 4 points three seeds find a difference of 10 points in less than half of the cases" in text
+    assert found["accuracy", 3, 4.0]["found"] < 0.5
+    same(re.search(r"\(at 1 point in (\d+) %\)", text)[1], found["accuracy", 3, 1.0]["found"])
     assert max(line["false"] for line in lines) <= 0.06
 
 
