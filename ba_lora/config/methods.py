@@ -3,6 +3,7 @@
 `adapter` is an AdapterConfig, `config` a RunConfig (schema.py, which asks here).
 """
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +12,7 @@ from ba_lora.config.registries import facts, tuners
 from ba_lora.errors import UserError
 from ba_lora.words import nearest
 
-LAYER_OPTIONS = ("exclude_modules", "layers_to_transform", "layers_pattern")
+LAYER_OPTIONS = {"exclude_modules": str, "layers_to_transform": int, "layers_pattern": str}  # one, or a list of them
 # What PEFT's configurations would take, and no run may ask for.
 _OTHER_WEIGHTS = "it trains weights unknown to reference and export"
 _REFUSED_OPTIONS = {
@@ -65,8 +66,8 @@ def adapter_loads(adapter: Any) -> bool:
 
 
 def option_values(options: Mapping[str, tuple], chosen: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the part's own options (those with a default), chosen or default."""
-    return {name: chosen.get(name, default) for name, (default, allowed) in options.items() if allowed is not None}
+    """Return the part's own options, chosen or default."""
+    return {name: chosen.get(name, default) for name, (default, _) in options.items()}
 
 
 def check_method(config: Any) -> None:
@@ -149,17 +150,13 @@ def check_typed(typed: Mapping[str, Any], config: Any) -> None:
 
 def _check_options(config: Any, named: list[tuple[str, Any, dict[str, Any]]]) -> None:
     adapter, tuner = config.adapter, named[0][2]
-    known: dict[str, tuple] = {}
-    if tuner["selects_layers"]:
-        known |= dict.fromkeys(LAYER_OPTIONS, (None, None))
+    known = dict.fromkeys(tuner["layer_options"], (None, None)) | tuner["peft_options"]
     for _, _, found in named:
         known |= found.get("options", {})
     for name, value in adapter.options.items():
-        if name in LAYER_OPTIONS[1:] and name in known and (config.kind == "nlu" or tuner["names_layers"]):
-            raise UserError(
-                f"adapter.options.{name} has no effect here, where PEFT is given whole paths: leave layers out by "
-                "adapter.target_modules or adapter.options.exclude_modules"
-            )
+        if name in LAYER_OPTIONS and name in known:
+            _check_layer_option(config, tuner["names_layers"], name)
+            continue
         if name not in known:
             if name in _REFUSED_OPTIONS:
                 raise UserError(f"adapter.options.{name} is refused: {_REFUSED_OPTIONS[name]}")
@@ -175,5 +172,22 @@ def _check_options(config: Any, named: list[tuple[str, Any, dict[str, Any]]]) ->
             check_range(f"adapter.options.{name}", value, allowed)
             if isinstance(default, int) and not isinstance(value, int):
                 raise UserError(f"adapter.options.{name}={value}: it must be a whole number")
-        elif allowed is not None and value not in allowed:
+        elif value not in allowed:
             raise UserError(f"adapter.options.{name}={value} is unknown: choose one of {', '.join(map(str, allowed))}")
+
+
+def _check_layer_option(config: Any, names_layers: bool, name: str) -> None:
+    value, kind = config.adapter.options[name], LAYER_OPTIONS[name]
+    if name != "exclude_modules" and (config.kind == "nlu" or names_layers):
+        raise UserError(
+            f"adapter.options.{name} has no effect here, where PEFT is given whole paths: leave layers out by "
+            "adapter.target_modules or adapter.options.exclude_modules"
+        )
+    entries = value if isinstance(value, list) else [value]
+    try:
+        right = entries and all(type(one) is kind and (re.compile(one) if kind is str else one >= 0) for one in entries)
+    except re.error:
+        right = False
+    if not right:
+        word = "a name or a regular expression" if kind is str else "a whole number of at least 0"
+        raise UserError(f"adapter.options.{name}={value}: it must be {word}, or a list of such")

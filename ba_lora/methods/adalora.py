@@ -5,7 +5,6 @@ the importances in checkpoints, and the ranks of what is saved.
 """
 
 import contextlib
-import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,13 +20,13 @@ IMPORTANCES = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # of PEFT's RankAllocator: 
 class AdaLora(Tuner):
     """Ranks start at 1.5 × `rank` and are pruned to it between 10 % and 70 % of the steps, unless options say more."""
 
-    options = {
-        "tinit": (None, None),
-        "tfinal": (None, None),
-        "deltaT": (None, None),
-        "beta1": (None, None),
-        "beta2": (None, None),
-        "orth_reg_weight": (None, None),
+    peft_options = {
+        "tinit": (0, "[0, 1000000000]"),
+        "tfinal": (0, "[0, 1000000000]"),
+        "deltaT": (1, "[1, 1000000000]"),
+        "beta1": (0.85, "(0, 1)"),
+        "beta2": (0.85, "(0, 1)"),
+        "orth_reg_weight": (0.5, "[0, 1000000]"),
     }
     no_deepspeed = "AdaLoRA ranks directions by gradients that DeepSpeed hides: use DDP or one process"
 
@@ -47,19 +46,17 @@ class AdaLora(Tuner):
             raise UserError(
                 f"adapter.tuner=adalora prunes over the steps and needs at least 10, this run has {num_steps}"
             )
-        schedule = {"tinit": num_steps // 10, "tfinal": num_steps * 3 // 10, "deltaT": max(1, num_steps // 100)}
-        chosen = {name: adapter.options.get(name, value) for name, value in schedule.items()}
-        options = {name: value for name, value in adapter.options.items() if name not in schedule}
         return peft_settings(
             AdaLoraConfig,
-            dataclasses.replace(adapter, options=options),
-            known=self.options,
+            self,
             init_r=self.first_rank,
             target_r=adapter.rank,
             lora_alpha=whole_alpha(adapter),
             lora_dropout=adapter.dropout,
             total_step=num_steps,
-            **chosen,
+            tinit=num_steps // 10,
+            tfinal=num_steps * 3 // 10,
+            deltaT=max(1, num_steps // 100),
         )
 
     def prepare(self, model: nn.Module) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from ba_lora.config.methods import LAYER_OPTIONS, option_values
+from ba_lora.config.methods import option_values
 from ba_lora.config.registries import parts
 from ba_lora.errors import UserError, in_one_line
 from ba_lora.models.layers import has_residual_base
@@ -44,7 +44,7 @@ class WeightTerm(NamedTuple):
 class Part:
     """What the three kinds share.
 
-    options: the keys of adapter.options that it takes → (default, range or choices); (None, None) is handed to PEFT.
+    options: the keys of adapter.options that it takes → (default, range or choices).
     """
 
     options: ClassVar[dict[str, tuple]] = {}
@@ -63,6 +63,7 @@ class Part:
 class Tuner(Part):
     """What is trained. The defaults are those of an adapter by PEFT that needs nothing from a training loop."""
 
+    peft_options: ClassVar[dict[str, tuple]] = {}  # as `options`, handed to PEFT, whose default stands here
     own_weights: ClassVar[bool] = False  # the model's own weights are trained and saved, and no adapter
     has_factors: ClassVar[bool] = False  # LoRA's A and B: takes every init and optimizer, and rslora
     takes_dora: ClassVar[bool] = False
@@ -70,7 +71,7 @@ class Tuner(Part):
     quantizes: ClassVar[bool] = False  # works on an nf4 base
     has_dropout: ClassVar[bool] = True
     own_layers: ClassVar[bool] = False  # PEFT loads the adapter only where the method's file is imported
-    selects_layers: ClassVar[bool] = True  # takes PEFT's exclude_modules, layers_to_transform and layers_pattern
+    layer_options: ClassVar[tuple[str, ...]] = ("exclude_modules", "layers_to_transform", "layers_pattern")  # PEFT's
     plain_lora: ClassVar[str] = "none"  # where a plain LoRA of the trained model is: adapter | lora (folders) | none
     cuts_ranks: ClassVar[bool] = False  # the trained adapter is one at every lower rank, too: export.ranks
     holds_head: ClassVar[bool] = False  # the adapter has a classifier's head, or its first module, of its own
@@ -263,15 +264,15 @@ def method_of(model: "nn.Module") -> TrainingMethod:
     return found or TrainingMethod(Tuner())
 
 
-def peft_settings(config_class: type, adapter: "AdapterConfig", *, known: dict[str, tuple], **settings: Any) -> Any:
-    """Return PEFT's configuration of the class, with the options of adapter.options that are PEFT's own.
+def peft_settings(config_class: type, tuner: Tuner, **settings: Any) -> Any:
+    """Return PEFT's configuration of the class; what adapter.options has of PEFT's own goes before `settings`.
 
     Raises UserError where PEFT refuses a value.
     """
-    its_own = {*LAYER_OPTIONS, *(name for name, (_, allowed) in known.items() if allowed is None)}
-    passed = {name: value for name, value in adapter.options.items() if name in its_own}
+    its_own = {*tuner.layer_options, *tuner.peft_options}
+    passed = {name: value for name, value in tuner.adapter.options.items() if name in its_own}
     try:
-        return config_class(task_type="CAUSAL_LM", **settings, **passed)
+        return config_class(task_type="CAUSAL_LM", **settings | passed)
     except (TypeError, ValueError) as error:
         raise UserError(f"adapter.options: {in_one_line(error)}") from error
 

@@ -61,7 +61,7 @@ class Bottleneck(Tuner):
     """2 r width + r + width parameters a place."""
 
     options = {"places": ("both", ("both", "mlp")), "activation": ("relu", ("relu", "gelu", "silu"))}
-    selects_layers = False
+    layer_options = ()
     ignores = ("alpha", "target_modules")
     bounds_rank = False
     names_layers = True
@@ -81,13 +81,7 @@ class Bottleneck(Tuner):
         return mlp if self.option["places"] == "mlp" else [*attention, *mlp]
 
     def peft_config(self, num_steps: int) -> Any:
-        return peft_settings(
-            BottleneckConfig,
-            self.adapter,
-            known=self.options,
-            r=self.adapter.rank,
-            activation=self.option["activation"],
-        )
+        return peft_settings(BottleneckConfig, self, r=self.adapter.rank, activation=self.option["activation"])
 
 
 TUNER = Bottleneck

@@ -205,7 +205,12 @@ def _with_adapter(model: "nn.Module", config: RunConfig, num_steps: int, method:
             others = [name for name in others if name not in ("classifier", "score")]
         peft_config.modules_to_save = others or None
     peft_config.revision = config.model.revision
-    model = get_peft_model(model, peft_config, autocast_adapter_dtype=adapter.dtype == "float32")
+    try:
+        model = get_peft_model(model, peft_config, autocast_adapter_dtype=adapter.dtype == "float32")
+    except UserError:
+        raise
+    except ValueError as error:  # no layer is left, for example
+        raise UserError(f"adapter.target_modules, adapter.options: {in_one_line(error)}") from error
     if adapter.dtype == "base":
         dtype = next(p.dtype for p in model.parameters() if not p.requires_grad)
         for parameter in model.parameters():

@@ -12,7 +12,7 @@ class OwnWeights(Tuner):
     """The model's own weights; `choose` says which are trained."""
 
     own_weights = True
-    selects_layers = False
+    layer_options = ()
     ignores = ("rank", "alpha", "target_modules", "dtype")
     draws = None
     limits = "needs weights that can be trained, which quantised ones cannot: use adapter.tuner=lora"

@@ -25,7 +25,7 @@ class IA3(Tuner):
     def peft_config(self, num_steps: int) -> Any:
         from peft import IA3Config
 
-        return peft_settings(IA3Config, self.adapter, known=self.options, feedforward_modules=[], target_modules=[])
+        return peft_settings(IA3Config, self, feedforward_modules=[], target_modules=[])
 
     def set_layers(self, peft_config: Any, targets: list[str]) -> None:
         peft_config.feedforward_modules = {

@@ -8,7 +8,7 @@ from ba_lora.methods.base import Tuner, peft_settings, whole_alpha
 class LoHa(Tuner):
     """2 r (in + out) parameters a layer."""
 
-    options = {"rank_dropout": (None, None)}
+    peft_options = {"rank_dropout": (0.0, "[0, 1)")}
     bounds_rank = False
     layer_types = ("Linear",)
 
@@ -17,12 +17,7 @@ class LoHa(Tuner):
 
         adapter = self.adapter
         return peft_settings(
-            LoHaConfig,
-            adapter,
-            known=self.options,
-            r=adapter.rank,
-            alpha=whole_alpha(adapter),
-            module_dropout=adapter.dropout,
+            LoHaConfig, self, r=adapter.rank, alpha=whole_alpha(adapter), module_dropout=adapter.dropout
         )
 
 

@@ -23,8 +23,7 @@ class Lora(Tuner):
         adapter = self.adapter
         return peft_settings(
             LoraConfig,
-            adapter,
-            known=type(self).options,
+            self,
             r=adapter.rank,
             lora_alpha=whole_alpha(adapter),
             lora_dropout=adapter.dropout,

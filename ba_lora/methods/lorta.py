@@ -88,7 +88,7 @@ class Lorta(Tuner):
     """r (d + d/H + H + L + 4) parameters in all."""
 
     ignores = ("target_modules",)
-    selects_layers = False
+    layer_options = ()
     own_layers = True
     names_layers = True
     has_dropout = False
@@ -119,9 +119,7 @@ class Lorta(Tuner):
 
     def peft_config(self, num_steps: int) -> Any:
         adapter = self.adapter
-        return peft_settings(
-            LortaConfig, adapter, known=self.options, r=adapter.rank, alpha=whole_alpha(adapter), **self._settings
-        )
+        return peft_settings(LortaConfig, self, r=adapter.rank, alpha=whole_alpha(adapter), **self._settings)
 
     def choose_weights(self, model: nn.Module, path: Any, rows: Any) -> None:
         share_tensors(model)

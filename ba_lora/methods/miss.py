@@ -32,9 +32,7 @@ class Miss(Tuner):
         from peft import MissConfig
 
         adapter = self.adapter
-        return peft_settings(
-            MissConfig, adapter, known=self.options, r=adapter.rank, miss_dropout=adapter.dropout, **self.option
-        )
+        return peft_settings(MissConfig, self, r=adapter.rank, miss_dropout=adapter.dropout, **self.option)
 
 
 TUNER = Miss

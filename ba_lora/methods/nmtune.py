@@ -61,7 +61,7 @@ class NMTune(Tuner):
     options = {"weight": (0.01, "[0, 1000000]"), "expansion": (1.0, "(0, 100]")}
     kinds = ("nlu",)
     limits = "maps a classifier's features: it is for NLU, with whole weights"
-    selects_layers = False
+    layer_options = ()
     ignores = ("rank", "alpha", "target_modules")
     own_layers = True
     names_layers = True
@@ -84,9 +84,7 @@ class NMTune(Tuner):
         return [first]
 
     def peft_config(self, num_steps: int) -> Any:
-        return peft_settings(
-            NMTuneConfig, self.adapter, known=self.options, width=self._width, expansion=self.option["expansion"]
-        )
+        return peft_settings(NMTuneConfig, self, width=self._width, expansion=self.option["expansion"])
 
     def check_reference(self) -> None:
         raise UserError("NMTune has BA-LoRA's terms itself: set regularizers.lambda_consistency=0")

@@ -15,7 +15,11 @@ class Peanut(Tuner):
 
     ignores = ("alpha",)
     bounds_rank = False
-    options = {"depth": (None, None), "act_fn": (None, None), "scaling": (None, None)}
+    peft_options = {
+        "depth": (0, "[0, 1000]"),
+        "act_fn": ("relu", ("relu", "gelu", "silu", "tanh", "sigmoid", "leaky_relu")),
+        "scaling": (1.0, "(0, 1000000]"),
+    }
     layer_types = ("Linear",)
     has_dropout = False
     no_zero3 = "PEANuT reads whole weights in each pass, which ZeRO-3 splits: use ZeRO-2, DDP or one process"
@@ -23,7 +27,7 @@ class Peanut(Tuner):
     def peft_config(self, num_steps: int) -> Any:
         from peft import PeanutConfig
 
-        return peft_settings(PeanutConfig, self.adapter, known=self.options, r=self.adapter.rank)
+        return peft_settings(PeanutConfig, self, r=self.adapter.rank)
 
 
 TUNER = Peanut

@@ -16,7 +16,7 @@ class PromptTuning(Tuner):
     config_class: ClassVar[str] = "PromptTuningConfig"
     kinds = ("nlg",)
     limits = "is for language models with whole weights: NLU compares adapters in the layers"
-    selects_layers = False
+    layer_options = ()
     ignores = ("rank", "alpha", "target_modules")
     has_dropout = False
     merges = False
@@ -27,7 +27,7 @@ class PromptTuning(Tuner):
     def peft_config(self, num_steps: int) -> Any:
         import peft
 
-        return peft_settings(getattr(peft, self.config_class), self.adapter, known=type(self).options, **self.option)
+        return peft_settings(getattr(peft, self.config_class), self, **self.option)
 
     def check_reference(self) -> None:
         raise UserError(

@@ -26,7 +26,7 @@ class Sam(Tuner):
 
     ignores = ("rank", "alpha")
     options = {"share": (0.01, "(0, 1)"), "rows": (128, "[1, 1000000]")}
-    selects_layers = False
+    layer_options = ()
     own_layers = True
     names_layers = True
     has_dropout = False
@@ -35,7 +35,7 @@ class Sam(Tuner):
     draws = "rows of SAM's gradients"
 
     def peft_config(self, num_steps: int) -> Any:
-        return peft_settings(SparseConfig, self.adapter, known=self.options)
+        return peft_settings(SparseConfig, self)
 
     def choose_weights(self, model: nn.Module, path: Path, rows: TrainingRows | None) -> None:
         def compute() -> None:

@@ -33,7 +33,7 @@ class Sara(Tuner):
         "norm_layers": (1, "[1, 1000000]"),
         "reselect": (0.5, "(0, 1]"),
     }
-    selects_layers = False
+    layer_options = ()
     own_layers = True
     names_layers = True
     has_dropout = False
@@ -49,7 +49,7 @@ class Sara(Tuner):
 
     def peft_config(self, num_steps: int) -> Any:
         self._reselect_at = round(self.option["reselect"] * num_steps)
-        return peft_settings(SparseConfig, self.adapter, known=self.options)
+        return peft_settings(SparseConfig, self)
 
     def choose_weights(self, model: nn.Module, path: Path, rows: TrainingRows | None) -> None:
         layers = sparse_layers(model)

@@ -61,7 +61,7 @@ class Ssf(Tuner):
 
     ignores = ("rank", "alpha")
     options = {"shift": (True, (True, False))}
-    selects_layers = False
+    layer_options = ()
     layer_types = ("Linear",)
     has_dropout = False
     draws = None
@@ -69,7 +69,7 @@ class Ssf(Tuner):
     names_layers = True
 
     def peft_config(self, num_steps: int) -> Any:
-        return peft_settings(SsfConfig, self.adapter, known=self.options, **self.option)
+        return peft_settings(SsfConfig, self, **self.option)
 
     def prepare(self, model: nn.Module) -> None:
         """Raises UserError where a shift could not be merged."""

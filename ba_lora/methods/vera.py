@@ -12,7 +12,8 @@ from ba_lora.methods.base import Tuner, peft_settings
 class Vera(Tuner):
     """out + r parameters a layer."""
 
-    options = {"d_initial": (None, None), "projection_prng_key": (None, None)}
+    peft_options = {"d_initial": (0.1, "(0, 1000000]"), "projection_prng_key": (0, "[0, 4294967295]")}
+    layer_options = ("layers_to_transform", "layers_pattern")
     draws = None
     ignores = ("alpha",)
     bounds_rank = False
@@ -21,14 +22,7 @@ class Vera(Tuner):
         from peft import VeraConfig
 
         adapter = self.adapter
-        return peft_settings(
-            VeraConfig,
-            adapter,
-            known=self.options,
-            r=adapter.rank,
-            vera_dropout=adapter.dropout,
-            save_projection=False,
-        )
+        return peft_settings(VeraConfig, self, r=adapter.rank, vera_dropout=adapter.dropout, save_projection=False)
 
 
 TUNER = Vera

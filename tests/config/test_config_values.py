@@ -16,6 +16,7 @@ from ba_lora.config import schema
 from ba_lora.config.checks import check_place, check_places
 from ba_lora.config.layers import find_config, load_config, read_yaml
 from ba_lora.config.ranges import RANGES, TRAINER_RANGES, check_range
+from ba_lora.config.registries import facts, parts
 from ba_lora.config.schema import GENERATION_OPTIONS, RunConfig, public, to_yaml, training_hash
 from ba_lora.config.schema_nlg import NLGConfig
 from ba_lora.config.schema_nlu import NLUConfig
@@ -174,6 +175,46 @@ def test_layers_by_number_are_refused_where_peft_is_given_paths() -> None:
     refused(layers, match="layers_to_transform has no effect here", config=TOY_NLU, method="lora")
     refused(layers, match="layers_to_transform has no effect here", method="ia3")
     assert load_config(TOY, method="lora", overrides=[layers]).adapter.options == {"layers_to_transform": [0]}
+
+
+BAD_OPTIONS = [
+    ("adalora", "tinit", ["-5"]),
+    ("adalora", "tfinal", ["0.5"]),
+    ("adalora", "deltaT", ["0", "1.5"]),
+    ("adalora", "beta1", ["abc", "5", "0"]),
+    ("adalora", "beta2", ["1", "true"]),
+    ("adalora", "orth_reg_weight", ["-1"]),
+    ("peanut", "scaling", ["abc", "0"]),
+    ("peanut", "depth", ["1.5", "-1", "true"]),
+    ("peanut", "act_fn", ["rlu", "[relu]"]),
+    ("vera", "d_initial", ["abc", "nan"]),
+    ("vera", "projection_prng_key", ["abc", "-1"]),
+    ("vera", "exclude_modules", ["q_proj"]),
+    ("loha", "rank_dropout", ["7", "1", "null"]),
+    ("ia3", "exclude_modules", ["5", "'('"]),
+    ("lora", "exclude_modules", ["5", "[]", "[[q_proj]]", "{q_proj: 1}", "'('"]),
+    ("lora", "layers_to_transform", ["abc", "-1", "[0.5]", "true"]),
+    ("lora", "layers_pattern", ["1"]),
+]
+
+
+@pytest.mark.parametrize(("method", "option", "value"), [(m, o, v) for m, o, values in BAD_OPTIONS for v in values])
+def test_what_is_handed_to_peft_has_a_range_or_choices(method: str, option: str, value: str) -> None:
+    words = [f"adapter.options.{option}={value}", *(["adapter.target_modules=[q_proj]"] if method == "lora" else [])]
+    refused(*words, match=rf"adapter\.options\.{option}", method=method)
+
+
+def test_the_options_that_are_handed_to_peft_are_its_own() -> None:
+    import peft
+    from transformers.activations import ACT2FN
+
+    configs = {"adalora": "AdaLoraConfig", "peanut": "PeanutConfig", "vera": "VeraConfig", "loha": "LoHaConfig"}
+    found = {name: facts("tuner", name)["peft_options"] for name in parts("tuner")}
+    assert {name for name in found if found[name]} == configs.keys()
+    for name, config in configs.items():
+        default = {entry.name: entry.default for entry in dataclasses.fields(getattr(peft, config))}
+        assert {option: value for option, (value, _) in found[name].items()}.items() <= default.items()
+    assert set(found["peanut"]["act_fn"][1]) <= set(ACT2FN)
 
 
 @pytest.mark.parametrize("name", ["wandb", "tensorboard"])

@@ -76,7 +76,8 @@ QUICK = ("dylora.frozen", "dylora.restore", "monteclora.dirichlet_prior", "sara.
 
 def test_every_option_has_another_value():
     kinds = ("tuner", "init", "optimizer")
-    own = {f"{name}.{key}" for kind in kinds for name in parts(kind) for key in facts(kind, name).get("options", {})}
+    found = {name: facts(kind, name) for kind in kinds for name in parts(kind)}
+    own = {f"{name}.{key}" for name, of in found.items() for key in of["options"] | of.get("peft_options", {})}
     assert own == OTHERS.keys()
 
 

@@ -42,6 +42,7 @@ def refused(match: str):
 
 
 NO_LAYER = "has no layer for the Conv1D layers of this gpt2 model: choose another method"
+ONE_KIND = "adapter.target_modules=[q_proj]"
 SIZES = "adapter.tuner=lorta needs q, k, v and o of one size, which this {} model has not"
 
 
@@ -80,6 +81,8 @@ def test_a_method_that_runs_rows_first_without_any(method, base, tmp_path):
         ("lora", ("adapter.rank=33",), "adapter.rank=33 is above the size of"),
         ("adalora", ("adapter.rank=22",), "adapter.rank=22 (adalora starts at 33) is above the size of"),
         ("eva", ("adapter.options={rows: 4, batch_size: 1, rho: 7}",), "adapter.init=eva needs batches of 28 tokens"),
+        ("lora", (ONE_KIND, "adapter.options.layers_to_transform=[7]"), "Target modules {'q_proj'} not found"),
+        ("lora", (ONE_KIND, "adapter.options.exclude_modules=[q_proj]"), "No modules were targeted for adaptation"),
         ("delta_lora", ("adapter.options.start=9",), "adapter.options.start=9: the run has 4 optimizer steps"),
     ],
 )
