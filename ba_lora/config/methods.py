@@ -183,6 +183,13 @@ def _check_layer_option(config: Any, names_layers: bool, name: str) -> None:
             f"adapter.options.{name} has no effect here, where PEFT is given whole paths: leave layers out by "
             "adapter.target_modules or adapter.options.exclude_modules"
         )
+    if name != "exclude_modules" and config.adapter.target_modules == "all-linear":
+        raise UserError(
+            f"adapter.options.{name} has no effect with adapter.target_modules=all-linear, of which PEFT makes whole "
+            "paths: name the kinds of layers, such as adapter.target_modules=[q_proj,v_proj]"
+        )
+    if name == "layers_pattern" and "layers_to_transform" not in config.adapter.options:
+        raise UserError("adapter.options.layers_pattern has no effect without adapter.options.layers_to_transform")
     entries = value if isinstance(value, list) else [value]
     try:
         right = entries and all(type(one) is kind and (re.compile(one) if kind is str else one >= 0) for one in entries)

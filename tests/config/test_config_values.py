@@ -171,10 +171,13 @@ def test_what_a_method_has_no_use_for_is_refused(method: str, override: str, mes
 
 
 def test_layers_by_number_are_refused_where_peft_is_given_paths() -> None:
-    layers = "adapter.options.layers_to_transform=[0]"
+    layers, kinds = "adapter.options.layers_to_transform=[0]", "adapter.target_modules=[q_proj]"
     refused(layers, match="layers_to_transform has no effect here", config=TOY_NLU, method="lora")
     refused(layers, match="layers_to_transform has no effect here", method="ia3")
-    assert load_config(TOY, method="lora", overrides=[layers]).adapter.options == {"layers_to_transform": [0]}
+    for method in ("lora", "vera"):
+        refused(layers, match="layers_to_transform has no effect with adapter.target_modules=all-linear", method=method)
+    refused("adapter.options.layers_pattern=h", kinds, match="layers_pattern has no effect without", method="lora")
+    assert load_config(TOY, method="lora", overrides=[layers, kinds]).adapter.options == {"layers_to_transform": [0]}
 
 
 BAD_OPTIONS = [

@@ -81,6 +81,12 @@ def test_every_option_has_another_value():
     assert own == OTHERS.keys()
 
 
+def test_layers_by_number_leave_the_others_out(base, tmp_path):
+    words = ("adapter.target_modules=[q_proj]", "adapter.options={layers_to_transform: [1], layers_pattern: layers}")
+    trained = adapter_weights(trainer_of("lora", base, tmp_path, *words).model)
+    assert len(trained) == 2 and all(".layers.1.self_attn.q_proj." in name for name in trained)
+
+
 @pytest.fixture(scope="module")
 def as_they_are() -> dict[tuple, dict[str, torch.Tensor]]:
     """What comes of runs without the other value, which options of one method share."""
