@@ -9,13 +9,13 @@ import tempfile
 from pathlib import Path
 
 from ba_lora.config.heldout import check_heldout
-from ba_lora.config.methods import check_method
+from ba_lora.config.methods import check_deepspeed, check_method
 from ba_lora.config.ranges import check_numbers
 from ba_lora.config.registries import inits, optimizers, tuners
 from ba_lora.config.schema import ATTENTION, DTYPES, RunConfig
 from ba_lora.config.schema_nlg import NLGConfig, check_nlg
 from ba_lora.config.schema_nlu import NLUConfig, check_nlu
-from ba_lora.config.trainer import check_trainer
+from ba_lora.config.trainer import check_trainer, deepspeed_settings
 from ba_lora.errors import UserError
 from ba_lora.paths import PROJECT_ROOT, resolve_path
 from ba_lora.words import check_choice
@@ -47,6 +47,7 @@ def check_config(config: RunConfig) -> None:
     if config.hub.push and not config.hub.repo_id:
         raise UserError("hub.push=true needs hub.repo_id=<user>/<name>")
     check_trainer(config.trainer)
+    check_deepspeed(config.adapter, deepspeed_settings(config.trainer))
     check_heldout(config)
 
 

@@ -138,6 +138,16 @@ def check_method(config: Any) -> None:
     _check_options(config, named)
 
 
+def check_deepspeed(adapter: Any, settings: dict[str, Any]) -> None:
+    """Raise UserError for a part that cannot run under DeepSpeed, or ZeRO-3, by trainer.deepspeed's settings ({}: out).
+    What `accelerate launch` asks for is known, and refused, in the training only."""
+    zero = settings.get("zero_optimization")
+    splits = isinstance(zero, dict) and zero.get("stage") == 3
+    for found in (tuner_facts(adapter), init_facts(adapter), optimizer_facts(adapter)) if settings else ():
+        if why := found.get("no_deepspeed") or (splits and found.get("no_zero3")):
+            raise UserError(why)
+
+
 def check_typed(typed: Mapping[str, Any], config: Any) -> None:
     """Raise UserError for a key of adapter that was typed and has no effect with the tuner. A base may have it: its
     other methods use it."""

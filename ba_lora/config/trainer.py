@@ -148,7 +148,7 @@ def check_trainer(arguments: dict[str, Any]) -> None:
             "trainer.save_total_limit=1 leaves nothing to fall back to if the last checkpoint is damaged: use 2"
         )
     _check_report_to(arguments)
-    _check_deepspeed(arguments.get("deepspeed"))
+    deepspeed_settings(arguments)
 
 
 def nearest_argument(name: str) -> str:
@@ -199,15 +199,19 @@ def _is_of(value: object, kind: str) -> bool:
     return isinstance(value, {"bool": bool, "str": str, "None": type(None)}.get(kind, ()))
 
 
-def _check_deepspeed(settings: dict[str, Any] | str | None) -> None:
-    if isinstance(settings, str):
-        file = resolve_path(settings)
-        try:
-            found = read_json(file)
-        except UserError as error:
-            raise UserError(f"trainer.deepspeed: {error}; configs/deepspeed has files of its kind") from error
-        if not isinstance(found, dict):
-            raise UserError(f"trainer.deepspeed: {file} holds no JSON object; configs/deepspeed has files of its kind")
+def deepspeed_settings(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return what trainer.deepspeed holds or names, {} where it is left out; UserError for a file that is none."""
+    settings = arguments.get("deepspeed")
+    if not isinstance(settings, str):
+        return settings or {}
+    file = resolve_path(settings)
+    try:
+        found = read_json(file)
+    except UserError as error:
+        raise UserError(f"trainer.deepspeed: {error}; configs/deepspeed has files of its kind") from error
+    if not isinstance(found, dict):
+        raise UserError(f"trainer.deepspeed: {file} holds no JSON object; configs/deepspeed has files of its kind")
+    return found
 
 
 def reporters(arguments: dict[str, Any]) -> list[str]:

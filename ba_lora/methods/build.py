@@ -154,11 +154,8 @@ def _build_on_factors(
     has_base = has_factors and (residual.is_dir() or not init.residual)
     PartialState().wait_for_everyone()  # no process may write the files before every process has looked for them
     if not (quantized and has_base):
-        if init.needs_rows and not has_factors and is_deepspeed_zero3_enabled():
-            raise UserError(
-                f"adapter.init={config.adapter.init} runs rows before training, which ZeRO-3's split weights cannot: "
-                "use ZeRO-2"
-            )
+        if init.no_zero3 and not has_factors and is_deepspeed_zero3_enabled():
+            raise UserError(init.no_zero3)
         model = load_base(config, quantize=False)
         model = _with_adapter(measure(model if quantized else _to_device(model)), config, num_steps, method)
         if not has_factors:

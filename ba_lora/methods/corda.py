@@ -140,6 +140,7 @@ class Corda(ResidualInit):
     kinds = ("nlg",)
     limits = "runs training rows through a language model: not for NLU, nor for nf4"
     needs_rows = True
+    no_zero3 = "adapter.init=corda runs rows before training, which ZeRO-3's split weights cannot: use ZeRO-2"
     draws = "rows of CorDA's covariances"
 
     def write_factors(self, model: nn.Module, path: Path, config: "RunConfig", rows: TrainingRows | None) -> None:

@@ -35,6 +35,7 @@ class Eva(Init):
     }
     residual = False
     needs_rows = True
+    no_zero3 = "adapter.init=eva runs rows before training, which ZeRO-3's split weights cannot: use ZeRO-2"
     draws = "rows of EVA's inputs"
 
     def write_factors(self, model: nn.Module, path: Path, config: "RunConfig", rows: TrainingRows | None) -> None:

@@ -44,6 +44,7 @@ class LoraGA(ResidualInit):
 
     options = {"rows": (128, "[1, 1000000]"), "gamma": (16.0, "(0, 1000000]")}
     needs_rows = True
+    no_zero3 = "adapter.init=lora_ga runs rows before training, which ZeRO-3's split weights cannot: use ZeRO-2"
     draws = "rows of LoRA-GA's gradients"
 
     def write_factors(self, model: nn.Module, path: Path, config: "RunConfig", rows: TrainingRows | None) -> None:

@@ -136,6 +136,21 @@ def test_every_method_says_whether_it_runs_under_deepspeed(base):
 
 
 @pytest.mark.parametrize("method", NOT_UNDER_DEEPSPEED)
+def test_what_cannot_run_under_deepspeed_is_told_by_the_config(method, base):
+    with refused(NOT_UNDER_DEEPSPEED[method]):
+        config_of(method, base, "trainer.deepspeed=configs/deepspeed/zero2.json")
+
+
+@pytest.mark.parametrize("method", ["sam", "peanut", "eva", "lora_ga", "corda"])
+def test_what_cannot_run_under_zero3_is_told_by_the_config(method, base):
+    for settings in ("configs/deepspeed/zero3.json", "{zero_optimization: {stage: 3}}"):
+        with refused("ZeRO-3"):
+            config_of(method, base, f"trainer.deepspeed={settings}")
+    for settings in ("configs/deepspeed/zero2.json", "{zero_optimization: true}", "{}"):
+        config_of(method, base, f"trainer.deepspeed={settings}")
+
+
+@pytest.mark.parametrize("method", NOT_UNDER_DEEPSPEED)
 def test_what_cannot_run_under_deepspeed(method, base, tmp_path, monkeypatch):
     make = Trainer.create_accelerator_and_postprocess
 
