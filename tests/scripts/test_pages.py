@@ -815,6 +815,10 @@ def test_the_page_on_results_has_the_tests_and_edges_of_the_methods_on_the_nlu_d
         "LoRA-FA, LoHa, AdaLoRA, Houlsby, Pfeiffer and VeRA at the highest rate, LoRA-Pro and NMTune at the lowest"
         in text
     )
+    tuning = json.loads(committed_text("results/methods_nlu_toy_tuning/table.json"))["cells"]
+    found = [f"{c['mean']:.1f} %" for c in tuning if (c["method"], c["column"]) == ("nmtune", "heldout")]
+    assert set(found[1:]) == {found[-1]}
+    assert f"it has {found[0]} of the held-out rows at the lowest rate, {found[-1]} at each other." in text
 
 
 METHODS_TOY = "methods_toy-b27d4d75"  # three of its five seeds
@@ -849,6 +853,9 @@ def test_the_page_on_results_has_every_method_on_the_nlg_toy():
             assert "{:+.2f} ({:+.2f} to {:+.2f}".format(*(one[key] for key in ("difference", "low", "high"))) in text
     assert f"behind {behind['ba_lora']} (2024) and {behind['ba_lora_iclr2026']} (ICLR 2026) of the 30 others" in text
     assert ahead == {"dylora", "ia3", "lorta", "prompt_tuning", "prefix_tuning"}
+    assert "DyLoRA, (IA)³, LoRTA and both kinds of virtual tokens solve next to nothing" in text
+    inside = {cell["method"]: cell["mean"] for cell in report["cells"] if cell["column"] == "inside"}
+    assert {method for method, mean in inside.items() if mean < 5} == ahead
 
 
 TERMS = ("consistency", "diversity", "svd")
