@@ -190,6 +190,15 @@ def test_lorta():
     close(layer(torch.eye(2)).T, [[6, 60], [12, 120]])
 
 
+def test_lorta_as_released_has_its_heads_on_the_inputs():
+    """Re-enacted: ihounie/lorta, `_compute_weights_from_tensor` sets blocks A diag(c_h c_m c_l) B side by side, for
+    q, k, v and o alike. On the outputs, the natural reading, they would stand one below the other."""
+    a, b, c_layer, c_head, c_matrix = tensor([1], [2]), tensor([3]), tensor([2]), tensor([1], [10]), torch.ones(4, 1)
+    blocks = [a @ torch.diag(c_head[head] * c_matrix[0] * c_layer[0]) @ b for head in range(2)]
+    close(torch.cat(blocks, dim=1), [[6, 60], [12, 120]])
+    close(torch.cat([block.T for block in blocks]), [[6, 12], [60, 120]])
+
+
 def test_lortas_parameters_on_roberta_base():
     """4 (768 + 64 + 12 + 12 + 4), as the paper counts them."""
     from transformers import RobertaConfig, RobertaForSequenceClassification

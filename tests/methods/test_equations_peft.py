@@ -1,12 +1,15 @@
 """The layers that PEFT makes for a method, against numbers worked out by hand."""
 
 import math
+from types import SimpleNamespace
 
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from ba_lora.config.schema import AdapterConfig
+from ba_lora.methods.adalora import AdaLora, adalora_orthogonality
 from ba_lora.methods.ia3 import IA3
 from ba_lora.methods.vera import Vera
 from tests.support.layers import by_its_tuner, close, linear, tensor
@@ -27,7 +30,15 @@ def test_peanut():
     layer, (a, b) = peanut(weight, r=1, scaling=1.0, depth=0)
     a.data, b.data = tensor([1, 1]), tensor([1], [2])
     close(layer(torch.eye(2)).T - weight, [[3, 0], [6, 0]])
-    # their code for language models has relu(W Aᵀ) Bᵀ, which would be [[0, 0], [2, 4]]
+
+
+def test_peanut_as_released_has_two_forms():
+    """Re-enacted: yibozhong/peanut. NLU: `peanut_vanilla.forward`, which is given W's transpose; language models:
+    `_compute_delta_W` of commonsense&math/peft/src/peft/tuners/peanut.py. PEFT's is the first."""
+    weight, a, b = tensor([1, -1], [2, 0]), tensor([1, 1]), tensor([1], [2])
+    of_nlu = torch.eye(2) @ (weight.T @ a.T).relu() @ b.T
+    close(of_nlu.T, [[3, 0], [6, 0]])
+    close((weight @ a.T).relu() @ b.T, [[0, 0], [2, 4]])
 
 
 def test_peanut_with_depth():
@@ -84,6 +95,36 @@ def test_miss():
     layer = model.base_model.model[0]
     next(p for p in layer.parameters() if p.requires_grad).data = tensor([1], [10])
     close(layer(torch.eye(4))[:, 0], [1, 10, 1, 10])
+
+
+def test_adalora():
+    """ΔW = s P Λ Q; PEFT's term is the mean of ‖Pᵀ P − I‖ = 1 and ‖Q Qᵀ − I‖ = 3, the paper's (eq. 4) the sum of their
+    squares, 10."""
+
+    class Layers(nn.Sequential):
+        def forward(self, x):
+            return SimpleNamespace(output=super().forward(x), loss=torch.zeros(()))
+
+    tuner = AdaLora(AdapterConfig(tuner="adalora", rank=1, alpha=4, options={"orth_reg_weight": 0.5}))
+    model = by_its_tuner(Layers(linear(torch.zeros(2, 2))), tuner, ["0"])
+    layer = model.base_model.model[0]
+    layer.lora_A["default"].data, layer.lora_B["default"].data = tensor([2, 0]), tensor([1], [1])
+    layer.lora_E["default"].data = tensor([3])
+    found = model.base_model(torch.eye(2))
+    close(found.output.T, [[24, 0], [24, 0]], rtol=1e-3)
+    close(adalora_orthogonality(model), 2.0)
+    close(found.loss, 0.5 * 2.0)
+
+
+def test_adaloras_parameters():
+    """r₀ (Σ in + Σ out + layers), r₀ = 6 of a rank of 4."""
+    sizes = {"hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=64))
+    targets = [name for name, layer in model.model.named_modules() if isinstance(layer, nn.Linear)]
+    tuner = AdaLora(AdapterConfig(tuner="adalora", rank=4))
+    model = by_its_tuner(model, tuner, targets)
+    tuner.prepare(model)
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 6 * (992 + 960 + 14) == 11796
 
 
 def test_dora():

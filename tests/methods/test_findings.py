@@ -133,9 +133,9 @@ def test_monteclora_as_released_trains_b_only():
     assert gradient_of_peft is not None and moved_by_peft > 0.1
 
 
-def test_sara_as_released_does_not_begin_at_the_pretrained_model():
-    """Re-enacted: sjtuplayer/SaRA, commit 5cb8c67: `AdamW.__init__` of optim/adamw.py writes |w| where |w| < θ, into
-    every parameter, before the first step. On the toy's pre-trained model and 20 texts of its pre-training."""
+def toy():
+    """The toy's pre-trained model, and a function that gives its logits and perplexity on 20 texts of its
+    pre-training."""
     folder = ROOT / "data/toy/clean"
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
     texts = [row["text"] for row in itertools.islice(read_jsonl(folder / "sample.jsonl"), 20)]
@@ -149,6 +149,28 @@ def test_sara_as_released_does_not_begin_at_the_pretrained_model():
         ]
         return torch.cat(logits), math.exp(sum(losses) / sum(len(z) for z in logits))
 
+    return model, measured
+
+
+def test_ssf_as_released_does_not_begin_at_the_pretrained_model():
+    """Re-enacted on the linear layers: dongzelian/SSF, `init_ssf_scale_shift` of models/vision_transformer.py draws the
+    scales from N(1, 0.02²) and the shifts from N(0, 0.02²)."""
+    model, measured = toy()
+    logits, before = measured()
+    torch.manual_seed(0)
+    for layer in model.model.modules():
+        if isinstance(layer, nn.Linear):
+            drawn = [mean + 0.02 * torch.randn(layer.out_features) for mean in (1, 0)]
+            layer.register_forward_hook(lambda layer, inputs, output, drawn=drawn: output * drawn[0] + drawn[1])
+    at_start, after = measured()
+    print(f"SSF: logits by up to {(at_start - logits).abs().max():.3f}, perplexity {before:.4f} → {after:.4f}")
+    assert (at_start - logits).abs().max() > 0.1
+
+
+def test_sara_as_released_does_not_begin_at_the_pretrained_model():
+    """Re-enacted: sjtuplayer/SaRA, commit 5cb8c67: `AdamW.__init__` of optim/adamw.py writes |w| where |w| < θ, into
+    every parameter, before the first step."""
+    model, measured = toy()
     logits, before = measured()
     for threshold in (2e-3, 2e-2):  # theirs, and ten times as much
         turned = 0
