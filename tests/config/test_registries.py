@@ -46,6 +46,7 @@ def test_whether_a_base_is_a_residual_is_a_fact_of_the_init():
     [
         ("regularizers.svd_schedule=two_phases", "two_phase"),
         ("regularizers.svd_schedule=adaptive", "constant"),
+        ("regularizers.lambda_mode=gradnorm", "gradient_share"),
         ("adapter.tuner=lohaa", "loha"),
         ("data.name=metamath", "metamathqa"),
         ("eval.tasks=[mtbench]", "mt_bench"),
