@@ -209,6 +209,15 @@ def test_the_variants_in_the_head_load() -> None:
     load_config(base, method="full_ft", overrides=["trainer.deepspeed=configs/deepspeed/zero3.json"])
 
 
+def test_the_head_of_a_method_has_its_source_and_tells_what_is_theirs_and_ours() -> None:
+    """Full fine-tuning has no paper, and BA-LoRA is what the others are compared with."""
+    files = sorted((ROOT / "configs" / "methods").glob("*.yaml"))
+    heads = {file.stem: file.read_text(encoding="utf-8").split("\n\n")[0] for file in files}
+    for name in heads.keys() - {"full_ft", "ba_lora", "ba_lora_iclr2026"}:
+        head = " ".join(line.removeprefix("# ") for line in heads[name].splitlines() if line.startswith("#"))
+        assert re.search(r"arXiv \d{4}\.\d{5}", head) and "Theirs" in head and "Ours" in head, name
+
+
 @pytest.mark.parametrize("table", sorted((ROOT / "results" / "paper_reported").glob("*.csv")), ids=stem)
 def test_reported_numbers_are_tidy(table: Path) -> None:
     with open(table, newline="", encoding="utf-8") as file:
