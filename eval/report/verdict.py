@@ -34,7 +34,9 @@ def _evidence(table: ReportTable) -> str:
     if tested:
         kind = f"{tested} tests, of which {sum(one.is_significant for one in table.comparisons)} are significant"
     elif known:
-        kind = f"so no test (it takes {LEAST_SEEDS}), only 95 % intervals over {over}"
+        few = max(counts) < LEAST_SEEDS
+        why = f"it takes {LEAST_SEEDS}" if few else ", ".join(sorted({one.untested for one in known}))
+        kind = f"so no test ({why}), only 95 % intervals over {over}"
     else:
         kind = "no comparison"
     return f"Evidence: {len(table.provenance)} of {planned} runs, {seeds}, {kind}."

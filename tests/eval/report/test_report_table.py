@@ -24,6 +24,7 @@ from eval.report.sheets import format_number, legend, letter, probability, signe
 from eval.report.sources import Sources, read_paper
 from eval.report.spec import PlannedRun, planned_comparisons, setting_value
 from eval.report.table import build_table
+from eval.report.verdict import verdict
 from tests.support.report_world import SEEDS, World, build
 
 WHOLE = """\
@@ -536,7 +537,7 @@ def test_the_pre_trained_models_are_told_by_their_weights(world):
     assert "bases" not in to_json(build(world, rows=(), columns=(), runs={}))
 
 
-def test_a_group_of_items_is_tested_by_its_own_grades(known):
+def test_a_group_of_items_is_tested_by_its_own_grades(known, monkeypatch):
     """Items 0 to 3 are "rare": there lora has 1, 1, 2 right in its three seeds and ba_lora the other ones."""
     for method in ("lora", "ba_lora"):
         for seed in SEEDS:
@@ -562,6 +563,9 @@ def test_a_group_of_items_is_tested_by_its_own_grades(known):
     assert test.difference == pytest.approx(100 / 3)
     known.add("lora", 2, **{"evaluation/gsm8k/groups": {"family": families}})  # grades without groups
     assert build(known, rows=rows, columns=(column,), runs=runs).comparisons[0].untested == "no grades at hand"
+    monkeypatch.setattr("eval.report.verdict.LEAST_SEEDS", 3)  # so that it is not for the seeds
+    (evidence, *_) = verdict(build(known, rows=rows, columns=(column,), runs=runs))
+    assert "3 seeds a method, so no test (no grades at hand), only 95 % intervals over seeds alone" in evidence
 
 
 @pytest.mark.parametrize(
