@@ -236,8 +236,8 @@ def make_start(seed: int, output: Path, size: str = "tiny") -> Path:
     if seed == 0 and size == "tiny":
         return TOY_BASE
     folder = output / "starts" / f"b{seed}"
-    larger, settings, _ = SIZES[size]
-    _make(folder, None, clean_start(seed), settings=settings, seed=seed, larger=larger)
+    changes, settings, _ = SIZES[size]
+    _make(folder, None, clean_start(seed), settings=settings, seed=seed, changes=changes)
     return folder
 
 
@@ -247,15 +247,15 @@ def make_base(base: Base, output: Path, size: str = "tiny") -> None:
     Raises UserError for a folder of another recipe.
     """
     start = make_start(base.seed, output, size)
-    larger, _, settings = SIZES[size]
-    _make(output / "bases" / base.name, start, corpus(base), settings=settings, seed=base.seed, larger=larger)
+    changes, _, settings = SIZES[size]
+    _make(output / "bases" / base.name, start, corpus(base), settings=settings, seed=base.seed, changes=changes)
 
 
 def _make(
-    folder: Path, start: Path | None, texts: Iterator[str], *, settings: dict[str, Any], seed: int, larger: dict
+    folder: Path, start: Path | None, texts: Iterator[str], *, settings: dict[str, Any], seed: int, changes: dict
 ) -> None:
     recipe = {"name": folder.name, "seed": seed, "tokens_per_step": TOKENS_PER_STEP, "frame_share": FRAME_SHARE}
-    recipe |= {"larger": larger} if larger else {}
+    recipe |= {"changes": changes} if changes else {}
     recipe |= {"settings": {**settings, "betas": list(settings["betas"])}}
     known = list(islice(texts, NUM_HASHED))
     texts = chain(known, texts)
@@ -270,8 +270,8 @@ def _make(
 
         torch.set_num_threads(1)
         tokenizer = AutoTokenizer.from_pretrained(TOY_BASE)
-        model = untrained_llama(seed, **larger) if start is None else AutoModelForCausalLM.from_pretrained(start)
-        model.to("cuda" if larger and torch.cuda.is_available() else "cpu")  # the tiny ones are made alike everywhere
+        model = untrained_llama(seed, **changes) if start is None else AutoModelForCausalLM.from_pretrained(start)
+        model.to("cuda" if changes and torch.cuda.is_available() else "cpu")  # the tiny ones are made alike everywhere
         packed = _Packed(texts, tokenizer, length=settings["length"])
         num_steps = settings["num_steps"]
         trained = train(

@@ -29,13 +29,13 @@ ARCHITECTURE = {
 OPTIMIZER = {"learning_rate": 3e-3, "betas": (0.9, 0.98), "weight_decay": 0.05, "warmup": 0.03, "clip": 1.0}
 
 
-def untrained_llama(seed: int, **larger: Any) -> "LlamaForCausalLM":
-    """Return a randomly initialised Llama of `ARCHITECTURE`, with what of it is `larger`."""
+def untrained_llama(seed: int, **changes: Any) -> "LlamaForCausalLM":
+    """Return a randomly initialised Llama of `ARCHITECTURE`, with these changes."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
-    config = LlamaConfig(**ARCHITECTURE | larger, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    config = LlamaConfig(**ARCHITECTURE | changes, pad_token_id=0, bos_token_id=1, eos_token_id=2)
     config.architectures = ["LlamaForCausalLM"]
     config.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
     return LlamaForCausalLM(config)

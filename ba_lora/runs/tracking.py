@@ -11,6 +11,7 @@ wandb/, Trackio's where TRACKIO_DIR says.
 
 import contextlib
 import dataclasses
+import glob
 import hashlib
 import os
 import shutil
@@ -107,7 +108,7 @@ def _open_wandb(config: RunConfig, callback: Any, args: Any, state: Any, model: 
     import wandb
 
     if not state.global_step:  # begun again: a sync would put both into the one run of the name
-        for folder in (config.run_path / "wandb").glob(f"offline-run-*-{args.run_name}"):
+        for folder in (config.run_path / "wandb").glob(f"offline-run-*-{glob.escape(args.run_name)}"):
             shutil.rmtree(folder)
     _init_wandb(config.run_path, args.run_name, args.project, resume="allow" if state.global_step else None)
     callback.setup(args, state, model)

@@ -24,7 +24,7 @@ from transformers import TrainerCallback
 from ba_lora.config.schema_nlu import NLUConfig
 from ba_lora.errors import UserError
 from ba_lora.glue import find_task
-from ba_lora.io import file_atomic, load_tensors, read_jsonl, write_jsonl_atomic
+from ba_lora.io import file_atomic, load_tensors, read_jsonl, remove_leftovers, write_jsonl_atomic
 from ba_lora.models.predict import Predictions, predict, predicted_values, prediction_lines
 
 if TYPE_CHECKING:
@@ -219,6 +219,7 @@ class EpochEvaluation(TrainerCallback):
         }
         state = self._trainer.method.tuner.saved_state(self._trainer.accelerator.unwrap_model(self._trainer.model))
         weights |= {f"{STATE}{name}": value for name, value in state.items()}
+        remove_leftovers(path)  # of a save that was killed
         with file_atomic(path) as temporary:
             save_file(weights, temporary)
 
@@ -241,5 +242,6 @@ class EpochEvaluation(TrainerCallback):
         number = self._config.features.num_rows
         labels = torch.tensor(self._sets[self._first_dev]["labels"])[:number]
         path = self._run_path / "features" / f"step-{step}.safetensors"
+        remove_leftovers(path)
         with file_atomic(path) as temporary:
             save_file({"features": predictions.pooled[:number].contiguous(), "labels": labels}, temporary)

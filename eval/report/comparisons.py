@@ -112,8 +112,9 @@ def as_declared(spec: TableSpec, record: Mapping[str, Any] | None) -> tuple[Tabl
         lost = "; its primary tests count as exploratory" if spec.primary else ""
         return without, f"{now}; what it was when the first run started is not recorded{lost}."
     same = record["sha256"] == spec.sha256
-    then = f"the same as when the first run started ({record['declared_at']})" if same else (
-        f"{record['sha256'][:12]} when the first run started ({record['declared_at']}): the file was changed since"
+    when = "it was recorded" if record["num_results"] else "the first run started"
+    then = f"the same as when {when} ({record['declared_at']})" if same else (
+        f"{record['sha256'][:12]} when {when} ({record['declared_at']}): the file was changed since"
     )  # fmt: skip
     before = f"; {record['num_results']} results were there before" if record["num_results"] else ""
     if not spec.primary and not (record["tests"].get("report") or {}).get("primary"):

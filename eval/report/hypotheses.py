@@ -221,7 +221,8 @@ def _decision(finding: Finding) -> str:
 
 def standing(declared: Mapping[str, Any] | None, deciding: Mapping[str, Any], sha256: str) -> str:
     """Return a sentence on whether the hypotheses stood before the first run; see ba_lora/experiments/state.py."""
-    now = f"now it has the sha256 {sha256[:12]}"
+    same = declared is not None and declared["sha256"] == sha256
+    now = "the file is the same" if same else f"now it has the sha256 {sha256[:12]}"
     if declared is None:
         return f"Exploratory: it is not recorded what the table's file was when the first run started; {now}."
     at = f"{declared['declared_at']}, commit {str(declared.get('commit') or 'unknown')[:12]}"
@@ -233,5 +234,5 @@ def standing(declared: Mapping[str, Any] | None, deciding: Mapping[str, Any], sh
     if changed:
         told = ", ".join(key.removesuffix("_sha256") for key in changed)
         return f"Exploratory: what decides them was changed since the first run ({at}; {now}): {told}."
-    same = "is the same" if declared["sha256"] == sha256 else f"was changed since in what decides nothing: {now}"
-    return f"Confirmatory: declared before the first run ({at}); the table's file {same}."
+    since = "is the same" if same else f"was changed since in what decides nothing: {now}"
+    return f"Confirmatory: declared before the first run ({at}); the table's file {since}."

@@ -121,7 +121,8 @@ def _line(table: ReportTable, one: Finding) -> tuple[Text, ...]:
         guard = one.hypothesis.guard
         column = table.spec.column(guard.column)
         told = signed(one.guard, column.decimals)
-        decision += f" (guard: {column.label} {told}, at least {format_number(-guard.margin, column.decimals)})"
+        kept = "kept" if one.guard >= -guard.margin else "not kept"
+        decision += f" (guard {kept}: {column.label} {told}, at least {format_number(-guard.margin, column.decimals)})"
     kind = " (primary)" if one.hypothesis.primary else " (condition)" if one.hypothesis.condition else ""
     words = (
         f"{one.hypothesis.name}{kind}", one.hypothesis.says, decision, signed(one.difference, decimals), interval,

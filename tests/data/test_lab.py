@@ -137,13 +137,13 @@ def test_a_base_is_made_once_and_never_by_another_recipe(tmp_path, capsys, monke
 
 def test_the_larger_size_has_25_million_parameters_and_a_start_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setattr(lab, "accuracy_in_frame", functools.partial(lab.accuracy_in_frame, num_rows=2))
-    larger, *parts = lab.SIZES["25m"]
-    monkeypatch.setitem(lab.SIZES, "25m", (larger, *({**settings, "num_steps": 1} for settings in parts)))
+    changes, *parts = lab.SIZES["25m"]
+    monkeypatch.setitem(lab.SIZES, "25m", (changes, *({**settings, "num_steps": 1} for settings in parts)))
     lab.make_base(Base("rule", 40, 0), tmp_path, "25m")
     for folder in (tmp_path / "starts" / "b0", tmp_path / "bases" / "rule-40-b0"):
         model = AutoModelForCausalLM.from_pretrained(folder)
         assert 25e6 < sum(parameter.numel() for parameter in model.parameters()) < 27e6
-        assert read_json(folder / "lab.json")["recipe"]["larger"]["hidden_size"] == 512
+        assert read_json(folder / "lab.json")["recipe"]["changes"]["hidden_size"] == 512
 
 
 def test_a_signal_ends_the_workers_too(tmp_path, root):

@@ -163,6 +163,7 @@ assert len(filled.done) == 6 and polite.niceness == 5
         ("slurm", {"jobs_at_once": 0}, "jobs_at_once=0: a whole number of at least 1"),
         ("slurm", {"signal_seconds": 20}, "signal_seconds=20: more than 20 and less than 86400"),
         ("slurm", {"signal_seconds": 60, "time_minutes": 1}, "signal_seconds=60: more than 20 and less than 60"),
+        ("slurm", {"jobs_at_once": 200}, "200 jobs at once, but jobs_queued=100"),
         ("slurm", {"sbatch": {"job-name": "mine"}}, "sbatch: job_name is set by the executor itself"),
         ("slurm", {"gpus": 4}, r"gpus=4: the table's rows are set for 1 GPU\(s\) a run"),
         ("slurm", {"modules": "cuda"}, "slurm.yaml: modules: cuda: a list, each a word, is needed"),

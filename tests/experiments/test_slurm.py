@@ -242,11 +242,11 @@ def test_a_job_has_the_sites_options_and_nothing_of_the_job_that_the_grid_runs_i
     for name in ("SLURM_ARRAY_JOB_ID", "SLURM_MEM_PER_NODE", "SLURMD_NODENAME", "SRUN_DEBUG", "SUBMITIT_EXECUTOR"):
         monkeypatch.setenv(name, "of the outer job")
     monkeypatch.setenv("SLURM_CONF", "/etc/slurm.conf")
-    options = {"gpus-per-node": "a100:4", "nice": 100, "exclusive": False, "comment": None}
+    options = {"gpus-per-node": "a100:4", "nice": 100, "mem": 0, "exclusive": False, "comment": None}
     given, environment = given_to_sbatch(tmp_path, monkeypatch, sbatch=options, cpus=16, modules=("cuda/12.8",))
     lines = [line for line in given.splitlines() if line.startswith("#SBATCH")]
     assert [line for line in lines if "gpus" in line] == ["#SBATCH --gpus-per-node=a100:4"]
-    assert "#SBATCH --nice=100" in lines and "#SBATCH --cpus-per-task=16" in lines
+    assert "#SBATCH --nice=100" in lines and "#SBATCH --mem=0" in lines and "#SBATCH --cpus-per-task=16" in lines
     assert not any(word in line for line in lines for word in ("exclusive", "comment", "wckey"))
     assert "\nmodule load cuda/12.8 || exit 1\n" in given and " --cpus-per-task=16 " in given.rpartition("srun ")[2]
     assert "of the outer job" not in environment and "SLURM_CONF=/etc/slurm.conf" in environment

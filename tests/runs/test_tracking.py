@@ -2,12 +2,14 @@
 
 import json
 import sys
+import types
 from pathlib import Path
 
 import pytest
 
+from ba_lora.config.layers import load_config
 from ba_lora.runs.results import refresh_result
-from ba_lora.runs.tracking import _tensorboard_folder
+from ba_lora.runs.tracking import _open_wandb, _tensorboard_folder
 from ba_lora.training.trainer import BALoRATrainer
 from tests.config.test_config_values import refused
 from tests.support.tiny import only_result
@@ -112,6 +114,28 @@ def test_scores_that_cannot_be_tracked_are_told(train, tmp_path, monkeypatch, ca
 
 def test_the_name_of_a_tracked_run_is_the_runs():
     refused("trainer.run_name=mine", match="tracked runs have the run's id")
+
+
+def test_a_run_that_starts_over_replaces_what_wandb_wrote_of_it_only(monkeypatch, tmp_path):
+    """W&B is in no requirements: a stand-in notes what it is asked for."""
+    asked = []
+    stand_in = types.SimpleNamespace(
+        init=lambda **settings: asked.append(settings), config=types.SimpleNamespace(update=lambda *_, **__: None)
+    )
+    monkeypatch.setitem(sys.modules, "wandb", stand_in)
+    config = load_config("toy", method="lora", overrides=[f"output_dir={tmp_path}/toy-1[a]"])
+    files = [
+        config.run_path / "wandb" / f"offline-run-20260101_000000-{name}" / "run.wandb"
+        for name in ("toy-1[a]", "toy-1a")
+    ]
+    for file in files:
+        file.parent.mkdir(parents=True)
+    arguments = types.SimpleNamespace(run_name="toy-1[a]", project="p")
+    callback = types.SimpleNamespace(setup=lambda *_: None)
+    for step, there in ((5, [True, True]), (0, [False, True])):
+        _open_wandb(config, callback, arguments, types.SimpleNamespace(global_step=step), None)
+        assert [file.parent.is_dir() for file in files] == there
+    assert [settings["resume"] for settings in asked] == ["allow", None]
 
 
 def test_tensorboards_folder_may_be_chosen_and_each_run_has_its_own(monkeypatch, tmp_path):

@@ -678,9 +678,10 @@ def test_what_is_inherited_is_what_the_reports_found(table):
         assert by_holm or one["p_adjusted"] is None, name
         assert not by_holm or float(by_holm[1]) == pytest.approx(one["p_adjusted"], abs=0.0005)
         if one["guard"] is not None and one["hypothesis"]["primary"]:
-            guards = told.replace("−", "-").partition("The guard, ")[2].partition(" kept")[0]
-            assert f"{name} {one['guard']:.2f}" in guards
-            assert guards.endswith(" not") == (one["guard"] < -one["hypothesis"]["guard"]["margin"])
+            guards = " ".join(told.replace("−", "-").partition("The guard, ")[2].partition("\n\n")[0].split())
+            ((missed, value),) = re.findall(rf"(not )?kept by [^.;]*?{name} \((-?[\d.]+)\)", guards)
+            assert value == f"{one['guard']:.2f}"
+            assert bool(missed) == (one["guard"] < -one["hypothesis"]["guard"]["margin"])
     report = committed_text(f"results/{table}/table.md").partition("## Means over the pre-trained models\n")[2]
     (header, _, *lines) = [_cells(line) for line in report.partition("\n## ")[0].splitlines() if line.startswith("|")]
     means = {  # a method, or a method and its learning rate
@@ -847,7 +848,9 @@ def test_the_page_on_results_has_every_method_on_the_nlg_toy():
         behind[one["focus"]["method"]] += one["high"] < 0
         ahead |= {one["other"]["method"]} if one["low"] > 0 else set()
         if one["other"]["method"] in ("pissa", "lora"):
-            assert "{:+.2f} ({:+.2f} to {:+.2f}".format(*(one[key] for key in ("difference", "low", "high"))) in text
+            shown = "{:+.2f} ({:+.2f} to {:+.2f}".format(*(one[key] for key in ("difference", "low", "high")))
+            p = one["p_adjusted"]
+            assert (f"{shown}; p {p:.2f}" if p >= 0.001 else shown) in text and (p >= 0.001 or "p < 0.001 both" in text)
     assert f"behind {behind['ba_lora']} (2024) and {behind['ba_lora_iclr2026']} (ICLR 2026) of the 30 others" in text
     assert ahead == {"ia3", "lorta", "prompt_tuning", "prefix_tuning"}
     assert {one["family"] for one in report["comparisons"]} == {"exploratory"}

@@ -14,11 +14,9 @@ A start that no orderly stop explains followed a failure of the node: that is co
 there have been more than `max_node_failures`.
 """
 
-import contextlib
 import dataclasses
 import getpass
 import json
-import os
 import shlex
 import shutil
 import subprocess
@@ -26,32 +24,19 @@ import sys
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
 from ba_lora.errors import UserError
 from ba_lora.experiments.executors.base import Busy, Executor, Slot, StageFailure, StageQueue
-from ba_lora.experiments.stage_job import RESERVE_S, SIGNAL, UNMOVED, StageJob, unmoved_by_usr1
+from ba_lora.experiments.executors.slurm_settings import SlurmSettings, outside_any_job
+from ba_lora.experiments.stage_job import SIGNAL, UNMOVED, StageJob, unmoved_by_usr1
 from ba_lora.io import disk_errors, read_object, write_json_atomic
 from ba_lora.paths import PROJECT_ROOT, user_folder
 
 JOB_NAME = "ba_lora"
-OF_A_JOB = ("SLURM_", "SLURMD_", "SRUN_", "SUBMITIT_")  # variables that Slurm sets for what runs in a job
-OWN_OPTIONS = {
-    "array",
-    "chdir",
-    "error",
-    "job_name",
-    "nodes",
-    "ntasks_per_node",
-    "open_mode",
-    "output",
-    "requeue",
-    "signal",
-    "time",
-}  # of sbatch: watching and requeueing hang on them; the last two have settings
 GONE_AFTER = 2  # looks at the queue that agree before a job without a result counts as ended
 REQUEUED = ("TIMEOUT", "PREEMPTED", "DEADLINE")  # ends that a job without its own requeue may come to
 OF_THE_NODE = ("NODE_FAIL", "BOOT_FAIL", "LOST")
@@ -76,31 +61,6 @@ class _Given:
     ends: Counter[str] = field(default_factory=Counter)  # how earlier jobs of the work ended
 
 
-@dataclass(frozen=True)
-class SlurmSettings:
-    """What configs/executors/slurm.yaml describes. gpus: of a job; None: as many as the table's rows are set for;
-    sbatch: by sbatch's names of its options, over the others."""
-
-    partition: str | None = None
-    account: str | None = None
-    qos: str | None = None
-    constraint: str | None = None
-    gpus: int | None = None
-    cpus: int | None = None
-    memory: str | None = None
-    time_minutes: int = 1440
-    signal_seconds: int = 180
-    jobs_at_once: int = 16
-    jobs_queued: int = 100
-    poll_seconds: int = 30
-    max_timeouts: int = 100
-    max_node_failures: int = 5
-    modules: tuple[str, ...] = ()
-    setup: tuple[str, ...] = ()
-    container: str | None = None
-    sbatch: dict[str, Any] = field(default_factory=dict)
-
-
 class SlurmExecutor(Executor):
     """Gives works to Slurm, and watches the queue; see this file's head and configs/executors/slurm.yaml."""
 
@@ -108,29 +68,12 @@ class SlurmExecutor(Executor):
 
     @classmethod
     def open(cls, settings: SlurmSettings, *, folder: Path, gpus: int, workers: int | None) -> Self:
-        for key, value in vars(settings).items():
-            least = 0 if key in ("gpus", "max_timeouts", "max_node_failures") else 1
-            if isinstance(value, int) and value < least:
-                raise UserError(f"executor slurm: {key}={value}: a whole number of at least {least} is needed")
-        most = 60 * settings.time_minutes
-        if not RESERVE_S < settings.signal_seconds < most:
-            raise UserError(
-                f"executor slurm: signal_seconds={settings.signal_seconds}: more than {RESERVE_S:.0f} and less than "
-                f"{most}, the time limit, is needed: a training saves its checkpoint in it"
-            )
-        settings = dataclasses.replace(settings, sbatch=_options(settings.sbatch))
-        if settings.gpus not in (None, 0, gpus):
-            raise UserError(
-                f"executor slurm: gpus={settings.gpus}: the table's rows are set for {gpus} GPU(s) a run; choose "
-                "others by gpus=N on the command line, or leave the executor's out"
-            )
+        settings = settings.checked(gpus=gpus, workers=workers)
         import submitit
 
         if submitit.SlurmExecutor.affinity() < 0:
             raise UserError("executor slurm: there is no srun here: run it on a node of the cluster, such as its login")
-        own = {"gpus": gpus if settings.gpus is None else settings.gpus}
-        own |= {"jobs_at_once": workers} if workers is not None else {}
-        return cls(dataclasses.replace(settings, **own), folder / "slurm")
+        return cls(settings, folder / "slurm")
 
     def __init__(self, settings: SlurmSettings, folder: Path) -> None:
         self.settings = settings
@@ -293,7 +236,7 @@ class SlurmExecutor(Executor):
             **{key: value for key, value in named.items() if value is not None},
         )
         try:
-            with _outside_any_job(), executor.batch():
+            with outside_any_job(), executor.batch():
                 jobs = [executor.submit(call) for call in calls]
         except Exception as error:  # submitit's own classes, and what it lets through
             last = (str(error).strip().splitlines() or [type(error).__name__])[-1]
@@ -415,32 +358,6 @@ class SlurmExecutor(Executor):
             return submitit.SlurmJob(self.folder / key, job).submission().function
         except Exception:  # a missing or damaged pickle, or one of other code: the work is done again
             return None
-
-
-def _options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return sbatch's options by submitit's names, without those that are switched off.
-
-    Raises UserError for those that the executor sets itself.
-    """
-    named = {key.replace("-", "_"): value for key, value in options.items() if value not in (None, False)}
-    if owned := sorted(OWN_OPTIONS & named.keys()):
-        raise UserError(
-            f"executor slurm: sbatch: {owned[0]} is set by the executor itself (time_minutes, signal_seconds and "
-            "jobs_at_once are its settings); leave it out"
-        )
-    return named
-
-
-@contextlib.contextmanager
-def _outside_any_job() -> Iterator[None]:
-    """Take a job's variables out of the environment: sbatch would hand those of the grid's own job to the new one."""
-    kept = {name: os.environ[name] for name in list(os.environ) if name.startswith(OF_A_JOB) and name != "SLURM_CONF"}
-    for name in kept:
-        del os.environ[name]
-    try:
-        yield
-    finally:
-        os.environ.update(kept)
 
 
 def queue_states() -> dict[str, tuple[str, str, str]] | None:
