@@ -475,6 +475,45 @@ def test_a_real_training_that_is_told_to_stop_ends_as_without_it(cluster, base, 
     check_same_weights(tmp_path / "stopped", tmp_path / "whole")
 
 
+STANDS_IN = """\
+echo start >>starts
+case "$1 ${SLURM_RESTART_COUNT:-0} $SLURM_PROCID" in
+fails*0) until [ "$(wc -l <starts)" -ge 2 ]; do sleep 0.1; done; exit 1 ;;
+ends*1?0 | ends*1?1) exit 0 ;;
+esac
+exec sleep 600
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("happens", "state", "restarts"), [("fails", "FAILED", 0), ("ends", "COMPLETED", 1), ("cancelled", "CANCELLED", 0)]
+)
+def test_a_run_goes_back_into_the_queue_when_it_is_preempted_and_not_when_it_fails(
+    cluster, tmp_path, root, happens, state, restarts
+):
+    """scripts/slurm/train.sbatch of two processes. Where one fails, srun ends the other by SIGTERM, which is also what
+    the preempted get."""
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts" / "ba-lora.sh").write_text(STANDS_IN)
+    words = ["--parsable", "--ntasks-per-node=2", f"--chdir={tmp_path}", "--output=log"]
+    job = cluster.ask("sbatch", *words, str(root / "scripts" / "slurm" / "train.sbatch"), happens).strip()
+
+    def known(name):
+        return re.search(rf"{name}=(\w+)", cluster.ask("scontrol", "show", "job", job))[1]
+
+    starts = tmp_path / "starts"
+    cluster.until(lambda: starts.is_file() and len(starts.read_text().splitlines()) >= 2)
+    if happens == "ends":
+        cluster.run("scancel", "--signal=TERM", job)
+    if happens == "cancelled":
+        cluster.ask("scancel", job)
+    cluster.until(lambda: known("JobState") in ("FAILED", "COMPLETED", "CANCELLED"))
+    assert (known("JobState"), int(known("Restarts"))) == (state, restarts), (tmp_path / "log").read_text()
+    assert len(starts.read_text().splitlines()) == 2 * (1 + restarts)
+    assert not list((tmp_path / "outputs" / "slurm").glob("*.failed")) or happens == "cancelled"
+
+
 def trainings(config):
     """Return the processes that train by a config's file."""
     found = []
