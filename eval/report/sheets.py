@@ -193,7 +193,7 @@ def _gradient_lines(table: ReportTable) -> list[str]:
 def _in_short(setting: str, *, without: Collection[str]) -> str:
     """Return a setting without these words, and of each other word's dotted name the last part."""
     words = (word.partition("=") for word in setting.split() if word not in without)
-    return " ".join(f"{name.rpartition('.')[2]}{equals}{value}" for name, equals, value in words)
+    return " ".join(f"{name.rpartition('.')[2]}{equals}{value}" for name, equals, value in words) or setting
 
 
 def _percent(share: float) -> str:

@@ -326,7 +326,7 @@ def test_the_guards_value_is_told_beside_the_decision(world):
     rows = spec(world).rows
     guarded = spec(world, hypotheses=parse_hypotheses({"H1": entry}, rows, ["gsm8k"], clusters="base", where="x"))
     text = to_markdown(build_table(guarded, world.sources(guarded)))
-    assert " (guard: GSM8K −20.00, at least −1.00) | −20.00 |" in text
+    assert " (guard not kept: GSM8K −20.00, at least −1.00) | −20.00 |" in text
 
 
 def test_the_best_level_is_chosen_when_all_have_been_tried(world):
