@@ -123,6 +123,7 @@ INHERITANCE = {
     "inheritance_rate": ("## At one learning rate", 2, 3),
     "inheritance_nlu": ("## The twin's results", 7, 7),
     "inheritance_nlu_rate": ("## The twin at one learning rate", 2, 4),
+    "inheritance_nlu_published": ("## The published weights on the twin", 4, 6),
     "inheritance_nlu_lora": ("## The twin's LoRA at higher rates", 4, 2),
 }
 DECISIONS = {  # what stands behind "refuted", by the interval and the margin
@@ -239,6 +240,7 @@ def test_the_first_pages_tell_what_the_reports_on_inheritance_found():
         "docs/results.md": [
             *further,
             _effect(_hypotheses("inheritance_nlu_lora")["Full FT, 4.0e-3"]),
+            *map(_effect, _hypotheses("inheritance_nlu_published").values()),
             *(_effect(one[name]) for one, name in ((found, "H3"), (found, "H4"), (twin, "H2"), (twin, "H5"))),
         ],
     }
