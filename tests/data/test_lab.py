@@ -137,6 +137,7 @@ def test_a_base_is_made_once_and_never_by_another_recipe(tmp_path, capsys, monke
 
 def test_the_larger_size_has_25_million_parameters_and_a_start_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setattr(lab, "accuracy_in_frame", functools.partial(lab.accuracy_in_frame, num_rows=2))
+    monkeypatch.setattr(lab, "TOKENS_PER_STEP", 256)
     changes, *parts = lab.SIZES["25m"]
     monkeypatch.setitem(lab.SIZES, "25m", (changes, *({**settings, "num_steps": 1} for settings in parts)))
     lab.make_base(Base("rule", 40, 0), tmp_path, "25m")
