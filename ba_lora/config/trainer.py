@@ -148,7 +148,6 @@ def check_trainer(arguments: dict[str, Any]) -> None:
             "trainer.save_total_limit=1 leaves nothing to fall back to if the last checkpoint is damaged: use 2"
         )
     _check_report_to(arguments)
-    deepspeed_settings(arguments)
 
 
 def nearest_argument(name: str) -> str:
