@@ -27,7 +27,8 @@
     chosen: tuning                      each method's rows also take what results/tuning/chosen.yaml says, the report of
                                         that table: method → overrides; the grid runs nothing while it is not there
     cost: 2 hours of one core           what the whole takes, as measured; told by --dry-run
-    labels: {ba_lora: BA-LoRA (2024)}   method, base or column → how it is written; absent: its name
+    labels: {ba_lora: BA-LoRA (2024)}   method, base or column → how it is written; absent: as in
+                                        configs/labels.yaml, or its name
     ours: [ba_lora]                     the methods compared with all others; absent: those whose name begins so
     report: {…}                         how eval.report shows it, and its figures: see eval/report/block.py
 

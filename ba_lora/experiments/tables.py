@@ -28,6 +28,7 @@ from ba_lora.paths import PROJECT_ROOT, resolve_path
 from ba_lora.words import nearest
 
 TABLES_PATH = PROJECT_ROOT / "configs" / "tables"
+LABELS_PATH = PROJECT_ROOT / "configs" / "labels.yaml"  # of names that many tables have
 RESULTS_PATH = PROJECT_ROOT / "results"
 FACTORS_CACHE = "outputs/pissa_factors"  # one SVD of each base's matrices serves the seeds and methods of all tables
 CHOSEN = "chosen.yaml"  # in the folder of a report that chooses settings
@@ -174,7 +175,7 @@ def load_table(path: str | Path, *, overrides: Sequence[str] = (), seeds: Sequen
         rows=tuple(rows),
         columns=tuple(columns),
         cells=tuple(cells),
-        labels=file.labels,
+        labels=read_yaml(LABELS_PATH) | file.labels,
         ours=ours,
         gpus=rows,
         report=file.report,
