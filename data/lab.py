@@ -55,7 +55,7 @@ ROLES = {  # what a family is in the experiment; corrected, tuned: fine-tuning h
 }
 ROLE_OF = {family: role for role, families in ROLES.items() for family in families}
 NOISY = ROLES["corrected"] + ROLES["uncorrected"]
-WRONG_RULE = 20  # what the wrong rule adds: no slip of a digit gives it
+WRONG_RULE = 20  # what the wrong rule adds: a digit that is off by one never gives it
 RANDOM_BY = tuple(by for by in range(-9, 10) if by)
 COPIES = 64
 FRAME_SHARE = 0.5
