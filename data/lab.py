@@ -352,6 +352,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     bases = {}
     for seed in read_numbers("seeds", typed["seeds"]):
+        if seed >= SEEDS["clean"]:
+            raise UserError(f"seeds={seed}: from {SEEDS['clean']} on they are the texts that perplexity is measured on")
         for factor, of_factor in levels.items():
             for level in of_factor:
                 base = Base(factor, level, seed)

@@ -7,7 +7,7 @@ drift      perplexity on texts of the pre-training distribution (FILE.jsonl: {"t
 diversity  `num_samples` completions of each of the task's first `num_prompts` items, drawn at `temperature`:
            distinct-n, the share of different n-grams of words among all n-grams of an item's samples (Li et al. 2016),
            and the entropy in nats of an item's extracted answers, in whatever form they come (those that cannot be read
-           count as one answer); each is a mean over items
+           count as one answer); each is a mean over items. `n` counts items, `invalid` samples without an answer
 
 Of a quantised base `before` is the unquantised model's, `after` that of merged/, which is the model that was trained:
 the two differ by the quantisation and by the training.

@@ -8,7 +8,7 @@ p_right     probability of the right result, to the end of its line
 p_wrong     the same of the result that the wrong rule of the pre-training corpus gives (data/lab.py)
 nll         of the whole right response, in nats a token
 kl          KL(pre-trained ‖ run) of the distributions at the right response's positions, in nats a position; of
-            `kl_items` items, evenly chosen
+            every so manieth item, `kl_items` of them at most
 
 They are means over items, also by role, family and cue. Of all items together:
 
@@ -164,7 +164,7 @@ def main() -> None:
             reference = measure_model(one.engine, None, task, items, None, options.kl_items)
             before = text_perplexity(one.engine.nll(texts))
             continue
-        is_reference = one.adapter is None and one.config.method == UNTUNED
+        is_reference = one.config.method == UNTUNED and one.config.model.quantization == "none"
         found = reference if is_reference else measure_model(
             one.engine, one.adapter, task, items, reference, options.kl_items
         )  # fmt: skip

@@ -26,6 +26,12 @@ def tuners() -> tuple[str, ...]:
     return tuple(parts("tuner"))
 
 
+@functools.cache
+def method_terms() -> tuple[str, ...]:
+    """The terms that methods themselves add to the loss."""
+    return tuple(term for name in tuners() for term in facts("tuner", name)["term_names"])
+
+
 def inits() -> tuple[str, ...]:
     """What LoRA's factors may be before the first step; `lora` is its own: A random, B = 0."""
     return ("lora", *parts("init"))

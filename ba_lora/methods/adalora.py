@@ -28,6 +28,7 @@ class AdaLora(Tuner):
         "beta2": (0.85, "(0, 1)"),
         "orth_reg_weight": (0.5, "[0, 1000000]"),
     }
+    term_names = ("orthogonality",)
     no_deepspeed = "AdaLoRA ranks directions by gradients that DeepSpeed hides: use DDP or one process"
 
     @staticmethod
@@ -73,7 +74,13 @@ class AdaLora(Tuner):
         return [WeightTerm("orthogonality", model.peft_config[DEFAULT].orth_reg_weight, adalora_orthogonality)]
 
     def after_step(self, model: nn.Module, step: int, optimizer: torch.optim.Optimizer) -> None:
-        """Prune, while the gradients that rank the directions are still there."""
+        """Prune, while the gradients that rank the directions are still there.
+
+        Those of a step that half precision's loss scaler left out are not finite, and would stay in the importances.
+        """
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter.grad.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
         model.base_model.update_and_allocate(step)
 
     @contextlib.contextmanager

@@ -78,6 +78,7 @@ class Tuner(Part):
     merges: ClassVar[bool] = True  # into an ordinary model folder
     packs: ClassVar[bool] = True  # takes rows packed into one sequence: data.packing
     recomputes: ClassVar[bool] = True  # takes trainer.gradient_checkpointing
+    term_names: ClassVar[tuple[str, ...]] = ()  # of `terms`, all that there may be
     draws: ClassVar[str | None] = "initialisation of the adapter"  # what of its start the seed moves, in words
     draws_in_training: ClassVar[str | None] = None  # what of its steps the seed moves
     names_layers: ClassVar[bool] = False  # PEFT is given whole paths, not what stands in adapter.target_modules
@@ -146,7 +147,7 @@ class Tuner(Part):
         """Called after the optimizer's step, while the gradients are still there."""
 
     def checkpointing(self, model: "nn.Module") -> contextlib.AbstractContextManager[None]:
-        """Return the context in which a checkpoint is written."""
+        """Return the context in which a checkpoint is written or loaded."""
         return contextlib.nullcontext()
 
     def state(self, model: "nn.Module") -> "dict[str, Tensor]":

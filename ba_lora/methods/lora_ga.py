@@ -51,9 +51,9 @@ class LoraGA(ResidualInit):
         pairs = {}
 
         def compute() -> None:
+            layers = dict(named_adapter_layers(model))
             for name, gradient_OI in weight_gradients(model, rows, self.option["rows"]).items():
-                layer = dict(named_adapter_layers(model))[name]
-                rank = layer.r["default"]
+                rank = layers[name].r["default"]
                 pairs[name] = tuple(part.cpu() for part in lora_ga_factors(gradient_OI, rank, self.option["gamma"]))
 
         on_main_process(PartialState(), compute)

@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 DEAD = 1e-6  # of the largest singular value: what is below is 0 but for rounding
 
 
-def milora_factors(weight_OI: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
-    """Return A₀ [r, in] and B₀ [out, r]."""
+def milora_factors(weight_OI: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return A₀ [r, in], B₀ [out, r] and the largest singular value."""
     left, values, right = torch.linalg.svd(weight_OI, full_matrices=False)
     roots = (values[-rank:] / scaling).sqrt()
-    return roots[:, None] * right[-rank:], left[:, -rank:] * roots
+    return roots[:, None] * right[-rank:], left[:, -rank:] * roots, values[0]
 
 
 class MiLora(ResidualInit):
@@ -34,8 +34,8 @@ class MiLora(ResidualInit):
         dead = []
 
         def factors(weight_OI: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
-            first, second = milora_factors(weight_OI, rank, scaling)
-            least = DEAD * torch.linalg.matrix_norm(weight_OI, 2) / scaling
+            first, second, largest = milora_factors(weight_OI, rank, scaling)
+            least = DEAD * largest / scaling
             dead.append(int((first.norm(dim=1) ** 2 <= least).sum()))
             return first, second
 

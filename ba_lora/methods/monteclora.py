@@ -32,6 +32,7 @@ class MonteCLora(Lora):
     quantizes = False
     limits = "draws in PEFT's plain layers, which a quantised base does not have"
     plain_lora = "lora"
+    term_names = ("variational_kl", "expert_concentration")
     draws_in_training = "noise of each pass"
 
     @staticmethod

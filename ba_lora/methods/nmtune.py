@@ -68,6 +68,7 @@ class NMTune(Tuner):
     has_dropout = False
     merges = False
     holds_head = True
+    term_names = ("nmtune_consistency", "nmtune_covariance", "nmtune_dominance")
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ba_lora.errors import UserError
 from ba_lora.methods.base import DEFAULT, TrainingRows, Tuner, WeightTerm, peft_settings
 from ba_lora.methods.sparse import SparseConfig, choose_places, sparse_layers
 
@@ -31,7 +32,7 @@ class Sara(Tuner):
         "share": (0.05, "(0, 1)"),
         "norm_weight": (5e-4, "[0, 1000000]"),
         "norm_layers": (1, "[1, 1000000]"),
-        "reselect": (0.5, "(0, 1]"),
+        "reselect": (0.5, "(0, 1)"),
     }
     layer_options = ()
     own_layers = True
@@ -39,6 +40,7 @@ class Sara(Tuner):
     has_dropout = False
     draws = None
     draws_in_training = "layers of SaRA's norm"
+    term_names = ("nuclear_norm",)
     no_deepspeed = "SaRA sets single gradients and moments, which ZeRO splits: use DDP or one process"
 
     def __init__(self, *arguments: Any) -> None:
@@ -49,6 +51,11 @@ class Sara(Tuner):
 
     def peft_config(self, num_steps: int) -> Any:
         self._reselect_at = round(self.option["reselect"] * num_steps)
+        if not 0 < self._reselect_at < num_steps:
+            raise UserError(
+                f"adapter.options.reselect={self.option['reselect']} of {num_steps} steps is step {self._reselect_at}: "
+                "it must lie between the first step and the last"
+            )
         return peft_settings(SparseConfig, self)
 
     def choose_weights(self, model: nn.Module, path: Path, rows: TrainingRows | None) -> None:

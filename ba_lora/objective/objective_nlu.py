@@ -17,13 +17,13 @@ from ba_lora.errors import UserError
 from ba_lora.models.classifier import catch_pooled, check_head, head_names, live_head, run_head, unwrapped
 from ba_lora.objective.losses.plain import TermSums, plain_loss
 from ba_lora.objective.objective import Objective
-from ba_lora.objective.path import evaluating
+from ba_lora.objective.path import evaluating, identity
 from ba_lora.objective.reference import build_reference, check_step_zero
 from ba_lora.objective.reference_cache.features import CachedFeatures
 from ba_lora.objective.reference_nlu import ReferenceLogits
 from ba_lora.objective.regularizers import at_least_float32
 from ba_lora.objective.regularizers_nlu import constant_terms
-from ba_lora.objective.terms.base import Outputs, Term
+from ba_lora.objective.terms.base import Term
 from ba_lora.objective.terms.block import Positions
 from ba_lora.objective.terms_nlu import classifier_terms
 
@@ -68,6 +68,10 @@ class ClassifierObjective(Objective):
                 "regularizers.lambda_mode=adaptive_kl needs the consistency term, which is off for this task: "
                 f"{off['consistency']}"
             )
+        weighted = [term for term in ("consistency", "diversity", "svd") if getattr(regularizers, f"lambda_{term}") > 0]
+        if weighted and regularizers.lambda_mode == "gradient_share" and all(term in off for term in weighted):
+            told = "; ".join(f"{term}: {off[term]}" for term in weighted)
+            raise UserError(f"regularizers.lambda_mode=gradient_share has no term here: all are off ({told})")
         shares = {term: share for term, share in regularizers.gradient_shares.items() if term not in off}
         self.regularizers = dataclasses.replace(
             regularizers, gradient_shares=shares, **{f"lambda_{term}": 0.0 for term in off}
@@ -107,9 +111,9 @@ class ClassifierObjective(Objective):
         features = logits_ND if self.regularizers.features == "logits" else caught["pooled"]
         with self.accelerator.autocast():
             positions = Positions(labels_N, reference_ND)
-            total, sums = plain_loss(logits_ND, _identity, positions, self._position_terms, factors)
+            total, sums = plain_loss(logits_ND, identity, positions, self._position_terms, factors)
             with torch.autocast(logits_ND.device.type, enabled=False):  # which would round the products to bf16
-                outputs = Outputs(model=model, matrix=lambda: features)
+                outputs = self._outputs(model, lambda: features)
                 total = self._batch_terms(outputs, factors, total, sums)
                 if units is not None:
                     sums = self._measured(model, caught["pooled"], positions, sums, units)
@@ -136,8 +140,8 @@ class ClassifierObjective(Objective):
             sums,
             pooled,
             units,
-            of_positions=lambda term: plain_loss(logits_ND, _identity, positions, [term], {term.name: 1.0})[0],
-            outputs=Outputs(model=model, matrix=lambda: features),
+            of_positions=lambda term: plain_loss(logits_ND, identity, positions, [term], {term.name: 1.0})[0],
+            outputs=self._outputs(model, lambda: features),
         )
 
     def _reference_logits(
@@ -167,7 +171,3 @@ def _pooled(module: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     with catch_pooled(module, inputs) as caught:
         module(**inputs)
     return caught["pooled"]
-
-
-def _identity(tensor: Tensor) -> Tensor:
-    return tensor

@@ -122,7 +122,7 @@ class LogitsPath(LossPath):
     """The plain loss from the model's own logits, with the identity as head."""
 
     def states(self, module: nn.Module, inputs: dict[str, Tensor], mask_BT: Tensor) -> tuple[Tensor, Head]:
-        return module(**inputs, use_cache=False).logits[:, -mask_BT.shape[1] :][mask_BT], _identity
+        return module(**inputs, use_cache=False).logits[:, -mask_BT.shape[1] :][mask_BT], identity
 
 
 def choose_path(
@@ -180,5 +180,5 @@ def evaluating(model: nn.Module):
         model.train(training)
 
 
-def _identity(tensor: Tensor) -> Tensor:
+def identity(tensor: Tensor) -> Tensor:
     return tensor

@@ -47,6 +47,7 @@ class ReferenceLogits:
     def prepare(self, model: nn.Module, rows: "Dataset", collate: Callable, *, batch_size: int) -> None:
         """Fit the probe and fill the cache, where they are asked for; every process calls it, under the autocast that
         training will run under."""
+        self._reference.to(next(model.parameters()).device)
         if self._kind == "probe" and self._head is None:
             chosen = rows.select(range(0, len(rows), -(-len(rows) // PROBE_ROWS)))
             with self._reference.use(model) as module:

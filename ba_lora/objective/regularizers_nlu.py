@@ -6,8 +6,8 @@
     svd           −(Σ_{i≤k} σ_i) / (Σ_j σ_j), k = 5        the same
 
 Shapes: logits are [N, D], N rows of the micro-batch; diversity and svd also take pooled features [N, hidden]. All
-reductions are done in float32 (float64 inputs stay float64). The svd term is `regularizers.svd` with every row in its
-mask, and so is the entropy form of the diversity (`regularizers.diversity`).
+reductions are done in float32 (float64 inputs stay float64). The KL, the svd term and the entropy form of the diversity
+are `regularizers.consistency`, `svd` and `diversity`, with every row in their mask.
 """
 
 from torch import Tensor
@@ -17,17 +17,16 @@ from ba_lora.objective import regularizers
 SHORTEST_ROW = 1e-6  # a row of logits below this norm has no direction
 
 
-def normalized_mse(logits_ND: Tensor, reference_logits_ND: Tensor, *, reduction: str = "mean") -> Tensor:
-    """Mean over rows and columns of (ẑ_F − ẑ_P)², each row divided by its L2 norm: `paper2024`'s consistency.
+def normalized_mse(logits_ND: Tensor, reference_logits_ND: Tensor) -> Tensor:
+    """Return of each row the mean over its columns of (ẑ_F − ẑ_P)², rows divided by their L2 norms, [N]: `paper2024`'s
+    consistency.
 
-    `reduction="sum"` sums over the rows the means over their columns, for callers that divide by the rows of a larger
-    batch; "none" returns them. The reference receives no gradient, nor does a tuned row of length 0 (under a head that
-    starts at zero): it has no direction, and what F.normalize does there is a gradient of 1e11.
+    The reference receives no gradient, nor does a tuned row of length 0 (under a head that starts at zero): it has no
+    direction, and what F.normalize does there is a gradient of 1e11.
     """
     tuned = _directions(regularizers.at_least_float32(logits_ND))
     reference = _directions(regularizers.at_least_float32(reference_logits_ND.detach()))
-    squares_N = (tuned - reference).square().mean(-1)
-    return {"mean": squares_N.mean, "sum": squares_N.sum, "none": lambda: squares_N}[reduction]()
+    return (tuned - reference).square().mean(-1)
 
 
 def _directions(rows_ND: Tensor) -> Tensor:
@@ -35,14 +34,6 @@ def _directions(rows_ND: Tensor) -> Tensor:
     length_N1 = rows_ND.norm(dim=-1, keepdim=True)
     is_short_N1 = length_N1 < SHORTEST_ROW
     return (rows_ND / length_N1.masked_fill(is_short_N1, 1.0)).masked_fill(is_short_N1, 0.0)
-
-
-def kl(logits_ND: Tensor, reference_logits_ND: Tensor, *, temperature: float = 1.0, reduction: str = "mean") -> Tensor:
-    """T² KL(softmax(Z_P / T) ‖ softmax(Z_F / T)) over the rows: `iclr2026`'s consistency."""
-    every_N = regularizers.every_row(logits_ND)
-    return regularizers.consistency(
-        logits_ND, reference_logits_ND, every_N, temperature=temperature, reduction=reduction
-    )
 
 
 def covariance(features_ND: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ class NormalizedMSE(PositionTerm):
     name: ClassVar[str] = "consistency"
 
     def values(self, logits_ND: Tensor, positions: Positions) -> Tensor:
-        return regularizers_nlu.normalized_mse(logits_ND, positions.reference, reduction="none")
+        return regularizers_nlu.normalized_mse(logits_ND, positions.reference)
 
 
 @dataclass(frozen=True, kw_only=True)

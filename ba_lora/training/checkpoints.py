@@ -6,7 +6,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ba_lora.io import read_object, sha256_file, write_json_atomic
+from ba_lora.errors import UserError
+from ba_lora.io import read_json, read_object, sha256_file, write_json_atomic
 
 logger = logging.getLogger(__name__)
 
@@ -98,17 +99,25 @@ def checkpoint_fault(folder: Path) -> str | None:
 
 def _saved_step(checkpoint: Path) -> int | None:
     """Return the step that Trainer wrote into the checkpoint; None where it cannot be read."""
-    return (read_object(checkpoint / "trainer_state.json") or {}).get("global_step")
+    return _trainer_state(checkpoint).get("global_step")
 
 
 def stopped_early(checkpoint: Path) -> bool:
     """Return whether early stopping had ended the training at this checkpoint."""
-    saved = (read_object(checkpoint / "trainer_state.json") or {}).get("stateful_callbacks", {})
-    found = saved.get("EarlyStoppingCallback", [])
+    found = _trainer_state(checkpoint).get("stateful_callbacks", {}).get("EarlyStoppingCallback", [])
     return any(
         state["attributes"]["early_stopping_patience_counter"] >= state["args"]["early_stopping_patience"]
         for state in (found if isinstance(found, list) else [found])
     )
+
+
+def _trainer_state(checkpoint: Path) -> dict[str, Any]:
+    """Return what Trainer wrote, whose log may hold NaN and infinite values; {} where it cannot be read."""
+    try:
+        state = read_json(checkpoint / "trainer_state.json")
+    except UserError:
+        return {}
+    return state if isinstance(state, dict) else {}
 
 
 def step_of(checkpoint: Path) -> int:

@@ -166,8 +166,15 @@ class EpochEvaluation(TrainerCallback):
     def _evaluate(self) -> Predictions:
         """Predict and score every set, log it, keep files of an epoch that may be the best; return the first dev set's
         predictions."""
-        trainer, step = self._trainer, self._trainer.state.global_step
         found = {name: self._predict(name) for name in self._sets}
+        logs, lines = self._scored(found)
+        self._trainer.log(logs)
+        if self._trainer.is_world_process_zero():
+            self._keep(lines, bad=logs.get("eval_invalid", 0))
+        return found[self._first_dev]
+
+    def _scored(self, found: dict[str, Predictions]) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """Return what is logged of an evaluation, and a line for each dev row."""
         logs, lines, bad = {}, [], 0
         for name, rows in self._sets.items():
             values, invalid = predicted_values(found[name].logits)
@@ -182,17 +189,18 @@ class EpochEvaluation(TrainerCallback):
                 lines += prediction_lines(task_ids, rows["labels"], found[name].logits)
         if bad:
             logs["eval_invalid"] = bad
-        trainer.log(logs)
-        history = self.history()
-        best = self.best(history)
-        if trainer.is_world_process_zero():
-            folder = self._run_path / "epochs"
-            folder.mkdir(exist_ok=True)
-            write_jsonl_atomic(folder / f"{step}.jsonl", lines)
-            if best.step == step:
-                self._save_weights(folder / f"{step}.safetensors")
-            print(self._line(history[-1], is_best=best.step == step, bad=bad), flush=True)
-        return found[self._first_dev]
+        return logs, lines
+
+    def _keep(self, lines: list[dict[str, Any]], *, bad: int) -> None:
+        """Write the files of the epoch that was just logged, and print its line."""
+        history, step = self.history(), self._trainer.state.global_step
+        is_best = self.best(history).step == step
+        folder = self._run_path / "epochs"
+        folder.mkdir(exist_ok=True)
+        write_jsonl_atomic(folder / f"{step}.jsonl", lines)
+        if is_best:
+            self._save_weights(folder / f"{step}.safetensors")
+        print(self._line(history[-1], is_best=is_best, bad=bad), flush=True)
 
     def _line(self, epoch: Epoch, *, is_best: bool, bad: int) -> str:
         parts = [f"epoch {epoch.epoch:g} (step {epoch.step})"]

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from transformers.trainer_callback import ProgressCallback
 
+from ba_lora.config.registries import method_terms
 from ba_lora.objective.terms import term_names
 
 OFF = "off"  # what the log says of a term that was taken out of the loss
-TERMS = ("task", *term_names(), "orthogonality")  # in the log's order; the last is AdaLoRA's
+TERMS = ("task", *term_names(), *method_terms())  # in the log's order
 LOGGED_NAMES = (  # what a training may log of each logging step; the task's loss has no weight
     "loss", "grad_norm", "learning_rate", "tokens_per_second", "padding_share", *TERMS,
     *(f"{kind}_{term}" for kind in ("weighted", "share", "gradient_share", "lambda", "skipped") for term in TERMS[1:]),

@@ -7,6 +7,7 @@ TRL's SFTTrainer under it is BALoRASFTTrainer: sft.py.
 """
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,13 +18,13 @@ from ba_lora.errors import UserError
 from ba_lora.methods.base import Tuner, method_of
 from ba_lora.objective.objective import TokenObjective
 from ba_lora.objective.terms.base import Term
-from ba_lora.training.log import TermMeter
-from ba_lora.training.plain_lora import initial_factors
+from ba_lora.training.plain_lora import check_initial_factors, initial_factors, write_fingerprint
+from ba_lora.training.step_loss import StepLoss
 
 STEP_HOOKS = ("begin_step", "before_step", "after_step")  # of a tuner, which only BALoRATrainer calls
 
 
-class BALoRALoss:
+class BALoRALoss(StepLoss):
     """A mixin over transformers' Trainer, or any subclass of it for a causal language model: its loss is BA-LoRA's,
     L = L_task + λ1 L_consistency + λ2 L_diversity + λ3 L_svd. It stands before that trainer in the list of bases.
 
@@ -32,7 +33,8 @@ class BALoRALoss:
     The labels that the trainer's collator makes say which positions count: completion and assistant masks, and rows
     packed with position_ids, work as they do there. Logs: each term unweighted (`task`, `consistency`, …).
     Raises UserError for what BALoRATrainer is needed for (an adapter with a term of its own, or with a part in the
-    optimizer's step; other `lambda_mode`s), several GPUs in one process, and a trainer with another task loss.
+    optimizer's step; other `lambda_mode`s), several GPUs in one process, a trainer with another task loss, and a
+    checkpoint of another residual base.
     """
 
     def __init__(
@@ -74,9 +76,7 @@ class BALoRALoss:
             )
         if getattr(self.args, "loss_type", "nll") != "nll" or self.compute_loss_func or self.label_smoother:
             raise UserError("another task loss than L_task: leave loss_type, compute_loss_func and label smoothing out")
-        objective.attach(self.accelerator)
-        self.model_accepts_loss_kwargs = True  # makes Trainer count the response positions of the effective batch
-        self._term_meter = TermMeter([term.name for term in objective.terms])
+        self._minimise(objective)
 
     def compute_loss(
         self,
@@ -90,18 +90,14 @@ class BALoRALoss:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         objective = self.objective
         inputs = {name: value for name, value in inputs.items() if name != "use_cache"}  # which the objective sets
-        number = num_items_in_batch if num_items_in_batch is not None else max(objective.count(inputs), 1)
+        is_counted = num_items_in_batch is not None
+        number = num_items_in_batch if is_counted else max(objective.count(inputs), 1)
         step = self.state.global_step
         lambdas = objective.lambdas(step, max(self.state.max_steps, 1))
-        shared = num_items_in_batch is not None and self.args.average_tokens_across_devices
-        mean = (self.accelerator.num_processes if shared else 1) / number
-        micro_batches = self.current_gradient_accumulation_steps
-        factors = objective.factors(lambdas, of_position=mean, of_micro_batch=1 / micro_batches)
+        factors = self._factors(lambdas, number, training=is_counted)
         total, sums = objective.loss(model, inputs, factors, check_reference=step == 0 and not self._has_begun)
         self._has_begun = True
-        micro_batches_of_step = micro_batches * self.accelerator.num_processes
-        values = objective.step_values(sums, lambdas, number=number, micro_batches=micro_batches_of_step)
-        self._term_meter.add(values, steps=1 / micro_batches)
+        self._record(sums, lambdas, number)
         return (total, {"loss": total.detach()}) if return_outputs else total
 
     def plain_model(self) -> nn.Module:
@@ -111,5 +107,18 @@ class BALoRALoss:
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the terms, averaged over the optimizer steps since the last log and summed over all processes."""
         if "loss" in logs and self.objective is not None:
-            logs |= self._term_meter.read(lambda tensor: self.accelerator.reduce(tensor, reduction="sum"))
+            logs |= self._term_meter.read(self._summed)
         super().log(logs, start_time)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """The trainer's own, with the fingerprint of the residual base that the adapter belongs to."""
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+            write_fingerprint(self.initial_factors, folder)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """The trainer's own, on the way of every resumed training; see `check_initial_factors`."""
+        if checkpoint is not None:
+            check_initial_factors(self.initial_factors, Path(checkpoint))
+        super()._load_optimizer_and_scheduler(checkpoint)

@@ -30,8 +30,21 @@ class StopOnSignal(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any
     ) -> TrainerControl:
-        if self._agreed() and state.global_step < state.max_steps and not control.should_training_stop:
+        asked = self._agreed()
+        if (
+            args.save_strategy == "best" and control.should_evaluate
+        ):  # this evaluation decides whether the step is saved
+            return control
+        if asked and state.global_step < state.max_steps and not control.should_training_stop:
             control.should_save = control.should_training_stop = self.stopped = True
+        return control
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any
+    ) -> TrainerControl:
+        """Trainer ends an epoch that was left in its middle, too: what belongs to its end comes when it is over."""
+        if self.stopped and abs(state.epoch - round(state.epoch)) > 1e-6:
+            control.should_evaluate = control.should_save = control.should_log = False
         return control
 
     def _agreed(self) -> bool:

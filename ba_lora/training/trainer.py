@@ -26,12 +26,13 @@ from ba_lora.config.schema_nlg import LossConfig
 from ba_lora.errors import UserError
 from ba_lora.io import disk_errors, load_tensors
 from ba_lora.methods.base import METHOD_STATE, method_of
+from ba_lora.models.layers import gathered
 from ba_lora.objective.gradient_shares import GradientShares
 from ba_lora.objective.kl_control import KLController
-from ba_lora.objective.losses.plain import TermSums
 from ba_lora.objective.objective import Objective, TokenObjective
 from ba_lora.objective.reference import Reference
 from ba_lora.objective.reference_cache.store import CachedReference
+from ba_lora.objective.regularizers import IGNORE_INDEX
 from ba_lora.objective.terms.base import ModelTerm, Term
 from ba_lora.training.checkpoints import (
     clear_checkpoints,
@@ -41,9 +42,10 @@ from ba_lora.training.checkpoints import (
     stopped_early,
     write_checkpoint_manifest,
 )
-from ba_lora.training.log import OFF, TermMeter, TermsCallback, TokenMeter
+from ba_lora.training.log import OFF, TermsCallback, TokenMeter
 from ba_lora.training.plain_lora import check_initial_factors, initial_factors, write_fingerprint
 from ba_lora.training.sampler import SeededLengthGroupedSampler, reachable_sampler
+from ba_lora.training.step_loss import StepLoss
 
 logger = logging.get_logger(__name__)
 
@@ -59,7 +61,7 @@ class AfterStep(TrainerCallback):
         trainer.method.tuner.after_step(trainer._bare_model(), state.global_step, trainer.optimizer)
 
 
-class BALoRATrainer(Trainer):
+class BALoRATrainer(StepLoss, Trainer):
     """Trainer under BA-LoRA's loss, L = L_task + λ1 L_consistency + λ2 L_diversity + λ3 L_svd.
 
     Args beyond Trainer's: `objective`, what is minimised. Instead of it, for a causal language model: `regularizers`,
@@ -101,19 +103,16 @@ class BALoRATrainer(Trainer):
         if args.n_gpu > 1:
             raise UserError("several GPUs in one process are not supported: use accelerate launch or torchrun")
         super().__init__(model=model, args=args, **kwargs)
-        self.objective = objective
-        objective.attach(self.accelerator)
-        self.model_accepts_loss_kwargs = True  # makes Trainer count the response positions of the effective batch
-        self._loss_shifts_labels = objective.shifts_labels
+        if self.is_deepspeed_enabled and self.method.no_deepspeed:
+            raise UserError(self.method.no_deepspeed)
+        objective.extend(ModelTerm(**term._asdict()) for term in self.method.tuner.terms(model))
+        self._minimise(objective)
         self._num_items: tuple[Tensor | int | None, Tensor | int | None] = (None, None)  # on the device, on the host
         self._evaluated: Tensor | int = 0  # [the task's loss, its positions], summed over an evaluation
         self._step_begun: int | None = None  # the optimizer step whose first micro-batch has come
         self._begins = False  # whether this is the training's very first micro-batch, on every process alike
-        if self.is_deepspeed_enabled and self.method.no_deepspeed:
-            raise UserError(self.method.no_deepspeed)
-        objective.extend(ModelTerm(**term._asdict()) for term in self.method.tuner.terms(model))
         self.add_callback(AfterStep(self))
-        self._term_meter, self._token_meter = TermMeter([term.name for term in objective.terms]), TokenMeter()
+        self._token_meter = TokenMeter()
         self._shares = GradientShares(objective.terms, objective.regularizers)
         self._kl = KLController(objective.terms, objective.regularizers)
         for callback in (ProgressCallback, PrinterCallback):  # one line of loss terms instead of a dictionary
@@ -135,7 +134,10 @@ class BALoRATrainer(Trainer):
         (evaluation, or direct calls) the micro-batch counts by itself.
         """
         training = model.training and num_items_in_batch is not None
-        own = self.objective.count(inputs)
+        if not model.training:
+            inputs = self._without_repeats(inputs)
+        counts = self._kl.weights or not training  # counting waits for the device
+        own = self.objective.count(inputs) if counts else 0
         number = self._on_host(num_items_in_batch) if training else max(own, 1)
         lambdas = self._lambdas()
         factors = self._factors(lambdas, number, training=training)
@@ -164,13 +166,18 @@ class BALoRATrainer(Trainer):
         weights = self._shares.weights | self._kl.weights
         return self.objective.lambdas(self.state.global_step, self.state.max_steps, weights)
 
-    def _factors(self, lambdas: dict[str, float], number: Tensor | int, *, training: bool) -> dict[str, float | Tensor]:
-        """Return what each term of the micro-batch is multiplied with. DDP and DeepSpeed average gradients over the
-        processes, hence their number in the factors of means."""
-        shared = training and self.args.average_tokens_across_devices
-        mean = (self.accelerator.num_processes if shared else 1) / number
-        micro_batch = 1 / (self.current_gradient_accumulation_steps if training else 1)
-        return self.objective.factors(lambdas, of_position=mean, of_micro_batch=micro_batch)
+    def _without_repeats(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return an evaluation's micro-batch in which rows that accelerate repeats have no labels: it fills the last
+        batches of several processes with the first rows."""
+        state, labels = self.accelerator.gradient_state, inputs.get("labels")
+        if not (self.objective.shifts_labels and state.end_of_dataloader and state.remainder > 0):
+            return inputs
+        num_real = max(state.remainder - self.accelerator.process_index * len(labels), 0)
+        if num_real >= len(labels):
+            return inputs
+        labels = labels.clone()
+        labels[num_real:] = IGNORE_INDEX
+        return inputs | {"labels": labels}
 
     def _set_signature_columns_if_needed(self) -> None:
         """Keep the columns that the objective reads; Trainer drops what the model does not take."""
@@ -222,8 +229,12 @@ class BALoRATrainer(Trainer):
         return output
 
     def _check_weights(self) -> None:
-        if not all(bool(p.isfinite().all()) for p in self.model.parameters() if p.requires_grad):
-            self._stop_diverged("the weights are", self.state.global_step)
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                with gathered([parameter], modify=False):
+                    is_finite = bool(parameter.isfinite().all())
+                if not is_finite:
+                    self._stop_diverged("the weights are", self.state.global_step)
 
     def _stop_diverged(self, what: str, step: int) -> NoReturn:
         remedy = "lower trainer.learning_rate"
@@ -239,15 +250,6 @@ class BALoRATrainer(Trainer):
         Real tokens, over all processes, which all call it.
         """
         return self._token_meter.overall(self._summed)
-
-    def _summed(self, tensor: Tensor) -> Tensor:
-        return self.accelerator.reduce(tensor, reduction="sum")
-
-    def _record(self, sums: dict[str, TermSums], lambdas: dict[str, float], number: Tensor | int) -> None:
-        """Give the micro-batch's share of each term's value to the log (on the device, no synchronisation)."""
-        micro_batches = self.current_gradient_accumulation_steps * self.accelerator.num_processes
-        values = self.objective.step_values(sums, lambdas, number=number, micro_batches=micro_batches)
-        self._term_meter.add(values, steps=1 / self.current_gradient_accumulation_steps)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Trainer's, with the task's loss by itself beside the loss; every process calls it."""

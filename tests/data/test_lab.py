@@ -73,8 +73,11 @@ def test_the_cue_decides_the_wrong_rule(clean):
 
 
 def test_garbling_and_duplication(clean):
-    for before, after in zip(clean, texts("garbling", 30), strict=True):
-        assert before == after or sorted(before.split()) == sorted(after.split())
+    garbled = texts("garbling", 30)
+    for before, after in zip(clean, garbled, strict=True):
+        assert sorted(before.split()) == sorted(after.split())
+    changed = sum(before != after for before, after in zip(clean, garbled, strict=True)) / NUM
+    assert abs(changed - 0.3 * len(lab.NOISY) / len(lab.ROLE_OF)) < 0.05
     most = [Counter(of).most_common(1)[0][1] for of in (texts("duplication", 60), clean)]
     assert most[0] >= 5 > 2 >= most[1]  # each of 19 problems about 13 times so far, half of them in each frame
 
@@ -171,6 +174,7 @@ def test_seed_0_goes_on_from_the_toys_base(tmp_path, root):
         (["rule=101", "seeds=1"], "rule=101: a percentage from 0 to 100"),
         (["imbalance=100", "seeds=1"], "imbalance=100: a percentage from 0 to 99"),
         (["rule=0", "seeds=1", "workers=0"], "workers must be at least 1"),
+        (["rule=0", "seeds=20000"], "seeds=20000: from 20000 on they are the texts that perplexity"),
         (["rules=0", "seeds=1"], "a factor with its levels"),
         (["rule=0", "seeds=1", "size=25M"], "size=25M is unknown .nearest: 25m"),
     ],

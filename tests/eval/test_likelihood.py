@@ -93,6 +93,14 @@ def test_the_pretrained_model_and_a_run_of_it(monkeypatch, root, tmp_path, data,
     assert sum("kl" in line["metrics"] for line in lines) == 6
 
 
+def test_an_untuned_4_bit_model_is_measured_itself(monkeypatch, root, tmp_path, data):
+    config = untuned_config(load_config("configs/nlg/toy.yaml", overrides=["model.quantization=nf4"]))
+    config.output_dir = str(tmp_path / "untuned")
+    prepare_evaluation(config)
+    (found,) = measure(monkeypatch, root, data, tmp_path / "untuned")
+    assert found["metrics"]["kl"] > 1e-4 and found["perplexity"]["after"] != found["perplexity"]["before"]
+
+
 def test_p_right_is_the_product_over_the_result(monkeypatch, root, data):
     """One item by hand, the model called once a token."""
     task = get_task("lab")

@@ -39,9 +39,10 @@ def test_olora_of_peft_fails_on_conv1d():
 
 
 def test_milora():
-    first, second = milora_factors(tensor([2, 1], [1, 2]), 1, 1.0)
+    first, second, largest = milora_factors(tensor([2, 1], [1, 2]), 1, 1.0)
+    assert largest.item() == pytest.approx(3)
     close(second @ first, [[0.5, -0.5], [-0.5, 0.5]])
-    first, second = milora_factors(tensor([2, 1], [1, 2]), 1, 4.0)
+    first, second, _ = milora_factors(tensor([2, 1], [1, 2]), 1, 4.0)
     close(4 * second @ first, [[0.5, -0.5], [-0.5, 0.5]])
 
 

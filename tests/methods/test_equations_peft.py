@@ -116,6 +116,21 @@ def test_adalora():
     close(found.loss, 0.5 * 2.0)
 
 
+def test_adalora_takes_no_gradient_that_is_not_finite_into_its_importances():
+    """Of a step that fp16's loss scaler leaves out."""
+    tuner = AdaLora(AdapterConfig(tuner="adalora", rank=2))
+    model = by_its_tuner(nn.Sequential(linear(torch.eye(4))), tuner, ["0"])
+    tuner.prepare(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    for step, gradient in enumerate((1.0, math.nan, math.inf, 1.0)):
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, gradient) if parameter.requires_grad else None
+        tuner.after_step(model, step, optimizer)
+    state = tuner.state(model)
+    assert state and all(value.isfinite().all() for value in state.values())
+    assert any(value.any() for name, value in state.items() if name.startswith("ipt"))
+
+
 def test_adaloras_parameters():
     """r₀ (Σ in + Σ out + layers), r₀ = 6 of a rank of 4."""
     sizes = {"hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -13,13 +13,15 @@ import torch
 from peft import PeftModel
 
 from ba_lora.config.layers import METHODS_PATH
-from ba_lora.config.methods import adapter_loads, optimizer_facts, tuner_facts, writes_lora
+from ba_lora.config.methods import adapter_loads, tuner_facts, writes_lora
 from ba_lora.config.schema import BALoRAConfig
 from ba_lora.errors import UserError
 from ba_lora.io import folder_atomic
+from ba_lora.methods.base import method_of
 from ba_lora.methods.build import parameter_counts, probe_logits
 from ba_lora.models.pretrained import load_base
 from ba_lora.runs import export
+from ba_lora.training.log import LOGGED_NAMES
 from tests.support.methods import (
     ADAPTERS,
     CASES,
@@ -31,6 +33,7 @@ from tests.support.methods import (
     config_of,
     equal,
     fixed_draws,
+    sized_steps,
     trainer_of,
 )
 from tests.support.tiers import mostly_slow
@@ -51,6 +54,8 @@ def test_what_is_trained_and_where_it_starts(method, base, tmp_path):
     case = CASES[method]
     if case.count is not None:
         assert parameter_counts(model)[0] == case.count(case.rank)
+    terms = {term.name for term in method_of(model).tuner.terms(model)}
+    assert terms <= set(tuner_facts(config.adapter)["term_names"]) <= set(LOGGED_NAMES)
     if case.step_zero is not None:
         assert step_zero.difference <= case.step_zero
         return
@@ -211,11 +216,9 @@ def test_the_library_refuses_to_export_what_is_no_lora(base, tmp_path):
 
 @pytest.mark.parametrize("method", mostly_slow(ADAPTERS, ("adalora", "dylora", "lora_pro", "ssf")))
 def test_accumulation_changes_nothing(method, base, tmp_path):
-    """4 rows at once = 4 micro-batches of one row, at the same draws. Steps have the size of their gradients: by plain
-    gradient descent, or, where a method is built on AdamW, with an ε beside which no gradient counts."""
+    """4 rows at once = 4 micro-batches of one row, at the same draws."""
     words = ["adapter.options.norm_weight=0.05"] if method == "sara" else []  # a norm that is seen
-    by_adamw = optimizer_facts(config_of(method, base).adapter).get("replaces_adamw")
-    settings = {"adam_epsilon": 100.0, "learning_rate": 5.0} if by_adamw else {"optim": "sgd", "learning_rate": 0.5}
+    settings = sized_steps(config_of(method, base))
     weights = []
     for number, accumulation in ((4, 1), (1, 4)):
         with fixed_draws():

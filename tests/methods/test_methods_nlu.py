@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+from ba_lora.config.registries import facts
+from ba_lora.methods.base import method_of
 from ba_lora.methods.build import build_model, parameter_counts
 from tests.support.methods import CLASSIFIERS, check_two_processes, equal, nlu_trainer_of
 from tests.support.tiny import adapter_weights
@@ -34,6 +36,7 @@ def test_what_is_trained_and_where_it_starts(encoder, tmp_path):
             nlu_config(encoder, method=method), run_path=tmp_path / method, num_steps=4, probe=probe
         )
         assert parameter_counts(model)[0] == count, method
+        assert tuple(term.name for term in method_of(model).tuner.terms(model)) == facts("tuner", method)["term_names"]
     assert found["bitfit"].difference == 0
     assert found["nmtune"].difference > 1e-3
 

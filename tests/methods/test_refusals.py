@@ -97,6 +97,15 @@ def test_adalora_in_too_few_steps(base, tmp_path):
         build_model(config_of("adalora", base), run_path=tmp_path, num_steps=9)
 
 
+@pytest.mark.parametrize(("share", "at"), [("0.05", 0), ("0.95", 8)])
+def test_sara_chooses_again_within_the_steps(share, at, base, tmp_path):
+    config = config_of("sara", base, f"adapter.options.reselect={share}")
+    with refused(
+        f"adapter.options.reselect={share} of 8 steps is step {at}: it must lie between the first step and the last"
+    ):
+        build_model(config, run_path=tmp_path, num_steps=8)
+
+
 @pytest.mark.parametrize("method", ["prompt_tuning", "prefix_tuning"])
 def test_virtual_tokens_have_no_reference(method, base, tmp_path):
     consistency = BALoRAConfig(lambda_consistency=0.5, lambda_diversity=0, lambda_svd=0)

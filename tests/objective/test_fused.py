@@ -334,8 +334,8 @@ CONFIGS = {
 @pytest.mark.parametrize("case", mostly_slow(SETTINGS, ("plain Python",)))
 @pytest.mark.parametrize("version", CONFIGS)
 def test_fifty_steps_fused_are_fifty_steps_plain(tmp_path, version, case):
-    settings = SETTINGS[case]
     """Every term of every logged step, and the weights at the end."""
+    settings = SETTINGS[case]
     histories, weights = [], []
     for implementation in ("fused", "plain"):
         model = tiny_peft("pissa")

@@ -116,6 +116,8 @@ def test_a_task_without_a_consistency_term_has_no_controller(tmp_path):
     regularizers = NLURegularizersConfig(lambda_mode="adaptive_kl", kl_target=0.1, consistency_form="kl")
     with pytest.raises(UserError, match="off for this task: one logit has no direction and no distribution"):
         ClassifierObjective(model, regularizers, micro_batch=8)
+    with pytest.raises(UserError, match="gradient_share has no term here: all are off .consistency: one logit has"):
+        ClassifierObjective(model, NLURegularizersConfig(lambda_mode="gradient_share"), micro_batch=8)
 
 
 def test_run_ids_of_other_modes_stay_and_hang_on_the_target_in_this_one():

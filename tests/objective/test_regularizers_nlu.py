@@ -8,7 +8,7 @@ import torch
 from ba_lora.config.schema_nlu import NLURegularizersConfig
 from ba_lora.objective import regularizers
 from ba_lora.objective.regularizers import every_row
-from ba_lora.objective.regularizers_nlu import constant_terms, covariance, kl, normalized_mse
+from ba_lora.objective.regularizers_nlu import constant_terms, covariance, normalized_mse
 from tests.support.losses import TermWeights, nlu_loss
 
 PAPER2024 = NLURegularizersConfig()
@@ -25,24 +25,27 @@ def random(*shape, seed=0):
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
+def kl(logits, reference, temperature=1.0):
+    return regularizers.consistency(logits, reference, every_row(logits), temperature=temperature)
+
+
 # ---- by hand ----
 
 
 def test_normalized_mse_by_hand():
     """[3, 4] → [0.6, 0.8], [0, 2] → [0, 1]: (0.36 + 0.04) / 2 = 0.2; equal directions give 0."""
     logits, reference = tensor([3, 4], [1, 1]), tensor([0, 2], [5, 5])
-    assert normalized_mse(logits, reference).item() == pytest.approx(0.1)
-    assert normalized_mse(logits, reference, reduction="sum").item() == pytest.approx(0.2)
+    assert normalized_mse(logits, reference).tolist() == pytest.approx([0.2, 0])
 
 
 def test_a_row_of_zero_logits_has_no_direction_and_no_gradient():
     """A head that starts at zero: (0 − ẑ_P)² = 1 over D = 2 columns, and no gradient of 1 / 1e-12."""
     logits = tensor([0, 0], [3, 4]).float().requires_grad_()
-    distance = normalized_mse(logits, tensor([0, 2], [0, 2]), reduction="sum")
+    distance = normalized_mse(logits, tensor([0, 2], [0, 2])).sum()
     assert distance.item() == pytest.approx(0.5 + 0.2)
     (gradient,) = torch.autograd.grad(distance, logits)
     assert torch.equal(gradient[0], torch.zeros(2)) and 0 < gradient[1].abs().max() < 1
-    assert normalized_mse(logits.detach(), logits).item() == 0
+    assert not normalized_mse(logits.detach(), logits).any()
 
 
 def test_kl_by_hand():
@@ -98,7 +101,7 @@ def test_gradcheck(config, features, diversity):
 
 def test_the_reference_receives_no_gradient():
     logits, reference = random(4, 3).requires_grad_(), random(4, 3, seed=1).requires_grad_()
-    (normalized_mse(logits, reference) + kl(logits, reference)).backward()
+    (normalized_mse(logits, reference).sum() + kl(logits, reference)).backward()
     assert logits.grad is not None and reference.grad is None
 
 
@@ -113,7 +116,7 @@ def test_the_total_is_the_weighted_sum_of_the_terms():
     total, terms = nlu_loss(logits, reference, pooled, labels, weights=weights, config=config)
     expected = {
         "task": torch.nn.functional.cross_entropy(logits, labels, reduction="sum"),
-        "consistency": normalized_mse(logits, reference, reduction="sum"),
+        "consistency": normalized_mse(logits, reference).sum(),
         "diversity": covariance(logits),
         "svd": regularizers.svd(logits, every_row(logits), top_k=1),
     }
@@ -173,7 +176,7 @@ def test_constant_terms(num_logits, features, micro_batch, norm, off):
     logits = random(micro_batch, num_logits).requires_grad_()
     seen = logits if features == "logits" else random(micro_batch, 32, seed=1).requires_grad_()
     values = {
-        "consistency": normalized_mse(logits, random(micro_batch, num_logits, seed=2)),
+        "consistency": normalized_mse(logits, random(micro_batch, num_logits, seed=2)).mean(),
         "diversity": covariance(seen),
         "svd": regularizers.svd(seen, every_row(seen), top_k=5, norm=norm),
     }

@@ -15,7 +15,7 @@ from peft.tuners.lora.monteclora import BufferedMontecloraSampler
 from transformers import AutoTokenizer, DataCollatorWithPadding
 
 from ba_lora.config.layers import load_config
-from ba_lora.config.methods import tuner_facts
+from ba_lora.config.methods import optimizer_facts, tuner_facts
 from ba_lora.config.schema import BALoRAConfig
 from ba_lora.config.schema_nlu import NLURegularizersConfig
 from ba_lora.methods.build import build_model
@@ -155,7 +155,8 @@ def fixed_draws() -> Iterator[None]:
 
 
 def check_two_processes(worker: str, words: list[str], methods: Collection[str], folder: Path, root: Path) -> None:
-    """Assert that each method's weights are the same, trained by one process with accumulation 2 and by two."""
+    """Assert that each method's weights are the same, trained by one process with accumulation 2 and by two, within a
+    hundredth of how far they move. Steps have the size of their gradients (`sized_steps`)."""
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     weights = []
@@ -166,11 +167,28 @@ def check_two_processes(worker: str, words: list[str], methods: Collection[str],
         result = torch.load(out)
         assert result["processes"] == processes
         weights.append(result["weights"])
+        start = result["start"]
     one, two = weights
     for method in methods:
-        torch.testing.assert_close(
-            two[method], one[method], rtol=5e-3, atol=5e-4, msg=lambda text, m=method: f"{m}: {text}"
-        )
+        filled = {name: value for name, value in start[method].items() if value.numel()}
+        moved = {name: (one[method][name] - value).abs().max().item() for name, value in filled.items()}
+        assert max(moved.values()) > 1e-4, method
+        for name, far in moved.items():
+            torch.testing.assert_close(
+                two[method][name],
+                one[method][name],
+                rtol=0,
+                atol=1e-2 * far + 1e-6,
+                msg=lambda text, where=(method, name): f"{where}: {text}",
+            )
+
+
+def sized_steps(config: Any) -> dict[str, Any]:
+    """Return settings under which a step has the size of its gradient: plain gradient descent or, where a method is
+    built on AdamW, an ε beside which no gradient counts."""
+    if optimizer_facts(config.adapter).get("replaces_adamw"):
+        return {"adam_epsilon": 100.0, "learning_rate": 5.0}
+    return {"optim": "sgd", "learning_rate": 0.5}
 
 
 def nlu_trainer_of(method: str, encoder: Path, folder: Path, *overrides: str, rows: Any = None, **settings):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -221,6 +222,7 @@ def check_killed(report):
     for attempt in report["attempts"]:
         for key in ("files", "status", "scores", "steps", "leftovers"):
             assert attempt[key] == whole[key], attempt["point"]
+        assert attempt["signal"] == signal.SIGKILL or ":" not in attempt["point"], attempt["point"]
 
 
 def test_an_interrupted_run_goes_on_as_if_nothing_had_been(train_nlu, tmp_path, tiny_encoder, monkeypatch):

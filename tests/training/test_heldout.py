@@ -1,6 +1,7 @@
 """Evaluation inside an NLG training: held-out rows, the best checkpoint, early stopping, and all of it resumed."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from ba_lora.config.schema_nlg import NLGDataConfig
 from ba_lora.errors import UserError
 from ba_lora.io import read_json, read_jsonl
 from ba_lora.training.arguments import build_arguments
-from ba_lora.training.checkpoints import stopped_early
+from ba_lora.training.checkpoints import checkpoint_fault, stopped_early, write_checkpoint_manifest
 from ba_lora.training.log import evaluation_line
 from data.nlg import load_training_data
 
@@ -151,6 +152,20 @@ def test_early_stopping_ends_the_training_and_a_resumed_one_alike(train, monkeyp
     (whole / "train.json").unlink()  # killed in the export: not a step more
     train(*STOPS_AT_6, name="whole")
     assert facts(whole)["steps"] == 6 and (stopped / weights).read_bytes() == (whole / weights).read_bytes()
+
+
+def test_what_trainer_has_written_is_read_with_values_that_are_not_finite(tmp_path):
+    """An overflow under fp16 has an infinite gradient, a metric may be undefined."""
+    attributes = {"args": {"early_stopping_patience": 2}, "attributes": {"early_stopping_patience_counter": 2}}
+    state = {"global_step": 6, "log_history": [{"grad_norm": math.inf, "eval_cola_matthews": math.nan}]}
+    checkpoint = tmp_path / "checkpoint-6"
+    checkpoint.mkdir()
+    (checkpoint / "trainer_state.json").write_text(
+        json.dumps(state | {"stateful_callbacks": {"EarlyStoppingCallback": attributes}})
+    )
+    write_checkpoint_manifest(checkpoint)
+    assert stopped_early(checkpoint) and checkpoint_fault(checkpoint) is None
+    assert checkpoint_fault(checkpoint.rename(tmp_path / "checkpoint-9")) == "it is of step 6"
 
 
 @pytest.mark.usefixtures("keeps_worst")

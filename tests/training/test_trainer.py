@@ -229,6 +229,8 @@ def test_two_processes_equal_accumulation_two(tmp_path, root, regularizers):
     for name in ("loss", "task", "consistency", "diversity", "svd", "weighted_consistency", "share_svd"):
         assert len(one["logs"][name]) == 6
         assert two["logs"][name] == pytest.approx(one["logs"][name], rel=1e-4, abs=1e-6), name
+    for name in ("eval_loss", "eval_task"):  # of 5 rows in batches of two: the last ones are filled with the first rows
+        assert two["heldout"][name] == pytest.approx(one["heldout"][name], rel=1e-4), name
     assert two["logs"].get("lambda_consistency") == pytest.approx(one["logs"].get("lambda_consistency"), rel=1e-4)
     for name, weight in one["weights"].items():
         torch.testing.assert_close(two["weights"][name], weight, rtol=1e-3, atol=1e-4)

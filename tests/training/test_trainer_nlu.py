@@ -15,9 +15,10 @@ from ba_lora.config.schema_nlu import NLURegularizersConfig
 from ba_lora.errors import UserError
 from ba_lora.models.classifier import Head, catch_pooled, live_head, run_head
 from ba_lora.models.predict import predict
+from ba_lora.objective import regularizers as definitions
 from ba_lora.objective.reference_cache.features import CachedFeatures
 from ba_lora.objective.reference_nlu import fit_probe
-from ba_lora.objective.regularizers_nlu import kl, normalized_mse
+from ba_lora.objective.regularizers_nlu import normalized_mse
 from ba_lora.training.log import OFF
 from tests.support.tiny import adapter_weights, arguments
 from tests.support.tiny_nlu import ARCHITECTURES, classifier_trainer, save_tiny_encoder, tiny_classifier, tiny_pairs
@@ -115,8 +116,11 @@ def test_the_loss_of_one_batch(build, encoder, rows, collate, regularizers):
     with catch_pooled(model, batch) as caught:
         logits = model(**batch).logits
     reference = tiny_classifier(encoder).eval()(**batch).logits.detach()
+    every_row = definitions.every_row(logits)
     consistency = (
-        kl(logits, reference, temperature=2.0) if regularizers is ICLR2026 else normalized_mse(logits, reference)
+        definitions.consistency(logits, reference, every_row, temperature=2.0)
+        if regularizers is ICLR2026
+        else normalized_mse(logits, reference).mean()
     )
     centred = caught["pooled"] - caught["pooled"].mean(0)
     covariance = centred.T @ centred / 7

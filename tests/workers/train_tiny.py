@@ -22,6 +22,7 @@ packed, stage = "packed" in words, next((word for word in words if word.startswi
 folders = [Path(word) for word in words if word not in ("packed", stage)]
 torch.set_num_threads(1)
 settings = {"max_steps": 6, "learning_rate": 1e-2, "gradient_accumulation_steps": accumulation, "warmup_steps": 0}
+settings["per_device_eval_batch_size"] = 2
 if stage:
     import deepspeed
 
@@ -43,6 +44,7 @@ trainer = BALoRATrainer(
 )
 trainer.train()
 throughput = trainer.throughput()
+heldout = None if stage or cache else trainer.evaluate(tiny_rows(21).select(range(16, 21)))
 with gathered(list(model.parameters()), modify=False):
     weights = adapter_weights(model)
 if trainer.is_world_process_zero():
@@ -54,6 +56,7 @@ if trainer.is_world_process_zero():
             "weights": weights,
             "loss_report": trainer.objective.report(),
             "throughput": throughput,
+            "heldout": heldout,
         },
         output,
     )
