@@ -220,7 +220,8 @@ def draw_forest(table: ReportTable, figure: Figure) -> tuple[Canvas, str] | None
     axis.set_xlabel("effect (points)")
     told = "; ".join(f"{one.hypothesis.name}: {one.hypothesis.says}" for one in found)
     over = "models and items" if all(one.num_items for one in found) else "models"
-    return canvas, f"Effects with 95 % intervals over {over}; dotted: the margin. Dots: primary. {told}."
+    dots = " Dots: primary." if any(one.hypothesis.primary for one in found) else ""
+    return canvas, f"Effects with 95 % intervals over {over}; dotted: the margin.{dots} {told}."
 
 
 def _models(counts: set[int]) -> str:

@@ -309,7 +309,10 @@ def test_where_grades_are_not_at_hand_the_models_alone_count_and_that_is_told(wo
         in to_markdown(table)
     )
     _, caption = draw_forest(table, FIGURES[2])
-    assert caption.startswith("Effects with 95 % intervals over models;")
+    assert caption.startswith("Effects with 95 % intervals over models; dotted: the margin. H1")
+    primary = dataclasses.replace(one, hypothesis=dataclasses.replace(one.hypothesis, primary=True))
+    _, caption = draw_forest(dataclasses.replace(table, findings=(primary,)), FIGURES[2])
+    assert "the margin. Dots: primary. H1" in caption
 
 
 def test_items_that_differ_between_runs_are_refused(world):
