@@ -84,6 +84,8 @@ class NLUTask:
         It is a name, a number equal to a name (1.0 and 1), or, where no name is a number, an id.
         """
         text = plain_label(value)
+        if not text:
+            return None
         if isinstance(value, bool):
             names = [name.lower() for name in self.labels]
             return names.index(text) if text in names else None
@@ -95,7 +97,10 @@ class NLUTask:
 
 
 def plain_label(value: Any) -> str:
-    """Return a label as a name: its text without blanks around it, 1 for 1.0, true for JSON's true."""
+    """Return a label as a name: its text without blanks around it, 1 for 1.0, true for JSON's true; "" for a missing
+    one (null, or a number that is none)."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float) and value.is_integer():

@@ -112,19 +112,47 @@ def write_jsonl_atomic(path: str | Path, rows: Iterable[dict]) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
+def append_line(path: str | Path, value: object) -> None:
+    """Append one JSON value as a line, behind whatever half of a line a full disk or a kill has left there."""
+    path = Path(path)
+    with disk_errors(path), open(path, "a+b") as file:
+        file.seek(max(file.tell() - 1, 0))
+        torn = file.read(1) not in (b"", b"\n")
+        file.write(f"{chr(10) if torn else ''}{json.dumps(value, ensure_ascii=False)}\n".encode())
+
+
+def read_whole_lines(path: str | Path) -> list[dict]:
+    """Return the objects of a file that is appended to line by line, without what is torn or still being written."""
+    path = Path(path)
+    found = []
+    for line in path.read_bytes().split(b"\n")[:-1] if path.is_file() else ():
+        try:
+            value = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(value, dict):
+            found.append(value)
+    return found
+
+
 @contextlib.contextmanager
 def folder_atomic(path: str | Path) -> Iterator[Path]:
     """Give a fresh temporary folder beside `path`; on a clean exit it takes the place of `path`.
 
-    A process killed inside leaves only a folder `.NAME.<8 hex digits>.tmp`, which the next call for this path removes.
+    A process killed inside leaves a folder `.NAME.<8 hex digits>.tmp`, which the next call for this path removes.
+    Killed between the two renames at the end, it leaves what stood at `path` as `.NAME.old`, which that call puts back.
     """
     path = Path(path)
     with disk_errors(path):
         if path.exists() and not path.is_dir():
             raise UserError(f"cannot write {path}: it is {_kind_of_file(path)}; choose another output folder")
         path.parent.mkdir(parents=True, exist_ok=True)
+        before = path.with_name(f".{path.name}.old")
+        if before.is_dir() and not path.exists():
+            os.replace(before, path)
         for stale in _temporaries(path):
             shutil.rmtree(stale)
+        shutil.rmtree(before, ignore_errors=True)
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
         temporary.mkdir()
         try:
@@ -133,11 +161,10 @@ def folder_atomic(path: str | Path) -> Iterator[Path]:
                 if file.is_file():
                     with open(file, "rb") as handle:
                         os.fsync(handle.fileno())
-            aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
             if path.exists():
-                os.replace(path, aside)
+                os.replace(path, before)
             os.replace(temporary, path)
-            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(before, ignore_errors=True)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 

@@ -29,7 +29,7 @@ def read_conversation(row: dict[str, Any], of: DataSet, where: str) -> tuple[Con
 
 def _of_columns(row: dict[str, Any], of: DataSet, where: str) -> Conversation:
     texts = {part: row.get(column) for part, column in of.columns.items()}
-    texts["input"] = texts.get("input") or ""
+    texts["input"] = "" if texts.get("input") is None else texts["input"]
     if not all(isinstance(text, str) for text in texts.values()):
         raise UserError(f"{where}: {', '.join(of.read)} is not text: {row!r:.120}")
     for part, rules in of.replace.items():

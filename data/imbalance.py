@@ -64,7 +64,8 @@ def complete_shares(shares: Mapping[str, float], available: Mapping[str, int]) -
     if others == 0 and total < 1 - 1e-9:
         raise UserError(f"the class shares add up to {total:g} and no other class has rows: make them add up to 1")
     rest = max(0.0, 1 - total)
-    return {name: shares[name] if name in shares else rest * count / others for name, count in available.items()}
+    of_one = rest / others if others else 0.0
+    return {name: shares.get(name, of_one * count) for name, count in available.items()}
 
 
 def largest_remainder(shares: Mapping[str, float], num_rows: int) -> dict[str, int]:

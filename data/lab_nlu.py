@@ -189,8 +189,8 @@ class LabRows:
         rows, source = load_rows(str(resolve_data(name)), split="train")
         found = []
         for index, row in enumerate(rows):
-            sentence, label = row.get("sentence"), row.get("label")
-            if not isinstance(sentence, str) or label not in (0, 1):
+            sentence, label = row.get("sentence"), find_task("sst2").label_id(row.get("label"))
+            if not isinstance(sentence, str) or label is None:
                 raise UserError(
                     f"{source.name}, row {index}: sentence and label (0 or 1) are needed, as SST-2 has them"
                 )

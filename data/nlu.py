@@ -206,7 +206,7 @@ def _to_label(value: Any, task: NLUTask, where: str) -> int | float:
     if not task.is_regression and (found := task.label_id(value)) is not None:
         return found
     try:
-        number = float(value)
+        number = math.nan if isinstance(value, bool) or "_" in str(value) else float(value)
     except (TypeError, ValueError):
         number = math.nan
     low, high = task.score_range or (math.inf, -math.inf)

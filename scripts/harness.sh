@@ -15,13 +15,14 @@ cd "$ROOT"
 HARNESS=.cache/lm-eval
 VERSION=0.4.13
 STAMP="$HARNESS/.version"
-if [ "$(cat "$STAMP" 2>/dev/null)" != "$VERSION" ]; then
+WANTED="$VERSION on $(.venv/bin/python -c 'import site; print(site.getsitepackages()[0])')" # moves with the folder
+if [ "$(cat "$STAMP" 2>/dev/null)" != "$WANTED" ]; then
     echo "harness: an environment for lm-evaluation-harness $VERSION in $HARNESS" >&2
     ours=$(.venv/bin/python -c 'import site; print(site.getsitepackages()[0])')
     .venv/bin/python -m venv --clear "$HARNESS"
     echo "$ours" >"$("$HARNESS/bin/python" -c 'import site; print(site.getsitepackages()[0])')/ours.pth"
     "$HARNESS/bin/python" -m pip --disable-pip-version-check --no-input install --quiet "lm-eval==$VERSION" >&2
-    echo "$VERSION" >"$STAMP"
+    echo "$WANTED" >"$STAMP"
 fi
 [ "${1:-}" = --setup ] && exit 0
 exec .venv/bin/python -m eval.harness "$@"

@@ -49,7 +49,7 @@ if command -v flock >/dev/null 2>&1; then
     flock -n 9 || { say "another set-up is running; waiting for it" && flock 9; }
 else
     until mkdir .cache/setup.lock.d 2>/dev/null; do
-        holder=$(cat .cache/setup.lock.d/pid 2>/dev/null || sleep 2 && cat .cache/setup.lock.d/pid 2>/dev/null || echo 0)
+        holder=$(cat .cache/setup.lock.d/pid 2>/dev/null || { sleep 2 && cat .cache/setup.lock.d/pid 2>/dev/null; } || echo 0)
         if [ "$holder" = 0 ] || ! kill -0 "$holder" 2>/dev/null; then rm -rf .cache/setup.lock.d; else sleep 1; fi
     done
     echo $$ >.cache/setup.lock.d/pid

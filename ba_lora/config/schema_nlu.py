@@ -7,6 +7,7 @@
 """
 
 import functools
+import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -240,14 +241,17 @@ def with_labels(config: NLUConfig) -> NLUConfig:
     files = [resolve_path(source) for source in config.data.sources]
     if not files or not all(file.is_file() or data_suffix(file) for file in files):
         raise UserError("nlu.task.labels=auto reads the labels from local files: name data.source=FILE, or the labels")
-    state = tuple((str(file), file.stat().st_mtime_ns if file.is_file() else 0) for file in files)
+    stats = [file.stat() if file.is_file() else None for file in files]
+    state = tuple(
+        (str(file), stat and (stat.st_mtime_ns, stat.st_size)) for file, stat in zip(files, stats, strict=True)
+    )
     labels = _labels_of(state, definition.label, config.data.split)
     config.nlu.task = task | {"labels": list(labels)}
     return config
 
 
 @functools.lru_cache(maxsize=64)  # a table reads one config hundreds of times; a changed file is read again
-def _labels_of(files: tuple[tuple[str, int], ...], column: str, split: str) -> tuple[str, ...]:
+def _labels_of(files: tuple[tuple[str, tuple[int, int] | None], ...], column: str, split: str) -> tuple[str, ...]:
     names = [name for name, _ in files]
     rows, source = stream_rows(names, split=split)
     found: set[str] = set()
@@ -258,7 +262,7 @@ def _labels_of(files: tuple[tuple[str, int], ...], column: str, split: str) -> t
         value = row[column]
         if isinstance(value, list | dict):
             raise UserError(f"{where}: several labels a row are not supported: train one task for each label")
-        if value is None or not plain_label(value):
+        if not plain_label(value):
             raise UserError(f"{where} has no label: take the row out, or name the labels (nlu.task.labels)")
         found.add(plain_label(value))
         if len(found) > MAX_CLASSES:
@@ -267,6 +271,8 @@ def _labels_of(files: tuple[tuple[str, int], ...], column: str, split: str) -> t
                 "nlu.task.range, else name another column"
             )
     try:
-        return tuple(sorted(found, key=float))
+        if all(math.isfinite(float(name)) for name in found):
+            return tuple(sorted(found, key=float))
     except ValueError:
-        return tuple(sorted(found))
+        pass
+    return tuple(sorted(found))

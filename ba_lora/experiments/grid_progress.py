@@ -15,6 +15,7 @@ class Running:
 
     work: StageQueue
     specs: list[Spec]
+    is_found: bool = False  # somebody else's, who may have asked for other tasks or settings
 
     def names(self, shown: int | None = None) -> str:
         """Return the runs' names, all or the first `shown`."""

@@ -107,7 +107,7 @@ class Grid(GridProgress):
                 continue
             if work is not None:
                 work.locks.append(lock)
-                self.running.append(Running(work, [spec]))
+                self.running.append(Running(work, [spec], is_found=True))
                 self.tell(f"{work.doing}: {path.name}, found again: {work.place}")
                 continue
             state = self._look(spec)
@@ -244,6 +244,8 @@ class Grid(GridProgress):
             elif work.doing == "training":
                 self.train_seconds.append(work.seconds)
                 self.tell(f"trained: {path.name} in {work.seconds:.0f} s")
+            elif running.is_found and inspect(spec, self.graders).status != DONE:
+                self.tell(f"found again: {path.name}, evaluated for something else: its own evaluation follows")
             else:
                 self._finish(spec)
                 self.tell(f"done: {path.name}, evaluated in {work.seconds / max(1, len(work.run_paths)):.0f} s")

@@ -44,6 +44,7 @@ from ba_lora.experiments.stages import (
     check_evaluation,
     evaluation_stages,
     launch_command,
+    leave_on_sigterm,
     run_stage,
     training_stage,
     whole_number,
@@ -51,9 +52,10 @@ from ba_lora.experiments.stages import (
 from ba_lora.io import read_object, sha256_file, write_json_atomic, write_text_atomic
 from ba_lora.judge_endpoint import endpoint_from_environment
 from ba_lora.locks import locked, work_lock_path
+from ba_lora.models.source import folder_hash, model_source
 from ba_lora.runs.card import write_model_card
 from ba_lora.runs.environment import environment, git_state, now
-from ba_lora.runs.folder import claimed_folder, is_finished
+from ba_lora.runs.folder import claimed_folder, is_finished, untuned_base_changed
 from ba_lora.runs.results import track_evaluation, write_result
 from ba_lora.runs.results_table import labelled, results_table
 from ba_lora.words import read_list, take_options
@@ -81,6 +83,7 @@ def run_specs(specs: Sequence[Spec], *, table: Callable[[list[dict[str, Any]]], 
     """Train, evaluate and push the runs, one after another, and print the table of their results; with `dry_run` only
     check them and print the commands."""
     configs = [spec.config for spec in specs]
+    leave_on_sigterm()
     evaluations = [evaluation_stages([config]) for config in configs]  # checks files, too
     for config, evaluation in zip(configs, evaluations, strict=True):
         if config.overwrite or not is_finished(config):
@@ -222,7 +225,9 @@ def prepare_evaluation(config: RunConfig) -> None:
 
     A quantised one gets merged/ too: what is evaluated is the quantised model.
     """
-    if config.method == UNTUNED and read_object(config.run_path / "train.json") is None:
+    if config.method == UNTUNED and (
+        read_object(config.run_path / "train.json") is None or untuned_base_changed(config)
+    ):
         write_text_atomic(config.run_path / "config.yaml", to_yaml(config))
         quantized = config.model.quantization != "none"
         facts = {
@@ -231,6 +236,7 @@ def prepare_evaluation(config: RunConfig) -> None:
             "error": None,
             "finished_at": now(),
             "model": {"name": config.model.name, "revision": config.model.revision},
+            "base_sha256": folder_hash(model_source(config.model)),
             "environment": environment() | {"git": git_state()},  # a grid may be older than the code
         }
         write_json_atomic(config.run_path / "train.json", facts)

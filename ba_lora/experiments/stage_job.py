@@ -1,7 +1,6 @@
 """A work as a job of a cluster: the stages run on its node, and end in order when the cluster says so."""
 
 import dataclasses
-import json
 import os
 import shutil
 import signal
@@ -15,6 +14,7 @@ from ba_lora.errors import UserError
 from ba_lora.experiments.executors.base import Slot, StageQueue
 from ba_lora.experiments.executors.local import LocalExecutor, group_lives
 from ba_lora.experiments.stages import Stage
+from ba_lora.io import append_line
 from ba_lora.locks import training_lock_path, try_lock
 
 SIGNAL = "USR1"  # Slurm's, before a time limit and on preemption
@@ -95,8 +95,7 @@ class StageJob:
     def _note(self, **event: object) -> None:
         array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
         job = f"{array}_{task}" if array else os.environ["SLURM_JOB_ID"]
-        with open(self.folder / f"{job}_events.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(event) + "\n")
+        append_line(self.folder / f"{job}_events.jsonl", event)
 
 
 def unmoved_by_usr1(stage: Stage) -> Stage:

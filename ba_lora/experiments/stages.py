@@ -6,6 +6,7 @@ eval.check before a training (`ask_checks`).
 
 import itertools
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,6 +25,7 @@ from ba_lora.models.source import model_source
 from ba_lora.paths import PROJECT_ROOT, resolve_path, stage_environment
 from ba_lora.words import nearest
 
+ENDS_BY_ITSELF_S = 10.0  # the patience with a stage that may have got the signal, too
 CHECKED = ("eval.generate", "eval.harness", "eval.nlu")  # the modules with a `check`, which eval.check calls
 
 
@@ -64,11 +66,28 @@ class Stage:
 
 
 def run_stage(stage: Stage) -> None:
-    """Run one stage from the project's root; leave with its status if it fails (it has said why)."""
+    """Run one stage from the project's root; leave with its status if it fails (it has said why).
+
+    Ctrl-C and SIGTERM, after `leave_on_sigterm`, end it too: it writes down that it was cancelled.
+    """
     output = subprocess.DEVNULL if stage.quiet else None
-    status = subprocess.run(stage.call.command, cwd=PROJECT_ROOT, stdout=output, env=stage_environment()).returncode
+    process = subprocess.Popen(stage.call.command, cwd=PROJECT_ROOT, stdout=output, env=stage_environment())
+    try:
+        status = process.wait()
+    except (KeyboardInterrupt, SystemExit):
+        try:
+            process.wait(ENDS_BY_ITSELF_S)  # a terminal, or a cluster, sends the signal to all processes
+        except subprocess.TimeoutExpired:
+            process.terminate()
+            process.wait()
+        raise
     if status != 0:
         sys.exit(status if status > 0 else 128 - status)
+
+
+def leave_on_sigterm() -> None:
+    """Let SIGTERM end this process in order, with the status of a process that it killed."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
 
 
 def ask_checks(calls: Iterable[Call], *words: str) -> dict[str, Any]:

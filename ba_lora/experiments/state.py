@@ -27,7 +27,7 @@ from ba_lora.io import read_json, read_object, write_json_atomic, write_text_ato
 from ba_lora.paths import PROJECT_ROOT
 from ba_lora.rows import is_commit
 from ba_lora.runs.environment import git_state, is_committed, now
-from ba_lora.runs.folder import CLAIM, is_trained, source_sha256
+from ba_lora.runs.folder import CLAIM, base_changed, is_trained, source_sha256, untuned_base_changed
 from ba_lora.runs.results import result_fault
 
 DECLARED = "declared.json"  # in the report's folder
@@ -76,6 +76,8 @@ def _inspect_files(spec: Spec, graders: Mapping[str, Mapping[str, str | None]]) 
             return RunState(STALE, reason, train=True, overwrite=True)
     elif not (config.run_path / "train.json").is_file():
         return RunState(MISSING)
+    elif untuned_base_changed(config):
+        return RunState(STALE, f"the base {config.model.name} has changed since it was evaluated")
     fault = evaluation_fault(config, evaluation_state(config), graders=graders)
     if fault is not None:
         return RunState(STALE if fault.stale else UNFINISHED, fault.reason, regrade=fault.regrade)
@@ -85,10 +87,13 @@ def _inspect_files(spec: Spec, graders: Mapping[str, Mapping[str, str | None]]) 
 
 
 def _training_fault(config: RunConfig) -> str | None:
-    """Return why a trained run is no longer the run that its config asks for: its data have changed since."""
+    """Return why a trained run is no longer the run that its config asks for: its data or base have changed since."""
     claim = config.run_path / CLAIM
-    if claim.is_file() and read_json(claim).get("source_sha256") != source_sha256(config):
+    claimed = read_json(claim) if claim.is_file() else {}
+    if claimed and claimed.get("source_sha256") != source_sha256(config):
         return f"{' or '.join(config.data_files)} has changed since it was trained on"
+    if base_changed(config, claimed.get("base")):
+        return f"the base {config.model.name} has changed since it was trained from it"
     if config.data.source is not None:
         return None
     if config.kind == "nlu":

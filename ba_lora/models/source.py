@@ -78,8 +78,17 @@ def folder_hash(folder: str | Path) -> str | None:
     folder = Path(folder)
     if not folder.is_dir():
         return None
-    files = sorted({file for pattern in MODEL_FILES for file in folder.glob(pattern) if file.is_file()})
-    return sha256_json({file.name: sha256_file(file) for file in files})
+    return sha256_json({file.name: sha256_file(file) for file in _model_files(folder)})
+
+
+def changed_after(folder: str | Path, moment: float) -> bool:
+    """Return whether a file of a local model was written, or put in its place, after a moment (in seconds, as time.time
+    has them); cheap beside its hash."""
+    return Path(folder).is_dir() and any(file.stat().st_ctime >= moment for file in _model_files(Path(folder)))
+
+
+def _model_files(folder: Path) -> list[Path]:
+    return sorted({file for pattern in MODEL_FILES for file in folder.glob(pattern) if file.is_file()})
 
 
 @contextlib.contextmanager

@@ -28,7 +28,7 @@ from ba_lora.config.schema import RunConfig, setting_differences, to_yaml, train
 from ba_lora.errors import UserError
 from ba_lora.io import disk_errors, read_object, sha256_file, write_json_atomic, write_text_atomic
 from ba_lora.locks import locked, training_lock_path
-from ba_lora.models.source import folder_hash, model_source
+from ba_lora.models.source import changed_after, folder_hash, model_source
 from ba_lora.paths import resolve_path
 from ba_lora.prompts import prompt_hash
 from ba_lora.runs.environment import now
@@ -45,7 +45,7 @@ FIRST_FACTORS = ("initial", "residual")
 _OWN = (
     "train.json", "log.jsonl", EVALUATIONS, STOP, "evaluation.json", "initial", "residual", "epochs", "features",
     DEV_TEXTS, "predictions", "completions", "grades", "scores", "wandb", "ranks", *EXPORTS,
-    *(f"{name}.rejected" for name in EXPORTS), *(f".{name}.saving" for name in EXPORTS),
+    *(f"{name}.rejected" for name in EXPORTS), *(f".{name}.{end}" for name in EXPORTS for end in ("saving", "old")),
 )  # fmt: skip
 
 
@@ -154,6 +154,8 @@ def _difference(config: RunConfig, claim: dict[str, Any]) -> str | None:
         files = " or ".join(config.data_files)
         return f"{files} has changed since {path.name} was started: overwrite=true redoes it"
     if is_trained(path, config):
+        if base_changed(config, earlier.get("base")):
+            return f"the base {config.model.name} has changed since {path.name} was trained: overwrite=true redoes it"
         return None
     if earlier["num_processes"] != claim["num_processes"]:
         return (
@@ -204,6 +206,18 @@ def keep_factors(config: RunConfig) -> None:
     found = {name: folder_hash(path / name) for name in FIRST_FACTORS}
     with disk_errors(path):
         write_json_atomic(path / CLAIM, found | read_object(path / CLAIM))
+
+
+def base_changed(config: RunConfig, sha256: str | None) -> bool:
+    """Return whether a local base is another than the one of this hash, which the run in the folder was built from and
+    has ended with since (None: not known). It is hashed only where a file of it is newer than the run's end."""
+    ended, source = config.run_path / "train.json", model_source(config.model)
+    return sha256 is not None and changed_after(source, ended.stat().st_mtime) and folder_hash(source) != sha256
+
+
+def untuned_base_changed(config: RunConfig) -> bool:
+    """Return whether a local base is another than when the pre-trained model got a run's folder."""
+    return base_changed(config, (read_object(config.run_path / "train.json") or {}).get("base_sha256"))
 
 
 def _inputs(config: RunConfig) -> dict[str, str | None]:

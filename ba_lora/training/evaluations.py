@@ -7,17 +7,16 @@ A hyper-parameter search (ba_lora/experiments/search) reads the one and writes t
 that shares the folder will do.
 """
 
-import json
 from pathlib import Path
 from typing import Any
+
+from ba_lora.io import read_whole_lines
 
 EVALUATIONS, STOP = "evaluations.jsonl", "stop"
 
 
 def read_evaluations(run_path: Path) -> list[dict[str, Any]]:
     """Return the evaluations of a run so far, in the order of their steps. A resumed training repeats some: the last
-    one of a step counts. A line that is still being written is left out."""
-    path = run_path / EVALUATIONS
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    lines = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    one of a step counts. A line that is not whole is left out."""
+    lines = read_whole_lines(run_path / EVALUATIONS)
     return [entry for _, entry in sorted({line["step"]: line for line in lines}.items())]

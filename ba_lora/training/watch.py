@@ -1,12 +1,11 @@
 """The training's side of evaluations.py: it tells its evaluations as it makes them, and stops when it is asked to."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
 
-from ba_lora.io import disk_errors, finite
+from ba_lora.io import append_line, finite
 from ba_lora.training.evaluations import EVALUATIONS, STOP
 
 
@@ -20,9 +19,7 @@ class WatchedTraining(TrainerCallback):
         values = {name: value for name, value in (logs or {}).items() if name.startswith("eval_")}
         if values and state.is_world_process_zero:
             path = self._run_path / EVALUATIONS
-            line = json.dumps(finite({"step": state.global_step, "max_steps": state.max_steps, **values}))
-            with disk_errors(path), open(path, "a", encoding="utf-8") as file:
-                file.write(line + "\n")
+            append_line(path, finite({"step": state.global_step, "max_steps": state.max_steps, **values}))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero and (self._run_path / STOP).exists():

@@ -81,6 +81,10 @@ def test_errors_in_one_line(shares: dict, num_rows: int | None, message: str) ->
     assert "\n" not in str(error.value)
 
 
+def test_a_class_without_rows_and_without_a_share_stays_empty() -> None:
+    assert complete_shares({"a": 0.5, "b": 0.5}, {"a": 10, "b": 10, "c": 0}) == {"a": 0.5, "b": 0.5, "c": 0.0}
+
+
 def test_a_class_without_rows_cannot_have_a_share() -> None:
     with pytest.raises(UserError, match="class contradiction has no row"):
         imbalanced_rows([0, 1, 0, 1], {"contradiction": 0.1}, classes=CLASSES)

@@ -85,6 +85,13 @@ def test_of_sst2_the_word_for_what_is_reviewed_decides(sst2):
     assert [row["sentence"] for row in sst2.of_base(2, 0)] != [row["sentence"] for row in clean]
 
 
+def test_sst2_may_be_a_table_whose_labels_are_text(sst2, tmp_path):
+    rows = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    lines = ["sentence\tlabel", *(f"{row['sentence']}\t{row['label']}" for row in rows)]
+    (tmp_path / "train.tsv").write_text("\n".join(lines) + "\n")
+    assert LabRows("sst2", str(tmp_path / "train.tsv"), sst2.test).of_base(1, 40) == sst2.of_base(1, 40)
+
+
 def test_test_rows_without_a_role_are_refused_before_any_training(sst2, tmp_path):
     write_jsonl_atomic(tmp_path / "none.jsonl", [{"sentence": "a movie", "label": 0}, {"sentence": "it", "label": 1}])
     with pytest.raises(UserError, match="none.jsonl: it has no row of the kind film: give another file"):

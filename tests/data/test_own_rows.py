@@ -97,6 +97,13 @@ def test_an_input_stands_in_alpacas_own_frame(tokenizer, tmp_path):
     assert tokenizer.decode(second["input_ids"]) == "<s>" + build_prompt("Was ist 1?") + " Das ist 1.</s>"
 
 
+@pytest.mark.parametrize("value", [0, False, []])
+def test_an_input_that_is_no_text_is_refused(tokenizer, tmp_path, value):
+    source = write(tmp_path / "rows.jsonl", [ROWS[0] | {"kontext": value}])
+    with pytest.raises(UserError, match="is not text"):
+        load_training_data(NLGDataConfig(source=source, columns=COLUMNS | {"input": "kontext"}), tokenizer)
+
+
 def test_an_input_column_that_no_row_has_is_refused(tokenizer, tmp_path):
     """A row may lack it, as json rows do; a name that nothing has is a slip."""
     source = write(

@@ -2,6 +2,7 @@
 
 import collections
 import json
+import math
 
 import pytest
 import yaml
@@ -154,6 +155,12 @@ def test_a_label_means_the_same_in_training_and_evaluation(labels, raw, name):
         assert read.examples[1].label == name and read.num_unlabelled == 3
 
 
+def test_a_missing_label_is_no_class():
+    """Its text would be one's name."""
+    task = find_task(TASS | {"labels": ["nan", "None"]})
+    assert [task.label_id(value) for value in (None, math.nan, "None")] == [None, None, 1]
+
+
 def test_auto_labels_are_sorted_and_kept_in_the_config(load, tmp_path):
     config = load(TASS | {"labels": "auto"}, tweets(), ending="tsv")
     assert config.nlu.task["labels"] == ["N", "NEU", "P"]
@@ -163,6 +170,8 @@ def test_auto_labels_are_sorted_and_kept_in_the_config(load, tmp_path):
     data = rows_of(config)
     names = [config.definition.labels[label] for label in data.train["labels"]]
     assert names == [str(int(stars[row]["polarity"])) for row in data.train["row"]], "a name, and no id"
+    with pytest.raises(UserError, match="row 3 has no label: take the row out"):
+        load(TASS | {"labels": "auto"}, [*stars[:3], {"tweet": "?", "polarity": math.nan}])
 
 
 def test_a_pair_and_a_regression(load):
@@ -173,6 +182,10 @@ def test_a_pair_and_a_regression(load):
     rows[7]["score"] = 6
     with pytest.raises(UserError, match="row 7: label 6 is no score from 0 to 5"):
         rows_of(load(task, rows))
+    for no_number in (True, "0_5"):
+        rows[7]["score"] = no_number
+        with pytest.raises(UserError, match=f"row 7: label {no_number!r} is no score from 0 to 5"):
+            rows_of(load(task, rows))
     rows[7]["score"] = "-1"
     data = rows_of(load(task | {"range": [-5, 5]}, rows))
     assert -1 in [*data.train["labels"], *data.dev["nah"]["labels"]]

@@ -261,6 +261,9 @@ def test_max_rows_is_a_seeded_sample(classifier: Path, tmp_path: Path) -> None:
     assert len(first) == 20 and {line["label"] for line in first} == {0, 1}
     score = read_json(tmp_path / "o" / "scores" / "imdb.json")
     assert score["n"] == 20 and score["num_rows"] == 100
+    assert (score["partial"], score["num_missing"], score["generation"]) == (True, 80, {"limit": 20})
+    main([*words[:5], *words[7:]])
+    assert not {"partial", "num_missing", "generation"} & read_json(tmp_path / "o" / "scores" / "imdb.json").keys()
 
 
 def test_predictions_that_are_nan_leave_the_metrics_undefined(

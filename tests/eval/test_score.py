@@ -354,6 +354,16 @@ def test_damaged_scores_are_one_line_or_none(tmp_path: Path, data: Path, capsys:
         assert main(["--runs", str(tmp_path)]) == 0, "scored again"
 
 
+def test_a_meta_file_of_other_completions_is_refused(tmp_path: Path, data: Path) -> None:
+    completions = write(tmp_path / "gsm8k.jsonl", lines(TEXTS))
+    meta = tmp_path / "gsm8k.meta.json"
+    meta.write_text(json.dumps({"completions_sha256": sha256_file(completions)}))
+    score_file(get_task("gsm8k"), completions, data=str(data))
+    write(completions, lines(TEXTS[::-1]))
+    with pytest.raises(UserError, match=r"gsm8k\.meta\.json belongs to other completions: remove it, or gen"):
+        score_file(get_task("gsm8k"), completions, data=str(data))
+
+
 def test_data_that_changed_since_is_refused(tmp_path: Path, data: Path) -> None:
     make_run(tmp_path / "run", data, TEXTS)
     meta_path = tmp_path / "run" / "completions" / "gsm8k.meta.json"
@@ -445,6 +455,7 @@ def test_scores_of_classifiers_and_measures_of_runs_go_stale_too(tmp_path: Path,
     scores = {
         "mnli": {"of_task": "mnli", "version": glue.VERSION},
         "sick": {"of_task": "mnli", "version": glue.VERSION},
+        "my_reviews": {"of_task": "my_reviews", "version": glue.VERSION},
         "inheritance": {"version": inheritance.VERSION},
         "likelihood": {"version": likelihood.VERSION, "prompt_hash": "0"},
     }
@@ -456,7 +467,7 @@ def test_scores_of_classifiers_and_measures_of_runs_go_stale_too(tmp_path: Path,
     def mark() -> list[str]:
         assert main(["--stale", str(tmp_path)]) == 0
         *lines, summary = capsys.readouterr().out.splitlines()
-        assert json.loads(summary)["checked"] == 4
+        assert json.loads(summary)["checked"] == 5
         return lines
 
     assert mark() == []
@@ -467,6 +478,7 @@ def test_scores_of_classifiers_and_measures_of_runs_go_stale_too(tmp_path: Path,
         ("inheritance", 1, 9, "eval.inheritance --run RUN measures"),
         ("likelihood", 1, 7, "eval.likelihood --run RUN --data FILE measures"),
         ("mnli", 1, 8, "eval.nlu --model RUN scores"),
+        ("my_reviews", 1, 8, "eval.nlu --model RUN scores"),
         ("sick", 1, 8, "eval.nlu --model RUN scores"),
     ]
     assert mark() == [
@@ -515,6 +527,18 @@ def test_results_are_refreshed(tmp_path: Path, data: Path, monkeypatch: pytest.M
     assert score() == [] and (results / "mine.json").stat().st_mtime_ns == before, "nothing changed but the seconds"
     monkeypatch.setattr(type(get_task("gsm8k")), "version", "99")
     assert score() == ["mine"] and result("mine")["evaluation"]["gsm8k"]["version"] == "99"
+
+    damaged, other = runs / "another-training" / "scores" / "toy.json", results / "another-training.json"
+    damaged.write_text("{")
+    other.write_text(other.read_text().replace("the day of before", "the day of another-training"))
+    (results / "mine.json").write_text(json.dumps(found | {"evaluation": {}}))
+    capsys.readouterr()
+    assert main(["--runs", str(runs), "--results", str(results)]) == 2
+    told = capsys.readouterr()
+    assert told.err.startswith("error: another-training: ") and told.err.count("\n") == 1
+    summary = json.loads(told.out.splitlines()[-1])
+    assert summary == {"scored": 3, "failed": ["another-training"], "refreshed": ["mine"]}
+    damaged.unlink()
 
     write(runs / "mine" / "completions" / "gsm8k.jsonl", lines(TEXTS[:1]))  # cannot be scored again
     assert main(["--runs", str(runs), "--results", str(results)]) == 2

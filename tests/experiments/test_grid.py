@@ -9,6 +9,7 @@ import signal
 import subprocess
 import threading
 import time
+import types
 
 import pytest
 
@@ -18,6 +19,7 @@ from ba_lora.experiments import state as grid_state
 from ba_lora.experiments.evaluation_state import STATE_FILE
 from ba_lora.experiments.executors.base import Busy, Slot
 from ba_lora.experiments.executors.local import LocalExecutor
+from ba_lora.experiments.grid_progress import Running
 from ba_lora.experiments.grid_runs import Grid
 from ba_lora.experiments.options import read_grid_options, rows_for_gpus, select_rows
 from ba_lora.experiments.plan import Checks, dry_run, plan_runs
@@ -482,6 +484,26 @@ except KeyboardInterrupt:
     finally:
         signal.signal(signal.SIGINT, before)
     assert ended.exists()
+
+
+def test_what_another_grid_evaluated_for_something_else_is_not_this_tables(folder):
+    """Found again on a cluster: its tasks or settings may be others."""
+    table = fake_grid.table(folder, seeds=[1])
+    grid = fake_grid.run(table)
+    spec = table.specs()[0]
+    path = spec.config.run_path
+    work = types.SimpleNamespace(
+        doing="evaluating", failures={}, states={}, seconds=1.0, run_paths=[path], goes_on=lambda path: False
+    )
+    for is_there in (False, True):
+        grid.done.clear()
+        score = path / "scores" / "toy.json"
+        text = score.read_text()
+        if not is_there:
+            score.unlink()
+        grid._record(Running(work, [spec], is_found=True))
+        assert (path in grid.done) == is_there
+        score.write_text(text)
 
 
 def test_rows_can_be_chosen(folder):

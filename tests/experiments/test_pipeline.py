@@ -6,8 +6,11 @@ import datetime
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 
@@ -25,6 +28,41 @@ NODES = {"NUM_MACHINES": "2", "MACHINE_RANK": "1", "MASTER_ADDR": "node0", "MAST
 
 def after(command, option):
     return command[command.index(option) + 1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_lets_the_stage_end_in_order(tmp_path, monkeypatch, number):
+    """It reaches this process only; the stage needs a second to write down that it was cancelled."""
+    begun, ended = tmp_path / "begun", tmp_path / "ended"
+    code = f"""
+import pathlib, signal, time
+signal.signal(signal.SIGTERM, signal.default_int_handler)
+try:
+    pathlib.Path({str(begun)!r}).touch()
+    time.sleep(600)
+except KeyboardInterrupt:
+    time.sleep(1)
+    pathlib.Path({str(ended)!r}).touch()
+"""
+
+    def send():
+        while not begun.exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(stages, "ENDS_BY_ITSELF_S", 0.1)
+    before = {one: signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+        stages.leave_on_sigterm()
+        threading.Thread(target=send, daemon=True).start()
+        with pytest.raises((KeyboardInterrupt, SystemExit)) as left:
+            stages.run_stage(stages.Stage("train", stages.Call("-c", settings=(code,), launch=(sys.executable,)), ()))
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)
+    assert ended.exists()
+    assert left.type is KeyboardInterrupt if number == signal.SIGINT else left.value.code == 128 + number
 
 
 @pytest.mark.parametrize("num_gpus", [0, 1])

@@ -146,6 +146,57 @@ def test_what_is_worse_than_the_others_is_pruned(tmp_path, write, monkeypatch):
     assert judged and len(judged) == len(set(judged))  # each evaluation once
 
 
+@pytest.mark.parametrize("late", [False, True], ids=["at once", "after a look"])
+def test_a_trial_that_is_pruned_and_fails_is_pruned_whenever_it_is_looked_at(tmp_path, write, monkeypatch, late):
+    """Else a slower machine, or a resumed search, would tell the engine another outcome."""
+    space = load_space(str(write(trials=1, pruning={"percentile": 50})))
+    runs = TrialRuns(space, tmp_path / "s", "toy", method="lora", words=(), kind="nlg")
+    monkeypatch.setattr(Journal, "is_pruned", lambda self, number, seen, upto: max(seen) >= 2)
+    journal = Journal(tmp_path / "s", space, {})
+    one = Search(journal, runs, open_proposer(space), None, say=lambda line: None)
+    one._propose()
+    running = one._running[0]
+    path = running.spec.config.run_path
+    path.mkdir(parents=True)
+    entries = [{"step": step, "max_steps": 4, "eval_task": 9.0} for step in (1, 2)]
+    (path / "evaluations.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    failure = types.SimpleNamespace(stage=types.SimpleNamespace(name="train"), status=2, log_path=tmp_path / "no.log")
+    running.work = types.SimpleNamespace(seconds=1.0, failures={path: [failure]}, news=[], release=lambda: None)
+    one._executor = types.SimpleNamespace(forget=lambda work, path: None)
+    if late:
+        one._prune(running)
+    monkeypatch.setattr(loop, "stage_error", lambda failure: "it failed")
+    one._ended(running)
+    assert (running.outcome.status, running.outcome.loss) == (PRUNED, 9.0)
+
+
+def test_the_value_is_that_of_the_checkpoint_that_is_exported(tmp_path, write):
+    """The best one is chosen by the loss with all terms, and the value is the task's."""
+    space = load_space(str(write(trials=1)))
+    runs = TrialRuns(space, tmp_path / "s", "toy", method="lora", words=(), kind="nlg")
+    config = runs.spec(0, {one.key: one.at(0.5) for one in space.parameters}, 42).config
+    config.run_path.mkdir(parents=True)
+    entries = [{"step": step, "max_steps": 3, "eval_task": loss} for step, loss in ((1, 2.0), (2, 1.5), (3, 1.0))]
+    (config.run_path / "evaluations.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    for best_step, value in ((None, 1.0), (2, 1.5)):
+        (config.run_path / "train.json").write_text(json.dumps({"training": {"best_step": best_step}}))
+        assert runs.loss(config) == value
+
+
+def test_other_training_rows_are_another_search(tmp_path, write):
+    rows = tmp_path / "rows.jsonl"
+    words = [f"data.source={rows}", "data.num_rows=null", "data.columns={instruction: query, response: response}"]
+    found = []
+    for text in ("one", "one", "two"):
+        line = json.dumps({"query": f"{text}?", "response": "The answer is: 1"})
+        rows.write_text("".join(line + "\n" for _ in range(40)))
+        done = run(tmp_path / "s", write(trials=1), *words)
+        output, _ = done.communicate(timeout=600)
+        found.append((done.returncode, output))
+    assert [status == 0 for status, _ in found] == [True, True, False], found
+    assert "another search" in found[2][1] and found[2][1].count("error:") == 1
+
+
 def run(folder, space, *words, **environment):
     return subprocess.Popen(
         [sys.executable, str(WORKER), "search", "toy", str(space), "method=lora", f"output={folder}", *words],

@@ -1,5 +1,10 @@
 """A search space is read to the letter, or refused in one line before anything is trained."""
 
+import csv
+import gzip
+import json
+from pathlib import Path
+
 import pytest
 import yaml
 
@@ -132,12 +137,26 @@ def check(space, folder, *words, config="toy", kind="nlg"):
         ({}, ["data.source=data/toy/test.jsonl"], "shares 400 questions with test.jsonl, the test set of toy"),
         ({}, ["data.source=[data/toy/clean/sample.jsonl,data/toy/test.jsonl]"], "shares 400 questions with test.jsonl"),
         ({"objective": "heldout_accuracy"}, ["eval.data.heldout=data/toy/test.jsonl"], "never looks at a test set"),
+        ({}, ["data.source=TMP/rows.csv"], "shares 2 questions with test.jsonl"),
+        ({}, ["data.source=TMP/rows.jsonl.gz"], "shares 2 questions with test.jsonl"),
+        (
+            {},
+            ["data.source=TMP/own.tsv", "data.columns={instruction: frage, response: antwort}"],
+            "shares 2 questions with test.jsonl",
+        ),
         ({}, ["data.name=gsm8k", "data.split=test"], "data.split=test is refused"),
     ],
 )
 def test_a_search_never_looks_at_a_test_set(write, tmp_path, changes, words, message):
+    tests = [json.loads(line) for line in Path("data/toy/test.jsonl").read_text().splitlines()[:2]]
+    for name, columns in (("rows.csv", ("query", "response")), ("own.tsv", ("frage", "antwort"))):
+        with open(tmp_path / name, "w", newline="") as file:
+            writer = csv.writer(file, delimiter="\t" if name.endswith("tsv") else ",")
+            writer.writerows([columns, *((row["query"].upper(), row["response"].splitlines()[-1]) for row in tests)])
+    with gzip.open(tmp_path / "rows.jsonl.gz", "wt") as file:
+        file.writelines(json.dumps(row) + "\n" for row in tests)
     with pytest.raises(UserError, match=message) as error:
-        check(load_space(write(**changes)), tmp_path, *words)
+        check(load_space(write(**changes)), tmp_path, *(word.replace("TMP", str(tmp_path)) for word in words))
     assert "\n" not in str(error.value)
 
 

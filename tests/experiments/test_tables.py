@@ -17,6 +17,7 @@ from ba_lora.config.layers import read_yaml
 from ba_lora.errors import UserError
 from ba_lora.experiments import grid, stages, table_file, tables
 from ba_lora.experiments.options import without_unchosen
+from ba_lora.experiments.search.space import load_space
 from ba_lora.experiments.spec import Spec
 from ba_lora.experiments.stages import evaluation_stages, training_stage
 from ba_lora.experiments.tables import Row, load_table
@@ -116,7 +117,7 @@ def test_usual_names_stand_in_one_file():
     files = [path for kind in ("methods", "nlg", "nlu") for path in (PROJECT_ROOT / "configs" / kind).glob("*.yaml")]
     assert {path.stem for path in files} - {"toy", "minilm"} <= set(usual)
     for path in FILES:
-        if path.stem != "robustness_nlu_toy" and not (PROJECT_ROOT / "results" / path.stem).is_dir():
+        if not (PROJECT_ROOT / "results" / path.stem).is_dir():
             assert not (read_yaml(path).get("labels") or {}).items() & usual.items(), path
 
 
@@ -331,16 +332,16 @@ def test_rows_take_the_best_values_of_their_own_searches(tmp_path, monkeypatch):
         ("nomad", "lora", 0.4, 2e-3),
         ("tpe", "pissa", 0.9, 3e-3),
     ):
-        folder = tmp_path / f"toy-{method}-rates" / f"{engine}-s0"
+        folder = tmp_path / f"toy-{method}-toy" / f"{engine}-s0"
         folder.mkdir(parents=True)
         trials = [{"number": 0, "value": value, "words": [f"trainer.learning_rate={rate}"]}]
-        facts = {"space": {"objective": "heldout_loss"}, "best": 0, "trials": trials}
-        (folder / "trials.json").write_text(json.dumps(facts))
+        space = load_space("toy", typed={"engine": engine, "search_seed": 0}).identity()
+        (folder / "trials.json").write_text(json.dumps({"space": space, "best": 0, "trials": trials}))
     rows = [
         {
             "bases": ["toy"],
             "methods": ["lora", "pissa"],
-            "search": "rates",
+            "search": "toy",
             "settings": {"": [], "rank=4": ["adapter.rank=4"]},
         }
     ]
@@ -356,7 +357,10 @@ def test_rows_take_the_best_values_of_their_own_searches(tmp_path, monkeypatch):
     rows[0] |= {"methods": ["lora", "ba_lora"], "gpus": 2}
     missing = load_table(write(tmp_path, rows=rows))
     assert set(missing.unchosen) == {Row("toy", "ba_lora"), Row("toy", "ba_lora", "rank=4")}
-    assert set(missing.unchosen.values()) == {"sh scripts/search.sh toy rates method=ba_lora gpus=2"}
+    assert set(missing.unchosen.values()) == {"sh scripts/search.sh toy toy method=ba_lora gpus=2"}
+    (folder / "trials.json").write_text(json.dumps({"space": space | {"trials": 7}, "best": 0, "trials": trials}))
+    with pytest.raises(UserError, match="trials.json is of another search space than toy .trials differ"):
+        load_table(write(tmp_path, rows=[rows[0] | {"methods": ["pissa"]}]))
 
 
 def test_a_table_takes_what_another_one_has_chosen(tmp_path, monkeypatch):

@@ -11,7 +11,17 @@ from safetensors.torch import save_file
 
 from ba_lora import io
 from ba_lora.errors import UserError
-from ba_lora.io import file_atomic, folder_atomic, load_tensors, read_json, read_jsonl, read_object, sha256_file
+from ba_lora.io import (
+    append_line,
+    file_atomic,
+    folder_atomic,
+    load_tensors,
+    read_json,
+    read_jsonl,
+    read_object,
+    read_whole_lines,
+    sha256_file,
+)
 
 
 def test_a_folder_takes_the_place_of_the_old_one(tmp_path):
@@ -24,6 +34,37 @@ def test_a_folder_takes_the_place_of_the_old_one(tmp_path):
         raise RuntimeError
     assert [path.name for path in (tmp_path / "lora").iterdir()] == ["second"]
     assert [path.name for path in tmp_path.iterdir()] == ["lora"]
+
+
+def test_what_a_kill_between_the_two_renames_took_away_comes_back(tmp_path, monkeypatch):
+    with folder_atomic(tmp_path / "lora") as folder:
+        (folder / "first").touch()
+    real = os.replace
+
+    def killed(source, target):
+        if Path(target) == tmp_path / "lora":
+            raise KeyboardInterrupt
+        real(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt), folder_atomic(tmp_path / "lora") as folder:
+        (folder / "second").touch()
+        patch.setattr(os, "replace", killed)
+    assert not (tmp_path / "lora").exists()
+    with pytest.raises(RuntimeError), folder_atomic(tmp_path / "lora"):
+        raise RuntimeError
+    assert [path.name for path in tmp_path.iterdir()] == ["lora"] and (tmp_path / "lora" / "first").is_file()
+
+
+def test_lines_stand_behind_a_torn_one(tmp_path):
+    path = tmp_path / "lines.jsonl"
+    append_line(path, {"step": 1})
+    with open(path, "a") as file:
+        file.write('{"step": 2, "max_s')  # a full disk
+    append_line(path, {"step": 3, "text": "ü"})
+    with open(path, "a") as file:
+        file.write('{"step": 4}')  # still being written
+    assert read_whole_lines(path) == [{"step": 1}, {"step": 3, "text": "ü"}]
+    assert read_whole_lines(tmp_path / "none.jsonl") == []
 
 
 @pytest.mark.parametrize("name", ["lora", "lora[1]"])

@@ -11,10 +11,21 @@ import torch
 from ba_lora.config.layers import load_config, load_run
 from ba_lora.config.schema import to_yaml
 from ba_lora.errors import UserError
+from ba_lora.experiments.pipeline import prepare_evaluation
+from ba_lora.experiments.spec import untuned_config
 from ba_lora.io import read_json, write_json_atomic
 from ba_lora.models.source import folder_hash, model_source
 from ba_lora.runs import folder as run
-from ba_lora.runs.folder import CLAIM, claimed_folder, is_finished, is_trained, keep_base, keep_factors, recorded
+from ba_lora.runs.folder import (
+    CLAIM,
+    claimed_folder,
+    is_finished,
+    is_trained,
+    keep_base,
+    keep_factors,
+    recorded,
+    untuned_base_changed,
+)
 from ba_lora.runs.results import assemble, result_fault, write_result
 from tests.support.tiny import only_result, save_tiny_model
 
@@ -334,6 +345,39 @@ def test_the_base_and_the_first_factors_are_those_of_the_start(configured, tmp_p
     else:
         claim(configured(word))
         assert not factors.exists() and "base" not in read_json(config.run_path / CLAIM)
+
+
+def test_a_trained_run_is_not_that_of_a_base_that_was_replaced(configured, tmp_path):
+    base = save_tiny_model(tmp_path / "base")
+    word = f"model.name={base}"
+    config = configured(word)
+    with claimed_folder(config):
+        keep_base(config, commit=None)
+    trained(config)
+    assert is_finished(config)
+    weights, content = base / "model.safetensors", (base / "model.safetensors").read_bytes()
+    weights.write_bytes(content)  # newer, and the same
+    assert is_finished(config)
+    weights.write_bytes(bytes([content[0], *content[1:-1], content[-1] ^ 1]))
+    assert not is_finished(config)
+    with pytest.raises(UserError, match="the base .* has changed since run was trained: overwrite=true redoes it"):
+        claim(configured(word))
+
+
+def test_the_pretrained_model_is_evaluated_anew_where_its_folder_was_replaced(configured, tmp_path):
+    base = save_tiny_model(tmp_path / "base")
+    config = untuned_config(configured(f"model.name={base}"))
+    config.output_dir = str(tmp_path / "untuned")
+    prepare_evaluation(config)
+    before = (config.run_path / "train.json").read_text()
+    prepare_evaluation(config)
+    assert (config.run_path / "train.json").read_text() == before and not untuned_base_changed(config)
+    weights = base / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert untuned_base_changed(config)
+    prepare_evaluation(config)
+    assert (config.run_path / "train.json").read_text() != before and not untuned_base_changed(config)
 
 
 def test_a_base_that_moves_on_the_hub_is_not_mixed_with_itself(configured):

@@ -507,3 +507,25 @@ def _of_the_table(result, method):
         return result["method"] == "untuned" and result["config"]["model"]["name"] == "data/toy/clean"
     config = load_config(ROOT / "configs" / "nlg" / "toy.yaml", method=method, overrides=[f"seed={result['seed']}"])
     return result["method"] == method and result["run_id"].endswith(training_hash(config))
+
+
+ROBUSTNESS = {"robustness_nlu_toy": ("## How much hangs on the settings, on the NLU default", 1)}
+
+
+@pytest.mark.parametrize("table", ROBUSTNESS)
+def test_the_page_on_results_has_the_spread_over_settings(table):
+    section, decimals = ROBUSTNESS[table]
+    report = json.loads(committed_text(f"results/{table}/table.json"))
+    labels = load_table(find_table(table)).labels
+    first, second = (column["name"] for column in report["columns"])
+    found = {(labels[one["method"]], one["column"]): one for one in report["over_settings"]}
+    told = PAGES["docs/results.md"].partition(section + "\n")[2].partition("\n## ")[0]
+    (_, _, *rows) = [_cells(line) for line in told.splitlines() if line.startswith("|")]
+    assert {row[0] for row in rows} == {name for name, _ in found}
+    for name, *shown in rows:
+        wanted = []
+        for column, places in ((first, decimals), (second, 3)):
+            one = found[name, column]
+            assert one["num_settings"] == 12
+            wanted += [f"{one[key]:.{places}f}" for key in ("best", "median", "worst", "spread")]
+        assert shown == wanted, name

@@ -159,6 +159,13 @@ def test_calls_at_the_same_time_set_up_once(tree: Path) -> None:
     assert sum("-e ." in call for call in calls(tree)) == 1
 
 
+def test_without_flock_a_set_up_waits_for_the_one_that_works(tree: Path) -> None:
+    (tree.parent / "tools" / "flock").unlink(missing_ok=True)
+    processes = [start(tree, FAKE_SECONDS="0.5") for _ in range(3)]
+    assert [(process.communicate(timeout=60), process.returncode)[1] for process in processes] == [0, 0, 0]
+    assert sum("-m venv" in call for call in calls(tree)) == 1
+
+
 def test_without_flock_a_killed_set_up_leaves_no_lock_behind(tree: Path) -> None:
     (tree.parent / "tools" / "flock").unlink(missing_ok=True)
     process = start(tree, FAKE_SECONDS="30")

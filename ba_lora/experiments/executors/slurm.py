@@ -15,8 +15,8 @@ there have been more than `max_node_failures`.
 """
 
 import dataclasses
-import getpass
-import json
+import os
+import pwd
 import shlex
 import shutil
 import subprocess
@@ -33,7 +33,7 @@ from ba_lora.errors import UserError
 from ba_lora.experiments.executors.base import Busy, Executor, Slot, StageFailure, StageQueue
 from ba_lora.experiments.executors.slurm_settings import SlurmSettings, outside_any_job
 from ba_lora.experiments.stage_job import SIGNAL, UNMOVED, StageJob, unmoved_by_usr1
-from ba_lora.io import disk_errors, read_object, write_json_atomic
+from ba_lora.io import disk_errors, read_object, read_whole_lines, write_json_atomic
 from ba_lora.paths import PROJECT_ROOT, user_folder
 
 JOB_NAME = "ba_lora"
@@ -276,7 +276,8 @@ class SlurmExecutor(Executor):
         given.gone += 1
         if given.gone < GONE_AFTER:  # its result may be on its way through the file system
             return False
-        return self._settle(given, UNREADABLE if outcome else state or _accounted_state(given.job) or "LOST")
+        ended = UNREADABLE if outcome else state or _accounted_state(given.job) or "LOST"
+        return ended not in UNENDED and self._settle(given, ended)
 
     def _take(self, given: _Given, outcome: str, result: Any) -> bool:
         """Take over what a job has returned."""
@@ -321,8 +322,8 @@ class SlurmExecutor(Executor):
     def _read_events(self, given: _Given) -> None:
         """Read what the job has noted since: where it began, which log it writes, how it was stopped."""
         path = self.folder / given.key / f"{given.job}_events.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        for event in map(json.loads, lines[given.told :]):
+        events = read_whole_lines(path)
+        for event in events[given.told :]:
             if event["event"] == "stage":
                 given.work.log_path = Path(event["log"])
                 continue
@@ -336,8 +337,8 @@ class SlurmExecutor(Executor):
                 )
             else:
                 given.work.news.append(f"job {given.job} {event['event']}: it goes back into the queue, or ends")
-        given.told = len(lines)
-        if (failures := _node_failures(lines)) > given.node_failures:
+        given.told = len(events)
+        if (failures := _node_failures(events)) > given.node_failures:
             given.node_failures = self._failed_nodes[given.job] = failures
             given.work.news.append(f"job {given.job}: its node had failed")
 
@@ -363,7 +364,7 @@ class SlurmExecutor(Executor):
 def queue_states() -> dict[str, tuple[str, str, str]] | None:
     """Return job → (state, nodes, reason) of this user's jobs, ended ones as long as Slurm remembers; None where its
     controller does not answer."""
-    lines = _listed(["squeue", "-h", "-r", "-t", "all", "-u", getpass.getuser(), "-o", "%i|%T|%N|%r"])
+    lines = _listed(["squeue", "-h", "-r", "-t", "all", "-u", pwd.getpwuid(os.getuid()).pw_name, "-o", "%i|%T|%N|%r"])
     if lines is None:
         return None
     found = (line.split("|", 3) for line in lines)
@@ -413,10 +414,9 @@ def _outcome(folder: Path, job: str) -> tuple[str, Any] | None:
         return UNREADABLE, error
 
 
-def _node_failures(lines: Sequence[str]) -> int:
+def _node_failures(events: Sequence[Mapping[str, Any]]) -> int:
     """Return how many starts neither were the first nor followed an orderly stop or Slurm's own SIGTERM."""
-    kinds = [json.loads(line)["event"] for line in lines]
-    kinds = [kind for kind in kinds if kind != "stage"]
+    kinds = [event["event"] for event in events if event["event"] != "stage"]
     return sum(kind == before == "start" for before, kind in zip(kinds, kinds[1:], strict=False))
 
 

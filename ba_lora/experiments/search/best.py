@@ -3,10 +3,12 @@
 from pathlib import Path
 
 from ba_lora.errors import UserError
+from ba_lora.experiments.search.space import load_space
 from ba_lora.io import read_object
 from ba_lora.paths import PROJECT_ROOT
 
 TRIALS = "trials.json"
+ENGINES_OWN = ("engine", "search_seed")  # of a space's identity: several searches of it differ in these
 SEARCHES_PATH = PROJECT_ROOT / "outputs" / "searches"
 
 
@@ -16,13 +18,20 @@ def search_folder(base: str, method: str, space: str) -> Path:
 
 
 def best_words(base: str, method: str, space: str) -> list[str] | None:
-    """Return `key=value` of the best trial of all these searches, None where none is finished."""
+    """Return `key=value` of the best trial of all these searches, None where none is finished. Raises UserError where
+    one was made in another space than the file has now."""
     folder = search_folder(base, method, space)
     found = []
+    now = {key: value for key, value in load_space(space).identity().items() if key not in ENGINES_OWN}
     for path in sorted(folder.glob(f"*/{TRIALS}")):
         facts = read_object(path)
         if facts is None:
             raise UserError(f"{path} is damaged: delete it, and give the search's command again")
+        if changed := [key for key, value in now.items() if facts["space"].get(key) != value]:
+            raise UserError(
+                f"{path} is of another search space than {space} ({', '.join(changed)} differ): delete {path.parent}, "
+                "and give the search's command again"
+            )
         sign = -1 if facts["space"]["objective"] == "heldout_accuracy" else 1
         found += [
             (sign * trial["value"], trial["words"]) for trial in facts["trials"] if trial["number"] == facts["best"]

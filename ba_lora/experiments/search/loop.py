@@ -71,6 +71,8 @@ class Search:
     def run(self) -> str | None:
         """Work until the budget is spent; return why it was not, where the engine had no further trial."""
         try:
+            if self.journal.told:  # a search that was killed may have left them
+                self._remove_weights(self.journal.told - 1)
             for trial in self.journal.trials[self.journal.told :]:
                 self._begin(trial)
             while True:
@@ -133,8 +135,7 @@ class Search:
         assert outcome is not None
         self.journal.tell(trial.number, outcome)
         self._proposer.tell(trial)
-        for spec in running.specs:
-            remove_weights(spec.config.run_path)
+        self._remove_weights(trial.number)
         shown = "" if outcome.loss is None else f" {self._shown(outcome.loss)}"
         error = f": {outcome.facts['error']}" if outcome.status == FAILED else ""
         best = self.best()
@@ -145,6 +146,10 @@ class Search:
         first = self.journal.trials[:MAX_FAILURES]
         if trial.number == MAX_FAILURES - 1 and all(one.outcome.status == FAILED for one in first):
             raise UserError(f"the first {MAX_FAILURES} trials have failed, the last one with: {outcome.facts['error']}")
+
+    def _remove_weights(self, number: int) -> None:
+        for seed in self.space.seeds:
+            remove_weights(self.runs.run_path(number, seed))
 
     def best(self) -> Trial | None:
         """Return the trial with the least loss of those that are whole, the first of equals; None where none is."""
@@ -208,18 +213,17 @@ class Search:
         assert work is not None
         running.seconds += work.seconds
         try:
-            if running.outcome is not None:  # pruned while it ran
-                running.outcome.facts["seconds"] = round(running.seconds, 2)
+            self._prune(running)  # where the training was faster than the last look at it, or failed since
+            if running.outcome is not None:
+                pass
             elif failures := work.failures.get(spec.config.run_path):
                 facts = {"error": stage_error(failures[0]), "log": str(failures[0].log_path)}
                 running.outcome = Outcome(FAILED, None, self._evaluations(running), facts)
             else:
-                self._prune(running)  # where the training was faster than the last look at it
-                if running.outcome is None:
-                    loss = self.runs.loss(spec.config)
-                    running.facts.append({"seed": spec.config.seed, "loss": loss} | self.runs.facts(spec.config))
-                    running.losses.append(loss)
-                if running.outcome is None and len(running.losses) == len(running.specs):
+                loss = self.runs.loss(spec.config)
+                running.facts.append({"seed": spec.config.seed, "loss": loss} | self.runs.facts(spec.config))
+                running.losses.append(loss)
+                if len(running.losses) == len(running.specs):
                     mean = sum(running.losses) / len(running.losses)
                     error = {} if math.isfinite(mean) else {"error": "its held-out loss is not finite"}
                     status, loss = (FAILED, None) if error else (COMPLETE, mean)

@@ -45,7 +45,9 @@ from ba_lora.experiments.search.trials import TrialRuns
 from ba_lora.experiments.stages import launch_command, training_stage
 from ba_lora.experiments.state import GRID_PATH
 from ba_lora.locks import locked
+from ba_lora.models.source import folder_hash, model_source
 from ba_lora.paths import PROJECT_ROOT, stage_environment, written_path
+from ba_lora.runs.folder import source_sha256
 from ba_lora.words import read_list, read_numbers, take_options
 
 OWN = ("output", "workers", "gpus", "executor", "method", *TYPED)
@@ -111,10 +113,12 @@ def _search(
     kind, chosen = find_executor(*executor)
     own = GRID_PATH if kind.on_this_machine else folder
     workers = min(workers, getattr(chosen, "jobs_at_once", workers))
-    settings = training_settings(runs.spec(0, first, space.seeds[0]).config)
+    config = runs.spec(0, first, space.seeds[0]).config
+    settings = training_settings(config)
     lock_path = folder.with_name(f".{folder.name}.lock")
     with locked(lock_path, doing=f"searches in {folder}", made=folder):
-        journal = Journal(folder, space, {"words": [*words], "settings": settings})
+        made_of = {"source_sha256": source_sha256(config), "base_sha256": folder_hash(model_source(config.model))}
+        journal = Journal(folder, space, {"words": [*words], "settings": settings} | made_of)
         if (told := journal.told) or journal.trials:
             _say(f"{folder}: {told} of {space.budget} trials are known already")
         opened = open_executor(*executor, folder=own, gpus=gpus, workers=workers)

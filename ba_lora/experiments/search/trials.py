@@ -18,8 +18,9 @@ from ba_lora.experiments.search.space import SearchSpace
 from ba_lora.experiments.spec import Spec
 from ba_lora.experiments.stages import check_evaluation, evaluation_stages
 from ba_lora.glue import find_task
-from ba_lora.io import read_json, read_jsonl, read_object
+from ba_lora.io import read_json, read_object
 from ba_lora.paths import resolve_path
+from ba_lora.rows import load_rows
 from ba_lora.runs.folder import EXPORTS
 from ba_lora.training.evaluations import STOP, read_evaluations
 
@@ -46,8 +47,12 @@ class TrialRuns:
             words += ["eval.tasks=[]", "export.merged=false"]
         words += ["eval.untuned=false"] if self.kind == "nlg" else []
         words += [*self.space.words(values), f"seed={seed}", f"results_dir={self.folder / 'results'}"]
-        words.append(f"output_dir={self.folder / 'trials' / f't{number:04}-s{seed}'}")
+        words.append(f"output_dir={self.run_path(number, seed)}")
         return Spec.resolve(self._config_path, self._method, words, kind=self.kind)
+
+    def run_path(self, number: int, seed: int) -> Path:
+        """Return the folder of a trial's training with one seed."""
+        return self.folder / "trials" / f"t{number:04}-s{seed}"
 
     def best_config(self, values: Mapping[str, Any]) -> RunConfig:
         """Return the config to train with these values: without what only a trial is measured by."""
@@ -81,11 +86,13 @@ class TrialRuns:
         if self.space.objective == "heldout_accuracy" and self.kind == "nlg":
             score = read_json(config.run_path / "scores" / f"{HELDOUT_TASK}.json")
             return 1 - score["metrics"]["strict"]
-        losses = [loss for _, loss, _ in self.evaluations(config)]
+        losses = {step: loss for step, loss, _ in self.evaluations(config)}
         if not losses:
             raise UserError(f"{config.run_path} has no evaluation: its evaluations.jsonl is gone")
-        best = config.kind == "nlu" or config.trainer.get("load_best_model_at_end")
-        return min(losses) if best else losses[-1]
+        if config.kind == "nlu":
+            return min(losses.values())
+        training = (read_object(config.run_path / "train.json") or {}).get("training") or {}
+        return losses.get(training.get("best_step"), losses[max(losses)])
 
     def facts(self, config: RunConfig) -> dict[str, Any]:
         """Return what a training cost."""
@@ -161,20 +168,22 @@ def _refuse_test_rows(space: SearchSpace, config: NLGConfig) -> None:
         raise UserError(f"data.split={config.data.split} is refused: a search may look at training rows only")
     for key, file in [*(("data.source", one) for one in config.data.sources), *asked.items()]:
         path = resolve_path(file) if file else None
-        if path is None or path.suffix not in (".json", ".jsonl") or not path.is_file():
+        if path is None or not path.is_file():
             continue
-        rows = _questions(path)
+        own = config.data.columns.get("instruction") if key == "data.source" else None
+        rows = _questions(path, own)
         for task, test in tests.items():
-            if test.suffix in (".json", ".jsonl") and test.is_file() and (shared := rows & _questions(test)):
+            if test.is_file() and (shared := rows & _questions(test)):
                 raise UserError(
                     f"{key}={file} shares {len(shared)} questions with {test.name}, the test set of {task}: a search "
                     "never looks at a test set; give other rows"
                 )
 
 
-def _questions(path: Path) -> set[str]:
-    """Return the questions of a file, without what case and spaces differ in."""
-    rows = read_jsonl(path) if path.suffix == ".jsonl" else read_json(path)
-    names = ("query", "question", "instruction", "problem", "prompt", "text")
-    found = (row[name] for row in rows if isinstance(row, dict) for name in names if isinstance(row.get(name), str))
+def _questions(path: Path, own: str | None = None) -> set[str]:
+    """Return the questions of a file, without what case and spaces differ in. own: the column that has them, where it
+    has none of the usual names."""
+    rows, _ = load_rows(str(path), split="train")
+    names = ("query", "question", "instruction", "problem", "prompt", "text", *([own] if own else []))
+    found = (row[name] for row in rows for name in names if isinstance(row.get(name), str))
     return {" ".join(text.lower().split()) for text in found}

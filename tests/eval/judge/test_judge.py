@@ -363,7 +363,7 @@ def test_two_processes_do_not_pay_for_the_same_judgements(tmp_path: Path) -> Non
         process.join(20)
 
 
-def test_an_interrupt_ends_the_waiting_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_refused_key_ends_the_waiting_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 60.0)
     monkeypatch.setattr("openai._base_client.MAX_RETRY_DELAY", 60.0)
     waiting = threading.Event()

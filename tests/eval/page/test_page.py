@@ -92,7 +92,8 @@ def test_the_texts_of_generated_rows_are_the_runs_own(tmp_path):
     assert answers.missing == [] and [row["question"] for row in answers.rows] == ["premise 1\n\nhypothesis 1"]
     other = {"of_task": "toy_pairs", "predictions_sha256": "0", "data": "no/such.jsonl"}
     answers = read_answers(tmp_path, "mnli", other)
-    assert [row["question"] for row in answers.rows] == [None] and "texts of mnli are not at hand" in answers.missing[0]
+    assert [row["question"] for row in answers.rows] == [None] and "texts of mnli are not at hand" in answers.missing[1]
+    assert answers.missing[0] == "the predictions have changed since they were graded"
     write_jsonl_atomic(texts, [{"task_id": "toy_pairs/1", "texts": 3}, {"texts": []}])
     assert (
         "texts of toy_pairs are not at hand" in read_answers(tmp_path, "toy_pairs", {"of_task": "toy_pairs"}).missing[0]
@@ -110,6 +111,35 @@ def test_a_harness_score_has_no_answers_and_its_own_scale(tmp_path):
     shown = {column.metric: (column.unit, column.scale, column.better) for column in made.table.spec.columns}
     assert shown["acc_norm"] == ("%", 100.0, "higher") and shown["word_perplexity"] == ("", 1.0, "none")
     assert write_page(tmp_path / "page", made.table, made.sources, made.shown) == []
+
+
+def test_the_metrics_of_runs_have_their_own_scales_and_directions(tmp_path):
+    """KL and NLL are nats, less of a wrong rule is better, and what nobody knows is not ranked."""
+    run = toy_run(tmp_path / "run", "lora", 1, completion=lambda place, gold: gold, items=5)
+    names = ("nll", "kl", "p_right", "p_wrong", "wrong_rule", "accuracy", "pass@10", "p_wrong_before", "unheard_of")
+    score = {"task": "x", "version": "1", "n": 5, "invalid": 0, "metrics": dict.fromkeys(names, 0.5)}
+    write_json_atomic(run / "scores" / "x.json", score)
+    columns = {column.metric: column for column in table_of_runs([run]).table.spec.columns if column.task == "x"}
+    assert {name: (one.unit, one.scale, one.better) for name, one in columns.items()} == {
+        "nll": ("nats", 1.0, "lower"),
+        "kl": ("nats", 1.0, "lower"),
+        "p_right": ("%", 100.0, "higher"),
+        "p_wrong": ("%", 100.0, "lower"),
+        "wrong_rule": ("%", 100.0, "lower"),
+        "accuracy": ("%", 100.0, "higher"),
+        "pass@10": ("%", 100.0, "higher"),
+        "p_wrong_before": ("", 1.0, "none"),
+        "unheard_of": ("", 1.0, "none"),
+    }
+
+
+def test_answers_that_changed_since_they_were_graded_are_told(tmp_path):
+    run = toy_run(tmp_path / "run", "lora", 1, completion=lambda place, gold: gold, items=5)
+    scored = entry(tmp_path, "run", "toy")
+    assert read_answers(run, "toy", scored).missing == []
+    path = run / "completions" / "toy.jsonl"
+    path.write_text(path.read_text().replace('"stop"', '"length"'))
+    assert read_answers(run, "toy", scored).missing == ["the completions have changed since they were graded"]
 
 
 def test_what_is_gone_or_damaged_is_said_and_the_rest_is_there(world, tmp_path):
@@ -169,7 +199,7 @@ def test_the_libraries_come_from_their_packages(root):
     files = libraries()
     assert b"globalThis.DataTable = " in files["datatables.js"] and b"MIT" in files["LICENSES.txt"]
     tracked = subprocess.run(["git", "ls-files", "*.js"], cwd=root, capture_output=True, text=True).stdout.split()
-    assert all(name.startswith(("eval/page/static/", "results/toy/page/")) for name in tracked)
+    assert tracked and all(name.startswith(("eval/page/static/", "results/toy/page/")) for name in tracked)
 
 
 def test_runs_of_no_table_are_rows_by_what_differs(world):

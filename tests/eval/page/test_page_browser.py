@@ -5,9 +5,10 @@ import zipfile
 
 import pytest
 
+from ba_lora.io import read_json, read_jsonl, write_json_atomic, write_jsonl_atomic
 from eval.page.build import write_page
 from eval.page.loose import find_runs, table_of_runs
-from tests.support.page_world import HOSTILE, ITEMS, solved
+from tests.support.page_world import HOSTILE, ITEMS, solved, toy_run
 
 pytestmark = pytest.mark.slow
 ROWS = "#table tbody tr"
@@ -119,6 +120,34 @@ def test_the_next_page_of_the_list_follows_the_keys_and_items_sort(open_page):
     opened.see("#answers-list tbody tr:first-child td", "toy/39")
 
 
+def test_an_item_of_a_lower_rank_has_a_link_of_its_own(open_page, tmp_path):
+    """Its ids are those of the whole rank's answers."""
+    run = toy_run(tmp_path / "run", "lora", 1, completion=lambda place, gold: f"whole {place}", items=5)
+    at_rank = toy_run(run / "ranks" / "1", "lora", 1, completion=lambda place, gold: f"of rank 1, {place}", items=5)
+    write_json_atomic(run / "scores" / "ranks" / "1" / "toy.json", read_json(at_rank / "scores" / "toy.json"))
+    made = table_of_runs([run])
+    assert write_page(tmp_path / "page", made.table, made.sources, made.shown) == []
+    opened = open_page("#/answers/run/ranks%2F1%2Ftoy", folder=tmp_path / "page")
+    opened.press("ArrowRight").press("ArrowRight")
+    assert current(opened) == "toy/2" and "of rank 1, 2" in opened.text("#answers-item")
+    opened.go(opened.tab.url.partition("index.html")[2])
+    assert current(opened) == "toy/2" and "of rank 1, 2" in opened.text("#answers-item")
+    opened.go("#run/toy/2")
+    assert "whole 2" in opened.text("#answers-item")
+
+
+def test_the_wrong_rule_is_not_right(open_page, tmp_path):
+    run = toy_run(tmp_path / "run", "lora", 1, completion=lambda place, gold: gold, items=2)
+    path = run / "grades" / "toy.jsonl"
+    lines = [line | {"metrics": {"wrong_rule": float(place)}} for place, line in enumerate(read_jsonl(path))]
+    write_jsonl_atomic(path, lines)
+    made = table_of_runs([run])
+    write_page(tmp_path / "page", made.table, made.sources, made.shown)
+    opened = open_page("#/answers/run/toy", folder=tmp_path / "page")
+    opened.tab.select_option("#answers-verdict", "wrong")
+    assert items(opened) == ["toy/1"]
+
+
 def test_two_runs_side_by_side_on_one_item(open_page):
     opened = open_page("#toy-lora-s1/toy/0")
     opened.tab.select_option("#answers-other", "toy-ba_lora-s2")
@@ -154,6 +183,27 @@ def test_two_methods_with_the_numbers_of_the_paired_test(open_page, world):
     assert opened.tab.locator("#compare-item .side").count() == 4
     opened.tab.fill("#compare-search", "no such words anywhere")
     assert f"0 of {ITEMS} items" in opened.text("#compare-count")
+
+
+def test_the_search_of_a_comparison_is_through_its_own_columns_answers(open_page):
+    """Of MT-Bench through both turns of a question."""
+    opened = open_page("#/compare")
+    data = json.loads(_value(opened, "page"))
+    columns = {column["name"]: str(column["place"]) for column in data["columns"]}
+    rows = {(row["base"], row["method"]): place for place, row in enumerate(data["rows"])}
+    judged = rows["toy", "full_ft"]
+    opened.go(f"#/compare/{columns['mt_bench.rating']}/{judged}/{judged}")
+    opened.tab.select_option("#compare-kind", "")
+    opened.press("ArrowRight").see("#compare-item h3", "mt_bench/81")
+    for words in ("old pond", "a young lady"):
+        opened.tab.fill("#compare-search", words)
+        assert "1 of 1 items" in opened.text("#compare-count")
+    opened.tab.fill("#compare-search", "")
+    link = f"/compare/{columns['toy.strict']}/{rows['toy', 'ba_lora']}/{rows['toy', 'lora']}"
+    opened.tab.evaluate(f"location.hash = '{link}'")
+    opened.see("#compare-item h3", "toy/0").ready()
+    opened.tab.fill("#compare-search", "step 17:")
+    assert f"1 of {ITEMS} items" in opened.text("#compare-count")
 
 
 def _value(opened, name):

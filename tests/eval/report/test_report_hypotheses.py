@@ -26,6 +26,7 @@ H1 = {
     "expected": "below",
     "margin": 1,
 }
+IDS = tuple(f"item/{number}" for number in range(60))
 CONDITION = H1 | {"arms": ["untuned"], "expected": "above", "margin": 5, "condition": True}
 
 
@@ -41,7 +42,7 @@ def found(entries, means, *, missing=(), sd=0.2, num_items=60, seed=0, rows=ROWS
     def values(row, column):
         mean = means[row.method, level_of(row, "base")].get(column, 50.0)
         model = random.normal(0, sd)
-        return mean + model + easy_N + random.normal(0, 0.2, (2, num_items))
+        return IDS[:num_items], mean + model + easy_N + random.normal(0, 0.2, (2, num_items))
 
     clusters = Clusters(rows, "base", values, lambda row, column: 2 * ((row.method, level_of(row, "base")) in missing))
     return {one.hypothesis.name: one for one in decide_all(parse(**entries), clusters)}
@@ -189,7 +190,7 @@ def test_what_an_entry_needs_and_how_many_are_primary():
 
 def test_arms_need_the_same_models():
     rows = [row for row in ROWS if row != Row("toy", "pissa", "noise=40 base=2")]
-    clusters = Clusters(rows, "base", lambda row, column: np.zeros((2, 4)), lambda row, column: 0)
+    clusters = Clusters(rows, "base", lambda row, column: (IDS[:4], np.zeros((2, 4))), lambda row, column: 0)
     with pytest.raises(UserError, match="have not the same pre-trained models"):
         decide_all(parse(H1=H1), clusters)
 
@@ -322,6 +323,35 @@ def test_items_that_differ_between_runs_are_refused(world):
         UserError, match="s2 has other items than tiny-pissa-noise=40_base=2-s1 for column gsm8k: score"
     ):
         build_table(made, world.sources(made))
+
+
+@pytest.mark.parametrize(
+    ("arms", "levels", "number", "told"),
+    [
+        (("pissa",), ("noise=40",), 9, "ba_lora and pissa at noise=40"),
+        (("pissa",), ("noise=40",), 10, "ba_lora and pissa at noise=40"),
+        (("pissa", "ba_lora"), ("noise=40",), 9, "noise=40 and noise=0"),
+    ],
+)
+def test_arms_and_levels_on_other_items_are_refused(world, arms, levels, number, told):
+    """Also where there are as many of them."""
+    for row in ROWS:
+        if row.method in arms and level_of(row, "base") in levels:
+            for seed in RUN_SEEDS:
+                run = world.add(row.method, seed, setting=row.setting.replace(" ", "_"), grades=[1.0] * number)
+                path = run.run_path / "grades" / "gsm8k.jsonl"
+                path.write_text(path.read_text().replace("gsm8k/0", "gsm8k/00"))
+    made = spec(world)
+    with pytest.raises(UserError, match=f"{told} have other items in column gsm8k: score both on one file"):
+        build_table(made, world.sources(made))
+
+
+def test_grades_that_are_not_those_of_the_score_count_as_unknown(world):
+    run = world.run("pissa", 1, setting="noise=40_base=2")
+    world.edit(run, **{"evaluation/gsm8k/metrics/strict": 0.7})
+    made = spec(world)
+    (one,) = build_table(made, world.sources(made)).findings
+    assert one.difference == pytest.approx(-21) and one.num_items is None
 
 
 def test_the_guards_value_is_told_beside_the_decision(world):

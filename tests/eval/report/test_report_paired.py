@@ -14,6 +14,7 @@ from ba_lora.io import write_jsonl_atomic
 from eval.metrics.bootstrap import weighted_metric
 from eval.metrics.scores import METRICS
 from eval.nlu_scores import score_predictions
+from eval.page.view import item_values
 from eval.report.columns import ReportColumn
 from eval.report.crossed import crossed_t
 from eval.report.table import build_table
@@ -306,7 +307,7 @@ def add_mt_bench(world, method, seed, ratings):
         for item, grade in zip(items, grades, strict=True)
     ]
     write_jsonl_atomic(run.run_path / "grades" / "mt_bench.jsonl", lines)
-    return score["metrics"]["rating"]
+    return score["metrics"].get("rating")
 
 
 def test_answers_without_a_rating_count_neither_above_nor_below_the_line(world):
@@ -330,12 +331,38 @@ def test_answers_without_a_rating_count_neither_above_nor_below_the_line(world):
     assert (test.low, test.high) == pytest.approx(wanted)
 
 
+def test_a_score_in_which_the_judge_rated_nothing_has_no_items(world):
+    whole = {number: ([5], [4 + number % 3]) for number in MT_BENCH_RATINGS}
+    column = ReportColumn("mt_bench", "MT-Bench", task="mt_bench", metric="rating", unit="points", scale=10.0)
+    for seed in SEEDS:
+        add_mt_bench(world, "lora", seed, whole)
+        add_mt_bench(world, "ba_lora", seed, dict.fromkeys(whole, ([-1], [-1])))
+    made = spec(world, column)
+    found = item_values(build_table(made, world.sources(made)), world.sources(made))["mt_bench"]
+    assert found["untested"] == {world.run("ba_lora", seed).run_id: "no value in the score" for seed in SEEDS}
+    assert found["runs"].keys() == {world.run("lora", seed).run_id for seed in SEEDS}
+
+
 def test_a_classifiers_score_by_another_version_is_stale(world):
     for method in ("lora", "ba_lora"):
         run = add(world, method, 1, {"cola": ([0, 1], [0, 1])}, of_task="cola")
         world.edit(run, **{"evaluation/cola/version": "0"})
     with pytest.raises(UserError, match="cola is stale: graded by version 0 of cola, which is at version"):
         compare(world, ReportColumn("x", "x", task="cola", metric="matthews"), seeds=(1,))
+
+
+def test_a_classifiers_sample_of_a_set_stands_beside_no_whole_set(world):
+    column = ReportColumn("x", "x", task="cola", metric="matthews")
+    runs = [add(world, method, 1, {"cola": ([0, 1], [0, 1])}, of_task="cola") for method in ("lora", "ba_lora")]
+    of_sample = {"evaluation/cola/partial": True, "evaluation/cola/num_missing": 5}
+    of_sample |= {"evaluation/cola/generation": {"limit": 2}, "config/eval": {"limit": 2}}
+    world.edit(runs[0], **of_sample)
+    with pytest.raises(UserError, match="limit differs in column x: 2 .*; null"):
+        compare(world, column, seeds=(1,))
+    world.edit(runs[1], **of_sample)
+    made = spec(world, column, seeds=(1,))
+    notes = build_table(made, world.sources(made)).footnotes
+    assert notes == ("partial: a sample of 2 items (eval.limit), 5 left out",)
 
 
 def test_every_metric_of_the_nlu_tables_can_be_tested():

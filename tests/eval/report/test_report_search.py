@@ -109,6 +109,16 @@ def test_searches_that_do_not_differ_are_not_told_apart(tmp_path):
     assert "do not tell the engines apart" in (tmp_path / "all" / "engines.md").read_text()
 
 
+def test_an_engine_may_begin_with_trials_that_fail(tmp_path):
+    searches = [made(tmp_path / "a", "tpe", 0, [None, 2.0]), made(tmp_path / "b", "random", 0, [1.0, 3.0])]
+    write_comparison(searches, tmp_path / "all")
+    facts = json.loads((tmp_path / "all" / "engines.json").read_text())
+    assert facts["engines"]["tpe"]["mean_best_so_far"] == [None, 2.0] and facts["engines"]["tpe"]["failed"] == 1
+    without = made(tmp_path / "c", "random", 1, [None, (1.0,)])
+    with pytest.raises(UserError, match="/c has no trial that is complete: leave it out"):
+        write_comparison([*searches, without], tmp_path / "all")
+
+
 def test_what_cannot_be_compared_or_read(tmp_path):
     one, other = made(tmp_path / "a", "tpe", 0, [1.0, 2.0]), made(tmp_path / "b", "random", 0, [1.0])
     with pytest.raises(UserError, match="differ in trials"):

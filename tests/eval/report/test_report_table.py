@@ -12,7 +12,7 @@ from ba_lora.config.layers import load_config
 from ba_lora.config.schema import UNTUNED
 from ba_lora.errors import UserError
 from ba_lora.experiments.tables import Row
-from ba_lora.io import write_jsonl_atomic
+from ba_lora.io import read_json, write_jsonl_atomic
 from eval.report.block import parse_report
 from eval.report.columns import Items, ReportColumn, metric_value, why_missing
 from eval.report.comparisons import as_declared
@@ -74,7 +74,7 @@ meanwhile is not recorded.
 Difference of the means over seeds, rows − against; by seed: of the two runs with that seed. Interval and p: a t-test \
 with seeds and items both as random effects (docs/statistics.md). They tell how far the difference would move with \
 other seeds and other test items. Where a reason stands in brackets the items are not known: the interval is over \
-seeds only (Welch), and says nothing of other items. With fewer than 5 seeds there are intervals and no tests.
+seeds only (t over seeds), and says nothing of other items. With fewer than 5 seeds there are intervals and no tests.
 
 ## Also reported by the paper
 
@@ -189,6 +189,15 @@ def test_with_five_seeds_there_are_tests_and_their_corrected_p_is_marked(world):
     shown = probability(found["lora"].p_adjusted).replace("<", "&lt;")
     assert f"**{shown}**" in text and "2 exploratory tests, corrected by Benjamini and Hochberg" in text
     assert "Ahead by a corrected test: 1 of 2 comparisons (BA-LoRA over lora in GSM8K (+69.00))." in text
+    three = tuple(world.run("pissa", seed) for seed in (0, 1, 2))
+    rows = [Row("tiny", method) for method in ("lora", "pissa", "ba_lora")]
+    runs = {(row, "gsm8k"): tuple(world.run(row.method, seed) for seed in range(5)) for row in rows}
+    few = five_seeds(world, solved | {"pissa": (3, 4, 3, 4, 3)}, runs=runs | {(rows[1], "gsm8k"): three})
+    (found,) = [one for one in few.comparisons if one.other.method == "pissa"]
+    assert found.p is None and found.sign == 1  # an interval alone decides nothing beside a test
+    _, ahead, _, undecided, _ = verdict(few)
+    assert ahead.startswith("Ahead by a corrected test: 1 of 2 comparisons (BA-LoRA over lora")
+    assert undecided == "Open: 1 of 2 comparisons, all 1 of BA-LoRA against PiSSA."
     four = {method: counts[:4] for method, counts in solved.items()}
     assert all(one.p is None and one.untested == "4 seeds, 5 are needed" for one in five_seeds(world, four).comparisons)
 
@@ -483,6 +492,14 @@ def test_several_samples_of_an_item_are_averaged(known):
     spec = known.spec()
     grades = known.sources(spec).grades(run, Items("gsm8k", "strict"))
     assert grades == {f"gsm8k/{item}": (0.5, 1) for item in range(10)}
+
+
+def test_of_seeds_that_are_too_few_the_legend_tells_only_where_a_comparison_has_them(world):
+    """Five seeds that are all alike are no test for another reason."""
+    flat = five_seeds(world, {"lora": (0,) * 5, "ba_lora": (20,) * 5})
+    assert [one.untested for one in flat.comparisons] == ["no spread"] and "With fewer than" not in to_markdown(flat)
+    few = five_seeds(world, {"lora": (3, 4, 3), "ba_lora": (17, 18, 17)})
+    assert "With fewer than 5 seeds there are intervals" in to_markdown(few)
 
 
 def test_both_turns_of_a_question_are_one_item(known):
@@ -805,6 +822,34 @@ def test_numbers_as_they_are_written():
     ]
     assert [signed(0.5, 1), signed(-0.5, 1), signed(0.001, 1), signed(None, 2)] == ["+0.5", "−0.5", "0.0", ""]
     assert [letter(0), letter(25), letter(26), letter(53)] == ["a", "z", "aa", "bb"]
+
+
+def test_a_choice_by_a_mean_of_columns_counts_what_has_ended_part_by_part(world):
+    """A run that has failed in one part only, or in each for another reason, has ended; one that is yet to be scored
+    in a part has not."""
+    rates = ("trainer.learning_rate=1", "trainer.learning_rate=2")
+    rows = [Row("tiny", method, rate) for method in ("lora", "ba_lora") for rate in rates]
+    parts = [ReportColumn(name, name, task="gsm8k", metric=name) for name in ("strict", "flexible")]
+    columns = (*parts, ReportColumn("mean", "mean", mean_of=("strict", "flexible")))
+    runs = {}
+    for row in rows:
+        for seed in SEEDS:
+            run = world.add(row.method, seed, setting=row.setting)
+            world.edit(run, **{"evaluation/gsm8k/metrics/flexible": 0.5})
+        for part in parts:
+            runs[row, part.name] = tuple(world.run(row.method, seed, setting=row.setting) for seed in SEEDS)
+    first, second, _ = runs[rows[0], "strict"]
+
+    def chosen():
+        table = build(world, rows=tuple(rows), columns=columns, runs=runs, paper=(), choose="mean")
+        return {row.method for row in table.compared}
+
+    undefined = {"strict": "undefined: no row", "flexible": "undefined: no other row"}
+    world.edit(first, **{"evaluation/gsm8k/metrics": {}, "evaluation/gsm8k/notes": undefined})
+    assert chosen() == {"lora", "ba_lora"}
+    second_entry = read_json(second.result_path)["evaluation"]["gsm8k"]
+    world.edit(second, **{"evaluation": {"other": second_entry}})  # not yet scored
+    assert chosen() == {"ba_lora"}
 
 
 def test_of_each_method_the_best_setting_by_the_chosen_column_is_compared(world):

@@ -28,8 +28,9 @@ def test_rows_of_a_file(tmp_path):
         task.load_items(str(path))
 
 
-def test_of_the_published_set_only_rows_that_no_run_trains_on():
+@pytest.mark.parametrize("commit", [f"@{get_task('heldout').hub_revision}", ""])
+def test_of_the_published_set_only_rows_that_no_run_trains_on(commit):
     task = get_task("heldout")
     rows = [{"query": f"q{index}", "response": "The answer is: 1"} for index in range(FIRST_ROW + 2 * NUM_ROWS)]
-    items = task.items_from_rows(rows, source=f"{task.hub}@{task.hub_revision}")
+    items = task.items_from_rows(rows, source=f"{task.hub}{commit}")
     assert len(items) == NUM_ROWS and items[0].task_id == f"heldout/{FIRST_ROW}" and items[0].instruction == "q100000"
