@@ -6,7 +6,8 @@ The first name after --task is the task the run was trained on, the others are o
 evaluated. A task of your own may be evaluated on any set, --data OTHER=FILE, in its own columns and labels, or in those
 that `sets` in its nlu.task names. Without --task: the run's own task and all its out-of-domain sets for which data is
 at hand, in a file named by --data or on the hub; the others are named with the reason. --data takes a local
-json/jsonl/parquet/csv/tsv file or a hub name; --max-rows N draws N rows of each set with a fixed seed.
+json/jsonl/parquet/csv/tsv file or a hub name; --max-rows N draws N rows of each set with a fixed seed, and the score of
+a set that has more is marked as partial.
 
 In domain is what the kept epoch's model scored on the run's dev set in training, or on the set given by
 --data <task>=FILE. The scores of a run's dev sets are made again in each call, from the predictions that training kept:
@@ -107,13 +108,14 @@ def _config(folder: Path) -> NLUConfig | None:
 
 @dataclass(frozen=True)
 class LoadedSet:
-    """The examples of one set for one task, and where they came from."""
+    """The examples of one set for one task, and where they came from; num_missing: those that --max-rows left out."""
 
     name: str
     examples: Examples
     source: Source
     num_rows: int
     label_map: Mapping[str, str]
+    num_missing: int = 0
 
 
 class Sets:
@@ -140,9 +142,11 @@ class Sets:
         of, label_map = find_set(task, name)
         rows, source = of.load(self.given.get(name))
         examples = to_examples(rows, of, task=find_task(task), label_map=label_map, source=source.name)
+        num_missing = 0
         if self._max_rows is not None and len(examples.examples) > self._max_rows:
+            num_missing = len(examples.examples) - self._max_rows
             examples = _sample(examples, self._max_rows)
-        return LoadedSet(name, examples, source, len(rows), label_map)
+        return LoadedSet(name, examples, source, len(rows), label_map, num_missing)
 
 
 def _sample(examples: Examples, num_rows: int) -> Examples:
@@ -172,6 +176,9 @@ def evaluate_set(classifier: Classifier, run: EvaluatedRun, loaded: LoadedSet) -
         training_counts=run.training_counts,
         imbalanced=run.config is not None and run.config.data.is_imbalanced,
     )
+    if loaded.num_missing:  # as a score of the first answers only tells it
+        limit = {"limit": len(examples)}
+        score |= {"partial": True, "num_missing": loaded.num_missing, "generation": limit}
     return score | {
         "classes": list(task.labels),
         "label_map": dict(loaded.label_map),
@@ -283,7 +290,7 @@ def _line(run: EvaluatedRun, score: Mapping[str, Any]) -> str:
     )
     counts = "".join(
         f" {name.removeprefix('num_')}={score[name]}"
-        for name in ("invalid", "num_unlabelled", "num_empty", "num_truncated")
+        for name in ("invalid", "num_missing", "num_unlabelled", "num_empty", "num_truncated")
         if score.get(name)
     )
     notes = "".join(f" ({name} {note})" for name, note in score["notes"].items() if name in score["metrics"])

@@ -48,7 +48,13 @@ def score_runs(folder: Path, *, options: ScoreOptions, results: Path | None = No
         metrics = " ".join(f"{name}={value:.4f}" for name, value in score["metrics"].items())
         partial = f" partial ({score['num_missing']} missing)" if score["partial"] else ""
         print(f"{run} {path.stem}: {metrics} n={score['n']} invalid={score['invalid']}{partial}", flush=True)
-    refreshed = [run.name for run in sorted({path.parent.parent for path in files}) if _refresh(run, results)]
+    refreshed = []
+    for path in sorted({path.parent.parent for path in files}):
+        try:
+            refreshed += [path.name] if _refresh(path, results) else []
+        except (UserError, OSError) as error:
+            failed.append(os.path.relpath(path, folder))
+            print(f"error: {failed[-1]}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
     print(json.dumps({"scored": scored, "failed": failed, "refreshed": refreshed}, ensure_ascii=False))
     one_judge(judged)  # several would stand side by side above
     return 2 if failed else 0

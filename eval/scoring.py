@@ -100,6 +100,11 @@ def score_file(
     completions = read_completions(completions_path)
     completions_sha256 = sha256_file(completions_path)
     meta = read_meta(completions_path)
+    if meta.get("completions_sha256") not in (None, completions_sha256):
+        raise UserError(
+            f"{completions_path.with_name(f'{completions_path.stem}.meta.json')} belongs to other completions: remove "
+            "it, or generate again"
+        )
     task = choose(task, meta, options)
     made_from = None if data is not None else meta.get("data_sha256")
     data = graded_data(data, meta)
@@ -191,8 +196,11 @@ def choose(task: Task, meta: Mapping, options: ScoreOptions) -> Task:
 
 def stale_reason(score: Mapping, *, completions: Path | None = None) -> str | None:
     """Return why a score no longer holds, None where it does: its grader's version, or the completions, changed."""
+    from eval.tasks.glue import VERSION
+
     name, version = str(score.get("task")), score.get("version")
-    now = grader_versions().get(name, {}).get("version", version)
+    is_classifier = "of_task" in score  # also on a set of one's own
+    now = VERSION if is_classifier else grader_versions().get(name, {}).get("version", version)
     if version != now:
         return f"graded by version {version} of {name}, which is at version {now} now"
     if completions is not None and completions.is_file():

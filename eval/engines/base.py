@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import importlib.metadata
-import importlib.util
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

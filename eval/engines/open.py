@@ -4,7 +4,7 @@
         completions = engine.generate(["What is 2 + 3?"], max_new_tokens=64)      # list (prompts) of lists (samples)
 
 Both engines get the same token ids (`encode_prompts`), stop at the same tokens and strings, and their ids become text
-by the same function (`finish`), so that greedy completions differ only where the arithmetic does. The sampling
+by the same function (`cut_completion`), so that greedy completions differ only where the arithmetic does. The sampling
 defaults that many models carry in generation_config.json (a temperature, a repetition penalty) are not used: what is
 not asked for here does not happen. A prompt that fills the context gives an empty completion with finish_reason
 "prompt_too_long"; where less room is left than asked for, max_new_tokens is clamped and the completion says so.

@@ -21,6 +21,7 @@ from typing import Any
 
 from ba_lora.io import folder_atomic
 from eval.page.items import Answers, has_answers, read_answers
+from eval.page.loose import LOWER
 from eval.page.runs import ShownRun, describe_run
 from eval.page.scripts import libraries, script
 from eval.page.view import item_values, runs_of, table_view
@@ -162,7 +163,7 @@ def _spread(answers: Answers) -> float | None:
 
 
 def _noise(runs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return a sentence a task whose items were answered, or judged, several times."""
+    """Return a sentence a task whose items were answered several times."""
     found: dict[str, list[float]] = {}
     for run in runs:
         for task, files in run["tasks"].items():
@@ -175,6 +176,7 @@ def _columns(answers: Answers) -> dict[str, Any]:
     """Return answers as one list a field: what all share stands once, fields that no answer has are left out."""
     rows = answers.rows
     found: dict[str, Any] = {"task": answers.task, "kind": answers.kind, "metric_names": answers.metrics}
+    found["lower"] = [name for name in answers.metrics if name in LOWER]
     frame = _frame(rows)
     found["frame"] = frame
     if frame is None:

@@ -17,7 +17,7 @@ from typing import Any
 
 from ba_lora.config.schema import HARNESS, RUN_MEASURES
 from ba_lora.errors import UserError
-from ba_lora.io import read_jsonl
+from ba_lora.io import read_jsonl, sha256_file
 from ba_lora.prompts import build_conversation
 from ba_lora.runs.folder import DEV_TEXTS
 from eval.grading.thinking import THINKING, cut_thinking
@@ -64,6 +64,7 @@ def read_answers(run_path: Path, task: str, entry: Entry) -> Answers:
     graded = {_key(line): line for line in grades}
     for key in dict.fromkeys([*texts, *graded]):
         answers.rows.append(_row(key, texts.get(key, {}), graded.get(key, {}), frame))
+    _tell_change(answers, completions, places[0], entry.get("completions_sha256"))
     if completions and grades and (left := len(texts.keys() ^ graded.keys())):
         answers.missing.append(f"{left} answers stand in only one of completions and grades")
     if task == "mt_bench" or "judge" in entry:
@@ -89,6 +90,12 @@ def _read(path: Path, answers: Answers, what: str) -> list[dict[str, Any]]:
     except UserError as error:
         answers.missing.append(f"{what} cannot be read: {error}")
         return []
+
+
+def _tell_change(answers: Answers, lines: Sequence[Any], path: Path, graded: str | None) -> None:
+    """Say where a file that was read is not the one with the hash that its score names."""
+    if lines and graded is not None and sha256_file(path) != graded:
+        answers.missing.append(f"the {path.parent.name} have changed since they were graded")
 
 
 def _row(key: tuple[str, int], text: Mapping[str, Any], grade: Mapping[str, Any], frame: "_Frame") -> dict[str, Any]:
@@ -170,7 +177,9 @@ def _predicted(run_path: Path, task: str, entry: Entry) -> Answers:
 
     answers = Answers(task, kind="classes")
     name = f"{task}.jsonl" if "predictions_sha256" in entry else "best.jsonl"
-    lines = _read(run_path / "predictions" / name, answers, "predictions")
+    path = run_path / "predictions" / name
+    lines = _read(path, answers, "predictions")
+    _tell_change(answers, lines, path, entry.get("predictions_sha256"))
     lines = [line for line in lines if _is_of(line, task)]
     try:
         word = task_word(entry.get("definition") or str(entry["of_task"]))

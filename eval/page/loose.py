@@ -13,6 +13,8 @@ from ba_lora.errors import UserError
 from ba_lora.experiments.tables import Row
 from ba_lora.io import read_json
 from ba_lora.runs.results import assemble
+from eval.metrics.scores import METRICS
+from eval.nlu_scores import CLASS_METRICS
 from eval.page.runs import ShownRun, flat
 from eval.report.columns import ReportColumn
 from eval.report.comparisons import compare_pairs
@@ -20,9 +22,15 @@ from eval.report.settings import NEVER_ALLOWED, SETTINGS
 from eval.report.sources import STATUSES, Sources
 from eval.report.spec import PlannedRun, TableSpec
 from eval.report.table import ReportTable, build_table
+from eval.tasks import TASKS
 
 # the harness's metrics that are shares of right answers; of its others neither scale nor direction is known
 HARNESS_SHARES = ("acc", "exact_match", "pass@")
+LOWER = ("nll", "p_wrong", "wrong_rule", "ece")  # metrics of which less is better
+NATS = ("nll", "kl")
+HIGHER = {name for task in TASKS.values() for name in task.metrics}.difference(LOWER).union(
+    METRICS, CLASS_METRICS, ("p_right", "distinct_1", "distinct_2", "distinct_3")
+)
 MOST_ROWS = 8  # which are all compared with each other; of more, the first with each
 _OTHER_SETTINGS = "settings differ, see the notes"
 _NO_ROW = frozenset({"seed", "name", "method", *NOT_TRAINING})  # runs that differ in these only share a row
@@ -166,12 +174,8 @@ def _columns(runs: Sequence[ShownRun]) -> tuple[ReportColumn, ...]:
     for run in runs:
         for task, entry in run.evaluation.items():
             for metric in entry.get("metrics") or {}:
-                rating = metric.startswith("rating")
-                name, unit, scale = f"{task}.{metric}", "" if rating else "%", 10.0 if rating else 100.0
-                shown: dict[str, Any] = {"unit": unit, "scale": scale}
-                if task.startswith(HARNESS) and not metric.startswith(HARNESS_SHARES):
-                    shown = {"unit": "", "scale": 1.0, "decimals": 4, "better": "none"}
-                found[name] = ReportColumn(name, f"{task}: {metric}", task, metric, **shown)
+                name = f"{task}.{metric}"
+                found[name] = ReportColumn(name, f"{task}: {metric}", task, metric, **_shown(task, metric))
             if "perplexity" in entry:
                 name = f"{task}.perplexity"
                 shown = {"unit": "", "scale": 1.0, "decimals": 3, "better": "lower"}
@@ -183,3 +187,16 @@ def _columns(runs: Sequence[ShownRun]) -> tuple[ReportColumn, ...]:
         if any((run.result.get("training") or {}).get(metric.split(".")[1]) is not None for run in runs):
             found[metric] = ReportColumn(metric, label, metric=metric, unit=unit, scale=1.0, decimals=0, better="none")
     return tuple(found.values())
+
+
+def _shown(task: str, metric: str) -> dict[str, Any]:
+    """Return a metric's unit, scale and direction; of one that is not known it has neither, and is not ranked."""
+    if metric.startswith("rating"):
+        return {"unit": "", "scale": 10.0}
+    better = "lower" if metric in LOWER else "higher"
+    if metric in NATS and not task.startswith(HARNESS):
+        better = "none" if metric == "kl" else better  # near to the base is no merit of itself
+        return {"unit": "nats", "scale": 1.0, "decimals": 4, "better": better}
+    if metric.startswith(HARNESS_SHARES) if task.startswith(HARNESS) else metric in HIGHER or metric in LOWER:
+        return {"better": better}
+    return {"unit": "", "scale": 1.0, "decimals": 4, "better": "none"}

@@ -120,8 +120,8 @@ def level_of(row: Row, clusters: str) -> str:
 
 
 class Clusters:
-    """The values of a table's runs by pre-trained model. `values`: (row, column's name) → of each run its items' values
-    [runs, N], or where these are not known its mean [runs, 1], on the column's scale."""
+    """The values of a table's runs by pre-trained model. `values`: (row, column's name) → the items' ids and of each
+    run their values [runs, N], or where these are not known None and its mean [runs, 1], on the column's scale."""
 
     def __init__(self, rows: Sequence[Row], clusters: str, values: Any, num_missing: Any) -> None:
         self._rows, self._clusters, self._values, self._num_missing = rows, clusters, values, num_missing
@@ -135,21 +135,32 @@ class Clusters:
         rows = [row for method in one.arms for level in one.levels for row in self.rows_at(method, level)]
         return max(sum(self._num_missing(row, column) for row in rows) for column in columns)
 
-    def effect_at(self, arms: Sequence[str], level: str, column: str) -> Array:
-        """Return [models, N]: the first arm's values minus the second's, each a mean over its runs on the model; N = 1
-        where the items of a run are not known."""
+    def effect_at(self, arms: Sequence[str], level: str, column: str) -> tuple[tuple[str, ...] | None, Array]:
+        """Return the items' ids and [models, N]: the first arm's values minus the second's, each a mean over its runs
+        on the model; None and N = 1 where the items of a run are not known. Raises UserError where items differ."""
         of_arms = [{self._cluster(row): row for row in self.rows_at(method, level)} for method in arms]
         common = [name for name in of_arms[0] if all(name in of for of in of_arms)]
         if not common or any(len(of) != len(common) for of in of_arms):
             raise UserError(f"hypotheses: {' and '.join(arms)} at {level} have not the same pre-trained models")
-        found = [[self._values(of[name], column).mean(axis=0) for name in common] for of in of_arms]
-        if any(values.size == 1 for of in found for values in of):
+        read = [[self._values(of[name], column) for name in common] for of in of_arms]
+        ids = _common([ids for of in read for ids, _ in of], f"{' and '.join(arms)} at {level}", column)
+        found = [[values.mean(axis=0) for _, values in of] for of in read]
+        if ids is None:
             found = [[values.mean(keepdims=True) for values in of] for of in found]
         found = [np.stack(of) for of in found]
-        return found[0] if len(found) == 1 else found[0] - found[1]
+        return ids, found[0] if len(found) == 1 else found[0] - found[1]
 
     def _cluster(self, row: Row) -> str:
         return " ".join(word for word in row.setting.split() if word.startswith(f"{self._clusters}="))
+
+
+def _common(sets: Sequence[tuple[str, ...] | None], arms: str, column: str) -> tuple[str, ...] | None:
+    """Return the items that all have, None where those of one are not known. Raises UserError where they differ."""
+    if None in sets:
+        return None
+    if len(set(sets)) > 1:
+        raise UserError(f"hypotheses: {arms} have other items in column {column}: score both on one file")
+    return sets[0]
 
 
 def decide_all(hypotheses: Sequence[Hypothesis], clusters: Clusters) -> list[Finding]:
@@ -177,13 +188,15 @@ def _under(conditions: set[str], finding: Finding) -> Finding:
 def _find(one: Hypothesis, clusters: Clusters) -> Finding:
     if missing := clusters.missing(one):
         return Finding(one, NOT_RUN, num_missing=missing)
-    levels = [clusters.effect_at(one.arms, level, one.column) for level in one.levels]
+    read = [clusters.effect_at(one.arms, level, one.column) for level in one.levels]
+    _common([ids for ids, _ in read], " and ".join(one.levels), one.column)
+    levels = [values for _, values in read]
     if min(map(len, levels)) < 2:
         raise UserError(f"hypothesis {one.name}: a level with one pre-trained model tells nothing: take two or more")
     estimate = effect(levels)
     guard = None
     if one.guard:
-        guard = float(clusters.effect_at(one.arms, one.levels[0], one.guard.column).mean())
+        guard = float(clusters.effect_at(one.arms, one.levels[0], one.guard.column)[1].mean())
     facts = {key: getattr(estimate, key) for key in ("difference", "low", "high", "df", "num_items")}
     few = min(map(len, levels)) < LEAST_SEEDS
     p = None if few else estimate.p

@@ -32,6 +32,7 @@ from eval.report.stats import LEAST_SEEDS
 if TYPE_CHECKING:
     from eval.report.cells import Cell
 
+TOO_FEW = f"{LEAST_SEEDS} are needed"  # ends why rows with fewer seeds are not tested
 NO_GRADES = "no grades at hand"
 ROUNDING = 1e-6  # between the value in a result and that of the run's items, relative above 1
 
@@ -66,7 +67,7 @@ class PairedTests:
         if num_seeds < 2:
             return None, "a single seed"
         paired = num_seeds >= LEAST_SEEDS and self._spec.is_paired(focus, other) and ours.seeds == theirs.seeds
-        few = None if num_seeds >= LEAST_SEEDS else f"{num_seeds} seeds, {LEAST_SEEDS} are needed"
+        few = None if num_seeds >= LEAST_SEEDS else f"{num_seeds} seeds, {TOO_FEW}"
         try:
             estimate = crossed_t(self._sets(column, focus, other), paired=paired)
             return estimate, "no spread" if estimate.p is None else few
@@ -110,6 +111,9 @@ class PairedTests:
         key = run.run_id, column.name
         if key not in self._read:
             result = self._sources.result(run)
+            score = metric_value(result, column)
+            if score is None:
+                raise Untested("no value in the score")
             entry = result["evaluation"][column.task]
             is_classifier = "of_task" in entry
             what, read = "grades", self._graded
@@ -121,9 +125,7 @@ class PairedTests:
                 items = read(run, column, entry)
             except UserError as error:  # the page says what is the matter with the file
                 raise Untested(f"{what} cannot be read") from error
-            value = items.values_N.mean()
-            score = metric_value(result, column)
-            if not abs(value - score) <= ROUNDING * max(1.0, abs(score)):
+            if not _is_near(items.values_N.mean(), score):
                 raise Untested(f"{what} are not those of the score")
             self._read[key] = items
         return self._read[key]
@@ -169,9 +171,11 @@ class PairedTests:
         return self._ids.setdefault(tuple(ids), tuple(ids))
 
 
-def run_items(sources: Sources, column: ReportColumn, runs: Sequence[PlannedRun]) -> Array | None:
-    """Return the grades of runs on the items of a column, [runs, N], in the order of the items' ids; None where one has
-    none at hand. Raises UserError where one has other items."""
+def run_items(
+    sources: Sources, column: ReportColumn, runs: Sequence[PlannedRun]
+) -> tuple[tuple[str, ...], Array] | None:
+    """Return the ids of a column's items and the grades of runs on them, [runs, N]; None where one has none at hand, or
+    grades that are not those of its score. Raises UserError where one has other items."""
     found = [None if column.items is None else sources.grades(run, column.items) for run in runs]
     if None in found:
         return None
@@ -180,7 +184,20 @@ def run_items(sources: Sources, column: ReportColumn, runs: Sequence[PlannedRun]
             raise UserError(
                 f"{run.run_id} has other items than {runs[0].run_id} for column {column.name}: score both on one file"
             )
-    return np.array([[total / number for _, (total, number) in sorted(grades.items())] for grades in found])
+    ids = tuple(sorted(found[0]))
+    sums_RN, rated_RN = np.array([[grades[item] for item in ids] for grades in found]).transpose(2, 0, 1)
+    if not rated_RN.all():
+        return None
+    values_RN = sums_RN / rated_RN
+    for run, values_N in zip(runs, values_RN, strict=True):
+        if not _is_near(values_N.mean(), metric_value(sources.result(run), column)):
+            return None
+    return ids, values_RN
+
+
+def _is_near(value: float, score: float) -> bool:
+    """Whether the value of a run's items is that of its score."""
+    return abs(value - score) <= ROUNDING * max(1.0, abs(score))
 
 
 def _of_metric(

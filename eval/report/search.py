@@ -18,7 +18,7 @@ from ba_lora.config.checks import check_place
 from ba_lora.errors import CommandParser, UserError, run_entry_point
 from ba_lora.experiments.search.journal import COMPLETE, PRUNED, distribution, import_optuna
 from ba_lora.experiments.search.space import Parameter
-from ba_lora.io import write_bytes_atomic, write_json_atomic, write_text_atomic
+from ba_lora.io import finite, write_bytes_atomic, write_json_atomic, write_text_atomic
 from ba_lora.paths import written_path
 from ba_lora.words import take_options
 from eval.report.search_figures import comparison_figure, search_figures
@@ -169,8 +169,12 @@ def _cost(search: SearchTrials) -> list[str]:
 
 
 def write_comparison(searches: Sequence[SearchTrials], folder: Path) -> None:
-    """Write what tells the engines apart. Raises UserError where the searches are not of one space and budget."""
+    """Write what tells the engines apart. Raises UserError where the searches are not of one space and budget, or one
+    has no complete trial."""
     first = searches[0].space
+    for search in searches:
+        if not search.whole:
+            raise UserError(f"{search.folder} has no trial that is complete: leave it out, or run the search further")
     for search in searches[1:]:
         for key in ("name", "parameters", "objective", "seeds", "overrides", "trials"):
             if search.space[key] != first[key]:
@@ -181,10 +185,8 @@ def write_comparison(searches: Sequence[SearchTrials], folder: Path) -> None:
     groups = {engine: [search for search in searches if search.space["engine"] == engine] for engine in engines}
     facts = {engine: _engine(found) for engine, found in groups.items()}
     differences = _differences(groups)
-    write_json_atomic(
-        folder / "engines.json",
-        {"objective": first["objective"], "trials": first["trials"], "engines": facts, "differences": differences},
-    )
+    told = {"objective": first["objective"], "trials": first["trials"], "engines": facts, "differences": differences}
+    write_json_atomic(folder / "engines.json", finite(told))  # no best value before an engine's first complete trial
     for kind, content in comparison_figure(groups).items():
         write_bytes_atomic(folder / f"engines.{kind}", content)
     write_text_atomic(folder / "engines.md", _comparison_page(searches, facts, differences))

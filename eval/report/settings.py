@@ -43,9 +43,10 @@ class Used:
         if not self.entry.get("partial"):
             return None
         missing, limit = self.entry.get("num_missing"), self.limit()
-        return (
-            f"{missing} items missing" if limit is None else f"the first {limit} items (eval.limit), {missing} left out"
-        )
+        if limit is None:
+            return f"{missing} items missing"
+        of = "a sample of" if "of_task" in self.entry else "the first"
+        return f"{of} {limit} items (eval.limit), {missing} left out"
 
     def limit(self) -> int | None:
         """Return the run's eval.limit; None without one, and where the score is by a limit of its own."""

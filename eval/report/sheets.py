@@ -12,6 +12,7 @@ from eval.report.cells import Cell
 from eval.report.columns import ReportColumn
 from eval.report.comparisons import Comparison
 from eval.report.hypotheses import level_of
+from eval.report.paired import TOO_FEW
 from eval.report.spec import TableSpec, row_name
 from eval.report.stats import LEAST_SEEDS, SIGNIFICANT
 from eval.report.table import ReportTable
@@ -240,11 +241,10 @@ def comparison_legend(table: ReportTable) -> list[str]:
     ]
     if seeds_only:
         lines[0] += (
-            " Where a reason stands in brackets the items are not known: the interval is over seeds only (Welch), and "
-            "says nothing of other items."
+            " Where a reason stands in brackets the items are not known: the interval is over seeds only (t over "
+            "seeds), and says nothing of other items."
         )
-    few = [one for one in table.comparisons if one.p is None and one.num_items is not None]
-    if few:
+    if any((one.untested or "").endswith(TOO_FEW) for one in table.comparisons):
         lines[0] += f" With fewer than {LEAST_SEEDS} seeds there are intervals and no tests."
     declaration = [table.declaration] if table.declaration else []
     if not tested:

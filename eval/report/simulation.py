@@ -97,7 +97,7 @@ def items_alone_mark(experiment: Experiment) -> bool:
 
 
 def share(marks: Callable[[Experiment], bool], *, repeats: int, random: int = 0, **settings) -> float:
-    """Return the share of experiments that are marked; see `draw` for the settings."""
+    """Return the share of experiments that are marked; see `draw_experiment` for the settings."""
     generator = np.random.default_rng(random)
     return sum(marks(draw_experiment(generator, **settings)) for _ in range(repeats)) / repeats
 

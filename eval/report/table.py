@@ -90,10 +90,10 @@ def build_table(spec: TableSpec, sources: Sources, *, allow: Iterable[str] = ())
 def find(spec: TableSpec, sources: Sources, cells: Mapping[CellKey, Cell]) -> tuple[Finding, ...]:
     """Return what came of the table's hypotheses."""
 
-    def values(row: Row, name: str) -> Array:
+    def values(row: Row, name: str) -> tuple[tuple[str, ...] | None, Array]:
         column, cell = spec.column(name), cells[row, name]
         items = run_items(sources, column, [run for run in spec.planned(row, column) if run.run_id in cell.run_ids])
-        return np.array(cell.values)[:, None] if items is None else column.scale * items
+        return (None, np.array(cell.values)[:, None]) if items is None else (items[0], column.scale * items[1])
 
     def num_missing(row: Row, name: str) -> int:
         cell = cells[row, name]
@@ -206,11 +206,12 @@ def _chosen_rows(spec: TableSpec, cells: dict[CellKey, Cell], notes: _Footnotes)
     for group in groups.values():
         in_column = {row: cells[row, column.name] for row in group}
         whole = [row for row, cell in in_column.items() if len(cell.values) == cell.num_planned]
-        ended = [
+        parts = [cells[row, name] for row in group for name in column.mean_of or (column.name,)]
+        ended = all(
             len(cell.values) + sum(failure.status != "cancelled" for failure in cell.failures) == cell.num_planned
-            for cell in in_column.values()
-        ]
-        if not all(ended) or not whole:
+            for cell in parts
+        )
+        if not ended or not whole:
             text = f"not chosen yet: {len(whole)} of {len(group)} settings have all seeds"
             _add_note(cells, (group[0], column.name), notes.number(text))
             continue

@@ -48,9 +48,10 @@ def _range(counts: set[int]) -> str:
 
 
 def _sign(table: ReportTable, one: Comparison) -> int:
-    """Return 1 where the focus is better for sure, −1 where it is worse, 0 where that is open: by its test where there
-    is one, else by its interval."""
-    sign = one.sign if one.p is None or one.is_significant else 0
+    """Return 1 where the focus is better for sure, −1 where it is worse, 0 where that is open: by its test, and only
+    where the table has none at all by its interval."""
+    tested = any(other.p is not None for other in table.comparisons)
+    sign = one.sign if one.is_significant or not tested else 0
     return -sign if table.spec.column(one.column).better == "lower" else sign
 
 

@@ -23,7 +23,7 @@ from eval.sandbox.jobs import (
     Verdict,
 )
 from eval.sandbox.launcher import Launcher
-from eval.sandbox.usage import Usage
+from eval.sandbox.usage import Usage, memory_kills
 
 START_LIMIT_S = 60.0
 END_LIMIT_S = 2
@@ -46,6 +46,7 @@ class Box:
         self.deadline = time.monotonic() + START_LIMIT_S
         self.begun = 0.0
         self.usage: Usage | None = None  # from the beginning of its job
+        self.memory_kills: int | None = None  # of the machine, before its job
         self.nonce = self.key = b""
         self.first_process: int | None = None  # pidfd of the box's pid 1
         self.first_pid: int | None = None
@@ -110,6 +111,7 @@ class Box:
             memory_limit=limits.memory_bytes,
             boxed=self.first_pid is not None,
         )
+        self.memory_kills = memory_kills()
         self.begun = time.monotonic()
         self.deadline = self.begun + limits.wall_s
 

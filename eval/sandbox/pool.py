@@ -14,6 +14,7 @@ from ba_lora.errors import UserError
 from eval.sandbox.box import Box
 from eval.sandbox.jobs import EXITED, FAILED, MEMORY, OUTPUT, PASSED, TIMEOUT, UNSAFE, Job, Verdict
 from eval.sandbox.launcher import Launcher
+from eval.sandbox.usage import memory_kills
 
 WATCH_S = 0.1  # between looks at what a box uses
 
@@ -33,6 +34,7 @@ class Pool:
         self.boxes: list[Box] = []
         self.selector = selectors.DefaultSelector()
         self.next_watch = 0.0
+        self.killed: set[int] = set()  # jobs that were killed once and run again
 
     def run(self) -> list[Verdict]:
         try:
@@ -152,6 +154,9 @@ class Pool:
                 box.first_output += os.read(box.output, 2000)
             raise UserError(start_error(box.first_output.decode("utf-8", "replace")))
         number = -status if status is not None and status < 0 else (status or 0) - 128
+        if number == signal.SIGKILL and box.usage.cpu_s < self.launcher.limits.whole_cpu_s:
+            self._judge_killed(box)
+            return
         if number in (signal.SIGXCPU, signal.SIGKILL):
             verdict = Verdict(TIMEOUT, f"{self.launcher.limits.cpu_s:g} s of CPU")
         elif number > 0:
@@ -160,6 +165,21 @@ class Pool:
         else:
             verdict = Verdict(EXITED, "the checker's line was closed" if status is None else f"status {status}")
         self._settle(box, verdict)
+
+    def _judge_killed(self, box: Box) -> None:
+        """Killed within its limits, by a machine out of memory or by itself: run it again, behind all others. Raises
+        UserError where it is killed again, and the machine was out of memory."""
+        if box.job not in self.killed:
+            self.killed.add(box.job)
+            self.waiting.append(box.job)
+            self._drop(box)
+            return
+        if memory_kills() != box.memory_kills:
+            raise UserError(
+                "the machine is out of memory and has killed a program of the sandbox twice: run fewer at once, with "
+                f"workers={max(1, self.workers // 2)}"
+            )
+        self._settle(box, Verdict(EXITED, "signal SIGKILL"))
 
     def _settle(self, box: Box, verdict: Verdict) -> None:
         index = box.job

@@ -10,6 +10,15 @@ from pathlib import Path
 TICKS = os.sysconf("SC_CLK_TCK")
 
 
+def memory_kills() -> int | None:
+    """Return how many processes the kernel has killed for want of memory since it started; None where it tells none."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/vmstat").read_text().splitlines():
+            if line.startswith("oom_kill "):
+                return int(line.split()[1])
+    return None
+
+
 class Usage:
     """Of the process `first_pid` and all below it, at the last `look`.
 

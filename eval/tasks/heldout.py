@@ -30,7 +30,7 @@ class Heldout(HendrycksMath):
 
     def items_from_rows(self, rows: Sequence[dict], *, source: str) -> list[Item]:
         """Return one item a row whose response states an answer; the others are left out."""
-        first, last = (FIRST_ROW, FIRST_ROW + NUM_ROWS) if source.startswith(f"{self.hub}@") else (0, len(rows))
+        first, last = (FIRST_ROW, FIRST_ROW + NUM_ROWS) if source.partition("@")[0] == self.hub else (0, len(rows))
         items = []
         for index in range(first, min(last, len(rows))):
             query = require_text(rows[index], "query", source=source, index=index)

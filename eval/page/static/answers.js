@@ -18,6 +18,18 @@ const promptOf = (answers, place) => {
   return answers.question[place] == null ? null : answers.frame.join("") && answers.frame[0] + answers.question[place] + answers.frame[1];
 };
 
+/** Return the task that a link to an item means where it names none: a lower rank's answers have the same ids. */
+function taskOf(run, id) {
+  const names = Object.keys(run.tasks).filter((name) => run.tasks[name].prefix === id.split("/")[0]);
+  return names.find((name) => !name.startsWith("ranks/")) ?? names[0];
+}
+
+/** Return the link to an answer of the task that is shown. */
+function linkTo(place) {
+  const { answers, run, task } = answersState, id = answers.id[place];
+  return itemLink(run.id, id, answers.sample[place], task === taskOf(run, id) ? null : task);
+}
+
 /** Return the verdict on an answer by a metric; a metric that is no share of right and wrong only "rates". */
 function verdictOf(answers, place, metric) {
   if (!answers.is_graded[place]) return "ungraded";
@@ -25,7 +37,8 @@ function verdictOf(answers, place, metric) {
   if (answers.invalid[place]) return "invalid";
   if (value == null) return "ungraded";
   if (metric.startsWith("rating") || metric === "error") return "rated";
-  return value >= 1 ? "right" : value > 0 ? "partly" : "wrong";
+  const share = answers.lower?.includes(metric) ? 1 - value : value;
+  return share >= 1 ? "right" : share > 0 ? "partly" : "wrong";
 }
 const isCut = (answers, place) => answers.finish?.[place] === "length";
 
@@ -44,10 +57,7 @@ function startAnswers() {
     count: () => answersState.shown.length,
     cell: (row, column) => answerCell(answersState.shown[row], column),
     order: (column) => answersState.shown.map((place) => answerKey(place, column)),
-    chosen: (row) => {
-      const { answers, run } = answersState, place = answersState.shown[row];
-      location.hash = itemLink(run.id, answers.id[place], answers.sample[place]).slice(1);
-    },
+    chosen: (row) => { location.hash = linkTo(answersState.shown[row]).slice(1); },
   });
   function go(run, task) { location.hash = `/answers/${encodeURIComponent(run)}/${encodeURIComponent(task ?? "")}`; }
 }
@@ -55,8 +65,7 @@ function startAnswers() {
 function answerCell(place, column) {
   const { answers } = answersState, metric = byId("answers-metric").value;
   if (column === 0) {
-    const link = itemLink(answersState.run.id, answers.id[place], answers.sample[place]);
-    return el("a", { href: link }, answers.id[place] + (answers.sample[place] ? ` (${answers.sample[place]})` : ""));
+    return el("a", { href: linkTo(place) }, answers.id[place] + (answers.sample[place] ? ` (${answers.sample[place]})` : ""));
   }
   if (column === 1) {
     const verdict = verdictOf(answers, place, metric), value = answers.metrics?.[place]?.[metric];
@@ -110,7 +119,7 @@ async function showAnswers(runId, task, id, sample = 0) {
   if (run?.id !== runId) id = undefined;
   if (!run) { byId("answers-count").textContent = "No run of this page has answers at hand."; return; }
   const names = Object.keys(run.tasks);
-  const chosen = id ? names.find((name) => run.tasks[name].prefix === id.split("/")[0]) ?? task : task;
+  const chosen = names.includes(task) ? task : id && taskOf(run, id);
   const wanted = names.includes(chosen) ? chosen : names.find((name) => run.tasks[name].n) ?? names[0];
   byId("answers-run").value = run.id;
   fillSelect(byId("answers-task"), names.map((name) => [name, `${name} (${run.tasks[name].n})`]), wanted);
@@ -154,9 +163,8 @@ async function showItem(place) {
       sides.push(el("p", { class: "none" }, error.message));
     }
   }
-  const link = itemLink(run.id, answers.id[place], answers.sample[place]);
   byId("answers-item").replaceChildren(
-    el("h3", {}, el("a", { href: link }, answers.id[place])),
+    el("h3", {}, el("a", { href: linkTo(place) }, answers.id[place])),
     questionView(answers, place, words),
     el("div", { class: sides.length > 1 ? "sides" : "" }, sides));
   requestAnimationFrame(() => setTimeout(() => performance.mark("answer shown"))); // for scripts/bench_page.py

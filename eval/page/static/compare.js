@@ -48,7 +48,7 @@ async function showCompare([column, a, b]) {
   choice.value = column;
   byId("compare-a").value = a;
   byId("compare-b").value = b;
-  Object.assign(compareState, { column: Number(column), a, b, items: [], shown: [] });
+  Object.assign(compareState, { column: Number(column), a, b, items: [], shown: [], texts: null });
   byId("compare-item").replaceChildren();
   const shown = page.columns[column];
   const values = shown.values ? await need(shown.values) : { ids: [], runs: {}, untested: {}, other_ids: {} };
@@ -92,6 +92,15 @@ function filterCompared() {
   compareState.list.refresh();
 }
 
+/** Return item → what the search looks through; the turns and samples of one item are one text. */
+function textsByItem(answers) {
+  const texts = searchedTexts(answers), found = new Map();
+  answers.id.forEach((id, place) => {
+    for (const key of new Set([id, id.split("/").slice(0, 2).join("/")])) found.set(key, `${found.get(key) ?? ""}\n${texts[place]}`);
+  });
+  return found;
+}
+
 /** Show the answers of both rows' runs to an item, seed by seed. */
 async function showPair(one) {
   const page = taken.get("page"), task = page.columns[compareState.column].task;
@@ -101,7 +110,7 @@ async function showPair(one) {
     for (const run of ids.map((id) => page.runs.find((listed) => listed.id === id)).filter(Boolean)) {
       try {
         const answers = await loadAnswers(run, task);
-        if (!compareState.texts) { const texts = searchedTexts(answers); compareState.texts = new Map(answers.id.map((id, place) => [id, texts[place]])); }
+        compareState.texts ??= textsByItem(answers);
         const places = answers.id.flatMap((id, place) => (id === one.id || id.startsWith(`${one.id}/`) ? [place] : []));
         asked ??= places.length ? questionView(answers, places[0], "") : null;
         sides.push([side, places.map((place) => itemView(answers, place, "", run.id))]);

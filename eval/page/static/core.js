@@ -74,8 +74,10 @@ function linkParts() {
     try { return decodeURIComponent(part); } catch { return part; }
   });
 }
-const itemLink = (run, id, sample) =>
-  `#${encodeURIComponent(run)}/${id.split("/").map(encodeURIComponent).join("/")}${sample ? `?sample=${sample}` : ""}`;
+function itemLink(run, id, sample, task) {
+  const asked = [sample ? `sample=${sample}` : "", task ? `task=${encodeURIComponent(task)}` : ""].filter(Boolean).join("&");
+  return `#${encodeURIComponent(run)}/${id.split("/").map(encodeURIComponent).join("/")}${asked && `?${asked}`}`;
+}
 
 /** A list of many rows by DataTables, which draws one page of it at a time; texts are set as text.
  *

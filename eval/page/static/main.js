@@ -1,4 +1,4 @@
-// Links and keys. #/VIEW/… shows a view, #RUN/ITEM an answer.
+// Links and keys. #/VIEW/… shows a view, #RUN/ITEM an answer, of a lower rank #RUN/ITEM?task=ranks/….
 
 const VIEWS = ["table", "cell", "answers", "compare", "training"];
 
@@ -15,8 +15,8 @@ async function route() {
     if (view === "cell") await showCell(parts.slice(2));
     if (view === "compare") await showCompare(parts.slice(2));
     if (view === "answers") {
-      const sample = Number(new URLSearchParams(location.hash.split("?")[1] ?? "").get("sample") ?? 0);
-      await (parts[0] === "" ? showAnswers(parts[2], parts[3]) : showAnswers(parts[0], null, parts.slice(1).join("/") || null, sample));
+      const asked = new URLSearchParams(location.hash.split("?")[1] ?? "");
+      await (parts[0] === "" ? showAnswers(parts[2], parts[3]) : showAnswers(parts[0], asked.get("task"), parts.slice(1).join("/") || null, Number(asked.get("sample") ?? 0)));
     }
   } catch (error) {
     say(error.message);

@@ -122,7 +122,7 @@ def test_the_metrics_of_runs_have_their_own_scales_and_directions(tmp_path):
     columns = {column.metric: column for column in table_of_runs([run]).table.spec.columns if column.task == "x"}
     assert {name: (one.unit, one.scale, one.better) for name, one in columns.items()} == {
         "nll": ("nats", 1.0, "lower"),
-        "kl": ("nats", 1.0, "lower"),
+        "kl": ("nats", 1.0, "none"),
         "p_right": ("%", 100.0, "higher"),
         "p_wrong": ("%", 100.0, "lower"),
         "wrong_rule": ("%", 100.0, "lower"),

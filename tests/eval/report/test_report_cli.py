@@ -136,7 +136,7 @@ def test_the_untuned_model_is_the_same_for_any_seeds(table_path, report, capsys)
     table_path.write_text(yaml.safe_dump(table, sort_keys=False))
     fill(table_path)
     report(table_path, "seeds=[2]")
-    assert "| toy | untuned | 51.00 (1) |" in capsys.readouterr().out
+    assert "| toy | not tuned | 51.00 (1) |" in capsys.readouterr().out
 
 
 def test_a_table_without_results_names_the_command(table_path, report, tmp_path):

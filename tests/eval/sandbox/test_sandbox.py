@@ -14,10 +14,10 @@ import pytest
 
 from ba_lora.errors import UserError
 from eval.sandbox import box as sandbox_box
-from eval.sandbox import launcher
+from eval.sandbox import launcher, pool
 from eval.sandbox.jobs import EXITED, FAILED, PASSED, TIMEOUT, Job, Limits
 from eval.sandbox.sandbox import Sandbox
-from tests.support.boxes import MARK, QUICK, TESTS, needs_bubblewrap, open_to_all, processes_of_boxes
+from tests.support.boxes import MARK, QUICK, RIGHT, TESTS, needs_bubblewrap, open_to_all, processes_of_boxes
 
 
 @needs_bubblewrap
@@ -156,6 +156,29 @@ def test_unsafe_must_be_asked_for_and_says_so() -> None:
         assert [verdict.status for verdict in sandbox.run(jobs, workers=3)] == [PASSED, EXITED, TIMEOUT]
     with pytest.raises(UserError, match="sandbox=none is unknown"):
         Sandbox(kind="none")
+
+
+KILLED_ONCE = """\
+import os, pathlib
+if not pathlib.Path({mark!r}).exists():
+    pathlib.Path({mark!r}).touch()
+    os.kill(os.getpid(), 9)
+def f(x): return x + 1
+"""
+
+
+def test_a_program_that_the_machine_killed_runs_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed twice it has failed, unless the kernel says that it had no memory left: then nothing is graded."""
+    once = Job(KILLED_ONCE.format(mark=str(tmp_path / "was")), TESTS)
+    itself = Job("import os\nos.kill(os.getpid(), 9)", TESTS)
+    counted: list[int] = []
+    with Sandbox(kind="unsafe", limits=QUICK) as sandbox:
+        verdicts = sandbox.run([once, itself, Job(RIGHT, TESTS)], workers=2, progress=counted.append)
+        assert [str(verdict) for verdict in verdicts] == [PASSED, "exited early: signal SIGKILL", PASSED]
+        assert counted == [1, 1, 1]
+        monkeypatch.setattr(pool, "memory_kills", lambda: -1)  # another number than before the job
+        with pytest.raises(UserError, match="out of memory and has killed .* twice: run fewer at once, with workers=2"):
+            sandbox.run([itself], workers=4)
 
 
 @needs_bubblewrap
