@@ -118,7 +118,8 @@ def append_line(path: str | Path, value: object) -> None:
     with disk_errors(path), open(path, "a+b") as file:
         file.seek(max(file.tell() - 1, 0))
         torn = file.read(1) not in (b"", b"\n")
-        file.write(f"{chr(10) if torn else ''}{json.dumps(value, ensure_ascii=False)}\n".encode())
+        line = json.dumps(value, ensure_ascii=False) + "\n"
+        file.write((b"\n" if torn else b"") + line.encode())
 
 
 def read_whole_lines(path: str | Path) -> list[dict]:

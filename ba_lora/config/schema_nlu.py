@@ -273,6 +273,6 @@ def _labels_of(files: tuple[tuple[str, tuple[int, int] | None], ...], column: st
     try:
         if all(math.isfinite(float(name)) for name in found):
             return tuple(sorted(found, key=float))
-    except ValueError:
+    except ValueError:  # names, which are sorted as text
         pass
     return tuple(sorted(found))

@@ -31,10 +31,8 @@ class StopOnSignal(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any
     ) -> TrainerControl:
         asked = self._agreed()
-        if (
-            args.save_strategy == "best" and control.should_evaluate
-        ):  # this evaluation decides whether the step is saved
-            return control
+        if args.save_strategy == "best" and control.should_evaluate:
+            return control  # the evaluation decides whether this step is saved: the next one is the last
         if asked and state.global_step < state.max_steps and not control.should_training_stop:
             control.should_save = control.should_training_stop = self.stopped = True
         return control

@@ -7,7 +7,6 @@ import os
 import random
 import signal
 import subprocess
-import threading
 import time
 import types
 
@@ -32,6 +31,7 @@ from ba_lora.glue import HUB_REVISION
 from ba_lora.locks import try_lock, work_lock_path
 from eval import nlu
 from eval.tasks.glue import VERSION
+from tests.support.signals import slow_to_end
 from tests.support.tiny_nlu import scored_run
 from tests.workers import fake_grid
 
@@ -460,25 +460,9 @@ def test_a_table_that_comes_first_may_lack_its_page_and_nothing_else(monkeypatch
 
 
 def test_ctrl_c_reaches_what_a_table_needs_first_and_lets_it_end(tmp_path):
-    begun, ended = tmp_path / "begun", tmp_path / "ended"
-    code = f"""
-import pathlib, time
-try:
-    pathlib.Path({str(begun)!r}).touch()
-    time.sleep(600)
-except KeyboardInterrupt:
-    time.sleep(1)
-    pathlib.Path({str(ended)!r}).touch()
-"""
-
-    def interrupt():
-        while not begun.exists():
-            time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGINT)
-
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     try:
-        threading.Thread(target=interrupt, daemon=True).start()
+        code, ended = slow_to_end(tmp_path, signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             prepare(["timeit", "-n", "1", "-r", "1", code])
     finally:

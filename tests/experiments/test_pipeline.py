@@ -9,8 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
-import time
 
 import pytest
 
@@ -22,6 +20,7 @@ from ba_lora.runs.results_table import labelled, results_table
 from eval.check import find_error
 from eval.tasks import TASKS
 from tests.conftest import ROOT
+from tests.support.signals import slow_to_end
 
 NODES = {"NUM_MACHINES": "2", "MACHINE_RANK": "1", "MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
 
@@ -33,29 +32,12 @@ def after(command, option):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_lets_the_stage_end_in_order(tmp_path, monkeypatch, number):
     """It reaches this process only; the stage needs a second to write down that it was cancelled."""
-    begun, ended = tmp_path / "begun", tmp_path / "ended"
-    code = f"""
-import pathlib, signal, time
-signal.signal(signal.SIGTERM, signal.default_int_handler)
-try:
-    pathlib.Path({str(begun)!r}).touch()
-    time.sleep(600)
-except KeyboardInterrupt:
-    time.sleep(1)
-    pathlib.Path({str(ended)!r}).touch()
-"""
-
-    def send():
-        while not begun.exists():
-            time.sleep(0.01)
-        os.kill(os.getpid(), number)
-
     monkeypatch.setattr(stages, "ENDS_BY_ITSELF_S", 0.1)
     before = {one: signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)}
     try:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
         stages.leave_on_sigterm()
-        threading.Thread(target=send, daemon=True).start()
+        code, ended = slow_to_end(tmp_path, number)
         with pytest.raises((KeyboardInterrupt, SystemExit)) as left:
             stages.run_stage(stages.Stage("train", stages.Call("-c", settings=(code,), launch=(sys.executable,)), ()))
     finally:

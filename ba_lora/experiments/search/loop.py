@@ -214,20 +214,8 @@ class Search:
         running.seconds += work.seconds
         try:
             self._prune(running)  # where the training was faster than the last look at it, or failed since
-            if running.outcome is not None:
-                pass
-            elif failures := work.failures.get(spec.config.run_path):
-                facts = {"error": stage_error(failures[0]), "log": str(failures[0].log_path)}
-                running.outcome = Outcome(FAILED, None, self._evaluations(running), facts)
-            else:
-                loss = self.runs.loss(spec.config)
-                running.facts.append({"seed": spec.config.seed, "loss": loss} | self.runs.facts(spec.config))
-                running.losses.append(loss)
-                if len(running.losses) == len(running.specs):
-                    mean = sum(running.losses) / len(running.losses)
-                    error = {} if math.isfinite(mean) else {"error": "its held-out loss is not finite"}
-                    status, loss = (FAILED, None) if error else (COMPLETE, mean)
-                    running.outcome = Outcome(status, loss, self._evaluations(running), error)
+            if running.outcome is None:
+                running.outcome = self._concluded(running, work)
             if running.outcome is not None:
                 running.outcome.facts |= {"seconds": round(running.seconds, 2), "runs": running.facts}
             self._tell_news(running)
@@ -235,6 +223,22 @@ class Search:
         finally:
             running.work = None
             work.release()
+
+    def _concluded(self, running: _Running, work: StageQueue) -> Outcome | None:
+        """Return what came of a trial whose training has ended; None where its next seed is still to be trained."""
+        config = running.spec.config
+        if failures := work.failures.get(config.run_path):
+            facts = {"error": stage_error(failures[0]), "log": str(failures[0].log_path)}
+            return Outcome(FAILED, None, self._evaluations(running), facts)
+        loss = self.runs.loss(config)
+        running.facts.append({"seed": config.seed, "loss": loss} | self.runs.facts(config))
+        running.losses.append(loss)
+        if len(running.losses) < len(running.specs):
+            return None
+        mean = sum(running.losses) / len(running.losses)
+        if not math.isfinite(mean):
+            return Outcome(FAILED, None, self._evaluations(running), {"error": "its held-out loss is not finite"})
+        return Outcome(COMPLETE, mean, self._evaluations(running), {})
 
     def _evaluations(self, running: _Running) -> dict[int, float]:
         return {step: loss for step, loss, _ in self.runs.evaluations(running.specs[0].config)}
