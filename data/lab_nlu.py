@@ -41,7 +41,7 @@ from typing import TYPE_CHECKING, Any
 from ba_lora.config.layers import load_config
 from ba_lora.errors import CommandParser, UserError, run_entry_point
 from ba_lora.glue import find_task
-from ba_lora.io import folder_atomic, sha256_file, write_json_atomic, write_jsonl_atomic
+from ba_lora.io import folder_atomic, read_jsonl, sha256_file, write_json_atomic, write_jsonl_atomic
 from ba_lora.locks import locked
 from ba_lora.paths import PROJECT_ROOT, resolve_data, written_path
 from ba_lora.rows import load_rows
@@ -274,7 +274,6 @@ def _train(
     from datasets import Dataset
     from transformers import DataCollatorWithPadding
 
-    from ba_lora.io import read_jsonl
     from ba_lora.models.classifier import load_classifier
     from ba_lora.models.predict import predict, prediction_lines
     from ba_lora.models.tokenizer import encode_texts, load_tokenizer
@@ -322,6 +321,20 @@ def _train(
     )
 
 
+def _write_shared(shared: dict[str, list[Row]], output: Path) -> None:
+    """Write the rows that all bases share. Raises UserError, before it writes, where bases were made with others."""
+    if any(output.glob("bases/*/lab.json")):
+        for name, rows in shared.items():
+            path = output / f"{name}.jsonl"
+            if not path.is_file() or read_jsonl(path) != rows:
+                raise UserError(
+                    f"{output / 'bases'} has bases that were made with another {path.name}: give the files of then, or "
+                    "another output=DIR"
+                )
+    for name, rows in shared.items():
+        write_jsonl_atomic(output / f"{name}.jsonl", rows)
+
+
 def prediction_path(folder: Path, sha256: str) -> Path:
     """Return where a base's predictions for the rows of a file with this hash are, for eval/likelihood_nlu.py."""
     return folder / "predictions" / f"{sha256[:12]}.jsonl"
@@ -356,8 +369,7 @@ def main() -> None:
         raise UserError(f"seeds={typed['seeds']}: seeds from 0 to {MAX_SEED} are needed, or the two parts share rows")
     output = (written_path(typed["output"]) if "output" in typed else PROJECT_ROOT / "outputs" / "lab_nlu") / rows.task
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    for name, lines in rows.shared().items():
-        write_jsonl_atomic(output / f"{name}.jsonl", lines)
+    _write_shared(rows.shared(), output)
     options = {"base": typed.get("base", "")}
     calls = [(partial(make_classifier_start, **options), rows, seed, output) for seed in seeds]
     bases = [(partial(make_classifier, **options), rows, seed, level, output) for seed in seeds for level in levels]

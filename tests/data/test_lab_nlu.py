@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from ba_lora.errors import UserError
-from ba_lora.io import read_json, read_jsonl, write_jsonl_atomic
+from ba_lora.io import read_json, read_jsonl, write_json_atomic, write_jsonl_atomic
 from ba_lora.models.classifier import load_classifier
 from data import lab_nlu
 from data.lab_nlu import ROLES, LabRows, folder_of, kind_of, make_classifier
@@ -96,6 +96,24 @@ def test_test_rows_without_a_role_are_refused_before_any_training(sst2, tmp_path
     write_jsonl_atomic(tmp_path / "none.jsonl", [{"sentence": "a movie", "label": 0}, {"sentence": "it", "label": 1}])
     with pytest.raises(UserError, match="none.jsonl: it has no row of the kind film: give another file"):
         LabRows("sst2", sst2.train, (str(tmp_path / "none.jsonl"),)).shared()
+
+
+def test_other_rows_than_those_of_the_bases_are_refused_and_nothing_is_changed(sst2, tmp_path, monkeypatch):
+    def main(test):
+        words = ["noise=0", "seeds=1", "task=sst2", f"train={sst2.train}", f"test={test}", f"output={tmp_path}"]
+        monkeypatch.setattr(sys, "argv", ["lab_nlu", *words])
+        lab_nlu.main()
+
+    monkeypatch.setattr(lab_nlu, "call_all", lambda calls, workers: None)
+    first, second = sst2.test
+    main(second)
+    main(first)  # there is no base yet
+    written = (tmp_path / "sst2" / "test.jsonl").read_bytes()
+    write_json_atomic(tmp_path / "sst2" / "bases" / "clean-b1" / "lab.json", {"recipe": {}})
+    main(first)
+    with pytest.raises(UserError, match="bases that were made with another test.jsonl: give the files of then, or"):
+        main(second)
+    assert (tmp_path / "sst2" / "test.jsonl").read_bytes() == written
 
 
 @pytest.fixture
