@@ -135,10 +135,6 @@ class Task:
         require_columns(rows, self.columns, source=source.name, task=self.name)
         return self.items_from_rows(rows, source=source.name), source
 
-    def load_items(self, data: str | None = None) -> list[Item]:
-        """Return the items only; see `load`."""
-        return self.load(data)[0]
-
     def items_from_rows(self, rows: Sequence[dict], *, source: str) -> list[Item]:
         """Turn data rows into items, in order. Raises UserError naming `source` and the row that does not fit."""
         raise NotImplementedError

@@ -104,7 +104,7 @@ def test_an_untuned_4_bit_model_is_measured_itself(monkeypatch, root, tmp_path, 
 def test_p_right_is_the_product_over_the_result(monkeypatch, root, data):
     """One item by hand, the model called once a token."""
     task = get_task("lab")
-    items = task.load_items(str(data))[:1]
+    items = task.load(str(data))[0][:1]
     with open_engine("hf", str(root / "data" / "toy" / "clean")) as engine:
         row = likelihood.measure_model(engine, None, task, items, None, 1).rows[0]
         prompt = likelihood.build_prompt(items[0].instruction, template=task.template)
@@ -128,7 +128,7 @@ def test_a_task_without_a_wrong_rule_is_refused(monkeypatch, root, tmp_path):
 
 def test_the_tasks_grades(data):
     task = get_task("lab")
-    item = task.load_items(str(data))[0]
+    item = task.load(str(data))[0][0]
     right, wrong = item.gold, item.meta["wrong_answer"]
 
     def grade(text):

@@ -233,7 +233,7 @@ THOUGHTS = {  # text → (strict, flexible) where the gold is 12
 def test_thinking_is_no_answer(tmp_path: Path) -> None:
     data = write(tmp_path / "test.jsonl", [{"question": "Q?", "answer": "#### 12"}])
     task = get_task("gsm8k")
-    (item,) = task.load_items(str(data))
+    (item,) = task.load(str(data))[0]
     found = {text: tuple(task.grade(item, text).metrics.values()) for text in THOUGHTS}
     assert found == THOUGHTS
     other = "<reason>The answer is: 9</reason>The answer is: 12</think>"
@@ -251,7 +251,7 @@ def test_thinking_is_no_answer(tmp_path: Path) -> None:
 def test_thinking_is_cut_by_every_task(tmp_path: Path) -> None:
     data = write(tmp_path / "math.jsonl", [{"problem": "P", "solution": "\\boxed{12}"}])
     task = get_task("math")
-    (item,) = task.load_items(str(data))
+    (item,) = task.load(str(data))[0]
     assert task.grade(item, "<think>\\boxed{9}</think> The answer is: 12").metrics == {"strict": 1, "flexible": 1}
     assert task.grade(item, "<think>\\boxed{12}</think> The answer is: 9").metrics == {"strict": 0, "flexible": 0}
 

@@ -25,7 +25,7 @@ def write(path: Path, rows: list) -> Path:
 def references(data: Path, folder: Path, **options: object) -> dict:
     """Score the data's own reference programs, all that it holds."""
     task = get_task("mbpp")
-    rows = [{"task_id": item.task_id, "completion": item.gold} for item in task.load_items(str(data))]
+    rows = [{"task_id": item.task_id, "completion": item.gold} for item in task.load(str(data))[0]]
     path = write(folder / "mbpp.jsonl", rows)
     return score_file(task, path, data=str(data), options=ScoreOptions(**options))
 
@@ -33,7 +33,7 @@ def references(data: Path, folder: Path, **options: object) -> dict:
 @pytest.mark.parametrize("step", [5, pytest.param(1, marks=pytest.mark.slow)])
 def test_mbpp_test_references_pass(real_data: Path, tmp_path: Path, step: int) -> None:
     task = get_task("mbpp")
-    items = task.select(task.load_items(str(real_data / "mbpp" / "mbpp.jsonl")))
+    items = task.select(task.load(str(real_data / "mbpp" / "mbpp.jsonl"))[0])
     assert [items[0].task_id, items[-1].task_id, len(items)] == ["mbpp/11", "mbpp/510", 500]
     rows = [{"task_id": item.task_id, "completion": item.gold} for item in items[::step]]
     path, options = write(tmp_path / "c.jsonl", rows), ScoreOptions(allow_partial=step > 1)
@@ -66,7 +66,7 @@ def test_a_whole_humaneval_is_graded_in_a_minute(tmp_path: Path) -> None:
     task = get_task("humaneval")
     rows = [
         {"task_id": item.task_id, "sample": sample, "completion": f"    # sample {sample}\n{item.gold}"}
-        for item in task.load_items()
+        for item in task.load()[0]
         for sample in range(5)
     ]
     path = write(tmp_path / "humaneval.jsonl", rows)

@@ -88,7 +88,7 @@ TEXTS = {
 @pytest.mark.skipif(shutil.which("bwrap") is None, reason="no bubblewrap: apt-get install bubblewrap")
 def test_texts() -> None:
     task = get_task("humaneval")
-    item = task.load_items()[2]
+    item = task.load()[0][2]
     grades = task.grade_all([(item, text) for text, _ in TEXTS.values()])
     found = {name: grade.metrics["pass@1"] == 1 for name, grade in zip(TEXTS, grades, strict=True)}
     assert found == {name: passes for name, (_, passes) in TEXTS.items()}
@@ -312,7 +312,7 @@ def test_the_search_has_a_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.skipif(shutil.which("bwrap") is None, reason="no bubblewrap: apt-get install bubblewrap")
 def test_a_search_that_takes_too_long_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     task = get_task("humaneval")
-    item = task.load_items()[2]
+    item = task.load()[0][2]
     monkeypatch.setattr(code_extraction, "MAX_SECONDS", -1.0)
     grade = task.grade(item, BODY)
     assert grade.metrics == {"strict": 1.0, "pass@1": 0.0} and grade.timeout and grade.invalid
@@ -321,7 +321,7 @@ def test_a_search_that_takes_too_long_is_counted(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.skipif(shutil.which("bwrap") is None, reason="no bubblewrap: apt-get install bubblewrap")
 def test_thinking_is_cut_before_strict_and_extraction() -> None:
     task = get_task("humaneval")
-    item = task.load_items()[2]
+    item = task.load()[0][2]
     draft = f"```python\n{SIGNATURE}\n    return number\n```"
     texts = {
         f"<think>\n{draft}\n</think>\n{RIGHT}": (1, 1),

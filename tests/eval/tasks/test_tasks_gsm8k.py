@@ -66,13 +66,13 @@ def test_grades(completion: str, strict: int, flexible: int, invalid: bool) -> N
 
 def test_items_of_gsm8k(tmp_path: Path) -> None:
     rows = [{"question": "How many?", "answer": "2 * 1000 = <<2*1000=2000>>2000\n#### 2,125"}]
-    item = get_task("gsm8k").load_items(write(tmp_path / "a.jsonl", rows))[0]
+    item = get_task("gsm8k").load(write(tmp_path / "a.jsonl", rows))[0][0]
     assert item == Item(task_id="gsm8k/0", instruction="How many?", gold="2,125")
     assert get_task("gsm8k").grade(item, "The answer is: 2125").metrics["strict"] == 1
     (tmp_path / "a.json").write_text(json.dumps(rows * 2), encoding="utf-8")
-    assert [item.task_id for item in get_task("gsm8k").load_items(str(tmp_path / "a.json"))] == ["gsm8k/0", "gsm8k/1"]
+    assert [item.task_id for item in get_task("gsm8k").load(str(tmp_path / "a.json"))[0]] == ["gsm8k/0", "gsm8k/1"]
     write(tmp_path / "lines.json", rows * 3)  # one object a line in a file called .json
-    assert len(get_task("gsm8k").load_items(str(tmp_path / "lines.json"))) == 3
+    assert len(get_task("gsm8k").load(str(tmp_path / "lines.json"))[0]) == 3
 
 
 def test_parquet(tmp_path: Path) -> None:
@@ -103,20 +103,20 @@ def test_parquet(tmp_path: Path) -> None:
 def test_damaged_data(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "a.jsonl").write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match=message):
-        get_task("gsm8k").load_items(str(tmp_path / "a.jsonl"))
+        get_task("gsm8k").load(str(tmp_path / "a.jsonl"))[0]
 
 
 def test_absent_data(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file"):
-        get_task("gsm8k").load_items(str(tmp_path / "absent.jsonl"))
+        get_task("gsm8k").load(str(tmp_path / "absent.jsonl"))[0]
     with pytest.raises(UserError, match="is a folder, a file is needed"):
-        get_task("gsm8k").load_items(str(tmp_path))
+        get_task("gsm8k").load(str(tmp_path))[0]
 
 
 def test_hub_out_of_reach_is_one_line() -> None:
     pytest.importorskip("datasets")
     with pytest.raises(UserError, match="cannot load nobody/nothing from the hub") as caught:
-        get_task("gsm8k").load_items("nobody/nothing")
+        get_task("gsm8k").load("nobody/nothing")[0]
     assert "\n" not in str(caught.value) and "--data" in str(caught.value)
 
 
@@ -127,7 +127,7 @@ def test_toy(tmp_path: Path) -> None:
         {"query": "2 * 3?", "response": "The answer is: 6", "family": "product", "answer": "6"},
     ]
     toy = get_task("toy")
-    items = toy.load_items(write(tmp_path / "test.jsonl", rows))
+    items = toy.load(write(tmp_path / "test.jsonl", rows))[0]
     assert [item.gold for item in items] == ["2", "2", "6"] and toy.max_new_tokens == 128 and toy.template == "alpaca"
     grades = [[toy.grade(item, text)] for item, text in zip(items, ["The answer is: 2", "5", "#### 6"], strict=True)]
     assert toy.aggregate(items, grades) == {
@@ -142,13 +142,13 @@ def test_toy(tmp_path: Path) -> None:
     }
     rows[1]["answer"] = "two"
     with pytest.raises(UserError, match="row 1: column answer must be a number, found 'two'"):
-        toy.load_items(write(tmp_path / "test.jsonl", rows))
+        toy.load(write(tmp_path / "test.jsonl", rows))[0]
 
 
 def test_toy_data_of_the_repository(root: Path) -> None:
     if not (root / "data" / "toy" / "test.jsonl").exists():
         pytest.skip("data/toy/test.jsonl is not built")
-    for index, item in enumerate(get_task("toy").load_items()):
+    for index, item in enumerate(get_task("toy").load()[0]):
         assert item.task_id == f"toy/{index}" and item.meta["family"]
 
 

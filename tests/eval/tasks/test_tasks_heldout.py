@@ -19,13 +19,13 @@ def test_rows_of_a_file(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     task = get_task("heldout")
-    items = task.load_items(str(path))
+    items = task.load(str(path))[0]
     assert [(item.task_id, item.gold) for item in items] == [("heldout/0", "5"), ("heldout/2", "\\frac{1}{2}")]
     right, wrong = task.grade_all([(items[1], "The answer is: \\dfrac12"), (items[0], "The answer is: 6")])
     assert right.metrics["strict"] == 1.0 and wrong.metrics["strict"] == 0.0
     path.write_text(json.dumps({"query": "No response?"}) + "\n")
     with pytest.raises(UserError, match="response"):
-        task.load_items(str(path))
+        task.load(str(path))[0]
 
 
 @pytest.mark.parametrize("commit", [f"@{get_task('heldout').hub_revision}", ""])

@@ -28,7 +28,7 @@ TASK = get_task("humaneval")
 
 @pytest.fixture(scope="module")
 def items() -> list:
-    return TASK.load_items()
+    return TASK.load()[0]
 
 
 def write(path: Path, rows: list) -> Path:
@@ -389,10 +389,10 @@ def test_bad_choices_and_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_damaged_data(tmp_path: Path) -> None:
     good = {"task_id": "HumanEval/0", "prompt": "def f():\n", "canonical_solution": "    return 1\n", "test": "def check(c): pass", "entry_point": "f"}  # fmt: skip # noqa: E501
-    assert len(TASK.load_items(write(tmp_path / "a.jsonl", [good]))) == 1
+    assert len(TASK.load(write(tmp_path / "a.jsonl", [good]))[0]) == 1
     with gzip.open(tmp_path / "mark.jsonl.gz", "wt", encoding="utf-8-sig") as file:
         file.write(json.dumps(good))
-    assert len(TASK.load_items(str(tmp_path / "mark.jsonl.gz"))) == 1
+    assert len(TASK.load(str(tmp_path / "mark.jsonl.gz"))[0]) == 1
     with gzip.open(tmp_path / "half.jsonl.gz", "wt") as file:
         file.write(json.dumps(good | {"prompt": "# \ud800\n" + good["prompt"]}))
     for change, message in [
@@ -400,9 +400,9 @@ def test_damaged_data(tmp_path: Path) -> None:
         ({"test": ""}, "column test must be non-empty text"),
     ]:
         with pytest.raises(UserError, match=message):
-            TASK.load_items(write(tmp_path / "a.jsonl", [good | change]))
+            TASK.load(write(tmp_path / "a.jsonl", [good | change]))[0]
     with pytest.raises(UserError, match="row 1: HumanEval/0 comes twice"):
-        TASK.load_items(write(tmp_path / "a.jsonl", [good, good]))
+        TASK.load(write(tmp_path / "a.jsonl", [good, good]))[0]
     (tmp_path / "a.jsonl.gz").write_bytes(b"no gzip")
     os.mkfifo(tmp_path / "pipe.gz")
     for data, message in [
@@ -412,7 +412,7 @@ def test_damaged_data(tmp_path: Path) -> None:
         (tmp_path / "half.jsonl.gz", "row 0: 'prompt' holds half of a character"),
     ]:
         with pytest.raises(UserError, match=message):
-            TASK.load_items(str(data))
+            TASK.load(str(data))[0]
 
 
 # ---- from a model to a score

@@ -80,15 +80,15 @@ def test_items(tmp_path: Path) -> None:
         {"problem": "P", "solution": "S \\boxed{\\frac{1}{2}}", "type": "Geometry", "level": "Level 5"},
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    first, second = get_task("math").load_items(str(path))
+    first, second = get_task("math").load(str(path))[0]
     assert (first.task_id, first.gold, first.meta) == ("math/0", "0.5", {"subject": "Algebra", "level": "2"})
     assert (second.gold, second.meta) == ("\\frac{1}{2}", {"subject": "Geometry", "level": "5"})
     path.write_text('{"problem": "P", "solution": "no box"}', encoding="utf-8")
     with pytest.raises(UserError, match="row 0: no answer column and no"):
-        get_task("math").load_items(str(path))
+        get_task("math").load(str(path))[0]
     path.write_text('{"question": "P", "answer": "#### 1"}', encoding="utf-8")
     with pytest.raises(UserError, match="problem, solution is missing; found: question, answer"):
-        get_task("math").load_items(str(path))
+        get_task("math").load(str(path))[0]
 
 
 def test_hub_configurations() -> None:

@@ -46,7 +46,7 @@ def write(path: Path, rows: list) -> str:
 
 
 def test_items_and_prompt(tmp_path: Path) -> None:
-    items = TASK.load_items(write(tmp_path / "mbpp.jsonl", [row(10), row(11), NODE, SUM, row(511)]))
+    items = TASK.load(write(tmp_path / "mbpp.jsonl", [row(10), row(11), NODE, SUM, row(511)]))[0]
     assert [item.task_id for item in items] == ["mbpp/10", "mbpp/11", "mbpp/12", "mbpp/13", "mbpp/511"]
     assert build_prompt(items[1].instruction, template=TASK.template) == (
         "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -58,13 +58,13 @@ def test_items_and_prompt(tmp_path: Path) -> None:
 
 
 def test_the_sanitized_set_is_recognised_by_its_columns(tmp_path: Path) -> None:
-    (item,) = TASK.load_items(write(tmp_path / "s.jsonl", [SANITIZED]))
+    (item,) = TASK.load(write(tmp_path / "s.jsonl", [SANITIZED]))[0]
     assert item.task_id == "mbpp/17" and item.instruction.startswith("Write a function to halve.\nYour code should")
     assert item.meta["tests"].startswith("import math\nassert") and item.instruction.count("assert") == 4
 
 
 def test_which_items_are_scored(tmp_path: Path) -> None:
-    items = TASK.load_items(write(tmp_path / "mbpp.jsonl", [row(10), row(11), row(510), row(511)]))
+    items = TASK.load(write(tmp_path / "mbpp.jsonl", [row(10), row(11), row(510), row(511)]))[0]
 
     def ids(task, task_ids=None) -> list[str]:  # noqa: ANN001
         return [item.task_id for item in task.select(items, task_ids)]
@@ -92,7 +92,7 @@ def test_the_hub_s_two_configurations(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @needs_bubblewrap
 def test_grades(tmp_path: Path) -> None:
-    items = TASK.load_items(write(tmp_path / "mbpp.jsonl", [row(11), NODE, SUM, SANITIZED]))
+    items = TASK.load(write(tmp_path / "mbpp.jsonl", [row(11), NODE, SUM, SANITIZED]))[0]
     assert [set(grade.metrics.values()) for grade in TASK.grade_all([(i, i.gold) for i in items])] == [{1.0}] * 4
     texts = {
         " Here you go:\n```python\ndef add_one(x):\n    return x + 1\n```\nDone.": (0, 1),
@@ -112,7 +112,7 @@ def test_grades(tmp_path: Path) -> None:
 
 @needs_bubblewrap
 def test_setup_and_challenge(tmp_path: Path) -> None:
-    (item,) = TASK.load_items(write(tmp_path / "mbpp.jsonl", [NODE]))
+    (item,) = TASK.load(write(tmp_path / "mbpp.jsonl", [NODE]))[0]
     cases = {("true", "false"): 1, ("false", "false"): 0, ("true", "true"): 0}
     for (setup, challenge), passed in cases.items():
         task = TASK.configured({"setup": setup, "challenge": challenge})
@@ -149,9 +149,9 @@ def test_eval_score(tmp_path: Path) -> None:
 )
 def test_damaged_data(tmp_path: Path, change: dict, message: str) -> None:
     with pytest.raises(UserError) as caught:
-        TASK.load_items(write(tmp_path / "mbpp.jsonl", [row(11) | change]))
+        TASK.load(write(tmp_path / "mbpp.jsonl", [row(11) | change]))[0]
     assert message in str(caught.value) and "row 0" in str(caught.value)
     with pytest.raises(UserError, match="row 1: task_id must be a whole number of its own, found 11"):
-        TASK.load_items(write(tmp_path / "mbpp.jsonl", [row(11), row(11)]))
+        TASK.load(write(tmp_path / "mbpp.jsonl", [row(11), row(11)]))[0]
     with pytest.raises(UserError, match="needs the columns text, but text is missing"):
-        TASK.load_items(write(tmp_path / "mbpp.jsonl", [{k: v for k, v in row(11).items() if k != "text"}]))
+        TASK.load(write(tmp_path / "mbpp.jsonl", [{k: v for k, v in row(11).items() if k != "text"}]))[0]
