@@ -88,7 +88,10 @@ def check_tokens(
 def check_sizes(config: RunConfig, tokenizer: "PreTrainedTokenizerBase", *datasets: "Dataset | None") -> None:
     """Raise UserError where the model of a run has no room for a token or for the length of a row it is trained or
     evaluated on."""
-    rows = [ids for dataset in datasets if dataset is not None for ids in dataset["input_ids"]]
+
+    def rows() -> Iterator[list[int]]:  # from the disk, one by one, and only for a model that may lack room
+        return (ids for dataset in datasets if dataset is not None for ids in dataset["input_ids"])
+
     settings = config.model
     model = load_skeleton(
         model_source(settings),
@@ -97,11 +100,11 @@ def check_sizes(config: RunConfig, tokenizer: "PreTrainedTokenizerBase", *datase
         causal=config.kind == "nlg",
     )
     num_embeddings = model.get_input_embeddings().weight.shape[0]
-    check_tokens(tokenizer, num_embeddings, settings.name, rows)
+    check_tokens(tokenizer, num_embeddings, settings.name, rows())
     limit = position_limit(model)
     if limit is None or config.data.max_length <= limit:
         return
-    longest = max(map(len, rows))
+    longest = max(map(len, rows()))
     if longest > limit:
         raise UserError(
             f"a row has {longest} tokens, but {settings.name} has a table of {limit} positions: "

@@ -113,6 +113,8 @@ def test_the_rows_of_an_evaluation_count_too(tmp_path: Path) -> None:
     check_sizes(config, tokenizer, short, None)
     with pytest.raises(UserError, match="a row has 31 tokens"):
         check_sizes(config, tokenizer, short, None, long)
+    roomy = load_config("configs/nlg/toy.yaml", overrides=[f"model.name={save_llama(tmp_path / 'roomy', rows=300)}"])
+    check_sizes(roomy, tokenizer, {})  # its rows, which may be a million, are not read
 
 
 def test_generation_with_tokens_without_a_row_is_refused(tmp_path: Path) -> None:
