@@ -197,21 +197,22 @@ class Watch:
         self._store = PrefixStore(f"ba_lora/alive/{os.environ.get('TORCHELASTIC_RUN_ID', '')}/{attempt}", store)
         self._store.set(str(self.rank), "0")
         process.wait_for_everyone()  # all signs are there before anybody reads them
-        for work in (self._beat, self._guard):
-            threading.Thread(target=work, daemon=True).start()
+        self._beating = threading.Thread(target=self._beat, daemon=True)
+        self._beating.start()
+        threading.Thread(target=self._guard, daemon=True).start()
 
     def _beat(self) -> None:
         ranks = list(self._changed)
         for number in range(1, sys.maxsize):
             with contextlib.suppress(RuntimeError):  # no answer: the guard counts the seconds
-                if not self._ended.is_set():
-                    self._store.set(str(self.rank), str(number))
+                self._store.set(str(self.rank), str(number))
                 signs = [sign.decode() for sign in self._store.multi_get([str(rank) for rank in ranks])]
                 self._answered = now = time.monotonic()
                 for rank, sign in zip(ranks, signs, strict=True):
                     if self._signs.get(rank) != sign or sign.startswith(ENDED):
                         self._signs[rank], self._changed[rank] = sign, now
-            time.sleep(self.beat_s)
+            if self._ended.wait(self.beat_s):
+                return
 
     def _guard(self) -> None:
         woke = time.monotonic()
@@ -244,8 +245,10 @@ class Watch:
         return f"rank {rank} on {host}"
 
     def end(self, why: str = "") -> None:
-        """Say that this process ends, so that nobody misses it."""
+        """Say that this process ends, so that nobody misses it. No thread of it is left but one that hangs with the
+        network: Python's end aborts a process in which a thread comes back from torch's C++ code."""
         self._ended.set()
+        self._beating.join(2 * self.beat_s)
         with contextlib.suppress(RuntimeError):
             self._store.set(str(self.rank), f"{ENDED} {why}"[:400])
 

@@ -279,6 +279,20 @@ def test_a_process_that_was_suspended_takes_no_other_for_lost(waits, is_lost, mo
     assert ("rank 1 on b was lost" in capsys.readouterr().err) == is_lost
 
 
+def test_a_watch_that_has_ended_leaves_its_last_word_and_no_thread_in_torch(monkeypatch):
+    """A thread that came back from torch's C++ code while Python ended aborted the process: no status 2."""
+    (port,) = free_ports(1)
+    store = torch.distributed.TCPStore("127.0.0.1", port, is_master=True)
+    settings = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "BA_LORA_LOST_AFTER": "6"}
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    process = SimpleNamespace(process_index=0, num_processes=1, wait_for_everyone=lambda: None)
+    watch = machines.Watch(process, [RunMachine("a", [0])])
+    watch.end("its disk is full")
+    assert not watch._beating.is_alive()
+    assert store.get("ba_lora/alive//0/0").decode() == f"{machines.ENDED} its disk is full"
+
+
 @pytest.mark.parametrize("text", ["1 min", "0", "inf"])
 def test_the_seconds_to_wait_for_a_sign_are_a_number(text, monkeypatch):
     monkeypatch.setenv("BA_LORA_LOST_AFTER", text)
