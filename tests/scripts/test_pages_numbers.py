@@ -124,7 +124,7 @@ INHERITANCE = {
     "inheritance_nlu": ("## The twin's results", 7, 7),
     "inheritance_nlu_rate": ("## The twin at one learning rate", 2, 4),
     "inheritance_nlu_published": ("## The published weights on the twin", 4, 6),
-    "inheritance_nlu_sst2": ("## The twin on real data", 7, 3),
+    "inheritance_nlu_sst2": ("## The twin on real data", 7, 7),
     "inheritance_nlu_lora": ("## The twin's LoRA at higher rates", 4, 2),
 }
 DECISIONS = {  # what stands behind "refuted", by the interval and the margin
