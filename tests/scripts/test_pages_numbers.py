@@ -11,6 +11,7 @@ import yaml
 
 from ba_lora.config.layers import load_config
 from ba_lora.experiments.tables import find_table, load_table
+from ba_lora.io import sha256_file
 from eval.report import __main__ as report
 from eval.report import simulation
 from eval.report.hypotheses import level_of
@@ -18,7 +19,7 @@ from eval.report.sources import Sources
 from eval.report.spec import table_spec
 from eval.report.table import build_table
 from tests.conftest import ROOT
-from tests.support.committed import committed_paths, committed_text
+from tests.support.committed import committed_copy, committed_paths, committed_text
 from tests.support.pages import PAGES
 
 README, RESULTS = PAGES["README.md"], PAGES["docs/results.md"]
@@ -222,6 +223,17 @@ def test_the_committed_reports_tell_what_was_declared_and_when():
             assert declared["sha256"][:12] in told, path
             assert not declared["num_results"] or f"{declared['num_results']} results were there" in told, path
         assert made["standing"] in committed_text(f"{path.rpartition('/')[0]}/table.md")
+
+
+def test_the_committed_runs_are_those_that_the_reports_read(tmp_path):
+    """A run file that was copied before its evaluation had ended made a report that could not be made again."""
+    copied = committed_copy("results", tmp_path)
+    found = {(path.stem, sha256_file(path)) for path in copied.rglob("runs/*.json")}
+    reports = {path.parent.name: json.loads(path.read_text())["runs"] for path in copied.rglob("table.json")}
+    assert len(reports) >= 19
+    for table, runs in reports.items():
+        missing = [run["run_id"] for run in runs if (run["run_id"], run["result_sha256"]) not in found]
+        assert runs and not missing, table
 
 
 def test_the_committed_reports_tell_what_the_seed_moves():

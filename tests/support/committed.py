@@ -1,6 +1,7 @@
 """What is committed under results/, read from git: a user's own runs and measurements may lie beside it."""
 
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +16,12 @@ def committed_paths(folder: str) -> list[str]:
 def committed_text(path: str) -> str:
     """A file as it is staged or committed, whatever has been written to it since; a skip as above."""
     return _git("show", f":{path}")
+
+
+def committed_copy(folder: str, place: Path) -> Path:
+    """A folder as it is staged or committed, copied below `place`; a skip as above."""
+    _git("checkout-index", f"--prefix={place}/", "--", *committed_paths(folder))
+    return place / folder
 
 
 def _git(*words: str) -> str:
