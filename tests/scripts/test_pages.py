@@ -190,8 +190,8 @@ def test_every_table_command_is_understood(line, dry_run):
 
 def test_the_bases_of_classifiers_as_the_page_tells(tmp_path, monkeypatch):
     rows = [{"sentence": f"a {word} {i}", "label": i % 2} for i in range(60) for word in ("film", "movie", "play")]
-    for name in ("train", "validation"):
-        write_jsonl_atomic(tmp_path / "sst2" / f"{name}.jsonl", rows)
+    for name in ("sst2/train", "sst2/validation", "imdb"):
+        write_jsonl_atomic(tmp_path / f"{name}.jsonl", rows)
     monkeypatch.setenv("GLUE", str(tmp_path))
     (line,) = LAB
     asked = []
