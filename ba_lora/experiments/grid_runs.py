@@ -236,7 +236,9 @@ class Grid(GridProgress):
             except UserError as error:
                 self._fail(spec, str(error))
                 continue
-            if failures:
+            if failures and running.is_found and self.retry and path not in self._tried:  # of before this command
+                self.tell(f"had failed: {path.name}: {record_failure(spec.config, failures)}; it is tried again")
+            elif failures:
                 self._tried.add(path)
                 self._fail(spec, record_failure(spec.config, failures), f" (log: {failures[0].log_path})")
             elif work.doing == "training" and not is_trained(path, spec.config):  # else it would be trained for ever

@@ -1,6 +1,5 @@
 """What a table needs before its own runs (`prepare` in its file): each a module with its words, run on this machine."""
 
-import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -42,7 +41,7 @@ def prepare(words: Sequence[str]) -> None:
     try:
         status = process.wait()
     except KeyboardInterrupt:
-        process.send_signal(signal.SIGINT)
+        process.terminate()  # SIGINT is ignored below a script's `… &`; what is called ends in order by both
         process.wait()
         raise
     allowed = (0, INCOMPLETE) if words[0] == GRID_MODULE else (0,)  # the page of another table may lack something

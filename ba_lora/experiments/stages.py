@@ -26,6 +26,7 @@ from ba_lora.paths import PROJECT_ROOT, resolve_path, stage_environment
 from ba_lora.words import nearest
 
 ENDS_BY_ITSELF_S = 10.0  # the patience with a stage that may have got the signal, too
+OVERWRITE = "overwrite=true"
 CHECKED = ("eval.generate", "eval.harness", "eval.nlu")  # the modules with a `check`, which eval.check calls
 
 
@@ -175,7 +176,7 @@ def training_stage(spec: Spec, launch: Sequence[str], *, overwrite: bool = False
     options = {"config": str(find_config(spec.config_path, kind=spec.kind)), "method": spec.method}
     settings = list(spec.overrides)
     settings += ["hub.push=false"] if spec.config.hub.push else []  # pushed later, with the scores in its card
-    settings += ["overwrite=true"] if overwrite else []
+    settings += [OVERWRITE] if overwrite else []
     call = Call(f"train_{spec.kind}.py", options, tuple(settings), tuple(launch))
     return Stage("train", call, (spec.config.run_path,))
 

@@ -17,6 +17,7 @@ and config as well, by which the folder remains the run's.
 """
 
 import contextlib
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,10 +27,10 @@ from ba_lora.config.layers import load_run
 from ba_lora.config.methods import writes_lora
 from ba_lora.config.schema import RunConfig, setting_differences, to_yaml, training_hash, training_settings
 from ba_lora.errors import UserError
-from ba_lora.io import disk_errors, read_object, sha256_file, write_json_atomic, write_text_atomic
+from ba_lora.io import check_readable, disk_errors, read_object, sha256_file, write_json_atomic, write_text_atomic
 from ba_lora.locks import locked, training_lock_path
 from ba_lora.models.source import changed_after, folder_hash, model_source
-from ba_lora.paths import resolve_path
+from ba_lora.paths import resolve_data
 from ba_lora.prompts import prompt_hash
 from ba_lora.runs.environment import now
 from ba_lora.runs.results import check_result_place, result_fault, write_result
@@ -56,7 +57,8 @@ def claimed_folder(config: RunConfig, *, num_processes: int = 1) -> Iterator[Non
     Raises UserError when another process holds the lock (see locks.py), when the folder belongs to another
     configuration, another number of processes or another version of a local training file, or holds something else,
     or when the result would replace that of another configuration: nothing has changed then. `overwrite=true` removes
-    the run there, and its result, first. Enter it on one process only.
+    the run there, and its result, first, once its files of rows are found; not after a restart. Enter it on one process
+    only.
     """
     path = config.run_path
     with disk_errors(path):
@@ -69,18 +71,21 @@ def claimed_folder(config: RunConfig, *, num_processes: int = 1) -> Iterator[Non
 
 
 def _claim(config: RunConfig, num_processes: int) -> None:
-    path = config.run_path
+    path, overwrite = config.run_path, config.overwrite and not is_restart()
     claim = {"num_processes": num_processes, "source_sha256": source_sha256(config)}
+    if overwrite:  # told before anything is removed
+        for file in _local_files(config):
+            check_readable(file)
     with disk_errors(path):
         if _is_empty(path):
-            if (read_object(config.result_path) or {}).get("status") == "ok" and not config.overwrite:
+            if (read_object(config.result_path) or {}).get("status") == "ok" and not overwrite:
                 print(f"{config.result_path} is of this config, made in another folder: this run's result replaces it")
         elif not is_run_folder(path):
             raise UserError(
                 f"{path} is not empty and no run's folder, or its {CLAIM} or config.yaml is damaged: nothing in it is "
                 "touched; choose another output_dir"
             )
-        elif config.overwrite:
+        elif overwrite:
             remove_run(path)
         elif fault := _difference(config, claim):
             if has_begun(path):
@@ -93,7 +98,7 @@ def _claim(config: RunConfig, num_processes: int) -> None:
                 if not checkpoint_folders(path / "checkpoints"):
                     how = "no checkpoint is left to export it from: it is trained again from the start"
                 print(f"{path.name}: {fault}: {how}")
-        if config.overwrite:
+        if overwrite:
             config.result_path.unlink(missing_ok=True)
         write_json_atomic(path / CLAIM, claim)
         write_text_atomic(path / "config.yaml", to_yaml(config))
@@ -150,7 +155,7 @@ def _difference(config: RunConfig, claim: dict[str, Any]) -> str | None:
             "choose another output_dir, or overwrite=true to redo it"
         )
     earlier = read_object(path / CLAIM)
-    if earlier["source_sha256"] != claim["source_sha256"]:
+    if source_changed(config, earlier["source_sha256"]):
         files = " or ".join(config.data_files)
         return f"{files} has changed since {path.name} was started: overwrite=true redoes it"
     if is_trained(path, config):
@@ -228,8 +233,28 @@ def _inputs(config: RunConfig) -> dict[str, str | None]:
 
 def source_sha256(config: RunConfig) -> str | None:
     """Return the sha256 of the local files that the run reads its rows from, None where there are none."""
-    files = [resolve_path(name) for name in config.data_files]
-    return "+".join(sha256_file(file) for file in files if file.is_file()) or None
+    return "+".join(sha256_file(file) for file in _local_files(config) if file.is_file()) or None
+
+
+def source_changed(config: RunConfig, sha256: str | None) -> bool:
+    """Return whether the local files of a run's rows are others than those of this hash. Files that are gone are not:
+    nothing tells what a trained run has lost, and one that is to be trained says which is missing."""
+    found = source_sha256(config)
+    return found != sha256 and _count(found) >= _count(sha256)
+
+
+def _count(sha256: str | None) -> int:
+    return len(sha256.split("+")) if sha256 else 0
+
+
+def _local_files(config: RunConfig) -> list[Path]:
+    """Return the files that a run's rows are read from, there or not; what is on the hub is left out."""
+    return [path for name in config.data_files if (path := Path(resolve_data(name))).is_absolute()]
+
+
+def is_restart() -> bool:
+    """Return whether torchrun has started this process again (MAX_RESTARTS): what is in the run's folder is its own."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
 
 
 def is_trained(run_path: Path, config: RunConfig) -> bool:

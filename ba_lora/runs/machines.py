@@ -250,7 +250,7 @@ class Watch:
         self._ended.set()
         self._beating.join(2 * self.beat_s)
         with contextlib.suppress(RuntimeError):
-            self._store.set(str(self.rank), f"{ENDED} {why}"[:400])
+            self._store.set(str(self.rank), f"{ENDED} {why}".strip()[:400])
 
     def cause(self) -> str | None:
         """Return what has broken a collective operation, after watching the others for some of their signs."""

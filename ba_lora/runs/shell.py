@@ -115,6 +115,7 @@ class TrainingRun:
         self._seconds = time.perf_counter() - started
         if self.stop.stopped:
             step = trainer.state.global_step
+            self.process.wait_for_everyone()  # a launcher ends all when one leaves, and the first still writes files
             self.print(f"told to stop (USR1): saved at step {step} of {self.num_steps}; the same command goes on")
             sys.exit(STOPPED)
 

@@ -16,7 +16,7 @@ from ba_lora.errors import INCOMPLETE, UserError
 from ba_lora.experiments import grid_runs
 from ba_lora.experiments import state as grid_state
 from ba_lora.experiments.evaluation_state import STATE_FILE
-from ba_lora.experiments.executors.base import Busy, Slot
+from ba_lora.experiments.executors.base import Busy, Slot, StageQueue
 from ba_lora.experiments.executors.local import LocalExecutor
 from ba_lora.experiments.grid_progress import Running
 from ba_lora.experiments.grid_runs import Grid
@@ -24,8 +24,8 @@ from ba_lora.experiments.options import read_grid_options, rows_for_gpus, select
 from ba_lora.experiments.plan import Checks, dry_run, plan_runs
 from ba_lora.experiments.preparation import GRID_MODULE, prepare, prepare_words
 from ba_lora.experiments.spec import Spec
-from ba_lora.experiments.stages import evaluation_stages
-from ba_lora.experiments.state import inspect
+from ba_lora.experiments.stages import Call, Stage, evaluation_stages
+from ba_lora.experiments.state import inspect, read_failure
 from ba_lora.experiments.tables import load_table
 from ba_lora.glue import HUB_REVISION
 from ba_lora.locks import try_lock, work_lock_path
@@ -459,14 +459,18 @@ def test_a_table_that_comes_first_may_lack_its_page_and_nothing_else(monkeypatch
             prepare(ends_with(status))
 
 
-def test_ctrl_c_reaches_what_a_table_needs_first_and_lets_it_end(tmp_path):
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_reaches_what_a_table_needs_first_and_lets_it_end(tmp_path, number):
+    """A shell's background job ignores SIGINT, and so does all that it starts: SIGTERM ends it."""
+    before = {one: signal.signal(one, signal.SIG_IGN) for one in (signal.SIGINT, signal.SIGTERM)}
     try:
-        code, ended = slow_to_end(tmp_path, signal.SIGINT)
+        signal.signal(number, signal.default_int_handler)
+        code, ended = slow_to_end(tmp_path, number)
         with pytest.raises(KeyboardInterrupt):
             prepare(["timeit", "-n", "1", "-r", "1", code])
     finally:
-        signal.signal(signal.SIGINT, before)
+        for one, handler in before.items():
+            signal.signal(one, handler)
     assert ended.exists()
 
 
@@ -488,6 +492,22 @@ def test_what_another_grid_evaluated_for_something_else_is_not_this_tables(folde
         grid._record(Running(work, [spec], is_found=True))
         assert (path in grid.done) == is_there
         score.write_text(text)
+
+
+@pytest.mark.parametrize("retry", [False, True])
+def test_what_failed_on_a_cluster_before_this_command_is_tried_again_where_told(folder, retry):
+    """As a job that was cancelled while no grid watched it."""
+    table = fake_grid.table(folder, seeds=[1])
+    grid = fake_grid.run(table, retry=retry)
+    spec = table.specs()[0]
+    path = spec.config.run_path
+    grid.done.clear()
+    work = StageQueue([Stage("train", Call("train"), (path,))], folder)
+    work.fail(work.stages[0], 1, folder / "log", "its job 7 ended without a result: CANCELLED")
+    grid._record(Running(work, [spec], is_found=True))
+    assert (path in grid.failed) != retry and "CANCELLED" in read_failure(path)["error"]
+    grid._record(Running(work, [spec]))  # of this command
+    assert path in grid.failed
 
 
 def test_rows_can_be_chosen(folder):

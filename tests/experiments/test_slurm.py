@@ -289,6 +289,98 @@ def test_a_job_that_ends_in_its_grace_time_is_submitted_again(tmp_path, monkeypa
     assert work.failures[run][0].error == "its job 8 ended without a result: FAILED"
 
 
+def given(made, path, *settings):
+    """Give the executor one training, and return what it keeps of it."""
+    made.submit(StageQueue([Stage("train", Call("train", settings=settings), (path,))], path.parent), Slot("Slurm", {}))
+    return made._given[-1]
+
+
+def test_a_later_array_has_no_more_jobs_than_may_run(tmp_path, monkeypatch):
+    """Without a cluster. An array's own bound stays as it was when it was submitted."""
+    arrays, numbers = [], iter(map(str, range(100)))
+    made = SlurmExecutor(SlurmSettings(jobs_at_once=3, poll_seconds=0), tmp_path)
+    monkeypatch.setattr(slurm_executor, "queue_states", dict)
+    monkeypatch.setattr(made, "_has_ended", lambda one, states: one.job in ended)
+
+    def array(calls, folder, key, at_once):
+        arrays.append((len(calls), at_once))
+        return [next(numbers) for _ in calls]
+
+    monkeypatch.setattr(made, "_array", array)
+    ended = set()
+    for name in "abcde":
+        given(made, tmp_path / name)
+    made.wait(0)
+    assert arrays == [(5, 3)] and made.free_slot() is None
+    ended = {"0", "1", "2"}
+    assert len(made.wait(0)) == 3
+    for name in "fghi":
+        given(made, tmp_path / name)
+    made.wait(0)
+    assert arrays == [(5, 3), (1, 1)]
+    ended = {"3"}
+    made.wait(0)
+    made.wait(0)
+    assert arrays == [(5, 3), (1, 1), (1, 1)]
+
+
+def test_nothing_is_submitted_to_a_controller_that_is_silent(tmp_path, monkeypatch):
+    made = SlurmExecutor(SlurmSettings(jobs_at_once=3, poll_seconds=0), tmp_path)
+    monkeypatch.setattr(slurm_executor, "queue_states", lambda: None)
+    monkeypatch.setattr(made, "_array", lambda *_: pytest.fail("it was submitted"))
+    one = given(made, tmp_path / "run")
+    assert made.wait(0) == made.wait(0) == []
+    assert one.work.news == ["Slurm's controller does not answer: waiting for it"]
+    monkeypatch.setattr(slurm_executor, "queue_states", dict)
+    monkeypatch.setattr(made, "_array", lambda *_: ["7"])
+    made.wait(0)
+    assert one.job == "7"
+
+
+def test_of_an_array_that_was_half_written_down_only_the_unknown_jobs_are_cancelled(tmp_path, monkeypatch):
+    cancelled = []
+    monkeypatch.setattr(slurm_executor, "_listed", lambda command: ["7_0", "7_1", "7_2"])
+    monkeypatch.setattr(slurm_executor, "_cancel", lambda job: not cancelled.append(job))
+    for name, key, job in (("a", "k", "7_0"), ("b", "k", None), ("c", "k", None), ("d", "other", "7_2")):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"key": key, "job": job}))
+    made = SlurmExecutor(SlurmSettings(), tmp_path)
+    assert made.find(tmp_path / "runs" / "b") is None and cancelled == ["7_1", "7_2"]
+    assert not (tmp_path / "b.json").exists() and (tmp_path / "a.json").exists()
+
+
+def test_a_job_that_is_submitted_again_knows_which_stages_have_failed(tmp_path, monkeypatch):
+    made, run = SlurmExecutor(SlurmSettings(poll_seconds=0), tmp_path), tmp_path / "run"
+    one = given(made, run)
+    one.key, one.job = "k", "7"
+    left = StageQueue([Stage("score b", Call("score"), (run,), "b")], tmp_path, seconds=5.0)
+    left.fail(Stage("score a", Call("score"), (run,), "a"), 1, tmp_path / "log")
+    monkeypatch.setattr(made, "_submitted", lambda key, job: StageJob(left, one.slot, tmp_path, 60.0))
+    assert not made._settle(one, "TIMEOUT")
+    assert one.work.waiting == left.waiting and one.work.failures == left.failures and one.work.seconds == 5.0
+
+
+def test_a_job_trains_anew_once_whatever_starts_it_again(tmp_path, monkeypatch):
+    """Without a cluster. The claim of the run tells whether an earlier start has removed what was there."""
+    made, run = SlurmExecutor(SlurmSettings(), tmp_path), tmp_path / "run"
+    claim = run / "claim.json"
+    claim.parent.mkdir()
+    claim.write_text("{}")
+    one = given(made, run, "overwrite=true", "seed=1")
+    job = made._job_call(one, tmp_path)
+
+    def settings():
+        return job._once(job.work.waiting[0]).call.settings
+
+    assert settings() == ("overwrite=true", "seed=1")  # nor has it begun where it ended before its training did
+    os.utime(claim, ns=(1, 1))  # written again
+    assert settings() == ("seed=1",)
+    one.job = None  # and submitted again
+    job = made._job_call(one, tmp_path)
+    assert settings() == ("seed=1",)
+    job.claims = None  # of older code
+    assert settings() == ("overwrite=true", "seed=1")
+
+
 def test_a_job_that_could_not_be_requeued_ends_before_it_works(tmp_path, monkeypatch):
     """As in a container without Slurm's programs."""
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -454,12 +546,13 @@ def check_same_weights(*runs):
 
 @pytest.mark.slow
 def test_a_real_training_that_is_told_to_stop_ends_as_without_it(cluster, base, tmp_path, root):
-    """scripts/slurm/submit.sh, two processes: USR1 in the middle, saved, requeued, resumed; the very same weights."""
+    """scripts/slurm/submit.sh, two processes: USR1 in the middle, saved, requeued, resumed; the very same weights. Told
+    to train anew, it does so once."""
     environment = os.environ | {"NUM_PROCESSES": "2", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
     environment |= {"ACCELERATE_CONFIG": "configs/accelerate/cpu.yaml", "GPUS_PER_NODE": "0"}
 
     def call(script, name):
-        words = ["sh", f"scripts/{script}", str(base), f"output_dir={tmp_path / name}"]
+        words = ["sh", f"scripts/{script}", str(base), f"output_dir={tmp_path / name}", "overwrite=true"]
         done = subprocess.run(words, cwd=root, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
         return done.stdout

@@ -185,6 +185,37 @@ def test_only_a_run_with_a_checkpoint_is_held_by_its_config_and_data(configured,
             assert read_json(path / CLAIM)["num_processes"] == more.get("num_processes", 1)
 
 
+def test_rows_that_are_gone_take_no_run_away(configured, tmp_path):
+    """As where a disk is not mounted. overwrite=true says which file it lacks, and removes nothing."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("before")
+    config = configured("data.name=metamathqa", f"data.source={rows}")
+    trained(config)
+    config.result_path.parent.mkdir(exist_ok=True)
+    config.result_path.write_text("{}")
+    before = files(tmp_path / "run")
+    rows.unlink()
+    claim(config)  # it is trained, and nothing says that its rows were others
+    with pytest.raises(UserError, match="no such file: .*rows.jsonl"):
+        claim(configured("data.name=metamathqa", f"data.source={rows}", "overwrite=true"))
+    assert files(tmp_path / "run").keys() == before.keys() and config.result_path.is_file()
+    rows.write_text("after")
+    with pytest.raises(UserError, match="rows.jsonl has changed since run was started"):
+        claim(config)
+
+
+def test_what_torchrun_starts_again_goes_on_whatever_was_typed(configured, tmp_path, monkeypatch):
+    config = configured("overwrite=true")
+    claim(config)
+    give_checkpoint(tmp_path / "run")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    claim(config)
+    assert (tmp_path / "run" / "checkpoints" / "checkpoint-2").is_dir()
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    claim(config)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), UserError("no such file: rows.jsonl")])
 def test_an_export_that_fails_again_takes_no_finished_run_away(configured, error, capsys):
     """checkpoints/ is gone by the user's hand, and merged/ was cut short."""

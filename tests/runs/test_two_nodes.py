@@ -291,6 +291,8 @@ def test_a_watch_that_has_ended_leaves_its_last_word_and_no_thread_in_torch(monk
     watch.end("its disk is full")
     assert not watch._beating.is_alive()
     assert store.get("ba_lora/alive//0/0").decode() == f"{machines.ENDED} its disk is full"
+    watch.end()  # well: it is the cause of nothing
+    assert store.get("ba_lora/alive//0/0").decode() == machines.ENDED
 
 
 @pytest.mark.parametrize("text", ["1 min", "0", "inf"])

@@ -3,13 +3,16 @@
 import json
 import os
 import signal
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from ba_lora.io import read_jsonl
-from ba_lora.training.stop import STOPPED
+from ba_lora.runs.shell import TrainingRun
+from ba_lora.training.stop import STOPPED, StopOnSignal
 from ba_lora.training.trainer import BALoRATrainer
 
 
@@ -42,6 +45,26 @@ def test_a_training_that_is_told_to_stop_goes_on_to_the_very_same_weights(train,
     assert json.loads((stopped / "train.json").read_text())["training"]["resumed_from"] == "checkpoint-3"
     weights = [load_file(run / "adapter" / "adapter_model.safetensors") for run in (stopped, whole)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
+
+
+def test_no_process_leaves_before_all_have_saved():
+    """A launcher ends all when one leaves, and the main process may still write its checkpoint's list of files."""
+    waited = []
+    run = object.__new__(TrainingRun)
+    run.arguments = SimpleNamespace(
+        per_device_train_batch_size=1, gradient_accumulation_steps=1, world_size=2, report_to=[]
+    )
+    run.process = SimpleNamespace(wait_for_everyone=lambda: waited.append(True))
+    run.print, run.run_path, run.num_steps, run.stop = lambda line: None, Path("run"), 6, StopOnSignal()
+
+    def train_or_resume(folder, num_steps):
+        run.stop.stopped = True
+
+    state = SimpleNamespace(global_step=3)
+    trainer = SimpleNamespace(add_callback=lambda one: None, train_or_resume=train_or_resume, state=state)
+    with pytest.raises(SystemExit) as left:
+        run.fit(trainer)
+    assert left.value.code == STOPPED and waited
 
 
 OF_EPOCHS = (  # 6 steps an epoch

@@ -32,7 +32,7 @@ from typing import Any, Self
 from ba_lora.errors import UserError
 from ba_lora.experiments.executors.base import Busy, Executor, Slot, StageFailure, StageQueue
 from ba_lora.experiments.executors.slurm_settings import SlurmSettings, outside_any_job
-from ba_lora.experiments.stage_job import SIGNAL, UNMOVED, StageJob, unmoved_by_usr1
+from ba_lora.experiments.stage_job import SIGNAL, UNMOVED, StageJob, claim_stamps, unmoved_by_usr1
 from ba_lora.io import disk_errors, read_object, read_whole_lines, write_json_atomic
 from ba_lora.paths import PROJECT_ROOT, user_folder
 
@@ -59,6 +59,7 @@ class _Given:
     node_failures: int = 0  # after which Slurm itself has begun the job again
     gone: int = 0  # looks at the queue that did not find it, or found it ended
     ends: Counter[str] = field(default_factory=Counter)  # how earlier jobs of the work ended
+    claims: Mapping[Path, int | None] | None = None  # see StageJob
 
 
 class SlurmExecutor(Executor):
@@ -106,7 +107,7 @@ class SlurmExecutor(Executor):
             return
         work.started = time.monotonic()
         work.queued, work.place = True, "about to be submitted"
-        self._given.append(_Given(work, slot))
+        self._given.append(_Given(work, slot, claims=claim_stamps(work.run_paths)))
 
     def find(self, run_path: Path) -> StageQueue | None:
         """See Executor.find. A job that was submitted by a grid that died before it knew the job's number is ended."""
@@ -119,14 +120,14 @@ class SlurmExecutor(Executor):
             raise Busy(f"Slurm's controller does not say whether it has the job {JOB_NAME}-{key}")
         job_call = None if job is None else self._submitted(key, job)
         if job_call is None:
-            for number in lost if job is None else [job]:
+            for number in [one for one in lost if one not in self._known(key)] if job is None else [job]:
                 if not _cancel(number):
                     raise Busy(f"Slurm does not cancel the job {number}, whose work cannot be read")
             self._record_path(run_path).unlink(missing_ok=True)
             return None
         work = job_call.work
         work.started, work.place, work.queued = time.monotonic(), f"job {job}", True
-        self._given.append(_Given(work, job_call.slot, key, job))
+        self._given.append(_Given(work, job_call.slot, key, job, claims=job_call.claims))
         self._next_look = 0.0
         return work
 
@@ -175,11 +176,15 @@ class SlurmExecutor(Executor):
     # ---- giving
 
     def _submit_waiting(self) -> None:
-        """Give Slurm what waits, as one array, of which only so many may run that all jobs together stay in bounds."""
+        """Give Slurm what waits, as one array: all of it where it has no job, of which it may run as many as may run at
+        once, else as many as there is room for beside the others, since an array's bound stays as it is."""
         waiting = [given for given in self._given if given.job is None]
-        room = self.settings.jobs_at_once - (len(self._given) - len(waiting))
-        if not waiting or room <= 0:
+        others = len(self._given) - len(waiting)
+        room = self.settings.jobs_at_once - others
+        if not waiting or room <= 0 or not self._answer(waiting[0], queue_states()):
             return
+        if others:
+            waiting = waiting[:room]
         key = uuid.uuid4().hex[:12]
         folder = self.folder / key
         with disk_errors(folder):
@@ -199,7 +204,7 @@ class SlurmExecutor(Executor):
     def _job_call(self, given: _Given, folder: Path) -> StageJob:
         work = dataclasses.replace(given.work, locks=[], stages=[unmoved_by_usr1(one) for one in given.work.waiting])
         work.news, work.log_path = [], None
-        return StageJob(work, given.slot, folder, self.settings.signal_seconds)
+        return StageJob(work, given.slot, folder, self.settings.signal_seconds, given.claims)
 
     def _array(self, calls: Sequence[StageJob], folder: Path, key: str, at_once: int) -> list[str]:
         """Submit the calls; return the jobs' numbers."""
@@ -251,10 +256,15 @@ class SlurmExecutor(Executor):
         if not given:
             return []
         states = queue_states()
-        if states is None and self._answers:
-            given[0].work.news.append("Slurm's controller does not answer: waiting for it")
-        self._answers = states is not None
+        self._answer(given[0], states)
         return [one for one in given if self._has_ended(one, states)]
+
+    def _answer(self, given: _Given, states: Mapping[str, tuple[str, str, str]] | None) -> bool:
+        """Return whether Slurm's controller answers, and tell once that it does not."""
+        if states is None and self._answers:
+            given.work.news.append("Slurm's controller does not answer: waiting for it")
+        self._answers = states is not None
+        return self._answers
 
     def _has_ended(self, given: _Given, states: Mapping[str, tuple[str, str, str]] | None) -> bool:
         self._read_events(given)
@@ -303,7 +313,8 @@ class SlurmExecutor(Executor):
         ):
             given.work.news.append(f"job {given.job} ended ({state}): submitted again")
             if (call := self._submitted(given.key, given.job)) is not None:
-                given.work.waiting = call.work.waiting
+                for name in ("waiting", "failures", "seconds"):
+                    setattr(given.work, name, getattr(call.work, name))
             given.job, given.work.queued = None, True
             given.ends["NODE_FAIL"] += given.node_failures
             given.told = given.node_failures = 0
@@ -346,6 +357,11 @@ class SlurmExecutor(Executor):
 
     def _record_path(self, run_path: Path) -> Path:
         return self.folder / f"{run_path.name}.json"
+
+    def _known(self, key: str) -> set[str | None]:
+        """Return the jobs of one submission whose numbers were written down."""
+        records = [read_object(path) or {} for path in self.folder.glob("*.json")]
+        return {record.get("job") for record in records if record.get("key") == key}
 
     def _write_records(self, given: _Given) -> None:
         for path in given.work.run_paths:
