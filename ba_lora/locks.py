@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+import psutil
 from filelock import FileLock, Timeout
 
 from ba_lora.errors import UserError
@@ -67,12 +68,15 @@ def try_lock(path: Path) -> IO[str] | None:
 
 
 def holder(path: Path) -> str:
-    """Return `pid 123 on HOST`, as the lock's holder wrote it."""
+    """Return `pid 123 on HOST`, as the lock's holder wrote it, and whether a child holds it for a holder that is gone."""
     try:
         named = json.loads(path.read_text(encoding="utf-8"))
-        return f"pid {named['pid']} on {named['host']}"
+        told, pid = f"pid {named['pid']} on {named['host']}", int(named["pid"])
     except (OSError, ValueError, KeyError, TypeError):  # it has just taken the lock and not written yet
         return "unknown pid"
+    if named["host"] == socket.gethostname() and not psutil.pid_exists(pid):
+        return f"{told}, which has ended: a stage that it started goes on"
+    return told
 
 
 @contextlib.contextmanager

@@ -62,6 +62,7 @@ def test_a_child_that_inherits_the_descriptor_keeps_the_lock(tmp_path, root):
     parent.wait()
     try:
         assert try_lock(path) is None
+        assert holder(path).endswith("which has ended: a stage that it started goes on")
     finally:
         os.kill(grandchild, signal.SIGKILL)
     for _ in range(100):
