@@ -68,7 +68,7 @@ def try_lock(path: Path) -> IO[str] | None:
 
 
 def holder(path: Path) -> str:
-    """Return `pid 123 on HOST`, as the lock's holder wrote it, and whether a child holds it for a holder that is gone."""
+    """Return `pid 123 on HOST`, as the lock's holder wrote it, and whether a child holds it that has outlived it."""
     try:
         named = json.loads(path.read_text(encoding="utf-8"))
         told, pid = f"pid {named['pid']} on {named['host']}", int(named["pid"])
