@@ -199,6 +199,7 @@ def generation_record(
         "choices": {key: questions.task.choice(key) for key in questions.task.choices},
         "template": questions.template,
         "prompt_hash": questions.prompt_hash,
+        "thinking": questions.thinking,
         "sampling": describe_sampling(questions),
         "num_prompt_too_long": sum(completion.finish_reason == PROMPT_TOO_LONG for completion in first),
         "num_clamped": sum(completion.clamped for completion in first),

@@ -41,6 +41,7 @@ from ba_lora.errors import CommandParser, UserError, run_entry_point
 from ba_lora.experiments.evaluation_state import dev_sources, hub_of
 from ba_lora.glue import find_task, task_word
 from ba_lora.io import sha256_file, write_json_atomic, write_jsonl_atomic
+from ba_lora.paths import ADAPTER_CONFIG
 from ba_lora.rows import Source
 from ba_lora.runs.card import refresh_run
 from ba_lora.runs.results import read_record
@@ -230,10 +231,12 @@ def plan_run(run: EvaluatedRun, sets: Sets, names: Sequence[str] | None) -> Plan
             if name == run.own_set or names is not None or name in sets.given:
                 raise
             skipped[name] = str(error)
-    if to_predict and run.config and not (run.model_path / "config.json").is_file():
+    needed = ADAPTER_CONFIG if run.model_path.name == "adapter" else "config.json"
+    if to_predict and run.config and not (run.model_path / needed).is_file():
+        fix = ", with export.merged=true" if run.model_path.name == "merged" else ""
         raise UserError(
-            f"{run.name} has no merged/ to predict {', '.join(loaded.name for loaded in to_predict)} with: finish the "
-            "run, with export.merged=true"
+            f"{run.name} has no {run.model_path.name}/ to predict {', '.join(loaded.name for loaded in to_predict)} "
+            f"with: finish the run{fix}"
         )
     return Plan(run, wanted, trained, to_predict, skipped)
 

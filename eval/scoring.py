@@ -36,7 +36,7 @@ class ScoreOptions:
     allow_partial: bool = False
     workers: int | None = None
     timeout_s: float = 5.0
-    thinking: str = THINKING
+    thinking: str = ""  # empty: as the completions were made
     judgements: int = JudgeOptions.judgements
     judge_parallel: int = JudgeOptions.parallel
     judge_timeout_s: float = JudgeOptions.timeout_s
@@ -57,7 +57,8 @@ class ScoreOptions:
                 raise UserError(f"{name}={getattr(self, name):g}: a number of seconds above 0 is needed")
         if self.judge_temperature is not None and not 0 <= self.judge_temperature <= 10:
             raise UserError(f"judge_temperature={self.judge_temperature:g}: a number from 0 to 10, or none, is needed")
-        check_marks("thinking", self.thinking)
+        if self.thinking:
+            check_marks("thinking", self.thinking)
         check_marks("judge_thinking", self.judge_thinking)
 
     def judge(self) -> JudgeOptions:
@@ -152,7 +153,7 @@ def score_file(
         "completions_sha256": completions_sha256,
         "prompt_hash": meta.get("prompt_hash"),
         "packages": {name: importlib.metadata.version(name) for name in task.packages},
-        "thinking": options.thinking,
+        "thinking": task.thinking,
         **task.conditions(timeout_s=options.timeout_s),
         "grader_seconds": round(grader_seconds, 3),
     }
@@ -190,7 +191,7 @@ def choose(task: Task, meta: Mapping, options: ScoreOptions) -> Task:
         raise UserError(f"the meta file's choices must be a JSON object, found {type(made).__name__}")
     typed = {key: value for key, value in options.choices.items() if key in task.choices or key in task.grading_choices}
     chosen = task.configured({**{key: value for key, value in made.items() if key in task.choices}, **typed})
-    chosen.thinking = options.thinking
+    chosen.thinking = options.thinking or meta.get("thinking") or THINKING
     return chosen
 
 

@@ -135,14 +135,28 @@ def _task_faults(config: RunConfig, state: dict[str, Any], graders: Graders) -> 
             continue  # MNLI's mismatched set, which training has scored
         elif (score := read_object(path)) is None:
             yield Fault(f"the score of {task} cannot be read", regrade=True)
-        elif fault := _score_fault(task, score, graders.get(task, {})) or _harness_fault(config, task, score, state):
+        elif fault := (
+            _score_fault(task, score, graders.get(task, {}))
+            or _harness_fault(config, task, score, state)
+            or _completions_fault(config.run_path, task, score)
+        ):
             yield fault
         for folder in rank_folders(config) if is_generated(task) else ():
             name = f"ranks/{folder.name}/{task}"
             if (score := read_object(score_path(config, name))) is None:
                 yield Fault(f"no score of {name}", stale=False)
-            elif fault := _score_fault(name, score, graders.get(task, {})):
+            elif fault := _score_fault(name, score, graders.get(task, {})) or _completions_fault(folder, task, score):
                 yield fault
+
+
+def _completions_fault(folder: Path, task: str, score: Mapping[str, Any]) -> Fault | None:
+    """Return that a score was not made from the completions that are there: eval.generate, called by hand or stopped
+    before the scoring, has made others, maybe in another way."""
+    if not is_generated(task):
+        return None
+    made = (read_object(folder / "completions" / f"{task}.meta.json") or {}).get("completions_sha256")
+    scored = score.get("completions_sha256")
+    return None if scored is None or made in (None, scored) else Fault(f"{task}: scored from other completions")
 
 
 def _harness_fault(config: RunConfig, task: str, score: Mapping[str, Any], state: Mapping[str, Any]) -> Fault | None:
@@ -151,8 +165,11 @@ def _harness_fault(config: RunConfig, task: str, score: Mapping[str, Any], state
     if not task.startswith(HARNESS):
         return None
     made = score.get("generation") or {}
-    for name, value in (("limit", config.eval.limit), ("shots", config.eval.harness.shots_of(task))):
-        if name not in made or made[name] != value:
+    asked = [("limit", config.eval.limit), ("shots", config.eval.harness.shots_of(task))]
+    asked.append(("dtype", str(config.eval.options.get("dtype") or config.model.dtype)))
+    asked.append(("engine", config.eval.engine))
+    for name, value in asked:
+        if value != "auto" and (name not in made or made[name] != value):
             told = f"made with {name} {made[name]}" if name in made else f"it does not tell its {name}"
             return Fault(f"{task}: {told}, asked is {value}", regrade=True)
     if score.get("data_sha256") != state["data_sha256"].get(task):

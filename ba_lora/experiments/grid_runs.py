@@ -13,7 +13,7 @@ from ba_lora.errors import UserError
 from ba_lora.experiments.evaluation_state import evaluation_state
 from ba_lora.experiments.executors.base import Busy, Executor, Slot, StageQueue
 from ba_lora.experiments.grid_progress import GridProgress, Running
-from ba_lora.experiments.pipeline import prepare_evaluation, record_evaluation, record_result
+from ba_lora.experiments.pipeline import begin_evaluation, prepare_evaluation, record_evaluation, record_result
 from ba_lora.experiments.spec import Spec
 from ba_lora.experiments.stages import Stage, evaluation_stages, launch_command, training_stage
 from ba_lora.experiments.state import (
@@ -152,6 +152,8 @@ class Grid(GridProgress):
                 prepare_evaluation(config)
             stages = evaluation_stages(configs, generate=not regrade)
             states = {config.run_path: evaluation_state(config) for config in configs}
+            for config in configs:
+                begin_evaluation(config, states[config.run_path], regrade=bool(regrade))
         except UserError as error:  # of what they have in common
             for spec, lock in zip(specs, locks, strict=True):
                 self._fail(spec, str(error))

@@ -29,9 +29,11 @@ from ba_lora.config.checks import check_places
 from ba_lora.config.layers import find_config, read_yaml
 from ba_lora.config.registries import judged_tasks
 from ba_lora.config.schema import UNTUNED, RunConfig, to_yaml
+from ba_lora.config.schema_nlu import NLUConfig
 from ba_lora.errors import CommandParser, UserError, run_entry_point
 from ba_lora.experiments.evaluation_state import (
     STATE_FILE,
+    dev_sources,
     evaluation_fault,
     evaluation_state,
     is_generated,
@@ -214,6 +216,7 @@ def evaluate_run(config: RunConfig) -> dict[str, Any]:
     state = evaluation_state(config)
     fault = evaluation_fault(config, state)
     if fault is not None:
+        begin_evaluation(config, state, regrade=fault.regrade)
         for stage in evaluation_stages([config], generate=not fault.regrade):
             run_stage(stage)
         return record_evaluation(config, state)
@@ -240,6 +243,23 @@ def prepare_evaluation(config: RunConfig) -> None:
             "environment": environment() | {"git": git_state()},  # a grid may be older than the code
         }
         write_json_atomic(config.run_path / "train.json", facts)
+
+
+def begin_evaluation(config: RunConfig, state: dict[str, Any], *, regrade: bool) -> None:
+    """Note, before the first stage, that scores of the tasks asked for do not hold until `record_evaluation` says so:
+    one that is stopped in between leaves some of before and some of after. regrade: the completions stay."""
+    earlier = read_state(config)
+    if earlier is None or regrade:
+        return
+    asked = state["eval"]["tasks"]
+    scored, earlier["eval"]["tasks"] = earlier["eval"]["tasks"], asked
+    if earlier != state:  # made in another way
+        kept = dev_sources(config) if isinstance(config, NLUConfig) else ()  # training's own
+        for task in asked:
+            if task not in kept:
+                score_path(config, task).unlink(missing_ok=True)
+    tasks = [task for task in scored if earlier == state and task not in asked]
+    write_json_atomic(config.run_path / STATE_FILE, state | {"eval": state["eval"] | {"tasks": tasks}})
 
 
 def record_evaluation(config: RunConfig, state: dict[str, Any], *, failed: Collection[str] = ()) -> dict[str, Any]:

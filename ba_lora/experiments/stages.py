@@ -193,7 +193,8 @@ def evaluation_stages(configs: Sequence[RunConfig], *, generate: bool = True) ->
     folders = [str(path) for path in run_paths]
     files = {task: str(data_file(first, task)) for task in first.eval.tasks if task in first.eval.data}
     trusted = ("trust_remote_code=true",) if first.model.trust_remote_code else ()
-    partial = ("allow_partial=true",) if first.eval.limit is not None else ()
+    graded = ("allow_partial=true",) if first.eval.limit is not None else ()
+    graded += tuple(f"{key}={first.eval.options[key]}" for key in ("thinking",) if key in first.eval.options)
     stages = []
     if tasks and generate:
         settings = [f"{key}={value}" for key, value in first.eval.options.items()]
@@ -222,7 +223,7 @@ def evaluation_stages(configs: Sequence[RunConfig], *, generate: bool = True) ->
                 "completions": str(folder / "completions" / f"{task}.jsonl"),
                 "data": files.get(task),
             }
-            call = Call("eval.score", options, partial)
+            call = Call("eval.score", options, graded)
             stages.append(Stage(f"score {name}", call, (config.run_path,), name, quiet=True))
         stages += _harness_stages(config, files)
     for measure in first.eval.tasks:

@@ -31,6 +31,7 @@ _STRICT_END = re.compile(r"\.\s*\n|\n\s*\n")
 _WORD = re.compile(
     r"(?<![\\a-zA-Z{])(?<!\\angle )(?!(?:and|or|sin|cos|tan|cot|sec|csc|log|ln|exp|sqrt|pi|mod)\b)[a-zA-Z]{3,}+(?!\})"
 )
+_UPRIGHT = re.compile(r"\\(?:text|mbox|mathrm)\{[^{}]*\}")  # words of a formula: a unit, `no real solutions`
 _OPERATOR_END = re.compile(
     r"(?<![\^_{])(?:[-+*/=<>×÷−–—≤≥≈]|\\(?:times|cdot|div|pm|mp|leq?|geq?|neq?|approx)(?![a-zA-Z]))\s*\Z"
 )
@@ -123,7 +124,7 @@ def _without_words(sentence: str) -> str:
 
     A sentence that starts with a word is kept whole ("Evelyn") unless it goes on to a number ("a total of 5 ways").
     """
-    word = _WORD.search(sentence)
+    word = _WORD.search(_UPRIGHT.sub(lambda found: " " * len(found[0]), sentence))
     if not word:
         return sentence
     head = sentence[: word.start()].rstrip(" ,;(")

@@ -97,13 +97,16 @@ def table_of_runs(paths: Sequence[Path], *, title: str | None = None) -> LooseTa
         list(itertools.combinations(rows, 2)) if len(rows) <= MOST_ROWS else [(next(iter(rows)), row) for row in rows]
     )
     pairs = [(column, *pair) for column in columns for pair in both if column.better != "none" and pair[0] != pair[1]]
-    comparisons = [
+    alike, others = [], []
+    for column, *pair in pairs:
+        notes = [table.cells[row, column.name].notes for row in pair]
+        (alike if notes[0] == notes[1] else others).append((column, *pair))
+    untested = [  # and so of no family whose p are corrected together
         dataclasses.replace(one, p=None, p_adjusted=None, low=None, high=None, df=None, untested=_OTHER_SETTINGS)
-        if table.cells[one.focus, one.column].notes != table.cells[one.other, one.column].notes
-        else one
-        for one in compare_pairs(spec, sources, table.cells, pairs)
+        for one in compare_pairs(spec, sources, table.cells, others)
     ]
-    table = dataclasses.replace(table, comparisons=tuple(comparisons))
+    comparisons = (*compare_pairs(spec, sources, table.cells, alike), *untested)
+    table = dataclasses.replace(table, comparisons=comparisons)
     return LooseTable(table, sources, tuple(runs), changed, tuple(missing))
 
 

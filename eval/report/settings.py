@@ -57,6 +57,16 @@ class Used:
         """What a grade depends on beside the task's version: package versions, choices, the sandbox and its limits."""
         return {key: self.entry.get(key) for key in ("packages", "post_processing", "thinking", "choices", "sandbox")}
 
+    def other_options(self) -> str | None:
+        """Return an option of the generation that is another than the table's, whose runs keep their names with it."""
+        planned = self.run.config
+        if planned is None or planned.kind == "nlu" or not self.entry.get("generation"):
+            return None
+        found, wanted = self.config("eval", "options") or {}, planned.eval.options
+        names = [name for name in {**wanted, **found} if name != "serve" and found.get(name) != wanted.get(name)]
+        told = [f"eval.options.{name} is {found.get(name)}, the table has {wanted.get(name)}" for name in names]
+        return told[0] if told else None
+
     def training_data(self) -> list[Any]:
         """Return what identifies the training rows: their hash, or the hub's commit where none was taken; how many."""
         data = self.result.get("data") or {}
@@ -103,6 +113,7 @@ HARDWARE: dict[str, Callable[[Used], Any]] = {
 FAULTS: dict[str, Callable[[Used], str | None]] = {
     "stale": lambda used: used.entry.get("stale") or stale_reason(used.entry),
     "partial": lambda used: used.partial(),
+    "evaluated_otherwise": Used.other_options,
 }
 SETTINGS = (*EVALUATION, *TRAINING, *HARDWARE, *FAULTS)
 NEVER_ALLOWED = {"judge": "ratings of two judges never stand in one table; have one judge rate all answers"}

@@ -16,7 +16,7 @@ FIRST_ROW, NUM_ROWS = 100_000, 500
 
 class Heldout(HendrycksMath):
     name = "heldout"
-    version = "2"
+    version = "3"
     template = "alpaca"
     max_new_tokens = 1024
     groups = ()

@@ -27,7 +27,7 @@ SUBJECTS = (
 
 class HendrycksMath(Task):
     name = "math"
-    version = "2"
+    version = "3"
     template = "alpaca_step_by_step"
     max_new_tokens = 2048
     groups = ("subject", "level")

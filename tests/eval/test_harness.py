@@ -134,12 +134,15 @@ def test_a_score_that_was_made_by_hand_is_made_again(tmp_path):
     write_json_atomic(tmp_path / "train.json", {"status": "ok"})
     state = evaluation_state(config)
     write_json_atomic(tmp_path / STATE_FILE, state)
-    score = {"version": "1.0", "generation": {"limit": 6, "shots": None}, "data_sha256": sha256_file(rows)}
+    made = {"limit": 6, "shots": None, "dtype": "float32", "engine": "hf"}
+    score = {"version": "1.0", "generation": made, "data_sha256": sha256_file(rows)}
     for changes, reason in (
         ({}, None),
-        ({"generation": {"limit": 5, "shots": None}}, "harness/bbq: made with limit 5, asked is 6"),
-        ({"generation": {"limit": None, "shots": None}}, "harness/bbq: made with limit None, asked is 6"),
-        ({"generation": {"limit": 6, "shots": 0}}, "harness/bbq: made with shots 0, asked is None"),
+        ({"generation": made | {"engine": "vllm"}}, None),  # which auto may choose
+        ({"generation": made | {"limit": 5}}, "harness/bbq: made with limit 5, asked is 6"),
+        ({"generation": made | {"limit": None}}, "harness/bbq: made with limit None, asked is 6"),
+        ({"generation": made | {"shots": 0}}, "harness/bbq: made with shots 0, asked is None"),
+        ({"generation": made | {"dtype": "float16"}}, "harness/bbq: made with dtype float16, asked is float32"),
         ({"generation": None}, "harness/bbq: it does not tell its limit, asked is 6"),
         ({"data_sha256": None}, "harness/bbq: made from other rows than eval.data names"),
     ):

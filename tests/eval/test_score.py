@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ba_lora.errors import UserError
-from ba_lora.io import sha256_file
+from ba_lora.io import sha256_file, write_json_atomic
 from eval import inheritance, likelihood
 from eval.completions import read_completions, score_paths
 from eval.score import main
@@ -243,6 +243,9 @@ def test_thinking_is_no_answer(tmp_path: Path) -> None:
         score = score_file(task, completions, data=str(data), options=options)
         assert score["metrics"]["strict"] == strict and score["thinking"] == marks
     assert get_task("gsm8k").thinking == "<think> </think>"  # the choice is of one call
+    write_json_atomic(tmp_path / "mine.meta.json", {"thinking": "<reason> </reason>"})  # as it was generated
+    score = score_file(task, completions, data=str(data))
+    assert score["metrics"]["strict"] == 1.0 and score["thinking"] == "<reason> </reason>"
     for key in ("thinking", "judge_thinking"):
         with pytest.raises(UserError, match=f"{key}='</think>': two marks with a blank between"):
             read_options([f"{key}=</think>"], [task])

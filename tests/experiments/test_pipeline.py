@@ -190,6 +190,58 @@ def test_runs_and_tasks_share_one_engine_start():
     assert [after(measure.call.command, word) for word in ("--texts", "--data")] == data
 
 
+def test_the_marks_of_thinking_reach_the_scoring():
+    config = load_config("configs/nlg/toy.yaml", overrides=["eval.options.thinking=<reason> </reason>"])
+    generate, score = stages.evaluation_stages([config])[:2]
+    assert all("thinking=<reason> </reason>" in stage.call.command for stage in (generate, score))
+
+
+def test_an_evaluation_that_is_stopped_leaves_no_scores_that_hold(tmp_path, monkeypatch):
+    """The first one's score of one task and the second one's of the other are no evaluation."""
+
+    def config(*words):
+        tasks = [f"output_dir={tmp_path / 'run'}", f"results_dir={tmp_path}", "eval.tasks=[toy,heldout]"]
+        return load_config("configs/nlg/toy.yaml", overrides=[*tasks, f"eval.data.heldout={rows}", *words])
+
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("{}")
+    first, second = config(), config("eval.options.temperature=0.8")
+    put = tmp_path / "run" / "scores"
+    put.mkdir(parents=True)
+    (tmp_path / "run" / "train.json").write_text('{"status": "ok"}')
+    states = [pipeline.evaluation_state(one) for one in (first, second)]
+    for task in ("toy", "heldout"):
+        (put / f"{task}.json").write_text("{}")
+    (tmp_path / "run" / pipeline.STATE_FILE).write_text(json.dumps(states[0]))
+    assert pipeline.evaluation_fault(first, states[0]) is None
+
+    def interrupted(stage):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "run_stage", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.evaluate_run(second)
+    assert not any(put.iterdir())
+    for task in ("toy", "heldout"):
+        (put / f"{task}.json").write_text("{}")
+    assert pipeline.evaluation_fault(first, states[0]).stale
+    assert pipeline.evaluation_fault(second, states[1]).reason == "no score of toy"
+
+
+def test_a_score_of_other_completions_does_not_hold(tmp_path):
+    """As after eval.generate by hand."""
+    config = load_config("configs/nlg/toy.yaml", overrides=[f"output_dir={tmp_path}"])
+    (tmp_path / "train.json").write_text('{"status": "ok"}')
+    state = pipeline.evaluation_state(config)
+    (tmp_path / pipeline.STATE_FILE).write_text(json.dumps(state))
+    for folder, name, sha256 in (("scores", "toy.json", "a"), ("completions", "toy.meta.json", "a")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / name).write_text(json.dumps({"completions_sha256": sha256}))
+    assert pipeline.evaluation_fault(config, state) is None
+    (tmp_path / "completions" / "toy.meta.json").write_text('{"completions_sha256": "b"}')
+    assert pipeline.evaluation_fault(config, state).reason == "toy: scored from other completions"
+
+
 def test_the_pretrained_model_is_evaluated_by_its_own_name():
     config = pipeline.untuned_config(load_config("configs/nlg/toy.yaml"))
     generate = stages.evaluation_stages([config])[0].call.command

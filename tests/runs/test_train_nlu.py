@@ -19,7 +19,10 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from ba_lora.config.layers import available_methods, load_config
 from ba_lora.errors import UserError
 from ba_lora.glue import find_task
+from ba_lora.io import write_jsonl_atomic
 from ba_lora.runs.export import serving_adapter
+from data.toy_nlu import generate_pairs
+from eval import nlu
 from eval.classify import open_classifier
 from tests.support.tiers import mostly_slow
 from tests.support.tiny import only_result
@@ -66,6 +69,11 @@ def test_what_cannot_be_merged_is_evaluated_from_its_adapter(train_nlu, tiny_enc
     classifier = open_classifier(run / "adapter", find_task("toy_pairs"))
     base = AutoModelForSequenceClassification.from_pretrained(tiny_encoder, num_labels=3)
     assert (logits(classifier.model, run / "adapter") - logits(base, run / "adapter")).abs().max() > 1e-3
+    other = run.parent / "other.jsonl"
+    pairs = generate_pairs(num_rows=6, seed=3, split="test")
+    write_jsonl_atomic(other, [{key: row[key] for key in ("premise", "hypothesis", "label")} for row in pairs])
+    nlu.main(["--model", str(run), "--task", "toy_pairs", "--data", f"toy_pairs={other}"])  # to be predicted
+    assert json.loads((run / "scores" / "toy_pairs.json").read_text())["n"] == 6
     terms = {name for line in (run / "log.jsonl").read_text().splitlines() for name in json.loads(line)}
     assert ("nmtune_covariance" in terms) == (method == "nmtune")
 

@@ -24,10 +24,10 @@ function startCompare() {
   });
 }
 
-/** Return item → mean value over the runs behind a row, the runs that have values, and why others have none. */
+/** Return item → mean value over the runs that the row's mean is of, the runs that have values, and why others have none. */
 function valuesOf(row, column, values) {
   const page = taken.get("page");
-  const wanted = page.rows[row].cells[column].all_runs;
+  const wanted = page.rows[row].cells[column].runs ?? [];
   const runs = wanted.filter((id) => values.runs[id]);
   const sums = new Map();
   for (const id of runs) (values.other_ids[id] ?? values.ids).forEach((item, place) => sums.set(item, (sums.get(item) ?? []).concat(values.runs[id][place])));

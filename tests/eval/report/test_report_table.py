@@ -19,7 +19,7 @@ from eval.report.comparisons import as_declared
 from eval.report.declared import Collapse, Primary
 from eval.report.hypothesis_figures import chosen_settings
 from eval.report.render import escape_markdown, to_csv, to_json, to_markdown
-from eval.report.settings import NEVER_ALLOWED, SETTINGS
+from eval.report.settings import FAULTS, NEVER_ALLOWED, SETTINGS, Used
 from eval.report.sheets import format_number, legend, letter, probability, signed
 from eval.report.sources import Sources, read_paper
 from eval.report.spec import PlannedRun, planned_comparisons, setting_value
@@ -401,7 +401,19 @@ def test_scores_of_the_same_first_items_stand_side_by_side_with_a_footnote(known
 
 def test_every_setting_is_tried_above():
     mark = next(mark for mark in test_a_setting_that_differs_is_refused_or_footnoted.pytestmark)
-    assert {case[0] for case in mark.args[1]} == set(SETTINGS) - set(NEVER_ALLOWED)
+    assert {case[0] for case in mark.args[1]} == set(SETTINGS) - set(NEVER_ALLOWED) - {"evaluated_otherwise"}
+
+
+def test_scores_of_another_evaluation_than_the_tables_are_told():
+    """Runs keep their names whatever eval.options are, so another table's words may have scored them."""
+    config = load_config("toy", overrides=["eval.options.temperature=0.0", "eval.options.serve=merged"])
+    run = PlannedRun("lora", 1, Path("r.json"), Path("r"), config)
+    found = {"serve": "hot", "temperature": 0.8}
+    result = {"evaluation": {"toy": {"generation": {"engine": "hf"}}}, "config": {"eval": {"options": found}}}
+    used = Used(Row("toy", "lora"), run, ReportColumn("toy", "toy", task="toy", metric="strict"), result)
+    assert FAULTS["evaluated_otherwise"](used) == "eval.options.temperature is 0.8, the table has 0.0"
+    found["temperature"] = 0.0
+    assert FAULTS["evaluated_otherwise"](used) is None
 
 
 def test_two_judges_never_stand_in_one_table(known):

@@ -32,6 +32,9 @@ CASES = [
     ("8", "The answer is: $5 + $3 = $8", 0, 1),
     ("\\text{Yes}", "The answer is: yes.", 0, 1),
     ("\\text{Yes}", "The answer is: **Yes**.", 1, 1),
+    ("13 \\text{ square units}", "The answer is: 13 \\text{ square units}", 1, 1),
+    ("13 \\text{ square units}", "The answer is: 13 \\mbox{ square units}, which is all", 0, 1),
+    ("\\text{no real solutions}", "The answer is: \\text{no real solutions}", 1, 1),
     ("120^\\circ", "The answer is: $\\angle A = 120^\\circ$.", 1, 1),
     ("(3,4)", "The answer is: $(x, y) = (3, 4)$", 1, 1),
     # wrong
