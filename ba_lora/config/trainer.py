@@ -19,6 +19,12 @@ from ba_lora.words import nearest
 
 # TrainingArguments under which the method or a resumed run would silently be another one: the safe values, and why.
 _UNSAFE_ARGUMENTS = {
+    "train_sampling_strategy": (
+        ["random", "sequential", "group_by_length"],
+        "choose random, sequential or group_by_length (batch_rebalance has an order that no seed moves)",
+    ),
+    "save_on_each_node": ([False], "the nodes share one folder, and would write the same files"),
+    "ddp_static_graph": ([None, False], "its first step would not be averaged over the processes"),
     "auto_find_batch_size": ([False], "the micro-batch is part of the method: set trainer.per_device_train_batch_size"),
     "average_tokens_across_devices": ([True], "the terms are means over the positions of all processes"),
     "label_smoothing_factor": ([0], "the loss has no label smoothing"),
@@ -138,6 +144,8 @@ def check_trainer(arguments: dict[str, Any]) -> None:
             raise UserError(f"unknown key trainer.{name}{nearest_argument(name)} (transformers.TrainingArguments)")
         if name == "accelerator_config" and isinstance(value, dict) and value.get("split_batches"):
             raise UserError("trainer.accelerator_config.split_batches=true is refused: the batch sizes are per process")
+        if name == "accelerator_config" and isinstance(value, dict) and not value.get("even_batches", True):
+            raise UserError("trainer.accelerator_config.even_batches=false is refused: processes would wait for others")
         safe, reason = _UNSAFE_ARGUMENTS.get(name, ([value], ""))
         if value not in safe:
             raise UserError(f"trainer.{name}={value} is refused: {reason}")

@@ -6,6 +6,7 @@ them.
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -208,7 +209,8 @@ def _with_adapter(model: "nn.Module", config: RunConfig, num_steps: int, method:
         raise
     except ValueError as error:  # no layer is left, for example
         raise UserError(f"adapter.target_modules, adapter.options: {in_one_line(error)}") from error
-    if adapter.dtype == "base":
+    if adapter.dtype == "base":  # also after a checkpoint is loaded, which PEFT would make float32
+        model.load_adapter = functools.partial(model.load_adapter, autocast_adapter_dtype=False)
         dtype = next(p.dtype for p in model.parameters() if not p.requires_grad)
         for parameter in model.parameters():
             if parameter.requires_grad:

@@ -85,6 +85,12 @@ def build_arguments(config: RunConfig, run_path: Path) -> "TrainingArguments":
     except Exception as error:  # of any class, by what the library happens to do with the value
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         raise UserError(f"trainer: {kind}{' '.join(str(error).split())}") from error
+    half = "bfloat16" if arguments.bf16 else "float16" if arguments.fp16 else None
+    if half and arguments.deepspeed_plugin is not None and config.model.dtype == "float32":
+        raise UserError(
+            f"model.dtype=float32: DeepSpeed would train it in {half}, and export another model than was trained: set "
+            f"model.dtype={half}, or trainer.bf16 and trainer.fp16 to false"
+        )
     if config.kind == "nlu" and is_deepspeed_zero3_enabled():
         raise UserError("NLU runs do not support ZeRO-3: use DDP or configs/deepspeed/zero2.json")
     return arguments

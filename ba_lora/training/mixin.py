@@ -91,7 +91,8 @@ class BALoRALoss(StepLoss):
         objective = self.objective
         inputs = {name: value for name, value in inputs.items() if name != "use_cache"}  # which the objective sets
         is_counted = num_items_in_batch is not None
-        number = num_items_in_batch if is_counted else max(objective.count(inputs), 1)
+        number = num_items_in_batch if is_counted else objective.count(inputs)
+        number = number.clamp(min=1) if isinstance(number, Tensor) else max(number, 1)
         step = self.state.global_step
         lambdas = objective.lambdas(step, max(self.state.max_steps, 1))
         factors = self._factors(lambdas, number, training=is_counted)

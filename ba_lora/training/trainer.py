@@ -8,6 +8,7 @@ leaves it short.
 """
 
 import shutil
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -156,9 +157,10 @@ class BALoRATrainer(StepLoss, Trainer):
 
     def _on_host(self, num_items: Tensor | int) -> Tensor | int:
         """Return the count of the effective batch without a wait for the device in every micro-batch: it is fetched
-        once an optimizer step."""
+        once an optimizer step. At least 1: a batch without a label changes nothing."""
         if self._num_items[0] is not num_items:
-            self._num_items = (num_items, num_items.cpu() if isinstance(num_items, Tensor) else num_items)
+            on_host = num_items.cpu().clamp(min=1) if isinstance(num_items, Tensor) else max(num_items, 1)
+            self._num_items = (num_items, on_host)
         return self._num_items[1]
 
     def _lambdas(self) -> dict[str, float]:
@@ -172,11 +174,16 @@ class BALoRATrainer(StepLoss, Trainer):
         state, labels = self.accelerator.gradient_state, inputs.get("labels")
         if not (self.objective.shifts_labels and state.end_of_dataloader and state.remainder > 0):
             return inputs
-        num_real = max(state.remainder - self.accelerator.process_index * len(labels), 0)
-        if num_real >= len(labels):
+        borders = inputs.get("cu_seq_lens_q")  # of packed rows: one after another in a single one
+        rows = len(labels) if borders is None else len(borders) - 1
+        num_real = max(state.remainder - self.accelerator.process_index * rows, 0)
+        if num_real >= rows:
             return inputs
         labels = labels.clone()
-        labels[num_real:] = IGNORE_INDEX
+        if borders is None:
+            labels[num_real:] = IGNORE_INDEX
+        else:
+            labels[:, borders[num_real] :] = IGNORE_INDEX
         return inputs | {"labels": labels}
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -372,11 +379,14 @@ class BALoRATrainer(StepLoss, Trainer):
                     self._shares.save(folder)
                     self._kl.save(folder)
                     write_checkpoint_manifest(folder)
-                    if limit:
-                        rotate_checkpoints(folder.parent, limit=limit, best=self.state.best_model_checkpoint)
             except Exception:  # a full disk: half a checkpoint helps nobody, and the record of the failure needs room
                 if self.args.should_save:
                     shutil.rmtree(folder, ignore_errors=True)
                 raise
             finally:
                 self.args.save_total_limit = limit
+        if self.args.should_save and limit:  # this one is whole, whatever becomes of the older ones
+            try:
+                rotate_checkpoints(folder.parent, limit=limit, best=self.state.best_model_checkpoint)
+            except OSError as error:
+                print(f"warning: an old checkpoint cannot be removed: {error}", file=sys.stderr)

@@ -10,6 +10,7 @@ import types
 import typing
 
 import pytest
+import transformers
 import yaml
 
 from ba_lora.config import schema
@@ -119,6 +120,21 @@ def test_any_value_of_any_argument_is_taken_or_one_line(name: str, tmp_path) -> 
     assert not (tmp_path / "run").exists()
 
 
+def test_deepspeed_does_not_train_float32_weights_in_16_bits(tmp_path, monkeypatch):
+    """It casts the weights themselves, and the export would be the float32 base's."""
+
+    class UnderDeepSpeed(transformers.TrainingArguments):
+        def __post_init__(self):
+            super().__post_init__()
+            self.deepspeed_plugin = object()
+
+    monkeypatch.setattr(transformers, "TrainingArguments", UnderDeepSpeed)
+    words = ["trainer.bf16=true"]
+    with pytest.raises(UserError, match="DeepSpeed would train it in bfloat16.*set model.dtype=bfloat16, or"):
+        build_arguments(load_config("toy", overrides=words), tmp_path / "run")
+    build_arguments(load_config("toy", overrides=[*words, "model.dtype=bfloat16"]), tmp_path / "run")
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -136,6 +152,11 @@ def test_any_value_of_any_argument_is_taken_or_one_line(name: str, tmp_path) -> 
         ("optim=adam", "optim=adam is unknown: choose one of adamw_torch,"),
         ("parallelism_config={tp_size: 2}", "only DDP and DeepSpeed"),
         ("use_liger_kernel=true", "use_liger_kernel=True is refused"),
+        ("save_on_each_node=true", "the nodes share one folder"),
+        ("ddp_static_graph=true", "its first step would not be averaged"),
+        ("train_sampling_strategy=batch_rebalance", "choose random, sequential or group_by_length"),
+        ("train_sampling_strategy=group_by_lenght", "choose random, sequential or group_by_length"),
+        ("accelerator_config={even_batches: false}", "processes would wait for others"),
         ("hub_token=hf_secret", "use the environment's HF_TOKEN"),
         ("local_rank=1", "set by the run itself: the launcher says it; leave it out"),
         ("push_to_hub=true", "set by the run itself: use hub.push"),

@@ -559,7 +559,7 @@ def test_a_key_changes_what_a_run_does(kind, key, here, tmp_path, monkeypatch):
 # An argument takes the first of these that it may have and does not have yet, but for those below.
 CANDIDATES = [
     "true", "false", "1", "3", "0.5", "no", "epoch", "linear", "sgd", "x", "[x]", "{a: 1}", "error", "task", "random",
-    "eager", "{even_batches: false}", "underflow_overflow", "spawn",
+    "eager", "sequential", "{non_blocking: true}", "underflow_overflow", "spawn",
 ]  # fmt: skip
 EVALUATED = ("data.heldout_share=0.2", "trainer.eval_strategy=steps")
 ARGUMENTS = {

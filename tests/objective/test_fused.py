@@ -306,6 +306,16 @@ def trainer(model, folder, implementation="fused", regularizers=STRONG, rows=Non
     )
 
 
+def test_under_autocast_the_head_multiplies_as_the_models_own_would():
+    hidden, reference, head, targets = problem(7)
+    config = dataclasses.replace(STRONG, lambda_svd=0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        total, _ = fused(hidden, reference, head, targets, config)
+    in_float32, _ = fused(hidden, reference, head, targets, config)
+    in_half, _ = fused(hidden.bfloat16(), reference.bfloat16(), head.bfloat16(), targets, config)
+    assert total == in_half != in_float32
+
+
 def logs(trained, name):
     return [entry[name] for entry in trained.state.log_history if name in entry]
 

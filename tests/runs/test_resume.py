@@ -1,5 +1,6 @@
 """kill -9 at any moment, then the same command: the uninterrupted run's weights, bit for bit."""
 
+import errno
 import json
 import os
 import shutil
@@ -12,7 +13,8 @@ import pytest
 import yaml
 
 from ba_lora.errors import UserError
-from ba_lora.training.checkpoints import MANIFEST, checkpoint_fault, find_checkpoint
+from ba_lora.training import trainer
+from ba_lora.training.checkpoints import MANIFEST, checkpoint_fault, checkpoint_folders, find_checkpoint
 from tests.support.tiny import only_result
 
 # Inside a checkpoint's adapter, its optimizer and random state, the list of its files; inside adapter/, lora/, merged/;
@@ -165,6 +167,20 @@ def test_a_users_copies_of_checkpoints_neither_break_nor_end_a_resumed_run(train
     assert names == {
         "checkpoint-2", "checkpoint-4", "checkpoint-final", "copy-of-checkpoint-4", "copy-of-checkpoint-99"
     }  # fmt: skip
+
+
+def test_an_old_checkpoint_that_stays_costs_no_new_one(train, tmp_path, monkeypatch, capsys):
+    """As one on NFS that somebody has open."""
+
+    def refuse(*_, **__):
+        raise OSError(errno.ENOTEMPTY, "Directory not empty")
+
+    monkeypatch.setattr(trainer, "rotate_checkpoints", refuse)
+    run = train("trainer.save_steps=1")
+    assert "warning: an old checkpoint cannot be removed: [Errno 39] Directory not empty" in capsys.readouterr().err
+    assert only_result(tmp_path / "results")["status"] == "ok"
+    checkpoints = checkpoint_folders(run / "checkpoints")
+    assert len(checkpoints) > 2 and not any(map(checkpoint_fault, checkpoints))
 
 
 def test_a_full_disk_in_a_checkpoint_is_one_line_and_leaves_no_half_of_it(train, tmp_path, monkeypatch):

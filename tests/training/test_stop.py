@@ -36,8 +36,9 @@ def told(train, monkeypatch, capsys):
     return run
 
 
-def test_a_training_that_is_told_to_stop_goes_on_to_the_very_same_weights(train, told, tmp_path, capsys):
-    words = ["trainer.max_steps=6", "trainer.save_steps=100", "adapter.dropout=0.1", "export.merged=false"]
+@pytest.mark.parametrize("more", [[], ["model.dtype=bfloat16", "adapter.dtype=base"]], ids=["float32", "bfloat16"])
+def test_a_training_that_is_told_to_stop_goes_on_to_the_very_same_weights(train, told, tmp_path, capsys, more):
+    words = ["trainer.max_steps=6", "trainer.save_steps=100", "adapter.dropout=0.1", "export.merged=false", *more]
     assert "told to stop (USR1): saved at step 3 of 6" in told(2, *words, name="stopped")
     assert not (tmp_path / "stopped" / "train.json").exists()  # neither failed nor cancelled
     stopped, whole = train(*words, name="stopped"), train(*words, name="whole")
@@ -45,6 +46,7 @@ def test_a_training_that_is_told_to_stop_goes_on_to_the_very_same_weights(train,
     assert json.loads((stopped / "train.json").read_text())["training"]["resumed_from"] == "checkpoint-3"
     weights = [load_file(run / "adapter" / "adapter_model.safetensors") for run in (stopped, whole)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
+    assert {weight.dtype for weight in weights[0].values()} == {torch.bfloat16 if more else torch.float32}
 
 
 def test_no_process_leaves_before_all_have_saved():

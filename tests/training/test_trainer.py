@@ -2,12 +2,15 @@
 
 import dataclasses
 import json
+import math
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from transformers import Gemma2Config, Gemma2ForCausalLM, Trainer
 
@@ -401,6 +404,34 @@ def test_evaluation_logs_the_tasks_loss_by_itself(tmp_path):
     assert abs(metrics["eval_loss"] - metrics["eval_task"]) > 0.01
     assert built.evaluate(rows)["eval_task"] == pytest.approx(expected.item(), rel=1e-5)  # each evaluation by itself
     assert {"test_task", "test_loss"} <= built.evaluate(rows, metric_key_prefix="test").keys()
+
+
+# ---- rows without a label, rows that accelerate repeats
+
+
+def test_an_effective_batch_without_a_label_changes_nothing(tmp_path):
+    rows = [dict(row) for row in tiny_rows(3)]
+    rows[1]["labels"] = [-100] * len(rows[1]["labels"])
+    settings = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "max_steps": 3, "logging_steps": 1}
+    trained = trainer(tiny_peft("pissa"), tmp_path, rows=Dataset.from_list(rows), **settings)
+    trained.train()
+    losses = logs(trained, "task")
+    assert losses.count(0.0) == 1 and all(map(math.isfinite, losses))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_repeated_rows_of_an_evaluation_have_no_labels(tmp_path, packed):
+    """9 rows are left for 2 processes of 8: the second one has one of its own."""
+    one = trainer(tiny_peft("pissa"), tmp_path)
+    state = SimpleNamespace(end_of_dataloader=True, remainder=9)
+    one.accelerator = SimpleNamespace(gradient_state=state, process_index=1)
+    inputs = {"labels": torch.ones(8, 5, dtype=torch.long)}
+    if packed:
+        inputs = {"labels": torch.ones(1, 40, dtype=torch.long), "cu_seq_lens_q": torch.arange(0, 41, 5)}
+    counted = one._without_repeats(inputs)["labels"] != -100
+    assert counted.flatten()[:5].all() and counted.sum() == 5
+    one.accelerator.process_index = 0
+    assert one._without_repeats(inputs) is inputs
 
 
 # ---- AdaLoRA in half precision

@@ -66,6 +66,7 @@ def fused_loss(
         tuple(sorted(terms, key=lambda term: term.uses_up)),
         {term.name: float(factors[term.name]) for term in terms},
         int(memory_mb * 2**20),
+        _product_dtype(head.weight),
     )
     total, sums = _FusedHead.apply(hidden_ND, walk)
     rows = {term.name: sums[row] for row, term in enumerate(walk.terms)}
@@ -95,18 +96,19 @@ class _FusedHead(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class _Walk:
-    """The walk over the positions in chunks of at most `chunk_bytes`, for the head's weight [V, D]."""
+    """The walk over the positions in chunks of at most `chunk_bytes`; a head's weight [V, D] multiplies in `dtype`."""
 
     weight_VD: Tensor
     positions: Positions
     terms: tuple[PositionTerm, ...]
     factors: dict[str, float]
     chunk_bytes: int
+    dtype: torch.dtype
 
     def __call__(self, hidden_ND: Tensor, *, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
         """Return each term's sum, without and with its position weights, [terms, 2], and dL/dH [N, D], None without
         gradient."""
-        dtype = _product_dtype(self.weight_VD)
+        dtype = self.dtype
         weight_VD = self.weight_VD.to(dtype)
         precision = torch.promote_types(dtype, torch.float32)
         # λ / number of positions would underflow in a float16 product, and a loss scaler comes too late to help.
