@@ -10,7 +10,6 @@ import types
 import typing
 
 import pytest
-import transformers
 import yaml
 
 from ba_lora.config import schema
@@ -123,12 +122,10 @@ def test_any_value_of_any_argument_is_taken_or_one_line(name: str, tmp_path) -> 
 def test_deepspeed_does_not_train_float32_weights_in_16_bits(tmp_path, monkeypatch):
     """It casts the weights themselves, and the export would be the float32 base's."""
 
-    class UnderDeepSpeed(transformers.TrainingArguments):
-        def __post_init__(self):
-            super().__post_init__()
-            self.deepspeed_plugin = object()
+    def plug_in(arguments):
+        arguments.deepspeed_plugin = object()
 
-    monkeypatch.setattr(transformers, "TrainingArguments", UnderDeepSpeed)
+    monkeypatch.setattr("ba_lora.training.arguments._try_optimizer", plug_in)  # the last that sees the arguments
     words = ["trainer.bf16=true"]
     with pytest.raises(UserError, match="DeepSpeed would train it in bfloat16.*set model.dtype=bfloat16, or"):
         build_arguments(load_config("toy", overrides=words), tmp_path / "run")
