@@ -533,7 +533,10 @@ def _of_the_table(result, method):
     return result["method"] == method and result["run_id"].endswith(training_hash(config))
 
 
-ROBUSTNESS = {"robustness_nlu_toy": ("## How much hangs on the settings, on the NLU default", 1)}
+ROBUSTNESS = {
+    "robustness_nlu_toy": ("## How much hangs on the settings, on the NLU default", 1),
+    "robustness_toy": ("## How much hangs on the settings, on the NLG toy", 1),
+}
 
 
 @pytest.mark.parametrize("table", ROBUSTNESS)
