@@ -43,7 +43,7 @@ MERGED.remove("loftq")  # whose base is in 4 bit: test_four_bit.py
 @pytest.mark.parametrize("method", mostly_slow(MERGED, ("full_ft", "adalora", "dora", "lora", "ba_lora")))
 def test_every_method_trains_and_exports(train, tiny_model, method):
     """merged = adapter on the untouched base, by plain PEFT; and training did change the model."""
-    steps = ["trainer.max_steps=12"] if method == "adalora" else []
+    steps = {"adalora": ["trainer.max_steps=12"], "delta_lora": ["adapter.options.start=1"]}.get(method, [])
     run = train(*steps, method=method)
     merged = logits(AutoModelForCausalLM.from_pretrained(run / "merged"), run / "merged")
     assert (merged - logits(base(tiny_model), tiny_model)).abs().max() > 1e-3

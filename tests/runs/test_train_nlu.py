@@ -44,7 +44,7 @@ APART = sorted({*available_methods("nlu")} - {*MERGED})
 @pytest.mark.parametrize("method", mostly_slow(MERGED, ("full_ft", "bitfit", "lora", "ba_lora")))
 def test_every_method_trains_and_exports(train_nlu, tiny_encoder, method):
     """merged = adapter with its head on the untouched encoder, by plain PEFT."""
-    steps = ["trainer.num_train_epochs=4"] if method == "adalora" else []
+    steps = {"adalora": ["trainer.num_train_epochs=4"], "delta_lora": ["adapter.options.start=1"]}.get(method, [])
     run = train_nlu(*steps, method=method)
     merged = logits(AutoModelForSequenceClassification.from_pretrained(run / "merged"), run / "merged")
     facts = json.loads((run / "train.json").read_text())
