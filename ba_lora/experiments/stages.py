@@ -194,7 +194,8 @@ def evaluation_stages(configs: Sequence[RunConfig], *, generate: bool = True) ->
     files = {task: str(data_file(first, task)) for task in first.eval.tasks if task in first.eval.data}
     trusted = ("trust_remote_code=true",) if first.model.trust_remote_code else ()
     graded = ("allow_partial=true",) if first.eval.limit is not None else ()
-    graded += tuple(f"{key}={first.eval.options[key]}" for key in ("thinking",) if key in first.eval.options)
+    if "thinking" in first.eval.options:
+        graded += (f"thinking={first.eval.options['thinking']}",)
     stages = []
     if tasks and generate:
         settings = [f"{key}={value}" for key, value in first.eval.options.items()]

@@ -27,7 +27,7 @@ from ba_lora.io import read_json, read_object, write_json_atomic, write_text_ato
 from ba_lora.paths import PROJECT_ROOT
 from ba_lora.rows import is_commit
 from ba_lora.runs.environment import git_state, is_committed, now
-from ba_lora.runs.folder import CLAIM, base_changed, is_trained, source_changed, untuned_base_changed
+from ba_lora.runs.folder import CLAIM, base_changed, is_trained, source_changed, source_sha256, untuned_base_changed
 from ba_lora.runs.results import result_fault
 
 DECLARED = "declared.json"  # in the report's folder
@@ -90,7 +90,7 @@ def _training_fault(config: RunConfig) -> str | None:
     """Return why a trained run is no longer the run that its config asks for: its data or base have changed since."""
     claim = config.run_path / CLAIM
     claimed = read_json(claim) if claim.is_file() else {}
-    if claimed and source_changed(config, claimed.get("source_sha256")):
+    if claimed and source_changed(claimed.get("source_sha256"), source_sha256(config)):
         return f"{' or '.join(config.data_files)} has changed since it was trained on"
     if base_changed(config, claimed.get("base")):
         return f"the base {config.model.name} has changed since it was trained from it"

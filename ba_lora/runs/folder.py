@@ -155,7 +155,7 @@ def _difference(config: RunConfig, claim: dict[str, Any]) -> str | None:
             "choose another output_dir, or overwrite=true to redo it"
         )
     earlier = read_object(path / CLAIM)
-    if source_changed(config, earlier["source_sha256"]):
+    if source_changed(earlier["source_sha256"], claim["source_sha256"]):
         files = " or ".join(config.data_files)
         return f"{files} has changed since {path.name} was started: overwrite=true redoes it"
     if is_trained(path, config):
@@ -236,15 +236,11 @@ def source_sha256(config: RunConfig) -> str | None:
     return "+".join(sha256_file(file) for file in _local_files(config) if file.is_file()) or None
 
 
-def source_changed(config: RunConfig, sha256: str | None) -> bool:
-    """Return whether the local files of a run's rows are others than those of this hash. Files that are gone are not:
+def source_changed(before: str | None, now: str | None) -> bool:
+    """Return whether a run's files of rows are others, by their `source_sha256`. Files that are gone are no change:
     nothing tells what a trained run has lost, and one that is to be trained says which is missing."""
-    found = source_sha256(config)
-    return found != sha256 and _count(found) >= _count(sha256)
-
-
-def _count(sha256: str | None) -> int:
-    return len(sha256.split("+")) if sha256 else 0
+    hashes = [sha256.split("+") if sha256 else [] for sha256 in (before, now)]
+    return hashes[0] != hashes[1] and len(hashes[1]) >= len(hashes[0])
 
 
 def _local_files(config: RunConfig) -> list[Path]:
