@@ -57,6 +57,21 @@ def test_grids_with_other_groups_do_not_share_a_gpu(tmp_path):
     assert single.free_slot() is None
 
 
+def test_two_jobs_of_a_machine_that_both_have_a_gpu_0_do_not_wait_for_each_other(tmp_path, monkeypatch):
+    """As under Slurm, which shows each job only its own GPUs, numbered from 0, by nvidia-smi as well."""
+    program = tmp_path / "nvidia-smi"
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    grids = []
+    for uuids, visible in (("GPU-1b", "0"), ("GPU-2c", "0"), ("GPU-1b GPU-2c", "0,1")):
+        program.write_text(f"#!/bin/sh\nprintf '%s\\n' {uuids}\n")
+        program.chmod(0o755)
+        grids.append(LocalExecutor(gpu_slots(tmp_path, visible)))
+    first, second, third = grids
+    assert first.free_slot() and second.free_slot() and third.free_slot() is None
+    first.wait(0)
+    assert third.free_slot().name == "GPU 0"
+
+
 def test_no_two_groups_are_given_one_port(tmp_path):
     """Any free one is taken, whatever groups other grids made."""
     (slot,) = gpu_slots(tmp_path, "2,3", per_run=2)

@@ -225,10 +225,13 @@ def local_slots(
             f"gpus={gpus_per_run}: only {len(visible)} GPU(s) can be seen here; run it where there are more"
         )
     if visible:
-        slots = []
+        slots, known_as = [], _uuids(visible)
         for start in range(0, len(visible) - gpus_per_run + 1, gpus_per_run):
             members = visible[start : start + gpus_per_run]
-            lock_paths = tuple(lock_folder / f"gpu-{socket.gethostname()}-{member}.lock" for member in sorted(members))
+            lock_paths = tuple(
+                lock_folder / f"gpu-{socket.gethostname()}-{name}.lock"
+                for name in sorted(known_as[member] for member in members)
+            )
             named = ",".join(members)
             slots.append(Slot(f"GPU {named}", {"CUDA_VISIBLE_DEVICES": named}, lock_paths, gpus_per_run))
         return slots[:workers]
@@ -245,6 +248,16 @@ def _visible_gpus(environ: Mapping[str, str]) -> list[str]:
     import torch
 
     return [str(index) for index in range(torch.cuda.device_count())]
+
+
+def _uuids(visible: Sequence[str]) -> dict[str, str]:
+    """Return each visible GPU's UUID where nvidia-smi tells it, else its name: two jobs may both have a GPU 0."""
+    try:
+        command = ["nvidia-smi", "--query-gpu=uuid", "--format=csv,noheader"]
+        listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    except (OSError, subprocess.CalledProcessError):
+        listed = []
+    return {name: listed[int(name)] if name.isdigit() and int(name) < len(listed) else name for name in visible}
 
 
 EXECUTOR = LocalExecutor
