@@ -131,7 +131,7 @@ class LabRows:
         """Return `number` rows of sst2, NOISY_SHARE of them of noisy kinds as far as there are some."""
         random.Random(f"lab_nlu/{seed}").shuffle(rows)
         noisy = [row for row in rows if self.role(row) in ("corrected", "uncorrected")]
-        noisy = noisy[: min(round(NOISY_SHARE * number), round(0.9 * len(noisy)))]  # each seed has others
+        noisy = noisy[: min(round(NOISY_SHARE * number), round(0.9 * len(noisy)))]  # each seed leaves out others
         drawn = [*noisy, *[row for row in rows if self.role(row) == "tuned"][: number - len(noisy)]]
         random.Random(f"lab_nlu/{seed}/order").shuffle(drawn)
         return drawn

@@ -8,9 +8,11 @@ through the model. A term of the weights, such as AdaLoRA's, has no share.
 
 `regularizers.lambda_mode=gradient_share` turns it around: λ(t) is set so that the term has the share asked for. It is
 measured every few steps, smoothed, used from the next step on, and at most 1, since a term with hardly any gradient
-would get any weight. A term without a gradient keeps the λ it has.
+would get any weight. A term without a gradient keeps the λ it has. Logged is the share that a step had: by the λ(t) it
+was made with, and its own norms.
 """
 
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -52,7 +54,8 @@ class GradientShares:
         self._sets_weights = config.lambda_mode == "gradient_share"
         self._wanted = {name: config.gradient_shares.get(name, DEFAULT_SHARE) for name in self.names[1:]}
         self._squares: Tensor | None = None
-        self._norms: dict[str, float] = {}
+        self._norms: dict[str, float] = {}  # smoothed
+        self._had: list[dict[str, float]] = []  # the shares of the steps that were measured since the last log
 
     def due(self, step: int) -> bool:
         """Whether the optimizer step `step` (from 0) is measured."""
@@ -64,35 +67,37 @@ class GradientShares:
         found = torch.stack([squares.get(name, zero) for name in self.names])
         self._squares = found if self._squares is None else self._squares + found
 
-    def close(self, reduce: Callable[[Tensor], Tensor]) -> None:
-        """End a measured step: smooth the norms, set the weights. `reduce` sums over all processes; each calls it."""
+    def close(self, reduce: Callable[[Tensor], Tensor], lambdas: Mapping[str, float]) -> None:
+        """End a measured step, made with `lambdas`: smooth the norms, set the weights. `reduce` sums over processes;
+        each calls it."""
         if self._squares is None:
             return
-        norms = reduce(self._squares).sqrt().tolist()
+        norms = dict(zip(self.names, reduce(self._squares).sqrt().tolist(), strict=True))
         self._squares = None
-        for name, norm in zip(self.names, norms, strict=True):
+        if task := norms["task"]:
+            self._had.append({name: lambdas[name] * norms[name] / task for name in self._wanted})
+        for name, norm in norms.items():
             self._norms[name] = SMOOTHING * (self._norms.get(name) or norm) + (1 - SMOOTHING) * norm
         if self._sets_weights:
-            task, *_ = self._norms.values()
+            task = self._norms["task"]
             for name, share in self._wanted.items():
                 if (norm := self._norms[name]) or not share:
                     self.weights[name] = min(share * task / norm, MAX_WEIGHT) if share else 0.0
 
-    def logs(self, lambdas: Mapping[str, float]) -> dict[str, float]:
-        """Return each term's share under λ(t); {} before a measurement."""
-        task = self._norms.get("task")
-        if not task:
-            return {}
-        return {f"gradient_share_{name}": lambdas[name] * self._norms[name] / task for name in self._wanted}
+    def logs(self) -> dict[str, float]:
+        """Return each term's share, the mean over the steps measured since the last call; {} without one."""
+        had, self._had = self._had, []
+        names = self._wanted if had else ()
+        return {f"gradient_share_{name}": statistics.fmean(shares[name] for shares in had) for name in names}
 
     def save(self, folder: Path) -> None:
         """Write the state into a checkpoint."""
-        write_json_atomic(folder / FILE, {"norms": self._norms, "weights": self.weights})
+        write_json_atomic(folder / FILE, {"norms": self._norms, "weights": self.weights, "had": self._had})
 
     def load(self, folder: Path) -> None:
         """Read the state from a checkpoint. Raises UserError where it has none and the weights hang on it."""
         state = read_object(folder / FILE) or {}
-        self._norms = state.get("norms", {})
+        self._norms, self._had = state.get("norms", {}), state.get("had", [])
         if self._sets_weights:
             if "weights" not in state:
                 raise UserError(

@@ -216,7 +216,7 @@ class BALoRATrainer(StepLoss, Trainer):
         loss = super().training_step(model, inputs, *arguments, **settings)
         self._begins = False
         if self.accelerator.sync_gradients:
-            self._shares.close(self._summed)
+            self._shares.close(self._summed, self._lambdas())
             self._kl.close(self._summed)
             self.method.tuner.before_step(self._bare_model(), self.state.global_step)
         if not bool(loss.isfinite()):  # no further wait for the device: Trainer asks the same
@@ -273,7 +273,7 @@ class BALoRATrainer(StepLoss, Trainer):
         if "loss" in logs:
             if terms := self._term_meter.read(self._summed):
                 lambdas = self._lambdas()
-                logs |= terms | self._shares.logs(lambdas) | self._token_meter.read(self._summed)
+                logs |= terms | self._shares.logs() | self._token_meter.read(self._summed)
                 logs |= {f"lambda_{name}": value for name, value in lambdas.items() if name != "task"}
             logs |= dict.fromkeys(self.objective.off, OFF)
         super().log(logs, start_time)

@@ -232,14 +232,14 @@ def _decision(finding: Finding) -> str:
     return SUPPORTED if low > one.margin and guarded and certain else UNDECIDED
 
 
-def standing(declared: Mapping[str, Any] | None, deciding: Mapping[str, Any], sha256: str) -> str:
-    """Return a sentence on whether the hypotheses stood before the first run; see ba_lora/experiments/state.py."""
+def standing(declared: Mapping[str, Any] | None, deciding: Mapping[str, Any], sha256: str, *, any_primary: bool) -> str:
+    """Return a sentence on whether the hypotheses stood before the first run; see ba_lora/experiments/state.py. Without
+    a primary one nothing is confirmed: a table planned after the results of another has none."""
     same = declared is not None and declared["sha256"] == sha256
     now = "the file is the same" if same else f"now it has the sha256 {sha256[:12]}"
     if declared is None:
         return f"Exploratory: it is not recorded what the table's file was when the first run started; {now}."
     at = f"{declared['declared_at']}, commit {str(declared.get('commit') or 'unknown')[:12]}"
-    at += ", where the file was not committed" if declared.get("dirty") else ""
     at += f", sha256 {declared['sha256'][:12]}"
     if declared["num_results"]:
         return f"Exploratory: {declared['num_results']} results were there when the file was recorded ({at}); {now}."
@@ -248,4 +248,7 @@ def standing(declared: Mapping[str, Any] | None, deciding: Mapping[str, Any], sh
         told = ", ".join(key.removesuffix("_sha256") for key in changed)
         return f"Exploratory: what decides them was changed since the first run ({at}; {now}): {told}."
     since = "is the same" if same else f"was changed since in what decides nothing: {now}"
-    return f"Confirmatory: declared before the first run ({at}); the table's file {since}."
+    told = f"declared before the first run ({at}); the table's file {since}."
+    if declared.get("dirty"):
+        return f"Exploratory: the table's file was not committed when it was recorded; {told}"
+    return f"Confirmatory: {told}" if any_primary else f"Exploratory: no hypothesis is primary; {told}"

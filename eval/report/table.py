@@ -72,6 +72,7 @@ def build_table(spec: TableSpec, sources: Sources, *, allow: Iterable[str] = ())
     rows = _chosen_rows(spec, cells, notes)
     _mark(spec, cells, rows, notes)
     findings = find(spec, sources, cells) if spec.hypotheses else ()
+    any_primary = any(one.primary for one in spec.hypotheses)
     return ReportTable(
         spec=spec,
         cells=cells,
@@ -81,7 +82,7 @@ def build_table(spec: TableSpec, sources: Sources, *, allow: Iterable[str] = ())
         provenance=tuple(_provenance(spec, sources)),
         declaration=declaration,
         findings=findings,
-        standing=standing(sources.declared, spec.deciding, spec.sha256) if findings else "",
+        standing=standing(sources.declared, spec.deciding, spec.sha256, any_primary=any_primary) if findings else "",
         compared=rows,
         bases=bases,
     )

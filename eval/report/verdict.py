@@ -14,7 +14,7 @@ from eval.report.table import ReportTable
 def verdict(table: ReportTable) -> list[str]:
     """Return the five lines: what was run; where the own methods are ahead, where behind; what is open; who is best."""
     tested = any(one.p is not None for one in table.comparisons)
-    how = " by a corrected test" if tested else " by an uncorrected interval"
+    how = " by a corrected test" if tested else " by an uncorrected interval, which decides nothing"
     return [
         _evidence(table),
         f"Ahead{how}: {_decided(table, better=True)}.",

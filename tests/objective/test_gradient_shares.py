@@ -74,7 +74,9 @@ def test_the_logged_shares_are_those_of_autograd(tmp_path, loss):
     shares = after._shares
     for term in ("task", *TERMS):
         assert shares._norms[term] == pytest.approx(expected[term], rel=1e-3), term
-    assert logs(after, "gradient_share_svd")[-1] == pytest.approx(0.2 * shares._norms["svd"] / shares._norms["task"])
+    for term in TERMS:
+        had = LAMBDAS[f"lambda_{term}"] * expected[term] / expected["task"]
+        assert logs(after, f"gradient_share_{term}") == [pytest.approx(had, rel=2e-3)]
 
 
 def test_micro_batches_count_like_one_batch(tmp_path):
@@ -94,9 +96,31 @@ def test_the_weights_follow_the_shares(tmp_path):
         share = wanted.get(term, DEFAULT_SHARE)
         expected = min(share * norms["task"] / norms[term], MAX_WEIGHT)
         assert logs(built, f"lambda_{term}")[-1] == built._shares.weights[term] == pytest.approx(expected)
-        assert logs(built, f"gradient_share_{term}")[-1] == pytest.approx(expected * norms[term] / norms["task"])
     last = built.state.log_history[-2]  # the line before the summary's
     assert last["weighted_svd"] != pytest.approx(0.2 * last["svd"], rel=1e-3)
+
+
+def test_the_logged_share_is_what_a_step_had_and_not_what_was_asked_for(tmp_path):
+    """λ(t) of a step follows from the steps before it; and until the first measurement it is the config's."""
+    settings = {"lambda_mode": "gradient_share", "gradient_every": 2}
+    whole = trained(tmp_path, config(**settings), max_steps=4)
+    short = trained(tmp_path, config(**settings), max_steps=3)  # with the λ that step 4 was made with
+    expected = norms_by_hand(short.model.eval(), [tiny_rows(16)[row] for row in (6, 7)])
+    for term in ("diversity", "svd"):
+        first, second = logs(whole, f"gradient_share_{term}")
+        had = logs(short, f"lambda_{term}")[-1] * expected[term] / expected["task"]
+        assert second == pytest.approx(had, rel=2e-3) and second != pytest.approx(DEFAULT_SHARE, rel=0.02)
+        assert logs(short, f"gradient_share_{term}") == [first] != [DEFAULT_SHARE]
+
+
+def test_a_log_tells_the_mean_of_the_steps_that_were_measured_since_the_last(tmp_path):
+    each = logs(trained(tmp_path, config(), max_steps=4), "gradient_share_svd")
+    pairs = logs(trained(tmp_path, config(), max_steps=4, logging_steps=2), "gradient_share_svd")
+    assert pairs == [pytest.approx(sum(each[:2]) / 2), pytest.approx(sum(each[2:]) / 2)]
+    saved = {"save_strategy": "steps", "save_steps": 3, "logging_steps": 2}
+    trained(tmp_path, config(), max_steps=4, **saved)
+    resumed = trained(tmp_path, config(), max_steps=4, resume=str(tmp_path / "checkpoint-3"), **saved)
+    assert logs(resumed, "gradient_share_svd") == [pytest.approx(pairs[0]), pytest.approx(pairs[1])]
 
 
 def test_measuring_changes_no_weight(tmp_path):
@@ -118,12 +142,14 @@ def test_a_resumed_training_has_the_weights_of_the_whole_one(tmp_path):
 def test_without_a_gradient_the_weight_stays(tmp_path):
     shares = GradientShares([CrossEntropy(), Svd(weight=0.5, top_k=3, norm="nuclear")], config())
     shares._sets_weights = True
+    lambdas = {"task": 1.0, "svd": 0.5}
     shares.add({"task": torch.tensor(4.0), "svd": torch.tensor(0.0)})
-    shares.close(lambda squares: squares)
-    assert shares.weights["svd"] == 0.5 and shares.logs({"svd": 0.5})["gradient_share_svd"] == 0
+    shares.close(lambda squares: squares, lambdas)
+    assert shares.weights["svd"] == 0.5 and shares.logs() == {"gradient_share_svd": 0}
     shares.add({"task": torch.tensor(4.0), "svd": torch.tensor(1.0)})
-    shares.close(lambda squares: squares)
+    shares.close(lambda squares: squares, lambdas)
     assert shares.weights["svd"] == pytest.approx(0.1 * 2 / 1)  # smoothed from its first norm on
+    assert shares.logs() == {"gradient_share_svd": 0.5 * 1 / 2} and shares.logs() == {}
 
 
 def test_a_checkpoint_of_fixed_weights_gives_none(tmp_path):

@@ -556,3 +556,64 @@ def test_the_page_on_results_has_the_spread_over_settings(table):
             assert one["num_settings"] == 12
             wanted += [f"{one[key]:.{places}f}" for key in ("best", "median", "worst", "spread")]
         assert shown == wanted, name
+
+
+def _over_models(table, value):
+    """Return (method, learning rate, level) → `value` of each model, in %, the mean over its runs."""
+    found = {}
+    for path in committed_paths("results"):
+        if re.fullmatch(rf"results/{table}/runs/[^/]+\.json", path):
+            run = json.loads(committed_text(path))
+            base = re.search(r"/(clean|rule-40|noise-40)-b(\d)$", run["config"]["model"]["name"])
+            if base and run["method"] != "untuned":
+                level = "clean" if base[1] == "clean" else "noisy"
+                roles = run["evaluation"]["likelihood"]["groups"]["role"]
+                models = found.setdefault((run["method"], run["config"]["trainer"]["learning_rate"], level), {})
+                models.setdefault(base[2], []).append(100 * value(roles["uncorrected"]["metrics"]))
+    return {key: [mean(of[base]) for base in sorted(of)] for key, of in found.items()}
+
+
+def _effects(models, arm, other):
+    """Return arm − other of each model with noise and without, [models] each."""
+    return tuple(
+        [a - b for a, b in zip(models[*arm, level], models[*other, level], strict=True)] for level in ("noisy", "clean")
+    )
+
+
+def test_the_page_on_inheritance_has_the_same_runs_counted_otherwise():
+    from scipy import stats
+
+    part = PAGES["docs/inheritance.md"].partition("## The same runs, counted otherwise\n")[2].partition("\n## ")[0]
+    told = [_cells(line) for line in part.replace("−", "-").splitlines() if line.startswith("|")]
+    arms = {"H1": (("ba_lora", 2.5e-4), ("pissa", 1e-3)), "H2": (("lora", 2.5e-4), ("full_ft", 1e-4))}
+    arms["H5"] = (("nmtune", 2e-3), ("lora", 2.5e-4))
+    tables = {"twin": "inheritance_nlu", "SST-2": "inheritance_nlu_sst2"}
+    models = {name: _over_models(table, lambda metrics: metrics["p_wrong"]) for name, table in tables.items()}
+    pairs = [row for row in told if row[0].partition(",")[0] in tables]
+    assert len(pairs) == 6
+    for name, *shown in pairs:
+        table, _, hypothesis = name.partition(", ")
+        noisy, clean = _effects(models[table], *arms[hypothesis])
+        paired = stats.ttest_rel(noisy, clean)
+        low, high = paired.confidence_interval()
+        committed = _hypotheses(tables[table])[hypothesis]
+        assert mean(noisy) - mean(clean) == pytest.approx(committed["difference"], abs=1e-6)
+        assert shown == [
+            f"{stats.pearsonr(noisy, clean)[0]:+.2f}",
+            f"{committed['low']:+.2f} to {committed['high']:+.2f}",
+            f"{low:+.2f} to {high:+.2f}",
+            f"{paired.pvalue:.3f}",
+        ], name
+        decided = {"H1": low > 0, "H2": low > 1, "H5": high < -1}[hypothesis]
+        assert decided == (name not in ("twin, H5", "SST-2, H2")), name  # "No other decision changes"
+
+    shares = _over_models("inheritance", lambda m: m["p_wrong"] / (m["p_wrong"] + m["p_right"]))
+    pissa, both, own = ("pissa", 2.5e-4), ("ba_lora", 5e-4), ("pissa", 5e-4)
+    wanted = {"H1": (both, pissa), "H1 at one rate, 5e-4": (both, own)}
+    wanted |= {"H1 on LoRA": (("lora_ba", 1e-3), ("lora", 7e-4)), "H3": (("ba_lora_consistency", 5e-4), pissa)}
+    rows = {row[0]: row[1:] for row in told if row[0] in wanted}
+    assert rows.keys() == wanted.keys()
+    for name, both_arms in wanted.items():
+        noisy, clean = _effects(shares, *both_arms)
+        low, high = stats.ttest_ind(noisy, clean, equal_var=False).confidence_interval()
+        assert rows[name] == [f"{mean(noisy) - mean(clean):+.2f}", f"{low:+.2f} to {high:+.2f}"], name

@@ -199,18 +199,23 @@ def test_what_is_confirmatory():
     tests = {"rows": [1], "report": {"hypotheses": {}}}
     record = {"declared_at": "2026-01-01", "commit": "abc", "num_results": 0, "tests": tests, "sha256": "1" * 64}
     then, now, other = f"sha256 {'1' * 12}", f"now it has the sha256 {'2' * 12}", "2" * 64
-    assert standing(record, tests, "1" * 64) == (
-        f"Confirmatory: declared before the first run (2026-01-01, commit abc, {then}); the table's file is the same."
-    )
-    assert standing(record, tests, other).endswith(
+
+    def told(declared, deciding, sha256, any_primary=True):
+        return standing(declared, deciding, sha256, any_primary=any_primary)
+
+    first = f"declared before the first run (2026-01-01, commit abc, {then}); the table's file is the same."
+    assert told(record, tests, "1" * 64) == f"Confirmatory: {first}"
+    assert told(record, tests, "1" * 64, any_primary=False) == f"Exploratory: no hypothesis is primary; {first}"
+    assert told(record, tests, other).endswith(
         f"{then}); the table's file was changed since in what decides nothing: {now}."
     )
-    assert f"abc, where the file was not committed, {then})" in standing(record | {"dirty": True}, tests, other)
-    changed = standing(record, tests | {"rows": [2]}, other)
+    dirty = told(record | {"dirty": True}, tests, "1" * 64)
+    assert dirty == f"Exploratory: the table's file was not committed when it was recorded; {first}"
+    changed = told(record, tests | {"rows": [2]}, other)
     assert "changed since the first run" in changed and then in changed and now in changed
-    before = standing(record | {"num_results": 3}, tests, other)
+    before = told(record | {"num_results": 3}, tests, other)
     assert "3 results were there" in before and then in before and now in before
-    unknown = standing(None, tests, other)
+    unknown = told(None, tests, other)
     assert unknown.startswith("Exploratory") and now in unknown
 
 

@@ -31,8 +31,8 @@ WHOLE = """\
 # A known table
 
 - Evidence: 15 of 18 runs, 2 to 3 seeds a method, so no test (it takes 5), only 95 % intervals over seeds and items.
-- Ahead by an uncorrected interval: 1 of 4 comparisons (BA-LoRA over lora in Average (+17.2)).
-- Behind by an uncorrected interval: none of 4 comparisons.
+- Ahead by an uncorrected interval, which decides nothing: 1 of 4 comparisons (BA-LoRA over lora in Average (+17.2)).
+- Behind by an uncorrected interval, which decides nothing: none of 4 comparisons.
 - Open: 3 of 4 comparisons, all 2 of BA-LoRA against Full FT, all 1 of BA-LoRA against PiSSA.
 - Best GSM8K: Full FT 70.00.
 
