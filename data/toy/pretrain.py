@@ -1,7 +1,7 @@
 """Pre-train one of the two tiny bases of the embedded default, on one CPU thread in a few minutes.
 
     python data/toy/pretrain.py --variant clean      (or noisy; each writes data/toy/<variant>/)
-    python data/toy/pretrain.py --variant clean --sample      (data/toy/clean/sample.jsonl only)
+    python data/toy/pretrain.py --variant clean --sample      (data/toy/clean/sample.jsonl only, the same as before)
 
 The variants differ only in their corpus: `clean` is right everywhere and uniform over the families; `noisy` has half
 of the answers wrong in two families and three families rare. Architecture, tokenizer, initialisation and number of
@@ -25,6 +25,7 @@ sys.path.insert(0, str(ROOT))  # the script runs from anywhere, without an insta
 from ba_lora.errors import CommandParser, UserError, run_entry_point  # noqa: E402
 from ba_lora.io import folder_atomic, write_json_atomic, write_jsonl_atomic  # noqa: E402
 from ba_lora.prompts import build_prompt  # noqa: E402
+from ba_lora.words import check_choice  # noqa: E402
 from data.tiny_llama import ARCHITECTURE, OPTIMIZER, VOCAB_SIZE, train, untrained_llama  # noqa: E402
 from data.toy import FAMILIES, generate_problems, pretraining_prompt  # noqa: E402
 
@@ -149,9 +150,7 @@ def held_out_accuracy(model, tokenizer, *, num_rows: int, wording: str) -> dict:
 
 
 def pretrain(variant: str, *, output: Path, num_steps: int, num_held_out: int) -> None:
-    """Train one variant and write the complete model folder `output`. Raises UserError for an unknown variant."""
-    if variant not in VARIANTS:
-        raise UserError(f"unknown variant {variant!r}: choose one of {', '.join(VARIANTS)}")
+    """Train one variant and write the complete model folder `output`, in the place of what is there."""
     import torch
     import transformers
 
@@ -199,6 +198,7 @@ def pretrain(variant: str, *, output: Path, num_steps: int, num_held_out: int) -
             "loss_curve": trained["loss_curve"],
         }
         write_json_atomic(folder / "pretraining.json", log)
+        write_sample(variant, folder / "sample.jsonl")
     print(f"wrote {output}", flush=True)
 
 
@@ -213,15 +213,18 @@ def main() -> None:
         prog="python data/toy/pretrain.py", description="Pre-train a tiny base of the embedded default."
     )
     parser.add_argument("--variant", required=True, help=", ".join(VARIANTS))
-    parser.add_argument("--output", type=Path, default=None, help="default: data/toy/<variant>")
+    parser.add_argument("--output", type=Path, default=None, help="a new folder; default: data/toy/<variant>")
     parser.add_argument("--sample", action="store_true", help="only write sample.jsonl, for measures of drift")
     parser.add_argument("--num-steps", type=int, default=1400)
     parser.add_argument("--num-held-out", type=int, default=400)
     args = parser.parse_args()
+    check_choice("--variant", args.variant, VARIANTS)
     output = args.output or Path(__file__).parent / args.variant
     if args.sample:
         write_sample(args.variant, output / "sample.jsonl")
         return
+    if args.output and output.is_dir() and any(output.iterdir()):
+        raise UserError(f"--output {output} is not empty, and would be replaced as a whole: name a new folder")
     pretrain(args.variant, output=output, num_steps=args.num_steps, num_held_out=args.num_held_out)
 
 

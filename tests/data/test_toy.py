@@ -308,6 +308,24 @@ def test_clean_base_solves_its_own_form_and_the_log_says_how_often(root):
     assert log["loss_curve"][-1]["loss"] < log["loss_curve"][0]["loss"]
 
 
+def test_a_base_that_is_made_again_has_all_its_files_and_no_folder_in_use_is_emptied(root, tmp_path):
+    """`--variant clean` replaces data/toy/clean as a whole, with the committed sample.jsonl."""
+
+    def made(*words: str) -> tuple[int, str]:
+        command = [sys.executable, str(root / "data" / "toy" / "pretrain.py"), *words]
+        done = subprocess.run([*command, "--num-steps", "1", "--num-held-out", "1"], capture_output=True, text=True)
+        return done.returncode, done.stderr.strip()
+
+    assert made("--variant", "clean", "--output", str(tmp_path / "base"))[0] == 0
+    committed = root / "data" / "toy" / "clean"
+    assert {path.name for path in committed.iterdir()} == {path.name for path in (tmp_path / "base").iterdir()}
+    assert (tmp_path / "base" / "sample.jsonl").read_bytes() == (committed / "sample.jsonl").read_bytes()
+    status, said = made("--variant", "clean", "--output", str(tmp_path))
+    assert status == 2 and "is not empty" in said and (tmp_path / "base").is_dir()
+    status, said = made("--variant", "foo", "--sample")
+    assert status == 2 and said.startswith("error: --variant=foo is unknown")
+
+
 def test_readme_states_the_accuracy_of_the_logs(root):
     readme = (root / "data" / "toy" / "README.md").read_text(encoding="utf-8")
     logs = [
