@@ -3,10 +3,12 @@
 import argparse
 import atexit
 import os
+import select
+import signal
 import sys
 import time
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 INCOMPLETE = 3  # the exit status of a report that is whole, but whose page lacks something
 
@@ -16,7 +18,12 @@ class UserError(ValueError):
 
 
 class CommandParser(argparse.ArgumentParser):
-    """A parser of command lines whose complaint is a UserError, one line, too."""
+    """A parser of command lines whose complaint is a UserError, one line, too; it calls no `nargs="*"` required."""
+
+    def add_argument(self, *names: str, **settings: Any) -> argparse.Action:
+        if settings.get("nargs") == "*" and not names[0].startswith("-"):
+            settings.setdefault("default", [])
+        return super().add_argument(*names, **settings)
 
     def error(self, message: str) -> None:
         raise UserError(f"{message}; see {self.prog} --help")
@@ -47,7 +54,16 @@ def check_first(check: Callable[[], object]) -> None:
 def _status(main: Callable[[], int | None], *, resumes: bool) -> int:
     rank = os.environ.get("RANK", "0")
     try:
-        return main() or 0
+        status = main() or 0
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        output = select.poll()
+        output.register(1, 0)
+        if not output.poll(0):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # whoever read the output has left, as `head` does
+        return 128 + signal.SIGPIPE
     except UserError as error:
         _report(f"error: {' '.join(str(error).split())}", rank)
         return 2

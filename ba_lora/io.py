@@ -181,7 +181,7 @@ def _kind_of_file(path: Path) -> str:
 
 
 def check_readable(path: Path) -> None:
-    """Raise UserError unless `path` is a regular file of at most MAX_FILE_BYTES.
+    """Raise UserError unless `path` is a regular file of at most MAX_FILE_BYTES that may be read.
 
     Nothing is opened: a pipe would wait for a writer, and some devices have no end.
     """
@@ -193,6 +193,8 @@ def check_readable(path: Path) -> None:
         raise UserError(f"{no_such_file(path)}; check the path") from error
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror.lower()}") from error
+    if not os.access(path, os.R_OK, effective_ids=True):
+        raise UserError(f"cannot read {path}: permission denied")
     if size > MAX_FILE_BYTES:
         raise UserError(
             f"{path} has {size / 2**30:.1f} GiB, and at most {MAX_FILE_BYTES // 2**30} GiB are read: give a part of it"
@@ -202,11 +204,8 @@ def check_readable(path: Path) -> None:
 def open_text(path: Path, *, encoding: str = "utf-8", newline: str | None = None) -> TextIO:
     """Return a text file, opened; unpacked where its name ends in .gz. Raises UserError."""
     check_readable(path)
-    try:
-        opener = gzip.open if path.suffix == ".gz" else open
-        return opener(path, "rt", encoding=encoding, newline=newline)
-    except PermissionError as error:
-        raise UserError(f"cannot read {path}: permission denied") from error
+    opener = gzip.open if path.suffix == ".gz" else open
+    return opener(path, "rt", encoding=encoding, newline=newline)
 
 
 @contextlib.contextmanager
@@ -316,6 +315,8 @@ def iterate_json(path: str | Path) -> Iterator[dict]:
             yield value
             if text[place : place + 1] == ",":
                 place = _BLANK.match(text, place + 1).end()
+                if text[place : place + 1] == "]":
+                    raise json.JSONDecodeError("Illegal trailing comma before end of array", text, place)
             elif text[place : place + 1] != "]":
                 raise json.JSONDecodeError("Expecting ',' delimiter", text, place)
         if text[place + 1 :].strip():

@@ -1,6 +1,7 @@
 """What a command says when it is interrupted: a line of its own that the grid finds, and never a promise it breaks."""
 
 import runpy
+import signal
 import subprocess
 import sys
 
@@ -50,6 +51,34 @@ def test_an_interrupted_command_says_so_below_its_progress_bar(resumes, said, mo
     log.write_text(printed + "resource_tracker: cleaned up at the end\n", encoding="utf-8")
     found = grid_state.stage_error(StageFailure(Stage("train", Call("train_nlg.py"), ()), 130, log))
     assert found == said.removeprefix("error: ")
+
+
+@pytest.mark.parametrize("lines", [1, 100_000])
+def test_a_reader_that_leaves_ends_a_command_quietly(lines, root):
+    """`… | head -1`, after what it prints at once and in the middle of it."""
+    text = f"from ba_lora.errors import run_entry_point; run_entry_point(lambda: print('row\\n' * {lines}))"
+    command = subprocess.Popen(
+        [sys.executable, "-c", text], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    command.stdout.close()
+    assert (command.stderr.read(), command.wait()) == ("", 128 + signal.SIGPIPE)
+
+
+def test_another_broken_pipe_is_not_taken_for_that():
+    def broken():
+        raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        errors.run_entry_point(broken)
+
+
+def test_words_that_may_be_left_out_are_not_called_required():
+    parser = errors.CommandParser(prog="show")
+    parser.add_argument("config")
+    parser.add_argument("words", nargs="*", metavar="key=value")
+    with pytest.raises(errors.UserError, match="required: config; see"):
+        parser.parse_intermixed_args([])
+    assert parser.parse_intermixed_args(["a"]).words == [] and parser.parse_intermixed_args(["a", "b"]).words == ["b"]
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules after import:RuntimeWarning")

@@ -15,6 +15,7 @@ from ba_lora.io import (
     append_line,
     file_atomic,
     folder_atomic,
+    iterate_json,
     load_tensors,
     read_json,
     read_jsonl,
@@ -123,6 +124,13 @@ def test_what_is_no_json_is_one_line(tmp_path, text):
             read(tmp_path / "a")
         assert "\n" not in str(error.value)
     assert read_object(tmp_path / "a") is None
+
+
+@pytest.mark.parametrize("text", ['[{"a": 1},]', '[{"a": 1}, ]', '[,{"a": 1}]', '[{"a": 1}', "[{}] 1"])
+def test_a_list_that_is_no_json_is_one_line_when_it_is_read_row_by_row(tmp_path, text):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(UserError, match="a.json, line 1: not valid JSON"):
+        list(iterate_json(tmp_path / "a.json"))
 
 
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity"])

@@ -3,6 +3,8 @@
 import csv
 import json
 import os
+import tempfile
+from pathlib import Path
 
 import datasets
 import pytest
@@ -88,6 +90,20 @@ def test_pipes_and_devices_are_no_data_files(tmp_path, suffix):
     for name, kind in (("a", "a pipe"), ("b", "a device")):
         with pytest.raises(UserError, match=f"{name}{suffix} is {kind}, a file is needed"):
             load_rows(str(tmp_path / f"{name}{suffix}"))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")
+def test_a_file_that_may_not_be_read_is_one_line():
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        for name in ("a.csv", "a.parquet"):
+            Path(folder, name).touch(0o000)
+            os.seteuid(65534)
+            try:
+                with pytest.raises(UserError, match=f"cannot read .*{name}: permission denied"):
+                    load_rows(f"{folder}/{name}")
+            finally:
+                os.seteuid(0)
 
 
 def test_long_cells_of_tables(tmp_path):
