@@ -136,21 +136,22 @@ def refuse_surrogates(rows: list[dict], path: Path) -> None:
         _refuse_half_characters(row, number, path)
 
 
-def _is_whole(value: object) -> bool:
+HALF = "holds half of a character (a lone surrogate, \\ud800 to \\udfff), which no tokenizer takes: remove it"
+
+
+def is_whole(value: object) -> bool:
+    """Whether no text in a value has half of a character."""
     if isinstance(value, str):
         return value.isascii() or not re.search("[\ud800-\udfff]", value)
     if isinstance(value, dict):
-        return all(_is_whole(part) for item in value.items() for part in item)
-    return all(map(_is_whole, value)) if isinstance(value, list) else True
+        return all(is_whole(part) for item in value.items() for part in item)
+    return all(map(is_whole, value)) if isinstance(value, list) else True
 
 
 def _refuse_half_characters(row: dict, number: int, path: Path) -> None:
     for column, value in row.items():
-        if not _is_whole([column, value]):
-            raise UserError(
-                f"{path}, row {number}: {column!a} holds half of a character (a lone surrogate, \\ud800 to "
-                "\\udfff), which no tokenizer takes: remove it"
-            )
+        if not is_whole([column, value]):
+            raise UserError(f"{path}, row {number}: {column!a} {HALF}")
 
 
 def _table_rows(path: Path) -> Iterator[dict]:

@@ -8,6 +8,7 @@ import re
 from typing import Any
 
 from ba_lora.errors import UserError
+from ba_lora.rows import HALF, is_whole
 from data.sets import DataSet
 
 Conversation = list[dict[str, str]]
@@ -47,8 +48,10 @@ def _of_messages(row: dict[str, Any], of: DataSet, where: str) -> tuple[Conversa
     if isinstance(turns, str):  # in csv and tsv files
         try:
             turns = json.loads(turns)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{where}: {of.messages} is text, but no JSON list of turns: {turns!r:.80}") from error
+        if not is_whole(turns):
+            raise UserError(f"{where}: {of.messages} {HALF}")
     if not isinstance(turns, list):
         raise UserError(f"{where}: {of.messages} must be a list of turns, found {type(turns).__name__}")
     found: Conversation = []

@@ -37,7 +37,7 @@ class RowDigest:
     def add(self, row: dict[str, Any]) -> None:
         """Count a row in."""
         wanted = {column: row.get(column) for column in self.columns}
-        line = json.dumps(wanted, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+        line = json.dumps(wanted, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str)
         self._sha.update(line.encode("utf-8", errors="surrogatepass") + b"\n")
         self.num_rows += 1
 

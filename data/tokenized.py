@@ -12,6 +12,7 @@ import inspect
 import itertools
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -20,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 import ba_lora.chat
 from ba_lora.errors import UserError
 from ba_lora.io import disk_errors
-from ba_lora.locks import locked
-from ba_lora.prompts import prompt_hash
+from ba_lora.locks import locked, try_lock
+from ba_lora.prompts import build_prompt
 from data import conversations, encoding
 from data.encoding import Encoder
 
@@ -51,6 +52,21 @@ def _writing(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _own_folder() -> Iterator[Path]:
+    """Give a new folder in the cache, removed at the end. Those of processes that were killed are removed first."""
+    folder = _cache_path()
+    with _writing(folder / "rows"), locked(folder / "rows.lock", doing="makes a folder for its rows", wait=True):
+        for lock in folder.glob("rows-*/lock"):
+            if left := try_lock(lock):
+                with left:
+                    shutil.rmtree(lock.parent, ignore_errors=True)  # its process may just be removing it
+        place = tempfile.TemporaryDirectory(dir=folder, prefix="rows-")
+        lock = try_lock(Path(place.name) / "lock")
+    with lock, place:
+        yield Path(place.name)
+
+
+@contextlib.contextmanager
 def rows_on_disk(rows: Iterable["Conversation"]) -> Iterator["Dataset"]:
     """Give conversations as a data set that is mapped from a file, which is removed at the end: column `messages`.
 
@@ -61,11 +77,8 @@ def rows_on_disk(rows: Iterable["Conversation"]) -> Iterator["Dataset"]:
 
     kind = pa.list_(pa.struct({"role": pa.string(), "content": pa.string()}))
     schema = pa.schema({"messages": kind})
-    folder = _cache_path()
-    with _writing(folder / "rows"):
-        folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix="rows-") as place:
-        path = Path(place) / "rows.arrow"
+    with _own_folder() as place:
+        path = place / "rows.arrow"
         with open(path, "wb") as file, pa.ipc.new_stream(file, schema) as writer:
             source = iter(rows)
             while batch := list(itertools.islice(source, 1000)):
@@ -120,7 +133,7 @@ def tokenize_once(
 def _digest(rows: str, encoder: Encoder) -> str:
     parts = {
         "rows": rows,
-        "prompt": encoder.chat.text if encoder.chat else prompt_hash(),
+        "prompt": encoder.chat.text if encoder.chat else [build_prompt("1"), build_prompt("1", context="2")],
         "max_length": encoder.max_length,
         "code": [inspect.getsource(module) for module in (encoding, conversations, ba_lora.chat)],
         "versions": [importlib.metadata.version(name) for name in ("tokenizers", "transformers", "datasets")],

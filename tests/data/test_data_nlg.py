@@ -11,11 +11,13 @@ from ba_lora import prompts
 from ba_lora.config.schema import ModelConfig
 from ba_lora.config.schema_nlg import NLGDataConfig
 from ba_lora.errors import UserError
+from ba_lora.locks import try_lock
 from ba_lora.models.tokenizer import load_tokenizer
 from ba_lora.prompts import build_prompt
 from data import sets
 from data.encoding import encode
 from data.nlg import load_training_data
+from data.tokenized import rows_on_disk
 from tests.support.tiny import save_tiny_model
 
 
@@ -126,6 +128,21 @@ def test_the_same_rows_are_tokenized_once(tokenizer, tmp_path, monkeypatch):
     assert load()[1] == 0
     monkeypatch.setitem(prompts.TEMPLATES, "alpaca", "Another one: {instruction}")
     assert load()[1]
+    assert load()[1] == 0
+    monkeypatch.setattr(prompts, "ALPACA_WITH_INPUT", "Another one: {instruction}, {input}")
+    assert load()[1]
+
+
+def test_the_rows_of_a_killed_process_are_removed_and_those_of_a_living_one_stay(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path))
+    talk = [[{"role": "user", "content": "1?"}]]
+    for name in ("rows-killed", "rows-living"):
+        (tmp_path / "ba_lora" / name).mkdir(parents=True)
+        (tmp_path / "ba_lora" / name / "lock").touch()
+    with try_lock(tmp_path / "ba_lora" / "rows-living" / "lock"), rows_on_disk(talk) as rows, rows_on_disk(talk):
+        assert rows["messages"][:] == talk
+        assert len(list((tmp_path / "ba_lora").glob("rows-*/lock"))) == 3
+    assert [path.parent.name for path in (tmp_path / "ba_lora").glob("rows-*/lock")] == ["rows-living"]
 
 
 def test_a_cache_that_cannot_be_written_is_told_in_one_line(tokenizer, tmp_path, monkeypatch):

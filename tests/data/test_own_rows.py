@@ -1,11 +1,14 @@
 """Rows of one's own: files of every kind, columns, messages, templates; labels on the answers and nothing else."""
 
+import datetime
 import gzip
 import importlib.util
 import json
 import re
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from transformers import AutoTokenizer
 
@@ -51,6 +54,18 @@ def answers(item, tokenizer):
     return found
 
 
+def test_values_of_parquet_that_json_does_not_know_are_told_or_not_read(tokenizer, tmp_path):
+    when = datetime.datetime(2024, 1, 1)
+    turns = [{"role": role, "content": "x", "at": when} for role in ("user", "assistant")]
+    rows = [{"a": b"x", "b": when, "talk": [turn | {"raw": b"1"} for turn in turns]}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    source = str(tmp_path / "a.parquet")
+    columns = NLGDataConfig(source=source, columns={"instruction": "a", "response": "b"})
+    with pytest.raises(UserError, match="row 0: a, b is not text"):
+        load_training_data(columns, tokenizer)
+    assert load_training_data(NLGDataConfig(source=source, messages="talk"), tokenizer).report["rows_used"] == 1
+
+
 def write(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
@@ -64,9 +79,6 @@ def table(rows, mark):
 @pytest.mark.parametrize("ending", ["csv", "tsv", "json", "jsonl", "parquet"])
 def test_files_of_every_kind_give_the_same_tokens(tokenizer, tmp_path, ending, packed):
     if ending == "parquet":
-        import pyarrow
-        import pyarrow.parquet
-
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "a")
         content = (tmp_path / "a").read_bytes()
     elif ending in ("csv", "tsv"):
@@ -284,6 +296,8 @@ def test_a_template_that_would_mislabel_is_refused(tiny_model, tmp_path, talk, t
         ([{"text": "x"}], "has neither role and content nor from and value; it has text"),
         (["x"], "turn 0 is no object of role and content"),
         ("no json", "is text, but no JSON list of turns"),
+        ("[" * 100_000, "is text, but no JSON list of turns"),
+        ('[{"role": "user", "content": "\\ud83d"}]', "row 1: talk holds half of a character"),
         (5, "must be a list of turns, found int"),
     ],
 )
