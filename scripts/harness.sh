@@ -16,7 +16,13 @@ HARNESS=.cache/lm-eval
 VERSION=0.4.13
 STAMP="$HARNESS/.version"
 WANTED="$VERSION on $(.venv/bin/python -c 'import site; print(site.getsitepackages()[0])')" # moves with the folder
-if [ "$(cat "$STAMP" 2>/dev/null)" != "$WANTED" ]; then
+made() { [ "$(cat "$STAMP" 2>/dev/null)" = "$WANTED" ]; }
+if ! made; then
+    exec 9>.cache/lm-eval.lock # one at a time: the lock is this shell's, and ends with it and with pip
+    lock() { .venv/bin/python -c "import fcntl; fcntl.flock(9, fcntl.LOCK_EX$1)" 2>/dev/null; }
+    lock " | fcntl.LOCK_NB" || { echo "harness: another call sets it up; waiting for it" >&2 && lock ""; }
+fi
+if ! made; then # nor has the one we waited for made it
     echo "harness: an environment for lm-evaluation-harness $VERSION in $HARNESS" >&2
     ours=$(.venv/bin/python -c 'import site; print(site.getsitepackages()[0])')
     .venv/bin/python -m venv --clear "$HARNESS"
@@ -24,5 +30,6 @@ if [ "$(cat "$STAMP" 2>/dev/null)" != "$WANTED" ]; then
     "$HARNESS/bin/python" -m pip --disable-pip-version-check --no-input install --quiet "lm-eval==$VERSION" >&2
     echo "$WANTED" >"$STAMP"
 fi
+exec 9>&-
 [ "${1:-}" = --setup ] && exit 0
 exec .venv/bin/python -m eval.harness "$@"

@@ -79,18 +79,21 @@ esac
 # ---- steps: each quiet, its output in the log, a failure told in one line
 : >"$LOG" || die "cannot write $LOG"
 quietly() { # COMMAND… -> its status; output appended to the log
+    STEP=$(sed -n '$=' "$LOG")
     echo "+ $*" >>"$LOG"
     "$@" >>"$LOG" 2>&1
 }
-explain() { # WHAT -> one line from the log, and leave
-    if grep -qiE 'no space left|disk quota' "$LOG"; then
+explain() { # WHAT -> one line from what the last step said, and leave
+    said=$(sed "1,${STEP:-0}d" "$LOG")
+    says() { printf "%s\n" "$said" | grep -E "$@"; }
+    if says -qi 'no space left|disk quota'; then
         die "no disk space left while installing $1: free at least 6 GB (30 GB with GPU packages), then run again"
-    elif grep -qE 'No module named (venv|ensurepip)|ensurepip is not available' "$LOG"; then
+    elif says -q 'No module named (venv|ensurepip)|ensurepip is not available'; then
         die "$PYTHON cannot make virtual environments: install its venv package (Debian: apt install python3-venv)"
-    elif grep -qE 'NewConnectionError|NameResolutionError|ConnectTimeout|ReadTimeout|ProxyError|SSLError|Max retries' "$LOG"; then
+    elif says -q 'NewConnectionError|NameResolutionError|ConnectTimeout|ReadTimeout|ProxyError|SSLError|Max retries'; then
         die "the package registry cannot be reached while installing $1: check the network or PIP_INDEX_URL (see $LOG)"
     fi
-    line=$(grep -iE '^ *(error|.*Error:)' "$LOG" | tail -n 1 | cut -c1-300)
+    line=$(says -i '^ *(error|.*Error:)' | tail -n 1 | cut -c1-300)
     die "installing $1 failed: ${line:-no reason given} (see $LOG)"
 }
 pip() { quietly "$VENV/bin/python" -m pip --disable-pip-version-check --no-input "$@"; }

@@ -16,17 +16,23 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 SHELL = shutil.which("dash") or "sh"
 REQUIREMENTS = sorted(ROOT.glob("requirements*.txt"))
-# Answers as a Python would, and writes what pip was asked for to $CALLS. Fails when the call matches $FAIL.
+# Answers as a Python would, and writes what pip was asked for to $CALLS. Fails when the call matches $FAIL; it is the
+# network where that is for a CPU build.
 FAKE_PYTHON = """#!/bin/sh
 case "$*" in
 --version) echo "Python 3.12.0"; exit 0 ;;
 *version_info*) exit "${FAKE_TOO_OLD:-0}" ;;
 *importlib.metadata*) [ -f "$CALLS.torch" ]; exit ;;
+*getsitepackages*) echo "${0%/bin/python}"; exit 0 ;;
+*fcntl*) exec "$REAL_PYTHON" "$@" ;;
 *"-m venv --clear "*) mkdir -p "$4/bin"; cp "$0" "$4/bin/python" ;;
 *"pip "*"--version") exit 0 ;;
 esac
 echo "$*" >>"$CALLS"
-if [ -n "${FAIL:-}" ] && echo "$*" | grep -qE -- "$FAIL"; then echo "${FAIL_SAYS:-ERROR: broken}"; exit 1; fi
+if [ -n "${FAIL:-}" ] && echo "$*" | grep -qE -- "$FAIL"; then
+    case "$*" in *+cpu*) echo "WARNING: NewConnectionError" ;; *) echo "${FAIL_SAYS:-ERROR: broken}" ;; esac
+    exit 1
+fi
 case "$*" in *torch==*) : >"$CALLS.torch" ;; esac
 sleep "${FAKE_SECONDS:-0}"
 """
@@ -142,6 +148,11 @@ def test_a_failed_step_is_one_line_and_the_next_call_continues(tree: Path, says:
     assert sum("-m venv" in call for call in calls(tree)) == 1
 
 
+def test_what_went_wrong_before_and_was_tolerated_is_not_blamed(tree: Path) -> None:
+    _, err = set_up(tree, FAIL=r"\+cpu|-r requirements.txt", FAIL_SAYS="ERROR: no such package")
+    assert err.splitlines()[-1].startswith("error: installing requirements.txt failed: ERROR: no such package")
+
+
 def test_the_cpu_build_of_torch_is_looked_for_in_three_places(tree: Path) -> None:
     status, err = set_up(tree, FAIL=r"torch==[0-9.]+\+cpu")
     assert status == 0 and "no CPU build found" in err
@@ -176,6 +187,28 @@ def test_without_flock_a_killed_set_up_leaves_no_lock_behind(tree: Path) -> None
     process.wait()
     assert set_up(tree)[0] == 0
     assert not lock.parent.exists()
+
+
+def test_the_harness_is_set_up_once_by_calls_at_the_same_time_and_again_after_a_kill(tree: Path) -> None:
+    shutil.copy(ROOT / "scripts" / "harness.sh", tree / "scripts")
+    assert set_up(tree)[0] == 0
+
+    def start(seconds: str) -> subprocess.Popen:
+        environ = {"PATH": str(tree.parent / "tools"), "CALLS": str(tree.parent / "calls"), "FAKE_SECONDS": seconds}
+        command = [SHELL, str(tree / "scripts" / "harness.sh"), "--setup"]
+        return subprocess.Popen(command, env=environ | {"REAL_PYTHON": sys.executable}, start_new_session=True)
+
+    def installs() -> int:
+        return sum("lm-eval==" in call for call in calls(tree))
+
+    killed = start("30")
+    while not any("lm-eval" in call for call in calls(tree)):
+        time.sleep(0.02)
+    os.killpg(killed.pid, 9)
+    killed.wait()
+    before = installs()
+    assert [process.wait(timeout=60) for process in [start("0.2") for _ in range(3)]] == [0, 0, 0]
+    assert installs() == before + 1
 
 
 def test_an_nvidia_driver_means_gpu_packages_and_flash_attn_is_optional(tree: Path) -> None:
