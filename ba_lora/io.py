@@ -351,11 +351,15 @@ def load_tensors(path: str | Path) -> "dict[str, Tensor]":
 
 
 def sha256_file(path: str | Path) -> str:
-    """Return the hex sha256 of a file's bytes. Raises UserError for a pipe or a device, which have no end."""
+    """Return the hex sha256 of a file's bytes. Raises UserError for a pipe or a device, which have no end, and for a
+    file that may not be read."""
     if (path := Path(path)).exists() and not path.is_file():
         raise UserError(f"{path} is {_kind_of_file(path)}, a file is needed")
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except PermissionError as error:
+        raise UserError(f"cannot read {path}: permission denied") from error
 
 
 def sha256_json(value: object) -> str:

@@ -11,6 +11,7 @@ import pytest
 from datasets.arrow_writer import ArrowWriter
 
 from ba_lora.errors import UserError
+from ba_lora.io import sha256_file
 from ba_lora.rows import LOCAL_SUFFIXES, load_rows
 from eval.scoring import grader_versions
 from eval.tasks.glue_x import SETS
@@ -100,8 +101,9 @@ def test_a_file_that_may_not_be_read_is_one_line():
             Path(folder, name).touch(0o000)
             os.seteuid(65534)
             try:
-                with pytest.raises(UserError, match=f"cannot read .*{name}: permission denied"):
-                    load_rows(f"{folder}/{name}")
+                for read in (load_rows, sha256_file):
+                    with pytest.raises(UserError, match=f"cannot read .*{name}: permission denied"):
+                        read(f"{folder}/{name}")
             finally:
                 os.seteuid(0)
 
