@@ -26,14 +26,14 @@ def stage_environment() -> dict[str, str]:
 
 def resolve_path(path: str | Path) -> Path:
     """Return `path`, absolute: below the user's folder, or below the project's root where it is not there."""
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))  # a user who is not there is left as it is, and no such file
     own = (user_folder() / path).absolute()
     return own if own.exists() else PROJECT_ROOT / path
 
 
 def written_path(path: str | Path) -> Path:
     """Return `path`, absolute: below the user's folder. For what is typed to be written to, there or not."""
-    return user_folder().absolute() / Path(path).expanduser()
+    return user_folder().absolute() / os.path.expanduser(path)
 
 
 def resolve_data(data: str) -> str:

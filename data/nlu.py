@@ -59,7 +59,7 @@ def load_nlu_data(config: NLUConfig, tokenizer: "PreTrainedTokenizerBase") -> NL
     Training rows with an empty text are left out, dev rows are kept whatever they hold; both are counted, and so are
     texts and pairs cut to `data.max_length` tokens (the longer of a pair first).
     Raises UserError for absent or empty files, wrong columns, labels out of range or missing, training rows of one
-    class only, a dev share beside a dev set, shares that the rows cannot fill, and a length above the model's.
+    class only, shares that the rows cannot fill, and a length above the model's.
     """
     task = find_task(config.nlu.task)
     if config.data.max_length > tokenizer.model_max_length:
@@ -115,9 +115,6 @@ def load_nlu_data(config: NLUConfig, tokenizer: "PreTrainedTokenizerBase") -> NL
 def _read(config: NLUConfig, task: NLUTask) -> tuple[list[_Row], dict[str, list[_Row]], dict[str, dict]]:
     """Return training rows, the rows of each dev set, and where each of them came from."""
     data = config.data
-    if data.dev_share is not None and (data.dev or data.source is None):
-        other = "data.dev names the dev set" if data.dev else f"{task.name} has a dev set of its own"
-        raise UserError(f"data.dev_share={data.dev_share:g} would not be used, {other}: leave data.dev_share out")
     if config.nlu.task == "toy_pairs" and data.source is None:
         return _generate(config, task)
     train, origin = _read_set(data.sources, config, task, split=data.split)

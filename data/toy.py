@@ -20,6 +20,7 @@ from pathlib import Path
 
 from ba_lora.errors import CommandParser, UserError, run_entry_point
 from ba_lora.io import write_jsonl_atomic
+from ba_lora.paths import written_path
 
 SPLITS = ("pretrain", "finetune", "test")
 SPLIT_PERCENT = {"pretrain": 70, "finetune": 15, "test": 15}  # of all operand tuples
@@ -300,7 +301,7 @@ def main() -> None:
         )
     except ValueError as error:
         raise UserError(str(error)) from error
-    write_jsonl_atomic(args.output, rows)
+    write_jsonl_atomic(written_path(args.output), rows)
     print(f"{len(rows)} rows -> {args.output}")
 
 

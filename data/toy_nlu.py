@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 from ba_lora.errors import CommandParser, UserError, run_entry_point
 from ba_lora.io import write_jsonl_atomic
+from ba_lora.paths import written_path
 
 LABELS = ("entailment", "neutral", "contradiction")  # MNLI's, by id
 RARE_LABEL = "contradiction"
@@ -227,7 +228,7 @@ def main() -> None:
         )
     except ValueError as error:
         raise UserError(str(error)) from error
-    write_jsonl_atomic(options.output, rows)
+    write_jsonl_atomic(written_path(options.output), rows)
     print(f"{len(rows)} rows -> {options.output}")
 
 

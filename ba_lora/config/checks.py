@@ -6,10 +6,12 @@ Sections that are also made by hand, without a file (`BALoRAConfig`, `LossConfig
 import functools
 import re
 import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from ba_lora.config.heldout import check_heldout
-from ba_lora.config.methods import check_deepspeed, check_method
+from ba_lora.config.methods import check_deepspeed, check_method, check_typed
 from ba_lora.config.ranges import check_numbers
 from ba_lora.config.registries import inits, optimizers, tuners
 from ba_lora.config.schema import ATTENTION, DTYPES, RunConfig
@@ -43,7 +45,7 @@ def check_config(config: RunConfig) -> None:
         check_nlg(config)
     elif isinstance(config, NLUConfig):
         check_nlu(config)
-    _check_partners(config)
+    _check_partners(config, config.counts_with)
     if config.hub.push and not config.hub.repo_id:
         raise UserError("hub.push=true needs hub.repo_id=<user>/<name>")
     check_trainer(config.trainer)
@@ -51,10 +53,21 @@ def check_config(config: RunConfig) -> None:
     check_heldout(config)
 
 
-def _check_partners(config: RunConfig) -> None:
+def check_typed_keys(typed: Mapping[str, Any], config: RunConfig) -> None:
+    """Raise UserError for a typed key that has no effect on the run."""
+    check_typed(typed, config)
+    _check_partners(config, {key: one for key, one in config.typed_counts_with.items() if _is_typed(typed, key)})
+
+
+def _is_typed(typed: Any, key: str) -> bool:
+    name, _, rest = key.partition(".")
+    return isinstance(typed, Mapping) and name in typed and (not rest or _is_typed(typed[name], rest))
+
+
+def _check_partners(config: RunConfig, partners: Mapping[str, tuple[Callable[[Any], bool], str]]) -> None:
     """Raise UserError for a setting that counts only beside another one, which is not there."""
     default = type(config)()
-    for key, (is_there, partner) in config.counts_with.items():
+    for key, (is_there, partner) in partners.items():
         value, usual = (functools.reduce(getattr, key.split("."), one) for one in (config, default))
         if value != usual and not is_there(config):
             without = "null" if usual is None else str(usual).lower() if isinstance(usual, bool) else usual

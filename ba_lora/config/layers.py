@@ -21,11 +21,10 @@ from typing import Any, NoReturn
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ba_lora.config.checks import check_config
-from ba_lora.config.methods import check_typed
+from ba_lora.config.checks import check_config, check_typed_keys
 from ba_lora.config.schema import RunConfig
 from ba_lora.config.schema_nlg import NLGConfig
-from ba_lora.config.schema_nlu import NLUConfig, task_layer, with_labels
+from ba_lora.config.schema_nlu import NLUConfig, section_of, task_layer, with_labels
 from ba_lora.config.structured import misfit, refuse_interpolations, wanted_at
 from ba_lora.config.trainer import ALIASES, argument_types, nearest_argument, normalized
 from ba_lora.errors import UserError
@@ -59,14 +58,13 @@ def load_config(
             raise UserError(f"{path} is no base but one of the {folder}: {instead}")
     kind = _kind_of(base, kind, path)
     typed, overrides = take_options(overrides, ("method", "task", "nlu.task"))
-    if method is not None and typed.get("method", method) != method:
-        raise UserError(f"method={typed['method']} and --method {method} are two methods: give one")
-    method = typed.get("method", method)
-    task = _typed_task(typed.get("nlu.task", typed.get("task", task)))
+    method = _the_one("method", {"method=": typed.get("method"), "--method ": method})
+    task = _the_one("task", {**{f"{key}=": typed.get(key) for key in ("task", "nlu.task")}, "--task ": task})
+    task = _typed_task(task)
     if kind == "nlg" and task is not None:
         raise UserError(f"task={task} is for NLU (sh scripts/nlu.sh); what is evaluated here is eval.tasks=[NAME]")
     if "method" in base:
-        described = (base.get("nlu") or {}).get("task")
+        described = section_of(base, "nlu").get("task")
         described = described.get("name") if isinstance(described, dict) else described
         saved = {"method": base["method"], "task": described}
         if isinstance(task, dict):
@@ -81,7 +79,7 @@ def load_config(
                 )
         layers = [_without_refused(base, SCHEMAS[kind])]
     else:
-        method = method or "ba_lora"
+        method = "ba_lora" if method is None else method
         layers = [base, _method_layer(method, kind), {"method": method, "name": path.stem}]
         if kind == "nlu":
             layers.insert(1, task_layer(base, task))
@@ -111,8 +109,17 @@ def load_config(
         config = with_labels(config)
     if checked:
         check_config(config)
-        check_typed(typed_layer, config)
+        check_typed_keys(typed_layer, config)
     return config
+
+
+def _the_one(what: str, words: dict[str, str | None]) -> str | None:
+    """Return what was typed in one of these words or in several alike, None where it was in none."""
+    given = {word: value for word, value in words.items() if value is not None}
+    if len(set(given.values())) > 1:
+        told = " and ".join(f"{word}{value}" for word, value in given.items())
+        raise UserError(f"{told} are two {what}s: give one")
+    return next(iter(given.values()), None)
 
 
 def _typed_task(task: str | None) -> str | dict[str, Any] | None:
@@ -172,11 +179,17 @@ def _parsed(path: Path, modified_ns: int, size: int) -> dict[str, Any]:
     try:
         plain = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     except Exception as error:  # PyYAML and OmegaConf raise unrelated classes; all of them mean a broken file
-        raise UserError(f"{path} is not a valid YAML config: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{path} is not a valid YAML config: {_yaml_fault(error)}") from error
     if not isinstance(plain, dict) or not plain:
         raise UserError(f"{path} is empty or no mapping: a config is `key: value` lines")
     refuse_interpolations(plain, path)
     return plain
+
+
+def _yaml_fault(error: Exception) -> str:
+    """Return what PyYAML says is wrong, and in which line, without what it was doing."""
+    mark = getattr(error, "problem_mark", None)
+    return f"line {mark.line + 1}: {error.problem}" if mark else str(error).splitlines()[0]
 
 
 def only_typed(layer: dict[str, Any]) -> dict[str, Any]:
@@ -211,7 +224,7 @@ def _methods() -> dict[str, tuple[str, dict[str, Any], str | None]]:
     found = {}
     for path in sorted(METHODS_PATH.glob("*.yaml")):
         layer = read_yaml(path)
-        for name, settings in {path.stem: {}, **(layer.get("variants") or {})}.items():
+        for name, settings in {path.stem: {}, **section_of(layer, "variants")}.items():
             found[name] = (path.stem, settings, layer.get("only"))
     return found
 
@@ -237,10 +250,10 @@ def _method_layer(method: str, kind: str) -> dict[str, Any]:
     check_choice("method", method, available_methods(kind))
     stem, variant, _ = _methods()[method]
     layer = read_yaml(METHODS_PATH / f"{stem}.yaml")
-    for key in ("only", "variants"):
+    block = section_of(layer, kind)
+    for key in ("only", "variants", "nlg", "nlu"):
         layer.pop(key, None)
-    blocks = {name: layer.pop(name, None) or {} for name in ("nlg", "nlu")}
-    layer = _overlay(layer, blocks[kind])
+    layer = _overlay(layer, block)
     if "terms" in variant:
         layer["regularizers"] = _of_terms(layer["regularizers"], variant["terms"])
     return _overlay(layer, {key: value for key, value in variant.items() if key != "terms"})
@@ -264,7 +277,7 @@ def override_layer(overrides: list[str] | tuple[str, ...]) -> dict[str, Any]:
     try:
         return functools.reduce(_overlay, map(_word_layer, overrides), {})
     except Exception as error:
-        raise UserError(f"cannot read the overrides {' '.join(overrides)}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"cannot read the overrides {' '.join(overrides)}: {_yaml_fault(error)}") from error
 
 
 @functools.lru_cache(maxsize=4096)  # a table has the same words in many rows

@@ -1,7 +1,6 @@
 """The range of every number in a configuration. A value outside it, NaN, infinite or of another type is one line."""
 
 import dataclasses
-import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -33,7 +32,7 @@ RANGES = {
     "data.heldout_share": "(0, 1)",
     "data.split_seed": "[0, 4294967295]",
     "data.toy.label_noise": "[0, 1]",
-    "data.toy.imbalance": "[0, 1]",
+    "data.toy.imbalance": "[0, 1)",
     "data.toy.dev_rows": "[1, 10000000]",
     "data.toy.seed": "[0, 4294967295]",
     "early_stopping.patience": "[1, 1000000]",
@@ -75,7 +74,7 @@ TRAINER_RANGES = {
 def check_range(key: str, value: object, limits: str) -> None:
     """Raise UserError unless `value` is a finite number within `limits`, such as `(0, 1]`."""
     left, low, high, right = re.fullmatch(r"([\[(])(\S+), (\S+)([\])])", limits).groups()
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if (
         is_number
         and (value >= float(low) if left == "[" else value > float(low))

@@ -58,6 +58,11 @@ def tasks() -> tuple[str, ...]:
     return tuple(_entries("eval/tasks/__init__.py", "_WHERE"))
 
 
+def toy_families() -> tuple[str, ...]:
+    """The kinds of word problems that data.name=toy makes."""
+    return tuple(_entries("data/toy.py", "FAMILIES"))
+
+
 def nlu_metrics() -> tuple[str, ...]:
     """What a classifier's predictions may be scored by."""
     return tuple(_entries("eval/metrics/scores.py", "METRICS"))

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Self
 
 from omegaconf import OmegaConf
 
-from ba_lora.config.methods import tuner_facts
+from ba_lora.config.methods import tuner_facts, versions
 from ba_lora.config.ranges import check_numbers, check_range
 from ba_lora.config.registries import schedules
 from ba_lora.errors import UserError
@@ -237,6 +237,11 @@ class HubConfig:
     private: bool = True
 
 
+def _with_term(term: str) -> tuple[Callable[[Any], bool], str]:
+    """Return, as `counts_with` has it, whether a term is in the loss."""
+    return lambda config: getattr(config.regularizers, f"lambda_{term}") > 0, f"regularizers.lambda_{term}"
+
+
 @dataclass
 class RunConfig:
     """What a run of either kind has, resolved; NLGConfig (schema_nlg.py) and NLUConfig (schema_nlu.py) add their own.
@@ -250,6 +255,16 @@ class RunConfig:
     counts_with: ClassVar[dict[str, tuple[Callable[[Any], bool], str]]] = {
         "adapter.rslora": (lambda config: tuner_facts(config.adapter)["has_factors"], "adapter.tuner=lora"),
         "adapter.dora": (lambda config: tuner_facts(config.adapter)["takes_dora"], "adapter.tuner=lora"),
+    }
+    # the same of settings that a base may have for others of its methods or data: refused where they are typed. Not
+    # reference.cache, which is typed for whole tables
+    typed_counts_with: ClassVar[dict[str, tuple[Callable[[Any], bool], str]]] = {
+        "regularizers.temperature": _with_term("consistency"),
+        "regularizers.diversity_top_k": _with_term("diversity"),
+        **dict.fromkeys(("regularizers.svd_top_k", "regularizers.svd_norm"), _with_term("svd")),
+        **{f"regularizers.{name}_schedule": _with_term(name) for name in (*PUBLISHED_TERMS, *EXTRA_TERMS)},
+        "data.sample_seed": (lambda config: config.data.num_rows is not None, "data.num_rows"),
+        **dict.fromkeys(("hub.repo_id", "hub.private"), (lambda config: config.hub.push, "hub.push=true")),
     }
 
     name: str = ""  # the base's name, the file's stem
@@ -335,7 +350,7 @@ def public(value: Any) -> Any:
         return [public(entry) for entry in value]
     if not isinstance(value, str):
         return value
-    path = Path(value).expanduser()
+    path = Path(os.path.expanduser(value))
     if not path.is_absolute() and ".." not in path.parts:
         name, equals, rest = value.partition("=")
         return f"{name}={public(rest)}" if equals else value
@@ -377,6 +392,8 @@ def training_settings(config: RunConfig) -> dict[str, Any]:
     plain["trainer"] = {k: v for k, v in plain["trainer"].items() if k not in (*_COSMETIC_ARGUMENTS, *saving)}
     plain["model"]["trust_remote_code"] = False  # who trusts the code gets the same weights
     plain["adapter"].pop("factors_cache")
+    if found := versions(config.adapter):
+        plain["adapter"]["versions"] = found
     if config.adapter.optimizer is None:  # run ids were made without the key
         del plain["adapter"]["optimizer"]
     svd_rank = plain["adapter"].pop("svd_rank") or config.adapter.rank

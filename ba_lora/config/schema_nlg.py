@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 from ba_lora.chat import is_chat, read_template
 from ba_lora.config.ranges import check_numbers, check_range
-from ba_lora.config.registries import data_sets, tasks
+from ba_lora.config.registries import data_sets, tasks, toy_families
 from ba_lora.config.schema import (
     GENERATION_OPTIONS,
     HARNESS,
@@ -158,6 +158,17 @@ class NLGConfig(RunConfig):
         }
     )
 
+    typed_counts_with = RunConfig.typed_counts_with | {
+        "loss.chunk_memory_mb": (lambda config: config.loss.implementation == "fused", "loss.implementation=fused"),
+        # of a file of a named set it chooses what data/manifest.yaml compares
+        "data.split": (lambda config: config.data.reads_hub or not config.data.has_own_form, "rows of the hub"),
+        "data.toy.imbalance": (
+            lambda config: config.data.name == "toy" and config.data.source is None,
+            "data.name=toy",
+        ),
+        "data.toy.noisy_families": (lambda config: config.data.toy.label_noise > 0, "data.toy.label_noise"),
+    }
+
     loss: LossConfig = field(default_factory=LossConfig)
     reference: NLGReferenceConfig = field(default_factory=NLGReferenceConfig)
     data: NLGDataConfig = field(default_factory=NLGDataConfig)
@@ -198,6 +209,11 @@ def check_nlg(config: NLGConfig) -> None:
         read_template(data.template)
     if config.data.num_rows is None and config.data.name == "toy" and config.data.source is None:
         raise UserError("data.num_rows=null means all rows of a set, the toy's are made on demand: give a number")
+    for key in ("families", "noisy_families"):
+        for name in getattr(data.toy, key):
+            check_choice(f"data.toy.{key}", name, toy_families())
+    if data.name == "toy" and data.source is None and data.toy.families and data.toy.imbalance:
+        raise UserError("data.toy.families are alike, and data.toy.imbalance would make some rare: set it to 0")
     for task in (*config.eval.tasks, *config.eval.data):
         if not task.startswith(HARNESS):  # the harness knows its own names, and is asked before the training
             check_choice("eval.tasks", task, (*tasks(), *RUN_MEASURES))

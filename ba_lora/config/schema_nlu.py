@@ -146,6 +146,26 @@ class NLUConfig(RunConfig):
         }
     )
 
+    typed_counts_with = RunConfig.typed_counts_with | {
+        **dict.fromkeys(
+            ("regularizers.consistency_form", "regularizers.reference_head"),
+            RunConfig.typed_counts_with["regularizers.temperature"],
+        ),
+        "regularizers.diversity_form": RunConfig.typed_counts_with["regularizers.diversity_top_k"],
+        "data.split": (lambda config: config.data.reads_hub, "rows of the hub"),
+        "data.sample_seed": (
+            lambda config: config.data.num_rows is not None and not config.data.class_shares,
+            "data.num_rows, or beside data.class_shares",
+        ),
+        "data.split_seed": (
+            lambda config: (
+                config.data.dev_share is not None or bool(config.data.class_shares) or config.nlu.selection == "tuned"
+            ),
+            "data.dev_share, data.class_shares or nlu.selection=tuned",
+        ),
+        "data.toy.noisy_labels": (lambda config: config.data.toy.label_noise > 0, "data.toy.label_noise"),
+    }
+
     regularizers: NLURegularizersConfig = field(default_factory=NLURegularizersConfig)
     data: NLUDataConfig = field(default_factory=NLUDataConfig)
     nlu: NLUTaskConfig = field(default_factory=NLUTaskConfig)
@@ -165,30 +185,37 @@ class NLUConfig(RunConfig):
         return find_task(self.nlu.task)
 
 
+def section_of(layer: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return a mapping within a file's; {} where it is absent or null. Raises UserError for anything else."""
+    section = layer.get(name) or {}
+    if not isinstance(section, dict):
+        raise UserError(f"{name}: {section} is no section: give {name}: {{KEY: VALUE}}")
+    return section
+
+
 def task_layer(base: dict[str, Any], task: str | dict[str, Any] | None) -> dict[str, Any]:
     """Take the `tasks:` map out of a base; return the chosen task's settings and its name, as one layer. `task`: a
     name, or a mapping, which replaces one in the base.
 
     Raises UserError for a task that does not exist, or that a base with such a map has no settings for.
     """
-    tasks = base.pop("tasks", None)
-    section = base.get("nlu") or {}
+    tasks, section = section_of(base, "tasks"), section_of(base, "nlu")
+    any_task = base.pop("tasks", None) is None
     described = task if isinstance(task, dict) else section.get("task")
     if isinstance(task, dict):
         section.pop("task", None)
         task = None
     if isinstance(described, dict) and task in (None, described.get("name")):
-        layer = dict((tasks or {}).get(described.get("name")) or {})
-        return layer | {"nlu": {**(layer.get("nlu") or {}), "task": described}}
-    task = task or described
+        layer = section_of(tasks, described.get("name"))
+        return layer | {"nlu": section_of(layer, "nlu") | {"task": described}}
+    task = described if task is None else task
     if not task:
         raise UserError(f"which task? add --task NAME: one of {', '.join(tasks or TASKS)}")
     check_choice("task", task, tuple(TASKS))
-    if tasks is not None and task not in tasks:
+    if not any_task and task not in tasks:
         raise UserError(f"this base has no settings for the task {task}: it has {', '.join(tasks)}")
-    layer = dict((tasks or {}).get(task) or {})
-    layer["nlu"] = {**(layer.get("nlu") or {}), "task": task}
-    return layer
+    layer = section_of(tasks, task)
+    return layer | {"nlu": section_of(layer, "nlu") | {"task": task}}
 
 
 def check_nlu(config: NLUConfig) -> None:
@@ -204,6 +231,9 @@ def check_nlu(config: NLUConfig) -> None:
     data = config.data
     for name in data.dev:
         check_choice("data.dev", name, tuple(task.dev_sets))
+    if data.dev_share is not None and (data.dev or data.source is None):
+        other = "data.dev names the dev set" if data.dev else f"{task.name} has a dev set of its own"
+        raise UserError(f"data.dev_share={data.dev_share:g} would not be used, {other}: leave data.dev_share out")
     for name in data.class_shares:
         if task.is_regression:
             raise UserError(f"data.class_shares needs classes, and {task.name} is a regression")
@@ -219,10 +249,17 @@ def check_nlu(config: NLUConfig) -> None:
             check_choice("eval.tasks", name, OUT_OF_DOMAIN.get(task.name, ()))
         elif name not in config.eval.data:
             raise UserError(f"eval.tasks: {name} is a set of your own: name its file, eval.data.{name}=FILE")
+    for name in data.toy.noisy_labels:
+        check_choice("data.toy.noisy_labels", name, find_task("toy_pairs").labels)
     if any(step < 0 for step in config.features.steps):
         raise UserError(f"features.steps={config.features.steps}: steps count from 0")
-    if config.nlu.task == "toy_pairs" and data.source is None and data.num_rows is None:
-        raise UserError("data.num_rows=null means all rows of a set, and the toy's are made on demand: give a number")
+    if config.nlu.task == "toy_pairs" and data.source is None:
+        if data.num_rows is None:
+            raise UserError(
+                "data.num_rows=null means all rows of a set, and the toy's are made on demand: give a number"
+            )
+        if data.dev:
+            raise UserError(f"data.dev={data.dev} has no effect without data.source: toy_pairs makes its own dev set")
 
 
 MAX_CLASSES = 1000  # more different labels than that are no classes

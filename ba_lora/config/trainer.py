@@ -7,7 +7,7 @@ seconds that torch takes. What only the class itself can tell follows in ba_lora
 import ast
 import functools
 import importlib.util
-import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -200,7 +200,7 @@ def _is_of(value: object, kind: str) -> bool:
     if kind.startswith("Literal"):
         return repr(value) in kind
     if kind == "float":
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     if kind == "int":
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, {"bool": bool, "str": str, "None": type(None)}.get(kind, ()))

@@ -24,6 +24,7 @@ sys.path.insert(0, str(ROOT))  # the script runs from anywhere, without an insta
 
 from ba_lora.errors import CommandParser, UserError, run_entry_point  # noqa: E402
 from ba_lora.io import folder_atomic, write_json_atomic, write_jsonl_atomic  # noqa: E402
+from ba_lora.paths import written_path  # noqa: E402
 from ba_lora.prompts import build_prompt  # noqa: E402
 from ba_lora.words import check_choice  # noqa: E402
 from data.tiny_llama import ARCHITECTURE, OPTIMIZER, VOCAB_SIZE, train, untrained_llama  # noqa: E402
@@ -213,13 +214,13 @@ def main() -> None:
         prog="python data/toy/pretrain.py", description="Pre-train a tiny base of the embedded default."
     )
     parser.add_argument("--variant", required=True, help=", ".join(VARIANTS))
-    parser.add_argument("--output", type=Path, default=None, help="a new folder; default: data/toy/<variant>")
+    parser.add_argument("--output", help="a new folder; default: data/toy/<variant>")
     parser.add_argument("--sample", action="store_true", help="only write sample.jsonl, for measures of drift")
     parser.add_argument("--num-steps", type=int, default=1400)
     parser.add_argument("--num-held-out", type=int, default=400)
     args = parser.parse_args()
     check_choice("--variant", args.variant, VARIANTS)
-    output = args.output or Path(__file__).parent / args.variant
+    output = written_path(args.output) if args.output else Path(__file__).parent / args.variant
     if args.sample:
         write_sample(args.variant, output / "sample.jsonl")
         return

@@ -96,6 +96,38 @@ def test_what_was_once_accepted_is_refused(override: str) -> None:
     refused(override, match="it must be a number of at least")
 
 
+def test_a_number_of_400_digits_is_one_line() -> None:
+    for key in ("seed", "trainer.max_steps", "trainer.learning_rate", "trainer.length_column_name"):
+        refused(f"{key}={'9' * 400}", match=key)
+
+
+@pytest.mark.parametrize(
+    ("config", "words", "match"),
+    [
+        (TOY, ["data.toy.imbalance=1"], "below 1"),
+        (TOY, ["data.toy.noisy_families=[nosuch]"], "data.toy.noisy_families=nosuch is unknown"),
+        (TOY, ["data.toy.families=[nosuch]", "data.toy.imbalance=0"], "data.toy.families=nosuch is unknown"),
+        (TOY, ["data.toy.families=[add]"], "data.toy.families are alike, .* set it to 0"),
+        (TOY_NLU, ["data.toy.imbalance=1"], "below 1"),
+        (TOY_NLU, ["data.toy.noisy_labels=[maybe]"], "data.toy.noisy_labels=maybe is unknown"),
+    ],
+)
+def test_toy_settings_that_make_no_rows_are_told_before_the_run(config: str, words: list[str], match: str) -> None:
+    refused("data.toy.label_noise=0.1", *words, config=config, match=match)
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("model: {name: a}\nmodel: {name: b}", "line 2: found duplicate key model"),
+        ("model:\n\tname: x", "line 2: found character"),
+    ],
+)
+def test_what_is_wrong_in_a_yaml_file_is_told_with_its_line(text: str, match: str, tmp_path) -> None:
+    (tmp_path / "base.yaml").write_text(text)
+    refused(config=str(tmp_path / "base.yaml"), match=match)
+
+
 # ---- TrainingArguments
 
 TYPED_WRONG = ["nan", "abc", "-1", "1.5", "[1]", "{a: 1}", "true", "1e30", "''", "null"]
@@ -391,6 +423,15 @@ def test_relative_paths_count_from_the_users_folder_then_from_the_roots(root, tm
     monkeypatch.setenv("BA_LORA_FOLDER", stage_environment()["BA_LORA_FOLDER"])
     monkeypatch.chdir(root)
     check()
+
+
+def test_the_home_of_a_user_who_is_not_there_is_no_traceback(tmp_path) -> None:
+    refused("data.template=~nosuch/x.jinja", match="~nosuch/x.jinja")
+    refused("reference.cache=~nosuch/x", "data.source=~nosuch/x.csv", "seed=-1", match="seed is -1")
+    assert public("~nosuch/x") == "~nosuch/x"
+    command = [sys.executable, "-m", "data.toy", "--split", "test", "--num-rows", "1", "--output", "~/x.jsonl"]
+    subprocess.run(command, env=os.environ | {"HOME": str(tmp_path)}, check=True, stdout=subprocess.DEVNULL)
+    assert (tmp_path / "x.jsonl").is_file()
 
 
 def test_what_is_typed_for_writing_counts_from_the_users_folder(root, tmp_path, monkeypatch) -> None:

@@ -132,6 +132,36 @@ def test_one_line_errors(words, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("nlu: sst2", "nlu: sst2 is no section"),
+        ("method: lora\nnlu: 5", "nlu: 5 is no section"),
+        ("tasks: [sst2]", "tasks: .* is no section"),
+        ("tasks: {sst2: 5}", "sst2: 5 is no section"),
+        ("tasks: {sst2: {nlu: 5}}", "nlu: 5 is no section"),
+    ],
+)
+def test_a_section_that_is_none_is_told(text, message, tmp_path):
+    (tmp_path / "base.yaml").write_text(f"model: {{name: x}}\n{text}\n")
+    with pytest.raises(UserError, match=message):
+        load_config(tmp_path / "base.yaml", task="sst2")
+
+
+@pytest.mark.parametrize(
+    ("task", "words", "message"),
+    [
+        ("toy_pairs", ["task=sst2"], "task=sst2 and --task toy_pairs are two tasks: give one"),
+        (None, ["task=toy_pairs", "nlu.task=sst2"], "task=toy_pairs and nlu.task=sst2 are two tasks: give one"),
+        (None, ["task="], "which task"),
+        (None, ["method="], "method= is unknown"),
+    ],
+)
+def test_two_tasks_or_an_empty_name_are_refused(task, words, message):
+    with pytest.raises(UserError, match=message):
+        load_config("toy", kind="nlu", task=task, overrides=words)
+
+
 def test_nlg_and_nlu_configs_are_told_apart():
     with pytest.raises(UserError, match="is an NLU config: use sh scripts/nlu.sh"):
         load_config(BASES[0], kind="nlg")

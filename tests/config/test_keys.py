@@ -322,11 +322,13 @@ def features(config: RunConfig, folder: Path) -> list[int]:
 
 @dataclass(frozen=True)
 class Key:
-    """value: another one than the default or the base's; `beside`: what it needs; {files} etc. are filled in."""
+    """value: another one than the default or the base's; `beside`: what it needs, `also` with that value only; {files}
+    etc. are filled in."""
 
     value: str
     seen: Callable[[RunConfig, Path], Any]
     beside: tuple[str, ...] = ()
+    also: tuple[str, ...] = ()
 
 
 HUB_TEXT = ("data.name=metamathqa",)
@@ -363,9 +365,9 @@ BOTH = {
     "export.ranks": Key("[1, 2]", exports, ("method=dylora", "adapter.rank=4")),
     "export.merged": Key("false", exports, ("method=lora",)),
     "export.tolerance": Key("1.0", parity),
-    "hub.push": Key("true", whole_run, ("hub.repo_id=a/b",)),
-    "hub.repo_id": Key("c/d", pushing, ("hub.repo_id=a/b", "method=full_ft")),
-    "hub.private": Key("false", pushing, ("hub.repo_id=a/b", "method=full_ft")),
+    "hub.push": Key("true", whole_run, also=("hub.repo_id=a/b",)),
+    "hub.repo_id": Key("c/d", pushing, ("hub.push=true", "hub.repo_id=a/b", "method=full_ft")),
+    "hub.private": Key("false", pushing, ("hub.push=true", "hub.repo_id=a/b", "method=full_ft")),
     "output_dir": Key("{empty}/run", places),
     "results_dir": Key("{empty}/results", places),
     "overwrite": Key("true", what_is_left),
@@ -545,7 +547,7 @@ def test_a_key_changes_what_a_run_does(kind, key, here, tmp_path, monkeypatch):
     if any(word.startswith(("data.source", "nlu.task")) for word in entry.beside):
         common.append("data.num_rows=null")
     seen = []
-    for number, words in enumerate(([], [f"{key}={entry.value}"])):
+    for number, words in enumerate(([], [f"{key}={entry.value}", *entry.also])):
         folder = tmp_path / str(number)
         folder.mkdir()
         filled = [
@@ -636,6 +638,40 @@ def test_a_key_that_the_method_ignores_is_refused_where_it_is_typed(tuner):
         else:
             changed = load_config("toy", method=method, kind=kind, overrides=[f"adapter.{key}={value}"])
             assert getattr(changed.adapter, key) != getattr(usual.adapter, key)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("nlg", ["method=lora", "regularizers.temperature=3"]),
+        ("nlg", ["method=ba_lora_consistency", "regularizers.svd_top_k=9"]),
+        ("nlg", ["loss.implementation=plain", "loss.chunk_memory_mb=5"]),
+        ("nlg", ["hub.repo_id=a/b"]),
+        ("nlg", ["hub.private=false"]),
+        ("nlg", ["data.name=gsm8k", "data.source=rows.csv", "data.num_rows=null", "data.sample_seed=3"]),
+        ("nlg", ["data.source=rows.csv", "data.columns={instruction: q, response: a}", "data.split=test"]),
+        ("nlg", ["data.name=gsm8k", "data.toy.imbalance=0.5"]),
+        ("nlg", ["data.toy.noisy_families=[add]"]),
+        ("nlu", ["data.dev={toy_pairs: rows.csv}"]),
+        ("nlu", ["data.split_seed=5"]),
+        ("nlu", ["data.toy.noisy_labels=[neutral]"]),
+        ("nlu", ["task=sst2", "data.class_shares={negative: 0.1}", "data.sample_seed=5"]),
+        ("nlu", ["task=sst2", "data.source=rows.csv", "data.dev_share=0.1", "data.split=test"]),
+        ("nlu", ["method=lora", "regularizers.reference_head=shared"]),
+    ],
+)
+def test_a_typed_key_that_counts_only_beside_another_is_refused_without_it(kind, words):
+    *_, key = words
+    with pytest.raises(UserError, match=f"^{key.partition('=')[0]}=.* has no effect without"):
+        load_config("toy", kind=kind, overrides=words)
+
+
+def test_a_base_may_have_what_counts_for_others_of_its_methods(tmp_path):
+    (tmp_path / "base.yaml").write_text(
+        "model: {name: data/toy/clean}\ndata: {name: toy, num_rows: 8, toy: {noisy_families: [add]}}\n"
+        "regularizers: {svd_top_k: 9}\nhub: {repo_id: a/b}\nloss: {implementation: plain, chunk_memory_mb: 5}\n"
+    )
+    assert load_config(tmp_path / "base.yaml", method="lora").regularizers.svd_top_k == 9
 
 
 def test_a_key_of_the_other_kind_is_told_to_be_that():

@@ -78,7 +78,7 @@ def one_line(error):
         (["adapter.options.use_bdlora=true"], "unknown key adapter.options.use_bdlora for adapter.tuner=lora"),
         (["adapter.options.tinit=4"], "unknown key adapter.options.tinit for adapter.tuner=lora"),
         (["data.toy.label_noise=2"], "data.toy.label_noise is 2"),
-        (["data.toy.noisy_families=[nope]"], "data.toy: "),
+        (["data.toy.noisy_families=[nope]"], "data.toy.noisy_families=nope is unknown"),
         (["seed=-1"], "seed is -1"),
         (["eval.tasks=[gsmk8]"], "eval.tasks=gsmk8 is unknown .nearest: gsm8k"),
         (["trainer.accelerator_config={split_batches: true}"], "the batch sizes are per process"),
