@@ -65,6 +65,12 @@ def adapter_loads(adapter: Any) -> bool:
     return tuner_facts(adapter)["plain_lora"] != "lora"
 
 
+def versions(adapter: Any) -> dict[str, int]:
+    """Return the version of each part that has had another before: runs made with that are other runs."""
+    named = {"tuner": tuner_facts(adapter), "init": init_facts(adapter), "optimizer": optimizer_facts(adapter)}
+    return {kind: found["version"] for kind, found in named.items() if found.get("version", 1) > 1}
+
+
 def option_values(options: Mapping[str, tuple], chosen: Mapping[str, Any]) -> dict[str, Any]:
     """Return the part's own options, chosen or default."""
     return {name: chosen.get(name, default) for name, (default, _) in options.items()}
@@ -110,6 +116,11 @@ def check_method(config: Any) -> None:
             )
     if adapter.dropout and not tuner["has_dropout"]:
         raise UserError(f"adapter.dropout has no effect with adapter.tuner={adapter.tuner}: set it to 0")
+    if adapter.dtype == "base" and config.model.dtype != "float32" and not tuner["takes_half"]:
+        raise UserError(
+            f"adapter.dtype=base with model.dtype={config.model.dtype}: adapter.tuner={adapter.tuner} trains in "
+            "float32 only, set adapter.dtype=float32"
+        )
     if not tuner["packs"] and getattr(config.data, "packing", False):
         raise UserError(f"adapter.tuner={adapter.tuner} puts its tokens before each row: set data.packing=false")
     if not tuner["recomputes"] and config.trainer.get("gradient_checkpointing"):

@@ -51,6 +51,7 @@ class Part:
     option_needs: ClassVar[dict[str, tuple[str, Any]]] = {}  # an option → the value of another one that it counts with
     kinds: ClassVar[tuple[str, ...]] = ("nlg", "nlu")  # of runs that it is for
     limits: ClassVar[str] = "works on whole weights: set model.quantization=none"  # why not for other kinds, or for nf4
+    version: ClassVar[int] = 1  # raised where the same settings train another model: above 1 it is part of a run's id
     needs_rows: ClassVar[bool] = False  # runs training rows through the model first
     no_deepspeed: ClassVar[str | None] = None  # why it cannot run under DeepSpeed
     no_zero3: ClassVar[str | None] = None  # why it cannot run under ZeRO-3
@@ -70,6 +71,7 @@ class Tuner(Part):
     ignores: ClassVar[tuple[str, ...]] = ()  # of adapter's rank, alpha, target_modules, dtype: refused where typed
     quantizes: ClassVar[bool] = False  # works on an nf4 base
     has_dropout: ClassVar[bool] = True
+    takes_half: ClassVar[bool] = True  # trains in a half-precision base's own dtype: adapter.dtype=base
     own_layers: ClassVar[bool] = False  # PEFT loads the adapter only where the method's file is imported
     layer_options: ClassVar[tuple[str, ...]] = ("exclude_modules", "layers_to_transform", "layers_pattern")  # PEFT's
     plain_lora: ClassVar[str] = "none"  # where a plain LoRA of the trained model is: adapter | lora (folders) | none

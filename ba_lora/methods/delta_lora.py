@@ -9,6 +9,8 @@ plain LoRA of rank 2r is the export: [B, −B_K] [(1 + λ) A; λ A_K]. No offici
 as a third party quotes them. With K = 0 and Adam it is LoRA with α (1 + λ): Adam does not see the size of a gradient.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,7 +31,6 @@ class DeltaLora(Lora):
     has_factors = False
     takes_dora = False
     has_dropout = False  # with it W's change would not be that of BA
-    quantizes = True
     plain_lora = "lora"
     no_deepspeed = "Delta-LoRA reads the factors of a layer between steps, which ZeRO splits: use DDP or one process"
 
@@ -51,6 +52,16 @@ class DeltaLora(Lora):
         model._delta_lora_hooked = True
         for name, layer in named_adapter_layers(model):
             layer.register_forward_hook(self._hook(name))
+            layer.merge = functools.partial(self._merge, layer.merge)
+
+    def _merge(self, merge: Callable[..., None], *arguments: Any, **settings: Any) -> None:
+        """PEFT's `merge` of a layer, as long as W has not moved. Raises UserError from step K on."""
+        if self._start:
+            raise UserError(
+                "PEFT's merge would leave out how far Delta-LoRA has moved the base: export_lora writes a plain LoRA, "
+                "load that and merge it"
+            )
+        merge(*arguments, **settings)
 
     def _hook(self, name: str) -> Any:
         def add(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:

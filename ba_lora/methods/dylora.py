@@ -29,8 +29,6 @@ class DyLora(Lora):
     options = {"frozen": (True, (True, False)), "restore": (False, (True, False))}
     has_factors = False  # no other inits and optimizers: a rank below r would be a share of them only
     takes_dora = False
-    quantizes = True
-    plain_lora = "adapter"
     cuts_ranks = True
     draws_in_training = "rank of each step"
     no_deepspeed = "DyLoRA sets gradients of single rows, which ZeRO splits: use DDP or one process"

@@ -29,6 +29,7 @@ class MonteCLora(Lora):
         "use_entropy": (True, (True, False)),
     }
     takes_dora = False
+    takes_half = False  # PEFT's draw of the weights π is in float32 and multiplies it with the adapter's
     quantizes = False
     limits = "draws in PEFT's plain layers, which a quantised base does not have"
     plain_lora = "lora"

@@ -4,10 +4,11 @@
 
 At `reselect` (a share of the steps) what has grown to |W + P| > θ keeps its value from then on, the rest goes on with
 new moments of the optimizer. θ is the `share`-quantile of |W| over all layers. The norm is taken of `norm_layers`
-layers a step, drawn by the seed, and multiplied up to all of them.
+layers a step, drawn by the seed, and multiplied up to all L of them, as the paper's sum.
 
-The authors' code (sjtuplayer/SaRA) differs from the paper: the norm is that of M ⊙ W; the small weights start as |w|,
-so that step 0 is not the pre-trained model; norms and biases are trained, too. Here linear weights only, and P = 0.
+The authors' code (sjtuplayer/SaRA) differs from the paper: the norm is that of M ⊙ W, of one layer, and not multiplied
+up, so its λ acts L times less; the small weights start as |w|, so that step 0 is not the pre-trained model; norms and
+biases are trained, too. Here linear weights only, and P = 0.
 """
 
 import random
@@ -119,7 +120,7 @@ def nuclear_norm(matrix: Tensor) -> Tensor:
     """Return Σ σ of a matrix, with the gradient U₊ V₊ᵀ over its singular values above 0: at 0 it is 0."""
     with torch.no_grad():
         left, values, right = torch.linalg.svd(matrix.float(), full_matrices=False)
-        above = values > 1e-7 * values[0].clamp(min=1e-30)
+        above = values > values[0] * sum(matrix.shape) ** 0.5 * torch.finfo(values.dtype).eps  # as regularizers.svd
         direction = left[:, above] @ right[above]
     return (matrix * direction).sum()
 

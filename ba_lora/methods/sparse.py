@@ -2,7 +2,8 @@
 
 Kept are the places of M (`sparse_places`, flat, by rising number) and P there (`sparse_values`). SaRA and SAM
 (sara.py, sam.py) differ in the mask. W + M ⊙ P is made in every pass, and autograd keeps it until the layer's backward
-pass: in training that is a second copy of all adapted weights.
+pass: in training that is a second copy of all adapted weights. It has the base's dtype: in bfloat16 a change of W below
+half a unit of its last place (1/512 of W) shows in no output, though P keeps it.
 """
 
 from dataclasses import dataclass
@@ -35,10 +36,11 @@ class SparseLayer(OwnLayer):
         self.choose(adapter, torch.zeros((config.counts or {}).get(self.path, 0), dtype=torch.long))
 
     def choose(self, adapter: str, places: Tensor) -> None:
-        """Train the weights at these places of the flat W [out · in]."""
+        """Train the weights at these places of the flat W [out · in], in the dtype of the values that were there."""
         device = self.base_layer.weight.device
+        dtype = self.sparse_values[adapter].dtype if adapter in self.sparse_values else torch.float32
         self.sparse_places[adapter] = nn.Parameter(places.to(device), requires_grad=False)
-        self.sparse_values[adapter] = nn.Parameter(torch.zeros(len(places), device=device))
+        self.sparse_values[adapter] = nn.Parameter(torch.zeros(len(places), dtype=dtype, device=device))
 
     def change(self, adapter: str) -> Tensor:
         """Return M ⊙ P in the layout of W, float32, with its gradient."""

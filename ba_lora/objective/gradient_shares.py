@@ -57,6 +57,14 @@ class GradientShares:
         self._norms: dict[str, float] = {}  # smoothed
         self._had: list[dict[str, float]] = []  # the shares of the steps that were measured since the last log
 
+    def check(self, num_steps: int) -> None:
+        """Raise UserError where λ hangs on a measurement that a training of `num_steps` never makes."""
+        if self._sets_weights and self._every is not None and self._every > num_steps:
+            raise UserError(
+                f"regularizers.gradient_every={self._every}: the run has {num_steps} optimizer steps, so "
+                "lambda_mode=gradient_share would never set λ; choose a smaller one"
+            )
+
     def due(self, step: int) -> bool:
         """Whether the optimizer step `step` (from 0) is measured."""
         return self._every is not None and (step + 1) % self._every == 0

@@ -209,6 +209,8 @@ class BALoRATrainer(StepLoss, Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Tensor], *arguments: Any, **settings: Any) -> Tensor:
         """Trainer's, after which a loss of inf or NaN ends the training (Trainer would keep it out of the log)."""
         self._begins = self.state.global_step == 0 and not self._token_meter.has_begun
+        if self._begins:
+            self._shares.check(self.state.max_steps)
         self._token_meter.add(inputs)
         if self.state.global_step != self._step_begun:
             self._step_begun = self.state.global_step

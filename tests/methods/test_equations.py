@@ -236,6 +236,14 @@ def test_the_gradient_of_saras_norm_is_0_at_the_start():
     close(moved.grad, theirs.grad, atol=1e-4)
 
 
+def test_saras_norm_leaves_singular_values_of_rounding_out():
+    """The gradient U₊V₊ᵀ of a matrix of rank 2 has the size √2, whatever its sides are."""
+    torch.manual_seed(0)
+    low = (torch.randn(64, 2) @ torch.randn(2, 64)).requires_grad_()
+    nuclear_norm(low).backward()
+    assert low.grad.norm().item() == pytest.approx(2**0.5, rel=1e-4)
+
+
 # ---- Delta-LoRA: what is written into the base, and what we do instead
 
 

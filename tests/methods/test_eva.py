@@ -66,6 +66,20 @@ def test_a_classifier_takes_the_inputs_at_all_real_tokens(tiny_encoder, tmp_path
     check_directions(model, base, batch, real, torch.ones_like(real))
 
 
+def test_with_rslora_too_every_rank_has_the_same_scaling(base, tmp_path):
+    """PEFT lets α go with the rank, which rsLoRA divides by the rank's root only."""
+    words = ("adapter.alpha=8", "adapter.rslora=true")
+    config, model, _, probe = built("eva_of_unequal_ranks", base, tmp_path / "run", *words)
+    layers = dict(named_adapter_layers(model))
+    assert len({layer.r["default"] for layer in layers.values()}) > 1
+    for layer in layers.values():
+        assert layer.scaling["default"] == pytest.approx(8 / RANK**0.5)
+        layer.lora_B["default"].weight.data.normal_()
+    model.save_pretrained(tmp_path / "saved")
+    loaded = PeftModel.from_pretrained(load_base(config), tmp_path / "saved")
+    torch.testing.assert_close(probe_logits(loaded, probe), probe_logits(model, probe), atol=1e-5, rtol=1e-5)
+
+
 def test_ranks_go_where_the_variance_is_and_the_scaling_stays(base, tmp_path):
     """All together L r, at most ρ r each; what is saved is a LoRA with a rank for each layer, for plain PEFT."""
     config, model, step_zero, probe = built("eva_of_unequal_ranks", base, tmp_path, "adapter.alpha=8")

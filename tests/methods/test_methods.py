@@ -104,6 +104,24 @@ def test_delta_lora_that_would_never_start_is_refused(base, tmp_path):
         built("delta_lora", base, tmp_path, "adapter.options.start=4")
 
 
+def test_delta_lora_is_not_merged_without_what_it_has_moved(base, tmp_path):
+    """PEFT's merge knows A and B only. Before step K that is the whole model."""
+    trained = trainer_of("delta_lora", base, tmp_path)
+    trained.model.merge_adapter()
+    trained.model.unmerge_adapter()
+    trained.train()
+    with pytest.raises(UserError, match="would leave out how far Delta-LoRA has moved the base"):
+        trained.model.merge_and_unload()
+
+
+@pytest.mark.parametrize("method", sorted(ADAPTERS))
+def test_the_bases_own_dtype_is_that_of_all_that_is_trained(method, base, tmp_path):
+    if method.startswith("monteclora"):
+        pytest.skip("refused: test_refusals.py")
+    _, model, _, _ = built(method, base, tmp_path, "model.dtype=bfloat16", "adapter.dtype=base")
+    assert {parameter.dtype for parameter in model.parameters() if parameter.requires_grad} == {torch.bfloat16}
+
+
 def test_eva_for_more_directions_than_inputs_is_refused(base, tmp_path):
     with pytest.raises(UserError, match="takes 33 directions .* has 32 inputs"):
         built("eva", base, tmp_path, "adapter.options={rows: 16, batch_size: 16, rho: 8.2}")
@@ -272,7 +290,9 @@ def test_monteclora_has_its_terms_once_a_step_under_accumulation(base, tmp_path)
             assert two[name] == pytest.approx(one[name], rel=1e-4), name
 
 
-@pytest.mark.parametrize("method", mostly_slow(IN_LAYERS, ("monteclora", "dylora", "delta_lora")))
+@pytest.mark.parametrize(
+    "method", mostly_slow([*IN_LAYERS, "full_ft"], ("monteclora", "dylora", "delta_lora", "full_ft"))
+)
 def test_gradient_checkpointing_changes_nothing(method, base, tmp_path):
     weights = []
     for on in (False, True):
@@ -294,7 +314,8 @@ PARTS_APART = ("lora_fa_on_pissa", "lora_pro_on_pissa", "monteclora_on_pissa")
 
 
 @pytest.mark.parametrize(
-    "method", mostly_slow(IN_LAYERS, ("monteclora", "olora", "delta_lora", "ssf", "vera", *PARTS_APART))
+    "method",
+    mostly_slow([*IN_LAYERS, "full_ft"], ("monteclora", "olora", "delta_lora", "ssf", "vera", "full_ft", *PARTS_APART)),
 )
 def test_the_terms_of_ba_lora_on_top(method, base, tmp_path):
     """Consistency is 0 at step 0, exactly: the reference is the pre-trained model under the method's own rounding."""

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ba_lora.config.registries import facts
+from ba_lora.config.schema_nlu import NLURegularizersConfig
 from ba_lora.methods.base import method_of
 from ba_lora.methods.build import build_model, parameter_counts
 from tests.support.methods import CLASSIFIERS, check_two_processes, equal, nlu_trainer_of
@@ -54,6 +55,33 @@ def test_a_resumed_run_is_the_uninterrupted_one_and_the_encoder_stays(method, en
     again = nlu_trainer_of(method, encoder, tmp_path)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert equal(adapter_weights(again.model), trained)
+
+
+@pytest.mark.parametrize("method", CLASSIFIERS)
+def test_gradient_checkpointing_changes_nothing(method, encoder, tmp_path):
+    weights = []
+    for on in (False, True):
+        trained = nlu_trainer_of(
+            method,
+            encoder,
+            tmp_path / str(on),
+            *(["trainer.gradient_checkpointing=true"] if on else []),
+            gradient_checkpointing=on,
+            gradient_checkpointing_kwargs={"use_reentrant": False},
+        )
+        trained.train()
+        weights.append(adapter_weights(trained.model))
+    for name in weights[0]:
+        torch.testing.assert_close(weights[1][name], weights[0][name], rtol=1e-5, atol=1e-6)
+
+
+def test_the_terms_of_ba_lora_on_top_of_bitfit(encoder, tmp_path):
+    """Consistency is 0 at step 0, exactly, and counts from then on."""
+    strong = NLURegularizersConfig(lambda_consistency=0.5, lambda_diversity=0.3, lambda_svd=0)
+    trained = nlu_trainer_of("bitfit", encoder, tmp_path, regularizers=strong)
+    trained.train()
+    values = [entry["consistency"] for entry in trained.state.log_history if "consistency" in entry]
+    assert values[0] == 0 and values[-1] > 0
 
 
 def test_accumulation_changes_nothing_with_bitfit(encoder, tmp_path):

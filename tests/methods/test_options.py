@@ -3,13 +3,16 @@
 `OTHERS` has an entry for each: another value than the case's. A new key without one fails.
 """
 
+import json
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
 
+from ba_lora.config.layers import load_config
 from ba_lora.config.registries import facts, parts
+from ba_lora.config.schema import training_hash, training_settings
 from tests.support.methods import equal, nlu_trainer_of, trainer_of
 from tests.support.tiers import mostly_slow
 from tests.support.tiny import adapter_weights
@@ -108,3 +111,28 @@ def test_an_option_changes_what_is_trained(option, base, tiny_encoder, tmp_path,
     if same not in as_they_are:
         as_they_are[same] = trained(tmp_path / "as_it_is")
     assert not equal(trained(tmp_path / "other", f"adapter.options.{key}={other.value}"), as_they_are[same])
+
+
+def test_a_default_changes_with_the_version_of_its_part_only(root):
+    """What was trained with another default is another run: raise `version`, and write the file anew."""
+    found = {}
+    for kind in ("tuner", "init", "optimizer"):
+        for name in parts(kind):
+            known = facts(kind, name)
+            options = {**known.get("options", {}), **known.get("peft_options", {})}
+            defaults = {option: default for option, (default, _) in sorted(options.items())}
+            if defaults:
+                found[f"{kind} {name}"] = {"version": known["version"], "defaults": defaults}
+    assert found == json.loads((root / "tests" / "golden" / "option_defaults.json").read_text())
+
+
+def test_the_version_of_a_part_is_in_the_runs_id(monkeypatch):
+    config = load_config("toy", method="dylora")
+    before = training_hash(config)
+    newer = {**facts("tuner", "dylora"), "version": 2}
+    monkeypatch.setattr(
+        "ba_lora.config.methods.facts", lambda kind, name: newer if name == "dylora" else facts(kind, name)
+    )
+    assert training_hash(config) != before
+    assert training_settings(config)["adapter"]["versions"] == {"tuner": 2}
+    assert "versions" not in training_settings(load_config("toy", method="lora"))["adapter"]

@@ -106,6 +106,13 @@ def test_sara_chooses_again_within_the_steps(share, at, base, tmp_path):
         build_model(config, run_path=tmp_path, num_steps=8)
 
 
+@pytest.mark.parametrize("method", ["monteclora", "monteclora_on_pissa"])
+def test_monteclora_in_half_precision(method, base):
+    with refused("adapter.dtype=base with model.dtype=bfloat16: adapter.tuner=monteclora trains in float32 only"):
+        config_of(method, base, "model.dtype=bfloat16", "adapter.dtype=base")
+    config_of(method, base, "adapter.dtype=base")  # the base's is float32
+
+
 @pytest.mark.parametrize("method", ["prompt_tuning", "prefix_tuning"])
 def test_virtual_tokens_have_no_reference(method, base, tmp_path):
     consistency = BALoRAConfig(lambda_consistency=0.5, lambda_diversity=0, lambda_svd=0)

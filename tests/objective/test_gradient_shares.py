@@ -123,6 +123,13 @@ def test_a_log_tells_the_mean_of_the_steps_that_were_measured_since_the_last(tmp
     assert logs(resumed, "gradient_share_svd") == [pytest.approx(pairs[0]), pytest.approx(pairs[1])]
 
 
+def test_a_training_that_would_never_set_the_weights_is_refused(tmp_path):
+    shares = config(lambda_mode="gradient_share", gradient_every=4)
+    with pytest.raises(UserError, match="gradient_every=4: the run has 3 optimizer steps"):
+        trained(tmp_path, shares, max_steps=3)
+    trained(tmp_path, config(gradient_every=4), max_steps=3)  # which only logs it
+
+
 def test_measuring_changes_no_weight(tmp_path):
     measured = adapter_weights(trained(tmp_path, config()).model)
     unmeasured = adapter_weights(trained(tmp_path, config(gradient_every=None)).model)

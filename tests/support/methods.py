@@ -191,7 +191,12 @@ def sized_steps(config: Any) -> dict[str, Any]:
     return {"optim": "sgd", "learning_rate": 0.5}
 
 
-def nlu_trainer_of(method: str, encoder: Path, folder: Path, *overrides: str, rows: Any = None, **settings):
+NLU_OFF = NLURegularizersConfig(lambda_consistency=0, lambda_diversity=0, lambda_svd=0)
+
+
+def nlu_trainer_of(
+    method: str, encoder: Path, folder: Path, *overrides: str, rows: Any = None, regularizers: Any = NLU_OFF, **settings
+):
     """A trainer of a classifier on the tiny encoder in a folder, by default on 16 self-made pairs."""
     config = nlu_config(encoder, *overrides, method=method)
     torch.manual_seed(1)
@@ -199,7 +204,7 @@ def nlu_trainer_of(method: str, encoder: Path, folder: Path, *overrides: str, ro
     return classifier_trainer(
         model,
         arguments(folder, **{"learning_rate": 1e-2} | settings),
-        regularizers=NLURegularizersConfig(lambda_consistency=0, lambda_diversity=0, lambda_svd=0),
+        regularizers=regularizers,
         train_dataset=tiny_pairs(encoder, 16) if rows is None else rows,
         data_collator=DataCollatorWithPadding(AutoTokenizer.from_pretrained(encoder)),
     )
