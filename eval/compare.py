@@ -1,11 +1,11 @@
 """Runs side by side, in the terminal: what differs in their settings, their scores, and the paired test.
 
-    python -m eval.compare RUN RUN [RUN …] [--page [DIR]]
+    python -m eval.compare RUN RUN [RUN …] [output=DIR]
 
 RUN is a run's folder, its result file, or a folder that holds runs. Runs that differ in their seed only are one row;
 the first row is compared with each other one. The test is the report's (docs/statistics.md): it takes five seeds of
 each row, on the same items, under the same settings of evaluation and data; where it is not allowed the line says why.
---page also makes the page of these runs (eval/page/), by default in outputs/compare.
+output=DIR also makes the page of these runs (eval/page/) there.
 """
 
 import argparse
@@ -13,13 +13,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ba_lora.config.checks import check_place
 from ba_lora.console import console_table
 from ba_lora.errors import CommandParser, run_entry_point
 from ba_lora.experiments.tables import Row
-from ba_lora.paths import PROJECT_ROOT, resolve_path, written_path
-from eval.page.loose import LooseTable, find_runs, table_of_runs
-from eval.report.__main__ import loose_page
+from eval.page.build import check_page_place
+from eval.page.loose import LooseTable, table_of_runs
+from eval.report.__main__ import loose_page, runs_and_output
 from eval.report.comparisons import Comparison
 from eval.report.paired import PairedTests, Untested
 from eval.report.sheets import format_number, probability, signed
@@ -32,14 +31,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = CommandParser(
         prog="python -m eval.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders, result files, folders of runs")
-    parser.add_argument("--page", nargs="?", const="", metavar="DIR", help="also make the page of them")
-    parsed = parser.parse_intermixed_args(arguments)
-    runs = find_runs([resolve_path(run) for run in parsed.runs])
-    output = None
-    if parsed.page is not None:
-        output = written_path(parsed.page) if parsed.page else PROJECT_ROOT / "outputs" / "compare"
-        check_place(output, "--page")
+    parser.add_argument("words", nargs="+", metavar="RUN", help="run folders, result files, folders of runs")
+    runs, output = runs_and_output("eval.compare", parser.parse_args(arguments).words)
+    if output is not None:
+        check_page_place(output, "output")
     loose = table_of_runs(runs)
     print("\n\n".join(printed_parts(loose)))
     if output is None:
@@ -86,7 +81,7 @@ def _score(loose: LooseTable, row: Row, column) -> str:
     text = format_number(cell.mean, column.decimals)
     if cell.std is not None:
         return f"{text} ± {format_number(cell.std, column.decimals)} ({len(cell.values)})"
-    entry = (loose.sources.results[cell.run_ids[0]].get("evaluation") or {}).get(column.task) or {}
+    entry = next(run for run in loose.shown if run.run_id == cell.run_ids[0]).evaluation.get(column.task) or {}
     interval = (entry.get("interval_95") or {}).get(column.metric)
     if not interval or None in interval:
         return text

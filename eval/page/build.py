@@ -19,9 +19,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ba_lora.config.checks import check_place
+from ba_lora.errors import UserError
 from ba_lora.io import folder_atomic
 from eval.page.items import Answers, has_answers, read_answers
-from eval.page.loose import LOWER
+from eval.page.loose import LOWER, shape_of
 from eval.page.runs import ShownRun, describe_run
 from eval.page.scripts import libraries, script
 from eval.page.view import item_values, runs_of, table_view
@@ -41,6 +43,7 @@ SCRIPTS = (
     "training.js",
     "main.js",
 )
+PARTS = {"index.html", "page.js", "page.css", "lib", "data", "figures"}  # all that stands in a page's folder
 # Nothing runs but the page's own files, and nothing is fetched or sent. Styles are set by the libraries' scripts.
 POLICY = (
     "default-src 'none'; script-src 'self' file:; style-src 'self' file: 'unsafe-inline'; img-src 'self' file: data:; "
@@ -57,6 +60,24 @@ def shown_runs(table: ReportTable, sources: Sources) -> list[ShownRun]:
     ]
 
 
+def own_script() -> str:
+    """Return page.js: our scripts in one."""
+    return "\n".join((HERE / "static" / name).read_text(encoding="utf-8") for name in SCRIPTS)
+
+
+def check_page_place(folder: Path, key: str) -> None:
+    """Raise UserError unless a page can be written at `folder`, whose whole content it replaces: one that is absent,
+    empty, or an earlier page with nothing else in it."""
+    check_place(folder, key)
+    found = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if others := sorted(found - PARTS):
+        raise UserError(
+            f"{key}: {folder} holds {others[0]}, which a page written there would delete: name a new folder"
+        )
+    if found and not (folder / "data" / "page.js").is_file():
+        raise UserError(f"{key}: {folder} is not empty and is no earlier page: name a new folder")
+
+
 def write_page(
     folder: Path,
     table: ReportTable,
@@ -70,8 +91,9 @@ def write_page(
     """Write the page into `folder`, whole or not at all; return what is missing in it, a sentence each.
 
     figures: each with its files, as eval/report/figures.py draws them; changed: of loose runs the settings in which
-    they differ. Raises UserError where a library is missing or the folder cannot be written.
+    they differ. Raises UserError where a library is missing or the folder cannot be written (`check_page_place`).
     """
+    check_page_place(folder, "page")
     files: dict[str, bytes | str] = {f"lib/{name}": content for name, content in libraries().items()}
     pool = _Pool()
     listed, faults = [], list(missing)
@@ -88,6 +110,7 @@ def write_page(
         )
     files |= {f"data/{name}.js": script(name, items) for name, items in pool.files.items()}
     view = table_view(table) | {"runs": listed, "missing": faults, "noise": _noise(listed)}
+    view["is_answered_once"] = _is_answered_once(listed)
     for row, shown in zip(table.spec.rows, view["rows"], strict=True):
         for column, cell in zip(table.spec.columns, shown["cells"], strict=True):
             cell["all_runs"] = runs_of(table, row, column)
@@ -100,13 +123,16 @@ def write_page(
     files["data/page.js"] = script("page", view)
     files["index.html"] = _render(view, drawn)
     files["page.css"] = (HERE / "static" / "page.css").read_bytes()
-    files["page.js"] = "\n".join((HERE / "static" / name).read_text(encoding="utf-8") for name in SCRIPTS)
+    files["page.js"] = own_script()
     with folder_atomic(folder) as temporary:
         for name, content in files.items():
             path = temporary / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
     return faults
+
+
+_UNITS = {100.0: " points", 10.0: " on the scale to 10"}
 
 
 class _Pool:
@@ -147,6 +173,8 @@ def _answer_files(
             "n": len(answers.rows),
             "prefix": answers.rows[0]["id"].partition("/")[0],
             "missing": answers.missing,
+            "metric": next(iter(answers.metrics), None),
+            "samples": len({row["sample"] for row in answers.rows}),
             "spread": _spread(answers),
         }
     return tasks, faults
@@ -164,12 +192,22 @@ def _spread(answers: Answers) -> float | None:
 
 def _noise(runs: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return a sentence a task whose items were answered several times."""
-    found: dict[str, list[float]] = {}
+    found: dict[tuple[str, str], list[float]] = {}
     for run in runs:
         for task, files in run["tasks"].items():
             if files.get("spread") is not None:
-                found.setdefault(task, []).append(files["spread"])
-    return [f"{task}: {100 * statistics.fmean(of):.2f} points ({len(of)} runs)" for task, of in found.items()]
+                found.setdefault((task, files["metric"]), []).append(files["spread"])
+    return [
+        f"{task}, {metric}: {scale * statistics.fmean(of):.3g}{_UNITS.get(scale, '')} ({len(of)} runs)"
+        for (task, metric), of in found.items()
+        for scale in [shape_of(task, metric).get("scale", 100.0)]
+    ]
+
+
+def _is_answered_once(runs: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether it is known of each task of the runs that its items were answered once."""
+    tasks = [files for run in runs for files in run["tasks"].values()]
+    return bool(tasks) and all(files.get("samples") == 1 for files in tasks)
 
 
 def _columns(answers: Answers) -> dict[str, Any]:

@@ -34,6 +34,7 @@ def write_logs(paths: Sequence[Path], folder: Path) -> tuple[list[Path], list[st
     runs, missing = read_shown(paths)
     written = []
     for run in runs:
+        missing += [f"{run.run_id}: {fault}" for fault in run.damaged]
         for task, entry in run.evaluation.items():
             if not has_answers(task):
                 continue

@@ -58,8 +58,7 @@ def read_answers(run_path: Path, task: str, entry: Entry) -> Answers:
     if not any(place.is_file() for place in places):
         return Answers(task, missing=["no completions and no grades at hand"])
     completions, grades = (_read(place, answers, place.parent.name) for place in places)
-    generation = entry.get("generation") or {}
-    frame = _Frame(str(generation.get("template") or "alpaca"))
+    frame = _Frame(str(_mapping(entry.get("generation")).get("template") or "alpaca"))
     texts = {_key(line): line for line in completions}
     graded = {_key(line): line for line in grades}
     for key in dict.fromkeys([*texts, *graded]):
@@ -154,9 +153,9 @@ class _Frame:
 
 def _add_judgements(run_path: Path, answers: Answers, *, thinking: str) -> None:
     """Give each answer its judgements, found by the hash of the very text that was judged (eval/judge/store.py)."""
-    found: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    found: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for line in _read(run_path / "judgements" / f"{answers.task}.jsonl", answers, "judgements"):
-        key = (line.get("question_id"), line.get("turn"), line.get("answer_hash"))
+        key = tuple(str(line.get(name)) for name in ("question_id", "turn", "answer_hash"))
         kept = {name: _text(line.get(name)) for name in ("judge", "judge_version", "judgement", "finish_reason")}
         found.setdefault(key, []).append({**kept, "index": line.get("index")})
     texts = {
@@ -168,7 +167,7 @@ def _add_judgements(run_path: Path, answers: Answers, *, thinking: str) -> None:
             continue
         turn = int(parts[2].removeprefix("turn"))
         shown = [texts.get(("/".join([*parts[:2], f"turn{n}"]), row["sample"]), "") for n in range(1, turn + 1)]
-        row["judgements"] = found.get((int(parts[1]), turn, short_sha256("\0".join(shown))), [])
+        row["judgements"] = found.get((str(int(parts[1])), str(turn), short_sha256("\0".join(shown))), [])
 
 
 def _predicted(run_path: Path, task: str, entry: Entry) -> Answers:
@@ -192,14 +191,15 @@ def _predicted(run_path: Path, task: str, entry: Entry) -> Answers:
         label, prediction, logits = line.get("label"), line.get("prediction"), line.get("logits")
         row = _row(_key(line), {}, {}, _Frame("alpaca"))
         row |= {"gold": _label(label, of), "question": texts.get(row["id"]), "completion": _label(prediction, of)}
-        row |= {"is_graded": True, "invalid": prediction is None}
-        if of.is_regression:
-            if prediction is not None:
-                row["metrics"] = {"error": abs(float(prediction) - float(label))}
-        else:
-            row["metrics"] = {"correct": float(prediction == label)}
+        row |= {"is_graded": isinstance(label, int | float), "invalid": prediction is None}
+        if not of.is_regression:
             row["probabilities"] = _softmax(logits, of.labels)
+            row["metrics"] = {"correct": float(prediction == label)} if row["is_graded"] else {}
+        elif row["is_graded"] and isinstance(prediction, int | float):
+            row["metrics"] = {"error": abs(float(prediction) - float(label))}
         answers.rows.append(row)
+    if unlabelled := sum(not row["is_graded"] for row in answers.rows):
+        answers.missing.append(f"{unlabelled} predictions have no label")
     answers.metrics = ["error"] if of.is_regression else ["correct"]
     return answers
 

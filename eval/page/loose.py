@@ -50,6 +50,8 @@ class LooseTable:
 
 def find_runs(paths: Sequence[Path]) -> list[Path]:
     """Return the run folders and result files that are named, or lie below the folders that are. Raises UserError."""
+    if not paths:
+        raise UserError("no run is named: give run folders, result files, or folders of runs")
     found: dict[Path, None] = {}
     for path in paths:
         if path.is_file() and path.suffix == ".json":
@@ -140,6 +142,9 @@ def _read_run(path: Path, *, taken: Iterable[str]) -> ShownRun:
         name = str(result["run_id"])
         run_path = path.parent.parent.parent / "outputs" / name  # where a run's folder lies by default
         run_path = run_path if run_path.is_dir() else path.parent / name
+    for key in ("config", "model", "data", "training", "evaluation", "environment"):
+        if not isinstance(result.get(key) or {}, Mapping):
+            raise UserError(f"{path} is damaged: its {key} is no mapping")
     taken = set(taken)
     number = next(n for n in range(1, len(taken) + 2) if (name if n == 1 else f"{name}~{n}") not in taken)
     return ShownRun(name if number == 1 else f"{name}~{number}", result, run_path)
@@ -178,7 +183,7 @@ def _columns(runs: Sequence[ShownRun]) -> tuple[ReportColumn, ...]:
         for task, entry in run.evaluation.items():
             for metric in entry.get("metrics") or {}:
                 name = f"{task}.{metric}"
-                found[name] = ReportColumn(name, f"{task}: {metric}", task, metric, **_shown(task, metric))
+                found[name] = ReportColumn(name, f"{task}: {metric}", task, metric, **shape_of(task, metric))
             if "perplexity" in entry:
                 name = f"{task}.perplexity"
                 shown = {"unit": "", "scale": 1.0, "decimals": 3, "better": "lower"}
@@ -192,7 +197,7 @@ def _columns(runs: Sequence[ShownRun]) -> tuple[ReportColumn, ...]:
     return tuple(found.values())
 
 
-def _shown(task: str, metric: str) -> dict[str, Any]:
+def shape_of(task: str, metric: str) -> dict[str, Any]:
     """Return a metric's unit, scale and direction; of one that is not known it has neither, and is not ranked."""
     if metric.startswith("rating"):
         return {"unit": "", "scale": 10.0}

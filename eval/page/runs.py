@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from ba_lora.io import read_jsonl
 from ba_lora.paths import PROJECT_ROOT
 from ba_lora.runs.environment import hardware_name
 
-MOST_POINTS = 2000  # of a curve; of a longer log every n-th step is drawn, and the page says so
+MOST_POINTS = 2000  # of a curve; of a longer log so many steps are drawn, and the page says so
 MOST_FILES = 200
 _NOT_SHOWN = ("output_dir", "results_dir", "overwrite")
 
@@ -29,16 +30,30 @@ class ShownRun:
     @property
     def evaluation(self) -> Mapping[str, Mapping[str, Any]]:
         found = (self.result or {}).get("evaluation") or {}
-        return {task: entry for task, entry in found.items() if isinstance(entry, Mapping)}
+        return {task: entry for task, entry in found.items() if _is_score(entry)}
+
+    @property
+    def damaged(self) -> list[str]:
+        """A sentence on each score that is none, which `evaluation` leaves out."""
+        found = (self.result or {}).get("evaluation") or {}
+        return [f"its score of {task} is damaged: score the run again" for task in found if task not in self.evaluation]
+
+
+def _is_score(entry: Any) -> bool:
+    if not isinstance(entry, Mapping):
+        return False
+    metrics, intervals = (entry.get(key) or {} for key in ("metrics", "interval_95"))
+    return isinstance(metrics, Mapping) and isinstance(intervals, Mapping)
 
 
 def describe_run(run: ShownRun) -> dict[str, Any]:
     """Return what the page shows of a run, as plain values; `missing` says in sentences what is not at hand."""
     result = run.result or {}
     environment, training = result.get("environment") or {}, result.get("training") or {}
-    missing = [] if run.result is not None else ["its result is gone or damaged"]
+    missing = run.damaged if run.result is not None else ["its result is gone or damaged"]
     config = flat(result.get("config") or {})
-    log, said = _log(run.run_path)
+    log, num_logged, said = _log(run.run_path)
+    num_drawn = len(log.get("step", ()))
     if said and training:
         missing.append(said)
     facts = {
@@ -49,6 +64,7 @@ def describe_run(run: ShownRun) -> dict[str, Any]:
         "training time (s)": training.get("seconds"),
         "tokens per second": training.get("tokens_per_second"),
         "steps": training.get("steps"),
+        "steps in the curves": f"{num_drawn} of {num_logged}" if num_drawn < num_logged else None,
         "trained parameters": training.get("trainable_parameters"),
         "peak memory, one process (MiB)": training.get("peak_memory_mb"),
         "peak memory, all processes (MiB)": training.get("total_peak_memory_mb"),
@@ -113,20 +129,19 @@ def _base_config(base: str, kind: str, nlu_task: str | None) -> dict[str, Any] |
     return flat(dataclasses.asdict(config))
 
 
-def _log(run_path: Path) -> tuple[dict[str, list[Any]], str | None]:
-    """Return name → values at the logged steps ("step" among them), and why there is none."""
+def _log(run_path: Path) -> tuple[dict[str, list[Any]], int, str | None]:
+    """Return name → values at the drawn steps ("step" among them), how many were logged, and why there is none."""
     path = run_path / "log.jsonl"
     if not path.is_file():
-        return {}, "no log.jsonl is at hand, so that there are no curves"
+        return {}, 0, "no log.jsonl is at hand, so that there are no curves"
     try:
         rows = [row for row in read_jsonl(path) if "loss" in row]
     except UserError as error:
-        return {}, f"the log cannot be read: {error}"
-    said, stride = None, -(-len(rows) // MOST_POINTS)
-    if stride > 1:
-        rows, said = rows[::stride], f"of the log's {len(rows)} steps every {stride}th is drawn"
-    names = dict.fromkeys(name for row in rows for name, value in row.items() if isinstance(value, int | float))
-    return {name: [_significant(row.get(name)) for row in rows] for name in names}, said
+        return {}, 0, f"the log cannot be read: {error}"
+    stride = max(1, -(-(len(rows) - 1) // (MOST_POINTS - 1)))
+    drawn = rows[:-1:stride] + rows[-1:]  # first and last among them
+    names = dict.fromkeys(name for row in drawn for name, value in row.items() if isinstance(value, int | float))
+    return {name: [_significant(row.get(name)) for row in drawn] for name in names}, len(rows), None
 
 
 def _significant(value: Any) -> float | int | None:
@@ -148,7 +163,11 @@ def _scores(task: str, entry: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _files(run_path: Path) -> list[list[Any]]:
     """Return (path in the run's folder, bytes) of its files, the first of many."""
-    if not run_path.is_dir():
-        return []
-    files = sorted(path for path in run_path.rglob("*") if path.is_file() and not path.name.startswith("."))
-    return [[str(path.relative_to(run_path)), path.stat().st_size] for path in files[:MOST_FILES]]
+    files = []
+    for folder, _, names in os.walk(run_path):
+        for path in (Path(folder, name) for name in names if not name.startswith(".")):
+            try:
+                files.append([path.relative_to(run_path).as_posix(), path.stat().st_size])
+            except FileNotFoundError:  # a training that goes on deletes old checkpoints
+                continue
+    return sorted(files)[:MOST_FILES]

@@ -20,6 +20,7 @@ allow=engine,dtype admits results whose settings differ, footnoted; see eval/rep
 
 import argparse
 import dataclasses
+import difflib
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from ba_lora.config.checks import check_place
+from ba_lora.config.layers import SCHEMAS, valid_keys
 from ba_lora.errors import INCOMPLETE, CommandParser, UserError, run_entry_point
 from ba_lora.experiments.options import without_unchosen
 from ba_lora.experiments.state import declaration_path, read_declaration
@@ -42,6 +44,8 @@ from eval.report.sheets import Drawn
 from eval.report.sources import Sources, read_failures, read_paper, read_results
 from eval.report.spec import TableSpec, table_spec
 from eval.report.table import ReportTable, build_table
+
+OPTIONS = ("allow", "output", "page", "seeds")
 
 
 def main() -> int:
@@ -63,23 +67,32 @@ def main() -> int:
 
 def _of_runs(kind: str, words: Sequence[str], more: Sequence[str]) -> int:
     """Write the page, or the logs, of any runs; return the exit status."""
-    from eval.page.loose import find_runs
+    from eval.page.build import check_page_place
 
-    own, folders = take_options([*words, *more], ("output",))
-    if wrong := [word for word in folders if "=" in word]:
-        raise UserError(f"--{kind} takes folders and output=DIR, not {wrong[0]}")
-    runs = find_runs([resolve_path(folder) for folder in folders])
-    name = "page" if kind == "runs" else "inspect"
-    output = written_path(own["output"]) if own.get("output") else PROJECT_ROOT / "outputs" / name
-    check_place(output, "output")
+    runs, output = runs_and_output(f"--{kind}", [*words, *more])
     if kind == "inspect":
         from eval.page.inspect_logs import write_logs
 
+        output = output or PROJECT_ROOT / "outputs" / "inspect"
+        check_place(output, "output")
         logs, missing = write_logs(runs, output)
         for path in logs:
             print(f"log: {path}")
         return _tell_missing("the logs", missing)
+    output = output or PROJECT_ROOT / "outputs" / "page"
+    check_page_place(output, "output")
     return loose_page(runs, output)
+
+
+def runs_and_output(command: str, words: Sequence[str]) -> tuple[list[Path], Path | None]:
+    """Return the runs that the words of a command name, and the folder of output=DIR, absolute."""
+    from eval.page.loose import find_runs
+
+    own, folders = take_options(words, ("output",))
+    if wrong := [word for word in folders if "=" in word]:
+        raise UserError(f"{command} takes folders and output=DIR, not {wrong[0]}")
+    output = written_path(own["output"]) if own.get("output") else None
+    return find_runs([resolve_path(folder) for folder in folders]), output
 
 
 def loose_page(runs: Sequence[Path], output: Path) -> int:
@@ -109,7 +122,11 @@ def _tell_missing(place: str, missing: Sequence[str]) -> int:
 
 def _of_table(name: str, words: Sequence[str]) -> int:
     """Write a table's report and its page; return the exit status."""
-    own, overrides = take_options(words, ("allow", "output", "page", "seeds"), example="allow=engine")
+    own, overrides = take_options(words, OPTIONS, example="allow=engine")
+    settings = {key for schema in SCHEMAS.values() for key in valid_keys(schema)}
+    for key in (word.partition("=")[0] for word in overrides):
+        if key not in settings and (near := difflib.get_close_matches(key, OPTIONS, n=1)):
+            raise UserError(f"unknown key {key} (nearest: {near[0]})")
     if own.get("page", "yes") not in ("yes", "no"):
         raise UserError(f"page={own['page']}: yes or no is needed")
     chosen = written_path(own["output"]) if own.get("output") else None
@@ -126,6 +143,10 @@ def _of_table(name: str, words: Sequence[str]) -> int:
     folder = report_folder(spec.name, made_with)
     output = chosen or folder
     check_place(output, "output")
+    if own.get("page") != "no":
+        from eval.page.build import check_page_place, shown_runs, write_page
+
+        check_page_place(output / "page", "output")
     command = " ".join(["sh scripts/reproduce.sh", name, *made_with])
     declared = read_declaration(declaration_path(folder, chosen))
     sources = read_sources(spec, command=command, declared=declared)
@@ -138,8 +159,6 @@ def _of_table(name: str, words: Sequence[str]) -> int:
     print(f"report: {output}")
     if own.get("page") == "no":
         return 0
-    from eval.page.build import shown_runs, write_page
-
     return _told(
         output / "page", write_page(output / "page", table, sources, shown_runs(table, sources), figures=drawn)
     )

@@ -216,6 +216,9 @@ def test_the_library_example_trains(tmp_path, monkeypatch):
     exec(script.replace("outputs/library", str(tmp_path)), names)
     losses = [entry["task"] for entry in names["trainer"].state.log_history if "task" in entry]
     assert len(losses) == 3 and losses[-1] < losses[0]
+    tokenizer = names["tokenizer"]
+    counted = [label for label in names["row"]["labels"] if label != -100]
+    assert tokenizer.decode(counted) == f" 5{tokenizer.eos_token}" and tokenizer.bos_token_id not in counted
     exec(mixin, names)
     kind = names["OwnTrainer"]
     assert issubclass(kind, names["Trainer"]) and kind.compute_loss is names["BALoRALoss"].compute_loss
@@ -275,7 +278,6 @@ def test_the_page_of_runs_as_the_pages_tell(tmp_path, monkeypatch):
     for name in ("RUN", "OTHER_RUN"):
         toy_run(tmp_path / name, "lora", len(name), completion=lambda place, gold: gold, items=5)
     monkeypatch.setattr(report, "PROJECT_ROOT", tmp_path / "project")
-    monkeypatch.setattr(compare, "PROJECT_ROOT", tmp_path / "project")
     for line in PAGE:
         words = line.replace("outputs/RUN", f"{tmp_path}/RUN").replace("outputs/OTHER_RUN", f"{tmp_path}/OTHER_RUN")
         words = words.replace("--runs outputs", f"--runs {tmp_path}").replace(

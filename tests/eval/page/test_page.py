@@ -1,7 +1,9 @@
 """What a page is made of: items from every kind of file, script files, runs of no table, and what is missing."""
 
 import json
+import os
 import re
+import shutil
 import subprocess
 
 import pytest
@@ -10,15 +12,20 @@ import yaml
 from ba_lora.config.layers import load_config
 from ba_lora.config.schema import to_yaml
 from ba_lora.errors import INCOMPLETE, UserError
-from ba_lora.io import write_json_atomic, write_jsonl_atomic, write_text_atomic
+from ba_lora.io import read_json, read_jsonl, write_json_atomic, write_jsonl_atomic, write_text_atomic
 from eval import compare
-from eval.page.build import POLICY, SCRIPTS, write_page
+from eval.page.build import HERE, POLICY, SCRIPTS, _noise, _render, own_script, write_page
 from eval.page.items import read_answers
 from eval.page.loose import find_runs, table_of_runs
-from eval.page.runs import ShownRun, _kind_and_task, describe_run
+from eval.page.runs import MOST_POINTS, ShownRun, _kind_and_task, describe_run
 from eval.page.scripts import libraries, script
 from eval.report.__main__ import main as report
-from tests.support.page_world import HOSTILE, ITEMS, SEEDS, solved, toy_run
+from tests.support.page_world import HOSTILE, ITEMS, SEEDS, classified_run, solved, toy_run
+
+
+def value_of(made):
+    """The value of a script file, its literal taken apart as JavaScript takes it apart."""
+    return json.loads(re.sub(r"\\(.)", r"\1", re.fullmatch(r"take\(\"[\w-]+\", '(.*)'\);\n", made)[1]))
 
 
 def entry(world, run, task):
@@ -180,13 +187,11 @@ def test_a_script_file_gives_back_the_very_value(text):
     made = script("name", value)
     literal = re.fullmatch(r"take\(\"name\", '(.*)'\);\n", made)[1]
     assert not re.search(r"[\n\r\u2028\u2029\ud800-\udfff]|(?<!\\)(?:\\\\)*'", literal)
-    assert json.loads(re.sub(r"\\(.)", r"\1", literal)) == {"__proto__": text, text: [text, None]}
+    assert value_of(made) == {"__proto__": text, text: [text, None]}
     made.encode()
 
 
 def test_no_text_is_parsed_as_html_and_nothing_foreign_may_run():
-    from eval.page.build import HERE
-
     ours = "".join((HERE / "static" / name).read_text() for name in SCRIPTS)
     assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function|srcdoc", ours)
     assert ours.count("\n") < 1000
@@ -256,6 +261,8 @@ def test_the_page_of_runs_and_its_exit_status(world, tmp_path, monkeypatch, caps
         ([], "give a TABLE"),
         (["--runs", tmp_path / "broken", f"output={tmp_path / 'other'}"], "broken"),
         (["toy", "page=maybe"], "yes or no"),
+        (["--runs", f"output={tmp_path / 'other'}"], "no run is named"),
+        (["toy", "alow=stale"], r"^unknown key alow \(nearest: allow\)$"),
     ):
         with pytest.raises(UserError, match=told):
             run(*words)
@@ -302,8 +309,110 @@ def test_compare_tests_five_seeds_and_refuses_other_items(tmp_path, capsys):
 
 def test_a_page_takes_the_place_of_an_earlier_one_whole(world, tmp_path):
     made = table_of_runs(find_runs([world / "toy-lora-s1"]))
-    (tmp_path / "page" / "data").mkdir(parents=True)
+    write_page(tmp_path / "page", made.table, made.sources, made.shown)
     (tmp_path / "page" / "data" / "run-99.js").write_text("of an earlier page")
     write_page(tmp_path / "page", made.table, made.sources, made.shown)
     assert not (tmp_path / "page" / "data" / "run-99.js").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["page"]
+
+
+def test_a_page_deletes_no_folder_but_an_earlier_page(world, tmp_path, monkeypatch):
+    """Whoever is to write it, it is refused at once: a run, a folder of one's own, a page with a file of one's own."""
+    run = shutil.copytree(world / "toy-lora-s1", tmp_path / "run")
+    made = table_of_runs([run])
+    page = tmp_path / "page"
+    page.mkdir()
+    write_page(page, made.table, made.sources, made.shown)  # into an empty folder
+    write_page(page, made.table, made.sources, made.shown)
+    (page / ".git").mkdir()
+    own = tmp_path / "own" / "data"
+    own.mkdir(parents=True)
+    (own / "rows.csv").write_text("1")
+    before = sorted(tmp_path.rglob("*"))
+    for folder, told in ((run, "holds completions"), (own.parent, "no earlier page"), (page, r"holds \.git")):
+        monkeypatch.setattr("sys.argv", ["eval.report", "--runs", str(run), f"output={folder}"])
+        for write in (
+            lambda folder=folder: write_page(folder, made.table, made.sources, made.shown),
+            lambda folder=folder: compare.main([str(run), f"output={folder}"]),
+            report,
+        ):
+            with pytest.raises(UserError, match=told):
+                write()
+    with pytest.raises(UserError, match="unrecognized arguments: --page"):  # which took the next run for its folder
+        compare.main(["--page", str(run), str(world / "toy-lora-s2")])
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_damaged_score_is_named_and_the_rest_is_shown(tmp_path, capsys):
+    run = toy_run(tmp_path / "run", "lora", 1, completion=lambda place, gold: gold, items=3)
+    for name, change in (("x", {}), ("y", {"metrics": [1]}), ("z", {"interval_95": [1]})):
+        score = {"task": name, "version": "1", "n": 3, "metrics": {"accuracy": 0.5}}
+        write_json_atomic(run / "scores" / f"{name}.json", score | change)
+    made = table_of_runs([run])
+    told = write_page(tmp_path / "page", made.table, made.sources, made.shown)
+    assert [one for one in told if "damaged" in one] == [
+        f"run: its score of {name} is damaged: score the run again" for name in ("y", "z")
+    ]
+    assert {"toy.strict", "x.accuracy"} <= {column.name for column in made.table.spec.columns}
+    assert compare.main([str(run)]) == 0 and "x: accuracy" in capsys.readouterr().out
+    train = read_json(run / "train.json")
+    write_json_atomic(run / "train.json", train | {"training": [1]})
+    with pytest.raises(UserError, match="run is left out: .* is damaged: its training is no mapping"):
+        table_of_runs([run])
+
+
+def test_a_prediction_without_a_label_is_not_graded(tmp_path):
+    lines = [{"task_id": f"stsb/{n}", "label": label, "prediction": 2.5} for n, label in enumerate((None, 3.0))]
+    write_jsonl_atomic(tmp_path / "predictions" / "best.jsonl", lines)
+    answers = read_answers(tmp_path, "stsb", {"of_task": "stsb"})
+    assert [(row["is_graded"], row["metrics"]) for row in answers.rows] == [(False, {}), (True, {"error": 0.5})]
+    assert "1 predictions have no label" in answers.missing
+    run = classified_run(tmp_path / "run")
+    path = run / "predictions" / "best.jsonl"
+    first, *others = read_jsonl(path)
+    write_jsonl_atomic(path, [{key: first[key] for key in first if key != "label"}, *others])
+    made = table_of_runs([run])
+    assert write_page(tmp_path / "page", made.table, made.sources, made.shown) == [
+        "run: sst2: 1 predictions have no label"
+    ]
+
+
+def test_a_long_logs_curve_has_fewer_points_and_lacks_nothing(tmp_path):
+    run = toy_run(tmp_path / "run", "lora", 1, completion=lambda place, gold: gold, items=3)
+    write_jsonl_atomic(run / "log.jsonl", [{"step": step, "loss": 1.0} for step in range(1, 2 * MOST_POINTS + 2)])
+    told = describe_run(ShownRun("run", {"training": {"seconds": 1}}, run))
+    steps = told["log"]["step"]
+    assert told["missing"] == [] and len(steps) <= MOST_POINTS and (steps[0], steps[-1]) == (1, 2 * MOST_POINTS + 1)
+    assert told["facts"]["steps in the curves"] == f"{len(steps)} of {2 * MOST_POINTS + 1}"
+
+
+def test_files_that_go_while_they_are_listed_are_left_out(tmp_path, monkeypatch):
+    (tmp_path / "stays").write_text("12")
+    (tmp_path / "goes").write_text("")
+    found = list(os.walk(tmp_path))
+    monkeypatch.setattr(os, "walk", lambda folder: (tmp_path / "goes").unlink() or found)
+    assert describe_run(ShownRun("run", {}, tmp_path))["files"] == [["stays", 2]]
+
+
+def test_the_noise_floor_is_on_the_metrics_scale_and_not_claimed_without_answers(tmp_path):
+    runs = [{"tasks": {"mt_bench": {"metric": "rating", "spread": 0.05}, "toy": {"metric": "strict", "spread": 0.02}}}]
+    assert _noise(runs) == ["mt_bench, rating: 0.5 on the scale to 10 (1 runs)", "toy, strict: 2 points (1 runs)"]
+    run = toy_run(tmp_path / "run", "lora", 1, completion=lambda place, gold: gold, items=3)
+    for told in ("each run answered once", "Not known: answers are not at hand"):
+        made = table_of_runs([run])
+        write_page(tmp_path / "page", made.table, made.sources, made.shown)
+        assert told in (tmp_path / "page" / "index.html").read_text()
+        for folder in ("completions", "grades"):
+            (run / folder / "toy.jsonl").unlink(missing_ok=True)
+
+
+def test_the_committed_page_is_of_todays_scripts_and_templates(root):
+    folder = root / "results" / "toy" / "page"
+    assert (folder / "page.js").read_text() == own_script()
+    assert (folder / "page.css").read_bytes() == (HERE / "static" / "page.css").read_bytes()
+    figures = [
+        one | {"is_drawn": (folder / "figures" / f"{one['name']}.png").is_file()}
+        for one in read_json(root / "results" / "toy" / "table.json")["figures"]
+    ]
+    view = value_of((folder / "data" / "page.js").read_text())
+    assert (folder / "index.html").read_text() == _render(view, figures)

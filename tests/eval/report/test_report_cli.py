@@ -400,3 +400,14 @@ def test_a_wrong_report_block_is_told_before_anything_is_read(table_path, report
     table_path.write_text(yaml.safe_dump(table, sort_keys=False))
     with pytest.raises(UserError, match="table two: figure accuracy: kind=dot is unknown.*nearest: dots"):
         report(table_path)
+
+
+def test_a_report_leaves_a_folder_of_ones_own_where_its_page_would_stand(table_path, report, tmp_path):
+    """And writes no table before it says so."""
+    fill(table_path)
+    own = tmp_path / "report" / "page" / "notes.md"
+    own.parent.mkdir(parents=True)
+    own.write_text("somebody's")
+    with pytest.raises(UserError, match="holds notes.md, which a page written there would delete"):
+        report(table_path, "page=yes")
+    assert [path for path in (tmp_path / "report").rglob("*") if path.is_file()] == [own]
