@@ -119,8 +119,8 @@ class Objective:
         """Return how the loss was computed, for the run's result; {} before the first micro-batch."""
         return {}
 
-    def _outputs(self, model: nn.Module, matrix: Callable[[], Tensor]) -> Outputs:
-        return Outputs(model=self.accelerator.unwrap_model(model, keep_torch_compile=False), matrix=matrix)
+    def _outputs(self, model: nn.Module, logits: Callable[[], Tensor], matrix: Callable[[], Tensor]) -> Outputs:
+        return Outputs(self.accelerator.unwrap_model(model, keep_torch_compile=False), logits, matrix)
 
     def _batch_terms(
         self, outputs: Outputs, factors: Mapping[str, float | Tensor], total: Tensor, sums: dict[str, TermSums]
@@ -233,7 +233,7 @@ class TokenObjective(Objective):
             total, sums = path.loss(
                 states_ND, head, positions, self._position_terms, factors, reference_head=reference_head
             )
-            outputs = self._outputs(model, lambda: path.matrix(states_ND, head))
+            outputs = self._outputs(model, lambda: head(states_ND), lambda: path.matrix(states_ND, head))
             total = self._batch_terms(outputs, factors, total, sums)
             if units is not None:
                 leaf_ND = states_ND.detach().requires_grad_()
@@ -244,7 +244,7 @@ class TokenObjective(Objective):
                     of_positions=lambda term: path.loss(
                         leaf_ND, head, positions, [term], {term.name: 1.0}, reference_head=reference_head
                     )[0],
-                    outputs=self._outputs(model, lambda: path.matrix(leaf_ND, head)),
+                    outputs=self._outputs(model, lambda: head(leaf_ND), lambda: path.matrix(leaf_ND, head)),
                 )
             return total, sums
 

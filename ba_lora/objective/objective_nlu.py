@@ -23,6 +23,7 @@ from ba_lora.objective.reference_cache.features import CachedFeatures
 from ba_lora.objective.reference_nlu import ReferenceLogits
 from ba_lora.objective.regularizers import at_least_float32
 from ba_lora.objective.regularizers_nlu import constant_terms
+from ba_lora.objective.terms import term_names
 from ba_lora.objective.terms.base import Term
 from ba_lora.objective.terms.block import Positions
 from ba_lora.objective.terms_nlu import classifier_terms
@@ -68,7 +69,7 @@ class ClassifierObjective(Objective):
                 "regularizers.lambda_mode=adaptive_kl needs the consistency term, which is off for this task: "
                 f"{off['consistency']}"
             )
-        weighted = [term for term in ("consistency", "diversity", "svd") if getattr(regularizers, f"lambda_{term}") > 0]
+        weighted = [term for term in term_names() if getattr(regularizers, f"lambda_{term}") > 0]
         if weighted and regularizers.lambda_mode == "gradient_share" and all(term in off for term in weighted):
             told = "; ".join(f"{term}: {off[term]}" for term in weighted)
             raise UserError(f"regularizers.lambda_mode=gradient_share has no term here: all are off ({told})")
@@ -113,7 +114,7 @@ class ClassifierObjective(Objective):
             positions = Positions(labels_N, reference_ND)
             total, sums = plain_loss(logits_ND, identity, positions, self._position_terms, factors)
             with torch.autocast(logits_ND.device.type, enabled=False):  # which would round the products to bf16
-                outputs = self._outputs(model, lambda: features)
+                outputs = self._outputs(model, lambda: logits_ND, lambda: features)
                 total = self._batch_terms(outputs, factors, total, sums)
                 if units is not None:
                     sums = self._measured(model, caught["pooled"], positions, sums, units)
@@ -141,7 +142,7 @@ class ClassifierObjective(Objective):
             pooled,
             units,
             of_positions=lambda term: plain_loss(logits_ND, identity, positions, [term], {term.name: 1.0})[0],
-            outputs=self._outputs(model, lambda: features),
+            outputs=self._outputs(model, lambda: logits_ND, lambda: features),
         )
 
     def _reference_logits(

@@ -32,7 +32,8 @@ def test_whether_a_base_is_a_residual_is_a_fact_of_the_init():
 
     from ba_lora.models.layers import has_residual_base
 
-    assert set(registries.residual_inits()) == {"pissa", "corda", "olora", "lora_ga", "milora"}
+    assert set(registries.residual_inits()) >= {"pissa", "corda", "olora", "lora_ga", "milora"}
+    assert not set(registries.residual_inits()) & {"lora", "eva", "loftq"}
     for name in registries.inits():
         residual = name != "lora" and registries.facts("init", name)["residual"]
         assert has_residual_base(SimpleNamespace(init_lora_weights=name)) == residual

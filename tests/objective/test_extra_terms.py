@@ -13,6 +13,7 @@ import torch
 
 from ba_lora import BALoRAConfig, BALoRATrainer
 from ba_lora.config.schema_nlg import LossConfig
+from ba_lora.objective import regularizers
 from ba_lora.objective.losses.fused import fused_loss
 from ba_lora.objective.losses.plain import plain_loss
 from ba_lora.objective.terms.base import BatchTerm, PositionTerm
@@ -21,7 +22,7 @@ from ba_lora.objective.terms.consistency import Consistency
 from ba_lora.objective.terms.diversity import Diversity
 from ba_lora.objective.terms.task import CrossEntropy
 from tests.support.pages import example
-from tests.support.tiny import arguments, collate, tiny_peft, tiny_rows
+from tests.support.tiny import arguments, collate, tiny_llama, tiny_peft, tiny_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +69,41 @@ def test_autograd_in_the_walk_is_autograd_over_all_logits(temperature, top_k):
         torch.testing.assert_close(found.weighted, want_sums[name].weighted)
     assert not torch.equal(sums["reverse_kl"].value, sums["reverse_kl"].weighted)
     torch.testing.assert_close(*(torch.autograd.grad(total, hidden)[0] for total in (got, want)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Marginal(BatchTerm):
+    """−H of the mean distribution of a micro-batch: a value of the logits, not of their singular values."""
+
+    name: ClassVar[str] = "marginal"
+
+    def value(self, outputs):
+        mean = outputs.logits().float().softmax(-1).mean(0)
+        return (mean * mean.log()).sum()
+
+
+@pytest.mark.parametrize("implementation", ["fused", "plain"])
+def test_a_batch_term_may_look_at_the_logits(tmp_path, implementation):
+    """`matrix` has only their singular values where the head allows it."""
+    settings = {"max_steps": 1, "per_device_train_batch_size": 4, "learning_rate": 0.0}
+    trained = BALoRATrainer(
+        tiny_peft("pissa"),
+        arguments(tmp_path, **settings),
+        regularizers=BALoRAConfig(gradient_every=1),
+        loss=LossConfig(implementation=implementation),
+        extra_terms=[Marginal(weight=0.5)],
+        train_dataset=tiny_rows(4),
+        data_collator=collate,
+    )
+    trained.train()
+    batch = collate(list(tiny_rows(4)))
+    mask = regularizers.response_mask(batch["labels"])
+    with torch.no_grad():
+        logits = tiny_llama()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[mask]
+    mean = logits.softmax(-1).mean(0)
+    entry = next(entry for entry in trained.state.log_history if "marginal" in entry)
+    assert entry["marginal"] == pytest.approx((mean * mean.log()).sum().item(), rel=1e-4)
+    assert entry["gradient_share_marginal"] > 0
 
 
 @pytest.mark.parametrize("implementation", ["fused", "plain"])

@@ -43,7 +43,7 @@ def whole_loss(position_loss, terms, matrix, weights):
         values["weighted_consistency"] = factors["consistency"] * sums["consistency"].weighted
     for term in terms:
         if isinstance(term, BatchTerm):
-            value = term.value(Outputs(model=None, matrix=matrix))
+            value = term.value(Outputs(model=None, logits=matrix, matrix=matrix))
             if value is not None:
                 total, values[term.name] = total + factors[term.name] * value, value.detach()
     return total, values

@@ -28,10 +28,13 @@ if TYPE_CHECKING:
 class Outputs:
     """What a BatchTerm may look at.
 
-    model: the trained model, unwrapped. matrix: gives Z [N, V], or [N, D] with the same singular values.
+    model: the trained model, unwrapped. logits: gives Z [N, V]. matrix: gives what the published terms are taken of,
+    which is not Z: of a language model a matrix [N, D] or [N, V] of which only the singular values are Z's, of a
+    classifier its logits or pooled features (`regularizers.features`).
     """
 
     model: nn.Module
+    logits: Callable[[], Tensor]
     matrix: Callable[[], Tensor]
 
 
