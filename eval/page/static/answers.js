@@ -1,7 +1,8 @@
 // The answers of a run to a task: the list, its filters and search, one item at a time.
 
 const SIGNS = { right: "✓ right", partly: "◐ partly", wrong: "✗ wrong", invalid: "∅ invalid", cut: "✂ cut", ungraded: "– not graded", rated: "rated" };
-let answersState = { run: null, task: null, at: null, shown: [], words: "" };
+const NOTHING = { run: null, task: null, answers: null, at: null, shown: [], words: "" };
+let answersState = { ...NOTHING };
 
 /** Return the answers of a run to a task: arrays by place. Throws where they are not in the page. */
 async function loadAnswers(run, task) {
@@ -13,10 +14,7 @@ async function loadAnswers(run, task) {
   return found;
 }
 
-const promptOf = (answers, place) => {
-  if (answers.prompt) return answers.prompt[place];
-  return answers.question[place] == null ? null : answers.frame.join("") && answers.frame[0] + answers.question[place] + answers.frame[1];
-};
+const promptOf = (answers, place) => (answers.prompt ? answers.prompt[place] : answers.frame[0] + answers.question[place] + answers.frame[1]);
 
 /** Return the task that a link to an item means where it names none: a lower rank's answers have the same ids. */
 function taskOf(run, id) {
@@ -96,6 +94,7 @@ function searchedTexts(answers) {
 
 function filterAnswers() {
   const { answers } = answersState;
+  if (!answers) return;
   const metric = byId("answers-metric").value, verdict = byId("answers-verdict").value, group = byId("answers-group").value;
   const words = byId("answers-search").value.toLowerCase();
   const texts = words && searchedTexts(answers);
@@ -124,11 +123,11 @@ async function showAnswers(runId, task, id, sample = 0) {
   byId("answers-run").value = run.id;
   fillSelect(byId("answers-task"), names.map((name) => [name, `${name} (${run.tasks[name].n})`]), wanted);
   if (answersState.run !== run || answersState.task !== wanted) {
-    Object.assign(answersState, { run, task: wanted, at: null, shown: [] });
     try {
-      answersState.answers = await loadAnswers(run, wanted);
+      const answers = await loadAnswers(run, wanted);
+      Object.assign(answersState, NOTHING, { run, task: wanted, answers });
     } catch (error) {
-      answersState.run = null;
+      Object.assign(answersState, NOTHING);
       byId("answers-count").textContent = error.message;
       byId("answers-item").replaceChildren();
       answersState.list.refresh();

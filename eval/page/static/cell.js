@@ -1,6 +1,6 @@
 // A cell: its runs side by side, their curves, scores, settings, commands and files.
 
-let cellState = { row: 0, column: 0, beside: 0 };
+let cellState = { row: 0, column: 0, beside: 0, runs: [], others: [] };
 
 function startCell() {
   for (const key of ["row", "column", "beside"]) {
@@ -13,6 +13,9 @@ function startCell() {
   byId("curve-beside").addEventListener("change", showCurves);
 }
 
+/** Return a run's value in a cell. */
+const ownValue = (run, cell, decimals) => (cell.runs.includes(run.id) && format(cell.values[run.seed] ?? null, decimals)) || "–";
+
 /** Load the runs behind a cell, each with its label; those without a result are left out. */
 async function runsOfCell(row, column) {
   const page = taken.get("page");
@@ -20,7 +23,7 @@ async function runsOfCell(row, column) {
   const listed = page.runs.filter((run) => wanted.includes(run.id));
   return Promise.all(listed.map(async (run) => {
     const found = await need(`run-${run.number}`);
-    return { ...found, listed: run, label: `${page.rows[row].names[1]}, seed ${run.seed ?? "–"}` };
+    return { ...found, listed: run, label: `${page.rows[row].names.filter(Boolean).join(", ")}, seed ${run.seed ?? "–"}` };
   }));
 }
 
@@ -29,7 +32,7 @@ async function showCell([row = 0, column = 0, beside]) {
   row = Math.min(Number(row) || 0, page.rows.length - 1);
   column = Math.min(Number(column) || 0, page.columns.length - 1);
   const near = beside === undefined ? (row + 1 < page.rows.length ? row + 1 : Math.max(row - 1, 0)) : Math.min(Number(beside) || 0, page.rows.length - 1);
-  cellState = { row, column, beside: near };
+  cellState = { row, column, beside: near, runs: [], others: [] };
   for (const key of ["row", "column", "beside"]) byId(`cell-${key}`).value = cellState[key];
   const shown = page.columns[column], cell = page.rows[row].cells[column];
   byId("cell-heading").textContent = `${page.rows[row].names.filter(Boolean).join(", ")}: ${shown.heading}`;
@@ -47,7 +50,8 @@ async function showCell([row = 0, column = 0, beside]) {
   const link = (run) => Object.entries(run.listed.tasks).filter(([, task]) => task.n).map(([task, { n }]) =>
     el("a", { href: `#/answers/${encodeURIComponent(run.id)}/${encodeURIComponent(task)}` }, `${n} answers to ${task}`));
   byId("cell-runs").replaceChildren(plainTable(["", ...runs.map((run) => run.id)], [
-    [shown.label, ...runs.map((run) => format(cell.values[run.seed] ?? null, shown.decimals) || "–")],
+    ...(shown.mean_of.length ? page.columns.filter((one) => shown.mean_of.includes(one.label)) : [shown]).map((one) =>
+      [one.label, ...runs.map((run) => ownValue(run, page.rows[row].cells[one.place], one.decimals))]),
     ["seed", ...runs.map((run) => plain(run.seed))],
     ["answers", ...runs.map((run) => el("span", { class: "links" }, link(run)))],
     ...names.map((name) => [name, ...runs.map((run) => plain(run.facts[name]))]),

@@ -1,6 +1,6 @@
 // Two methods side by side: the items on which they differ, with the numbers that the paired test used.
 
-let compareState = { shown: [], list: null };
+let compareState = { items: [], shown: [], answers: [], texts: null, list: null };
 
 function startCompare() {
   for (const key of ["column", "a", "b"]) byId(`compare-${key}`).addEventListener("change", () => {
@@ -48,14 +48,16 @@ async function showCompare([column, a, b]) {
   choice.value = column;
   byId("compare-a").value = a;
   byId("compare-b").value = b;
-  Object.assign(compareState, { column: Number(column), a, b, items: [], shown: [], texts: null });
+  Object.assign(compareState, { column: Number(column), a, b, items: [], shown: [], answers: [], texts: null });
   byId("compare-item").replaceChildren();
   const shown = page.columns[column];
   const values = shown.values ? await need(shown.values) : { ids: [], runs: {}, untested: {}, other_ids: {} };
   const ours = valuesOf(a, column, values), theirs = valuesOf(b, column, values);
   compareState.items = [...ours.found].filter(([id]) => theirs.found.has(id)).map(([id, value]) => ({ id, a: value, b: theirs.found.get(id) }));
   compareState.items.sort((one, other) => one.id.localeCompare(other.id, "en", { numeric: true }));
-  Object.assign(compareState, { runs: [ours.runs, theirs.runs] });
+  const runs = page.runs.filter((run) => ours.runs.includes(run.id) || theirs.runs.includes(run.id));
+  const loaded = await Promise.all(runs.map((run) => loadAnswers(run, shown.task).catch(() => null))); // showPair says why
+  Object.assign(compareState, { runs: [ours.runs, theirs.runs], answers: loaded.filter(Boolean), texts: null });
   const sign = shown.better === "lower" ? -1 : 1;
   for (const one of compareState.items) one.won = Math.sign(sign * (one.a - one.b));
   byId("compare-test").replaceChildren(...testView(page, shown, ours, theirs));
@@ -84,20 +86,24 @@ function testView(page, shown, ours, theirs) {
 function filterCompared() {
   const kind = byId("compare-kind").value, words = byId("compare-search").value.toLowerCase();
   const wanted = { differ: (one) => one.won !== 0, won: (one) => one.won > 0, lost: (one) => one.won < 0, "": () => true }[kind];
+  if (words) compareState.texts ??= textsByItem(compareState.answers);
   compareState.shown = [];
   compareState.items.forEach((one, place) => {
-    if (wanted(one) && (!words || one.id.toLowerCase().includes(words) || (compareState.texts?.get(one.id) ?? "").includes(words))) compareState.shown.push(place);
+    if (wanted(one) && (!words || one.id.toLowerCase().includes(words) || (compareState.texts.get(one.id) ?? "").includes(words))) compareState.shown.push(place);
   });
   byId("compare-count").textContent = `${compareState.shown.length} of ${compareState.items.length} items`;
   compareState.list.refresh();
 }
 
-/** Return item → what the search looks through; the turns and samples of one item are one text. */
-function textsByItem(answers) {
-  const texts = searchedTexts(answers), found = new Map();
-  answers.id.forEach((id, place) => {
-    for (const key of new Set([id, id.split("/").slice(0, 2).join("/")])) found.set(key, `${found.get(key) ?? ""}\n${texts[place]}`);
-  });
+/** Return item → what the search looks through: the runs' texts; the turns and samples of one item are one text. */
+function textsByItem(runs) {
+  const found = new Map();
+  for (const answers of runs) {
+    const texts = searchedTexts(answers);
+    answers.id.forEach((id, place) => {
+      for (const key of new Set([id, id.split("/").slice(0, 2).join("/")])) found.set(key, `${found.get(key) ?? ""}\n${texts[place]}`);
+    });
+  }
   return found;
 }
 
@@ -110,7 +116,6 @@ async function showPair(one) {
     for (const run of ids.map((id) => page.runs.find((listed) => listed.id === id)).filter(Boolean)) {
       try {
         const answers = await loadAnswers(run, task);
-        compareState.texts ??= textsByItem(answers);
         const places = answers.id.flatMap((id, place) => (id === one.id || id.startsWith(`${one.id}/`) ? [place] : []));
         asked ??= places.length ? questionView(answers, places[0], "") : null;
         sides.push([side, places.map((place) => itemView(answers, place, "", run.id))]);

@@ -2,13 +2,17 @@
 
 const VIEWS = ["table", "cell", "answers", "compare", "training"];
 
-async function route() {
-  const parts = linkParts();
-  const view = parts[0] === "" ? (VIEWS.includes(parts[1]) ? parts[1] : "table") : "answers";
+function showView(view) {
   for (const name of VIEWS) byId(`view-${name}`).hidden = name !== view;
   for (const link of document.querySelectorAll("nav a")) {
     if (link.dataset.view === view) link.setAttribute("aria-current", "page"); else link.removeAttribute("aria-current");
   }
+}
+
+async function route() {
+  const parts = linkParts();
+  const view = parts[0] === "" ? (VIEWS.includes(parts[1]) ? parts[1] : "table") : "answers";
+  showView(view);
   say("");
   document.body.setAttribute("aria-busy", "true");
   try {
@@ -40,7 +44,10 @@ function keys(event) {
 }
 
 function openSearch() {
-  if (byId("view-answers").hidden) location.hash = "/answers";
+  if (byId("view-answers").hidden) {
+    location.hash = "/answers";
+    showView("answers"); // at once: what is hidden takes no focus, and the route comes later
+  }
   return byId("answers-search");
 }
 

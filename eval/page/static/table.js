@@ -41,6 +41,9 @@ function showCells() {
     const [text, value] = cellText(mode, cell, against.cells[column], decimals);
     link.textContent = text || "–";
     this.node().dataset.order = value ?? "";
+    const isMean = !mode.startsWith("seed "); // count and rank are the mean's
+    for (const sign of this.node().querySelectorAll(".count, .sign")) sign.hidden = !isMean;
+    if (cell.mark) this.node().classList.toggle(cell.mark, isMean);
   });
   grid.rows().invalidate("dom").draw();
 }

@@ -74,8 +74,10 @@ function linkParts() {
     try { return decodeURIComponent(part); } catch { return part; }
   });
 }
-const itemLink = (run, id, sample) =>
-  `#${encodeURIComponent(run)}/${id.split("/").map(encodeURIComponent).join("/")}${sample ? `?sample=${sample}` : ""}`;
+function itemLink(run, id, sample, task) {
+  const asked = [sample ? `sample=${sample}` : "", task ? `task=${encodeURIComponent(task)}` : ""].filter(Boolean).join("&");
+  return `#${encodeURIComponent(run)}/${id.split("/").map(encodeURIComponent).join("/")}${asked && `?${asked}`}`;
+}
 
 /** A list of many rows by DataTables, which draws one page of it at a time; texts are set as text.
  *
@@ -254,6 +256,9 @@ function showCells() {
     const [text, value] = cellText(mode, cell, against.cells[column], decimals);
     link.textContent = text || "–";
     this.node().dataset.order = value ?? "";
+    const isMean = !mode.startsWith("seed "); // count and rank are the mean's
+    for (const sign of this.node().querySelectorAll(".count, .sign")) sign.hidden = !isMean;
+    if (cell.mark) this.node().classList.toggle(cell.mark, isMean);
   });
   grid.rows().invalidate("dom").draw();
 }
@@ -336,7 +341,7 @@ async function drawCurves(holder, runs, name) {
 
 // A cell: its runs side by side, their curves, scores, settings, commands and files.
 
-let cellState = { row: 0, column: 0, beside: 0 };
+let cellState = { row: 0, column: 0, beside: 0, runs: [], others: [] };
 
 function startCell() {
   for (const key of ["row", "column", "beside"]) {
@@ -349,6 +354,9 @@ function startCell() {
   byId("curve-beside").addEventListener("change", showCurves);
 }
 
+/** Return a run's value in a cell. */
+const ownValue = (run, cell, decimals) => (cell.runs.includes(run.id) && format(cell.values[run.seed] ?? null, decimals)) || "–";
+
 /** Load the runs behind a cell, each with its label; those without a result are left out. */
 async function runsOfCell(row, column) {
   const page = taken.get("page");
@@ -356,7 +364,7 @@ async function runsOfCell(row, column) {
   const listed = page.runs.filter((run) => wanted.includes(run.id));
   return Promise.all(listed.map(async (run) => {
     const found = await need(`run-${run.number}`);
-    return { ...found, listed: run, label: `${page.rows[row].names[1]}, seed ${run.seed ?? "–"}` };
+    return { ...found, listed: run, label: `${page.rows[row].names.filter(Boolean).join(", ")}, seed ${run.seed ?? "–"}` };
   }));
 }
 
@@ -365,7 +373,7 @@ async function showCell([row = 0, column = 0, beside]) {
   row = Math.min(Number(row) || 0, page.rows.length - 1);
   column = Math.min(Number(column) || 0, page.columns.length - 1);
   const near = beside === undefined ? (row + 1 < page.rows.length ? row + 1 : Math.max(row - 1, 0)) : Math.min(Number(beside) || 0, page.rows.length - 1);
-  cellState = { row, column, beside: near };
+  cellState = { row, column, beside: near, runs: [], others: [] };
   for (const key of ["row", "column", "beside"]) byId(`cell-${key}`).value = cellState[key];
   const shown = page.columns[column], cell = page.rows[row].cells[column];
   byId("cell-heading").textContent = `${page.rows[row].names.filter(Boolean).join(", ")}: ${shown.heading}`;
@@ -383,7 +391,8 @@ async function showCell([row = 0, column = 0, beside]) {
   const link = (run) => Object.entries(run.listed.tasks).filter(([, task]) => task.n).map(([task, { n }]) =>
     el("a", { href: `#/answers/${encodeURIComponent(run.id)}/${encodeURIComponent(task)}` }, `${n} answers to ${task}`));
   byId("cell-runs").replaceChildren(plainTable(["", ...runs.map((run) => run.id)], [
-    [shown.label, ...runs.map((run) => format(cell.values[run.seed] ?? null, shown.decimals) || "–")],
+    ...(shown.mean_of.length ? page.columns.filter((one) => shown.mean_of.includes(one.label)) : [shown]).map((one) =>
+      [one.label, ...runs.map((run) => ownValue(run, page.rows[row].cells[one.place], one.decimals))]),
     ["seed", ...runs.map((run) => plain(run.seed))],
     ["answers", ...runs.map((run) => el("span", { class: "links" }, link(run)))],
     ...names.map((name) => [name, ...runs.map((run) => plain(run.facts[name]))]),
@@ -422,22 +431,32 @@ async function showCurves() {
 // The answers of a run to a task: the list, its filters and search, one item at a time.
 
 const SIGNS = { right: "✓ right", partly: "◐ partly", wrong: "✗ wrong", invalid: "∅ invalid", cut: "✂ cut", ungraded: "– not graded", rated: "rated" };
-let answersState = { run: null, task: null, at: null, shown: [], words: "" };
+const NOTHING = { run: null, task: null, answers: null, at: null, shown: [], words: "" };
+let answersState = { ...NOTHING };
 
 /** Return the answers of a run to a task: arrays by place. Throws where they are not in the page. */
 async function loadAnswers(run, task) {
   const files = run.tasks[task];
-  if (!files?.answers) throw new Error(`${run.id} has no answers to ${task} in this page: ${(files?.missing ?? ["it was not asked"]).join("; ")}`);
+  if (!files?.answers) throw new Error(`${run.id} has no answers to ${task} in this page: ${(files?.missing ?? ["there are none"]).join("; ")}`);
   const [answers, items] = await Promise.all([need(files.answers), need(files.items)]);
   const found = { ...answers, ...items, length: items.id.length };
   found.place ??= new Map(items.id.map((id, place) => [`${id} ${items.sample[place]}`, place]));
   return found;
 }
 
-const promptOf = (answers, place) => {
-  if (answers.prompt) return answers.prompt[place];
-  return answers.question[place] == null ? null : answers.frame.join("") && answers.frame[0] + answers.question[place] + answers.frame[1];
-};
+const promptOf = (answers, place) => (answers.prompt ? answers.prompt[place] : answers.frame[0] + answers.question[place] + answers.frame[1]);
+
+/** Return the task that a link to an item means where it names none: a lower rank's answers have the same ids. */
+function taskOf(run, id) {
+  const names = Object.keys(run.tasks).filter((name) => run.tasks[name].prefix === id.split("/")[0]);
+  return names.find((name) => !name.startsWith("ranks/")) ?? names[0];
+}
+
+/** Return the link to an answer of the task that is shown. */
+function linkTo(place) {
+  const { answers, run, task } = answersState, id = answers.id[place];
+  return itemLink(run.id, id, answers.sample[place], task === taskOf(run, id) ? null : task);
+}
 
 /** Return the verdict on an answer by a metric; a metric that is no share of right and wrong only "rates". */
 function verdictOf(answers, place, metric) {
@@ -446,7 +465,8 @@ function verdictOf(answers, place, metric) {
   if (answers.invalid[place]) return "invalid";
   if (value == null) return "ungraded";
   if (metric.startsWith("rating") || metric === "error") return "rated";
-  return value >= 1 ? "right" : value > 0 ? "partly" : "wrong";
+  const share = answers.lower?.includes(metric) ? 1 - value : value;
+  return share >= 1 ? "right" : share > 0 ? "partly" : "wrong";
 }
 const isCut = (answers, place) => answers.finish?.[place] === "length";
 
@@ -465,10 +485,7 @@ function startAnswers() {
     count: () => answersState.shown.length,
     cell: (row, column) => answerCell(answersState.shown[row], column),
     order: (column) => answersState.shown.map((place) => answerKey(place, column)),
-    chosen: (row) => {
-      const { answers, run } = answersState, place = answersState.shown[row];
-      location.hash = itemLink(run.id, answers.id[place], answers.sample[place]).slice(1);
-    },
+    chosen: (row) => { location.hash = linkTo(answersState.shown[row]).slice(1); },
   });
   function go(run, task) { location.hash = `/answers/${encodeURIComponent(run)}/${encodeURIComponent(task ?? "")}`; }
 }
@@ -476,8 +493,7 @@ function startAnswers() {
 function answerCell(place, column) {
   const { answers } = answersState, metric = byId("answers-metric").value;
   if (column === 0) {
-    const link = itemLink(answersState.run.id, answers.id[place], answers.sample[place]);
-    return el("a", { href: link }, answers.id[place] + (answers.sample[place] ? ` (${answers.sample[place]})` : ""));
+    return el("a", { href: linkTo(place) }, answers.id[place] + (answers.sample[place] ? ` (${answers.sample[place]})` : ""));
   }
   if (column === 1) {
     const verdict = verdictOf(answers, place, metric), value = answers.metrics?.[place]?.[metric];
@@ -508,6 +524,7 @@ function searchedTexts(answers) {
 
 function filterAnswers() {
   const { answers } = answersState;
+  if (!answers) return;
   const metric = byId("answers-metric").value, verdict = byId("answers-verdict").value, group = byId("answers-group").value;
   const words = byId("answers-search").value.toLowerCase();
   const texts = words && searchedTexts(answers);
@@ -531,16 +548,16 @@ async function showAnswers(runId, task, id, sample = 0) {
   if (run?.id !== runId) id = undefined;
   if (!run) { byId("answers-count").textContent = "No run of this page has answers at hand."; return; }
   const names = Object.keys(run.tasks);
-  const chosen = id ? names.find((name) => run.tasks[name].prefix === id.split("/")[0]) ?? task : task;
+  const chosen = names.includes(task) ? task : id && taskOf(run, id);
   const wanted = names.includes(chosen) ? chosen : names.find((name) => run.tasks[name].n) ?? names[0];
   byId("answers-run").value = run.id;
   fillSelect(byId("answers-task"), names.map((name) => [name, `${name} (${run.tasks[name].n})`]), wanted);
   if (answersState.run !== run || answersState.task !== wanted) {
-    Object.assign(answersState, { run, task: wanted, at: null, shown: [] });
     try {
-      answersState.answers = await loadAnswers(run, wanted);
+      const answers = await loadAnswers(run, wanted);
+      Object.assign(answersState, NOTHING, { run, task: wanted, answers });
     } catch (error) {
-      answersState.run = null;
+      Object.assign(answersState, NOTHING);
       byId("answers-count").textContent = error.message;
       byId("answers-item").replaceChildren();
       answersState.list.refresh();
@@ -575,9 +592,8 @@ async function showItem(place) {
       sides.push(el("p", { class: "none" }, error.message));
     }
   }
-  const link = itemLink(run.id, answers.id[place], answers.sample[place]);
   byId("answers-item").replaceChildren(
-    el("h3", {}, el("a", { href: link }, answers.id[place])),
+    el("h3", {}, el("a", { href: linkTo(place) }, answers.id[place])),
     questionView(answers, place, words),
     el("div", { class: sides.length > 1 ? "sides" : "" }, sides));
   requestAnimationFrame(() => setTimeout(() => performance.mark("answer shown"))); // for scripts/bench_page.py
@@ -629,7 +645,7 @@ function answerView(answers, place, words, heading) {
 
 // Two methods side by side: the items on which they differ, with the numbers that the paired test used.
 
-let compareState = { shown: [], list: null };
+let compareState = { items: [], shown: [], answers: [], texts: null, list: null };
 
 function startCompare() {
   for (const key of ["column", "a", "b"]) byId(`compare-${key}`).addEventListener("change", () => {
@@ -653,10 +669,10 @@ function startCompare() {
   });
 }
 
-/** Return item → mean value over the runs behind a row, the runs that have values, and why others have none. */
+/** Return item → mean value over the runs that the row's mean is of, the runs that have values, and why others have none. */
 function valuesOf(row, column, values) {
   const page = taken.get("page");
-  const wanted = page.rows[row].cells[column].all_runs;
+  const wanted = page.rows[row].cells[column].runs ?? [];
   const runs = wanted.filter((id) => values.runs[id]);
   const sums = new Map();
   for (const id of runs) (values.other_ids[id] ?? values.ids).forEach((item, place) => sums.set(item, (sums.get(item) ?? []).concat(values.runs[id][place])));
@@ -677,14 +693,16 @@ async function showCompare([column, a, b]) {
   choice.value = column;
   byId("compare-a").value = a;
   byId("compare-b").value = b;
-  Object.assign(compareState, { column: Number(column), a, b, items: [], shown: [] });
+  Object.assign(compareState, { column: Number(column), a, b, items: [], shown: [], answers: [], texts: null });
   byId("compare-item").replaceChildren();
   const shown = page.columns[column];
   const values = shown.values ? await need(shown.values) : { ids: [], runs: {}, untested: {}, other_ids: {} };
   const ours = valuesOf(a, column, values), theirs = valuesOf(b, column, values);
   compareState.items = [...ours.found].filter(([id]) => theirs.found.has(id)).map(([id, value]) => ({ id, a: value, b: theirs.found.get(id) }));
   compareState.items.sort((one, other) => one.id.localeCompare(other.id, "en", { numeric: true }));
-  Object.assign(compareState, { runs: [ours.runs, theirs.runs] });
+  const runs = page.runs.filter((run) => ours.runs.includes(run.id) || theirs.runs.includes(run.id));
+  const loaded = await Promise.all(runs.map((run) => loadAnswers(run, shown.task).catch(() => null))); // showPair says why
+  Object.assign(compareState, { runs: [ours.runs, theirs.runs], answers: loaded.filter(Boolean), texts: null });
   const sign = shown.better === "lower" ? -1 : 1;
   for (const one of compareState.items) one.won = Math.sign(sign * (one.a - one.b));
   byId("compare-test").replaceChildren(...testView(page, shown, ours, theirs));
@@ -713,12 +731,25 @@ function testView(page, shown, ours, theirs) {
 function filterCompared() {
   const kind = byId("compare-kind").value, words = byId("compare-search").value.toLowerCase();
   const wanted = { differ: (one) => one.won !== 0, won: (one) => one.won > 0, lost: (one) => one.won < 0, "": () => true }[kind];
+  if (words) compareState.texts ??= textsByItem(compareState.answers);
   compareState.shown = [];
   compareState.items.forEach((one, place) => {
-    if (wanted(one) && (!words || one.id.toLowerCase().includes(words) || (compareState.texts?.get(one.id) ?? "").includes(words))) compareState.shown.push(place);
+    if (wanted(one) && (!words || one.id.toLowerCase().includes(words) || (compareState.texts.get(one.id) ?? "").includes(words))) compareState.shown.push(place);
   });
   byId("compare-count").textContent = `${compareState.shown.length} of ${compareState.items.length} items`;
   compareState.list.refresh();
+}
+
+/** Return item → what the search looks through: the runs' texts; the turns and samples of one item are one text. */
+function textsByItem(runs) {
+  const found = new Map();
+  for (const answers of runs) {
+    const texts = searchedTexts(answers);
+    answers.id.forEach((id, place) => {
+      for (const key of new Set([id, id.split("/").slice(0, 2).join("/")])) found.set(key, `${found.get(key) ?? ""}\n${texts[place]}`);
+    });
+  }
+  return found;
 }
 
 /** Show the answers of both rows' runs to an item, seed by seed. */
@@ -730,7 +761,6 @@ async function showPair(one) {
     for (const run of ids.map((id) => page.runs.find((listed) => listed.id === id)).filter(Boolean)) {
       try {
         const answers = await loadAnswers(run, task);
-        if (!compareState.texts) { const texts = searchedTexts(answers); compareState.texts = new Map(answers.id.map((id, place) => [id, texts[place]])); }
         const places = answers.id.flatMap((id, place) => (id === one.id || id.startsWith(`${one.id}/`) ? [place] : []));
         asked ??= places.length ? questionView(answers, places[0], "") : null;
         sides.push([side, places.map((place) => itemView(answers, place, "", run.id))]);
@@ -761,25 +791,29 @@ function startTraining() {
   })));
 }
 
-// Links and keys. #/VIEW/… shows a view, #RUN/ITEM an answer.
+// Links and keys. #/VIEW/… shows a view, #RUN/ITEM an answer, of a lower rank #RUN/ITEM?task=ranks/….
 
 const VIEWS = ["table", "cell", "answers", "compare", "training"];
 
-async function route() {
-  const parts = linkParts();
-  const view = parts[0] === "" ? (VIEWS.includes(parts[1]) ? parts[1] : "table") : "answers";
+function showView(view) {
   for (const name of VIEWS) byId(`view-${name}`).hidden = name !== view;
   for (const link of document.querySelectorAll("nav a")) {
     if (link.dataset.view === view) link.setAttribute("aria-current", "page"); else link.removeAttribute("aria-current");
   }
+}
+
+async function route() {
+  const parts = linkParts();
+  const view = parts[0] === "" ? (VIEWS.includes(parts[1]) ? parts[1] : "table") : "answers";
+  showView(view);
   say("");
   document.body.setAttribute("aria-busy", "true");
   try {
     if (view === "cell") await showCell(parts.slice(2));
     if (view === "compare") await showCompare(parts.slice(2));
     if (view === "answers") {
-      const sample = Number(new URLSearchParams(location.hash.split("?")[1] ?? "").get("sample") ?? 0);
-      await (parts[0] === "" ? showAnswers(parts[2], parts[3]) : showAnswers(parts[0], null, parts.slice(1).join("/") || null, sample));
+      const asked = new URLSearchParams(location.hash.split("?")[1] ?? "");
+      await (parts[0] === "" ? showAnswers(parts[2], parts[3]) : showAnswers(parts[0], asked.get("task"), parts.slice(1).join("/") || null, Number(asked.get("sample") ?? 0)));
     }
   } catch (error) {
     say(error.message);
@@ -803,7 +837,10 @@ function keys(event) {
 }
 
 function openSearch() {
-  if (byId("view-answers").hidden) location.hash = "/answers";
+  if (byId("view-answers").hidden) {
+    location.hash = "/answers";
+    showView("answers"); // at once: what is hidden takes no focus, and the route comes later
+  }
   return byId("answers-search");
 }
 

@@ -43,7 +43,10 @@ def test_the_table_sorts_filters_hides_and_shows_other_numbers(open_page):
     chosen = opened.tab.locator("#against option", has_text="toy, lora").first.get_attribute("value")
     opened.tab.select_option("#against", chosen)
     assert "+21.25" in opened.text("#table")
+    of_the_mean = "#table .count:visible, #table .sign:visible, #table .best"
+    assert opened.tab.locator(of_the_mean).count() > 2
     opened.tab.select_option("#shown", "seed 2")
+    assert opened.tab.locator(of_the_mean).count() == 0
     opened.tab.select_option("#shown", "interval")
     assert "[" in opened.text("#table")
     opened.tab.click("#table-tools summary")
@@ -71,7 +74,7 @@ def test_a_number_leads_to_its_runs_their_curves_and_commands(open_page):
     assert opened.tab.locator("#curves .plot canvas").count() > 0
     opened.tab.select_option("#curve", "share of each term")
     opened.tab.check("#curve-beside")
-    opened.see("#curves details", "svd")
+    opened.see("#curves details", "toy, lora, seed 2 svd")
     opened.tab.locator("#cell-commands button").first.click()
     opened.see("#told", "copied")
     assert "train_nlg.py --config configs/nlg/toy.yaml" in opened.text("#cell-commands")
@@ -108,6 +111,57 @@ def test_answers_by_keyboard_search_and_filters(open_page):
     opened.tab.keyboard.press("Escape")
     opened.press("t")
     assert opened.tab.locator("#table").is_visible()
+
+
+def test_the_search_key_reaches_the_search_from_the_table(open_page):
+    """And the letters behind it are no shortcuts."""
+    opened = open_page()
+    opened.tab.keyboard.press("/")
+    opened.tab.keyboard.type("t")
+    opened.see("#answers-item h3").ready()
+    assert opened.tab.input_value("#answers-search") == "t" and opened.tab.locator("#view-answers").is_visible()
+
+
+def test_the_prompt_of_a_chat_is_shown_whole(open_page, tmp_path):
+    """It has no frame of ours, so that it is its question."""
+    run = toy_run(tmp_path / "run", "lora", 1, completion=lambda place, gold: gold, items=2)
+    path = run / "completions" / "toy.jsonl"
+    write_jsonl_atomic(path, [line | {"prompt": f"Asked {line['task_id']}"} for line in read_jsonl(path)])
+    made = table_of_runs([run])
+    write_page(tmp_path / "page", made.table, made.sources, made.shown)
+    opened = open_page("#run/toy/1", folder=tmp_path / "page")
+    assert opened.tab.text_content("#answers-item details pre") == "Asked toy/1"
+
+
+def test_a_run_without_answers_shows_none_of_the_run_before(open_page, tmp_path):
+    for seed, name in enumerate("ab"):
+        run = toy_run(tmp_path / name, "lora", seed, completion=lambda place, gold: gold, items=2)
+    for folder in ("completions", "grades"):
+        (run / folder / "toy.jsonl").unlink()
+    made = table_of_runs(find_runs([tmp_path]))
+    write_page(tmp_path / "page", made.table, made.sources, made.shown)
+    opened = open_page("#/answers/a/toy", folder=tmp_path / "page")
+    assert items(opened) == ["toy/0", "toy/1"]
+    opened.tab.select_option("#answers-run", "b")
+    opened.see("#answers-count", "b has no answers to toy").ready()
+    assert items(opened) == ["no item"]
+    opened.tab.fill("#answers-search", "x")
+    opened.tab.select_option("#answers-verdict", "wrong")
+    assert "b has no answers to toy" in opened.text("#answers-count") and items(opened) == ["no item"]
+
+
+def test_a_runs_value_beside_a_mean_is_its_own(open_page):
+    """Of each column that the mean is of; the world has no such mean, so a column is made one."""
+    opened = open_page()
+    data = json.loads(_value(opened, "page"))
+    strict, seconds = (next(c for c in data["columns"] if c["name"] == n) for n in ("toy.strict", "training.seconds"))
+    row = next(place for place, one in enumerate(data["rows"]) if (one["base"], one["method"]) == ("toy", "ba_lora"))
+    opened.tab.evaluate(f"taken.get('page').columns[{seconds['place']}].mean_of = [{json.dumps(strict['label'])}]")
+    opened.tab.evaluate(f"location.hash = '/cell/{row}/{seconds['place']}'")
+    opened.see("#cell-runs tbody tr:first-child th", strict["label"]).ready()
+    values = data["rows"][row]["cells"][strict["place"]]["values"]
+    shown = opened.tab.locator("#cell-runs tbody tr:first-child td").all_inner_texts()
+    assert shown == [f"{value:.2f}" for value in values.values()]
 
 
 def test_the_next_page_of_the_list_follows_the_keys_and_items_sort(open_page):
@@ -203,6 +257,9 @@ def test_the_search_of_a_comparison_is_through_its_own_columns_answers(open_page
     opened.tab.evaluate(f"location.hash = '{link}'")
     opened.see("#compare-item h3", "toy/0").ready()
     opened.tab.fill("#compare-search", "step 17:")
+    assert f"1 of {ITEMS} items" in opened.text("#compare-count")
+    opened.tab.select_option("#compare-kind", "")
+    opened.tab.fill("#compare-search", "step 0:")  # in no answer of A's first seed
     assert f"1 of {ITEMS} items" in opened.text("#compare-count")
 
 
