@@ -174,7 +174,7 @@ def gradient_shares(config: RunConfig, folder: Path) -> list[Any]:
         terms = list(classifier_terms(config.regularizers, num_labels=3))
     shares = GradientShares(terms, config.regularizers)
     shares.add({name: torch.tensor(1.0) for name in shares.names})
-    shares.close(lambda norms: norms)
+    shares.close(lambda norms: norms, dict.fromkeys(shares.names, 1.0))
     return [[step for step in range(30) if shares.due(step)], shares.weights]
 
 
