@@ -9,7 +9,7 @@ import functools
 import hashlib
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from ba_lora.config.layers import only_typed, override_layer, read_yaml
 from ba_lora.config.methods import init_facts, plain_lora_folder, tuner_facts
 from ba_lora.config.schema import UNTUNED, RunConfig
 from ba_lora.errors import UserError
-from ba_lora.experiments.search.best import best_words
+from ba_lora.experiments.search.best import best_words, finished_searches
 from ba_lora.experiments.spec import Spec, untuned_config
 from ba_lora.experiments.table_file import Column, RowBlock, read_table_file
 from ba_lora.glue import find_task
@@ -136,6 +136,7 @@ def load_table(path: str | Path, *, overrides: Sequence[str] = (), seeds: Sequen
     rows: dict[Row, int] = {}  # row → GPUs
     unchosen: dict[Row, str] = {}
     cells: list[SeedCell] = []
+    made: dict[str, tuple[str, ...]] = {}  # base, method → its finished searches
     _refuse_typed(overrides, _varied_keys(blocks, columns), kind=file.kind)
     for number, block in enumerate(blocks, start=1):
         where = f"{path}: rows, entry {number}"
@@ -143,6 +144,7 @@ def load_table(path: str | Path, *, overrides: Sequence[str] = (), seeds: Sequen
             _check_names(block, clusters=file.report.get("clusters", ""), where=where)
         pairs = list(itertools.product(block.bases, block.methods))
         searched = {pair: best_words(*pair, block.search) for pair in pairs if block.search}
+        made |= {" ".join(pair): finished_searches(*pair, block.search) for pair, words in searched.items() if words}
         found = {word.partition("=")[0] for words in searched.values() for word in words or ()}
         _refuse_typed(overrides, found, kind=file.kind)
         for (base, method), (setting, own) in itertools.product(pairs, (block.settings or {"": []}).items()):
@@ -159,6 +161,7 @@ def load_table(path: str | Path, *, overrides: Sequence[str] = (), seeds: Sequen
             words = [*file.overrides, *block.overrides, *(of_search or []), *(of_table or []), *own]
             cells += _row_cells(row, columns, file.kind, seeds, words, overrides, block.suffix, where)
     _refuse_two_evaluations(cells, path)
+    _refuse_two_budgets(made, path)
     methods = list(dict.fromkeys(row.method for row in rows))
     ours = file.ours or tuple(name for name in methods if name.startswith("ba_lora"))
     for name in ours:
@@ -184,6 +187,16 @@ def load_table(path: str | Path, *, overrides: Sequence[str] = (), seeds: Sequen
         unchosen=unchosen,
         cost=file.cost,
     )
+
+
+def _refuse_two_budgets(made: Mapping[str, tuple[str, ...]], path: Path) -> None:
+    """Raise UserError where a method has the best of more searches than another, of a table's `search`."""
+    if len(set(made.values())) > 1:
+        told = "; ".join(f"{names}: {', '.join(found)}" for names, found in made.items())
+        raise UserError(
+            f"{path}: the methods were searched by unequal budgets ({told}): give each the same engines and "
+            "search_seeds, or move the others out of outputs/searches"
+        )
 
 
 def _chosen(name: str | None) -> dict[str, list[str]]:

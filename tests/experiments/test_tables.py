@@ -7,6 +7,7 @@ import json
 import pstats
 import re
 import resource
+import shutil
 import subprocess
 import sys
 
@@ -331,6 +332,7 @@ def test_rows_take_the_best_values_of_their_own_searches(tmp_path, monkeypatch):
         ("tpe", "lora", 0.5, 1e-3),
         ("nomad", "lora", 0.4, 2e-3),
         ("tpe", "pissa", 0.9, 3e-3),
+        ("nomad", "pissa", 0.95, 4e-3),
     ):
         folder = tmp_path / f"toy-{method}-toy" / f"{engine}-s0"
         folder.mkdir(parents=True)
@@ -361,6 +363,12 @@ def test_rows_take_the_best_values_of_their_own_searches(tmp_path, monkeypatch):
     (folder / "trials.json").write_text(json.dumps({"space": space | {"trials": 7}, "best": 0, "trials": trials}))
     with pytest.raises(UserError, match="trials.json is of another search space than toy .trials differ"):
         load_table(write(tmp_path, rows=[rows[0] | {"methods": ["pissa"]}]))
+    (folder / "trials.json").unlink()  # LoRA would have the best of twice as many as PiSSA
+    rows[0] |= {"methods": ["lora", "pissa"]}
+    with pytest.raises(UserError, match="unequal budgets .toy lora: nomad-s0, tpe-s0; toy pissa: tpe-s0.: give each"):
+        load_table(write(tmp_path, rows=rows))
+    shutil.rmtree(folder.parent)  # not searched yet: its command is told
+    assert set(load_table(write(tmp_path, rows=rows)).unchosen) == {Row("toy", "pissa"), Row("toy", "pissa", "rank=4")}
 
 
 def test_a_table_takes_what_another_one_has_chosen(tmp_path, monkeypatch):

@@ -17,6 +17,11 @@ def search_folder(base: str, method: str, space: str) -> Path:
     return SEARCHES_PATH / f"{base}-{method}-{space}"
 
 
+def finished_searches(base: str, method: str, space: str) -> tuple[str, ...]:
+    """Return the engines and search seeds of the finished searches, by their folders' names (tpe-s0)."""
+    return tuple(sorted(path.parent.name for path in search_folder(base, method, space).glob(f"*/{TRIALS}")))
+
+
 def best_words(base: str, method: str, space: str) -> list[str] | None:
     """Return `key=value` of the best trial of all these searches, None where none is finished. Raises UserError where
     one was made in another space than the file has now."""
