@@ -3,6 +3,7 @@
 import csv
 import gzip
 import itertools
+import os
 import random
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -99,8 +100,10 @@ def choose_rows(rows: list[Row], num_rows: int | None, sample_seed: int | None) 
 
 def portable_name(path: Path) -> str:
     """Return the path inside the repository for what lies there, so that runs may move between machines."""
-    absolute = path.resolve()
-    return absolute.relative_to(PROJECT_ROOT).as_posix() if absolute.is_relative_to(PROJECT_ROOT) else str(path)
+    for one in (Path(os.path.abspath(path)), path.resolve()):  # as it is named, a link in the repository or to it
+        if one.is_relative_to(PROJECT_ROOT):
+            return one.relative_to(PROJECT_ROOT).as_posix()
+    return str(path)
 
 
 def _local_rows(path: Path) -> Iterator[dict]:

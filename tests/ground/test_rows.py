@@ -10,6 +10,7 @@ import datasets
 import pytest
 from datasets.arrow_writer import ArrowWriter
 
+from ba_lora import rows
 from ba_lora.errors import UserError
 from ba_lora.io import sha256_file
 from ba_lora.rows import LOCAL_SUFFIXES, load_rows
@@ -132,3 +133,17 @@ def test_half_of_a_character_is_named_with_its_row(tmp_path, row):
         with pytest.raises(UserError, match=rf"{name}, row 1: '.*' holds half of a character") as error:
             load_rows(str(tmp_path / name))
         assert str(error.value).isascii() and "\n" not in str(error.value)
+
+
+def test_a_file_inside_the_repository_has_its_place_there_as_its_name_also_by_a_link(tmp_path, monkeypatch):
+    root, elsewhere = tmp_path / "root", tmp_path / "elsewhere"
+    root.mkdir()
+    elsewhere.mkdir()
+    (elsewhere / "rows.jsonl").write_text("{}\n")
+    (root / "own").symlink_to(elsewhere)
+    (tmp_path / "to_root").symlink_to(root)
+    (root / "rows.jsonl").write_text("{}\n")
+    monkeypatch.setattr(rows, "PROJECT_ROOT", root)
+    assert rows.portable_name(root / "own" / "rows.jsonl") == "own/rows.jsonl"
+    assert rows.portable_name(tmp_path / "to_root" / "rows.jsonl") == "rows.jsonl"
+    assert rows.portable_name(elsewhere / "rows.jsonl") == str(elsewhere / "rows.jsonl")
