@@ -43,7 +43,7 @@ def train(run: TrainingRun) -> Trained:
         "(nothing of the response left), {rows_empty} empty, {rows_shortened} shortened (turns left out), "
         "{rows_duplicate} repeated, {rows_heldout} held out".format(**data.report, max_length=config.data.max_length)
     )
-    check_sizes(config, tokenizer, data.dataset, data.heldout)
+    check_sizes(config, tokenizer, data.dataset, data.heldout)  # vocabulary and positions have room for the rows
 
     # Reference: the pre-trained model's own distributions. Without a cache on disk the trainer makes them in every
     # step, by a pass of the model as it is at step 0.
@@ -54,10 +54,10 @@ def train(run: TrainingRun) -> Trained:
     # Model: the pre-trained one, with the method's adapter.
     model = run.build_model(data.dataset, tokenizer)
     if config.data.packing:
-        prepare_packing(model, data.dataset["input_ids"][:2])
+        prepare_packing(model, data.dataset["input_ids"][:2])  # two rows in one must be as two: the attention is tried
         if hint := faster_attention(config.model, run.process.device):
             run.print(hint)
-    if note := left_out_experts(model):
+    if note := left_out_experts(model):  # of a mixture of experts, which the adapter is not on
         run.print(note)
 
     # Objective and trainer: L = L_task + λ1 L_consistency + λ2 L_diversity + λ3 L_svd.
@@ -80,9 +80,9 @@ def train(run: TrainingRun) -> Trained:
         "loss": objective.report(),
     }
     if cache is not None:
-        cache.measure(trainer.plain_model(), name="trained")
+        cache.measure(trainer.plain_model(), name="trained")  # how far the K likeliest tokens now miss the full KL
         training["reference_cache"] = cache.report
-    return Trained(trainer, data.report, training)
+    return Trained(trainer, data.report, training)  # run_training exports it: adapter, plain LoRA, merged model
 
 
 if __name__ == "__main__":

@@ -68,5 +68,6 @@ def constant_terms(
     if min(width, micro_batch) == 1:
         constant["svd"] = f"{what} have one singular value: the ratio is 1"
     elif svd_norm == "nuclear" and min(width, micro_batch) <= svd_top_k:
-        constant["svd"] = f"{what} have at most {svd_top_k} = k singular values: the ratio is 1"
+        number = min(width, micro_batch)
+        constant["svd"] = f"{what} have {number} singular values, and svd_top_k={svd_top_k} takes all: the ratio is 1"
     return constant

@@ -224,6 +224,16 @@ def test_the_library_example_trains(tmp_path, monkeypatch):
     assert issubclass(kind, names["Trainer"]) and kind.compute_loss is names["BALoRALoss"].compute_loss
 
 
+def test_the_script_with_trls_trainer_trains_and_exports(tmp_path, monkeypatch):
+    pytest.importorskip("trl")
+    (script,) = blocks(PAGES["docs/own-data.md"], "python")
+    monkeypatch.chdir(ROOT)
+    names = {}
+    exec(script.replace("outputs/sft", str(tmp_path)), names)
+    assert names["trainer"].state.global_step == 3
+    assert (tmp_path / "lora" / "adapter_model.safetensors").is_file()
+
+
 def test_scoring_as_the_pages_tell(tmp_path, monkeypatch, capsys):
     """Completions, a file of one's own, a folder of runs; MT-Bench without its questions says what is missing."""
     monkeypatch.delenv("JUDGE_API_KEY", raising=False)
