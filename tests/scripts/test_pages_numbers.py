@@ -253,7 +253,10 @@ def test_the_first_pages_tell_what_the_reports_on_inheritance_found():
         f"{one['H1']['difference'] - rate['At 2.5e-4']['difference']:.2f}"
         for one, rate in ((twin, at_one_rate), (real, real_rate))
     ]
-    assert " and ".join(of_the_rate) in PAGES["README.md"]
+    parts = [
+        f"+{one['H1']['difference']:.2f} points {points}" for one, points in zip((twin, real), of_the_rate, strict=True)
+    ]
+    assert f"Of the {parts[0]}, and of the {parts[1]}, are" in " ".join(PAGES["README.md"].split())
     assert all(f"{points} of it" in PAGES["REPRODUCTION.md"] for points in of_the_rate)
     of_terms = [_effect(one[f"At {rate}"]) for one in (at_one_rate, real_rate) for rate in ("2.5e-4", "1.0e-3")]
     further = [*everywhere, _effect(found["H2"]), *of_terms]
