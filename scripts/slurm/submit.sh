@@ -22,7 +22,7 @@ command -v sbatch >/dev/null || {
 }
 BA_LORA_FOLDER=${BA_LORA_FOLDER:-$PWD} # relative paths count from here
 export BA_LORA_FOLDER
-sh "$ROOT/scripts/ba-lora.sh" "$@" --dry-run >/dev/null # what is wrong in the line is told now, not after the queue
+sh "$ROOT/scripts/ba-lora.sh" "$@" --dry-run >/dev/null # what is wrong in the settings is told now, not after the queue
 mkdir -p "$ROOT/outputs/slurm"
 for name in $(env | grep -E '^(SLURM|SLURMD|SRUN|SUBMITIT)_[A-Z0-9_]*=' | cut -d = -f 1); do
     [ "$name" = SLURM_CONF ] || unset "$name" # of a job that this is typed in: sbatch would hand them to the new one
