@@ -117,9 +117,6 @@ def item_values(table: ReportTable, sources: Sources) -> dict[str, dict[str, Any
             except Untested as reason:
                 values["untested"][run.run_id] = str(reason)
                 continue
-            except (KeyError, TypeError, ValueError):  # lines without what they should have
-                values["untested"][run.run_id] = "its items are damaged"
-                continue
             values["ids"] = values["ids"] or list(items.ids)
             values["runs"][run.run_id] = [round(float(value), 6) for value in items.values_N]
             if list(items.ids) != values["ids"]:

@@ -123,7 +123,7 @@ class PairedTests:
                 what, read = "likelihoods", self._likely
             try:
                 items = read(run, column, entry)
-            except UserError as error:  # the page says what is the matter with the file
+            except (UserError, KeyError, TypeError, ValueError) as error:  # not JSON, or not of this kind
                 raise Untested(f"{what} cannot be read") from error
             if not _is_near(items.values_N.mean(), score):
                 raise Untested(f"{what} are not those of the score")

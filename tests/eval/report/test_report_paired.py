@@ -87,6 +87,20 @@ def test_accuracy_is_tested_as_the_same_grades_are(world):
     assert graded.difference == pytest.approx(100 / 3)
 
 
+@pytest.mark.parametrize(
+    "damaged", ["{", '{"task_id": "sst2/0", "label": 1}', '{"task_id": "sst2/0", "label": 1, "prediction": null}']
+)
+def test_damaged_predictions_leave_a_comparison_without_items(world, damaged):
+    labels = [item % 2 for item in range(ITEMS)]
+    for method in ("lora", "ba_lora"):
+        for seed in SEEDS:
+            run = add(world, method, seed, {"sst2": (labels, noisy(labels, 0.5, seed))}, of_task="sst2")
+    path = run.run_path / "predictions" / "best.jsonl"
+    path.write_text(damaged + "\n" + path.read_text())
+    found = compare(world, ReportColumn("x", "x", task="sst2", metric="accuracy"))["x"]
+    assert found.untested in ("predictions cannot be read", "predictions are not finite") and found.num_items is None
+
+
 def by_leaving_items_out(definition, ours, theirs, *, scale=100.0):
     """Return (low, high) of the comparison of runs' (labels, values), by the jackknife in a slow loop."""
 
