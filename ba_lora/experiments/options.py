@@ -1,12 +1,13 @@
 """What the command line of a grid says: its own options, the rows it is for, and the overrides of every run."""
 
+import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ba_lora.config.checks import check_place
-from ba_lora.config.layers import override_layer
+from ba_lora.config.layers import SCHEMAS, override_layer, valid_keys
 from ba_lora.config.schema import UNTUNED
 from ba_lora.config.structured import read_typed
 from ba_lora.errors import UserError
@@ -43,12 +44,21 @@ def take_executor_settings(words: Sequence[str]) -> tuple[dict[str, Any], list[s
     return override_layer(own), [word for word in words if not word.startswith(EXECUTOR_KEY)]
 
 
+def refuse_mistyped(words: Sequence[str], options: Sequence[str]) -> None:
+    """Raise UserError for key=value whose key is one of these options but for a typing error, and no config's."""
+    settings = {key for schema in SCHEMAS.values() for key in valid_keys(schema)}
+    for key in (word.partition("=")[0] for word in words):
+        if key not in settings and (near := difflib.get_close_matches(key, options, n=1)):
+            raise UserError(f"unknown key {key} (nearest: {near[0]})")
+
+
 def read_grid_options(words: Sequence[str]) -> tuple[GridOptions, list[str]]:
     """Return the grid's own options and the overrides from `key=value` words. Raises UserError for a bad value."""
     typed, overrides = take_options(words, OPTIONS, example="workers=2")
     running = [f"{key}={typed[key]}" for key in ("workers", "retry", "cancel", "executor") if key in typed]
     running += [word for word in overrides if word.startswith(EXECUTOR_KEY)]
     settings, overrides = take_executor_settings(overrides)
+    refuse_mistyped(overrides, OPTIONS)
     if empty := [key for key, text in typed.items() if not text]:  # a variable of the shell that is not set
         raise UserError(f"{empty[0]}= has no value: give one, or leave it out")
     output = written_path(typed["output"]) if "output" in typed else None

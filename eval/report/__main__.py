@@ -20,7 +20,6 @@ allow=engine,dtype admits results whose settings differ, footnoted; see eval/rep
 
 import argparse
 import dataclasses
-import difflib
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -28,9 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from ba_lora.config.checks import check_place
-from ba_lora.config.layers import SCHEMAS, valid_keys
 from ba_lora.errors import INCOMPLETE, CommandParser, UserError, run_entry_point
-from ba_lora.experiments.options import without_unchosen
+from ba_lora.experiments.options import refuse_mistyped, without_unchosen
 from ba_lora.experiments.state import declaration_path, read_declaration
 from ba_lora.experiments.tables import CHOSEN, find_table, load_table, report_folder
 from ba_lora.io import read_object, write_bytes_atomic, write_json_atomic, write_text_atomic
@@ -123,10 +121,7 @@ def _tell_missing(place: str, missing: Sequence[str]) -> int:
 def _of_table(name: str, words: Sequence[str]) -> int:
     """Write a table's report and its page; return the exit status."""
     own, overrides = take_options(words, OPTIONS, example="allow=engine")
-    settings = {key for schema in SCHEMAS.values() for key in valid_keys(schema)}
-    for key in (word.partition("=")[0] for word in overrides):
-        if key not in settings and (near := difflib.get_close_matches(key, OPTIONS, n=1)):
-            raise UserError(f"unknown key {key} (nearest: {near[0]})")
+    refuse_mistyped(overrides, OPTIONS)
     if own.get("page", "yes") not in ("yes", "no"):
         raise UserError(f"page={own['page']}: yes or no is needed")
     chosen = written_path(own["output"]) if own.get("output") else None

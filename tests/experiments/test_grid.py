@@ -510,6 +510,12 @@ def test_what_failed_on_a_cluster_before_this_command_is_tried_again_where_told(
     assert path in grid.failed
 
 
+def test_an_option_with_a_typing_error_is_no_key_of_the_table():
+    with pytest.raises(UserError, match=r"\Aunknown key workres .nearest: workers.\Z"):
+        read_grid_options(["workres=2"])
+    assert read_grid_options(["seed=3", "data.num_rows=5"])[1] == ["seed=3", "data.num_rows=5"]
+
+
 def test_rows_can_be_chosen(folder):
     block = {"bases": ["toy"], "methods": ["lora", "pissa"], "settings": {"rank=2": ["adapter.rank=2"], "rank=4": []}}
     table = fake_grid.table(folder, rows=[block])
