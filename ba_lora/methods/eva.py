@@ -74,9 +74,10 @@ class Eva(Init):
                 parameter.requires_grad_(True)
         settings = model.peft_config[DEFAULT]  # from here on a LoRA with a rank for each layer
         if self.adapter.rslora:  # PEFT has made α go with the rank, and rsLoRA divides it by the rank's root
-            ranks = settings.rank_pattern
-            roots = {name: (self.adapter.rank / ranks[name]) ** 0.5 for name in settings.alpha_pattern}
-            settings.alpha_pattern = {name: alpha * roots[name] for name, alpha in settings.alpha_pattern.items()}
+            settings.alpha_pattern = {
+                name: alpha * (self.adapter.rank / settings.rank_pattern[name]) ** 0.5
+                for name, alpha in settings.alpha_pattern.items()
+            }
             for name, layer in named_adapter_layers(model):
                 alpha = settings.alpha_pattern.get(name.removeprefix("base_model.model."), settings.lora_alpha)
                 layer.lora_alpha[DEFAULT], layer.scaling[DEFAULT] = alpha, alpha / layer.r[DEFAULT] ** 0.5

@@ -29,6 +29,7 @@ from tests.support.methods import (
     LAYERS,
     OUT,
     built,
+    check_checkpointing,
     check_two_processes,
     config_of,
     equal,
@@ -294,20 +295,7 @@ def test_monteclora_has_its_terms_once_a_step_under_accumulation(base, tmp_path)
     "method", mostly_slow([*IN_LAYERS, "full_ft"], ("monteclora", "dylora", "delta_lora", "full_ft"))
 )
 def test_gradient_checkpointing_changes_nothing(method, base, tmp_path):
-    weights = []
-    for on in (False, True):
-        trained = trainer_of(
-            method,
-            base,
-            tmp_path / str(on),
-            *(["trainer.gradient_checkpointing=true"] if on else []),
-            gradient_checkpointing=on,
-            gradient_checkpointing_kwargs={"use_reentrant": False},
-        )
-        trained.train()
-        weights.append(adapter_weights(trained.model))
-    for name in weights[0]:
-        torch.testing.assert_close(weights[1][name], weights[0][name], rtol=1e-5, atol=1e-6)
+    check_checkpointing(trainer_of, method, base, tmp_path)
 
 
 PARTS_APART = ("lora_fa_on_pissa", "lora_pro_on_pissa", "monteclora_on_pissa")

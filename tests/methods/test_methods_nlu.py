@@ -13,7 +13,7 @@ from ba_lora.config.registries import facts
 from ba_lora.config.schema_nlu import NLURegularizersConfig
 from ba_lora.methods.base import method_of
 from ba_lora.methods.build import build_model, parameter_counts
-from tests.support.methods import CLASSIFIERS, check_two_processes, equal, nlu_trainer_of
+from tests.support.methods import CLASSIFIERS, check_checkpointing, check_two_processes, equal, nlu_trainer_of
 from tests.support.tiny import adapter_weights
 from tests.support.tiny_nlu import nlu_config, save_tiny_encoder, tiny_pairs
 
@@ -59,20 +59,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_and_the_encoder_stays(method, en
 
 @pytest.mark.parametrize("method", CLASSIFIERS)
 def test_gradient_checkpointing_changes_nothing(method, encoder, tmp_path):
-    weights = []
-    for on in (False, True):
-        trained = nlu_trainer_of(
-            method,
-            encoder,
-            tmp_path / str(on),
-            *(["trainer.gradient_checkpointing=true"] if on else []),
-            gradient_checkpointing=on,
-            gradient_checkpointing_kwargs={"use_reentrant": False},
-        )
-        trained.train()
-        weights.append(adapter_weights(trained.model))
-    for name in weights[0]:
-        torch.testing.assert_close(weights[1][name], weights[0][name], rtol=1e-5, atol=1e-6)
+    check_checkpointing(nlu_trainer_of, method, encoder, tmp_path)
 
 
 def test_the_terms_of_ba_lora_on_top_of_bitfit(encoder, tmp_path):

@@ -20,7 +20,7 @@ from ba_lora.config.schema import BALoRAConfig
 from ba_lora.config.schema_nlu import NLURegularizersConfig
 from ba_lora.methods.build import build_model
 from ba_lora.training.trainer import BALoRATrainer
-from tests.support.tiny import arguments, collate, tiny_llama, tiny_rows
+from tests.support.tiny import adapter_weights, arguments, collate, tiny_llama, tiny_rows
 from tests.support.tiny_nlu import classifier_trainer, nlu_config, tiny_pairs
 
 IN = 2 * (32 * 6 + 48)  # of 2 layers: q, k, v, o, gate, up, down
@@ -152,6 +152,19 @@ def fixed_draws() -> Iterator[None]:
 
     with mock.patch.object(BufferedMontecloraSampler, "_refill_buffer", refill):
         yield
+
+
+def check_checkpointing(make: Callable[..., BALoRATrainer], method: str, base: Path, folder: Path) -> None:
+    """Assert that gradient checkpointing changes no trained weight. make: trainer_of or nlu_trainer_of."""
+    weights = []
+    for on in (False, True):
+        words = ["trainer.gradient_checkpointing=true"] if on else []
+        settings = {"gradient_checkpointing": on, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+        trained = make(method, base, folder / str(on), *words, **settings)
+        trained.train()
+        weights.append(adapter_weights(trained.model))
+    for name in weights[0]:
+        torch.testing.assert_close(weights[1][name], weights[0][name], rtol=1e-5, atol=1e-6)
 
 
 def check_two_processes(worker: str, words: list[str], methods: Collection[str], folder: Path, root: Path) -> None:
